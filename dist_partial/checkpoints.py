@@ -1,0 +1,183 @@
+"""The resumable state of a run: what is trained, its slots and the step; never what is frozen.
+
+One file a checkpoint, an uncompressed .npz: a zip whose members carry checksums, which numpy reads without
+unpickling. A file is complete or absent: it is written beside its name, fsynced and renamed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from dist_partial.errors import UserError, writing
+from dist_partial.loss_scale import LossScale
+from dist_partial.optimizers import GroupOptimizer
+from dist_partial.selection import Plan, strip_root
+
+_NAME = re.compile(r"step-(\d{10})\.npz")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checkpoint that was read whole: arrays by the names of `resumable_state`, and what was saved beside them."""
+
+    path: Path
+    step: int
+    arrays: dict[str, np.ndarray]
+    metadata: dict[str, Any]
+
+
+def resumable_state(
+    model: keras.Model, plan: Plan, optimizers: Sequence[GroupOptimizer], scale: LossScale | None = None
+) -> dict[str, Any]:
+    """All variables that training changes, by a name that does not depend on their order.
+
+    Selected variables (or their selected rows) and slots by path, statistics of layers that run in training
+    mode, states of random generators, and the loss scale.
+    """
+    state: dict[str, Any] = {}
+    for group in optimizers:
+        for member in group.members:
+            state[f"variables/{member.entry.path}"] = member.variable
+        state |= {f"slots/{name}": variable for name, variable in group.state.items()}
+    moving = _moving(model)
+    # Keras numbers generators through the whole process (`seed_generator_7`), so they go by their order here.
+    generators = [v for v in moving if v.name == "seed_generator_state"]
+    state |= {f"generators/{i}": variable for i, variable in enumerate(generators)}
+    statistics = [v for v in moving if v.name != "seed_generator_state"]
+    names = strip_root(model.name, [v.path for v in statistics])
+    state |= {f"statistics/{name}": variable for name, variable in zip(names, statistics, strict=True)}
+    if scale is not None:
+        state |= {"loss_scale/scale": scale.scale, "loss_scale/good_steps": scale.good_steps}
+    return state
+
+
+def frozen_fingerprints(model: keras.Model, plan: Plan) -> dict[str, str]:
+    """SHA-256 (the first 16 hex digits) of everything that training leaves as it is, by path."""
+    prints = {}
+    for entry in plan.entries:
+        value = keras.ops.convert_to_numpy(entry.variable)
+        if entry.rule.rows is not None and entry.trained:
+            start, stop = entry.rule.rows
+            prints[f"{entry.path}[other rows]"] = _digest(np.delete(value, slice(start, stop), axis=0))
+        elif not entry.trained:
+            prints[entry.path] = _digest(value)
+    known = {id(v) for v in [*_moving(model), *(entry.variable for entry in plan.entries)]}
+    others = [v for v in model.variables if id(v) not in known]
+    names = strip_root(model.name, [v.path for v in others])
+    return prints | {n: _digest(keras.ops.convert_to_numpy(v)) for n, v in zip(names, others, strict=True)}
+
+
+def save(folder: Path, step: int, state: dict[str, Any], metadata: dict[str, Any], keep: int) -> Path:
+    """Writes one checkpoint atomically, then removes all but the newest `keep`.
+
+    Raises:
+        UserError: the folder cannot be written (full, read-only); no checkpoint that was there is touched.
+    """
+    arrays = {name: keras.ops.convert_to_numpy(variable) for name, variable in state.items()}
+    arrays["metadata"] = np.frombuffer(json.dumps(metadata | {"step": step}).encode(), np.uint8)
+    path = folder / f"step-{step:010d}.npz"
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: np.savez(file, **arrays))
+        for _, old in _listed(folder)[:-keep]:
+            old.unlink()
+    return path
+
+
+def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Reads the newest checkpoint that is whole; says so of each newer one that is not.
+
+    Raises:
+        UserError: there are checkpoints, but none is whole.
+    """
+    listed = _listed(folder)
+    for step, path in reversed(listed):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            metadata = json.loads(arrays.pop("metadata").tobytes())
+            if metadata["step"] != step:
+                raise ValueError(f"it holds step {metadata['step']}")
+            return Checkpoint(path, step, arrays, metadata)
+        except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError, NotImplementedError) as error:
+            warn(f"checkpoint {path} is damaged ({error}): falling back to the one before")
+    if listed:
+        raise UserError(f"no checkpoint in {folder} can be read ({len(listed)} damaged): remove them to start afresh")
+    return None
+
+
+def restore(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+    """Assigns a checkpoint's arrays to the variables of the same names; called in the cross-replica context.
+
+    Raises:
+        UserError: a name or a shape differs; then nothing has been assigned.
+    """
+    missing, extra = sorted(set(state) - set(checkpoint.arrays)), sorted(set(checkpoint.arrays) - set(state))
+    if missing or extra:
+        raise UserError(
+            f"{checkpoint.path} holds another state: it lacks {missing[:3]} and has {extra[:3]} besides; "
+            "use another --run_dir or the configuration that made it"
+        )
+    for name, variable in state.items():
+        if tuple(variable.shape) != checkpoint.arrays[name].shape:
+            raise UserError(
+                f"{checkpoint.path}: {name} has shape {checkpoint.arrays[name].shape}, not {variable.shape}"
+            )
+    for name, variable in state.items():
+        array = checkpoint.arrays[name]
+        # npz knows no bfloat16 and reads it back as two bytes of nothing in particular.
+        variable.assign(array if array.dtype.kind != "V" else array.view(keras.ops.convert_to_numpy(variable).dtype))
+
+
+def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
+    """Writes a file so that under its name there is the old content or the new, whatever happens meanwhile."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name itself is durable only now
+    finally:
+        os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes text atomically, in UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes indented JSON atomically."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def _listed(folder: Path) -> list[tuple[int, Path]]:
+    names = [(match, path) for path in folder.glob("step-*.npz") if (match := _NAME.fullmatch(path.name))]
+    return sorted((int(match[1]), path) for match, path in names)
+
+
+def _moving(model: keras.Model) -> list[Any]:
+    """Variables that no optimizer updates and that a step may still change: generators and running statistics."""
+    still = {id(v) for layer in model._flatten_layers() if not layer.trainable for v in layer.variables}
+    return [v for v in model.non_trainable_variables if v.name == "seed_generator_state" or id(v) not in still]
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(str((array.dtype, array.shape)).encode() + np.ascontiguousarray(array).tobytes()).hexdigest()[
+        :16
+    ]

@@ -1,0 +1,147 @@
+"""gin: what can be bound, and reading the files. No other module imports it."""
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+
+from dist_partial import data, models, replicas, settings
+from dist_partial.errors import UserError
+from dist_partial.reduction import EveryStep
+from dist_partial.selection import Rule
+
+_OURS: dict[str, Callable[..., Any]] = {
+    "run": settings.Settings,
+    "sample": settings.Sampling,
+    "replicas": replicas.create,
+    "Rule": Rule,
+    "every_step": EveryStep,
+    "two_dense": models.two_dense,
+    "byte_transformer": models.byte_transformer,
+    "stdlib_corpus": data.stdlib_corpus,
+    "stdlib_shapes": data.stdlib_shapes,
+    "tfds_dataset": data.tfds_dataset,
+}
+_KERAS = ("optimizers", "optimizers.schedules", "losses", "applications", "initializers", "regularizers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """What the gin files say.
+
+    Attributes:
+        settings: of the run.
+        operative: the bindings in use so far, as a gin file that reproduces the run alone.
+        unused: the bindings that nothing has read so far.
+    """
+
+    settings: settings.Settings
+    operative: Callable[[], str]
+    unused: Callable[[], list[str]]
+
+
+def load(files: Sequence[str | Path], params: Sequence[str] = ()) -> Configuration:
+    """Reads gin files, then single bindings over them.
+
+    A module that a file imports has its public functions and classes made bindable, without decorators:
+    `import my_package` and then `run.model = @my_package.build_model`.
+
+    Args:
+        files: paths; each may include others, relative to itself.
+        params: bindings such as `run.steps = 100`.
+
+    Raises:
+        UserError: a missing file, a syntax error, an unknown or misspelt name, a bad value.
+    """
+    gin.clear_config()
+    wrapped = _register()
+    for file in files:
+        if not Path(file).is_file():
+            near = difflib.get_close_matches(Path(file).name, [p.name for p in Path(file).parent.glob("*.gin")])
+            raise UserError(f"no gin file {file}" + (f"; in that folder there is {', '.join(near)}" if near else ""))
+        gin.add_config_file_search_path(str(Path(file).resolve().parent))
+        _register_imports(Path(file))
+    try:
+        gin.parse_config_files_and_bindings([str(file) for file in files], list(params), finalize_config=False)
+        run = wrapped["run"](replicas=wrapped["replicas"], sampling=wrapped["sample"]())
+    except UserError:
+        raise
+    except Exception as error:  # gin raises whatever the file's mistake leads to
+        raise UserError(_explain(error)) from error
+    return Configuration(run, gin.operative_config_str, _unused)
+
+
+def _register() -> dict[str, Callable[..., Any]]:
+    for package in _KERAS:
+        for name, value in vars(importlib.import_module(f"keras.{package}")).items():
+            if not name.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
+                _bindable(value, name, f"keras.{package}")
+    return {name: _bindable(value, name, "dist_partial") for name, value in _OURS.items()}
+
+
+def _bindable(value: Callable[..., Any], name: str, module: str) -> Callable[..., Any]:
+    selector = f"{module}.{name}"
+    if selector in gin.config._REGISTRY:
+        return gin.config._REGISTRY[selector].wrapper
+    return gin.external_configurable(value, name=name, module=module)
+
+
+def _register_imports(file: Path) -> None:
+    text = file.read_text()
+    for included in re.findall(r"^\s*include\s+['\"](.+?)['\"]", text, re.MULTILINE):
+        if (nested := file.parent / included).is_file():
+            _register_imports(nested)
+    for name in re.findall(r"^\s*import\s+([\w.]+)", text, re.MULTILINE):
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"{file} imports {name}: {error}; run where Python finds it, or set PYTHONPATH") from error
+        for attribute, value in vars(module).items():
+            ours = getattr(value, "__module__", "").split(".")[0] == name.split(".")[0]
+            if ours and not attribute.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
+                _bindable(value, attribute, name)
+
+
+def _explain(error: Exception) -> str:
+    """gin's message in one line, with the nearest known names."""
+    text = str(error)
+    where = re.search(r'In file "(.+?)", line (\d+)', text) or re.search(r"In (bindings string) line (\d+)", text)
+    place = f" ({where[1]}, line {where[2]})" if where else ""
+    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    if match := re.search(r"(?:No configurable matching|name) '@?([\w./]+)'", text):
+        name = match[1].split("/")[-1]
+        known = {selector: selector for selector in gin.config._REGISTRY}
+        known |= {selector.split(".")[-1]: selector for selector in known}
+        near = difflib.get_close_matches(name, list(known), cutoff=0.5) or difflib.get_close_matches(
+            name.split(".")[-1], list(known), cutoff=0.5
+        )
+        first = f"nothing is called {name!r}; nearest: {', '.join(dict.fromkeys(known[n] for n in near)) or 'none'}"
+    elif match := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text):
+        signature = inspect.signature(gin.config._REGISTRY.get_match(match[1]).wrapped)
+        near = difflib.get_close_matches(match[2], list(signature.parameters), cutoff=0.5) or list(signature.parameters)
+        first = f"{match[1]} has no parameter {match[2]!r}; nearest: {', '.join(near)}"
+    elif match := re.search(r"missing \d+ required positional arguments?: (.*)", text):
+        missing = re.findall(r"'(\w+)'", text[match.start() :].splitlines()[0])
+        first = "not bound: " + ", ".join(f"run.{name}" for name in missing)
+    return f"{first}{place}"
+
+
+def _unused() -> list[str]:
+    used: set[tuple[str, str, str]] = set()
+    for (scope, selector), values in gin.config._OPERATIVE_CONFIG.items():
+        parts = scope.split("/") if scope else []
+        for i in range(len(parts) + 1):  # what is bound in an outer scope serves the inner ones
+            used |= {("/".join(parts[:i]), selector, name) for name in values}
+    names = []
+    for (scope, selector), values in gin.config._CONFIG.items():
+        for name in values:
+            if (scope, selector, name) not in used:
+                short = selector.removeprefix("keras.") if selector != "gin.macro" else ""
+                names.append(f"{scope}/{short}.{name}" if scope and short else scope or f"{short}.{name}")
+    return names

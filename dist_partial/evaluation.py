@@ -1,0 +1,67 @@
+"""The distributed evaluation pass, and samples."""
+
+import math
+from typing import Any
+
+import tensorflow as tf
+
+from dist_partial.data import Dataset, evaluation_batches
+from dist_partial.errors import UserError
+from dist_partial.sampling import generate
+from dist_partial.settings import Sampling
+
+
+def evaluate(
+    strategy: tf.distribute.Strategy, step: Any, total: Any, data: Dataset, examples: int, global_batch: int
+) -> dict[str, float]:
+    """Evaluates on the first `examples` held-out examples, each exactly once.
+
+    Args:
+        strategy: the replicas.
+        step: from `step.evaluation_step`.
+        total: from `step.worker_sum`.
+        data: the data set.
+        examples: how many examples.
+        global_batch: examples a step over all replicas; the last one is padded with weight 0.
+
+    Returns:
+        `loss` (mean over symbols, nats), `accuracy`, `examples`, and `bits_per_byte` where a symbol is a byte.
+    """
+    iterator = iter(
+        strategy.distribute_datasets_from_function(
+            lambda context: evaluation_batches(
+                data.evaluation, examples=examples, global_batch=global_batch, context=context
+            )
+        )
+    )
+    steps = -(-examples // global_batch)
+    loss, correct, weight = total(step(iterator, tf.constant(steps))).numpy().tolist()
+    metrics = {"loss": loss / weight, "accuracy": correct / weight, "examples": examples}
+    if data.unit == "byte":
+        metrics["bits_per_byte"] = metrics["loss"] / math.log(2)
+    return metrics
+
+
+def samples(model: Any, data: Dataset, sampling: Sampling, step: int) -> list[dict[str, Any]]:
+    """Generates `sampling.count` texts, on one device, without a word to the other replicas.
+
+    Returns:
+        Rows of samples.jsonl: `{"step", "temperature", "prompt", "text"}`; the text goes on from the prompt.
+
+    Raises:
+        UserError: the data set has no text to sample.
+    """
+    if data.codec is None:
+        raise UserError(f"data set {data.name!r} has no text to sample: its codec is None")
+    ids = generate(
+        model,
+        data.codec.encode(sampling.prompt),
+        count=sampling.count,
+        length=sampling.length,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+    )
+    row = {"step": step, "temperature": sampling.temperature, "prompt": sampling.prompt}
+    return [{**row, "text": data.codec.decode(text)} for text in ids]

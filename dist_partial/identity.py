@@ -1,0 +1,76 @@
+"""What must not change under a run folder: another value of any of it would be another run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from dist_partial import checkpoints
+from dist_partial.data import Dataset
+from dist_partial.errors import UserError
+from dist_partial.optimizers import GroupOptimizer
+from dist_partial.selection import Plan
+from dist_partial.settings import Settings
+
+FILE = "identity.json"
+
+
+def of_run(
+    settings: Settings, data: Dataset, model: keras.Model, plan: Plan, groups: tuple[GroupOptimizer, ...]
+) -> dict[str, Any]:
+    """Rules, optimizers, model, fingerprints of all that is frozen, data, seed: as plain JSON values."""
+    content = {
+        "rules": [f"{rule}" + (f", {rule.reduction}" if rule.reduction else "") for rule in plan.rules],
+        "reduction": str(settings.reduction),
+        "optimizers": [_optimizer(group.optimizer) for group in groups],
+        "model": {entry.path: f"{entry.dtype}{list(entry.shape)}" for entry in plan.entries},
+        "frozen": checkpoints.frozen_fingerprints(model, plan),
+        "data": {"name": data.name, "fingerprint": data.fingerprint},
+        "seed": settings.seed,
+        "global_batch": settings.global_batch,
+        "precision": settings.precision,
+    }
+    return json.loads(json.dumps(content, default=str))
+
+
+def check(folder: Path, identity: dict[str, Any]) -> bool:
+    """Compares with the identity that the folder was made with.
+
+    Returns:
+        Whether the folder is a run folder; False if it is absent or empty.
+
+    Raises:
+        UserError: it is of another run (the differences are shown), damaged, or something else.
+    """
+    path = folder / FILE
+    if not path.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} is there and is not a run folder: choose another --run_dir")
+        return False
+    try:
+        before = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): choose another --run_dir") from None
+    if differences := _differences(before, identity):
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise UserError(
+            f"{folder} is of another run: {'; '.join(differences[:3])}{more}; choose another --run_dir, or restore "
+            "the configuration"
+        )
+    return True
+
+
+def _optimizer(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
+    # Keras numbers the names of optimizers through the process.
+    config = {key: value for key, value in optimizer.get_config().items() if key != "name"}
+    return {"class": type(optimizer).__name__, **config}
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(before, list) and isinstance(now, list):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *[key for key in now if key not in before]]
+        return [d for key in keys for d in _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if before == now else [f"{name} was {before!r} and is now {now!r}"]

@@ -1,0 +1,42 @@
+"""Dynamic loss scaling for float16, decided once for all replicas.
+
+Micikevicius et al. 2018, "Mixed Precision Training".
+"""
+
+import keras
+import tensorflow as tf
+
+GROW_AFTER = 2000  # updates in a row without overflow, after which the scale is doubled
+FIRST_SCALE = 2.0**15
+
+
+class LossScale:
+    """The scale by which the loss is multiplied before backprop, so that small gradients survive float16.
+
+    Make it in the strategy's scope. Both variables are mirrored, and are changed in the cross-replica
+    context by what is known of the *summed* gradient, so replicas cannot disagree.
+    """
+
+    def __init__(self) -> None:
+        self.scale = tf.Variable(FIRST_SCALE, trainable=False, name="loss_scale")
+        self.good_steps = tf.Variable(0, trainable=False, name="good_steps")
+
+    def value(self) -> tf.Tensor:
+        return tf.convert_to_tensor(self.scale)
+
+    def adjust(self, finite: tf.Tensor) -> None:
+        """Halves the scale after an overflow, doubles it after `GROW_AFTER` updates without one.
+
+        Args:
+            finite: bool scalar, whether the summed gradient was finite.
+        """
+        good = tf.where(finite, self.good_steps + 1, 0)
+        grow = good >= GROW_AFTER
+        factor = tf.where(finite, tf.where(grow, 2.0, 1.0), 0.5)
+        self.scale.assign(tf.maximum(self.scale * factor, 1.0))
+        self.good_steps.assign(tf.where(grow, 0, good))
+
+
+def needs_loss_scale(model: keras.Model) -> bool:
+    """Whether any layer computes in float16."""
+    return any(layer.compute_dtype == "float16" for layer in model._flatten_layers())

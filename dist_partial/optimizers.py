@@ -1,0 +1,141 @@
+"""One Keras optimizer a group, applied to gradients that are reduced already.
+
+The only private Keras name the package touches is in `_apply_reduced_already`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from dist_partial.errors import UserError
+from dist_partial.selection import Entry, Group, Plan
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+    """One trained entry and the variable that its optimizer updates.
+
+    That is the model's variable itself, or, where rows are selected, a variable of those rows alone, so that
+    the optimizer holds slots for nothing else; `write_rows` copies it into the model after the update.
+    """
+
+    entry: Entry
+    variable: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GroupOptimizer:
+    """One group's optimizer.
+
+    Attributes:
+        members: the group's variables, in the group's order.
+        optimizer: built on exactly those.
+        state: its variables by a name that does not depend on their order: `<path>/<slot>` for slots.
+    """
+
+    members: tuple[Trained, ...]
+    optimizer: keras.optimizers.Optimizer
+    state: dict[str, Any]
+
+
+def build(plan: Plan, factory: Callable[..., Any]) -> tuple[GroupOptimizer, ...]:
+    """Builds one optimizer a group, with slots for the selected variables only.
+
+    Call it inside `strategy.scope()`: Keras optimizers remember the strategy in which they are made.
+
+    Args:
+        plan: the plan.
+        factory: makes the optimizer of the rules that name none, such as `keras.optimizers.Adam`.
+
+    Raises:
+        UserError: if a factory does not make a Keras optimizer, or makes one that accumulates or scales by
+            itself (`run.accumulate` and `run.precision` do that here, in the order the sum needs).
+    """
+    return tuple(_build_group(number, group, factory) for number, group in enumerate(plan.groups))
+
+
+def _build_group(number: int, group: Group, default: Callable[..., Any]) -> GroupOptimizer:
+    factory = group.rule.optimizer or default
+    rate = group.rule.learning_rate
+    optimizer = factory() if rate is None else factory(learning_rate=float(rate) if isinstance(rate, int) else rate)
+    where = f"the optimizer of rule {group.rule.match!r}"
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise UserError(f"{where} is {optimizer!r}: bind a factory, such as @keras.optimizers.Adam without ()")
+    if optimizer.gradient_accumulation_steps:
+        raise UserError(f"{where} accumulates gradients by itself: bind run.accumulate instead")
+    if optimizer.loss_scale_factor or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise UserError(f"{where} scales the loss by itself: bind run.precision = 'mixed_float16' instead")
+    members = tuple(Trained(entry, _trained_variable(entry)) for entry in group.entries)
+    state = _build_slots(number, optimizer, members)
+    _apply_reduced_already(optimizer)
+    return GroupOptimizer(members, optimizer, state)
+
+
+def _trained_variable(entry: Entry) -> Any:
+    if entry.rule.rows is None:
+        return entry.variable
+    start, stop = entry.rule.rows
+    rows = keras.ops.convert_to_numpy(entry.variable)[start:stop]
+    return keras.Variable(rows, dtype=entry.dtype, name=entry.variable.name)
+
+
+def _build_slots(number: int, optimizer: Any, members: Sequence[Trained]) -> dict[str, Any]:
+    # Keras names a slot by its variable's path with "/" turned into "_", which is not unique, and lists slots by
+    # index, which a changed selection shifts. The method below is where every slot learns its variable.
+    paths = {id(member.variable): member.entry.path for member in members}
+    slots: dict[str, Any] = {}
+    add_slot = optimizer.add_variable_from_reference
+
+    def recorded(reference_variable: Any, name: str | None = None, **kwargs: Any) -> Any:
+        slot = add_slot(reference_variable, name=name, **kwargs)
+        slots[f"{paths[id(reference_variable)]}/{name}"] = slot
+        return slot
+
+    optimizer.add_variable_from_reference = recorded
+    optimizer.build([member.variable for member in members])
+    del optimizer.add_variable_from_reference
+    known = {id(slot) for slot in slots.values()}
+    others = {
+        f"group_{number}/{variable.path.split('/', 1)[-1]}": variable
+        for variable in optimizer.variables
+        if id(variable) not in known
+    }
+    return slots | others
+
+
+def _apply_reduced_already(optimizer: Any) -> None:
+    # Keras 3.15's `apply` sums what it is handed over the replicas, with no option not to; after our own
+    # reduction that would be a second sum: an update as many times too large, and twice the bytes.
+    if not hasattr(optimizer, "_all_reduce_sum_gradients"):
+        raise RuntimeError(
+            f"Keras {keras.__version__} has no Optimizer._all_reduce_sum_gradients: gradients would be summed twice"
+        )
+    optimizer._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
+
+
+def apply(optimizers: Sequence[GroupOptimizer], gradients: Sequence[tf.Tensor | None]) -> None:
+    """Updates every group; called in a replica context with reduced gradients in the order of `plan.trained`.
+
+    A variable whose gradient is None stays as it is.
+    """
+    rest = iter(gradients)
+    for group in optimizers:
+        pairs = [(gradient, member.variable) for member in group.members if (gradient := next(rest)) is not None]
+        if pairs:
+            group.optimizer.apply(*zip(*pairs, strict=True))
+
+
+def write_rows(strategy: tf.distribute.Strategy, optimizers: Sequence[GroupOptimizer]) -> None:
+    """Copies the rows that were updated into the model's variables; called in the cross-replica context."""
+    for group in optimizers:
+        for member in group.members:
+            if member.entry.rule.rows is not None:
+                start, stop = member.entry.rule.rows
+                strategy.extended.update(
+                    member.entry.variable.value,
+                    lambda whole, rows, start=start, stop=stop: whole[start:stop].assign(rows),
+                    args=(member.variable.value,),
+                )

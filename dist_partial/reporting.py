@@ -1,0 +1,194 @@
+"""What a run shows: the plan's table, the progress bar, TensorBoard, metrics.jsonl and samples.jsonl."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+from dist_partial.checkpoints import write_atomically, write_text
+from dist_partial.errors import UserError, writing
+from dist_partial.selection import Plan
+
+
+def plan_table(plan: Plan) -> str:
+    """The plan for people: a line a variable, then totals and the share of the whole."""
+    header = ("path", "shape", "trained", "rule", "reduction", "bytes a step")
+    lines = [
+        (
+            entry.path,
+            "x".join(map(str, entry.shape)) or "scalar",
+            _trained_word(entry),
+            str(entry.rule),
+            str(entry.reduction) if entry.trained and entry.sent else "-",
+            f"{entry.wire_bytes:,}",
+        )
+        for entry in plan.entries
+    ]
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    table = [_row(header, widths), "  ".join("-" * width for width in widths), *[_row(line, widths) for line in lines]]
+    trained = sum(entry.trained_parameters for entry in plan.entries)
+    total = sum(entry.parameters for entry in plan.entries)
+    return "\n".join(
+        [
+            *table,
+            f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%})",
+            f"on the wire: {plan.wire_bytes:,} of {plan.full_wire_bytes:,} bytes a step and replica "
+            f"({plan.wire_bytes / plan.full_wire_bytes:.2%} of exchanging everything)",
+        ]
+    )
+
+
+def _trained_word(entry: Any) -> str:
+    if not entry.trained:
+        return "no"
+    if not entry.sent:
+        return "no gradient"
+    return f"rows {entry.rule.rows[0]}:{entry.rule.rows[1]}" if entry.rule.rows else "yes"
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    left = [cell.ljust(width) for cell, width in zip(cells[:-1], widths, strict=False)]
+    return "  ".join([*left, cells[-1].rjust(widths[-1])])
+
+
+class Journal:
+    """Writes what happens in a run to its folder and to the terminal.
+
+    Lines of steps after `step`, left by a run that was stopped after its last checkpoint, are removed: these
+    steps are about to be made again.
+
+    Args:
+        folder: the run folder.
+        step: the step from which the run goes on.
+        steps: the step at which it ends.
+        plan: for the bytes of a full exchange, with which the run's are compared.
+        active: whether this process writes; the others' calls do nothing.
+
+    Raises:
+        UserError: (from every method, too) the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, step: int, steps: int, plan: Plan, active: bool) -> None:
+        self._folder = folder
+        self._plan = plan
+        self._active = active
+        self._board = tf.summary.create_noop_writer()
+        if active:
+            with _writing(folder):
+                for name in ("metrics.jsonl", "samples.jsonl"):
+                    _keep_until(folder / name, step)
+                self._board = tf.summary.create_file_writer(str(folder / "tensorboard"))
+        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not active)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        with _writing(self._folder):
+            self._board.close()
+
+    def train(self, step: int, losses: np.ndarray, norms: np.ndarray, wire_bytes: np.ndarray) -> None:
+        """Records consecutive steps, the first of which is `step`; all arrays have a value a step.
+
+        Args:
+            step: number of the first of these updates, counted from 1.
+            losses: mean loss over the global batch.
+            norms: global norm of the summed gradient, before clipping.
+            wire_bytes: payload bytes that one replica has handed over since the run began.
+        """
+        columns = zip(losses.tolist(), norms.tolist(), wire_bytes.tolist(), strict=True)
+        rows = [
+            {"step": step + i, "split": "train", "loss": loss, "gradient_norm": norm, "wire_bytes": sent}
+            for i, (loss, norm, sent) in enumerate(columns)
+        ]
+        if not rows:
+            return
+        self._record(rows)
+        self._bar.update(len(rows))
+        last = rows[-1]
+        self._bar.set_postfix_str(
+            f"loss {last['loss']:.3f}, {last['wire_bytes'] / last['step'] / 1e6:.3f} MB/step on the wire"
+        )
+
+    def evaluation(self, step: int, metrics: dict[str, float], wire_bytes: int) -> None:
+        """Records an evaluation after `step` updates."""
+        self._record([{"step": step, "split": "eval", **metrics, "wire_bytes": wire_bytes}])
+        words = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items() if name != "examples"]
+        self.say(f"step {step}: held-out {', '.join(words)} ({metrics['examples']} examples)")
+
+    def samples(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Records sampled texts: `{"step", "temperature", "prompt", "text"}`."""
+        self._append("samples.jsonl", rows)
+        with _writing(self._folder), self._board.as_default():
+            for i, row in enumerate(rows):
+                text = f"temperature {row['temperature']}\n\n```\n{row['prompt']}{row['text']}\n```"
+                tf.summary.text(f"samples/{i}", text, step=row["step"])
+        for row in rows:
+            head = f"step {row['step']}: sample at temperature {row['temperature']}"
+            self.say(f"--- {head}\n{row['prompt']}{row['text']}\n---")
+
+    def configuration(self, operative: str, unused: Sequence[str]) -> None:
+        """Writes the bindings in use, and says which were never used."""
+        if self._active and operative:
+            path = self._folder / "operative_config.gin"
+            with _writing(path):
+                write_text(path, operative)
+        if unused:
+            self.say(f"bound but never used: {', '.join(unused)}")
+
+    def say(self, text: str) -> None:
+        """Prints above the progress bar."""
+        if self._active:
+            self._bar.write(text)
+
+    def _record(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._append("metrics.jsonl", rows)
+        with _writing(self._folder), self._board.as_default():
+            for row in rows:
+                values = {name: value for name, value in row.items() if name not in ("step", "split")}
+                if row["split"] == "train":
+                    values["share_of_full_exchange"] = row["wire_bytes"] / (row["step"] * self._plan.full_wire_bytes)
+                for name, value in values.items():
+                    tf.summary.scalar(f"{row['split']}/{name}", value, step=row["step"])
+
+    def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        if not self._active:
+            return
+        text = "".join(json.dumps({k: _finite(v) for k, v in row.items()}) + "\n" for row in rows)
+        with _writing(self._folder / name), open(self._folder / name, "a") as file:
+            file.write(text)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        with writing(path):
+            yield
+    except tf.errors.OpError as error:  # TensorBoard's writer is TensorFlow's own
+        raise UserError(f"cannot write {path}: {error.message}; free some space or choose another --run_dir") from None
+
+
+def _finite(value: Any) -> Any:
+    # JSON has no infinity; under a loss scale the norm of a skipped step is one.
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _keep_until(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] > step:
+                continue
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line of a run that was killed while it wrote
+        kept.append(line)
+    write_atomically(path, lambda file: file.writelines(kept))

@@ -1,0 +1,251 @@
+"""The one orchestration: build, restore, loop, evaluate, sample, save."""
+
+import contextlib
+import dataclasses
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dist_partial import checkpoints, evaluation, identity, optimizers, selection, step, traffic
+from dist_partial.data import Dataset, train_batches
+from dist_partial.errors import UserError, writing
+from dist_partial.loss_scale import LossScale, needs_loss_scale
+from dist_partial.replicas import is_chief
+from dist_partial.reporting import Journal, plan_table
+from dist_partial.settings import Settings
+
+
+class Interrupted(Exception):
+    """The user stopped the run; everything is saved, and the message says how to go on."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Built:
+    """Everything that a run computes with, made from its settings in one strategy's scope."""
+
+    strategy: tf.distribute.Strategy
+    data: Dataset
+    model: keras.Model
+    loss: Callable[[Any, Any], tf.Tensor]
+    plan: selection.Plan
+    optimizers: tuple[optimizers.GroupOptimizer, ...]
+    scale: LossScale | None
+    state: dict[str, Any]
+    identity: dict[str, Any]
+
+
+def build(settings: Settings, strategy: tf.distribute.Strategy) -> Built:
+    """Builds data, model, plan and optimizers; reads and writes nothing of the run folder.
+
+    Raises:
+        UserError: every mistake in the rules, the factories or the data.
+    """
+    keras.config.set_floatx("float64" if settings.precision == "float64" else "float32")
+    keras.config.set_dtype_policy(settings.precision)
+    data = settings.data()
+    if not isinstance(data, Dataset):
+        raise UserError(f"run.data made a {type(data).__name__}: its factory must return a dist_partial.data.Dataset")
+    with strategy.scope():
+        keras.utils.set_random_seed(settings.seed)
+        model = settings.model()
+        if not isinstance(model, keras.Model):
+            raise UserError(f"run.model made a {type(model).__name__}: its factory must return a keras.Model")
+        # A subclassed model has its variables only once it has been called.
+        x = data.train.spec[0]
+        model(tf.zeros([1, *x.shape], x.dtype))
+        plan = selection.resolve(settings.rules, model, settings.reduction)
+        step.set_statistics_mode(model, plan, everywhere=settings.statistics == "all")
+        groups = optimizers.build(plan, settings.optimizer)
+        scale = LossScale() if needs_loss_scale(model) else None
+    loss = settings.loss()
+    return Built(
+        strategy=strategy,
+        data=data,
+        model=model,
+        loss=loss.call if isinstance(loss, keras.losses.Loss) else loss,
+        plan=plan,
+        optimizers=groups,
+        scale=scale,
+        state=checkpoints.resumable_state(model, plan, groups, scale),
+        identity=identity.of_run(settings, data, model, plan, groups),
+    )
+
+
+def restore(built: Built, folder: Path, say: Callable[[str], None]) -> checkpoints.Checkpoint | None:
+    """Restores the newest whole checkpoint of the folder, if there is one.
+
+    Raises:
+        UserError: the folder is of another run, or damaged.
+    """
+    if not identity.check(folder, built.identity):
+        return None
+    checkpoint = checkpoints.newest(folder / "checkpoints", say)
+    if checkpoint is not None:
+        checkpoints.restore(checkpoint, built.state)
+        optimizers.write_rows(built.strategy, built.optimizers)
+    return checkpoint
+
+
+def run(
+    settings: Settings,
+    folder: Path,
+    operative: Callable[[], str] = lambda: "",
+    unused: Callable[[], list[str]] = lambda: [],
+) -> None:
+    """Trains, evaluates and samples; goes on from what is in the folder.
+
+    Args:
+        settings: what to do.
+        folder: the run folder, made if absent.
+        operative: gives the text of operative_config.gin, once the first step has used everything.
+        unused: gives the bindings that nothing has used by then.
+
+    Raises:
+        UserError: any mistake of the user's, a full disk, a damaged folder, a loss that is not finite.
+        Interrupted: the user pressed Ctrl-C; the state is saved.
+    """
+    strategy, description = settings.replicas()
+    say: Callable[[str], None] = print if is_chief() else lambda _: None
+    say(description)
+    parts = strategy.num_replicas_in_sync * settings.accumulate
+    if settings.global_batch % parts:
+        raise UserError(
+            f"run.global_batch = {settings.global_batch} does not divide into {strategy.num_replicas_in_sync} "
+            f"replicas x {settings.accumulate} micro-batches: bind a multiple of {parts}"
+        )
+    built = build(settings, strategy)
+    say(plan_table(built.plan))
+    checkpoint = restore(built, folder, say)
+    done, wire_bytes = (checkpoint.step, checkpoint.metadata["wire_bytes"]) if checkpoint else (0, 0)
+    if done >= settings.steps:
+        say(f"finished: {folder} is at step {done} of {settings.steps}; bind a larger run.steps to go on")
+        return
+    if checkpoint:
+        say(f"going on from step {done} ({checkpoint.path})")
+
+    train = step.train_step(
+        strategy,
+        built.model,
+        built.loss,
+        built.plan,
+        built.optimizers,
+        step.StepOptions(settings.global_batch, settings.clip_norm, settings.accumulate, settings.jit_compile),
+        built.scale,
+    )
+    batches = iter(strategy.distribute_datasets_from_function(_train_batches(settings, built.data, done)))
+    traced = train.function.get_concrete_function(batches, tf.constant(1))
+    bytes_per_step = traffic.bytes_per_step(traced)
+    evaluate = _evaluation(settings, built)
+    total = step.worker_sum(strategy)
+    plan = built.plan.traced(train.without_gradient, 0)
+    if strategy.num_replicas_in_sync > 1:
+        plan = plan.traced(train.without_gradient, bytes_per_step - plan.wire_bytes)
+    if is_chief():
+        _make_folder(folder, built.identity, plan)
+    saved, first = done, True
+    with Journal(folder, done, settings.steps, plan, is_chief()) as journal, _interruptible() as interrupted:
+        if train.without_gradient:
+            journal.say(f"selected, but the loss does not depend on it: {', '.join(train.without_gradient)}")
+        if plan.statistics_bytes:
+            journal.say(f"BatchNorm statistics add {plan.statistics_bytes:,} bytes a step to the wire")
+        while done < settings.steps:
+            count = _steps_until_event(settings, done)
+            result = train.function(batches, tf.constant(count))
+            losses, norms = total(result["loss"]).numpy(), result["gradient_norm"].numpy()
+            sent = wire_bytes + bytes_per_step * np.arange(1, count + 1)
+            good = _finite_steps(losses, norms, scaled=built.scale is not None)
+            journal.train(done + 1, losses[:good], norms[:good], sent[:good])
+            if good < count:
+                raise _not_finite(done + good + 1, losses[good], norms[good], saved)
+            done, wire_bytes = done + count, int(sent[-1])
+            if first:
+                journal.configuration(operative(), unused())
+                first = False
+            if _due(settings, done, settings.eval_every):
+                journal.evaluation(done, evaluate(), wire_bytes)
+                if built.data.codec is not None and is_chief():
+                    journal.samples(evaluation.samples(built.model, built.data, settings.sampling, done))
+            stop = interrupted() and done < settings.steps
+            if stop or _due(settings, done, settings.save_every):
+                if is_chief():
+                    metadata = {"wire_bytes": wire_bytes, "frozen": built.identity["frozen"]}
+                    checkpoints.save(folder / "checkpoints", done, built.state, metadata, settings.keep)
+                saved = done
+            if stop:
+                raise Interrupted(
+                    f"stopped at step {done} of {settings.steps}, saved in {folder}; run the same command again to "
+                    "go on"
+                )
+
+
+def _train_batches(settings: Settings, data: Dataset, done: int) -> Callable[[Any], tf.data.Dataset]:
+    return lambda context: train_batches(
+        data.train, first_step=done, global_batch=settings.global_batch, seed=settings.seed, context=context
+    )
+
+
+def _evaluation(settings: Settings, built: Built) -> Callable[[], dict[str, float]]:
+    compiled = step.evaluation_step(built.strategy, built.model, built.loss)
+    total = step.worker_sum(built.strategy)
+    examples = min(settings.eval_examples or len(built.data.evaluation), len(built.data.evaluation))
+    return lambda: evaluation.evaluate(
+        built.strategy, compiled, total, built.data, examples=examples, global_batch=settings.global_batch
+    )
+
+
+def _make_folder(folder: Path, content: dict[str, Any], plan: selection.Plan) -> None:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_json(folder / identity.FILE, content)
+        checkpoints.write_json(folder / "plan.json", plan.to_json())
+        checkpoints.write_text(folder / "plan.txt", plan_table(plan) + "\n")
+
+
+def _steps_until_event(settings: Settings, done: int) -> int:
+    """How many steps the next call may make: up to the next evaluation, checkpoint or the end."""
+    intervals = [every for every in (settings.eval_every, settings.save_every) if every]
+    ends = [settings.steps, *((done // every + 1) * every for every in intervals)]
+    return min(settings.steps_per_loop, min(ends) - done)
+
+
+def _due(settings: Settings, done: int, every: int | None) -> bool:
+    return done == settings.steps or (every is not None and done % every == 0)
+
+
+def _finite_steps(losses: np.ndarray, norms: np.ndarray, scaled: bool) -> int:
+    """How many steps there are before the first that has spoilt the weights.
+
+    Under a loss scale an update whose sum overflowed was skipped, and has spoilt nothing.
+    """
+    bad = ~np.isfinite(losses) if scaled else ~(np.isfinite(losses) & np.isfinite(norms))
+    return int(np.argmax(bad)) if bad.any() else len(losses)
+
+
+def _not_finite(at: int, loss: float, norm: float, saved: int) -> UserError:
+    what = "loss" if not np.isfinite(loss) else "gradient"
+    kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was due before it"
+    return UserError(
+        f"the {what} is not finite at step {at} (loss {loss:.4g}, gradient norm {norm:.4g}); {kept}; lower the "
+        "learning rate or bind run.clip_norm"
+    )
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C into a flag that the loop reads between calls; the second one is not caught."""
+    pressed: list[int] = []
+
+    def handler(signum: int, frame: Any) -> None:
+        pressed.append(signum)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)

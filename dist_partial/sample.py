@@ -1,0 +1,55 @@
+"""python -m dist_partial.sample --run_dir=DIR [--prompt=TEXT] [--temperature=T] [--top_k=K] [--top_p=P] ...
+
+Generates text from the newest checkpoint of a run folder; what no flag sets is as the run had it bound.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_partial import cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 0, or 2 for a mistake of the user's."""
+    cli.quiet_tensorflow()
+    from absl import flags
+
+    values = flags.FlagValues()
+    flags.DEFINE_string("run_dir", None, "run folder", flag_values=values)
+    flags.DEFINE_string("prompt", None, "what the text goes on from", flag_values=values)
+    flags.DEFINE_float("temperature", None, "divides the logits; 0 is greedy", flag_values=values)
+    flags.DEFINE_integer("top_k", None, "only the k likeliest symbols", flag_values=values)
+    flags.DEFINE_float("top_p", None, "only the likeliest symbols of this total probability", flag_values=values)
+    flags.DEFINE_integer("seed", None, "the same seed gives the same text", flag_values=values)
+    flags.DEFINE_integer("length", None, "symbols to generate", flag_values=values)
+    flags.DEFINE_integer("count", None, "how many texts", flag_values=values)
+
+    def command() -> int:
+        if not values.run_dir:
+            raise cli.UserError("no --run_dir: name the folder of a run, such as --run_dir=runs/quickstart")
+        import tensorflow as tf
+
+        from dist_partial import config, evaluation, run
+
+        folder = Path(values.run_dir)
+        if not (folder / "operative_config.gin").is_file():
+            raise cli.UserError(f"{folder} is no run folder: it has no operative_config.gin")
+        settings = config.load([folder / "operative_config.gin"]).settings
+        names = ("prompt", "temperature", "top_k", "top_p", "seed", "length", "count")
+        given = {name: values[name].value for name in names if values[name].value is not None}
+        sampling = dataclasses.replace(settings.sampling, **given)
+        built = run.build(settings, tf.distribute.get_strategy())
+        checkpoint = run.restore(built, folder, lambda line: print(line, file=sys.stderr))
+        if checkpoint is None:
+            raise cli.UserError(f"{folder} has no checkpoint yet: let the run save one first")
+        for row in evaluation.samples(built.model, built.data, sampling, checkpoint.step):
+            print(f"{row['prompt']}{row['text']}\n")
+        return 0
+
+    return cli.call(__doc__, values, argv, command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

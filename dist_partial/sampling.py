@@ -1,0 +1,215 @@
+"""Draws ids from a model's logits: temperature, top-k, top-p, and the loop that writes a text."""
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dist_partial.errors import UserError
+
+
+def temper(logits: tf.Tensor, temperature: tf.Tensor | float) -> tf.Tensor:
+    """Divides float32 logits [B, V] by the temperature; 0 leaves them as they are.
+
+    The largest logit of a row is moved to 0 first, so that no small temperature overflows.
+    """
+    shifted = logits - tf.reduce_max(logits, axis=-1, keepdims=True)
+    return shifted / tf.where(temperature > 0.0, temperature, 1.0)
+
+
+def truncate(logits: tf.Tensor, top_k: tf.Tensor | int, top_p: tf.Tensor | float) -> tf.Tensor:
+    """Keeps the likely ids of each row: the top k, then the nucleus of mass p among them (Holtzman et al. 2020).
+
+    Args:
+        logits: Float32 [B, V]. Of equal logits the lower id counts as the larger.
+        top_k: How many ids stay at most, >= 1; V or more keeps all.
+        top_p: The smallest set of the likeliest ids whose probabilities add up to it stays, in (0, 1]; 1 keeps all.
+
+    Returns:
+        The logits [B, V], -inf where an id is dropped.
+    """
+    order = tf.argsort(logits, direction="DESCENDING", stable=True)
+    ranks = tf.argsort(order)
+    kept = tf.where(ranks < top_k, logits, -np.inf)
+    probabilities = tf.nn.softmax(tf.gather(kept, order, batch_dims=1))
+    mass_before = tf.cumsum(probabilities, axis=-1, exclusive=True)
+    # The running sum may round up to 1 before the last id, which a top_p of 1 must not drop.
+    in_nucleus = (mass_before < top_p) | (top_p >= 1.0)
+    return tf.where(tf.gather(in_nucleus, ranks, batch_dims=1), kept, -np.inf)
+
+
+def draw(
+    logits: tf.Tensor,
+    temperature: tf.Tensor | float,
+    top_k: tf.Tensor | int,
+    top_p: tf.Tensor | float,
+    seed: tf.Tensor | int,
+    position: tf.Tensor | int,
+) -> tf.Tensor:
+    """Draws one id a row by the Gumbel-max trick (Maddison et al. 2014).
+
+    The noise depends on the seed, the position and the row alone: not on the device, nor on how many rows there are.
+
+    Args:
+        logits: [B, V] of any float type.
+        temperature: >= 0; 0 takes the largest logit.
+        top_k: See `truncate`.
+        top_p: See `truncate`.
+        seed: int64.
+        position: Where in the text the id will stand.
+
+    Returns:
+        int32 ids [B].
+    """
+    likely = truncate(temper(tf.cast(logits, tf.float32), temperature), top_k, top_p)
+    key = tf.stack([tf.cast(seed, tf.int64), tf.cast(position, tf.int64)])
+    # Philox by name: "auto_select" would take another generator on another kind of device.
+    uniform = tf.random.stateless_uniform(
+        tf.shape(likely), key, minval=np.finfo(np.float32).tiny, alg="philox"
+    )
+    noise = tf.where(temperature > 0.0, -tf.math.log(-tf.math.log(uniform)), 0.0)
+    return tf.argmax(likely + noise, axis=-1, output_type=tf.int32)
+
+
+def generate(
+    model: Any,
+    prompt_ids: Sequence[int] | np.ndarray,
+    *,
+    count: int,
+    length: int,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int,
+    use_cache: bool = True,
+) -> np.ndarray:
+    """Writes `count` continuations of one prompt, on one device; the same seed gives the same ids.
+
+    A model with `make_cache` and `decode` (see `ByteTransformer`) reads each id once. Any other is called on
+    the whole text again for each id, or on the last `window` ids if its input shape is fixed to
+    [batch, window]; a prompt shorter than the window is then repeated until it fills it. Compiled once for a
+    model, count, length and length of the prompt, whatever the other arguments.
+
+    Args:
+        model: int ids [B, T] to logits [B, T, V] or [B, V] of the next id.
+        prompt_ids: At least one id, [P].
+        count: How many continuations.
+        length: Ids of each continuation.
+        temperature: >= 0; 0 is greedy.
+        top_k: >= 1, or None for all ids.
+        top_p: In (0, 1], or None for all ids.
+        seed: Of the noise.
+        use_cache: False recomputes the prefix even where the model has a cache.
+
+    Returns:
+        int32 ids [count, length], without the prompt.
+
+    Raises:
+        UserError: An argument is out of its range, or the prompt is empty or holds an id that the model lacks.
+    """
+    _check(count, length, temperature, top_k, top_p)
+    writer, vocabulary = _compiled(model)
+    prompt = np.asarray(prompt_ids, np.int32).reshape(-1)
+    if not prompt.size:
+        raise UserError("the prompt is empty: a text needs at least one id to go on from")
+    unknown = prompt[(prompt < 0) | (prompt >= vocabulary)]
+    if unknown.size:
+        raise UserError(f"the prompt holds the id {unknown[0]}: {model.name} knows 0 to {vocabulary - 1}")
+    window = _window(model)
+    if window and prompt.size < window:
+        prompt = np.tile(prompt, -(-window // prompt.size))[-window:]
+    ids = writer(
+        tf.constant(prompt),
+        tf.constant(temperature, tf.float32),
+        tf.constant(min(top_k or vocabulary, vocabulary), tf.int32),
+        tf.constant(top_p or 1.0, tf.float32),
+        tf.constant(seed, tf.int64),
+        count=count,
+        length=length,
+        cached=use_cache and hasattr(model, "decode"),
+    )
+    return ids.numpy()
+
+
+_writers: weakref.WeakKeyDictionary[Any, tuple[Callable[..., tf.Tensor], int]] = weakref.WeakKeyDictionary()
+
+
+def _compiled(model: Any) -> tuple[Callable[..., tf.Tensor], int]:
+    """The model's writer, a tf.function that is dropped with the model, and the size of its vocabulary."""
+    if model not in _writers:
+        output = model.compute_output_spec(keras.KerasTensor((1, _window(model)), "int32"))
+        _writers[model] = tf.function(functools.partial(_write, weakref.ref(model))), output.shape[-1]
+    return _writers[model]
+
+
+def _window(model: Any) -> int | None:
+    """T of a model whose inputs are fixed to [batch, T], else None."""
+    shape = getattr(model, "input_shape", None)
+    return shape[1] if isinstance(shape, tuple) and len(shape) == 2 else None
+
+
+def _write(
+    model_ref: weakref.ref,
+    prompt: tf.Tensor,
+    temperature: tf.Tensor,
+    top_k: tf.Tensor,
+    top_p: tf.Tensor,
+    seed: tf.Tensor,
+    *,
+    count: int,
+    length: int,
+    cached: bool,
+) -> tf.Tensor:
+    """The loop of `generate`: prompt [P] to ids [count, length]."""
+    model = model_ref()
+    window = _window(model)
+    start, end = prompt.shape[0], prompt.shape[0] + length
+
+    def read(text, cache, position):
+        """Logits [count, V] of the id after `position`, and the cache with the ids up to it."""
+        if cached:
+            logits, cache = model.decode(text[position][:, None], cache, position)
+        elif window:
+            recent = tf.reshape(text[position + 1 - window : position + 1], (window, count))
+            logits = model(tf.transpose(recent), training=False)
+        else:
+            logits = model(tf.transpose(text[: position + 1]), training=False)
+        return tf.cast(logits if logits.shape.rank == 2 else logits[:, -1], tf.float32), cache
+
+    def write(text, logits, position):
+        ids = draw(logits, temperature, top_k, top_p, seed, position)
+        return tf.tensor_scatter_nd_update(text, [[position]], ids[None])
+
+    def write_and_read(text, logits, cache, position):
+        text = write(text, logits, position)
+        return text, *read(text, cache, position), position + 1
+
+    # [time, count], so that one position is one row.
+    text = tf.pad(tf.tile(prompt[:, None], (1, count)), [(0, length), (0, 0)])
+    if cached:
+        logits, cache = model.decode(tf.transpose(text[:start]), model.make_cache(count, end), 0)
+        logits = tf.cast(logits[:, -1], tf.float32)
+    else:
+        logits, cache = read(text, (), start - 1)
+    text, logits, _, last = tf.while_loop(
+        lambda text, logits, cache, position: position < end - 1,
+        write_and_read,
+        (text, logits, cache, tf.constant(start)),
+    )
+    return tf.transpose(write(text, logits, last)[start:])
+
+
+def _check(count, length, temperature, top_k, top_p) -> None:
+    for name, value in (("count", count), ("length", length)):
+        if value < 1:
+            raise UserError(f"{name} is {value}: generate at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature is {temperature}: it must be 0 (greedy) or a positive number")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k is {top_k}: keep at least 1 id, or write None to keep all")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}: it must be above 0 and at most 1, or None to keep all ids")

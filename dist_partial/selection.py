@@ -1,0 +1,292 @@
+"""Which variables are trained: a table of rules, resolved against one model into a plan.
+
+Rules are ordered and the first match wins, like a router's. Everything here is pure: a plan is computed
+from names and shapes, and reading it changes nothing.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dist_partial.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One line of the table.
+
+    Attributes:
+        match: regular expression that must match the whole path of a variable (`dense1/kernel`, without
+            the model's own name; a trailing `:0` is understood).
+        train: whether the variables that match are trained.
+        optimizer: factory of the Keras optimizer of this rule's group; None takes the run's.
+        learning_rate: overrides the factory's learning rate: a float or a Keras schedule.
+        reduction: how the gradients cross the replicas; None takes the run's.
+        rows: (start, stop) of the leading axis: only these rows are trained.
+    """
+
+    match: str
+    train: bool = True
+    optimizer: Callable[..., Any] | None = None
+    learning_rate: Any = None
+    reduction: Any = None
+    rows: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        rows = f" rows {self.rows[0]}:{self.rows[1]}" if self.rows else ""
+        return f"{'train' if self.train else 'freeze'} {self.match}{rows}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Entry:
+    """One variable of the model under the rule that covers it."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    variable: Any
+    rule: Rule
+    reduction: Any = None
+    sent: bool = True  # False once tracing has shown that the loss does not depend on the variable
+
+    @property
+    def trained(self) -> bool:
+        return self.rule.train
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def trained_shape(self) -> tuple[int, ...]:
+        """Shape of what is trained: the selected rows, or the whole variable."""
+        if self.rule.rows is None:
+            return self.shape
+        start, stop = self.rule.rows
+        return (stop - start, *self.shape[1:])
+
+    @property
+    def trained_parameters(self) -> int:
+        return math.prod(self.trained_shape) if self.trained else 0
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes that one replica hands to the reduction in a step."""
+        if not (self.trained and self.sent):
+            return 0
+        return self.reduction.wire_bytes(self.trained_shape, self.dtype)
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of the whole gradient in the variable's own dtype."""
+        return self.parameters * itemsize(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """The variables that one trained rule covers: they share an optimizer and a reduction."""
+
+    rule: Rule
+    entries: tuple[Entry, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """The rules resolved against one model; entries stand in the model's order."""
+
+    rules: tuple[Rule, ...]
+    entries: tuple[Entry, ...]
+    statistics_bytes: int = 0  # a step, for BatchNorm layers in training mode; known once the step is traced
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The trained rules, in the table's order."""
+        return tuple(Group(rule, tuple(e for e in self.entries if e.rule is rule)) for rule in self.rules if rule.train)
+
+    @property
+    def trained(self) -> tuple[Entry, ...]:
+        """The trained entries, group by group: the order in which gradients travel through a step."""
+        return tuple(entry for group in self.groups for entry in group.entries)
+
+    @property
+    def frozen(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if not entry.trained)
+
+    @property
+    def wire_bytes(self) -> int:
+        return sum(entry.wire_bytes for entry in self.entries) + self.statistics_bytes
+
+    @property
+    def full_wire_bytes(self) -> int:
+        """Bytes a step if everything were trained and sent in its own dtype."""
+        return sum(entry.full_bytes for entry in self.entries)
+
+    def traced(self, without_gradient: Sequence[str], statistics_bytes: int) -> "Plan":
+        """The same plan, with what tracing the step has shown.
+
+        Args:
+            without_gradient: paths of selected variables on which the loss does not depend: nothing is sent.
+            statistics_bytes: what BatchNorm layers send in a step.
+        """
+        entries = tuple(dataclasses.replace(e, sent=e.path not in without_gradient) for e in self.entries)
+        return dataclasses.replace(self, entries=entries, statistics_bytes=statistics_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of plan.json."""
+        return {
+            "variables": [
+                {
+                    "path": e.path,
+                    "shape": list(e.shape),
+                    "dtype": e.dtype,
+                    "trained": e.trained,
+                    "rule": str(e.rule),
+                    "rows": list(e.rule.rows) if e.trained and e.rule.rows else None,
+                    "reduction": str(e.reduction) if e.trained and e.sent else None,
+                    "wire_bytes_per_step": e.wire_bytes,
+                }
+                for e in self.entries
+            ],
+            "trained_parameters": sum(e.trained_parameters for e in self.entries),
+            "total_parameters": sum(e.parameters for e in self.entries),
+            "wire_bytes_per_step": self.wire_bytes,
+            "statistics_wire_bytes_per_step": self.statistics_bytes,
+            "full_wire_bytes_per_step": self.full_wire_bytes,
+        }
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one element; `bfloat16` is not a NumPy name, so the size is read off the name."""
+    return int(re.sub(r"\D", "", dtype.replace("bfloat", "float"))) // 8
+
+
+def parse_rules(table: Sequence[Any]) -> tuple[Rule, ...]:
+    """Reads a table in the short form `('train' | 'freeze', pattern)` or of `Rule`s, mixed as one likes.
+
+    Raises:
+        UserError: if a line is neither, or a pattern is not a regular expression.
+    """
+    if not isinstance(table, (list, tuple)) or not table:
+        raise UserError("run.rules is empty: bind a list such as [('train', r'head/.*'), ('freeze', r'.*')]")
+    return tuple(_parse_rule(number, line) for number, line in enumerate(table, 1))
+
+
+def _parse_rule(number: int, line: Any) -> Rule:
+    if isinstance(line, Rule):
+        rule = line
+    elif isinstance(line, (list, tuple)) and len(line) == 2 and line[0] in ("train", "freeze"):
+        rule = Rule(match=line[1], train=line[0] == "train")
+    else:
+        raise UserError(f"rule {number} is {line!r}: write ('train', pattern), ('freeze', pattern) or @name/Rule()")
+    if not isinstance(rule.match, str):
+        raise UserError(f"rule {number} matches {rule.match!r}: the pattern must be a string")
+    try:
+        re.compile(rule.match)
+    except re.error as error:
+        raise UserError(
+            f"rule {number} ({rule.match!r}) is not a regular expression: {error}; it must match whole paths, "
+            "such as r'block_3/.*'"
+        ) from None
+    _check_options(number, rule)
+    # The table's lines are told apart by identity, so each line is an object of its own.
+    return dataclasses.replace(rule)
+
+
+def _check_options(number: int, rule: Rule) -> None:
+    where = f"rule {number} ({rule.match!r})"
+    options = [name for name in ("optimizer", "learning_rate", "reduction", "rows") if getattr(rule, name) is not None]
+    if not rule.train and options:
+        raise UserError(f"{where} freezes what it matches, so {options[0]} has no use: remove it or set train = True")
+    if rule.rows is not None:
+        rows = rule.rows
+        if not (isinstance(rows, (list, tuple)) and len(rows) == 2 and all(type(row) is int for row in rows)):
+            raise UserError(f"{where}: rows is {rows!r}: write (start, stop) of the leading axis")
+        if not 0 <= rows[0] < rows[1]:
+            raise UserError(f"{where}: rows {tuple(rows)} is empty or negative: write 0 <= start < stop")
+    if isinstance(rule.learning_rate, (int, float)) and not rule.learning_rate > 0:
+        raise UserError(f"{where}: learning_rate is {rule.learning_rate}: it must be above 0")
+
+
+def variable_paths(model: Any) -> list[str]:
+    """Paths of the model's trainable variables without the model's own leading name."""
+    return strip_root(model.name, [variable.path for variable in model.trainable_variables])
+
+
+def strip_root(root: str, paths: Sequence[str]) -> list[str]:
+    # Keras puts the model's name before some models' paths (subclassed, Sequential) and not before others'
+    # (functional); a layer may bear the model's name, so it is stripped only where all paths begin with it.
+    if all(path.startswith(f"{root}/") for path in paths):
+        return [path[len(root) + 1 :] for path in paths]
+    return list(paths)
+
+
+def resolve(table: Sequence[Any], model: Any, reduction: Any) -> Plan:
+    """Resolves the rules against a built Keras model.
+
+    Args:
+        table: the rules, short or full form.
+        model: a built model; its trainable variables are the candidates.
+        reduction: the reduction of the rules that name none.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UserError: a rule that matches nothing, a variable that no rule covers, an empty selection, two
+            variables with one path, a pattern that is not a regular expression, rows beyond a variable.
+    """
+    rules = parse_rules(table)
+    paths = variable_paths(model)
+    if not paths:
+        raise UserError(f"model {model.name!r} has no trainable variables: nothing can be selected")
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(f"{paths.count(path)} variables have the path {path!r}: name the layers apart")
+    entries, used = [], set()
+    for path, variable in zip(paths, model.trainable_variables, strict=True):
+        number = next((n for n, rule in enumerate(rules) if _matches(rule, path)), None)
+        if number is None:
+            near = _nearest(path, [rule.match for rule in rules])
+            raise UserError(f"no rule covers {path!r} (rules: {near}): end the table with ('freeze', r'.*') or name it")
+        used.add(number)
+        rule, shape = rules[number], tuple(variable.shape)
+        if rule.rows is not None and (not shape or rule.rows[1] > shape[0]):
+            raise UserError(
+                f"rule {number + 1} ({rule.match!r}): rows {rule.rows} lie beyond {path!r} of shape {shape}"
+            )
+        entries.append(
+            Entry(path, shape, variable.dtype, variable, rule, (rule.reduction or reduction) if rule.train else None)
+        )
+    for number in range(len(rules)):
+        if number not in used:
+            raise UserError(_unused(number, rules, paths))
+    plan = Plan(rules, tuple(entries))
+    if not plan.trained:
+        raise UserError(f"the rules train nothing: all {len(paths)} variables are frozen; add ('train', pattern)")
+    return plan
+
+
+def _matches(rule: Rule, path: str) -> bool:
+    return any(re.fullmatch(rule.match, name) is not None for name in (path, f"{path}:0"))
+
+
+def _unused(number: int, rules: Sequence[Rule], paths: Sequence[str]) -> str:
+    rule = rules[number]
+    taken = [path for path in paths if _matches(rule, path)]
+    if taken:
+        first = next(n for n, r in enumerate(rules) if _matches(r, taken[0]))
+        return (
+            f"rule {number + 1} ({rule.match!r}) never applies: rule {first + 1} ({rules[first].match!r}) stands "
+            f"before it and takes {taken[0]!r}; the first match wins, so move it up"
+        )
+    return f"rule {number + 1} ({rule.match!r}) matches no variable; nearest paths: {_nearest(rule.match, paths)}"
+
+
+def _nearest(word: str, names: Sequence[str], count: int = 3) -> str:
+    def likeness(name: str) -> float:
+        return difflib.SequenceMatcher(None, word, name).ratio()
+
+    return ", ".join(repr(name) for name in sorted(names, key=likeness, reverse=True)[:count])

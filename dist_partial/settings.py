@@ -1,0 +1,134 @@
+"""What a run is told: the names that users bind under `run.` and `sample.`."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from dist_partial import replicas
+from dist_partial.errors import UserError
+from dist_partial.reduction import EveryStep
+
+PRECISIONS = ("float32", "float64", "mixed_bfloat16", "mixed_float16")
+
+
+def cross_entropy() -> keras.losses.Loss:
+    """Cross-entropy of logits against class ids: the default loss."""
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How text is sampled.
+
+    Attributes:
+        temperature: divides the logits; 0 is greedy.
+        top_k: only the k likeliest symbols, or None.
+        top_p: only the likeliest symbols that together have this probability, or None.
+        seed: the same seed gives the same text.
+        prompt: what the text goes on from.
+        length: symbols to generate.
+        count: how many texts.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    prompt: str = "\n"
+    length: int = 200
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        _number("sample.temperature", self.temperature, least=0)
+        _count("sample.top_k", self.top_k, optional=True)
+        _count("sample.length", self.length)
+        _count("sample.count", self.count)
+        _count("sample.seed", self.seed, least=0)
+        if self.top_p is not None:
+            _number("sample.top_p", self.top_p, least=0)
+            if not 0 < self.top_p <= 1:
+                raise UserError(f"sample.top_p is {self.top_p}: it is a probability above 0 and at most 1")
+        if not isinstance(self.prompt, str) or not self.prompt:
+            raise UserError(f"sample.prompt is {self.prompt!r}: write at least one character, such as '\\n'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One run.
+
+    Attributes:
+        rules: the table: `('train' | 'freeze', pattern)` lines or `Rule`s.
+        model: factory of the Keras model.
+        data: factory of the `data.Dataset`.
+        optimizer: factory of the Keras optimizer of the rules that name none.
+        loss: factory of a Keras loss, or of a function (y, outputs) -> losses with the batch axis first.
+        reduction: how gradients travel under the rules that do not say.
+        steps: updates in the whole run.
+        global_batch: examples an update, over all replicas.
+        seed: of initial weights, dropout and the order of the data.
+        eval_every: updates between evaluations; None evaluates at the end only.
+        eval_examples: how many held-out examples an evaluation reads; None reads all.
+        save_every: updates between checkpoints; None saves at the end only.
+        keep: checkpoints that are kept.
+        clip_norm: bound on the global norm of the summed gradient over the selection, or None.
+        accumulate: micro-batches an update, one after the other on each replica.
+        steps_per_loop: updates in one call of the compiled function.
+        precision: Keras dtype policy: 'float32', 'float64', 'mixed_bfloat16', 'mixed_float16'.
+        jit_compile: XLA for the gradient computation.
+        statistics: which BatchNorm layers run in training mode: 'trained' (those of which something is) or 'all'.
+        replicas: makes the strategy; bound under `replicas.`.
+        sampling: bound under `sample.`.
+    """
+
+    rules: Sequence[Any]
+    model: Callable[[], Any]
+    data: Callable[[], Any]
+    optimizer: Callable[..., Any] = keras.optimizers.Adam
+    loss: Callable[[], Any] = cross_entropy
+    reduction: Any = dataclasses.field(default_factory=EveryStep)
+    steps: int = 1000
+    global_batch: int = 32
+    seed: int = 0
+    eval_every: int | None = None
+    eval_examples: int | None = None
+    save_every: int | None = None
+    keep: int = 3
+    clip_norm: float | None = None
+    accumulate: int = 1
+    steps_per_loop: int = 1
+    precision: str = "float32"
+    jit_compile: bool = False
+    statistics: str = "trained"
+    replicas: Callable[[], Any] = replicas.create
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "keep", "accumulate", "steps_per_loop"):
+            _count(f"run.{name}", getattr(self, name))
+        for name in ("eval_every", "eval_examples", "save_every"):
+            _count(f"run.{name}", getattr(self, name), optional=True)
+        _count("run.seed", self.seed, least=0)
+        if self.clip_norm is not None:
+            _number("run.clip_norm", self.clip_norm, least=0)
+        for name in ("model", "data", "optimizer", "loss"):
+            if not callable(getattr(self, name)):
+                raise UserError(
+                    f"run.{name} is {getattr(self, name)!r}: bind a factory, such as @byte_transformer without ()"
+                )
+        if self.precision not in PRECISIONS:
+            raise UserError(f"run.precision is {self.precision!r}: write one of {', '.join(map(repr, PRECISIONS))}")
+        if self.statistics not in ("trained", "all"):
+            raise UserError(f"run.statistics is {self.statistics!r}: write 'trained' or 'all'")
+
+
+def _count(name: str, value: Any, least: int = 1, optional: bool = False) -> None:
+    if not (value is None and optional) and (type(value) is not int or value < least):
+        raise UserError(f"{name} is {value!r}: it must be a whole number of at least {least}")
+
+
+def _number(name: str, value: Any, least: float) -> None:
+    # `not >=` and not `<`, so that NaN is refused too.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
+        raise UserError(f"{name} is {value!r}: it must be a number of at least {least}")

@@ -1,0 +1,295 @@
+"""The training step and the evaluation step, as compiled functions over (strategy, model, plan)."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from dist_partial import optimizers as optimizers_lib
+from dist_partial.loss_scale import LossScale
+from dist_partial.optimizers import GroupOptimizer
+from dist_partial.reduction import reduce
+from dist_partial.selection import Plan
+
+# A batch of one replica: (x, y) or (x, y, weight), each with the batch axis first.
+Batch = tuple[tf.Tensor, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """What a step does besides the plan.
+
+    Attributes:
+        global_batch: examples in a step over all replicas; the loss is the mean over them.
+        clip_norm: global norm over the whole selection to which the summed gradient is clipped, or None.
+        accumulate: micro-batches into which each replica cuts its batch, one after the other; they are
+            reduced once.
+        jit_compile: whether XLA compiles the gradient computation of a replica.
+    """
+
+    global_batch: int
+    clip_norm: float | None = None
+    accumulate: int = 1
+    jit_compile: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainStep:
+    """The compiled step and what tracing it has shown.
+
+    Attributes:
+        function: (distributed iterator, number of steps, an int32 scalar) -> {"loss": [steps],
+            "gradient_norm": [steps]}, float32. The losses are this worker's part of the sum: see `worker_sum`.
+        without_gradient: paths of selected variables on which the loss does not depend; filled by tracing.
+    """
+
+    function: Any
+    without_gradient: list[str]
+
+
+def train_step(
+    strategy: tf.distribute.Strategy,
+    model: keras.Model,
+    loss: Callable[[Any, Any], tf.Tensor],
+    plan: Plan,
+    optimizers: Sequence[GroupOptimizer],
+    options: StepOptions,
+    scale: LossScale | None = None,
+) -> TrainStep:
+    """Builds the function that makes several steps of one plan in a call.
+
+    Args:
+        strategy: the replicas.
+        model: built in the strategy's scope.
+        loss: (y, outputs) -> losses, the batch axis first.
+        plan: what is trained and how it travels.
+        optimizers: one a group, from `optimizers.build`.
+        options: batch size, clipping, accumulation, compilation.
+        scale: the loss scale of float16 training, or None.
+    """
+    trained = plan.trained
+    values = [entry.variable.value for entry in trained]
+    without_gradient: list[str] = []
+    parts = strategy.num_replicas_in_sync * options.accumulate
+    statistics = _local_statistics(model)
+
+    def backprop(batch: Batch, loss_scale: tf.Tensor) -> tuple[tf.Tensor, list[Any]]:
+        x, y, weight = batch if len(batch) == 3 else (*batch, None)
+        # Watching the selection alone lets TensorFlow leave out all of the backward pass that it does not need.
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(values)
+            losses = example_losses(loss(y, full_precision(model(x, training=True))), weight)
+            total = tf.reduce_sum(losses) / options.global_batch
+            if model.losses:  # regularisation: every part of the batch adds its share of the one penalty
+                total += tf.cast(tf.add_n(model.losses), total.dtype) / parts
+            scaled = total * tf.cast(loss_scale, total.dtype)
+        gradients = tape.gradient(scaled, values)
+        return total, [_selected_rows(g, e.rule.rows) for g, e in zip(gradients, trained, strict=True)]
+
+    def replica_gradients(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, list[Any], list[tf.Tensor]]:
+        loss_scale = tf.constant(1.0) if scale is None else scale.value()
+        compute = tf.function(backprop, jit_compile=True, autograph=False) if options.jit_compile else backprop
+        total, gradients = _accumulate(compute, batch, loss_scale, options.accumulate)
+        without_gradient[:] = [e.path for e, g in zip(trained, gradients, strict=True) if g is None]
+        gradients, means = reduce(plan, gradients, [tf.convert_to_tensor(v.value) for v in statistics])
+        # Only now, on the sum that all replicas share bit for bit, may anything depend on the gradient's values:
+        # what one replica decided by its own part alone would set it apart from the others.
+        if scale is not None:
+            gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
+        norm = tf.linalg.global_norm(gradients)
+        if options.clip_norm is not None:
+            gradients, _ = tf.clip_by_global_norm(gradients, options.clip_norm, use_norm=norm)
+        return total, norm, gradients, means
+
+    def replica_update(gradients: list[Any]) -> None:
+        optimizers_lib.apply(optimizers, gradients)
+
+    def replica_statistics(means: list[tf.Tensor]) -> None:
+        for variable, mean in zip(statistics, means, strict=True):
+            variable.assign(mean)
+
+    def update(gradients: Any) -> None:
+        strategy.run(replica_update, args=(gradients,))
+        optimizers_lib.write_rows(strategy, optimizers)
+
+    # Without autograph, as in Keras's own `fit`: a model's Python code runs as written, and tracing takes less time.
+    @tf.function(autograph=False)
+    def train(iterator: Any, steps: tf.Tensor) -> dict[str, tf.Tensor]:
+        def one_step(i: tf.Tensor, losses: tf.TensorArray, norms: tf.TensorArray) -> tuple[Any, ...]:
+            total, norm, gradients, means = strategy.run(replica_gradients, args=(next(iterator),))
+            strategy.run(replica_statistics, args=(means,))
+            norm = strategy.experimental_local_results(norm)[0]
+            if scale is None:
+                update(gradients)
+            else:
+                # An update cannot be skipped inside `strategy.run`, where Keras's optimizers leave the replica
+                # context to assign; that is why a step is two calls of it.
+                finite = tf.math.is_finite(norm)
+                tf.cond(finite, lambda: update(gradients), lambda: None)
+                scale.adjust(finite)
+            losses = losses.write(i, tf.cast(_local_sum(strategy, total), tf.float32))
+            return i + 1, losses, norms.write(i, tf.cast(norm, tf.float32))
+
+        arrays = [tf.TensorArray(tf.float32, steps) for _ in range(2)]
+        _, losses, norms = tf.while_loop(lambda i, *_: i < steps, one_step, [0, *arrays], parallel_iterations=1)
+        return {"loss": losses.stack(), "gradient_norm": norms.stack()}
+
+    return TrainStep(train, without_gradient)
+
+
+def evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model, loss: Callable[[Any, Any], tf.Tensor]) -> Any:
+    """Builds the compiled evaluation pass.
+
+    Returns:
+        A function (distributed iterator of (x, y, weight), number of steps) -> float64 [3]: this worker's sums of
+        weighted losses, of weighted correct predictions and of weights.
+    """
+
+    def replica_sums(batch: Batch) -> tf.Tensor:
+        x, y, weight = batch
+        outputs = full_precision(model(x, training=False))
+        losses = tf.cast(loss(y, outputs), tf.float64)
+        weights = tf.cast(_broadcast(weight, losses), tf.float64)
+        sums = [tf.reduce_sum(losses * weights), tf.zeros([], tf.float64), tf.reduce_sum(weights)]
+        if is_classification(y, outputs):
+            correct = tf.cast(tf.argmax(outputs, axis=-1, output_type=tf.int64) == tf.cast(y, tf.int64), tf.float64)
+            sums[1] = tf.reduce_sum(correct * weights)
+        return tf.stack(sums)
+
+    @tf.function(autograph=False)
+    def evaluate(iterator: Any, steps: tf.Tensor) -> tf.Tensor:
+        def one_step(i: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            return i + 1, sums + _local_sum(strategy, strategy.run(replica_sums, args=(next(iterator),)))
+
+        start = [tf.constant(0), tf.zeros([3], tf.float64)]
+        return tf.while_loop(lambda i, _: i < steps, one_step, start, parallel_iterations=1)[1]
+
+    return evaluate
+
+
+def worker_sum(strategy: tf.distribute.Strategy) -> Any:
+    """Builds the function that sums a tensor over the workers; within one worker there is nothing to send."""
+    local = len(strategy.extended.worker_devices)
+    if local == strategy.num_replicas_in_sync:
+        return tf.function(lambda value: value)
+
+    def replica_sum(value: tf.Tensor) -> tf.Tensor:
+        context: Any = tf.distribute.get_replica_context()
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, value / local)
+
+    @tf.function(autograph=False)
+    def summed(value: tf.Tensor) -> tf.Tensor:
+        return strategy.experimental_local_results(strategy.run(replica_sum, args=(value,)))[0]
+
+    return summed
+
+
+def set_statistics_mode(model: keras.Model, plan: Plan, everywhere: bool) -> list[str]:
+    """Puts each BatchNorm layer of which nothing is trained into inference mode, and the others out of it.
+
+    In training mode its moving statistics would be updated and averaged over the replicas in every step,
+    though the user selected nothing of it. A layer without variables that a rule could name (neither scale
+    nor centre) trains when all of the model does.
+
+    Args:
+        model: the model; the layers' `trainable` flags are set.
+        plan: what is trained.
+        everywhere: True leaves all of them in training mode.
+
+    Returns:
+        Names of the layers in inference mode.
+    """
+    trained = {id(entry.variable) for entry in plan.trained}
+    frozen_layers = []
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            own = [v for v in (layer.gamma, layer.beta) if v is not None]
+            training = any(id(v) in trained for v in own) if own else not plan.frozen
+            layer.trainable = everywhere or training
+            if not layer.trainable:
+                frozen_layers.append(layer.name)
+    return frozen_layers
+
+
+def _local_statistics(model: keras.Model) -> list[Any]:
+    # Keras 3.15 updates these on each replica from its own part of the batch and never brings them together:
+    # replicas would evaluate, and save, different models. (Synchronised layers see the same numbers everywhere.)
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    training = [layer for layer in layers if layer.trainable and not layer.synchronized]
+    return [variable for layer in training for variable in (layer.moving_mean, layer.moving_variance)]
+
+
+def example_losses(losses: tf.Tensor, weight: tf.Tensor | None) -> tf.Tensor:
+    """One loss an example: the mean over its other axes, weighted.
+
+    Args:
+        losses: [batch, ...].
+        weight: None, [batch], or the shape of `losses`, where an example's loss is the weighted mean over its own
+            elements: what an example counts does not depend on how the others in its batch are masked, so that
+            any division of a batch among replicas gives the same sum.
+
+    Returns:
+        [batch].
+    """
+    axes = list(range(1, losses.shape.rank))
+    if weight is None or not axes:
+        losses = tf.reduce_mean(losses, axes) if axes else losses
+        return losses if weight is None else losses * tf.cast(weight, losses.dtype)
+    weight = tf.cast(weight, losses.dtype)
+    if weight.shape.rank == 1:
+        return tf.reduce_mean(losses, axes) * weight
+    return tf.math.divide_no_nan(tf.reduce_sum(losses * weight, axes), tf.reduce_sum(weight, axes))
+
+
+def full_precision(outputs: tf.Tensor) -> tf.Tensor:
+    """Casts half-precision outputs to float32: a softmax over them loses too much."""
+    return tf.cast(outputs, tf.float32) if outputs.dtype in (tf.float16, tf.bfloat16) else outputs
+
+
+def is_classification(y: tf.Tensor, outputs: tf.Tensor) -> bool:
+    """Whether `y` holds class ids for logits `outputs` (one more axis)."""
+    return y.dtype.is_integer and outputs.shape.rank == y.shape.rank + 1
+
+
+def _broadcast(weight: tf.Tensor, losses: tf.Tensor) -> tf.Tensor:
+    missing = losses.shape.rank - weight.shape.rank
+    return tf.broadcast_to(tf.reshape(weight, tf.concat([tf.shape(weight), [1] * missing], 0)), tf.shape(losses))
+
+
+def _local_sum(strategy: tf.distribute.Strategy, value: Any) -> tf.Tensor:
+    return tf.add_n(strategy.experimental_local_results(value))
+
+
+def _selected_rows(gradient: Any, rows: tuple[int, int] | None) -> Any:
+    if gradient is None:
+        return None
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient if rows is None else gradient[rows[0] : rows[1]]
+    # An embedding's gradient holds a row a lookup, the same row many times: summed here, what travels has a size
+    # that does not depend on the batch. Indices outside [0, rows) are dropped.
+    start, stop = rows or (0, gradient.dense_shape[0])
+    inside = (gradient.indices >= start) & (gradient.indices < stop)
+    indices = tf.where(inside, gradient.indices - start, -1)
+    return tf.math.unsorted_segment_sum(gradient.values, indices, stop - start)
+
+
+def _accumulate(
+    compute: Callable[[Batch, tf.Tensor], tuple[tf.Tensor, list[Any]]], batch: Batch, loss_scale: tf.Tensor, parts: int
+) -> tuple[tf.Tensor, list[Any]]:
+    """Sums loss and gradients over `parts` micro-batches of a replica's batch."""
+    if parts == 1:
+        return compute(batch, loss_scale)
+    pieces = list(zip(*[tf.split(tensor, parts) for tensor in batch], strict=True))
+    total, gradients = compute(pieces[0], loss_scale)
+    for piece in pieces[1:]:
+        # The control dependency keeps the executor from running all micro-batches at once, which would hold all of
+        # their activations. A tf.while_loop would do the same, but a model that reduces in its forward pass
+        # (synchronised BatchNorm) cannot leave the replica context from inside one.
+        with tf.control_dependencies([total, *[g for g in gradients if g is not None]]):
+            piece = tuple(tf.identity(tensor) for tensor in piece)
+            part, more = compute(piece, loss_scale)
+            total += part
+            gradients = [g if g is None else g + m for g, m in zip(gradients, more, strict=True)]
+    return total, gradients
