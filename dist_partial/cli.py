@@ -8,12 +8,21 @@ from absl import flags
 
 from dist_partial.errors import UserError
 
-__all__ = ["UserError", "call", "quiet_tensorflow"]
+__all__ = ["UserError", "call", "import_tensorflow_quietly"]
 
 
-def quiet_tensorflow() -> None:
-    """Keeps TensorFlow's start-up notes off the terminal; call it before TensorFlow is imported."""
+def import_tensorflow_quietly() -> None:
+    """Imports TensorFlow without its start-up notes, which it writes before any log level is in force."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        import tensorflow  # noqa: F401
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
 
 
 def call(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | None, command: Callable[[], int]) -> int:
@@ -38,5 +47,6 @@ def call(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | None
             raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
         return command()
     except (UserError, flags.Error) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        # gin adds lines to whatever passes through it, with the names of its own functions.
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ _OURS: dict[str, Callable[..., Any]] = {
     "stdlib_shapes": data.stdlib_shapes,
     "tfds_dataset": data.tfds_dataset,
 }
+# What was made bindable and gin's wrapper of it, by selector; like gin's own registry, for the whole process.
+_bindable: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 _KERAS = ("optimizers", "optimizers.schedules", "losses", "applications", "initializers", "regularizers")
 
 
@@ -60,43 +63,49 @@ def load(files: Sequence[str | Path], params: Sequence[str] = ()) -> Configurati
         UserError: a missing file, a syntax error, an unknown or misspelt name, a bad value.
     """
     gin.clear_config()
-    wrapped = _register()
+    _register()
     for file in files:
         if not Path(file).is_file():
             near = difflib.get_close_matches(Path(file).name, [p.name for p in Path(file).parent.glob("*.gin")])
             raise UserError(f"no gin file {file}" + (f"; in that folder there is {', '.join(near)}" if near else ""))
-        gin.add_config_file_search_path(str(Path(file).resolve().parent))
-        _register_imports(Path(file))
+        _prepare(Path(file))
+    logging.disable(logging.ERROR)  # gin logs an error for every folder in which an included file is not
     try:
         gin.parse_config_files_and_bindings([str(file) for file in files], list(params), finalize_config=False)
-        run = wrapped["run"](replicas=wrapped["replicas"], sampling=wrapped["sample"]())
+        run, sample, replicas_factory = (_bindable[f"dist_partial.{name}"][1] for name in ("run", "sample", "replicas"))
+        bound = run(replicas=replicas_factory, sampling=sample())
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"{error}: an included file is looked for beside the file that includes it") from None
     except Exception as error:  # gin raises whatever the file's mistake leads to
         raise UserError(_explain(error)) from error
-    return Configuration(run, gin.operative_config_str, _unused)
+    finally:
+        logging.disable(logging.NOTSET)
+    return Configuration(bound, gin.operative_config_str, _unused)
 
 
-def _register() -> dict[str, Callable[..., Any]]:
+def _register() -> None:
+    for name, value in _OURS.items():
+        _make_bindable(value, name, "dist_partial")
     for package in _KERAS:
         for name, value in vars(importlib.import_module(f"keras.{package}")).items():
             if not name.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
-                _bindable(value, name, f"keras.{package}")
-    return {name: _bindable(value, name, "dist_partial") for name, value in _OURS.items()}
+                _make_bindable(value, name, f"keras.{package}")
 
 
-def _bindable(value: Callable[..., Any], name: str, module: str) -> Callable[..., Any]:
-    selector = f"{module}.{name}"
-    if selector in gin.config._REGISTRY:
-        return gin.config._REGISTRY[selector].wrapper
-    return gin.external_configurable(value, name=name, module=module)
+def _make_bindable(value: Callable[..., Any], name: str, module: str) -> None:
+    if f"{module}.{name}" not in _bindable:
+        _bindable[f"{module}.{name}"] = value, gin.external_configurable(value, name=name, module=module)
 
 
-def _register_imports(file: Path) -> None:
+def _prepare(file: Path) -> None:
+    """Makes gin find what the file includes, and knows what it imports; gin itself does neither by the file's place."""
+    gin.add_config_file_search_path(str(file.resolve().parent))
     text = file.read_text()
     for included in re.findall(r"^\s*include\s+['\"](.+?)['\"]", text, re.MULTILINE):
         if (nested := file.parent / included).is_file():
-            _register_imports(nested)
+            _prepare(nested)
     for name in re.findall(r"^\s*import\s+([\w.]+)", text, re.MULTILINE):
         try:
             module = importlib.import_module(name)
@@ -105,7 +114,7 @@ def _register_imports(file: Path) -> None:
         for attribute, value in vars(module).items():
             ours = getattr(value, "__module__", "").split(".")[0] == name.split(".")[0]
             if ours and not attribute.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
-                _bindable(value, attribute, name)
+                _make_bindable(value, attribute, name)
 
 
 def _explain(error: Exception) -> str:
@@ -114,17 +123,17 @@ def _explain(error: Exception) -> str:
     where = re.search(r'In file "(.+?)", line (\d+)', text) or re.search(r"In (bindings string) line (\d+)", text)
     place = f" ({where[1]}, line {where[2]})" if where else ""
     first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-    if match := re.search(r"(?:No configurable matching|name) '@?([\w./]+)'", text):
+    if isinstance(error, SyntaxError) and error.text:
+        first = f"{error.msg}: {error.text.strip()!r}"
+    if match := re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
         name = match[1].split("/")[-1]
-        known = {selector: selector for selector in gin.config._REGISTRY}
-        known |= {selector.split(".")[-1]: selector for selector in known}
-        near = difflib.get_close_matches(name, list(known), cutoff=0.5) or difflib.get_close_matches(
-            name.split(".")[-1], list(known), cutoff=0.5
-        )
-        first = f"nothing is called {name!r}; nearest: {', '.join(dict.fromkeys(known[n] for n in near)) or 'none'}"
+        short = {selector.split(".")[-1]: selector.removeprefix("dist_partial.") for selector in _bindable}
+        near = difflib.get_close_matches(name.split(".")[-1], list(short), cutoff=0.5)
+        first = f"nothing is called {name!r}; nearest: {', '.join(short[n] for n in near) or 'none'}"
     elif match := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text):
-        signature = inspect.signature(gin.config._REGISTRY.get_match(match[1]).wrapped)
-        near = difflib.get_close_matches(match[2], list(signature.parameters), cutoff=0.5) or list(signature.parameters)
+        value = next(v for selector, (v, _) in _bindable.items() if f".{selector}".endswith(f".{match[1]}"))
+        parameters = list(inspect.signature(value).parameters)
+        near = difflib.get_close_matches(match[2], parameters, cutoff=0.5) or parameters
         first = f"{match[1]} has no parameter {match[2]!r}; nearest: {', '.join(near)}"
     elif match := re.search(r"missing \d+ required positional arguments?: (.*)", text):
         missing = re.findall(r"'(\w+)'", text[match.start() :].splitlines()[0])
@@ -142,6 +151,6 @@ def _unused() -> list[str]:
     for (scope, selector), values in gin.config._CONFIG.items():
         for name in values:
             if (scope, selector, name) not in used:
-                short = selector.removeprefix("keras.") if selector != "gin.macro" else ""
-                names.append(f"{scope}/{short}.{name}" if scope and short else scope or f"{short}.{name}")
+                what = scope if selector == "gin.macro" else f"{selector.removeprefix('dist_partial.')}.{name}"
+                names.append(f"{scope}/{what}" if scope and what != scope else what)
     return names

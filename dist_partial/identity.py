@@ -23,13 +23,13 @@ def of_run(
     content = {
         "rules": [f"{rule}" + (f", {rule.reduction}" if rule.reduction else "") for rule in plan.rules],
         "reduction": str(settings.reduction),
-        "optimizers": [_optimizer(group.optimizer) for group in groups],
-        "model": {entry.path: f"{entry.dtype}{list(entry.shape)}" for entry in plan.entries},
-        "frozen": checkpoints.frozen_fingerprints(model, plan),
-        "data": {"name": data.name, "fingerprint": data.fingerprint},
         "seed": settings.seed,
         "global_batch": settings.global_batch,
         "precision": settings.precision,
+        "data": {"name": data.name, "fingerprint": data.fingerprint},
+        "model": {entry.path: f"{entry.dtype}{list(entry.shape)}" for entry in plan.entries},
+        "optimizers": [_optimizer(group.optimizer) for group in groups],
+        "frozen": checkpoints.frozen_fingerprints(model, plan),
     }
     return json.loads(json.dumps(content, default=str))
 

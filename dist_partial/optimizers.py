@@ -60,8 +60,11 @@ def build(plan: Plan, factory: Callable[..., Any]) -> tuple[GroupOptimizer, ...]
 def _build_group(number: int, group: Group, default: Callable[..., Any]) -> GroupOptimizer:
     factory = group.rule.optimizer or default
     rate = group.rule.learning_rate
-    optimizer = factory() if rate is None else factory(learning_rate=float(rate) if isinstance(rate, int) else rate)
     where = f"the optimizer of rule {group.rule.match!r}"
+    try:
+        optimizer = factory() if rate is None else factory(learning_rate=float(rate) if isinstance(rate, int) else rate)
+    except (TypeError, ValueError) as error:  # an argument that this optimizer does not have, or a value it refuses
+        raise UserError(f"{where} cannot be made: {str(error).splitlines()[0]}") from error
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise UserError(f"{where} is {optimizer!r}: bind a factory, such as @keras.optimizers.Adam without ()")
     if optimizer.gradient_accumulation_steps:

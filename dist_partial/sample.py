@@ -8,14 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from absl import flags
+
 from dist_partial import cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, or 2 for a mistake of the user's."""
-    cli.quiet_tensorflow()
-    from absl import flags
-
     values = flags.FlagValues()
     flags.DEFINE_string("run_dir", None, "run folder", flag_values=values)
     flags.DEFINE_string("prompt", None, "what the text goes on from", flag_values=values)
@@ -29,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         if not values.run_dir:
             raise cli.UserError("no --run_dir: name the folder of a run, such as --run_dir=runs/quickstart")
+        cli.import_tensorflow_quietly()
         import tensorflow as tf
 
         from dist_partial import config, evaluation, run

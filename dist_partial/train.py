@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from absl import flags
+
 from dist_partial import cli
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -14,9 +16,6 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
-    cli.quiet_tensorflow()
-    from absl import flags
-
     values = flags.FlagValues()
     flags.DEFINE_multi_string("gin_file", [], "gin file; may be given several times", flag_values=values)
     flags.DEFINE_multi_string("gin_param", [], "binding over the files, such as run.steps=100", flag_values=values)
@@ -25,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         if not values.gin_file:
             raise cli.UserError("no --gin_file: try --gin_file=gin_configs/quickstart.gin")
+        cli.import_tensorflow_quietly()
         from dist_partial import config, run
 
         configuration = config.load(values.gin_file, values.gin_param)

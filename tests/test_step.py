@@ -62,3 +62,165 @@ def test_float32(name, mirrored):
     trained = cases.train(mirrored(2), case, "momentum", OPTIONS["clip"], dtype="float32")
     cases.assert_equal(trained.after, reference(name, "momentum", "clip", "float32"), 1e-5)
     _check(trained, case)
+
+
+def test_steps_per_call_change_nothing(mirrored):
+    cases.set_precision("float32")
+    one, many = (
+        cases.train(mirrored(2), CASES["two_dense"], "adam", OPTIONS["clip"], "float32", steps_per_call=n)
+        for n in (1, STEPS)
+    )
+    assert one.losses.tobytes() == many.losses.tobytes()
+    for name, value in one.after.items():
+        assert value.tobytes() == many.after[name].tobytes()
+
+
+def test_jit_compiles_the_gradient_computation(mirrored):
+    cases.set_precision("float64")
+    case = CASES["byte_transformer"]
+    trained = cases.train(mirrored(2), case, "adam", OPTIONS["clip"], jit_compile=True)
+    cases.assert_equal(trained.after, reference("byte_transformer", "adam", "clip", "float64"), 1e-10)
+    _check(trained, case)
+
+
+@pytest.mark.parametrize(("dtype", "bytes_of_one"), [("bfloat16", 2), ("float16", 2), ("float32", 4)])
+def test_wire_dtype(dtype, bytes_of_one, mirrored):
+    cases.set_precision("float64")
+    case = CASES["two_dense"]
+    trained = cases.train(mirrored(2), case, every_step=reduction.EveryStep(dtype))
+    assert trained.bytes_per_step == trained.plan.wire_bytes == bytes_of_one * (160 * 64 + 64 * 10)
+    cases.assert_replicas_agree(trained)
+    plain = cases.reference(case, "adam", OPTIONS["plain"], "float64")
+    # Adam makes of a gradient's rounding error as large a step as of the gradient itself where both are small.
+    cases.assert_equal(trained.after, plain, 0.2 if bytes_of_one == 2 else 1e-3)
+
+
+def test_float16_divides_before_it_sums(mirrored):
+    """60000 + 60000 is infinite in float16, and its mean is not."""
+    strategy = mirrored(2)
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, name="dense")])
+        plan = selection.resolve([("train", ".*")], model, reduction.EveryStep("float16"))
+
+    @tf.function
+    def reduced():
+        return strategy.run(lambda: reduction.reduce(plan, [tf.fill([1, 1], 60000.0 / 2)])[0][0])
+
+    for copy in strategy.experimental_local_results(reduced()):
+        assert copy.numpy() == pytest.approx(60000.0, rel=1e-3)
+
+
+def test_packs_hold_one_dtype_and_no_more_than_their_size():
+    tensors = [tf.zeros([n], dtype) for n, dtype in [(400_000, "float32"), (9, "float16"), (200_000, "float32"), (5, "float32")]]
+    assert reduction._packs(tensors) == [[0], [1], [2, 3]]
+
+
+def test_a_variable_without_gradient_is_not_sent(mirrored):
+    cases.set_precision("float32")
+
+    def model() -> keras.Model:
+        x = keras.Input((16,), dtype="int32")
+        one_hot = keras.layers.CategoryEncoding(10, output_mode="multi_hot")(x)
+        used, unused = keras.layers.Dense(10, name="used"), keras.layers.Dense(3, name="unused")
+        built = keras.Model(x, [used(one_hot), unused(one_hot)], name="two_heads")
+        return FirstOutput(built, name="first")
+
+    case = cases.Case(model, [("train", r".*")], CASES["two_dense"].x, CASES["two_dense"].y)
+    trained = cases.train(mirrored(2), case, "adam", dtype="float32")
+    assert trained.bytes_per_step == 4 * (10 * 10 + 10)
+    paths = [path for path in trained.after if "unused" in path]
+    assert len(paths) == 2
+    for path in paths:
+        assert trained.after[path].tobytes() == trained.before[path].tobytes()
+
+
+class FirstOutput(keras.Model):
+    def __init__(self, inner, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = inner
+
+    def call(self, x, training=None):
+        return self.inner(x, training=training)[0]
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_learns_and_keeps_float32_variables(policy, mirrored):
+    keras.config.set_dtype_policy(policy)
+    case = CASES["byte_transformer"]
+    data = cases.batches(case, "float32")[:1] * STEPS
+    trained = cases.train(mirrored(2), case, "adam", dtype="float32", data=data)
+    assert trained.losses[-1] < 0.8 * trained.losses[0]
+    assert {value.dtype for value in trained.after.values()} == {np.dtype("float32")}
+    cases.assert_replicas_agree(trained)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_overflow_on_one_replica_skips_the_update_on_all(replicas, mirrored):
+    """One example of the batch has an infinite loss: only the replica that has it sees the overflow itself."""
+    strategy = mirrored(replicas)
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, name="dense")])
+        plan = selection.resolve([("train", ".*")], model, reduction.EveryStep())
+        groups = optimizers.build(plan, lambda: keras.optimizers.SGD(0.1, momentum=0.9))
+        scale = LossScale()
+    train_step = step.train_step(
+        strategy, model, lambda y, out: tf.reduce_sum(out, 1), plan, groups, step.StepOptions(global_batch=2), scale
+    )
+    x = np.ones([4, 2, 1], np.float32)
+    x[1, 1] = np.inf  # the second step, and there the last replica
+    batches = tf.data.Dataset.from_tensor_slices((x.reshape(-1, 2 // replicas, 1), x.reshape(-1, 2 // replicas, 1)))
+    iterator = iter(strategy.distribute_datasets_from_function(lambda _: batches.repeat()))
+    weights, scales = [], []
+    for _ in range(4):
+        train_step.function(iterator, tf.constant(1))
+        weights.append([float(np.squeeze(w)) for w in strategy.experimental_local_results(model.weights[0].value)])
+        scales.append(float(scale.scale.numpy()))
+    assert all(len(set(copies)) == 1 for copies in weights)
+    moves = np.diff([w[0] for w in weights])
+    # The gradient is 1: momentum SGD moves by 0.1, then (skipped) 0, then 0.19, then 0.271.
+    np.testing.assert_allclose(moves, [0.0, -0.19, -0.271], atol=1e-6)
+    assert scales == [FIRST_SCALE, FIRST_SCALE / 2, FIRST_SCALE / 2, FIRST_SCALE / 2]
+    assert int(groups[0].optimizer.iterations.numpy()) == 3
+
+
+def test_loss_scale_grows_after_a_row_of_good_steps(monkeypatch):
+    monkeypatch.setattr("dist_partial.loss_scale.GROW_AFTER", 3)
+    scale = LossScale()
+    values = []
+    for finite in [True, True, True, False, True, True, True]:
+        scale.adjust(tf.constant(finite))
+        values.append(float(scale.scale.numpy()) / FIRST_SCALE)
+    assert values == [1, 1, 2, 1, 1, 1, 2]
+
+
+def test_statistics_of_trained_layers_are_the_mean_over_replicas(mirrored):
+    cases.set_precision("float64")
+    layer = keras.layers.BatchNormalization(momentum=0.0, name="norm")
+    case = cases.Case(
+        lambda: keras.Sequential([keras.Input((3,)), layer, keras.layers.Dense(5, name="head")], name="m"),
+        [("train", ".*")],
+        lambda rng, n: rng.normal(size=(n, 3)),
+        CASES["two_dense"].y,
+    )
+    case = cases.dataclasses.replace(case, y=lambda rng, n: rng.integers(0, 5, n).astype(np.int32))
+    trained = cases.train(mirrored(2), case)
+    cases.assert_replicas_agree(trained)
+    halves = np.split(cases.batches(case, "float64")[-1][0], 2)
+    np.testing.assert_allclose(trained.after["norm/moving_mean"], np.mean([h.mean(0) for h in halves], 0), rtol=1e-12)
+    np.testing.assert_allclose(trained.after["norm/moving_variance"], np.mean([h.var(0) for h in halves], 0), rtol=1e-9)
+    assert trained.bytes_per_step == trained.plan.wire_bytes + 2 * 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("losses", "weight", "expected"),
+    [
+        ([1.0, 3.0], None, [1.0, 3.0]),
+        ([1.0, 3.0], [2.0, 0.0], [2.0, 0.0]),
+        ([[1.0, 3.0], [5.0, 7.0]], None, [2.0, 6.0]),
+        ([[1.0, 3.0], [5.0, 7.0]], [1.0, 0.5], [2.0, 3.0]),
+        ([[1.0, 3.0], [5.0, 7.0]], [[1.0, 0.0], [0.0, 0.0]], [1.0, 0.0]),
+    ],
+)
+def test_example_losses(losses, weight, expected):
+    result = step.example_losses(tf.constant(losses), None if weight is None else tf.constant(weight))
+    np.testing.assert_allclose(result, expected)
