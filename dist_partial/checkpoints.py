@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,9 +79,17 @@ def save(folder: Path, step: int, state: dict[str, Any], metadata: dict[str, Any
     """Writes one checkpoint atomically, then removes all but the newest `keep`.
 
     Raises:
-        UserError: the folder cannot be written (full, read-only); no checkpoint that was there is touched.
+        UserError: the folder cannot be written (full, read-only), or a value is not finite; no checkpoint that was
+            there is touched.
     """
     arrays = {name: keras.ops.convert_to_numpy(variable) for name, variable in state.items()}
+    for name, array in arrays.items():
+        # The loss of a step is that of the weights before its update: here the update itself has overflowed.
+        if not np.isfinite(array).all():
+            raise UserError(
+                f"{name} is not finite at step {step}; nothing is saved of it; lower the learning rate or bind "
+                "run.clip_norm"
+            )
     arrays["metadata"] = np.frombuffer(json.dumps(metadata | {"step": step}).encode(), np.uint8)
     path = folder / f"step-{step:010d}.npz"
     with writing(path):
@@ -108,7 +115,7 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
             if metadata["step"] != step:
                 raise ValueError(f"it holds step {metadata['step']}")
             return Checkpoint(path, step, arrays, metadata)
-        except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError, NotImplementedError) as error:
+        except Exception as error:  # a damaged zip can look encrypted, compressed, enormous: each raises another
             warn(f"checkpoint {path} is damaged ({error}): falling back to the one before")
     if listed:
         raise UserError(f"no checkpoint in {folder} can be read ({len(listed)} damaged): remove them to start afresh")

@@ -4,8 +4,9 @@ import dataclasses
 import difflib
 import importlib
 import inspect
-import logging
+import io
 import re
+import tokenize
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ _OURS: dict[str, Callable[..., Any]] = {
 }
 # What was made bindable and gin's wrapper of it, by selector; like gin's own registry, for the whole process.
 _bindable: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+_OPENED = "dist_partial:"  # before a path, so that gin leaves opening it to `_open`
+_INCLUDE = re.compile(r"^(\s*include\s+)['\"](.+?)['\"]", re.MULTILINE)
+_IMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+)?import\s+([\w.]+)", re.MULTILINE)
 _KERAS = ("optimizers", "optimizers.schedules", "losses", "applications", "initializers", "regularizers")
 
 
@@ -68,24 +72,26 @@ def load(files: Sequence[str | Path], params: Sequence[str] = ()) -> Configurati
         if not Path(file).is_file():
             near = difflib.get_close_matches(Path(file).name, [p.name for p in Path(file).parent.glob("*.gin")])
             raise UserError(f"no gin file {file}" + (f"; in that folder there is {', '.join(near)}" if near else ""))
-        _prepare(Path(file))
-    logging.disable(logging.ERROR)  # gin logs an error for every folder in which an included file is not
+        _prepare(Path(file), ())
+    place = ""
     try:
-        gin.parse_config_files_and_bindings([str(file) for file in files], list(params), finalize_config=False)
+        for file in files:
+            gin.parse_config_file(f"{_OPENED}{file}")
+        for param in params:
+            place = f" (in {param!r})"
+            gin.parse_config(param)
+        place = ""
         run, sample, replicas_factory = (_bindable[f"dist_partial.{name}"][1] for name in ("run", "sample", "replicas"))
         bound = run(replicas=replicas_factory, sampling=sample())
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"{error}: an included file is looked for beside the file that includes it") from None
     except Exception as error:  # gin raises whatever the file's mistake leads to
-        raise UserError(_explain(error)) from error
-    finally:
-        logging.disable(logging.NOTSET)
+        raise UserError(_explain(error, place)) from error
     return Configuration(bound, gin.operative_config_str, _unused)
 
 
 def _register() -> None:
+    gin.config.register_file_reader(_open, lambda name: name.startswith(_OPENED))
     for name, value in _OURS.items():
         _make_bindable(value, name, "dist_partial")
     for package in _KERAS:
@@ -99,14 +105,51 @@ def _make_bindable(value: Callable[..., Any], name: str, module: str) -> None:
         _bindable[f"{module}.{name}"] = value, gin.external_configurable(value, name=name, module=module)
 
 
-def _prepare(file: Path) -> None:
-    """Makes gin find what the file includes, and knows what it imports; gin itself does neither by the file's place."""
-    gin.add_config_file_search_path(str(file.resolve().parent))
-    text = file.read_text()
-    for included in re.findall(r"^\s*include\s+['\"](.+?)['\"]", text, re.MULTILINE):
-        if (nested := file.parent / included).is_file():
-            _prepare(nested)
-    for name in re.findall(r"^\s*import\s+([\w.]+)", text, re.MULTILINE):
+class _Text(io.StringIO):
+    name: str  # gin reads it for its messages
+
+
+def _open(name: str) -> _Text:
+    """Reads a file for gin, with the files it includes named by their place beside it.
+
+    gin itself looks for them in the working directory, and then in one list of folders for all files.
+    """
+    file = Path(name.removeprefix(_OPENED))
+
+    def placed(include: re.Match[str]) -> str:
+        return include[1] + repr(f"{_OPENED}{file.parent / include[2]}")
+
+    text = _Text(_INCLUDE.sub(placed, file.read_text(encoding="utf-8")))
+    text.name = str(file)
+    return text
+
+
+def _prepare(file: Path, including: tuple[Path, ...]) -> None:
+    """Checks what the file includes, and makes bindable what it imports.
+
+    Args:
+        file: a gin file.
+        including: the files that led to this one.
+    """
+    if file.resolve() in including:
+        raise UserError(f"{file} includes itself: remove the include")
+    try:
+        text = file.read_text(encoding="utf-8")
+        list(tokenize.generate_tokens(io.StringIO(text).readline))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not text in UTF-8: {error}") from None
+    except tokenize.TokenError as error:  # gin passes it on without the file's name
+        raise UserError(f"{file}: {error.args[0]}: a bracket or a quote is not closed") from None
+    except SyntaxError as error:
+        raise UserError(f"{file}, line {error.lineno}: {error.msg}") from None
+    for _, included in _INCLUDE.findall(text):
+        if not (file.parent / included).is_file():
+            raise UserError(f"{file} includes {included!r}, which is looked for beside it and is not there")
+        _prepare(file.parent / included, (*including, file.resolve()))
+    for package, name in _IMPORT.findall(text):
+        if package == "__gin__":
+            continue
+        name = f"{package}.{name}".lstrip(".")
         try:
             module = importlib.import_module(name)
         except ImportError as error:
@@ -117,14 +160,15 @@ def _prepare(file: Path) -> None:
                 _make_bindable(value, attribute, name)
 
 
-def _explain(error: Exception) -> str:
-    """gin's message in one line, with the nearest known names."""
+def _explain(error: Exception, place: str) -> str:
+    """gin's message in one line, with the nearest known names and the file's line, or else with `place`."""
     text = str(error)
-    where = re.search(r'In file "(.+?)", line (\d+)', text) or re.search(r"In (bindings string) line (\d+)", text)
-    place = f" ({where[1]}, line {where[2]})" if where else ""
+    if where := re.search(r'In file "(.+?)", line (\d+)', text):
+        place = f" ({where[1]}, line {where[2]})"
     first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-    if isinstance(error, SyntaxError) and error.text:
-        first = f"{error.msg}: {error.text.strip()!r}"
+    if isinstance(error, SyntaxError):
+        first = error.msg.rstrip(".") + (f": {error.text.strip()!r}" if error.text else "")
+        place = place or f" ({error.filename}, line {error.lineno})"
     if match := re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
         name = match[1].split("/")[-1]
         short = {selector.split(".")[-1]: selector.removeprefix("dist_partial.") for selector in _bindable}
@@ -135,9 +179,14 @@ def _explain(error: Exception) -> str:
         parameters = list(inspect.signature(value).parameters)
         near = difflib.get_close_matches(match[2], parameters, cutoff=0.5) or parameters
         first = f"{match[1]} has no parameter {match[2]!r}; nearest: {', '.join(near)}"
+    elif match := re.search(r"In call to configurable 'macro' .* in scope '([\w./]+)'", text):
+        first = f"%{match[1]} is not defined: bind {match[1]} = ..."
     elif match := re.search(r"missing \d+ required positional arguments?: (.*)", text):
-        missing = re.findall(r"'(\w+)'", text[match.start() :].splitlines()[0])
-        first = "not bound: " + ", ".join(f"run.{name}" for name in missing)
+        missing = re.findall(r"'(\w+)'", match[1])
+        # The innermost call stands first.
+        caller = re.search(r"In call to configurable '([\w.]+)' \(.*?\)(?: in scope '([\w./]+)')?", text)
+        prefix = f"{caller[2]}/{caller[1]}" if caller and caller[2] else caller[1] if caller else "run"
+        first = "not bound: " + ", ".join(f"{prefix}.{name}" for name in missing)
     return f"{first}{place}"
 
 

@@ -97,7 +97,7 @@ def read_tf_config(text: str) -> dict[str, Any] | None:
     for address in everyone:
         if everyone.count(address) > 1:
             raise UserError(f"TF_CONFIG names {address} twice: every worker has an address of its own")
-    if not isinstance(task, dict) or task.get("type") not in cluster or type(task.get("index")) is not int:
+    if not isinstance(task, dict) or task.get("type") not in list(cluster) or type(task.get("index")) is not int:
         raise UserError(
             f"TF_CONFIG's task is {task!r}: write its type ({' or '.join(cluster)}) and index, e.g. {example}"
         )
@@ -111,7 +111,7 @@ def read_tf_config(text: str) -> dict[str, Any] | None:
 
 def _is_address(address: Any) -> bool:
     host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
-    return bool(host) and port.isdigit() and 0 < int(port) < 65536
+    return bool(host) and port.isdecimal() and 0 < int(port) < 65536
 
 
 def _simulated(count: int) -> list[str]:

@@ -63,6 +63,8 @@ def build(settings: Settings, strategy: tf.distribute.Strategy) -> Built:
         groups = optimizers.build(plan, settings.optimizer)
         scale = LossScale() if needs_loss_scale(model) else None
     loss = settings.loss()
+    if not callable(loss):
+        raise UserError(f"run.loss made a {type(loss).__name__}: its factory must return a Keras loss or a function")
     return Built(
         strategy=strategy,
         data=data,

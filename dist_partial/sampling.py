@@ -22,12 +22,12 @@ def temper(logits: tf.Tensor, temperature: tf.Tensor | float) -> tf.Tensor:
 
 
 def truncate(logits: tf.Tensor, top_k: tf.Tensor | int, top_p: tf.Tensor | float) -> tf.Tensor:
-    """Keeps the likely ids of each row: the top k, then the nucleus of mass p among them (Holtzman et al. 2020).
+    """Keeps the likely ids of a row: the top k, then their nucleus of mass p (Holtzman et al. 2020).
 
     Args:
         logits: Float32 [B, V]. Of equal logits the lower id counts as the larger.
         top_k: How many ids stay at most, >= 1; V or more keeps all.
-        top_p: The smallest set of the likeliest ids whose probabilities add up to it stays, in (0, 1]; 1 keeps all.
+        top_p: The fewest of the likeliest ids whose probabilities add up to it stay, in (0, 1]; 1 keeps all.
 
     Returns:
         The logits [B, V], -inf where an id is dropped.
@@ -52,7 +52,7 @@ def draw(
 ) -> tf.Tensor:
     """Draws one id a row by the Gumbel-max trick (Maddison et al. 2014).
 
-    The noise depends on the seed, the position and the row alone: not on the device, nor on how many rows there are.
+    The noise depends on the seed, the position and the row alone: not on the device or the number of rows.
 
     Args:
         logits: [B, V] of any float type.
@@ -68,9 +68,8 @@ def draw(
     likely = truncate(temper(tf.cast(logits, tf.float32), temperature), top_k, top_p)
     key = tf.stack([tf.cast(seed, tf.int64), tf.cast(position, tf.int64)])
     # Philox by name: "auto_select" would take another generator on another kind of device.
-    uniform = tf.random.stateless_uniform(
-        tf.shape(likely), key, minval=np.finfo(np.float32).tiny, alg="philox"
-    )
+    tiny = np.finfo(np.float32).tiny  # log(0) would forbid an id.
+    uniform = tf.random.stateless_uniform(tf.shape(likely), key, minval=tiny, alg="philox")
     noise = tf.where(temperature > 0.0, -tf.math.log(-tf.math.log(uniform)), 0.0)
     return tf.argmax(likely + noise, axis=-1, output_type=tf.int32)
 
@@ -109,7 +108,7 @@ def generate(
         int32 ids [count, length], without the prompt.
 
     Raises:
-        UserError: An argument is out of its range, or the prompt is empty or holds an id that the model lacks.
+        UserError: An argument is out of its range, or the prompt is empty or holds an unknown id.
     """
     _check(count, length, temperature, top_k, top_p)
     writer, vocabulary = _compiled(model)
@@ -165,11 +164,11 @@ def _write(
     cached: bool,
 ) -> tf.Tensor:
     """The loop of `generate`: prompt [P] to ids [count, length]."""
-    model = model_ref()
+    model: Any = model_ref()
     window = _window(model)
     start, end = prompt.shape[0], prompt.shape[0] + length
 
-    def read(text, cache, position):
+    def read(text: tf.Tensor, cache: Any, position: tf.Tensor | int) -> tuple[tf.Tensor, Any]:
         """Logits [count, V] of the id after `position`, and the cache with the ids up to it."""
         if cached:
             logits, cache = model.decode(text[position][:, None], cache, position)
@@ -180,11 +179,11 @@ def _write(
             logits = model(tf.transpose(text[: position + 1]), training=False)
         return tf.cast(logits if logits.shape.rank == 2 else logits[:, -1], tf.float32), cache
 
-    def write(text, logits, position):
+    def write(text: tf.Tensor, logits: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
         ids = draw(logits, temperature, top_k, top_p, seed, position)
         return tf.tensor_scatter_nd_update(text, [[position]], ids[None])
 
-    def write_and_read(text, logits, cache, position):
+    def write_and_read(text: tf.Tensor, logits: tf.Tensor, cache: Any, position: tf.Tensor) -> tuple:
         text = write(text, logits, position)
         return text, *read(text, cache, position), position + 1
 
@@ -203,7 +202,7 @@ def _write(
     return tf.transpose(write(text, logits, last)[start:])
 
 
-def _check(count, length, temperature, top_k, top_p) -> None:
+def _check(count: int, length: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
     for name, value in (("count", count), ("length", length)):
         if value < 1:
             raise UserError(f"{name} is {value}: generate at least 1")

@@ -197,9 +197,13 @@ def _parse_rule(number: int, line: Any) -> Rule:
 
 def _check_options(number: int, rule: Rule) -> None:
     where = f"rule {number} ({rule.match!r})"
+    if not isinstance(rule.train, bool):
+        raise UserError(f"{where}: train is {rule.train!r}: write True or False")
     options = [name for name in ("optimizer", "learning_rate", "reduction", "rows") if getattr(rule, name) is not None]
     if not rule.train and options:
         raise UserError(f"{where} freezes what it matches, so {options[0]} has no use: remove it or set train = True")
+    if rule.reduction is not None:
+        _check_reduction(where, rule.reduction)
     if rule.rows is not None:
         rows = rule.rows
         if not (isinstance(rows, (list, tuple)) and len(rows) == 2 and all(type(row) is int for row in rows)):
@@ -208,6 +212,11 @@ def _check_options(number: int, rule: Rule) -> None:
             raise UserError(f"{where}: rows {tuple(rows)} is empty or negative: write 0 <= start < stop")
     if isinstance(rule.learning_rate, (int, float)) and not rule.learning_rate > 0:
         raise UserError(f"{where}: learning_rate is {rule.learning_rate}: it must be above 0")
+
+
+def _check_reduction(where: str, reduction: Any) -> None:
+    if isinstance(reduction, type) or not hasattr(reduction, "wire_bytes"):
+        raise UserError(f"{where}: reduction is {reduction!r}: bind a reduction such as @every_step(), with the ()")
 
 
 def variable_paths(model: Any) -> list[str]:
@@ -239,6 +248,7 @@ def resolve(table: Sequence[Any], model: Any, reduction: Any) -> Plan:
             variables with one path, a pattern that is not a regular expression, rows beyond a variable.
     """
     rules = parse_rules(table)
+    _check_reduction("run", reduction)
     paths = variable_paths(model)
     if not paths:
         raise UserError(f"model {model.name!r} has no trainable variables: nothing can be selected")

@@ -113,9 +113,11 @@ class Settings:
         if self.clip_norm is not None:
             _number("run.clip_norm", self.clip_norm, least=0)
         for name in ("model", "data", "optimizer", "loss"):
-            if not callable(getattr(self, name)):
+            value = getattr(self, name)
+            # Models and losses can be called too, but not to make one.
+            if not callable(value) or isinstance(value, (keras.Layer, keras.losses.Loss)):
                 raise UserError(
-                    f"run.{name} is {getattr(self, name)!r}: bind a factory, such as @byte_transformer without ()"
+                    f"run.{name} is {value!r}: bind a factory, such as @byte_transformer without ()"
                 )
         if self.precision not in PRECISIONS:
             raise UserError(f"run.precision is {self.precision!r}: write one of {', '.join(map(repr, PRECISIONS))}")

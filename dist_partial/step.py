@@ -171,15 +171,16 @@ def evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model, loss: 
 
 def worker_sum(strategy: tf.distribute.Strategy) -> Any:
     """Builds the function that sums a tensor over the workers; within one worker there is nothing to send."""
-    local = len(strategy.extended.worker_devices)
+    # The default strategy has no list of its devices to ask for.
+    local = len(strategy.extended.worker_devices) if strategy.num_replicas_in_sync > 1 else 1
     if local == strategy.num_replicas_in_sync:
-        return tf.function(lambda value: value)
+        return lambda value: value
 
     def replica_sum(value: tf.Tensor) -> tf.Tensor:
         context: Any = tf.distribute.get_replica_context()
         return context.all_reduce(tf.distribute.ReduceOp.SUM, value / local)
 
-    @tf.function(autograph=False)
+    @tf.function(autograph=False, reduce_retracing=True)
     def summed(value: tf.Tensor) -> tf.Tensor:
         return strategy.experimental_local_results(strategy.run(replica_sum, args=(value,)))[0]
 

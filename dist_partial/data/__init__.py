@@ -1,0 +1,20 @@
+"""Data sets with random access, and the pipeline that reads them by position."""
+
+from dist_partial.data.batches import evaluation_batches, train_batches
+from dist_partial.data.codecs import Codec
+from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
+from dist_partial.data.prepared import tfds_dataset
+from dist_partial.data.source import ArraySource, Dataset, Source, fingerprint
+
+__all__ = [
+    "ArraySource",
+    "Codec",
+    "Dataset",
+    "Source",
+    "evaluation_batches",
+    "fingerprint",
+    "stdlib_corpus",
+    "stdlib_shapes",
+    "tfds_dataset",
+    "train_batches",
+]

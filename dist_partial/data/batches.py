@@ -1,0 +1,150 @@
+"""Batches as a function of (first step, input context): any step is reached in O(1).
+
+The examples of a run have one global order, whatever the number of workers. Step s takes its positions
+[s * global_batch, (s + 1) * global_batch), and replica i of n takes the i-th of n contiguous slices of them.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from dist_partial.data.source import Source
+from dist_partial.errors import UserError
+
+
+def train_batches(
+    source: Source, *, first_step: int, global_batch: int, seed: int, context: tf.distribute.InputContext
+) -> tf.data.Dataset:
+    """The shuffled batches of one worker, without end.
+
+    Each epoch visits every example once, in an order of its own; a batch may straddle two epochs.
+
+    Args:
+        source: the examples.
+        first_step: the step that the first element belongs to.
+        global_batch: examples of a step, over all replicas.
+        seed: of the order.
+        context: which worker this is, and how many replicas there are.
+
+    Returns:
+        A data set of infinite cardinality and static shapes. Element k is the batch of local replica k % r of
+        step first_step + k // r, where a worker has r replicas: arrays of `source.spec` with a leading axis
+        of global_batch / replicas.
+
+    Raises:
+        UserError: the batch does not divide by the replicas; the source is empty, or not as its spec says.
+    """
+    _check(source)
+    count = len(source)
+
+    def fetch(positions: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return _fetch(source, _shuffled(positions, count, seed))
+
+    return _batches(fetch, first_step, global_batch, context)
+
+
+def evaluation_batches(
+    source: Source, *, examples: int, global_batch: int, context: tf.distribute.InputContext
+) -> tf.data.Dataset:
+    """One worker's batches of the first `examples` examples, in order, each exactly once.
+
+    Args:
+        source: the examples.
+        examples: how many of them.
+        global_batch: examples of a step, over all replicas.
+        context: which worker this is, and how many replicas there are.
+
+    Returns:
+        A data set of infinite cardinality and static shapes that starts over after
+        ceil(examples / global_batch) steps. Its elements are those of `train_batches`, always with a weight:
+        that of the source, or ones, and 0 where the last batch is filled up with repetitions.
+
+    Raises:
+        UserError: there are fewer examples, or as for `train_batches`.
+    """
+    _check(source)
+    if not 0 < examples <= len(source):
+        raise UserError(f"cannot evaluate {examples} examples: ask for 1 to {len(source)}, that is all")
+    padded = -(-examples // global_batch) * global_batch
+
+    def fetch(positions: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        positions %= padded
+        x, y, *weights = _fetch(source, tf.minimum(positions, examples - 1))
+        weight = weights[0] if weights else tf.ones_like(positions, tf.float32)
+        real = tf.reshape(positions < examples, [-1] + [1] * (weight.shape.rank - 1))
+        return x, y, tf.where(real, weight, tf.zeros_like(weight))
+
+    return _batches(fetch, 0, global_batch, context)
+
+
+def _batches(
+    fetch: Callable[[tf.Tensor], tuple[tf.Tensor, ...]],
+    first_step: int,
+    global_batch: int,
+    context: tf.distribute.InputContext,
+) -> tf.data.Dataset:
+    """Maps `fetch` over positions, int64 [b], of one local replica after the other, from `first_step` on."""
+    replicas = context.num_replicas_in_sync
+    if global_batch < 1 or global_batch % replicas:
+        below = max(global_batch // replicas, 1) * replicas
+        raise UserError(
+            f"run.global_batch={global_batch} does not divide by {replicas} replicas: "
+            f"take a multiple such as {below} or {below + replicas}"
+        )
+    local_replicas = replicas // context.num_input_pipelines
+    replica_batch = global_batch // replicas
+
+    def batch(element: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        step = element // local_replicas
+        replica = context.input_pipeline_id * local_replicas + element % local_replicas
+        return fetch(step * global_batch + replica * replica_batch + tf.range(replica_batch, dtype=tf.int64))
+
+    # A counter is infinite, and so is what is mapped over it: were it finite, MultiWorkerMirroredStrategy
+    # would ask in every step, with a collective of its own, whether all workers still have data.
+    return tf.data.Dataset.counter(first_step * local_replicas).map(batch).prefetch(tf.data.AUTOTUNE)
+
+
+def _shuffled(positions: tf.Tensor, count: int, seed: int) -> tf.Tensor:
+    """Example indices, int64 [b], at global positions: a permutation of [0, count) for each (seed, epoch).
+
+    The permutation is a block cipher over [0, count) (Beaulieu et al. 2013, "The SIMON and SPECK families of
+    lightweight block ciphers"), so that nothing of size `count` is ever made. The wrapper of it in TensorFlow
+    2.21, `tf.random.experimental.index_shuffle`, fails on a seed per row, and its 4 rounds leave neighbours
+    correlated; 8 do not. The cipher of a small range uses few bits of its key, so that epochs would repeat
+    soon: each key is drawn from (seed, epoch) by Philox.
+    """
+    epochs = positions // count
+
+    def key(epoch: tf.Tensor) -> tf.Tensor:
+        return tf.random.stateless_uniform([3], [seed, epoch], None, None, tf.int32, alg="philox")
+
+    touched = tf.range(epochs[0], epochs[-1] + 1)
+    keys = tf.map_fn(key, touched, fn_output_signature=tf.TensorSpec([3], tf.int32))
+    return tf.raw_ops.RandomIndexShuffle(
+        index=positions % count,
+        seed=tf.gather(keys, epochs - epochs[0]),
+        max_index=tf.constant(count - 1, tf.int64),
+        rounds=8,
+    )
+
+
+def _fetch(source: Source, indices: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """`source.fetch` as a TensorFlow op, with static shapes."""
+    spec = source.spec
+    arrays = tf.numpy_function(source.fetch, [indices], [one.dtype for one in spec], stateful=False)
+    return tuple(tf.ensure_shape(a, indices.shape + one.shape) for a, one in zip(arrays, spec, strict=True))
+
+
+def _check(source: Source) -> None:
+    """Compares the first example with the spec: inside the pipeline the same error would be unreadable."""
+    if len(source) == 0:
+        raise UserError(f"{type(source).__name__} is empty: there is nothing to read")
+    want = [(spec.dtype.as_numpy_dtype, tuple(spec.shape)) for spec in source.spec]
+    have = [(array.dtype.type, array.shape[1:]) for array in source.fetch(np.zeros(1, np.int64))]
+    if len(want) not in (2, 3) or want != have:
+        words = [", ".join(f"{dtype.__name__} {shape}" for dtype, shape in side) for side in (have, want)]
+        raise UserError(
+            f"{type(source).__name__}.fetch gives [{words[0]}], its spec says [{words[1]}]: "
+            "both must be the same (x, y) or (x, y, weight)"
+        )

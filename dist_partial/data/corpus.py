@@ -1,0 +1,212 @@
+"""The embedded corpus: this machine's own Python standard library, 9.5 MB of text that needs no download."""
+
+import fcntl
+import os
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from dist_partial.data.codecs import SHAPE_OF_BYTE, ByteCodec, ShapeCodec
+from dist_partial.data.quiet import quiet_tfds
+from dist_partial.data.source import Dataset, fingerprint
+from dist_partial.errors import UserError
+
+BLOCK = 4096
+"""Bytes of text that go to training or to evaluation together, whatever the window, so that the losses of two
+windows are of the same text. Files would split too coarsely: a single one is 8 % of the library."""
+
+SKIPPED = {
+    *("test", "tests", "idlelib", "turtledemo", "lib2to3", "encodings", "ensurepip"),
+    *("site-packages", "dist-packages", "__pycache__"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class _Windows:
+    """Windows of symbols as a source.
+
+    Neighbours in index are far apart in the text, so that a short evaluation, the first few, sees all of it.
+
+    Args:
+        symbols: uint8 [blocks, windows of a block, window + 1].
+        next_only: whether the target is only the symbol after the window, not one for each of its symbols.
+    """
+
+    symbols: np.ndarray
+    next_only: bool
+
+    @property
+    def spec(self) -> tuple[tf.TensorSpec, ...]:
+        window = self.symbols.shape[2] - 1
+        return tf.TensorSpec([window], tf.int32), tf.TensorSpec([] if self.next_only else [window], tf.int32)
+
+    def __len__(self) -> int:
+        return self.symbols.shape[0] * self.symbols.shape[1]
+
+    def fetch(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
+        within, block = np.divmod(indices, len(self.symbols))
+        rows = self.symbols[block, within].astype(np.int32)
+        return rows[:, :-1], rows[:, -1] if self.next_only else rows[:, 1:]
+
+
+def stdlib_corpus(
+    window: int = 128,
+    cache_dir: str | os.PathLike[str] | None = None,
+    evaluation_share: float = 0.02,
+    root: str | os.PathLike[str] | None = None,
+) -> Dataset:
+    """Byte-level language modelling of Python code.
+
+    The text differs between versions of Python; its SHA-256 is part of the fingerprint.
+
+    Args:
+        window: bytes of an example.
+        cache_dir: where the text is prepared, once; None: dist_partial in `$XDG_CACHE_HOME` or `~/.cache`.
+        evaluation_share: the part of the text, in (0, 1), that is held out, in blocks spread evenly over it.
+        root: a folder whose .py files are the text; None: the standard library without its tests and data.
+
+    Returns:
+        x int32 [window], bytes; y int32 [window], for each the byte that follows. Every byte is the target of
+        at most one example.
+
+    Raises:
+        UserError: no such text, too little of it for the window, or a cache folder that cannot be used.
+    """
+    digest, text = _text(cache_dir, root)
+    train, evaluation = _split(np.frombuffer(text, np.uint8), window, window, evaluation_share)
+    return Dataset(
+        name="stdlib_corpus",
+        train=_Windows(train, next_only=False),
+        evaluation=_Windows(evaluation, next_only=False),
+        fingerprint=fingerprint("stdlib_corpus", digest, window, evaluation_share),
+        codec=ByteCodec(),
+        unit="byte",
+    )
+
+
+def stdlib_shapes(
+    window: int = 16,
+    cache_dir: str | os.PathLike[str] | None = None,
+    evaluation_share: float = 0.02,
+    root: str | os.PathLike[str] | None = None,
+) -> Dataset:
+    """Ten classes: which shape of symbol follows, in the silhouette of Python code.
+
+    Args:
+        window: symbols of an example.
+        cache_dir: as for `stdlib_corpus`, with which it is shared.
+        evaluation_share: as for `stdlib_corpus`.
+        root: as for `stdlib_corpus`.
+
+    Returns:
+        x int32 [window], shapes 0..9 (see `codecs.SHAPES`); y int32 (), the shape that follows. Every
+        byte but the first `window` of a block is a target.
+
+    Raises:
+        UserError: as for `stdlib_corpus`.
+    """
+    digest, text = _text(cache_dir, root)
+    train, evaluation = _split(SHAPE_OF_BYTE[np.frombuffer(text, np.uint8)], window, 1, evaluation_share)
+    return Dataset(
+        name="stdlib_shapes",
+        train=_Windows(train, next_only=True),
+        evaluation=_Windows(evaluation, next_only=True),
+        fingerprint=fingerprint("stdlib_shapes", digest, window, evaluation_share, SHAPE_OF_BYTE),
+        codec=ShapeCodec(),
+    )
+
+
+def _split(symbols: np.ndarray, window: int, stride: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts symbols, uint8 [n], into windows [blocks, windows of a block, window + 1]: training, evaluation.
+
+    No window crosses the border of its block; the last target in one block is the first input of the next.
+    """
+    if not 1 <= window <= BLOCK:
+        raise UserError(f"window={window} is not in 1..{BLOCK}, the block of text that windows are cut from")
+    count = max(len(symbols) - 1, 0) // BLOCK
+    held_out = np.diff(np.floor(np.arange(count + 1) * share)) > 0
+    if not 0 < share < 1 or not held_out.any() or held_out.all():
+        raise UserError(
+            f"evaluation_share={share} of {len(symbols)} bytes of text, {count} blocks of {BLOCK}, leaves "
+            "training or evaluation empty: take another share in (0, 1), or more text"
+        )
+    blocks = np.lib.stride_tricks.sliding_window_view(symbols, BLOCK + 1)[::BLOCK]
+    train, evaluation = (  # views: the text is kept once, however much the windows overlap
+        np.lib.stride_tricks.sliding_window_view(blocks[which], window + 1, axis=1)[:, ::stride]
+        for which in (~held_out, held_out)
+    )
+    return train, evaluation
+
+
+def _text(cache_dir: str | os.PathLike[str] | None, root: str | os.PathLike[str] | None) -> tuple[str, bytes]:
+    """The hex SHA-256 of the source files, and the whole text as the prepared data set holds it."""
+    files = _source_files(Path(root or sysconfig.get_paths()["stdlib"]))
+    digest = _digest(files)
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    cache = Path(cache_dir) if cache_dir else caches / "dist_partial"
+    prepared = _prepared(cache.expanduser(), digest, files)
+    return digest, b"".join(prepared.values())
+
+
+def _source_files(root: Path) -> dict[str, bytes]:
+    """Path, relative to the root, to content of the .py files under it, sorted by path."""
+    paths: list[Path] = []
+    for folder, subfolders, names in os.walk(root):
+        # config-*/ and _sysconfigdata_*.py are written when Python is built, and differ between machines.
+        subfolders[:] = [s for s in subfolders if s not in SKIPPED and not s.startswith("config-")]
+        paths += [Path(folder, n) for n in names if n.endswith(".py") and not n.startswith("_sysconfigdata")]
+    if not paths:
+        raise UserError(f"no .py files under {root}: bind stdlib_corpus.root to a folder of Python code")
+    return dict(sorted((path.relative_to(root).as_posix(), path.read_bytes()) for path in paths))
+
+
+def _digest(files: dict[str, bytes]) -> str:
+    """Hex SHA-256 of paths and contents."""
+    return fingerprint(*(part for item in files.items() for part in item))
+
+
+def _prepared(cache: Path, digest: str, files: dict[str, bytes]) -> dict[str, bytes]:
+    """Reads the files from their tfds data set in the cache, which is prepared first where it is missing."""
+    from dist_partial.data.corpus_builder import StdlibCorpus
+
+    def fresh_builder() -> StdlibCorpus:
+        return StdlibCorpus(data_dir=cache, digest=digest, files=files)
+
+    try:
+        with quiet_tfds():
+            builder = fresh_builder()
+            if not builder.is_prepared():
+                with _locked(cache / "stdlib_corpus.lock"):
+                    builder = fresh_builder()  # another process may have prepared it meanwhile
+                    if not builder.is_prepared():
+                        # tfds renames the folder once it is whole; what else is here, a killed process left.
+                        shutil.rmtree(builder.data_path.parent, ignore_errors=True)
+                        builder.download_and_prepare(file_format="array_record")
+    except (OSError, RuntimeError, tf.errors.OpError) as error:  # array_record raises RuntimeError
+        words = " ".join(str(error).split())
+        raise UserError(
+            f"cannot prepare the corpus in {cache} ({words}): "
+            "bind stdlib_corpus.cache_dir to a folder that can be written and has 20 MB left"
+        ) from error
+    try:
+        prepared = builder.read()
+    except (OSError, RuntimeError, ValueError, tf.errors.OpError):
+        prepared = {}
+    if _digest(prepared) != digest:
+        raise UserError(f"the corpus in {builder.data_dir} is damaged: delete it, and it is prepared again")
+    return prepared
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock between processes, which the system drops when its holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

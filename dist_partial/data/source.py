@@ -1,0 +1,114 @@
+"""What a data set is: examples that are fetched by index."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from dist_partial.data.codecs import Codec
+from dist_partial.errors import UserError
+
+
+class Source(Protocol):
+    """Random access to examples, the only thing the pipeline needs."""
+
+    @property
+    def spec(self) -> tuple[tf.TensorSpec, ...]:
+        """(x, y) or (x, y, weight) of one example, without a batch axis.
+
+        The weight is a float of shape (), or of the shape of y where each target has its own.
+        """
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Reads examples.
+
+        Args:
+            indices: int64 [b], each in [0, len(self)), in any order.
+
+        Returns:
+            The arrays of `spec`, stacked along a new axis 0 of length b.
+        """
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A named data set, as the factory in `run.data` returns it.
+
+    Args:
+        name: for people.
+        train: examples to learn from.
+        evaluation: examples held out.
+        fingerprint: hex SHA-256 of the content; a run folder refuses to resume with another.
+        codec: text to ids and back; None where nothing can be sampled as text.
+        unit: what one target is: 'byte' means that loss / ln 2 is bits per byte.
+    """
+
+    name: str
+    train: Source
+    evaluation: Source
+    fingerprint: str
+    codec: Codec | None = None
+    unit: Literal["byte"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Arrays in memory as a source.
+
+    Args:
+        x: inputs [n, ...].
+        y: targets [n, ...].
+        weight: float [n], or of the shape of y; None weighs all alike.
+
+    Raises:
+        UserError: the arrays do not belong together.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    weight: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        shapes = [array.shape for array in self._arrays]
+        if len({shape[:1] for shape in shapes}) != 1 or shapes[0] == ():
+            raise UserError(f"ArraySource got shapes {shapes}: axis 0 counts the examples, alike in all")
+        if self.weight is not None and self.weight.shape not in (self.y.shape[:1], self.y.shape):
+            raise UserError(
+                f"ArraySource got weight {self.weight.shape} for y {self.y.shape}: "
+                f"give one an example {self.y.shape[:1]} or one a target {self.y.shape}"
+            )
+
+    @property
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        return (self.x, self.y) if self.weight is None else (self.x, self.y, self.weight)
+
+    @property
+    def spec(self) -> tuple[tf.TensorSpec, ...]:
+        """(x, y) or (x, y, weight) of one example."""
+        return tuple(tf.TensorSpec(array.shape[1:], array.dtype) for array in self._arrays)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def fetch(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Rows `indices`, int64 [b], of every array."""
+        return tuple(array[indices] for array in self._arrays)
+
+
+def fingerprint(*parts: np.ndarray | bytes | str | int | float) -> str:
+    """Hex SHA-256 of the parts: content, order, and for arrays type and shape too."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            head, content = f"{part.dtype.str}{part.shape}", np.ascontiguousarray(part).tobytes()
+        elif isinstance(part, bytes):
+            head, content = "bytes", part
+        else:
+            head, content = type(part).__name__, str(part).encode()
+        # Without lengths ("ab", "c") would equal ("a", "bc").
+        digest.update(f"{head}:{len(content)}:".encode() + content)
+    return digest.hexdigest()

@@ -1,0 +1,173 @@
+"""The order of examples: over steps, epochs, replicas and workers."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dist_partial.data import ArraySource, evaluation_batches, train_batches
+from dist_partial.errors import UserError
+
+
+def numbered(count, weight=None):
+    """Examples that carry their own index: x = [i, 2i], y = i."""
+    index = np.arange(count, dtype=np.int32)
+    return ArraySource(np.stack([index, 2 * index], 1), index, weight)
+
+
+def contexts(workers, replicas):
+    """The input contexts of all workers, `replicas` in all."""
+    return [tf.distribute.InputContext(workers, worker, replicas) for worker in range(workers)]
+
+
+def elements(batches, count):
+    """The first `count` elements, as tuples of arrays."""
+    return list(batches.take(count).as_numpy_iterator())
+
+
+def steps(make, workers, replicas, count):
+    """y of `count` global batches, [count, global_batch], from all workers in the order of replicas."""
+    local = replicas // workers
+    read = [elements(make(context), count * local) for context in contexts(workers, replicas)]
+    parts = [part[1] for step in range(count) for worker in read for part in worker[step * local :][:local]]
+    return np.concatenate(parts).reshape(count, -1)
+
+
+def train(source, global_batch, first_step=0, seed=3):
+    return lambda context: train_batches(
+        source, first_step=first_step, global_batch=global_batch, seed=seed, context=context
+    )
+
+
+def evaluate(source, global_batch, examples):
+    options = {"examples": examples, "global_batch": global_batch}
+    return lambda context: evaluation_batches(source, context=context, **options)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 37, 64])
+def test_every_epoch_visits_every_example_once(count):
+    order = steps(train(numbered(count), 12), 1, 1, 3 * count).reshape(-1)  # 36 epochs of `count`
+    for epoch in order.reshape(-1, count):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(count))
+
+
+def test_x_and_y_stay_together():
+    for x, y in elements(train(numbered(37), 8)(contexts(1, 1)[0]), 10):
+        np.testing.assert_array_equal(x, np.stack([y, 2 * y], 1))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    epochs = steps(train(numbered(50), 50), 1, 1, 20)
+    assert len({tuple(epoch) for epoch in epochs}) == 20
+    assert not np.array_equal(epochs, steps(train(numbered(50), 50, seed=4), 1, 1, 20))
+
+
+def test_order_is_uniform():
+    """Over many epochs every example comes first equally often, and neighbours are not correlated."""
+    count = 8
+    epochs = steps(train(numbered(count), count * 400), 1, 1, 10).reshape(-1, count)
+    expected = len(epochs) / count
+    for position in (0, 1, count - 1):
+        seen = np.bincount(epochs[:, position], minlength=count)
+        assert np.sum((seen - expected) ** 2 / expected) < 40  # chi-squared, 7 degrees of freedom: p ~ 1e-6
+    order = steps(train(numbered(20_000), 20_000), 1, 1, 1)[0].astype(float)
+    assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 5 / np.sqrt(20_000)
+
+
+@pytest.mark.parametrize(("workers", "replicas"), [(1, 2), (1, 3), (1, 4), (2, 2), (2, 4)])
+def test_replicas_and_workers_share_one_order(workers, replicas):
+    make = train(numbered(29), 12)
+    np.testing.assert_array_equal(steps(make, workers, replicas, 8), steps(make, 1, 1, 8))
+
+
+@pytest.mark.parametrize("step", [2, 1000])  # 29 / 12: every third step straddles two epochs
+def test_resuming_equals_never_stopping(step):
+    whole = elements(train(numbered(29), 12)(contexts(1, 2)[0]), 2 * (step + 4))
+    resumed = elements(train(numbered(29), 12, first_step=step)(contexts(1, 2)[0]), 8)
+    for (x, y), (x_whole, y_whole) in zip(resumed, whole[2 * step :], strict=True):
+        np.testing.assert_array_equal(x, x_whole)
+        np.testing.assert_array_equal(y, y_whole)
+
+
+def test_resuming_with_other_workers_continues_the_order():
+    whole = steps(train(numbered(29), 12), 2, 2, 9)
+    np.testing.assert_array_equal(steps(train(numbered(29), 12, first_step=5), 1, 3, 4), whole[5:])
+
+
+@pytest.mark.parametrize(("examples", "workers", "replicas"), [(24, 1, 1), (25, 1, 4), (1, 2, 4)])
+def test_evaluation_neither_drops_nor_repeats(examples, workers, replicas):
+    global_batch, local = 12, replicas // workers
+    count = -(-examples // global_batch)
+    for start in (0, count * local):  # and once more: the pass starts over
+        seen, weights = [], []
+        for context in contexts(workers, replicas):
+            batches = evaluate(numbered(40), global_batch, examples)(context).skip(start)
+            for _, y, weight in elements(batches, count * local):
+                seen += y[weight > 0].tolist()
+                weights += weight.tolist()
+        assert sorted(seen) == list(range(examples))
+        assert sum(weights) == examples and len(weights) == count * global_batch
+
+
+def test_evaluation_is_in_order():
+    np.testing.assert_array_equal(steps(evaluate(numbered(40), 12, 36), 2, 4, 3).reshape(-1), np.arange(36))
+
+
+@pytest.mark.parametrize("shape", [(10,), (10, 3)])
+def test_weights_of_the_source_are_kept(shape):
+    weight = np.random.default_rng(0).uniform(size=shape).astype(np.float32)
+    source = ArraySource(np.zeros((10, 3), np.int32), np.zeros((10, 3), np.int32), weight)
+    context = contexts(1, 1)[0]
+    found = elements(evaluate(source, 4, 10)(context), 3)
+    weights = np.concatenate([weight for _, _, weight in found])
+    np.testing.assert_array_equal(weights[:10], weight)
+    np.testing.assert_array_equal(weights[10:], 0)
+    assert len(elements(train(source, 4)(context), 1)[0]) == 3
+
+
+def test_cardinality_is_infinite_and_shapes_are_static():
+    context = contexts(1, 4)[0]
+    for batches in (
+        train(numbered(29), 12)(context),
+        evaluate(numbered(29), 12, 5)(context),
+    ):
+        assert batches.cardinality() == tf.data.INFINITE_CARDINALITY
+        assert [tuple(spec.shape) for spec in batches.element_spec[:2]] == [(3, 2), (3,)]
+        assert all(spec.shape.is_fully_defined() for spec in batches.element_spec)
+
+
+def test_strategy_gives_replica_i_the_i_th_slice(mirrored):
+    strategy = mirrored(2)
+    source = numbered(29)
+    iterator = iter(strategy.distribute_datasets_from_function(train(source, 12)))
+    for whole in steps(train(source, 12), 1, 1, 5):
+        _, y = next(iterator)
+        np.testing.assert_array_equal(np.concatenate(strategy.experimental_local_results(y)), whole)
+
+
+class Liar(ArraySource):
+    """Says float32 and gives float64."""
+
+    def fetch(self, indices):
+        x, y = super().fetch(indices)
+        return x.astype(np.float64), y
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: train(numbered(9), 10)(contexts(1, 4)[0]), "run.global_batch=10 .* 4 replicas: .* 8 or 12"),
+        (lambda: train(numbered(9), 0)(contexts(1, 4)[0]), "run.global_batch=0 .* 4 or 8"),
+        (lambda: train(numbered(0), 4)(contexts(1, 1)[0]), "empty"),
+        (
+            lambda: train(Liar(np.zeros((3, 2), np.float32), np.zeros(3)), 4)(contexts(1, 1)[0]),
+            r"float64 \(2,\)",
+        ),
+        (lambda: evaluate(numbered(9), 4, 10)(contexts(1, 1)[0]), "10 examples: ask for 1 to 9"),
+        (lambda: ArraySource(np.zeros(3), np.zeros(4)), "axis 0"),
+        (lambda: ArraySource(np.zeros(3), np.zeros((3, 5)), np.zeros((3, 4))), "weight"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(make, words):
+    with pytest.raises(UserError, match=words) as caught:
+        make()
+    assert "\n" not in str(caught.value)
