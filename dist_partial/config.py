@@ -5,6 +5,7 @@ import difflib
 import importlib
 import inspect
 import io
+import logging
 import re
 import tokenize
 from collections.abc import Callable, Sequence
@@ -74,6 +75,7 @@ def load(files: Sequence[str | Path], params: Sequence[str] = ()) -> Configurati
             raise UserError(f"no gin file {file}" + (f"; in that folder there is {', '.join(near)}" if near else ""))
         _prepare(Path(file), ())
     place = ""
+    logging.disable(logging.ERROR)  # gin's readers log an error for each file that another of them opens
     try:
         for file in files:
             gin.parse_config_file(f"{_OPENED}{file}")
@@ -87,6 +89,8 @@ def load(files: Sequence[str | Path], params: Sequence[str] = ()) -> Configurati
         raise
     except Exception as error:  # gin raises whatever the file's mistake leads to
         raise UserError(_explain(error, place)) from error
+    finally:
+        logging.disable(logging.NOTSET)
     return Configuration(bound, gin.operative_config_str, _unused)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise cli.UserError(f"{folder} is no run folder: it has no operative_config.gin")
         settings = config.load([folder / "operative_config.gin"]).settings
         names = ("prompt", "temperature", "top_k", "top_p", "seed", "length", "count")
-        given = {name: values[name].value for name in names if values[name].value is not None}
+        given: dict[str, Any] = {name: values[name].value for name in names if values[name].value is not None}
         sampling = dataclasses.replace(settings.sampling, **given)
         built = run.build(settings, tf.distribute.get_strategy())
         checkpoint = run.restore(built, folder, lambda line: print(line, file=sys.stderr))

@@ -116,9 +116,7 @@ class Settings:
             value = getattr(self, name)
             # Models and losses can be called too, but not to make one.
             if not callable(value) or isinstance(value, (keras.Layer, keras.losses.Loss)):
-                raise UserError(
-                    f"run.{name} is {value!r}: bind a factory, such as @byte_transformer without ()"
-                )
+                raise UserError(f"run.{name} is {value!r}: bind a factory, such as @byte_transformer without ()")
         if self.precision not in PRECISIONS:
             raise UserError(f"run.precision is {self.precision!r}: write one of {', '.join(map(repr, PRECISIONS))}")
         if self.statistics not in ("trained", "all"):

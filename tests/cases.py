@@ -45,7 +45,9 @@ def shared_embedding() -> keras.Model:
     """One embedding looked up twice, so that its sparse gradients add up."""
     embedding = keras.layers.Embedding(11, 6, name="embedding")
     left, right = keras.Input((4,), dtype="int32"), keras.Input((4,), dtype="int32")
-    both = keras.layers.Concatenate()([keras.layers.Flatten()(embedding(left)), keras.layers.Flatten()(embedding(right))])
+    both = keras.layers.Concatenate()(
+        [keras.layers.Flatten()(embedding(left)), keras.layers.Flatten()(embedding(right))]
+    )
     inner = keras.Model([left, right], keras.layers.Dense(5, name="head")(both))
     tokens = keras.Input((8,), dtype="int32")
     return keras.Model(tokens, inner([tokens[:, :4], tokens[:, 4:]]), name="shared")
@@ -96,7 +98,10 @@ CASES = {
         shared_embedding, [selection.Rule(r"embedding/.*", rows=(2, 9)), ("train", r"head/.*")], _ids(11, 8), _ids(5)
     ),
     "mobilenet": Case(
-        mobilenet, [("train", r"conv_pw_1[23]/.*"), ("train", r"conv_preds/.*"), ("freeze", r".*")], _images(32), _ids(5)
+        mobilenet,
+        [("train", r"conv_pw_1[23]/.*"), ("train", r"conv_preds/.*"), ("freeze", r".*")],
+        _images(32),
+        _ids(5),
     ),
 }
 
@@ -298,7 +303,9 @@ def assert_nothing_else_moved(trained: Trained) -> None:
             assert not np.array_equal(old, new), f"{entry.path} is selected and did not move"
             if entry.rule.rows is not None:
                 start, stop = entry.rule.rows
-                assert np.delete(old, slice(start, stop), 0).tobytes() == np.delete(new, slice(start, stop), 0).tobytes()
+                assert (
+                    np.delete(old, slice(start, stop), 0).tobytes() == np.delete(new, slice(start, stop), 0).tobytes()
+                )
     for group in trained.optimizers:
         allowed = sorted(member.entry.trained_shape for member in group.members)
         per_slot = [tuple(v.shape) for name, v in group.state.items() if not name.startswith("group_")]

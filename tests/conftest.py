@@ -30,4 +30,4 @@ def keras_defaults():
     yield
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)  # collecting garbage takes longer than most tests

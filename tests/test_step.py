@@ -111,7 +111,10 @@ def test_float16_divides_before_it_sums(mirrored):
 
 
 def test_packs_hold_one_dtype_and_no_more_than_their_size():
-    tensors = [tf.zeros([n], dtype) for n, dtype in [(400_000, "float32"), (9, "float16"), (200_000, "float32"), (5, "float32")]]
+    tensors = [
+        tf.zeros([n], dtype)
+        for n, dtype in [(400_000, "float32"), (9, "float16"), (200_000, "float32"), (5, "float32")]
+    ]
     assert reduction._packs(tensors) == [[0], [1], [2, 3]]
 
 

@@ -22,7 +22,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def run_workers(command: Sequence[str], workers: int, timeout: float) -> list[tuple[int, str]]:
+def run_workers(command: Sequence[str], workers: int, timeout: float, pythonpath: Path = ROOT) -> list[tuple[int, str]]:
     """Runs `python command` once a worker, each with its TF_CONFIG.
 
     Returns:
@@ -33,7 +33,12 @@ def run_workers(command: Sequence[str], workers: int, timeout: float) -> list[tu
     processes = []
     for index in range(workers):
         task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-        environment = {**os.environ, "TF_CONFIG": json.dumps(task), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "-1"}
+        environment = {
+            **os.environ,
+            "TF_CONFIG": json.dumps(task),
+            "PYTHONPATH": f"{pythonpath}{os.pathsep}{ROOT}",
+            "CUDA_VISIBLE_DEVICES": "-1",
+        }
         processes.append(
             subprocess.Popen(
                 [sys.executable, *command],

@@ -1,0 +1,322 @@
+"""gin files: includes, references, a user's own module, mistakes and what was never used."""
+
+import json
+import textwrap
+from pathlib import Path
+
+import keras
+import pytest
+
+from dist_partial import config, run, selection
+from dist_partial.errors import UserError
+from dist_partial.reduction import EveryStep
+from dist_partial.settings import Settings
+from tests import user_module
+
+BASE = """
+    import tests.user_module
+    run.model = @tests.user_module.model
+    run.data = @tests.user_module.data
+    run.rules = [('train', r'head/.*'), ('freeze', r'.*')]
+    run.steps = 3
+    run.global_batch = 4
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads a file of the given text on top of the base, with `params` over it."""
+
+    def loader(text: str = "", *params: str) -> config.Configuration:
+        return config.load([write(tmp_path / "user.gin", textwrap.dedent(BASE) + textwrap.dedent(text))], params)
+
+    return loader
+
+
+def test_bindings_reach_the_settings(load):
+    settings = load("sample.temperature = 0.25\nreplicas.kind = 'default'").settings
+    assert isinstance(settings, Settings)
+    assert (settings.steps, settings.global_batch, settings.sampling.temperature) == (3, 4, 0.25)
+    assert settings.rules == [("train", "head/.*"), ("freeze", ".*")]
+    assert settings.model().name == "tiny"
+    assert settings.data().name == "points"
+    strategy, line = settings.replicas()
+    assert strategy.num_replicas_in_sync == 1 and line == "replicas: 1, default strategy"
+
+
+def test_later_files_and_params_win(tmp_path):
+    first = write(tmp_path / "first.gin", BASE)
+    second = write(tmp_path / "second.gin", "run.steps = 7\nrun.seed = 8\n")
+    settings = config.load([first, second], ["run.seed = 9"]).settings
+    assert (settings.steps, settings.seed, settings.global_batch) == (7, 9, 4)
+    assert config.load([first]).settings.seed == 0  # nothing is left of an earlier call
+
+
+def test_an_include_is_relative_to_its_file(tmp_path, monkeypatch):
+    write(tmp_path / "configs" / "base.gin", BASE)
+    write(tmp_path / "configs" / "more" / "inner.gin", "include '../base.gin'\nrun.seed = 5\n")
+    outer = write(tmp_path / "configs" / "outer.gin", "include 'more/inner.gin'\nrun.steps = 11\n")
+    monkeypatch.chdir(tmp_path)
+    for file in (outer, outer.relative_to(tmp_path)):
+        settings = config.load([file]).settings
+        assert (settings.steps, settings.seed, settings.global_batch) == (11, 5, 4)
+
+
+def test_each_file_includes_its_own_neighbour(tmp_path, monkeypatch, caplog):
+    """Neither the working directory nor an earlier file's folder is asked for a file of the same name."""
+    write(tmp_path / "base.gin", "run.steps = 1\n")
+    monkeypatch.chdir(tmp_path)
+    files = []
+    for i, name in enumerate(["it's one", "two"]):
+        write(tmp_path / name / "base.gin", BASE + f"    run.steps = {10 + i}\n")
+        files.append(write(tmp_path / name / "user.gin", "include 'base.gin'\n"))
+    assert config.load(files).settings.steps == 11
+    assert config.load(files[::-1]).settings.steps == 10
+    assert not caplog.records  # gin logs errors about files that it finds in the end
+
+
+@pytest.mark.parametrize("line", ["import tests.user_module", "from tests import user_module"])
+def test_ways_to_import(line, tmp_path):
+    base = textwrap.dedent(BASE).replace("import tests.user_module", line)
+    assert config.load([write(tmp_path / "user.gin", base)]).settings.data().name == "points"
+
+
+def test_scoped_references_to_a_users_module(load):
+    settings = load(
+        """
+        run.model = @wide/tests.user_module.model
+        wide/model.units = 7
+        model.units = 5
+        run.data = @other/user_module.data
+        other/tests.user_module.data.seed = 3
+        """
+    ).settings
+    assert settings.model().get_layer("body").units == 7
+    assert settings.data().fingerprint == user_module.data(seed=3).fingerprint
+
+
+def test_rules_in_full_form(load):
+    settings = load(
+        """
+        run.rules = [@head/Rule(), @body/Rule(), ('freeze', r'.*')]
+        head/Rule.match = r'head/.*'
+        head/Rule.optimizer = @head/keras.optimizers.SGD
+        head/keras.optimizers.SGD.momentum = 0.5
+        head/Rule.learning_rate = 0.25
+        head/Rule.reduction = @half/every_step()
+        half/every_step.dtype = 'bfloat16'
+        body/Rule.match = r'body/kernel'
+        body/Rule.rows = (1, 3)
+        run.optimizer = @keras.optimizers.Adam
+        keras.optimizers.Adam.learning_rate = @keras.optimizers.schedules.CosineDecay()
+        keras.optimizers.schedules.CosineDecay.initial_learning_rate = 0.125
+        keras.optimizers.schedules.CosineDecay.decay_steps = 100
+        """
+    ).settings
+    head, body, rest = selection.parse_rules(settings.rules)
+    assert (head.match, head.train, head.rows) == ("head/.*", True, None)
+    assert (body.match, body.rows, body.optimizer) == ("body/kernel", (1, 3), None)
+    assert (rest.match, rest.train) == (".*", False)
+    assert head.reduction == EveryStep("bfloat16")
+    built = run.build(settings, settings.replicas()[0])
+    first, second = (group.optimizer for group in built.optimizers)
+    assert isinstance(first, keras.optimizers.SGD) and first.momentum == 0.5 and float(first.learning_rate) == 0.25
+    assert isinstance(second, keras.optimizers.Adam) and float(second.learning_rate) == 0.125
+    assert [entry.path for entry in built.plan.trained] == ["head/kernel", "head/bias", "body/kernel"]
+
+
+@pytest.mark.parametrize(
+    ("text", "attribute", "kind"),
+    [
+        ("run.optimizer = @keras.optimizers.AdamW", "optimizer", keras.optimizers.AdamW),
+        ("run.optimizer = @SGD", "optimizer", keras.optimizers.SGD),
+        ("run.optimizer = @Lion\nLion.beta_1 = 0.5", "optimizer", keras.optimizers.Lion),
+        ("run.loss = @keras.losses.Huber\nHuber.delta = 2.0", "loss", keras.losses.Huber),
+        ("run.loss = @tests.user_module.never_finite", "loss", object),
+        ("run.model = @two_dense", "model", keras.Model),
+    ],
+)
+def test_factories_by_name(text, attribute, kind, load):
+    assert isinstance(getattr(load(text).settings, attribute)(), kind)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("run.stepz = 3", ["run has no parameter 'stepz'", "steps", "user.gin", "line 8"]),
+        ("runn.steps = 3", ["'runn'", "nearest: run", "line 8"]),
+        ("sample.temprature = 3", ["sample has no parameter 'temprature'", "temperature"]),
+        ("every_step.dtypes = 'x'", ["every_step has no parameter 'dtypes'", "dtype"]),
+        ("model.unit = 3", ["model has no parameter 'unit'", "units"]),
+        ("run.model = @two_dens", ["'two_dens'", "two_dense"]),
+        ("run.optimizer = @keras.optimizers.Adm", ["'keras.optimizers.Adm'", "keras.optimizers.Adam"]),
+        ("run.data = @scope/stdlib_corpsu", ["'stdlib_corpsu'", "stdlib_corpus"]),
+        ("run.model = @user_module.modle", ["'user_module.modle'", "user_module.model"]),
+        ("run.rules = [('train', r'head/.*'", ["user.gin", "not closed"]),
+        ("run.steps = 'abc", ["user.gin"]),
+        ("run.steps =", ["line 8"]),
+        ("run.steps 3", ["line 8"]),
+        ("run.steps = %undefined", ["%undefined is not defined"]),
+        ("run.steps = '3'", ["run.steps is '3'"]),
+        ("run.steps = 0", ["run.steps is 0"]),
+        ("run.model = @two_dense()", ["run.model is", "without ()"]),
+        ("run.loss = @keras.losses.Huber()", ["run.loss is", "without ()"]),
+        ("run.optimizer = @keras.optimizers.Adam()", ["run.optimizer is", "without ()"]),
+        ("run.rules = [@head/Rule()]", ["not bound: head/Rule.match"]),
+        ("run.precision = 'float8'", ["run.precision is 'float8'", "'mixed_bfloat16'"]),
+        ("run.statistics = 'none'", ["run.statistics is 'none'", "'trained'"]),
+        ("run.clip_norm = -1.0", ["run.clip_norm is -1.0"]),
+        ("run.reduction = @every_step()\nevery_step.dtype = 'int8'", ["every_step.dtype is 'int8'"]),
+        ("include 'absent.gin'", ["user.gin includes 'absent.gin'", "beside it"]),
+        ("include 'user.gin'", ["user.gin", "includes itself"]),
+        ("import no_such_module", ["user.gin", "no_such_module"]),
+        ("from no_such_package import no_such_module", ["user.gin", "no_such_package"]),
+    ],
+)
+def test_mistakes_in_a_file(text, words, load):
+    with pytest.raises(UserError) as raised:
+        load(text).settings.replicas()
+    message = str(raised.value).splitlines()[0]  # gin adds lines, of which the command line prints none
+    for word in words:
+        assert word in message, (word, message)
+
+
+@pytest.mark.parametrize(
+    ("param", "words"),
+    [
+        ("run.stepz=3", ["run has no parameter 'stepz'", "steps"]),
+        ("run.steps", ["run.steps"]),
+        ("run.steps=", ["run.steps"]),
+        ("run.model=@two_dens", ["two_dense"]),
+    ],
+)
+def test_mistakes_in_a_param(param, words, load):
+    with pytest.raises(UserError) as raised:
+        load("", param)
+    for word in words:
+        assert word in str(raised.value).splitlines()[0]
+
+
+def test_a_missing_file_shows_its_neighbours(tmp_path):
+    write(tmp_path / "quickstart.gin", BASE)
+    with pytest.raises(UserError, match=r"no gin file .*quikstart\.gin; in that folder there is quickstart\.gin"):
+        config.load([tmp_path / "quikstart.gin"])
+    with pytest.raises(UserError, match="no gin file"):
+        config.load([tmp_path])
+    with pytest.raises(UserError, match="no gin file"):
+        config.load([tmp_path / "absent" / "quickstart.gin"])
+
+
+def test_a_file_that_is_not_text(tmp_path):
+    (tmp_path / "binary.gin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"binary\.gin is not text in UTF-8"):
+        config.load([tmp_path / "binary.gin"])
+
+
+@pytest.mark.parametrize("missing", ["rules", "model", "data"])
+def test_what_must_be_bound(missing, tmp_path):
+    lines = [line for line in textwrap.dedent(BASE).splitlines() if not line.startswith(f"run.{missing} ")]
+    with pytest.raises(UserError, match=f"not bound: run.{missing}"):
+        config.load([write(tmp_path / "user.gin", "\n".join(lines))])
+
+
+def test_a_module_is_found_on_the_path_and_its_imports_stay_private(tmp_path, monkeypatch):
+    write(
+        tmp_path / "code" / "my_models.py",
+        """
+        from tests.user_module import model, data
+        from keras.layers import Dense
+
+        def small(units=2):
+            return model(units)
+
+        def _hidden():
+            return model(1)
+        """,
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "code"))
+    base = textwrap.dedent(BASE).replace("@tests.user_module.model", "@my_models.small")
+    file = write(tmp_path / "user.gin", "import my_models\n" + base + "my_models.small.units = 3\n")
+    assert config.load([file]).settings.model().get_layer("body").units == 3
+    for reference in ("my_models._hidden", "my_models.Dense"):
+        with pytest.raises(UserError, match="nothing is called"):
+            config.load([file], [f"run.model = @{reference}"])
+
+
+def test_unused_bindings(load):
+    configuration = load(
+        """
+        run.optimizer = @used/keras.optimizers.Adam
+        used/Adam.learning_rate = 0.1
+        Adam.beta_1 = 0.8
+        wasted/Adam.beta_2 = 0.9
+        SGD.momentum = 0.9
+        byte_transformer.width = 8
+        model.units = 3
+        macro = 3
+        """
+    )
+    settings = configuration.settings
+    # Until its factory has been called, nothing tells whether a binding is going to be used.
+    assert "tests.user_module.model.units" in configuration.unused()
+    run.build(settings, settings.replicas()[0])
+    assert sorted(configuration.unused()) == [
+        "byte_transformer.width",
+        "keras.optimizers.SGD.momentum",
+        "macro",
+        "wasted/keras.optimizers.Adam.beta_2",
+    ]
+
+
+def test_the_operative_configuration_alone_reproduces_the_run(load, tmp_path, capsys):
+    configuration = load(
+        """
+        run.model = @wide/tests.user_module.model
+        wide/model.units = 6
+        run.rules = [@head/Rule(), @rest/Rule()]
+        head/Rule.match = r'head/.*'
+        head/Rule.optimizer = @head/SGD
+        head/SGD.learning_rate = @keras.optimizers.schedules.ExponentialDecay()
+        ExponentialDecay.initial_learning_rate = 0.5
+        ExponentialDecay.decay_steps = 2
+        ExponentialDecay.decay_rate = %decay
+        decay = 0.5
+        rest/Rule.match = r'body/kernel|body/bias'
+        rest/Rule.rows = (0, 2)
+        run.optimizer = @keras.optimizers.Adam
+        SGD.momentum = 0.9
+        """,
+        "run.seed = 4",
+    )
+    first, second = tmp_path / "first", tmp_path / "second"
+    run.run(configuration.settings, first, configuration.operative, configuration.unused)
+    replay = config.load([first / "operative_config.gin"])
+    run.run(replay.settings, second, replay.operative, replay.unused)
+    assert "never used" not in capsys.readouterr().out
+    for name in ("metrics.jsonl", "plan.json", "identity.json", "operative_config.gin"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    assert json.loads((first / "identity.json").read_text())["optimizers"][0]["momentum"] == 0.9
+
+
+def test_an_unused_binding_is_reported_after_the_first_step(load, tmp_path, capsys):
+    configuration = load("SGD.momentum = 0.9")
+    run.run(configuration.settings, tmp_path / "run", configuration.operative, configuration.unused)
+    assert "bound but never used: keras.optimizers.SGD.momentum" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["quickstart", "two_dense", "full"])
+def test_the_configurations_that_come_along_load(name):
+    file = Path(__file__).parents[1] / "gin_configs" / f"{name}.gin"
+    settings = config.load([file]).settings
+    assert selection.parse_rules(settings.rules)
+    if name == "two_dense":
+        plan = selection.resolve(settings.rules, settings.model(), EveryStep())
+        assert {entry.path for entry in plan.trained} == {"dense1/kernel", "dense2/kernel"}
+        assert settings.sampling.temperature == 0.6
+        assert float(settings.optimizer().learning_rate) == pytest.approx(1e-3)

@@ -1,0 +1,314 @@
+"""A run as a user sees it: the folder's contract, resuming bit for bit, samples, mixed replicas."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dist_partial import run, train
+from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.models import byte_transformer
+from dist_partial.selection import Rule
+from dist_partial.settings import Sampling, Settings
+from tests.conftest import mirrored_strategy
+from tests.workers import ROOT, run_workers
+
+USER_MODULE = """
+import keras, numpy as np
+from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.models import byte_transformer
+
+class Letters:
+    size = 256
+    def encode(self, text): return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    def decode(self, ids): return bytes(np.asarray(ids, np.uint8)).decode("latin-1")
+
+def letters(seed=0):
+    ids = np.random.default_rng(seed).choice(np.frombuffer(b"abcabcabd", np.uint8), (61, 13)).astype(np.int32)
+    return Dataset("letters", ArraySource(ids[:50, :-1], ids[:50, 1:]), ArraySource(ids[50:, :-1], ids[50:, 1:]),
+                   fingerprint(ids), Letters(), "byte")
+
+def small(width=16): return byte_transformer(layers=2, width=width, heads=2, dropout=0.1)
+"""
+
+GIN = """
+import letters_module
+run.rules = [('train', r'block_1/.*'), ('train', r'head/.*'), ('freeze', r'.*')]
+run.model = @letters_module.small
+run.data = @letters_module.letters
+run.optimizer = @keras.optimizers.Adam
+Adam.learning_rate = 0.01
+run.steps = 12
+run.global_batch = 8
+run.accumulate = 2
+run.save_every = 4
+run.eval_every = 6
+run.steps_per_loop = 3
+run.clip_norm = 1.0
+replicas.cpu = 2
+sample.length = 20
+sample.temperature = 0.6
+"""
+
+
+@pytest.fixture
+def letters(tmp_path, monkeypatch):
+    """A gin file with a model and data of its own, small enough for many runs."""
+    (tmp_path / "letters_module.py").write_text(USER_MODULE)
+    (tmp_path / "letters.gin").write_text(GIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    yield tmp_path / "letters.gin"
+    sys.modules.pop("letters_module", None)
+
+
+def start(gin_file: Path, folder: Path, *params: str) -> int:
+    tf.distribute.MirroredStrategy._collective_key_base += 100_000  # see conftest
+    keras.utils.clear_session()
+    return train.main([f"--gin_file={gin_file}", f"--run_dir={folder}", *[f"--gin_param={p}" for p in params]])
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def state(folder: Path, step: int) -> dict[str, np.ndarray]:
+    with np.load(folder / "checkpoints" / f"step-{step:010d}.npz") as file:
+        return {name: file[name] for name in file.files if name != "metadata"}
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    """The same bits in the last checkpoint, and the same metrics and samples."""
+    left, right = state(one, step), state(other, step)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert value.tobytes() == right[name].tobytes(), name
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert rows(one / name) == rows(other / name)
+
+
+def test_the_folder_keeps_the_contract(letters, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert start(letters, folder, "run.keep = 2") == 0
+    plan = json.loads((folder / "plan.json").read_text())
+    width, selected = 16, [v for v in plan["variables"] if v["trained"]]
+    # Four attention kernels, an MLP of four widths, two norms, and the head.
+    expected = 4 * width**2 + 2 * 4 * width**2 + 2 * width + width * 256
+    assert plan["trained_parameters"] == sum(np.prod(v["shape"]) for v in selected) == expected
+    assert plan["wire_bytes_per_step"] == sum(v["wire_bytes_per_step"] for v in plan["variables"]) == 4 * expected
+    assert plan["full_wire_bytes_per_step"] == 4 * plan["total_parameters"]
+    assert (folder / "plan.txt").read_text().strip() in capsys.readouterr().out
+    metrics = rows(folder / "metrics.jsonl")
+    steps = [r for r in metrics if r["split"] == "train"]
+    assert [r["step"] for r in steps] == list(range(1, 13))
+    assert [r["wire_bytes"] for r in steps] == [4 * expected * i for i in range(1, 13)]
+    evaluations = [r for r in metrics if r["split"] == "eval"]
+    assert [(r["step"], r["examples"]) for r in evaluations] == [(6, 11), (12, 11)]
+    assert evaluations[-1]["bits_per_byte"] == pytest.approx(evaluations[-1]["loss"] / np.log(2))
+    samples = rows(folder / "samples.jsonl")
+    assert [(r["step"], r["temperature"], r["prompt"], len(r["text"])) for r in samples] == [
+        (6, 0.6, "\n", 20),
+        (12, 0.6, "\n", 20),
+    ]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-0000000008.npz", "step-0000000012.npz"]
+    assert any((folder / "tensorboard").iterdir())
+    saved = state(folder, 12)
+    assert {n.removeprefix("variables/") for n in saved if n.startswith("variables/")} == {v["path"] for v in selected}
+    assert not any("block_0" in name or "embedding" in name for name in saved)
+
+
+def test_tensorboard_has_the_same_scalars(letters, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "run"
+    assert start(letters, folder) == 0
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    for split, name in [("train", "loss"), ("train", "wire_bytes"), ("eval", "loss"), ("eval", "accuracy")]:
+        written = [(r["step"], r[name]) for r in rows(folder / "metrics.jsonl") if r["split"] == split]
+        shown = [(e.step, float(tf.make_ndarray(e.tensor_proto))) for e in events.Tensors(f"{split}/{name}")]
+        np.testing.assert_allclose(shown, written)
+    assert len(events.Tensors("samples/0")) == 2
+
+
+@pytest.mark.parametrize("stops", [[4], [3, 8], [5, 6, 11]])
+def test_a_run_in_pieces_is_the_run_in_one(stops, letters, tmp_path, capsys):
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    assert start(letters, whole) == 0
+    for stop in stops:
+        assert start(letters, pieces, f"run.steps = {stop}") == 0
+    assert start(letters, pieces) == 0
+    left, right = state(whole, 12), state(pieces, 12)
+    for name, value in left.items():
+        assert value.tobytes() == right[name].tobytes(), name
+    steps = [[r for r in rows(f / "metrics.jsonl") if r["split"] == "train"] for f in (whole, pieces)]
+    assert steps[0] == steps[1]
+    capsys.readouterr()
+    assert start(letters, pieces) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def test_what_was_done_after_the_last_checkpoint_is_done_again(letters, tmp_path):
+    """As after a kill at step 11: metrics and samples are there beyond the checkpoint, and half a line."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(letters, whole) == 0
+    assert start(letters, killed) == 0
+    (killed / "checkpoints" / "step-0000000012.npz").unlink()
+    with open(killed / "metrics.jsonl", "a") as file:
+        file.write('{"step": 13, "spl')
+    assert start(letters, killed) == 0
+    assert_same_run(whole, killed, 12)
+
+
+def test_operative_configuration_alone_reproduces_the_run(letters, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert start(letters, one) == 0
+    assert start(one / "operative_config.gin", other) == 0
+    assert_same_run(one, other, 12)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT])
+def test_ctrl_c_saves_and_says_how_to_go_on(number, letters, tmp_path):
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    command = [sys.executable, "-m", "dist_partial.train", f"--gin_file={letters}"]
+    many = ["--gin_param=run.steps = 4000", "--gin_param=run.eval_every = None"]
+    process = subprocess.Popen(
+        [*command, f"--run_dir={folder}", *many], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not list(folder.glob("checkpoints/*")):
+            time.sleep(0.05)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "run the same command again" in output
+    done = max(int(p.stem[5:]) for p in folder.glob("checkpoints/*.npz"))
+    assert 4 <= done < 4000
+    # Going on from there is the same as never having stopped.
+    end = f"run.steps = {done + 2}"
+    assert start(letters, folder, end, "run.eval_every = None") == 0
+    assert start(letters, whole, end, "run.eval_every = None") == 0
+    assert_same_run(folder, whole, done + 2)
+
+
+def test_the_number_of_replicas_may_change(letters, tmp_path):
+    one, changed = tmp_path / "one", tmp_path / "changed"
+    params = ["letters_module.small.width = 32", "run.precision = 'float64'", "run.accumulate = 1"]
+    # Dropout draws on each replica for its own part of the batch, so it is the one thing that may differ.
+    no_dropout = USER_MODULE.replace("dropout=0.1", "dropout=0.0")
+    (tmp_path / "letters_module.py").write_text(no_dropout)
+    assert start(letters, one, *params, "replicas.cpu = 1") == 0
+    for cpu, steps in [(4, 5), (2, 9), (1, 12)]:
+        assert start(letters, changed, *params, f"replicas.cpu = {cpu}", f"run.steps = {steps}") == 0
+    for name, value in state(one, 12).items():
+        difference = np.linalg.norm(state(changed, 12)[name] - value)
+        assert difference <= 1e-10 * max(np.linalg.norm(value), 1e-12), name
+
+
+def test_samples_are_the_same_on_any_number_of_replicas(letters, tmp_path):
+    texts = []
+    for cpu in (1, 2, 4):
+        folder = tmp_path / str(cpu)
+        params = ["run.steps = 1", "run.accumulate = 1", "Adam.learning_rate = 1e-12", "sample.count = 3"]
+        assert start(letters, folder, *params, f"replicas.cpu = {cpu}") == 0
+        texts.append([r["text"] for r in rows(folder / "samples.jsonl")])
+    assert texts[0] == texts[1] == texts[2]
+    assert len(set(texts[0])) == 3
+
+
+def test_sample_command(letters, tmp_path, capsys):
+    from dist_partial import sample
+
+    folder = tmp_path / "run"
+    assert start(letters, folder) == 0
+    last = rows(folder / "samples.jsonl")[-1]
+    capsys.readouterr()
+    assert sample.main([f"--run_dir={folder}"]) == 0
+    assert capsys.readouterr().out == last["prompt"] + last["text"] + "\n\n"
+    assert sample.main([f"--run_dir={folder}", "--prompt=ab", "--temperature=0", "--length=5", "--count=2"]) == 0
+    first, second, _ = capsys.readouterr().out.split("\n\n")
+    assert first == second
+    assert first.startswith("ab")
+    assert len(first) == 7
+
+
+def test_evaluation_is_that_of_one_device_on_every_example(mirrored):
+    """11 examples, of unequal weights, on 1, 2 and 4 replicas in batches of 4: NumPy counts them in float64."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (11, 6)).astype(np.int32), rng.integers(0, 256, (11, 6)).astype(np.int32)
+    weight = rng.integers(0, 2, (11, 6)).astype(np.float32)
+    source = ArraySource(x, y, weight)
+    from dist_partial import evaluation, step
+
+    for replicas in (1, 2, 4):
+        strategy = mirrored(replicas)
+        with strategy.scope():
+            keras.utils.set_random_seed(0)
+            model = byte_transformer(layers=1, width=8, heads=1)
+        logits = keras.ops.convert_to_numpy(model(x)).astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, y[..., None], -1)[..., 0]
+        correct = (logits.argmax(-1) == y).astype(float)
+        compiled = step.evaluation_step(
+            strategy, model, lambda y, o: keras.losses.sparse_categorical_crossentropy(y, o, from_logits=True)
+        )
+        data = Dataset("random", source, source, fingerprint(x), None, "byte")
+        metrics = evaluation.evaluate(strategy, compiled, step.worker_sum(strategy), data, examples=11, global_batch=4)
+        assert metrics["loss"] == pytest.approx((losses * weight).sum() / weight.sum(), rel=1e-5)
+        assert metrics["accuracy"] == pytest.approx((correct * weight).sum() / weight.sum())
+
+
+def test_rows_are_saved_and_restored_alone(tmp_path):
+    settings = Settings(
+        rules=[Rule(r"embedding/.*", rows=(97, 101)), ("freeze", ".*")],
+        model=lambda: byte_transformer(layers=1, width=8, heads=1),
+        data=_letters,
+        steps=3,
+        global_batch=4,
+        replicas=lambda: (mirrored_strategy(2), "two replicas"),
+        sampling=Sampling(length=3),
+    )
+    run.run(settings, tmp_path / "run")
+    saved = state(tmp_path / "run", 3)
+    assert saved["variables/embedding/embeddings"].shape == (4, 8)
+    assert saved["slots/embedding/embeddings/momentum"].shape == (4, 8)
+    built = run.build(settings, tf.distribute.get_strategy())
+    whole = [v for v in built.model.trainable_variables if "embeddings" in v.path][0]
+    before = whole.numpy().copy()
+    run.restore(built, tmp_path / "run", print)
+    assert np.array_equal(np.delete(whole.numpy(), slice(97, 101), 0), np.delete(before, slice(97, 101), 0))
+    assert np.array_equal(whole.numpy()[97:101], saved["variables/embedding/embeddings"])
+    assert not np.array_equal(whole.numpy()[97:101], before[97:101])
+
+
+def _letters() -> Dataset:
+    ids = np.random.default_rng(0).integers(97, 101, (20, 9)).astype(np.int32)
+    source = ArraySource(ids[:, :-1], ids[:, 1:])
+    return Dataset("letters", source, source, fingerprint(ids), None, "byte")
+
+
+def test_two_workers_write_one_folder_and_go_on(letters, tmp_path):
+    """The same run on one device and on two workers of one folder, the second time stopped in between."""
+    (tmp_path / "letters_module.py").write_text(USER_MODULE.replace("dropout=0.1", "dropout=0.0"))
+    folder, single = tmp_path / "workers", tmp_path / "single"
+    params = ["--gin_param=run.precision = 'float64'", f"--gin_file={letters}"]
+    for steps in (5, 12):
+        command = ["-m", "dist_partial.train", f"--run_dir={folder}", f"--gin_param=run.steps = {steps}", *params]
+        for code, output in run_workers(command, workers=2, timeout=120, pythonpath=tmp_path):
+            assert code == 0, output[-3000:]
+    assert start(letters, single, "run.precision = 'float64'", "replicas.cpu = 1") == 0
+    for name, value in state(single, 12).items():
+        assert np.linalg.norm(state(folder, 12)[name] - value) <= 1e-10 * max(np.linalg.norm(value), 1e-12), name
+    plan = json.loads((folder / "plan.json").read_text())
+    last = [r for r in rows(folder / "metrics.jsonl") if r["split"] == "train"][-1]
+    assert (last["step"], last["wire_bytes"]) == (12, 12 * plan["wire_bytes_per_step"])
