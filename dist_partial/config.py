@@ -36,6 +36,8 @@ _bindable: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 _OPENED = "dist_partial:"  # before a path, so that gin leaves opening it to `_open`
 _INCLUDE = re.compile(r"^(\s*include\s+)['\"](.+?)['\"]", re.MULTILINE)
 _IMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+)?import\s+([\w.]+)", re.MULTILINE)
+# Bound before any file is read, so that `Adam.learning_rate` or `every_step.dtype` alone have their effect.
+_DEFAULTS = ("run.optimizer = @keras.optimizers.Adam", "run.reduction = @every_step()")
 _KERAS = ("optimizers", "optimizers.schedules", "losses", "applications", "initializers", "regularizers")
 
 
@@ -77,10 +79,14 @@ def load(files: Sequence[str | Path], params: Sequence[str] = ()) -> Configurati
     place = ""
     logging.disable(logging.ERROR)  # gin's readers log an error for each file that another of them opens
     try:
+        gin.parse_config(_DEFAULTS)
         for file in files:
             gin.parse_config_file(f"{_OPENED}{file}")
         for param in params:
             place = f" (in {param!r})"
+            if "." not in (name := param.split("=")[0].strip()) and (name, "gin.macro") not in gin.config._CONFIG:
+                near = difflib.get_close_matches(name, [field.name for field in dataclasses.fields(settings.Settings)])
+                raise UserError(f"{param!r} binds nothing: write run.{near[0] if near else 'steps'} = ..., with a dot")
             gin.parse_config(param)
         place = ""
         run, sample, replicas_factory = (_bindable[f"dist_partial.{name}"][1] for name in ("run", "sample", "replicas"))

@@ -1,20 +1,22 @@
 """The distributed evaluation pass, and samples."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from dist_partial.data import Dataset, evaluation_batches
 from dist_partial.errors import UserError
+from dist_partial.replicas import input_context
 from dist_partial.sampling import generate
 from dist_partial.settings import Sampling
 
 
-def evaluate(
-    strategy: tf.distribute.Strategy, step: Any, total: Any, data: Dataset, examples: int, global_batch: int
-) -> dict[str, float]:
-    """Evaluates on the first `examples` held-out examples, each exactly once.
+def evaluation(
+    strategy: tf.distribute.Strategy, step: Any, total: Any, data: Dataset, *, examples: int, global_batch: int
+) -> Callable[[], dict[str, float]]:
+    """Prepares the evaluation on the first `examples` held-out examples, each exactly once.
 
     Args:
         strategy: the replicas.
@@ -25,21 +27,22 @@ def evaluate(
         global_batch: examples a step over all replicas; the last one is padded with weight 0.
 
     Returns:
-        `loss` (mean over symbols, nats), `accuracy`, `examples`, and `bits_per_byte` where a symbol is a byte.
+        A function that makes one pass and returns `loss` (mean over symbols, nats), `accuracy`, `examples`, and
+        `bits_per_byte` where a symbol is a byte.
     """
-    iterator = iter(
-        strategy.distribute_datasets_from_function(
-            lambda context: evaluation_batches(
-                data.evaluation, examples=examples, global_batch=global_batch, context=context
-            )
-        )
-    )
-    steps = -(-examples // global_batch)
-    loss, correct, weight = total(step(iterator, tf.constant(steps))).numpy().tolist()
-    metrics = {"loss": loss / weight, "accuracy": correct / weight, "examples": examples}
-    if data.unit == "byte":
-        metrics["bits_per_byte"] = metrics["loss"] / math.log(2)
-    return metrics
+    steps = tf.constant(-(-examples // global_batch))
+    context = input_context(strategy)
+    # After a pass the batches start over, so one iterator serves them all.
+    batches = iter(evaluation_batches(data.evaluation, examples=examples, global_batch=global_batch, context=context))
+
+    def evaluate() -> dict[str, float]:
+        loss, correct, weight = total(step(batches, steps)).numpy().tolist()
+        metrics = {"loss": loss / weight, "accuracy": correct / weight, "examples": examples}
+        if data.unit == "byte":
+            metrics["bits_per_byte"] = metrics["loss"] / math.log(2)
+        return metrics
+
+    return evaluate
 
 
 def samples(model: Any, data: Dataset, sampling: Sampling, step: int) -> list[dict[str, Any]]:

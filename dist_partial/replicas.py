@@ -60,6 +60,23 @@ def is_chief() -> bool:
     return task["type"] == "chief" or ("chief" not in cluster["cluster"] and task["index"] == 0)
 
 
+def local_count(strategy: tf.distribute.Strategy) -> int:
+    """How many of the replicas are this worker's."""
+    # The default strategy has no list of its devices to ask for.
+    return len(strategy.extended.worker_devices) if strategy.num_replicas_in_sync > 1 else 1
+
+
+def input_context(strategy: tf.distribute.Strategy) -> tf.distribute.InputContext:
+    """Which part of each global batch is this worker's."""
+    workers = strategy.num_replicas_in_sync // local_count(strategy)
+    index = 0
+    if workers > 1:
+        resolver = strategy.cluster_resolver
+        chiefs = len(resolver.cluster_spec().as_dict().get("chief", []))
+        index = resolver.task_id + (chiefs if resolver.task_type == "worker" else 0)
+    return tf.distribute.InputContext(workers, index, strategy.num_replicas_in_sync)
+
+
 def read_tf_config(text: str) -> dict[str, Any] | None:
     """Parses and checks TF_CONFIG.
 

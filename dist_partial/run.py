@@ -15,7 +15,7 @@ from dist_partial import checkpoints, evaluation, identity, optimizers, selectio
 from dist_partial.data import Dataset, train_batches
 from dist_partial.errors import UserError, writing
 from dist_partial.loss_scale import LossScale, needs_loss_scale
-from dist_partial.replicas import is_chief
+from dist_partial.replicas import input_context, is_chief
 from dist_partial.reporting import Journal, plan_table
 from dist_partial.settings import Settings
 
@@ -139,11 +139,26 @@ def run(
         step.StepOptions(settings.global_batch, settings.clip_norm, settings.accumulate, settings.jit_compile),
         built.scale,
     )
-    batches = iter(strategy.distribute_datasets_from_function(_train_batches(settings, built.data, done)))
+    batches = iter(
+        train_batches(
+            built.data.train,
+            first_step=done,
+            global_batch=settings.global_batch,
+            seed=settings.seed,
+            context=input_context(strategy),
+        )
+    )
     traced = train.function.get_concrete_function(batches, tf.constant(1))
     bytes_per_step = traffic.bytes_per_step(traced)
-    evaluate = _evaluation(settings, built)
     total = step.worker_sum(strategy)
+    evaluate = evaluation.evaluation(
+        strategy,
+        step.evaluation_step(strategy, built.model, built.loss),
+        total,
+        built.data,
+        examples=min(settings.eval_examples or len(built.data.evaluation), len(built.data.evaluation)),
+        global_batch=settings.global_batch,
+    )
     plan = built.plan.traced(train.without_gradient, 0)
     if strategy.num_replicas_in_sync > 1:
         plan = plan.traced(train.without_gradient, bytes_per_step - plan.wire_bytes)
@@ -183,21 +198,6 @@ def run(
                     f"stopped at step {done} of {settings.steps}, saved in {folder}; run the same command again to "
                     "go on"
                 )
-
-
-def _train_batches(settings: Settings, data: Dataset, done: int) -> Callable[[Any], tf.data.Dataset]:
-    return lambda context: train_batches(
-        data.train, first_step=done, global_batch=settings.global_batch, seed=settings.seed, context=context
-    )
-
-
-def _evaluation(settings: Settings, built: Built) -> Callable[[], dict[str, float]]:
-    compiled = step.evaluation_step(built.strategy, built.model, built.loss)
-    total = step.worker_sum(built.strategy)
-    examples = min(settings.eval_examples or len(built.data.evaluation), len(built.data.evaluation))
-    return lambda: evaluation.evaluate(
-        built.strategy, compiled, total, built.data, examples=examples, global_batch=settings.global_batch
-    )
 
 
 def _make_folder(folder: Path, content: dict[str, Any], plan: selection.Plan) -> None:

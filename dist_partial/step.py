@@ -8,12 +8,13 @@ import keras
 import tensorflow as tf
 
 from dist_partial import optimizers as optimizers_lib
+from dist_partial import replicas
 from dist_partial.loss_scale import LossScale
 from dist_partial.optimizers import GroupOptimizer
 from dist_partial.reduction import reduce
 from dist_partial.selection import Plan
 
-# A batch of one replica: (x, y) or (x, y, weight), each with the batch axis first.
+# (x, y) or (x, y, weight), each with the batch axis first.
 Batch = tuple[tf.Tensor, ...]
 
 
@@ -40,7 +41,7 @@ class TrainStep:
     """The compiled step and what tracing it has shown.
 
     Attributes:
-        function: (distributed iterator, number of steps, an int32 scalar) -> {"loss": [steps],
+        function: (iterator of this worker's batches, number of steps, an int32 scalar) -> {"loss": [steps],
             "gradient_norm": [steps]}, float32. The losses are this worker's part of the sum: see `worker_sum`.
         without_gradient: paths of selected variables on which the loss does not depend; filled by tracing.
     """
@@ -90,6 +91,7 @@ def train_step(
 
     def replica_gradients(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, list[Any], list[tf.Tensor]]:
         loss_scale = tf.constant(1.0) if scale is None else scale.value()
+        batch = _own_part(strategy, batch)
         compute = tf.function(backprop, jit_compile=True, autograph=False) if options.jit_compile else backprop
         total, gradients = _accumulate(compute, batch, loss_scale, options.accumulate)
         without_gradient[:] = [e.path for e, g in zip(trained, gradients, strict=True) if g is None]
@@ -143,12 +145,12 @@ def evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model, loss: 
     """Builds the compiled evaluation pass.
 
     Returns:
-        A function (distributed iterator of (x, y, weight), number of steps) -> float64 [3]: this worker's sums of
+        A function (iterator of this worker's (x, y, weight), number of steps) -> float64 [3]: this worker's sums of
         weighted losses, of weighted correct predictions and of weights.
     """
 
     def replica_sums(batch: Batch) -> tf.Tensor:
-        x, y, weight = batch
+        x, y, weight = _own_part(strategy, batch)
         outputs = full_precision(model(x, training=False))
         losses = tf.cast(loss(y, outputs), tf.float64)
         weights = tf.cast(_broadcast(weight, losses), tf.float64)
@@ -171,8 +173,7 @@ def evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model, loss: 
 
 def worker_sum(strategy: tf.distribute.Strategy) -> Any:
     """Builds the function that sums a tensor over the workers; within one worker there is nothing to send."""
-    # The default strategy has no list of its devices to ask for.
-    local = len(strategy.extended.worker_devices) if strategy.num_replicas_in_sync > 1 else 1
+    local = replicas.local_count(strategy)
     if local == strategy.num_replicas_in_sync:
         return lambda value: value
 
@@ -257,6 +258,15 @@ def is_classification(y: tf.Tensor, outputs: tf.Tensor) -> bool:
 def _broadcast(weight: tf.Tensor, losses: tf.Tensor) -> tf.Tensor:
     missing = losses.shape.rank - weight.shape.rank
     return tf.broadcast_to(tf.reshape(weight, tf.concat([tf.shape(weight), [1] * missing], 0)), tf.shape(losses))
+
+
+def _own_part(strategy: tf.distribute.Strategy, batch: Batch) -> Batch:
+    """The slice of this replica of its worker's batch; called in a replica context."""
+    context: Any = tf.distribute.get_replica_context()
+    local = replicas.local_count(strategy)
+    index = context.replica_id_in_sync_group % local
+    with tf.device("CPU"):  # so that a GPU is sent its slice and no more
+        return tuple(tf.reshape(t, [local, t.shape[0] // local, *t.shape[1:]])[index] for t in batch)
 
 
 def _local_sum(strategy: tf.distribute.Strategy, value: Any) -> tf.Tensor:

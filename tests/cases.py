@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import optimizers, reduction, selection, step, traffic
+from dist_partial import optimizers, reduction, replicas, selection, step, traffic
 from dist_partial.models import byte_transformer, two_dense
 
 STEPS = 20
@@ -220,7 +220,7 @@ def train(
     strategy: tf.distribute.Strategy,
     case: Case,
     name: str = "adam",
-    options: Options = Options(),  # noqa: B008 (frozen)
+    options: Options = Options(),
     dtype: str = "float64",
     steps_per_call: int = 7,
     every_step: reduction.EveryStep = reduction.EveryStep(),  # noqa: B008 (frozen)
@@ -244,17 +244,7 @@ def train(
         step.StepOptions(GLOBAL_BATCH, options.clip_norm, options.accumulate, jit_compile),
     )
 
-    def replica_batches(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        share = GLOBAL_BATCH // context.num_replicas_in_sync
-        local = context.num_replicas_in_sync // context.num_input_pipelines
-        first = context.input_pipeline_id * local
-        pieces = [
-            [part[r * share : (r + 1) * share] for part in pair] for pair in data for r in range(first, first + local)
-        ]
-        xs, ys = (np.stack(column) for column in zip(*pieces, strict=True))
-        return tf.data.Dataset.from_tensor_slices((xs, ys)).repeat()
-
-    iterator = iter(strategy.distribute_datasets_from_function(replica_batches))
+    iterator = worker_iterator(strategy, data)
     traced = train_step.function.get_concrete_function(iterator, tf.constant(1))
     total = step.worker_sum(strategy)
     losses = []
@@ -272,6 +262,13 @@ def train(
         traffic.collectives(traced),
         traffic.bytes_per_step(traced),
     )
+
+
+def worker_iterator(strategy: tf.distribute.Strategy, data: list[tuple[np.ndarray, np.ndarray]]) -> Any:
+    """This worker's part of each batch, over and over."""
+    context = replicas.input_context(strategy)
+    parts = [[np.split(column, context.num_input_pipelines)[context.input_pipeline_id] for column in b] for b in data]
+    return iter(tf.data.Dataset.from_tensor_slices(tuple(np.stack(c) for c in zip(*parts, strict=True))).repeat())
 
 
 def assert_equal(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:

@@ -320,3 +320,20 @@ def test_the_configurations_that_come_along_load(name):
         assert {entry.path for entry in plan.trained} == {"dense1/kernel", "dense2/kernel"}
         assert settings.sampling.temperature == 0.6
         assert float(settings.optimizer().learning_rate) == pytest.approx(1e-3)
+
+
+def test_defaults_heed_their_bindings(tmp_path):
+    """Neither run.optimizer nor run.reduction is bound here; their parts are."""
+    file = tmp_path / "own.gin"
+    file.write_text("run.rules = [('train', '.*')]\nrun.model = @two_dense\nrun.data = @stdlib_shapes\n")
+    loaded = config.load([file], ["Adam.learning_rate = 0.5", "every_step.dtype = 'bfloat16'"]).settings
+    assert float(loaded.optimizer().learning_rate) == 0.5
+    assert loaded.reduction.dtype == "bfloat16"
+
+
+def test_a_param_without_a_dot_is_an_error(tmp_path):
+    file = tmp_path / "own.gin"
+    file.write_text("rate = 0.1\nrun.rules = [('train', '.*')]\nrun.model = @two_dense\nrun.data = @stdlib_shapes\n")
+    with pytest.raises(UserError, match=r"'step = 3' binds nothing: write run\.steps"):
+        config.load([file], ["step = 3"])
+    config.load([file], ["rate = 0.2"])  # a macro of the file's

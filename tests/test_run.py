@@ -36,19 +36,18 @@ def letters(seed=0):
     return Dataset("letters", ArraySource(ids[:50, :-1], ids[:50, 1:]), ArraySource(ids[50:, :-1], ids[50:, 1:]),
                    fingerprint(ids), Letters(), "byte")
 
-def small(width=16): return byte_transformer(layers=2, width=width, heads=2, dropout=0.1)
+def small(width=16, dropout=0.1): return byte_transformer(layers=1, width=width, heads=2, dropout=dropout)
 """
 
 GIN = """
 import letters_module
-run.rules = [('train', r'block_1/.*'), ('train', r'head/.*'), ('freeze', r'.*')]
+run.rules = [('train', r'block_0/(mlp|mlp_norm)/.*'), ('train', r'head/.*'), ('freeze', r'.*')]
 run.model = @letters_module.small
 run.data = @letters_module.letters
 run.optimizer = @keras.optimizers.Adam
 Adam.learning_rate = 0.01
 run.steps = 12
 run.global_batch = 8
-run.accumulate = 2
 run.save_every = 4
 run.eval_every = 6
 run.steps_per_loop = 3
@@ -100,8 +99,8 @@ def test_the_folder_keeps_the_contract(letters, tmp_path, capsys):
     assert start(letters, folder, "run.keep = 2") == 0
     plan = json.loads((folder / "plan.json").read_text())
     width, selected = 16, [v for v in plan["variables"] if v["trained"]]
-    # Four attention kernels, an MLP of four widths, two norms, and the head.
-    expected = 4 * width**2 + 2 * 4 * width**2 + 2 * width + width * 256
+    # An MLP of four widths, its norm, and the head.
+    expected = 2 * 4 * width**2 + width + width * 256
     assert plan["trained_parameters"] == sum(np.prod(v["shape"]) for v in selected) == expected
     assert plan["wire_bytes_per_step"] == sum(v["wire_bytes_per_step"] for v in plan["variables"]) == 4 * expected
     assert plan["full_wire_bytes_per_step"] == 4 * plan["total_parameters"]
@@ -122,7 +121,7 @@ def test_the_folder_keeps_the_contract(letters, tmp_path, capsys):
     assert any((folder / "tensorboard").iterdir())
     saved = state(folder, 12)
     assert {n.removeprefix("variables/") for n in saved if n.startswith("variables/")} == {v["path"] for v in selected}
-    assert not any("block_0" in name or "embedding" in name for name in saved)
+    assert not any("attention" in name or "embedding" in name for name in saved)
 
 
 def test_tensorboard_has_the_same_scalars(letters, tmp_path):
@@ -138,20 +137,19 @@ def test_tensorboard_has_the_same_scalars(letters, tmp_path):
     assert len(events.Tensors("samples/0")) == 2
 
 
-@pytest.mark.parametrize("stops", [[4], [3, 8], [5, 6, 11]])
+@pytest.mark.parametrize("stops", [[4], [3, 8, 11]])
 def test_a_run_in_pieces_is_the_run_in_one(stops, letters, tmp_path, capsys):
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    assert start(letters, whole) == 0
-    for stop in stops:
-        assert start(letters, pieces, f"run.steps = {stop}") == 0
-    assert start(letters, pieces) == 0
+    assert start(letters, whole, "run.accumulate = 2") == 0
+    for stop in [*stops, 12]:
+        assert start(letters, pieces, "run.accumulate = 2", f"run.steps = {stop}") == 0
     left, right = state(whole, 12), state(pieces, 12)
     for name, value in left.items():
         assert value.tobytes() == right[name].tobytes(), name
     steps = [[r for r in rows(f / "metrics.jsonl") if r["split"] == "train"] for f in (whole, pieces)]
     assert steps[0] == steps[1]
     capsys.readouterr()
-    assert start(letters, pieces) == 0
+    assert start(letters, pieces, "run.accumulate = 2") == 0
     assert "finished" in capsys.readouterr().out
 
 
@@ -174,8 +172,7 @@ def test_operative_configuration_alone_reproduces_the_run(letters, tmp_path):
     assert_same_run(one, other, 12)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT])
-def test_ctrl_c_saves_and_says_how_to_go_on(number, letters, tmp_path):
+def test_ctrl_c_saves_and_says_how_to_go_on(letters, tmp_path):
     folder, whole = tmp_path / "run", tmp_path / "whole"
     command = [sys.executable, "-m", "dist_partial.train", f"--gin_file={letters}"]
     many = ["--gin_param=run.steps = 4000", "--gin_param=run.eval_every = None"]
@@ -186,7 +183,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(number, letters, tmp_path):
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not list(folder.glob("checkpoints/*")):
             time.sleep(0.05)
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=30)
     finally:
         process.kill()
@@ -203,10 +200,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(number, letters, tmp_path):
 
 def test_the_number_of_replicas_may_change(letters, tmp_path):
     one, changed = tmp_path / "one", tmp_path / "changed"
-    params = ["letters_module.small.width = 32", "run.precision = 'float64'", "run.accumulate = 1"]
+    params = ["letters_module.small.width = 32", "run.precision = 'float64'"]
     # Dropout draws on each replica for its own part of the batch, so it is the one thing that may differ.
-    no_dropout = USER_MODULE.replace("dropout=0.1", "dropout=0.0")
-    (tmp_path / "letters_module.py").write_text(no_dropout)
+    params.append("letters_module.small.dropout = 0.0")
     assert start(letters, one, *params, "replicas.cpu = 1") == 0
     for cpu, steps in [(4, 5), (2, 9), (1, 12)]:
         assert start(letters, changed, *params, f"replicas.cpu = {cpu}", f"run.steps = {steps}") == 0
@@ -219,7 +215,7 @@ def test_samples_are_the_same_on_any_number_of_replicas(letters, tmp_path):
     texts = []
     for cpu in (1, 2, 4):
         folder = tmp_path / str(cpu)
-        params = ["run.steps = 1", "run.accumulate = 1", "Adam.learning_rate = 1e-12", "sample.count = 3"]
+        params = ["run.steps = 1", "Adam.learning_rate = 1e-12", "sample.count = 3"]
         assert start(letters, folder, *params, f"replicas.cpu = {cpu}") == 0
         texts.append([r["text"] for r in rows(folder / "samples.jsonl")])
     assert texts[0] == texts[1] == texts[2]
@@ -263,7 +259,11 @@ def test_evaluation_is_that_of_one_device_on_every_example(mirrored):
             strategy, model, lambda y, o: keras.losses.sparse_categorical_crossentropy(y, o, from_logits=True)
         )
         data = Dataset("random", source, source, fingerprint(x), None, "byte")
-        metrics = evaluation.evaluate(strategy, compiled, step.worker_sum(strategy), data, examples=11, global_batch=4)
+        evaluate = evaluation.evaluation(
+            strategy, compiled, step.worker_sum(strategy), data, examples=11, global_batch=4
+        )
+        metrics = evaluate()
+        assert evaluate() == metrics
         assert metrics["loss"] == pytest.approx((losses * weight).sum() / weight.sum(), rel=1e-5)
         assert metrics["accuracy"] == pytest.approx((correct * weight).sum() / weight.sum())
 
@@ -283,7 +283,7 @@ def test_rows_are_saved_and_restored_alone(tmp_path):
     assert saved["variables/embedding/embeddings"].shape == (4, 8)
     assert saved["slots/embedding/embeddings/momentum"].shape == (4, 8)
     built = run.build(settings, tf.distribute.get_strategy())
-    whole = [v for v in built.model.trainable_variables if "embeddings" in v.path][0]
+    whole = next(v for v in built.model.trainable_variables if "embeddings" in v.path)
     before = whole.numpy().copy()
     run.restore(built, tmp_path / "run", print)
     assert np.array_equal(np.delete(whole.numpy(), slice(97, 101), 0), np.delete(before, slice(97, 101), 0))
@@ -299,14 +299,14 @@ def _letters() -> Dataset:
 
 def test_two_workers_write_one_folder_and_go_on(letters, tmp_path):
     """The same run on one device and on two workers of one folder, the second time stopped in between."""
-    (tmp_path / "letters_module.py").write_text(USER_MODULE.replace("dropout=0.1", "dropout=0.0"))
     folder, single = tmp_path / "workers", tmp_path / "single"
-    params = ["--gin_param=run.precision = 'float64'", f"--gin_file={letters}"]
+    params = ["run.precision = 'float64'", "letters_module.small.dropout = 0.0"]
     for steps in (5, 12):
-        command = ["-m", "dist_partial.train", f"--run_dir={folder}", f"--gin_param=run.steps = {steps}", *params]
+        flags = [f"--gin_param={param}" for param in [*params, f"run.steps = {steps}"]]
+        command = ["-m", "dist_partial.train", f"--run_dir={folder}", f"--gin_file={letters}", *flags]
         for code, output in run_workers(command, workers=2, timeout=120, pythonpath=tmp_path):
             assert code == 0, output[-3000:]
-    assert start(letters, single, "run.precision = 'float64'", "replicas.cpu = 1") == 0
+    assert start(letters, single, *params, "replicas.cpu = 1") == 0
     for name, value in state(single, 12).items():
         assert np.linalg.norm(state(folder, 12)[name] - value) <= 1e-10 * max(np.linalg.norm(value), 1e-12), name
     plan = json.loads((folder / "plan.json").read_text())

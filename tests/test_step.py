@@ -171,8 +171,7 @@ def test_overflow_on_one_replica_skips_the_update_on_all(replicas, mirrored):
     )
     x = np.ones([4, 2, 1], np.float32)
     x[1, 1] = np.inf  # the second step, and there the last replica
-    batches = tf.data.Dataset.from_tensor_slices((x.reshape(-1, 2 // replicas, 1), x.reshape(-1, 2 // replicas, 1)))
-    iterator = iter(strategy.distribute_datasets_from_function(lambda _: batches.repeat()))
+    iterator = cases.worker_iterator(strategy, list(zip(x, x, strict=True)))
     weights, scales = [], []
     for _ in range(4):
         train_step.function(iterator, tf.constant(1))

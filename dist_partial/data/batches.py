@@ -12,6 +12,8 @@ import tensorflow as tf
 from dist_partial.data.source import Source
 from dist_partial.errors import UserError
 
+PREFETCHED = 4  # batches
+
 
 def train_batches(
     source: Source, *, first_step: int, global_batch: int, seed: int, context: tf.distribute.InputContext
@@ -84,7 +86,7 @@ def _batches(
     global_batch: int,
     context: tf.distribute.InputContext,
 ) -> tf.data.Dataset:
-    """Maps `fetch` over positions, int64 [b], of one local replica after the other, from `first_step` on."""
+    """Maps `fetch` over the positions, int64 [b], of this worker's part of one step after the other."""
     replicas = context.num_replicas_in_sync
     if global_batch < 1 or global_batch % replicas:
         below = max(global_batch // replicas, 1) * replicas
@@ -92,17 +94,19 @@ def _batches(
             f"run.global_batch={global_batch} does not divide by {replicas} replicas: "
             f"take a multiple such as {below} or {below + replicas}"
         )
-    local_replicas = replicas // context.num_input_pipelines
-    replica_batch = global_batch // replicas
+    part = global_batch // context.num_input_pipelines
 
-    def batch(element: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        step = element // local_replicas
-        replica = context.input_pipeline_id * local_replicas + element % local_replicas
-        return fetch(step * global_batch + replica * replica_batch + tf.range(replica_batch, dtype=tf.int64))
+    def batch(step: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return fetch(step * global_batch + context.input_pipeline_id * part + tf.range(part, dtype=tf.int64))
 
     # A counter is infinite, and so is what is mapped over it: were it finite, MultiWorkerMirroredStrategy
     # would ask in every step, with a collective of its own, whether all workers still have data.
-    return tf.data.Dataset.counter(first_step * local_replicas).map(batch).prefetch(tf.data.AUTOTUNE)
+    batches = tf.data.Dataset.counter(first_step).map(batch).prefetch(PREFETCHED)
+    # With autotuning on, the destructor of an iterator waits for a thread that may sleep for up to a minute
+    # (TensorFlow 2.21): the end of every run. There is nothing to tune here.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return batches.with_options(options)
 
 
 def _shuffled(positions: tf.Tensor, count: int, seed: int) -> tf.Tensor:
