@@ -8,7 +8,9 @@ from absl import flags
 
 from dist_partial.errors import UserError
 
-__all__ = ["UserError", "call", "import_tensorflow_quietly"]
+__all__ = ["INTERRUPTED", "UserError", "call", "import_tensorflow_quietly"]
+
+INTERRUPTED = 130  # the exit code after Ctrl-C: 128 + SIGINT, as shells report it
 
 
 def import_tensorflow_quietly() -> None:
@@ -35,7 +37,7 @@ def call(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | None
         command: returns an exit code; reads `values`.
 
     Returns:
-        The command's exit code, or 2 after an error in the flags or a `UserError`.
+        The command's exit code, or 2 after an error in the flags or a `UserError`, or 130 after Ctrl-C.
     """
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
     try:
@@ -46,6 +48,9 @@ def call(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | None
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
         return command()
+    except KeyboardInterrupt:  # before there was anything to save, or a second time
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED
     except (UserError, flags.Error) as error:
         # gin adds lines to whatever passes through it, with the names of its own functions.
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)

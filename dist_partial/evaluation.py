@@ -27,8 +27,8 @@ def evaluation(
         global_batch: examples a step over all replicas; the last one is padded with weight 0.
 
     Returns:
-        A function that makes one pass and returns `loss` (mean over symbols, nats), `accuracy`, `examples`, and
-        `bits_per_byte` where a symbol is a byte.
+        A function that makes one pass and returns `loss` (mean over symbols, nats), `examples`, `accuracy` where
+        the targets are classes, and `bits_per_byte` where a symbol is a byte.
     """
     steps = tf.constant(-(-examples // global_batch))
     context = input_context(strategy)
@@ -37,7 +37,9 @@ def evaluation(
 
     def evaluate() -> dict[str, float]:
         loss, correct, weight = total(step(batches, steps)).numpy().tolist()
-        metrics = {"loss": loss / weight, "accuracy": correct / weight, "examples": examples}
+        metrics = {"loss": loss / weight, "examples": examples}
+        if not math.isnan(correct):
+            metrics["accuracy"] = correct / weight
         if data.unit == "byte":
             metrics["bits_per_byte"] = metrics["loss"] / math.log(2)
         return metrics

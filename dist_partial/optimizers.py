@@ -1,6 +1,6 @@
 """One Keras optimizer a group, applied to gradients that are reduced already.
 
-The only private Keras name the package touches is in `_apply_reduced_already`.
+The one place where a private name of Keras is replaced is `_apply_reduced_already`.
 """
 
 import dataclasses

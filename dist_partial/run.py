@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import checkpoints, evaluation, identity, optimizers, selection, step, traffic
+from dist_partial import batch_norm, checkpoints, evaluation, identity, optimizers, selection, step, traffic
 from dist_partial.data import Dataset, train_batches
 from dist_partial.errors import UserError, writing
 from dist_partial.loss_scale import LossScale, needs_loss_scale
@@ -59,7 +59,7 @@ def build(settings: Settings, strategy: tf.distribute.Strategy) -> Built:
         x = data.train.spec[0]
         model(tf.zeros([1, *x.shape], x.dtype))
         plan = selection.resolve(settings.rules, model, settings.reduction)
-        step.set_statistics_mode(model, plan, everywhere=settings.statistics == "all")
+        batch_norm.set_modes(model, plan, everywhere=settings.statistics == "all")
         groups = optimizers.build(plan, settings.optimizer)
         scale = LossScale() if needs_loss_scale(model) else None
     loss = settings.loss()

@@ -9,7 +9,9 @@ import tensorflow as tf
 
 from dist_partial import optimizers as optimizers_lib
 from dist_partial import replicas
+from dist_partial.batch_norm import local_statistics
 from dist_partial.loss_scale import LossScale
+from dist_partial.losses import example_losses, full_precision, is_classification, symbol_weights
 from dist_partial.optimizers import GroupOptimizer
 from dist_partial.reduction import reduce
 from dist_partial.selection import Plan
@@ -74,7 +76,7 @@ def train_step(
     values = [entry.variable.value for entry in trained]
     without_gradient: list[str] = []
     parts = strategy.num_replicas_in_sync * options.accumulate
-    statistics = _local_statistics(model)
+    statistics = local_statistics(model)
 
     def backprop(batch: Batch, loss_scale: tf.Tensor) -> tuple[tf.Tensor, list[Any]]:
         x, y, weight = batch if len(batch) == 3 else (*batch, None)
@@ -146,19 +148,18 @@ def evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model, loss: 
 
     Returns:
         A function (iterator of this worker's (x, y, weight), number of steps) -> float64 [3]: this worker's sums of
-        weighted losses, of weighted correct predictions and of weights.
+        weighted losses, of weighted correct predictions (NaN if `y` is no class) and of weights.
     """
 
     def replica_sums(batch: Batch) -> tf.Tensor:
         x, y, weight = _own_part(strategy, batch)
         outputs = full_precision(model(x, training=False))
         losses = tf.cast(loss(y, outputs), tf.float64)
-        weights = tf.cast(_broadcast(weight, losses), tf.float64)
-        sums = [tf.reduce_sum(losses * weights), tf.zeros([], tf.float64), tf.reduce_sum(weights)]
+        weights = tf.cast(symbol_weights(weight, losses), tf.float64)
+        right = tf.fill(tf.shape(losses), tf.constant(float("nan"), tf.float64))
         if is_classification(y, outputs):
-            correct = tf.cast(tf.argmax(outputs, axis=-1, output_type=tf.int64) == tf.cast(y, tf.int64), tf.float64)
-            sums[1] = tf.reduce_sum(correct * weights)
-        return tf.stack(sums)
+            right = tf.cast(tf.argmax(outputs, axis=-1, output_type=tf.int64) == tf.cast(y, tf.int64), tf.float64)
+        return tf.stack([tf.reduce_sum(losses * weights), tf.reduce_sum(right * weights), tf.reduce_sum(weights)])
 
     @tf.function(autograph=False)
     def evaluate(iterator: Any, steps: tf.Tensor) -> tf.Tensor:
@@ -186,78 +187,6 @@ def worker_sum(strategy: tf.distribute.Strategy) -> Any:
         return strategy.experimental_local_results(strategy.run(replica_sum, args=(value,)))[0]
 
     return summed
-
-
-def set_statistics_mode(model: keras.Model, plan: Plan, everywhere: bool) -> list[str]:
-    """Puts each BatchNorm layer of which nothing is trained into inference mode, and the others out of it.
-
-    In training mode its moving statistics would be updated and averaged over the replicas in every step,
-    though the user selected nothing of it. A layer without variables that a rule could name (neither scale
-    nor centre) trains when all of the model does.
-
-    Args:
-        model: the model; the layers' `trainable` flags are set.
-        plan: what is trained.
-        everywhere: True leaves all of them in training mode.
-
-    Returns:
-        Names of the layers in inference mode.
-    """
-    trained = {id(entry.variable) for entry in plan.trained}
-    frozen_layers = []
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization):
-            own = [v for v in (layer.gamma, layer.beta) if v is not None]
-            training = any(id(v) in trained for v in own) if own else not plan.frozen
-            layer.trainable = everywhere or training
-            if not layer.trainable:
-                frozen_layers.append(layer.name)
-    return frozen_layers
-
-
-def _local_statistics(model: keras.Model) -> list[Any]:
-    # Keras 3.15 updates these on each replica from its own part of the batch and never brings them together:
-    # replicas would evaluate, and save, different models. (Synchronised layers see the same numbers everywhere.)
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
-    training = [layer for layer in layers if layer.trainable and not layer.synchronized]
-    return [variable for layer in training for variable in (layer.moving_mean, layer.moving_variance)]
-
-
-def example_losses(losses: tf.Tensor, weight: tf.Tensor | None) -> tf.Tensor:
-    """One loss an example: the mean over its other axes, weighted.
-
-    Args:
-        losses: [batch, ...].
-        weight: None, [batch], or the shape of `losses`, where an example's loss is the weighted mean over its own
-            elements: what an example counts does not depend on how the others in its batch are masked, so that
-            any division of a batch among replicas gives the same sum.
-
-    Returns:
-        [batch].
-    """
-    axes = list(range(1, losses.shape.rank))
-    if weight is None or not axes:
-        losses = tf.reduce_mean(losses, axes) if axes else losses
-        return losses if weight is None else losses * tf.cast(weight, losses.dtype)
-    weight = tf.cast(weight, losses.dtype)
-    if weight.shape.rank == 1:
-        return tf.reduce_mean(losses, axes) * weight
-    return tf.math.divide_no_nan(tf.reduce_sum(losses * weight, axes), tf.reduce_sum(weight, axes))
-
-
-def full_precision(outputs: tf.Tensor) -> tf.Tensor:
-    """Casts half-precision outputs to float32: a softmax over them loses too much."""
-    return tf.cast(outputs, tf.float32) if outputs.dtype in (tf.float16, tf.bfloat16) else outputs
-
-
-def is_classification(y: tf.Tensor, outputs: tf.Tensor) -> bool:
-    """Whether `y` holds class ids for logits `outputs` (one more axis)."""
-    return y.dtype.is_integer and outputs.shape.rank == y.shape.rank + 1
-
-
-def _broadcast(weight: tf.Tensor, losses: tf.Tensor) -> tf.Tensor:
-    missing = losses.shape.rank - weight.shape.rank
-    return tf.broadcast_to(tf.reshape(weight, tf.concat([tf.shape(weight), [1] * missing], 0)), tf.shape(losses))
 
 
 def _own_part(strategy: tf.distribute.Strategy, batch: Batch) -> Batch:

@@ -11,8 +11,6 @@ from absl import flags
 
 from dist_partial import cli
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
@@ -33,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.run(configuration.settings, folder, configuration.operative, configuration.unused)
         except run.Interrupted as interrupted:
             print(interrupted)
-            return _INTERRUPTED
+            return cli.INTERRUPTED
         return 0
 
     return cli.call(__doc__, values, argv, command)

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import optimizers, reduction, replicas, selection, step, traffic
+from dist_partial import batch_norm, optimizers, reduction, replicas, selection, step, traffic
 from dist_partial.models import byte_transformer, two_dense
 
 STEPS = 20
@@ -126,6 +126,17 @@ OPTIONS = {
     "all": Options(clip_norm=0.05, accumulate=2, weight_decay=0.03),
 }
 
+# Every model once, and every optimizer and option among them. Batch statistics of a part of a batch are not those of
+# the whole, so the synchronised model does not accumulate.
+ROTATION = [
+    ("two_dense", "adamw", "all"),
+    ("byte_transformer", "adam", "clip"),
+    ("batch_norm_synchronised", "momentum", "clip"),
+    ("batch_norm_untrained", "momentum", "all"),
+    ("shared_embedding", "adam", "accumulate"),
+    ("mobilenet", "momentum", "plain"),
+]
+
 
 def loss(y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
     return keras.losses.sparse_categorical_crossentropy(y, outputs, from_logits=True)
@@ -232,7 +243,7 @@ def train(
     with strategy.scope():
         model = build(case)
         plan = selection.resolve(case.rules, model, every_step)
-        step.set_statistics_mode(model, plan, everywhere=False)
+        batch_norm.set_modes(model, plan, everywhere=False)
         groups = optimizers.build(plan, lambda: optimizer(name, options))
     before = weights(model)
     train_step = step.train_step(

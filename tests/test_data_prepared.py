@@ -139,10 +139,10 @@ def test_fingerprint_changes_with_window_and_split(folders):
 
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_batches(folders, file_format):
-    context = tf.distribute.InputContext(1, 0, 2)
+    context = tf.distribute.InputContext(1, 0, 1)
     data = tfds_dataset("small_texts", split_train="train[:20]", data_dir=folders[file_format], window=12)
     assert len(data.train) == 20
-    batches = train_batches(data.train, first_step=0, global_batch=8, seed=0, context=context)
+    batches = train_batches(data.train, first_step=0, global_batch=4, seed=0, context=context)
     rows = [row.tobytes() for x, _, _ in batches.take(5).as_numpy_iterator() for row in x]
     assert sorted(rows) == sorted(row.tobytes() for row in all_of(data.train)[0])
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from dist_partial import losses as losses_lib
 from dist_partial import optimizers, reduction, selection, step
 from dist_partial.loss_scale import FIRST_SCALE, LossScale
 from tests import cases
@@ -224,5 +225,5 @@ def test_statistics_of_trained_layers_are_the_mean_over_replicas(mirrored):
     ],
 )
 def test_example_losses(losses, weight, expected):
-    result = step.example_losses(tf.constant(losses), None if weight is None else tf.constant(weight))
+    result = losses_lib.example_losses(tf.constant(losses), None if weight is None else tf.constant(weight))
     np.testing.assert_allclose(result, expected)

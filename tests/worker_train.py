@@ -12,18 +12,20 @@ import tensorflow as tf
 from tests import cases
 
 
-def main(folder: Path, dtype: str) -> None:
-    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+def main(strategy: tf.distribute.Strategy, folder: Path, dtype: str) -> None:
     cases.set_precision(dtype)
     index = strategy.cluster_resolver.task_id
-    for name, case in cases.CASES.items():
-        trained = cases.train(strategy, case, "adam", cases.OPTIONS["clip"], dtype)
+    for name, optimizer, option in cases.ROTATION:
+        case = cases.CASES[name]
+        trained = cases.train(strategy, case, optimizer, cases.OPTIONS[option], dtype)
         cases.assert_nothing_else_moved(trained)
         statistics = case.statistics_bytes(np.dtype(dtype).itemsize)
         assert trained.bytes_per_step == trained.plan.wire_bytes + statistics, name
         slots = {f"slot {n}": v.numpy() for group in trained.optimizers for n, v in group.state.items()}
-        np.savez(folder / f"{name}-{index}.npz", losses=trained.losses, **trained.after, **slots)
+        np.savez(folder / f"{dtype}-{name}-{index}.npz", losses=trained.losses, **trained.after, **slots)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    workers = tf.distribute.MultiWorkerMirroredStrategy()
+    for precision in ("float64", "float32"):
+        main(workers, Path(sys.argv[1]), precision)

@@ -1,6 +1,6 @@
 """Speed of generation: with the key-value cache against recomputing the prefix for each byte.
 
-python tests/benchmarks/sampling.py
+python -m tests.benchmarks.sampling
 """
 
 import json
@@ -13,7 +13,7 @@ import tensorflow as tf
 from dist_partial.models import byte_transformer
 from dist_partial.sampling import generate
 
-COMMAND = "python tests/benchmarks/sampling.py"
+COMMAND = "python -m tests.benchmarks.sampling"
 RESULTS = Path(__file__).parent / "results" / "sampling.json"
 REPEATS = 5
 PROMPT = list(b"\n")

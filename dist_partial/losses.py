@@ -1,0 +1,41 @@
+"""Losses of examples: what one example counts, and in which precision."""
+
+import tensorflow as tf
+
+
+def example_losses(losses: tf.Tensor, weight: tf.Tensor | None) -> tf.Tensor:
+    """One loss an example: the mean over its other axes, weighted.
+
+    Args:
+        losses: [batch, ...].
+        weight: None, [batch], or the shape of `losses`, where an example's loss is the weighted mean over its own
+            elements: what an example counts does not depend on how the others in its batch are masked, so that
+            any division of a batch among replicas gives the same sum.
+
+    Returns:
+        [batch].
+    """
+    axes = list(range(1, losses.shape.rank))
+    if weight is None or not axes:
+        losses = tf.reduce_mean(losses, axes) if axes else losses
+        return losses if weight is None else losses * tf.cast(weight, losses.dtype)
+    weight = tf.cast(weight, losses.dtype)
+    if weight.shape.rank == 1:
+        return tf.reduce_mean(losses, axes) * weight
+    return tf.math.divide_no_nan(tf.reduce_sum(losses * weight, axes), tf.reduce_sum(weight, axes))
+
+
+def full_precision(outputs: tf.Tensor) -> tf.Tensor:
+    """Casts half-precision outputs to float32: a softmax over them loses too much."""
+    return tf.cast(outputs, tf.float32) if outputs.dtype in (tf.float16, tf.bfloat16) else outputs
+
+
+def is_classification(y: tf.Tensor, outputs: tf.Tensor) -> bool:
+    """Whether `y` holds class ids for logits `outputs` (one more axis)."""
+    return y.dtype.is_integer and outputs.shape.rank == y.shape.rank + 1
+
+
+def symbol_weights(weight: tf.Tensor, losses: tf.Tensor) -> tf.Tensor:
+    """The weight of each element of `losses` [batch, ...]; `weight` has its shape, or [batch]."""
+    missing = losses.shape.rank - weight.shape.rank
+    return tf.broadcast_to(tf.reshape(weight, tf.concat([tf.shape(weight), [1] * missing], 0)), tf.shape(losses))
