@@ -159,9 +159,7 @@ def run(
         examples=min(settings.eval_examples or len(built.data.evaluation), len(built.data.evaluation)),
         global_batch=settings.global_batch,
     )
-    plan = built.plan.traced(train.without_gradient, 0)
-    if strategy.num_replicas_in_sync > 1:
-        plan = plan.traced(train.without_gradient, bytes_per_step - plan.wire_bytes)
+    plan = built.plan.traced(train.without_gradient, bytes_per_step if strategy.num_replicas_in_sync > 1 else None)
     if is_chief():
         _make_folder(folder, built.identity, plan)
     saved, first = done, True

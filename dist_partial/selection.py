@@ -124,15 +124,19 @@ class Plan:
         """Bytes a step if everything were trained and sent in its own dtype."""
         return sum(entry.full_bytes for entry in self.entries)
 
-    def traced(self, without_gradient: Sequence[str], statistics_bytes: int) -> "Plan":
+    def traced(self, without_gradient: Sequence[str], bytes_per_step: int | None) -> "Plan":
         """The same plan, with what tracing the step has shown.
 
         Args:
             without_gradient: paths of selected variables on which the loss does not depend: nothing is sent.
-            statistics_bytes: what BatchNorm layers send in a step.
+            bytes_per_step: what the traced step sends; beyond the gradients that is BatchNorm's. None where one
+                replica sends nothing.
         """
         entries = tuple(dataclasses.replace(e, sent=e.path not in without_gradient) for e in self.entries)
-        return dataclasses.replace(self, entries=entries, statistics_bytes=statistics_bytes)
+        gradients = sum(entry.wire_bytes for entry in entries)
+        assert bytes_per_step is None or bytes_per_step >= gradients, (bytes_per_step, gradients)
+        statistics = 0 if bytes_per_step is None else bytes_per_step - gradients
+        return dataclasses.replace(self, entries=entries, statistics_bytes=statistics)
 
     def to_json(self) -> dict[str, Any]:
         """The content of plan.json."""

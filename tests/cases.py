@@ -223,6 +223,7 @@ class Trained:
     before: dict[str, np.ndarray]
     after: dict[str, np.ndarray]
     losses: np.ndarray
+    traced: Any
     collectives: list[traffic.Collective]
     bytes_per_step: int
 
@@ -270,6 +271,7 @@ def train(
         before,
         weights(model),
         np.concatenate(losses),
+        traced,
         traffic.collectives(traced),
         traffic.bytes_per_step(traced),
     )

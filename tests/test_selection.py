@@ -239,7 +239,7 @@ def test_plan_json_and_table(name):
 
 
 def test_what_tracing_shows_is_in_the_plan():
-    plan = plan_of([("train", r".*")]).traced(without_gradient=["dense1/bias"], statistics_bytes=100)
+    plan = plan_of([("train", r".*")]).traced(without_gradient=["dense1/bias"], bytes_per_step=(38 - 6) * 4 + 100)
     content = plan.to_json()
     assert content["wire_bytes_per_step"] == (38 - 6) * 4 + 100
     assert content["statistics_wire_bytes_per_step"] == 100

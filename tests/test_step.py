@@ -1,6 +1,7 @@
 """The step ends where a plain Keras loop on one device ends, on any number of replicas, and moves nothing else."""
 
 import functools
+import re
 
 import keras
 import numpy as np
@@ -82,6 +83,8 @@ def test_jit_compiles_the_gradient_computation(mirrored):
     trained = cases.train(mirrored(2), case, "adam", OPTIONS["clip"], jit_compile=True)
     cases.assert_equal(trained.after, reference("byte_transformer", "adam", "clip", "float64"), 1e-10)
     _check(trained, case)
+    compiled = re.findall(r'"_XlaMustCompile"\s+value \{\s+b: true', str(trained.traced.graph.as_graph_def()))
+    assert len(compiled) >= 2  # one a replica
 
 
 @pytest.mark.parametrize(("dtype", "bytes_of_one"), [("bfloat16", 2), ("float16", 2), ("float32", 4)])
