@@ -1,1 +1,23 @@
 """Train a rule-selected part of a Keras model on several replicas, and send only that part's gradients."""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "ArraySource": "data",
+    "Dataset": "data",
+    "EveryStep": "reduction",
+    "Plan": "selection",
+    "Rule": "selection",
+    "Sampling": "settings",
+    "Settings": "settings",
+    "UserError": "errors",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    # Importing the package must not import TensorFlow: that takes seconds, and the commands set it up first.
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,6 @@ unpickling. A file is complete or absent: it is written beside its name, fsynced
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from dist_partial.errors import UserError, writing
+from dist_partial.errors import UserError
+from dist_partial.files import write_atomically, writing
 from dist_partial.loss_scale import LossScale
 from dist_partial.optimizers import GroupOptimizer
 from dist_partial.selection import Plan, strip_root
@@ -143,34 +143,6 @@ def restore(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
         array = checkpoint.arrays[name]
         # npz knows no bfloat16 and reads it back as two bytes of nothing in particular.
         variable.assign(array if array.dtype.kind != "V" else array.view(keras.ops.convert_to_numpy(variable).dtype))
-
-
-def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
-    """Writes a file so that under its name there is the old content or the new, whatever happens meanwhile."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name itself is durable only now
-    finally:
-        os.close(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes text atomically, in UTF-8."""
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes indented JSON atomically."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _listed(folder: Path) -> list[tuple[int, Path]]:

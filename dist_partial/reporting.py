@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from dist_partial.checkpoints import write_atomically, write_text
-from dist_partial.errors import UserError, writing
+from dist_partial.errors import UserError
+from dist_partial.files import write_atomically, write_text, writing
 from dist_partial.selection import Plan
 
 

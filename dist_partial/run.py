@@ -13,7 +13,8 @@ import tensorflow as tf
 
 from dist_partial import batch_norm, checkpoints, evaluation, identity, optimizers, selection, step, traffic
 from dist_partial.data import Dataset, train_batches
-from dist_partial.errors import UserError, writing
+from dist_partial.errors import UserError
+from dist_partial.files import write_json, write_text, writing
 from dist_partial.loss_scale import LossScale, needs_loss_scale
 from dist_partial.replicas import input_context, is_chief
 from dist_partial.reporting import Journal, plan_table
@@ -201,9 +202,9 @@ def run(
 def _make_folder(folder: Path, content: dict[str, Any], plan: selection.Plan) -> None:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_json(folder / identity.FILE, content)
-        checkpoints.write_json(folder / "plan.json", plan.to_json())
-        checkpoints.write_text(folder / "plan.txt", plan_table(plan) + "\n")
+        write_json(folder / identity.FILE, content)
+        write_json(folder / "plan.json", plan.to_json())
+        write_text(folder / "plan.txt", plan_table(plan) + "\n")
 
 
 def _steps_until_event(settings: Settings, done: int) -> int:
