@@ -12,7 +12,7 @@ def set_modes(model: keras.Model, plan: Plan, everywhere: bool) -> None:
 
     In training mode its moving statistics would be updated and averaged over the replicas in every step,
     though the user selected nothing of it. A layer without variables that a rule could name (neither scale
-    nor centre) trains when all of the model does.
+    nor centre) trains when all of the model does; one that the user froze stays frozen.
 
     Args:
         model: the model; the layers' `trainable` flags are set.
@@ -21,6 +21,8 @@ def set_modes(model: keras.Model, plan: Plan, everywhere: bool) -> None:
     """
     trained = {id(entry.variable) for entry in plan.trained}
     for layer in _layers(model):
+        if not layer.trainable:  # the user froze it
+            continue
         own = [v for v in (layer.gamma, layer.beta) if v is not None]
         training = any(id(v) in trained for v in own) if own else not plan.frozen
         layer.trainable = everywhere or training

@@ -106,7 +106,10 @@ def _register() -> None:
         _make_bindable(value, name, "dist_partial")
     for package in _KERAS:
         for name, value in vars(importlib.import_module(f"keras.{package}")).items():
-            if not name.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
+            # The functions of keras.losses are no factories; their classes are.
+            if not name.startswith("_") and (
+                inspect.isclass(value) or (inspect.isfunction(value) and package != "losses")
+            ):
                 _make_bindable(value, name, f"keras.{package}")
 
 

@@ -35,6 +35,8 @@ def evaluation(
     # After a pass the batches start over, so one iterator serves them all.
     batches = iter(evaluation_batches(data.evaluation, examples=examples, global_batch=global_batch, context=context))
 
+    step.get_concrete_function(batches, steps)  # a mistake in the model or the loss shows now, not after the training
+
     def evaluate() -> dict[str, float]:
         loss, correct, weight = total(step(batches, steps)).numpy().tolist()
         metrics = {"loss": loss / weight, "examples": examples}

@@ -1,6 +1,7 @@
 """Writing files that are whole or absent, and failures to write as errors of the user's."""
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -18,6 +19,26 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"cannot write {path}: {reason}; free some space or choose another --run_dir") from None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes the folder if need be, and keeps other processes of this machine from running in it.
+
+    The system takes the lock back when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115 (held beyond this block)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing {folder}: wait for it, or choose another --run_dir") from None
+        yield
 
 
 def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:

@@ -26,12 +26,16 @@ def of_run(
         "seed": settings.seed,
         "global_batch": settings.global_batch,
         "precision": settings.precision,
+        "clip_norm": settings.clip_norm,
+        "statistics": settings.statistics,
+        "loss": _loss(settings.loss()),
         "data": {"name": data.name, "fingerprint": data.fingerprint},
         "model": {entry.path: f"{entry.dtype}{list(entry.shape)}" for entry in plan.entries},
+        "model_config": _model_config(model),
         "optimizers": [_optimizer(group.optimizer) for group in groups],
         "frozen": checkpoints.frozen_fingerprints(model, plan),
     }
-    return json.loads(json.dumps(content, default=str))
+    return _plain(content)
 
 
 def check(folder: Path, identity: dict[str, Any]) -> bool:
@@ -45,7 +49,8 @@ def check(folder: Path, identity: dict[str, Any]) -> bool:
     """
     path = folder / FILE
     if not path.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # Hidden files are the lock, and what a killed write left.
+        if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(".") for p in folder.iterdir())):
             raise UserError(f"{folder} is there and is not a run folder: choose another --run_dir")
         return False
     try:
@@ -65,6 +70,24 @@ def _optimizer(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
     # Keras numbers the names of optimizers through the process.
     config = {key: value for key, value in optimizer.get_config().items() if key != "name"}
     return {"class": type(optimizer).__name__, **config}
+
+
+def _loss(loss: Any) -> Any:
+    name = getattr(loss, "__qualname__", type(loss).__name__)
+    return {"class": name, **loss.get_config()} if isinstance(loss, keras.losses.Loss) else name
+
+
+def _model_config(model: keras.Model) -> Any:
+    # Models of the same shapes can be different functions: other activations, heads, epsilons.
+    try:
+        return model.get_config()
+    except Exception:  # a subclassed model need not have one, and Keras raises this and that
+        return None
+
+
+def _plain(content: Any) -> Any:
+    """As JSON reads it back; what JSON lacks is named by its type, for its text may hold an address."""
+    return json.loads(json.dumps(content, default=lambda value: type(value).__name__))
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

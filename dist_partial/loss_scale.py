@@ -4,6 +4,7 @@ Micikevicius et al. 2018, "Mixed Precision Training".
 """
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 GROW_AFTER = 2000  # updates in a row without overflow, after which the scale is doubled
@@ -35,6 +36,10 @@ class LossScale:
         factor = tf.where(finite, tf.where(grow, 2.0, 1.0), 0.5)
         self.scale.assign(tf.maximum(self.scale * factor, 1.0))
         self.good_steps.assign(tf.where(grow, 0, good))
+
+    def exhausted(self, norms: np.ndarray) -> bool:
+        """Whether none of the last steps' gradient norms is finite, though the scale is at its least."""
+        return not np.isfinite(norms).any() and float(self.scale.numpy()) <= 1.0
 
 
 def needs_loss_scale(model: keras.Model) -> bool:

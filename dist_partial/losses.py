@@ -2,6 +2,8 @@
 
 import tensorflow as tf
 
+from dist_partial.errors import UserError
+
 
 def example_losses(losses: tf.Tensor, weight: tf.Tensor | None) -> tf.Tensor:
     """One loss an example: the mean over its other axes, weighted.
@@ -14,7 +16,15 @@ def example_losses(losses: tf.Tensor, weight: tf.Tensor | None) -> tf.Tensor:
 
     Returns:
         [batch].
+
+    Raises:
+        UserError: `losses` has no axis of examples.
     """
+    if losses.shape.rank == 0:
+        raise UserError(
+            "run.loss gives one number for a whole batch: it must give one an example, without reduce_mean; Keras's "
+            "losses do for outputs [batch, 1], not [batch]"
+        )
     axes = list(range(1, losses.shape.rank))
     if weight is None or not axes:
         losses = tf.reduce_mean(losses, axes) if axes else losses
@@ -31,8 +41,8 @@ def full_precision(outputs: tf.Tensor) -> tf.Tensor:
 
 
 def is_classification(y: tf.Tensor, outputs: tf.Tensor) -> bool:
-    """Whether `y` holds class ids for logits `outputs` (one more axis)."""
-    return y.dtype.is_integer and outputs.shape.rank == y.shape.rank + 1
+    """Whether `y` holds class ids for logits `outputs` (one more axis, of several classes)."""
+    return y.dtype.is_integer and outputs.shape.rank == y.shape.rank + 1 and outputs.shape[-1] > 1
 
 
 def symbol_weights(weight: tf.Tensor, losses: tf.Tensor) -> tf.Tensor:

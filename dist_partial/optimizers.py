@@ -4,6 +4,7 @@ The one place where a private name of Keras is replaced is `_apply_reduced_alrea
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class GroupOptimizer:
     Attributes:
         members: the group's variables, in the group's order.
         optimizer: built on exactly those.
-        state: its variables by a name that does not depend on their order: `<path>/<slot>` for slots.
+        state: its variables by names that a new process gives them again: `<path>/<slot>` for slots.
     """
 
     members: tuple[Trained, ...]
@@ -51,8 +52,8 @@ def build(plan: Plan, factory: Callable[..., Any]) -> tuple[GroupOptimizer, ...]
         factory: makes the optimizer of the rules that name none, such as `keras.optimizers.Adam`.
 
     Raises:
-        UserError: if a factory does not make a Keras optimizer, or makes one that accumulates or scales by
-            itself (`run.accumulate` and `run.precision` do that here, in the order the sum needs).
+        UserError: if a factory does not make a Keras optimizer, or makes one that accumulates, scales or
+            averages by itself (`run.accumulate` and `run.precision` do the first two, in the order the sum needs).
     """
     return tuple(_build_group(number, group, factory) for number, group in enumerate(plan.groups))
 
@@ -69,6 +70,8 @@ def _build_group(number: int, group: Group, default: Callable[..., Any]) -> Grou
         raise UserError(f"{where} is {optimizer!r}: bind a factory, such as @keras.optimizers.Adam without ()")
     if optimizer.gradient_accumulation_steps:
         raise UserError(f"{where} accumulates gradients by itself: bind run.accumulate instead")
+    if optimizer.use_ema:
+        raise UserError(f"{where} averages weights (use_ema), which a run would neither evaluate nor sample: unbind it")
     if optimizer.loss_scale_factor or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         raise UserError(f"{where} scales the loss by itself: bind run.precision = 'mixed_float16' instead")
     members = tuple(Trained(entry, _trained_variable(entry)) for entry in group.entries)
@@ -101,12 +104,13 @@ def _build_slots(number: int, optimizer: Any, members: Sequence[Trained]) -> dic
     optimizer.build([member.variable for member in members])
     del optimizer.add_variable_from_reference
     known = {id(slot) for slot in slots.values()}
-    others = {
-        f"group_{number}/{variable.path.split('/', 1)[-1]}": variable
-        for variable in optimizer.variables
-        if id(variable) not in known
-    }
-    return slots | others
+    # Some have slots of other shapes, which they make by another method and give names that are not unique, or that
+    # Keras numbers through the process (`variable_7`): those go by their place, too.
+    for place, variable in enumerate(optimizer.variables):
+        if id(variable) not in known:
+            slots[f"group_{number}/{place}_{re.sub(r'_[0-9]+$', '', variable.name)}"] = variable
+    assert len(slots) == len(optimizer.variables)
+    return slots
 
 
 def _apply_reduced_already(optimizer: Any) -> None:

@@ -14,7 +14,7 @@ import tensorflow as tf
 from dist_partial import batch_norm, checkpoints, evaluation, identity, optimizers, selection, step, traffic
 from dist_partial.data import Dataset, train_batches
 from dist_partial.errors import UserError
-from dist_partial.files import write_json, write_text, writing
+from dist_partial.files import locked, write_json, write_text, writing
 from dist_partial.loss_scale import LossScale, needs_loss_scale
 from dist_partial.replicas import input_context, is_chief
 from dist_partial.reporting import Journal, plan_table
@@ -58,7 +58,9 @@ def build(settings: Settings, strategy: tf.distribute.Strategy) -> Built:
             raise UserError(f"run.model made a {type(model).__name__}: its factory must return a keras.Model")
         # A subclassed model has its variables only once it has been called.
         x = data.train.spec[0]
-        model(tf.zeros([1, *x.shape], x.dtype))
+        outputs = model(tf.zeros([1, *x.shape], x.dtype))
+        if not isinstance(outputs, tf.Tensor):
+            raise UserError(f"run.model gives a {type(outputs).__name__} of outputs: its model must give one tensor")
         plan = selection.resolve(settings.rules, model, settings.reduction)
         batch_norm.set_modes(model, plan, everywhere=settings.statistics == "all")
         groups = optimizers.build(plan, settings.optimizer)
@@ -89,6 +91,8 @@ def restore(built: Built, folder: Path, say: Callable[[str], None]) -> checkpoin
         return None
     checkpoint = checkpoints.newest(folder / "checkpoints", say)
     if checkpoint is not None:
+        if checkpoint.metadata["frozen"] != built.identity["frozen"]:
+            raise UserError(f"{checkpoint.path} was saved beside other frozen variables: it is of another run")
         checkpoints.restore(checkpoint, built.state)
         optimizers.write_rows(built.strategy, built.optimizers)
     return checkpoint
@@ -161,10 +165,12 @@ def run(
         global_batch=settings.global_batch,
     )
     plan = built.plan.traced(train.without_gradient, bytes_per_step if strategy.num_replicas_in_sync > 1 else None)
-    if is_chief():
-        _make_folder(folder, built.identity, plan)
     saved, first = done, True
-    with Journal(folder, done, settings.steps, plan, is_chief()) as journal, _interruptible() as interrupted:
+    with (
+        _written_folder(folder, built.identity, plan) if is_chief() else contextlib.nullcontext(),
+        Journal(folder, done, settings.steps, plan, is_chief()) as journal,
+        _interruptible() as interrupted,
+    ):
         if train.without_gradient:
             journal.say(f"selected, but the loss does not depend on it: {', '.join(train.without_gradient)}")
         if plan.statistics_bytes:
@@ -172,12 +178,19 @@ def run(
         while done < settings.steps:
             count = _steps_until_event(settings, done)
             result = train.function(batches, tf.constant(count))
-            losses, norms = total(result["loss"]).numpy(), result["gradient_norm"].numpy()
+            # All workers stop after the same call, whichever of them was interrupted.
+            *losses, stopped = total(tf.concat([result["loss"], [float(interrupted())]], axis=0)).numpy()
+            losses, norms = np.array(losses), result["gradient_norm"].numpy()
             sent = wire_bytes + bytes_per_step * np.arange(1, count + 1)
             good = _finite_steps(losses, norms, scaled=built.scale is not None)
             journal.train(done + 1, losses[:good], norms[:good], sent[:good])
             if good < count:
                 raise _not_finite(done + good + 1, losses[good], norms[good], saved)
+            if built.scale is not None and built.scale.exhausted(norms):
+                raise UserError(
+                    f"the gradient overflowed in every step up to {done + count}, though the loss is no longer scaled: "
+                    "bind run.precision = 'mixed_bfloat16'"
+                )
             done, wire_bytes = done + count, int(sent[-1])
             if first:
                 journal.configuration(operative(), unused())
@@ -186,7 +199,7 @@ def run(
                 journal.evaluation(done, evaluate(), wire_bytes)
                 if built.data.codec is not None and is_chief():
                     journal.samples(evaluation.samples(built.model, built.data, settings.sampling, done))
-            stop = interrupted() and done < settings.steps
+            stop = stopped > 0 and done < settings.steps
             if stop or _due(settings, done, settings.save_every):
                 if is_chief():
                     metadata = {"wire_bytes": wire_bytes, "frozen": built.identity["frozen"]}
@@ -199,12 +212,14 @@ def run(
                 )
 
 
-def _make_folder(folder: Path, content: dict[str, Any], plan: selection.Plan) -> None:
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / identity.FILE, content)
-        write_json(folder / "plan.json", plan.to_json())
-        write_text(folder / "plan.txt", plan_table(plan) + "\n")
+@contextlib.contextmanager
+def _written_folder(folder: Path, content: dict[str, Any], plan: selection.Plan) -> Iterator[None]:
+    with locked(folder):
+        with writing(folder):
+            write_json(folder / identity.FILE, content)
+            write_json(folder / "plan.json", plan.to_json())
+            write_text(folder / "plan.txt", plan_table(plan) + "\n")
+        yield
 
 
 def _steps_until_event(settings: Settings, done: int) -> int:

@@ -45,7 +45,7 @@ class Sampling:
         _count("sample.top_k", self.top_k, optional=True)
         _count("sample.length", self.length)
         _count("sample.count", self.count)
-        _count("sample.seed", self.seed, least=0)
+        _count("sample.seed", self.seed, least=0, most=2**63 - 1)
         if self.top_p is not None:
             _number("sample.top_p", self.top_p, least=0)
             if not 0 < self.top_p <= 1:
@@ -109,9 +109,11 @@ class Settings:
             _count(f"run.{name}", getattr(self, name))
         for name in ("eval_every", "eval_examples", "save_every"):
             _count(f"run.{name}", getattr(self, name), optional=True)
-        _count("run.seed", self.seed, least=0)
+        _count("run.seed", self.seed, least=0, most=2**32 - 1)  # NumPy takes no more
         if self.clip_norm is not None:
             _number("run.clip_norm", self.clip_norm, least=0)
+            if self.clip_norm == 0:
+                raise UserError("run.clip_norm is 0, which would train nothing: it must be above 0, or None")
         for name in ("model", "data", "optimizer", "loss"):
             value = getattr(self, name)
             # Models and losses can be called too, but not to make one.
@@ -123,9 +125,13 @@ class Settings:
             raise UserError(f"run.statistics is {self.statistics!r}: write 'trained' or 'all'")
 
 
-def _count(name: str, value: Any, least: int = 1, optional: bool = False) -> None:
-    if not (value is None and optional) and (type(value) is not int or value < least):
+def _count(name: str, value: Any, least: int = 1, most: int | None = None, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if type(value) is not int or value < least:
         raise UserError(f"{name} is {value!r}: it must be a whole number of at least {least}")
+    if most is not None and value > most:
+        raise UserError(f"{name} is {value!r}: it must be at most {most}")
 
 
 def _number(name: str, value: Any, least: float) -> None:

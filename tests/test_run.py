@@ -36,7 +36,7 @@ def letters(seed=0):
     return Dataset("letters", ArraySource(ids[:50, :-1], ids[:50, 1:]), ArraySource(ids[50:, :-1], ids[50:, 1:]),
                    fingerprint(ids), Letters(), "byte")
 
-def small(width=16, dropout=0.1): return byte_transformer(layers=1, width=width, heads=2, dropout=dropout)
+def small(width=16, dropout=0.1, heads=2): return byte_transformer(1, width, heads, dropout=dropout)
 """
 
 GIN = """
@@ -151,6 +151,35 @@ def test_a_run_in_pieces_is_the_run_in_one(stops, letters, tmp_path, capsys):
     capsys.readouterr()
     assert start(letters, pieces, "run.accumulate = 2") == 0
     assert "finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("optimizer", ["Adafactor", "Nadam", "Muon"])
+def test_optimizers_with_slots_of_their_own_resume(optimizer, letters, tmp_path):
+    """Adafactor's factored slots all have one name, and Keras numbers one of Nadam's through the process."""
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    bound = f"run.optimizer = @keras.optimizers.{optimizer}"
+    for folder, steps in [(whole, 6), (pieces, 2), (pieces, 6)]:
+        assert start(letters, folder, bound, f"run.steps = {steps}", "run.eval_every = None") == 0
+    for name, value in state(whole, 6).items():
+        assert value.tobytes() == state(pieces, 6)[name].tobytes(), name
+
+
+def test_a_folder_has_one_run_at_a_time(letters, tmp_path, capsys):
+    from dist_partial.files import locked
+
+    assert start(letters, tmp_path / "run", "run.steps = 1") == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with locked(tmp_path / "run"):
+        assert start(letters, tmp_path / "run", "run.steps = 2") == 2
+    assert "another run is writing" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert start(letters, tmp_path / "run", "run.steps = 2") == 0
+
+
+def test_a_model_of_the_same_shapes_is_another_model(letters, tmp_path, capsys):
+    assert start(letters, tmp_path / "run", "run.steps = 1") == 0
+    assert start(letters, tmp_path / "run", "run.steps = 2", "letters_module.small.heads = 1") == 2
+    assert "model_config.heads was 2 and is now 1" in capsys.readouterr().err
 
 
 def test_what_was_done_after_the_last_checkpoint_is_done_again(letters, tmp_path):
@@ -312,3 +341,20 @@ def test_two_workers_write_one_folder_and_go_on(letters, tmp_path):
     plan = json.loads((folder / "plan.json").read_text())
     last = [r for r in rows(folder / "metrics.jsonl") if r["split"] == "train"][-1]
     assert (last["step"], last["wire_bytes"]) == (12, 12 * plan["wire_bytes_per_step"])
+
+
+def test_ctrl_c_on_one_worker_stops_both_at_one_step(letters, tmp_path):
+    folder = tmp_path / "run"
+    params = ["run.steps = 100000", "run.eval_every = None", "run.save_every = None"]
+    command = ["-m", "dist_partial.train", f"--run_dir={folder}", f"--gin_file={letters}"]
+
+    def interrupt(processes):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (folder / "operative_config.gin").exists():
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGINT)
+
+    flags = [f"--gin_param={param}" for param in params]
+    results = run_workers([*command, *flags], workers=2, timeout=90, pythonpath=tmp_path, meanwhile=interrupt)
+    assert [code for code, _ in results] == [130, 130], results
+    assert len(list(folder.glob("checkpoints/*.npz"))) == 1

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from dist_partial import batch_norm, optimizers, reduction, selection, step
 from dist_partial import losses as losses_lib
-from dist_partial import optimizers, reduction, selection, step
+from dist_partial.errors import UserError
 from dist_partial.loss_scale import FIRST_SCALE, LossScale
 from tests import cases
 from tests.cases import CASES, OPTIMIZERS, OPTIONS, STEPS
@@ -230,3 +231,28 @@ def test_statistics_of_trained_layers_are_the_mean_over_replicas(mirrored):
 def test_example_losses(losses, weight, expected):
     result = losses_lib.example_losses(tf.constant(losses), None if weight is None else tf.constant(weight))
     np.testing.assert_allclose(result, expected)
+
+
+def test_a_loss_of_the_whole_batch_is_refused():
+    with pytest.raises(UserError, match="one number for a whole batch"):
+        losses_lib.example_losses(tf.constant(1.0), None)
+
+
+def test_one_logit_is_no_choice_of_classes():
+    assert not losses_lib.is_classification(tf.zeros([4], tf.int32), tf.zeros([4, 1]))
+    assert losses_lib.is_classification(tf.zeros([4], tf.int32), tf.zeros([4, 2]))
+
+
+def test_modes_of_batch_norm():
+    layers = {name: keras.layers.BatchNormalization(name=name) for name in ("chosen", "other", "frozen_by_user")}
+    layers["bare"] = keras.layers.BatchNormalization(scale=False, center=False, name="bare")
+    layers["frozen_by_user"].trainable = False
+    model = keras.Sequential([keras.Input((3,)), *layers.values()])
+
+    def modes(rules, everywhere=False):
+        batch_norm.set_modes(model, selection.resolve(rules, model, reduction.EveryStep()), everywhere)
+        return [name for name, layer in layers.items() if layer.trainable]
+
+    assert modes([("train", ".*")]) == ["chosen", "other", "bare"]
+    assert modes([("train", "chosen/gamma"), ("freeze", ".*")], everywhere=True) == ["chosen", "other", "bare"]
+    assert modes([("train", "chosen/gamma"), ("freeze", ".*")]) == ["chosen"]

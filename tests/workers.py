@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,13 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def run_workers(command: Sequence[str], workers: int, timeout: float, pythonpath: Path = ROOT) -> list[tuple[int, str]]:
+def run_workers(
+    command: Sequence[str],
+    workers: int,
+    timeout: float,
+    pythonpath: Path = ROOT,
+    meanwhile: Callable[[list[subprocess.Popen]], None] = lambda processes: None,
+) -> list[tuple[int, str]]:
     """Runs `python command` once a worker, each with its TF_CONFIG.
 
     Returns:
@@ -52,6 +58,7 @@ def run_workers(command: Sequence[str], workers: int, timeout: float, pythonpath
         )
     results = []
     try:
+        meanwhile(processes)
         for process in processes:
             try:
                 output, _ = process.communicate(timeout=timeout)
