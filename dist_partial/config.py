@@ -1,5 +1,6 @@
 """gin: what can be bound, and reading the files. No other module imports it."""
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -170,7 +171,9 @@ def _prepare(file: Path, including: tuple[Path, ...]) -> None:
         for attribute, value in vars(module).items():
             ours = getattr(value, "__module__", "").split(".")[0] == name.split(".")[0]
             if ours and not attribute.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
-                _make_bindable(value, attribute, name)
+                # gin makes a subclass, which some classes (enumerations) do not allow; they are no factories either.
+                with contextlib.suppress(AttributeError, TypeError, ValueError):
+                    _make_bindable(value, attribute, name)
 
 
 def _explain(error: Exception, place: str) -> str:

@@ -60,6 +60,7 @@ def samples(model: Any, data: Dataset, sampling: Sampling, step: int) -> list[di
     """
     if data.codec is None:
         raise UserError(f"data set {data.name!r} has no text to sample: its codec is None")
+    x, y = data.train.spec[:2]
     ids = generate(
         model,
         data.codec.encode(sampling.prompt),
@@ -69,6 +70,7 @@ def samples(model: Any, data: Dataset, sampling: Sampling, step: int) -> list[di
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         seed=sampling.seed,
+        window=x.shape[0] if y.shape.rank < x.shape.rank else None,  # one target for a whole window
     )
     row = {"step": step, "temperature": sampling.temperature, "prompt": sampling.prompt}
     return [{**row, "text": data.codec.decode(text)} for text in ids]

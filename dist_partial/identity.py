@@ -67,9 +67,7 @@ def check(folder: Path, identity: dict[str, Any]) -> bool:
 
 
 def _optimizer(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    # Keras numbers the names of optimizers through the process.
-    config = {key: value for key, value in optimizer.get_config().items() if key != "name"}
-    return {"class": type(optimizer).__name__, **config}
+    return {"class": type(optimizer).__name__, **_nameless(optimizer.get_config())}
 
 
 def _loss(loss: Any) -> Any:
@@ -80,9 +78,17 @@ def _loss(loss: Any) -> Any:
 def _model_config(model: keras.Model) -> Any:
     # Models of the same shapes can be different functions: other activations, heads, epsilons.
     try:
-        return model.get_config()
+        return _nameless(model.get_config())
     except Exception:  # a subclassed model need not have one, and Keras raises this and that
         return None
+
+
+def _nameless(config: Any) -> Any:
+    # Keras numbers what has no name of its own through the process, and links layers by these names.
+    if isinstance(config, dict):
+        links = ("name", "inbound_nodes", "input_layers", "output_layers")
+        return {key: _nameless(value) for key, value in config.items() if key not in links}
+    return [_nameless(value) for value in config] if isinstance(config, (list, tuple)) else config
 
 
 def _plain(content: Any) -> Any:

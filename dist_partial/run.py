@@ -195,16 +195,18 @@ def run(
             if first:
                 journal.configuration(operative(), unused())
                 first = False
-            if _due(settings, done, settings.eval_every):
-                journal.evaluation(done, evaluate(), wire_bytes)
-                if built.data.codec is not None and is_chief():
-                    journal.samples(evaluation.samples(built.model, built.data, settings.sampling, done))
             stop = stopped > 0 and done < settings.steps
-            if stop or _due(settings, done, settings.save_every):
-                if is_chief():
-                    metadata = {"wire_bytes": wire_bytes, "frozen": built.identity["frozen"]}
-                    checkpoints.save(folder / "checkpoints", done, built.state, metadata, settings.keep)
-                saved = done
+            try:
+                if _due(settings, done, settings.eval_every):
+                    journal.evaluation(done, evaluate(), wire_bytes)
+                    if built.data.codec is not None and is_chief():
+                        journal.samples(evaluation.samples(built.model, built.data, settings.sampling, done))
+            finally:  # what fails in an evaluation must not cost the training
+                if stop or _due(settings, done, settings.save_every):
+                    if is_chief():
+                        metadata = {"wire_bytes": wire_bytes, "frozen": built.identity["frozen"]}
+                        checkpoints.save(folder / "checkpoints", done, built.state, metadata, settings.keep)
+                    saved = done
             if stop:
                 raise Interrupted(
                     f"stopped at step {done} of {settings.steps}, saved in {folder}; run the same command again to "

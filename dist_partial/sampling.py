@@ -84,6 +84,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int,
+    window: int | None = None,
     use_cache: bool = True,
 ) -> np.ndarray:
     """Writes `count` continuations of one prompt, on one device; the same seed gives the same ids.
@@ -102,6 +103,7 @@ def generate(
         top_k: >= 1, or None for all ids.
         top_p: In (0, 1], or None for all ids.
         seed: Of the noise.
+        window: How many ids the model reads at once; None takes it from the model's input shape, if that is fixed.
         use_cache: False recomputes the prefix even where the model has a cache.
 
     Returns:
@@ -111,14 +113,14 @@ def generate(
         UserError: An argument is out of its range, or the prompt is empty or holds an unknown id.
     """
     _check(count, length, temperature, top_k, top_p)
-    writer, vocabulary = _compiled(model)
+    window = window or _window(model)
+    writer, vocabulary = _compiled(model, window)
     prompt = np.asarray(prompt_ids, np.int32).reshape(-1)
     if not prompt.size:
         raise UserError("the prompt is empty: a text needs at least one id to go on from")
     unknown = prompt[(prompt < 0) | (prompt >= vocabulary)]
     if unknown.size:
         raise UserError(f"the prompt holds the id {unknown[0]}: {model.name} knows 0 to {vocabulary - 1}")
-    window = _window(model)
     if window and prompt.size < window:
         prompt = np.tile(prompt, -(-window // prompt.size))[-window:]
     ids = writer(
@@ -129,6 +131,7 @@ def generate(
         tf.constant(seed, tf.int64),
         count=count,
         length=length,
+        window=window,
         cached=use_cache and hasattr(model, "decode"),
     )
     return ids.numpy()
@@ -137,10 +140,10 @@ def generate(
 _writers: weakref.WeakKeyDictionary[Any, tuple[Callable[..., tf.Tensor], int]] = weakref.WeakKeyDictionary()
 
 
-def _compiled(model: Any) -> tuple[Callable[..., tf.Tensor], int]:
+def _compiled(model: Any, window: int | None) -> tuple[Callable[..., tf.Tensor], int]:
     """The model's writer, a tf.function that is dropped with the model, and the size of its vocabulary."""
     if model not in _writers:
-        output = model.compute_output_spec(keras.KerasTensor((1, _window(model)), "int32"))
+        output = model.compute_output_spec(keras.KerasTensor((1, window), "int32"))
         _writers[model] = tf.function(functools.partial(_write, weakref.ref(model))), output.shape[-1]
     return _writers[model]
 
@@ -161,11 +164,11 @@ def _write(
     *,
     count: int,
     length: int,
+    window: int | None,
     cached: bool,
 ) -> tf.Tensor:
     """The loop of `generate`: prompt [P] to ids [count, length]."""
     model: Any = model_ref()
-    window = _window(model)
     start, end = prompt.shape[0], prompt.shape[0] + length
 
     def read(text: tf.Tensor, cache: Any, position: tf.Tensor | int) -> tuple[tf.Tensor, Any]:

@@ -337,3 +337,23 @@ def test_a_param_without_a_dot_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"'step = 3' binds nothing: write run\.steps"):
         config.load([file], ["step = 3"])
     config.load([file], ["rate = 0.2"])  # a macro of the file's
+
+
+def test_a_module_may_hold_what_cannot_be_bound(tmp_path, monkeypatch):
+    """gin makes a subclass of each class, and an enumeration has none; layers and models do."""
+    (tmp_path / "mixed_module.py").write_text(
+        "import enum, keras\n"
+        "class Colour(enum.Enum): RED = 1\n"
+        "class Scale(keras.layers.Layer): pass\n"
+        "class Net(keras.Model):\n"
+        "    def __init__(self, units=3):\n"
+        "        super().__init__()\n"
+        "        self.units = units\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "own.gin"
+    file.write_text(
+        "import mixed_module\nrun.rules = [('train', '.*')]\nrun.model = @mixed_module.Net\nNet.units = 5\n"
+        "run.data = @stdlib_shapes\n"
+    )
+    assert config.load([file]).settings.model().units == 5

@@ -208,3 +208,23 @@ def test_mistakes_are_the_users_to_mend(model, changes, words):
     with pytest.raises(UserError, match=words) as error:
         generate(model, **arguments)
     assert "\n" not in str(error.value)
+
+
+def test_window_of_a_model_that_does_not_tell_it():
+    """A subclassed model has no input shape; its first layer still takes exactly `window` ids."""
+
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = two_dense(window=4, symbols=10)
+
+        def call(self, x, training=None):
+            return self.inner(x)
+
+    keras.utils.set_random_seed(0)
+    net = Net()
+    net(np.zeros([1, 4], np.int32))
+    options = {"count": 2, "length": 6, "temperature": 1.0, "seed": 3}
+    np.testing.assert_array_equal(
+        generate(net, [1, 2, 3], window=4, **options), generate(net.inner, [1, 2, 3], **options)
+    )
