@@ -95,8 +95,9 @@ def save(folder: Path, step: int, state: dict[str, Any], metadata: dict[str, Any
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: np.savez(file, **arrays))
-        before = [old for number, old in _listed(folder) if number < step]
-        damaged = [newer for number, newer in _listed(folder) if number > step]  # or this would have gone on from it
+        listed = _listed(folder)
+        before = [old for number, old in listed if number < step]
+        damaged = [newer for number, newer in listed if number > step]  # or this would have gone on from it
         for leftover in [*before[: len(before) - keep + 1], *damaged, *folder.glob(".*.partial")]:
             leftover.unlink()
     return path

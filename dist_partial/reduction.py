@@ -58,14 +58,15 @@ def reduce(
         The sums and the averages: the same bits on every replica, in the shapes and dtypes they came in.
     """
     context: Any = tf.distribute.get_replica_context()
+    trained = plan.trained
     # Backprop produces the last layers' gradients first: they go first, while the rest is still computed.
     members = [i for i in reversed(range(len(gradients))) if gradients[i] is not None]
-    tensors = [tf.cast(gradients[i], plan.trained[i].reduction.wire_dtype(plan.trained[i].dtype)) for i in members]
+    tensors = [tf.cast(gradients[i], trained[i].reduction.wire_dtype(trained[i].dtype)) for i in members]
     tensors += [statistic / context.num_replicas_in_sync for statistic in statistics]
     sums = _all_reduce(context, tensors)
     reduced: list[tf.Tensor | None] = [None] * len(gradients)
     for i, total in zip(members, sums, strict=False):
-        reduced[i] = tf.cast(total, plan.trained[i].dtype)
+        reduced[i] = tf.cast(total, trained[i].dtype)
     return reduced, sums[len(members) :]
 
 
