@@ -10,15 +10,20 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import keras
 import numpy as np
+import tensorflow as tf
 
+from dist_partial import replicas
 from dist_partial.errors import UserError
 from dist_partial.files import write_atomically, writing
+from dist_partial.local_sgd import Fragment
 from dist_partial.loss_scale import LossScale
 from dist_partial.optimizers import GroupOptimizer
+from dist_partial.reduction import LocalSGD, Never
+from dist_partial.replicas import PerReplica
 from dist_partial.selection import Plan, strip_root
 
 _NAME = re.compile(r"step-(\d{10})\.npz")
@@ -35,25 +40,49 @@ class Checkpoint:
 
 
 def resumable_state(
-    model: keras.Model, plan: Plan, optimizers: Sequence[GroupOptimizer], scale: LossScale | None = None
+    strategy: tf.distribute.Strategy,
+    model: keras.Model,
+    plan: Plan,
+    optimizers: Sequence[GroupOptimizer],
+    states: Sequence[dict[str, Any]],
+    fragments: Sequence[Fragment],
+    scale: LossScale | None = None,
 ) -> dict[str, Any]:
     """All variables that training changes, by a name that does not depend on their order.
 
-    Selected variables (or their selected rows) and slots by path, statistics of layers that run in training
-    mode, states of random generators, and the loss scale.
+    Selected variables (or their selected rows) and slots by path, what reductions keep, statistics of layers that
+    run in training mode, states of random generators, and the loss scale. Of what differs between replicas all
+    values are kept; `variables/` of a group that is exchanged every few steps are the anchors, on which they agree.
     """
     state: dict[str, Any] = {}
-    for group in optimizers:
+    for group, planned in zip(optimizers, plan.groups, strict=True):
+        when_fewer = "own" if isinstance(planned.reduction, Never) else "mean"
+        shared = planned.reduction.shared
+
+        def kept(variable: Any, shared: bool = shared, when_fewer: str = when_fewer) -> Any:
+            return variable if shared else PerReplica(strategy, variable.value, when_fewer)
+
+        folder = "own" if isinstance(planned.reduction, LocalSGD) else "variables"
         for member in group.members:
-            state[f"variables/{member.entry.path}"] = member.variable
-        state |= {f"slots/{name}": variable for name, variable in group.state.items()}
+            state[f"{folder}/{member.entry.path}"] = kept(member.variable)
+        state |= {f"slots/{name}": kept(variable) for name, variable in group.state.items()}
+    for fragment in fragments:
+        for anchor in fragment.outer.members:
+            state[f"variables/{anchor.entry.path}"] = anchor.variable
+        state |= {f"outer/{name}": variable for name, variable in fragment.outer.state.items()}
+    for entry, own in zip(plan.trained, states, strict=True):
+        for name, variable in own.items():
+            when_fewer = "sum" if name == "residual" else "own"
+            state[f"reductions/{entry.path}/{name}"] = PerReplica(strategy, variable, when_fewer)
     moving = _moving(model)
     # Keras numbers generators through the whole process (`seed_generator_7`), so they go by their order here.
     generators = [v for v in moving if v.name == "seed_generator_state"]
     state |= {f"generators/{i}": variable for i, variable in enumerate(generators)}
     statistics = [v for v in moving if v.name != "seed_generator_state"]
     names = strip_root(model.name, [v.path for v in statistics])
-    state |= {f"statistics/{name}": variable for name, variable in zip(names, statistics, strict=True)}
+    averaged = any(group.reduction.shared for group in plan.groups)
+    for name, variable in zip(names, statistics, strict=True):
+        state[f"statistics/{name}"] = variable if averaged else PerReplica(strategy, variable.value, "mean")
     if scale is not None:
         state |= {"loss_scale/scale": scale.scale, "loss_scale/good_steps": scale.good_steps}
     return state
@@ -75,14 +104,15 @@ def frozen_fingerprints(model: keras.Model, plan: Plan) -> dict[str, str]:
     return prints | {n: _digest(keras.ops.convert_to_numpy(v)) for n, v in zip(names, others, strict=True)}
 
 
-def save(folder: Path, step: int, state: dict[str, Any], metadata: dict[str, Any], keep: int) -> Path:
-    """Writes one checkpoint atomically, then removes all but the newest `keep`.
+def read(state: dict[str, Any], step: int) -> dict[str, np.ndarray]:
+    """The values of all of it; called by all workers, which send each other what differs between replicas.
 
     Raises:
-        UserError: the folder cannot be written (full, read-only), or a value is not finite; no checkpoint that was
-            there is touched.
+        UserError: a value is not finite.
     """
-    arrays = {name: keras.ops.convert_to_numpy(variable) for name, variable in state.items()}
+    own = {name: variable for name, variable in state.items() if isinstance(variable, PerReplica)}
+    arrays = dict(zip(own, replicas.values(list(own.values())), strict=True))
+    arrays |= {name: keras.ops.convert_to_numpy(v) for name, v in state.items() if name not in own}
     for name, array in arrays.items():
         # The loss of a step is that of the weights before its update: here the update itself has overflowed.
         if not np.isfinite(array).all():
@@ -90,11 +120,28 @@ def save(folder: Path, step: int, state: dict[str, Any], metadata: dict[str, Any
                 f"{name} is not finite at step {step}; nothing is saved of it; lower the learning rate or bind "
                 "run.clip_norm"
             )
+    return arrays
+
+
+def save(folder: Path, step: int, arrays: dict[str, np.ndarray], metadata: dict[str, Any], keep: int) -> Path:
+    """Writes one checkpoint atomically, then removes all but the newest `keep`.
+
+    Args:
+        folder: the checkpoints'.
+        step: which they are of.
+        arrays: from `read`.
+        metadata: JSON values to keep beside them.
+        keep: how many checkpoints stay.
+
+    Raises:
+        UserError: the folder cannot be written (full, read-only); no checkpoint that was there is touched.
+    """
+    arrays = dict(arrays)
     arrays["metadata"] = np.frombuffer(json.dumps(metadata | {"step": step}).encode(), np.uint8)
     path = folder / f"step-{step:010d}.npz"
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: np.savez(file, **arrays))
+        write_atomically(path, lambda file: np.savez(file, **cast(dict[str, Any], arrays)))
         listed = _listed(folder)
         before = [old for number, old in listed if number < step]
         damaged = [newer for number, newer in listed if number > step]  # or this would have gone on from it
@@ -138,14 +185,17 @@ def restore(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
             "use another --run_dir or the configuration that made it"
         )
     for name, variable in state.items():
-        if tuple(variable.shape) != checkpoint.arrays[name].shape:
-            raise UserError(
-                f"{checkpoint.path}: {name} has shape {checkpoint.arrays[name].shape}, not {variable.shape}"
-            )
+        found, wanted = checkpoint.arrays[name].shape, tuple(variable.shape)
+        # Another number of replicas may go on with what was kept for each.
+        skip = 1 if isinstance(variable, PerReplica) and found else 0
+        if found[skip:] != wanted[skip:]:
+            raise UserError(f"{checkpoint.path}: {name} has shape {found}, not {wanted}")
     for name, variable in state.items():
         array = checkpoint.arrays[name]
-        # npz knows no bfloat16 and reads it back as two bytes of nothing in particular.
-        variable.assign(array if array.dtype.kind != "V" else array.view(keras.ops.convert_to_numpy(variable).dtype))
+        if array.dtype.kind == "V":  # npz knows no bfloat16 and reads it back as two bytes of nothing in particular
+            own = isinstance(variable, PerReplica)
+            array = array.view(variable.dtype if own else keras.ops.convert_to_numpy(variable).dtype)
+        variable.assign(array)
 
 
 def _listed(folder: Path) -> list[tuple[int, Path]]:

@@ -16,8 +16,9 @@ from typing import Any
 import gin
 
 from dist_partial import data, models, replicas, settings
+from dist_partial.compression import PowerSGD, Quantized, TopK
 from dist_partial.errors import UserError
-from dist_partial.reduction import EveryStep
+from dist_partial.reduction import EveryStep, LocalSGD, Never, nesterov
 from dist_partial.selection import Rule
 
 _OURS: dict[str, Callable[..., Any]] = {
@@ -26,6 +27,12 @@ _OURS: dict[str, Callable[..., Any]] = {
     "replicas": replicas.create,
     "Rule": Rule,
     "every_step": EveryStep,
+    "power_sgd": PowerSGD,
+    "top_k": TopK,
+    "quantized": Quantized,
+    "local_sgd": LocalSGD,
+    "nesterov": nesterov,
+    "never": Never,
     "two_dense": models.two_dense,
     "byte_transformer": models.byte_transformer,
     "stdlib_corpus": data.stdlib_corpus,

@@ -4,6 +4,7 @@ The one place where a private name of Keras is replaced is `_apply_reduced_alrea
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -61,9 +62,23 @@ def build(plan: Plan, factory: Callable[..., Any]) -> tuple[GroupOptimizer, ...]
 def _build_group(number: int, group: Group, default: Callable[..., Any]) -> GroupOptimizer:
     factory = group.rule.optimizer or default
     rate = group.rule.learning_rate
-    where = f"the optimizer of rule {group.rule.match!r}"
+    if rate is not None:
+        factory = functools.partial(factory, learning_rate=float(rate) if isinstance(rate, int) else rate)
+    members = tuple(Trained(entry, _trained_variable(entry)) for entry in group.entries)
+    return prepare(f"the optimizer of rule {group.rule.match!r}", factory, members, number)
+
+
+def prepare(where: str, factory: Callable[..., Any], members: tuple[Trained, ...], number: int) -> GroupOptimizer:
+    """Makes one optimizer that is handed gradients which are reduced already.
+
+    Args:
+        where: what it is, for errors.
+        factory: makes it.
+        members: the variables that it updates.
+        number: of the group, for the names of what is no slot.
+    """
     try:
-        optimizer = factory() if rate is None else factory(learning_rate=float(rate) if isinstance(rate, int) else rate)
+        optimizer = factory()
     except (TypeError, ValueError) as error:  # an argument that this optimizer does not have, or a value it refuses
         raise UserError(f"{where} cannot be made: {str(error).splitlines()[0]}") from error
     if not isinstance(optimizer, keras.optimizers.Optimizer):
@@ -74,7 +89,6 @@ def _build_group(number: int, group: Group, default: Callable[..., Any]) -> Grou
         raise UserError(f"{where} averages weights (use_ema), which a run would neither evaluate nor sample: unbind it")
     if optimizer.loss_scale_factor or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         raise UserError(f"{where} scales the loss by itself: bind run.precision = 'mixed_float16' instead")
-    members = tuple(Trained(entry, _trained_variable(entry)) for entry in group.entries)
     state = _build_slots(number, optimizer, members)
     _apply_reduced_already(optimizer)
     return GroupOptimizer(members, optimizer, state)
@@ -135,14 +149,13 @@ def apply(optimizers: Sequence[GroupOptimizer], gradients: Sequence[tf.Tensor | 
             group.optimizer.apply(*zip(*pairs, strict=True))
 
 
-def write_rows(strategy: tf.distribute.Strategy, optimizers: Sequence[GroupOptimizer]) -> None:
+def write_rows(strategy: tf.distribute.Strategy, members: Sequence[Trained]) -> None:
     """Copies the rows that were updated into the model's variables; called in the cross-replica context."""
-    for group in optimizers:
-        for member in group.members:
-            if member.entry.rule.rows is not None:
-                start, stop = member.entry.rule.rows
-                strategy.extended.update(
-                    member.entry.variable.value,
-                    lambda whole, rows, start=start, stop=stop: whole[start:stop].assign(rows),
-                    args=(member.variable.value,),
-                )
+    for member in members:
+        if member.entry.rule.rows is not None:
+            start, stop = member.entry.rule.rows
+            strategy.extended.update(
+                member.entry.variable.value,
+                lambda whole, rows, start=start, stop=stop: whole[start:stop].assign(rows),
+                args=(member.variable.value,),
+            )

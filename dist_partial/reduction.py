@@ -1,18 +1,56 @@
-"""How gradients cross the replicas: the only place that talks to other replicas about them."""
+"""How one group's gradients cross the replicas: every step, every few steps, or never.
+
+A reduction says what it sends (`messages`), what it keeps on each replica (`state`) and what it does (`reduce`, a
+generator that yields the requests of `wire` and returns the result). Those that compress are in `compression`.
+"""
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, Protocol
 
+import keras
+import numpy as np
 import tensorflow as tf
 
 from dist_partial.errors import UserError
 from dist_partial.selection import Plan, itemsize
+from dist_partial.wire import Gather, Sum, Wire, together
 
-# Packs of about 2 MiB keep the link busy while later ones are still being filled; one pack of everything and
-# TensorFlow's own default were 3 % slower at 200 Mbit and up to twice as slow unshaped.
-PACK_BYTES = 2 * 2**20
+Exchange = Generator[Sum | Gather, tf.Tensor, tf.Tensor]
+
+
+class Message(NamedTuple):
+    """What one replica hands over to a 'sum' or a 'gather': `bytes` after the steps s, s % every == offset % every."""
+
+    kind: str
+    bytes: int
+    every: int = 1
+    offset: int = 0
+
+    def times(self, first: int, last: int) -> int:
+        """How often it travels after the steps first + 1 to last."""
+        return (last - self.offset) // self.every - (first - self.offset) // self.every
+
+
+class Reduction(Protocol):
+    """What a rule's `reduction` has to offer.
+
+    Attributes:
+        shared: whether all replicas have the same bits after each step.
+    """
+
+    @property
+    def shared(self) -> bool: ...
+
+    def messages(self, shape: Sequence[int], dtype: str) -> tuple[Message, ...]:
+        """What one replica sends for one gradient of `shape` and `dtype`."""
+
+    def state(self, path: str, shape: Sequence[int], dtype: str) -> dict[str, np.ndarray]:
+        """First values of what each replica keeps for one gradient, by name."""
+
+    def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
+        """Yields requests and returns the sum of all replicas' `value`, or what stands for it; updates `state`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,70 +69,180 @@ class EveryStep:
         if self.dtype not in (None, "float64", "float32", "bfloat16", "float16"):
             raise UserError(f"every_step.dtype is {self.dtype!r}: write 'float32', 'bfloat16', 'float16' or None")
 
-    def wire_dtype(self, dtype: str) -> str:
-        return self.dtype or dtype
+    @property
+    def shared(self) -> bool:
+        return True
 
-    def wire_bytes(self, shape: Sequence[int], dtype: str) -> int:
-        """Bytes of one gradient of `shape` and `dtype` that one replica hands over in a step."""
-        return math.prod(shape) * itemsize(self.wire_dtype(dtype))
+    def messages(self, shape: Sequence[int], dtype: str) -> tuple[Message, ...]:
+        return (Message("sum", math.prod(shape) * itemsize(self.dtype or dtype)),)
+
+    def state(self, path: str, shape: Sequence[int], dtype: str) -> dict[str, np.ndarray]:
+        return {}
+
+    def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
+        total = yield Sum(tf.cast(value, self.dtype or value.dtype))
+        return tf.cast(total, value.dtype)
 
     def __str__(self) -> str:
         return f"every step, {self.dtype}" if self.dtype else "every step"
 
 
+@dataclasses.dataclass(frozen=True)
+class Never:
+    """Each replica trains variables of its own, by the gradients of its own examples; nothing is sent.
+
+    Each replica is evaluated with its own, and all of them are saved.
+    """
+
+    @property
+    def shared(self) -> bool:
+        return False
+
+    def messages(self, shape: Sequence[int], dtype: str) -> tuple[Message, ...]:
+        return ()
+
+    def state(self, path: str, shape: Sequence[int], dtype: str) -> dict[str, np.ndarray]:
+        return {}
+
+    def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
+        return _own(value)
+        yield  # a generator that asks for nothing
+
+    def __str__(self) -> str:
+        return "never"
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalSGD:
+    """Each replica trains by itself for some steps; then what they have moved is averaged.
+
+    The mean movement since the last exchange, `anchor - variable`, is the gradient of an outer optimizer that updates
+    the anchor, from which all replicas go on. With outer SGD(1) that is local SGD (Stich 2019, "Local SGD Converges
+    Fast and Communicates Little"); with Nesterov momentum it is DiLoCo (Douillard et al. 2023); with another offset for
+    each group, fragments take turns (Douillard et al. 2025, "Streaming DiLoCo"). The inner optimizer's slots stay on
+    their replica.
+
+    Attributes:
+        steps: steps between two exchanges.
+        offset: the exchanges follow the steps s with s % steps == offset % steps.
+        outer: factory of the outer Keras optimizer; None is SGD(1): the replicas' mean.
+        exchange: a reduction of every step, by which the movements are summed; None sends them as they are.
+    """
+
+    steps: int
+    offset: int = 0
+    outer: Callable[..., Any] | None = None
+    exchange: Any = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("offset", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise UserError(f"local_sgd.{name} is {value!r}: it must be a whole number of at least {least}")
+        if self.outer is not None and (not callable(self.outer) or isinstance(self.outer, keras.optimizers.Optimizer)):
+            raise UserError(f"local_sgd.outer is {self.outer!r}: bind a factory, such as @nesterov without ()")
+        if self.exchange is not None and not getattr(self.exchange, "shared", False):
+            raise UserError(
+                f"local_sgd.exchange is {self.exchange!r}: bind a reduction of every step, such as @quantized()"
+            )
+
+    @property
+    def shared(self) -> bool:
+        return False
+
+    @property
+    def window(self) -> Any:
+        """The reduction of the movements."""
+        return self.exchange or EveryStep()
+
+    def due(self, step: int) -> bool:
+        """Whether an exchange follows `step`, counted from 1."""
+        return step % self.steps == self.offset % self.steps
+
+    def next_due(self, done: int) -> int:
+        """The first step after `done` that an exchange follows."""
+        return done + 1 + (self.offset - done - 1) % self.steps
+
+    def messages(self, shape: Sequence[int], dtype: str) -> tuple[Message, ...]:
+        return tuple(m._replace(every=self.steps, offset=self.offset) for m in self.window.messages(shape, dtype))
+
+    def state(self, path: str, shape: Sequence[int], dtype: str) -> dict[str, np.ndarray]:
+        return self.window.state(path, shape, dtype)
+
+    def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
+        return _own(value)
+        yield  # a generator that asks for nothing
+
+    def __str__(self) -> str:
+        parts = [f"every {self.steps} steps"]
+        parts += [f"offset {self.offset}"] if self.offset else []
+        parts += [f"outer {getattr(self.outer, '__name__', self.outer)}"] if self.outer else []
+        parts += [str(self.exchange)] if self.exchange else []
+        return ", ".join(parts)
+
+
+def nesterov(learning_rate: float = 0.7, momentum: float = 0.9) -> keras.optimizers.Optimizer:
+    """The outer optimizer of DiLoCo, with the paper's values: SGD with Nesterov momentum."""
+    return keras.optimizers.SGD(learning_rate, momentum=momentum, nesterov=True)
+
+
 def reduce(
-    plan: Plan, gradients: Sequence[tf.Tensor | None], statistics: Sequence[tf.Tensor] = ()
+    wire: Wire,
+    plan: Plan,
+    gradients: Sequence[tf.Tensor | None],
+    states: Sequence[dict[str, Any]],
+    statistics: Sequence[tf.Tensor] = (),
 ) -> tuple[list[tf.Tensor | None], list[tf.Tensor]]:
-    """Sums gradients over all replicas, each in its own wire dtype, in packs.
+    """Reduces each gradient by its rule's reduction, all of them together in packs.
 
     Called in a replica context.
 
     Args:
+        wire: how replicas reach each other.
         plan: what travels, and how.
-        gradients: in the order of `plan.trained`; None stays None and sends nothing.
+        gradients: in the order of `plan.trained`, divided by the global batch; None stays None and sends nothing.
+        states: what each reduction keeps, in the same order; from `states`.
         statistics: tensors to be averaged, which travel in the same packs.
 
     Returns:
-        The sums and the averages: the same bits on every replica, in the shapes and dtypes they came in.
+        The sums and the averages, in the shapes and dtypes they came in: the same bits on every replica, except
+        where a reduction is not `shared`.
     """
-    context: Any = tf.distribute.get_replica_context()
     trained = plan.trained
     # Backprop produces the last layers' gradients first: they go first, while the rest is still computed.
     members = [i for i in reversed(range(len(gradients))) if gradients[i] is not None]
-    tensors = [tf.cast(gradients[i], trained[i].reduction.wire_dtype(trained[i].dtype)) for i in members]
-    tensors += [statistic / context.num_replicas_in_sync for statistic in statistics]
-    sums = _all_reduce(context, tensors)
+    exchanges = [trained[i].reduction.reduce(gradients[i], states[i]) for i in members]
+    results = together(wire, [*exchanges, *map(mean, statistics)])
     reduced: list[tf.Tensor | None] = [None] * len(gradients)
-    for i, total in zip(members, sums, strict=False):
-        reduced[i] = tf.cast(total, trained[i].dtype)
-    return reduced, sums[len(members) :]
+    for i, result in zip(members, results, strict=False):
+        reduced[i] = result
+    return reduced, results[len(members) :]
 
 
-def _all_reduce(context: Any, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    packs = _packs(tensors)
-    flat = [tf.concat([tf.reshape(tensors[i], [-1]) for i in pack], axis=0) for pack in packs]
-    # A limit of one byte leaves our packs as they are: TensorFlow's own packing loses the static shapes that
-    # the count of bytes in the graph relies on, and fails on mixed dtypes.
-    options = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=1)
-    totals = context.all_reduce(tf.distribute.ReduceOp.SUM, flat, options)
-    sums: list[Any] = [None] * len(tensors)
-    for pack, total in zip(packs, totals, strict=True):
-        parts = tf.split(total, [tensors[i].shape.num_elements() for i in pack])
-        for i, part in zip(pack, parts, strict=True):
-            sums[i] = tf.reshape(part, tensors[i].shape)
-    return sums
+def states(plan: Plan) -> list[dict[str, tf.Variable]]:
+    """Makes what the reductions keep on each replica, in the order of `plan.trained`; called in the scope."""
+    return [
+        {
+            name: tf.Variable(
+                value,
+                trainable=False,
+                name=name,
+                synchronization=tf.VariableSynchronization.ON_READ,
+                aggregation=tf.VariableAggregation.NONE,
+            )
+            for name, value in entry.reduction.state(entry.path, entry.trained_shape, entry.dtype).items()
+        }
+        for entry in plan.trained
+    ]
 
 
-def _packs(tensors: Sequence[tf.Tensor]) -> list[list[int]]:
-    """Indices of the tensors of each pack: of one dtype, in order, filled up to `PACK_BYTES`."""
-    packs: list[list[int]] = []
-    open_packs: dict[tf.DType, tuple[list[int], int]] = {}
-    for i, tensor in enumerate(tensors):
-        size = tensor.shape.num_elements() * tensor.dtype.size
-        pack, filled = open_packs.get(tensor.dtype, ([], PACK_BYTES))
-        if filled + size > PACK_BYTES:
-            pack, filled = [], 0
-            packs.append(pack)
-        pack.append(i)
-        open_packs[tensor.dtype] = (pack, filled + size)
-    return packs
+def mean(value: tf.Tensor) -> Exchange:
+    """Asks for the mean of a tensor over all replicas."""
+    context: Any = tf.distribute.get_replica_context()
+    return (yield Sum(value / context.num_replicas_in_sync))
+
+
+def _own(gradient: tf.Tensor) -> tf.Tensor:
+    # It was divided by the global batch, and stands for the mean over this replica's part of it.
+    context: Any = tf.distribute.get_replica_context()
+    return gradient * context.num_replicas_in_sync

@@ -12,7 +12,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from dist_partial.errors import UserError
-from dist_partial.files import write_atomically, write_text, writing
+from dist_partial.files import write_atomically, write_json, write_text, writing
 from dist_partial.selection import Plan
 
 
@@ -77,6 +77,7 @@ class Journal:
     def __init__(self, folder: Path, step: int, steps: int, plan: Plan, active: bool) -> None:
         self._folder = folder
         self._plan = plan
+        self._steps = steps
         self._active = active
         self._board = tf.summary.create_noop_writer()
         if active:
@@ -105,7 +106,14 @@ class Journal:
         """
         columns = zip(losses.tolist(), norms.tolist(), wire_bytes.tolist(), strict=True)
         rows = [
-            {"step": step + i, "split": "train", "loss": loss, "gradient_norm": norm, "wire_bytes": sent}
+            {
+                "step": step + i,
+                "split": "train",
+                "loss": loss,
+                "gradient_norm": norm,
+                "wire_bytes": sent,
+                "wire_share": self._share(step + i, sent),
+            }
             for i, (loss, norm, sent) in enumerate(columns)
         ]
         if not rows:
@@ -114,12 +122,14 @@ class Journal:
         self._bar.update(len(rows))
         last = rows[-1]
         self._bar.set_postfix_str(
-            f"loss {last['loss']:.3f}, {last['wire_bytes'] / last['step'] / 1e6:.3f} MB/step on the wire"
+            f"loss {last['loss']:.3f}, {last['wire_bytes'] / last['step'] / 1e6:.3f} MB/step on the wire "
+            f"({last['wire_share']:.2%})"
         )
 
     def evaluation(self, step: int, metrics: dict[str, float], wire_bytes: int) -> None:
         """Records an evaluation after `step` updates."""
-        self._record([{"step": step, "split": "eval", **metrics, "wire_bytes": wire_bytes}])
+        share = self._share(step, wire_bytes)
+        self._record([{"step": step, "split": "eval", **metrics, "wire_bytes": wire_bytes, "wire_share": share}])
         words = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items() if name != "examples"]
         self.say(f"step {step}: held-out {', '.join(words)} ({metrics['examples']} examples)")
 
@@ -143,6 +153,24 @@ class Journal:
         if unused:
             self.say(f"bound but never used: {', '.join(unused)}")
 
+    def traffic(self, row: dict[str, Any]) -> None:
+        """Writes traffic.json, and says at the end of the run what was planned, counted and read."""
+        if not self._active:
+            return
+        with _writing(self._folder):
+            write_json(self._folder / "traffic.json", row)
+        if row["workers"] > 1 and row["last_step"] == self._steps:
+            read = f"{row['card_bytes']:,} read from {row['card']}" if row["card"] else "no card to read"
+            self.say(
+                f"bytes of steps {row['first_step']} to {row['last_step']}, this worker: {row['planned_bytes']:,} "
+                f"planned, {row['counted_bytes']:,} counted in the graph; at the network card "
+                f"{row['expected_card_bytes']:,} expected, {read}"
+            )
+
+    def _share(self, step: int, wire_bytes: int) -> float:
+        """What was sent, as a share of exchanging all gradients whole in every step."""
+        return wire_bytes / (step * self._plan.full_wire_bytes)
+
     def say(self, text: str) -> None:
         """Prints above the progress bar."""
         if self._active:
@@ -153,8 +181,6 @@ class Journal:
         with _writing(self._folder), self._board.as_default():
             for row in rows:
                 values = {name: value for name, value in row.items() if name not in ("step", "split")}
-                if row["split"] == "train":
-                    values["share_of_full_exchange"] = row["wire_bytes"] / (row["step"] * self._plan.full_wire_bytes)
                 for name, value in values.items():
                     tf.summary.scalar(f"{row['split']}/{name}", value, step=row["step"])
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,25 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import batch_norm, checkpoints, evaluation, identity, optimizers, selection, step, traffic
+from dist_partial import (
+    batch_norm,
+    checkpoints,
+    evaluation,
+    identity,
+    local_sgd,
+    optimizers,
+    reduction,
+    selection,
+    step,
+    traffic,
+)
 from dist_partial.data import Dataset, train_batches
 from dist_partial.errors import UserError
 from dist_partial.files import locked, write_json, write_text, writing
 from dist_partial.loss_scale import LossScale, needs_loss_scale
-from dist_partial.replicas import input_context, is_chief
+from dist_partial.replicas import Replicas, input_context, is_chief
 from dist_partial.reporting import Journal, plan_table
+from dist_partial.selection import average_bytes
 from dist_partial.settings import Settings
 
 
@@ -29,18 +41,20 @@ class Interrupted(Exception):
 class Built:
     """Everything that a run computes with, made from its settings in one strategy's scope."""
 
-    strategy: tf.distribute.Strategy
+    replicas: Replicas
     data: Dataset
     model: keras.Model
     loss: Callable[[Any, Any], tf.Tensor]
     plan: selection.Plan
     optimizers: tuple[optimizers.GroupOptimizer, ...]
+    reductions: list[dict[str, tf.Variable]]
+    fragments: tuple[local_sgd.Fragment, ...]
     scale: LossScale | None
     state: dict[str, Any]
     identity: dict[str, Any]
 
 
-def build(settings: Settings, strategy: tf.distribute.Strategy) -> Built:
+def build(settings: Settings, replicas: Replicas) -> Built:
     """Builds data, model, plan and optimizers; reads and writes nothing of the run folder.
 
     Raises:
@@ -51,7 +65,7 @@ def build(settings: Settings, strategy: tf.distribute.Strategy) -> Built:
     data = settings.data()
     if not isinstance(data, Dataset):
         raise UserError(f"run.data made a {type(data).__name__}: its factory must return a dist_partial.data.Dataset")
-    with strategy.scope():
+    with replicas.strategy.scope():
         keras.utils.set_random_seed(settings.seed)
         model = settings.model()
         if not isinstance(model, keras.Model):
@@ -64,19 +78,28 @@ def build(settings: Settings, strategy: tf.distribute.Strategy) -> Built:
         plan = selection.resolve(settings.rules, model, settings.reduction)
         batch_norm.set_modes(model, plan, everywhere=settings.statistics == "all")
         groups = optimizers.build(plan, settings.optimizer)
+        reductions = reduction.states(plan)
+        fragments = local_sgd.build(plan, groups, reductions)
         scale = LossScale() if needs_loss_scale(model) else None
+    if scale is not None and not all(group.reduction.shared for group in plan.groups):
+        raise UserError(
+            "float16 needs all replicas to agree on each step's overflow, which groups that train by themselves do "
+            "not: bind run.precision = 'mixed_bfloat16', or a reduction of every step"
+        )
     loss = settings.loss()
     if not callable(loss):
         raise UserError(f"run.loss made a {type(loss).__name__}: its factory must return a Keras loss or a function")
     return Built(
-        strategy=strategy,
+        replicas=replicas,
         data=data,
         model=model,
         loss=loss.call if isinstance(loss, keras.losses.Loss) else loss,
         plan=plan,
         optimizers=groups,
+        reductions=reductions,
+        fragments=fragments,
         scale=scale,
-        state=checkpoints.resumable_state(model, plan, groups, scale),
+        state=checkpoints.resumable_state(replicas.strategy, model, plan, groups, reductions, fragments, scale),
         identity=identity.of_run(settings, data, model, plan, groups),
     )
 
@@ -94,7 +117,8 @@ def restore(built: Built, folder: Path, say: Callable[[str], None]) -> checkpoin
         if checkpoint.metadata["frozen"] != built.identity["frozen"]:
             raise UserError(f"{checkpoint.path} was saved beside other frozen variables: it is of another run")
         checkpoints.restore(checkpoint, built.state)
-        optimizers.write_rows(built.strategy, built.optimizers)
+        for group in built.optimizers:
+            optimizers.write_rows(built.replicas.strategy, group.members)
     return checkpoint
 
 
@@ -116,16 +140,18 @@ def run(
         UserError: any mistake of the user's, a full disk, a damaged folder, a loss that is not finite.
         Interrupted: the user pressed Ctrl-C; the state is saved.
     """
-    strategy, description = settings.replicas()
+    replicas = settings.replicas()
+    strategy = replicas.strategy
     say: Callable[[str], None] = print if is_chief() else lambda _: None
-    say(description)
+    say(replicas.description)
+    workers = input_context(strategy).num_input_pipelines
     parts = strategy.num_replicas_in_sync * settings.accumulate
     if settings.global_batch % parts:
         raise UserError(
             f"run.global_batch = {settings.global_batch} does not divide into {strategy.num_replicas_in_sync} "
             f"replicas x {settings.accumulate} micro-batches: bind a multiple of {parts}"
         )
-    built = build(settings, strategy)
+    built = build(settings, replicas)
     say(plan_table(built.plan))
     checkpoint = restore(built, folder, say)
     done, wire_bytes = (checkpoint.step, checkpoint.metadata["wire_bytes"]) if checkpoint else (0, 0)
@@ -137,10 +163,12 @@ def run(
 
     train = step.train_step(
         strategy,
+        replicas.wire,
         built.model,
         built.loss,
         built.plan,
         built.optimizers,
+        built.reductions,
         step.StepOptions(settings.global_batch, settings.clip_norm, settings.accumulate, settings.jit_compile),
         built.scale,
     )
@@ -154,7 +182,15 @@ def run(
         )
     )
     traced = train.function.get_concrete_function(batches, tf.constant(1))
-    bytes_per_step = traffic.bytes_per_step(traced)
+    sent_in_step = traffic.in_step(traced)
+    exchanges = local_sgd.exchanges(
+        strategy,
+        replicas.wire,
+        built.plan,
+        built.fragments,
+        train.without_gradient,
+        batch_norm.local_statistics(built.model),
+    )
     total = step.worker_sum(strategy)
     evaluate = evaluation.evaluation(
         strategy,
@@ -164,24 +200,35 @@ def run(
         examples=min(settings.eval_examples or len(built.data.evaluation), len(built.data.evaluation)),
         global_batch=settings.global_batch,
     )
-    plan = built.plan.traced(train.without_gradient, bytes_per_step if strategy.num_replicas_in_sync > 1 else None)
+    plan = built.plan.traced(train.without_gradient, [])
+    if strategy.num_replicas_in_sync > 1:  # or else nothing is sent
+        plan = plan.traced(train.without_gradient, traffic.beyond(plan, sent_in_step, exchanges))
+    meter = traffic.Meter(plan, workers, traffic.card(replicas.host) if replicas.host else None, done)
     saved, first = done, True
     with (
+        _connected(replicas),
         _written_folder(folder, built.identity, plan) if is_chief() else contextlib.nullcontext(),
         Journal(folder, done, settings.steps, plan, is_chief()) as journal,
         _interruptible() as interrupted,
     ):
         if train.without_gradient:
             journal.say(f"selected, but the loss does not depend on it: {', '.join(train.without_gradient)}")
-        if plan.statistics_bytes:
-            journal.say(f"BatchNorm statistics add {plan.statistics_bytes:,} bytes a step to the wire")
+        if plan.statistics:
+            journal.say(f"BatchNorm statistics add {average_bytes(plan.statistics):,} bytes a step to the wire")
         while done < settings.steps:
-            count = _steps_until_event(settings, done)
+            count = _steps_until_event(settings, done, exchanges)
+            meter.start()
             result = train.function(batches, tf.constant(count))
-            # All workers stop after the same call, whichever of them was interrupted.
-            *losses, stopped = total(tf.concat([result["loss"], [float(interrupted())]], axis=0)).numpy()
-            losses, norms = np.array(losses), result["gradient_norm"].numpy()
-            sent = wire_bytes + bytes_per_step * np.arange(1, count + 1)
+            sent = wire_bytes + traffic.total(sent_in_step) * np.arange(1, count + 1)
+            for exchange in exchanges:
+                if exchange.fragment.reduction.due(done + count):
+                    exchange.function()
+                    sent[-1] += traffic.total(exchange.sent)
+            # All workers stop after the same call, whichever of them was interrupted, and all hear of a norm that is
+            # not finite on one of them alone, which trains by itself.
+            sums = total(tf.concat([result["loss"], result["gradient_norm"], [float(interrupted())]], axis=0)).numpy()
+            losses, norms, stopped = sums[:count], sums[count:-1] / workers, sums[-1]
+            meter.stop(count, int(sent[-1]) - wire_bytes)
             good = _finite_steps(losses, norms, scaled=built.scale is not None)
             journal.train(done + 1, losses[:good], norms[:good], sent[:good])
             if good < count:
@@ -198,15 +245,18 @@ def run(
             stop = stopped > 0 and done < settings.steps
             try:
                 if _due(settings, done, settings.eval_every):
-                    journal.evaluation(done, evaluate(), wire_bytes)
-                    if built.data.codec is not None and is_chief():
-                        journal.samples(evaluation.samples(built.model, built.data, settings.sampling, done))
+                    with local_sgd.agreed(strategy, built.fragments):
+                        journal.evaluation(done, evaluate(), wire_bytes)
+                        if built.data.codec is not None and is_chief():
+                            journal.samples(evaluation.samples(built.model, built.data, settings.sampling, done))
             finally:  # what fails in an evaluation must not cost the training
                 if stop or _due(settings, done, settings.save_every):
+                    arrays = checkpoints.read(built.state, done)
                     if is_chief():
                         metadata = {"wire_bytes": wire_bytes, "frozen": built.identity["frozen"]}
-                        checkpoints.save(folder / "checkpoints", done, built.state, metadata, settings.keep)
+                        checkpoints.save(folder / "checkpoints", done, arrays, metadata, settings.keep)
                     saved = done
+                    journal.traffic(meter.to_json(done))
             if stop:
                 raise Interrupted(
                     f"stopped at step {done} of {settings.steps}, saved in {folder}; run the same command again to "
@@ -224,10 +274,26 @@ def _written_folder(folder: Path, content: dict[str, Any], plan: selection.Plan)
         yield
 
 
-def _steps_until_event(settings: Settings, done: int) -> int:
-    """How many steps the next call may make: up to the next evaluation, checkpoint or the end."""
+@contextlib.contextmanager
+def _connected(replicas: Replicas) -> Iterator[None]:
+    """Says in one line which worker is lost, and closes the connections at the end."""
+    mesh = replicas.wire.mesh
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if mesh is None or mesh.failure is None:
+            raise
+        raise UserError(mesh.failure) from error
+    finally:
+        if mesh is not None:
+            mesh.close()
+
+
+def _steps_until_event(settings: Settings, done: int, exchanges: Sequence[local_sgd.Exchange]) -> int:
+    """How many steps the next call may make: up to the next exchange, evaluation, checkpoint or the end."""
     intervals = [every for every in (settings.eval_every, settings.save_every) if every]
     ends = [settings.steps, *((done // every + 1) * every for every in intervals)]
+    ends += [exchange.fragment.reduction.next_due(done) for exchange in exchanges]
     return min(settings.steps_per_loop, min(ends) - done)
 
 

@@ -30,9 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not values.run_dir:
             raise cli.UserError("no --run_dir: name the folder of a run, such as --run_dir=runs/quickstart")
         cli.import_tensorflow_quietly()
-        import tensorflow as tf
-
-        from dist_partial import config, evaluation, run
+        from dist_partial import config, evaluation, local_sgd, replicas, run
 
         folder = Path(values.run_dir)
         if not (folder / "operative_config.gin").is_file():
@@ -41,12 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = ("prompt", "temperature", "top_k", "top_p", "seed", "length", "count")
         given: dict[str, Any] = {name: values[name].value for name in names if values[name].value is not None}
         sampling = dataclasses.replace(settings.sampling, **given)
-        built = run.build(settings, tf.distribute.get_strategy())
+        built = run.build(settings, replicas.create("default"))
         checkpoint = run.restore(built, folder, lambda line: print(line, file=sys.stderr))
         if checkpoint is None:
             raise cli.UserError(f"{folder} has no checkpoint yet: let the run save one first")
-        for row in evaluation.samples(built.model, built.data, sampling, checkpoint.step):
-            print(f"{row['prompt']}{row['text']}\n")
+        with local_sgd.agreed(built.replicas.strategy, built.fragments):
+            for row in evaluation.samples(built.model, built.data, sampling, checkpoint.step):
+                print(f"{row['prompt']}{row['text']}\n")
         return 0
 
     return cli.call(__doc__, values, argv, command)

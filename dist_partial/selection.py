@@ -6,6 +6,7 @@ from names and shapes, and reading it changes nothing.
 
 import dataclasses
 import difflib
+import fractions
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -73,11 +74,14 @@ class Entry:
         return math.prod(self.trained_shape) if self.trained else 0
 
     @property
-    def wire_bytes(self) -> int:
-        """Bytes that one replica hands to the reduction in a step."""
-        if not (self.trained and self.sent):
-            return 0
-        return self.reduction.wire_bytes(self.trained_shape, self.dtype)
+    def messages(self) -> tuple[Any, ...]:
+        """What one replica hands over for this variable: (kind, bytes, every so many steps)."""
+        return self.reduction.messages(self.trained_shape, self.dtype) if self.trained and self.sent else ()
+
+    @property
+    def wire_bytes(self) -> int | float:
+        """Bytes that one replica hands over in a step, on average."""
+        return average_bytes(self.messages)
 
     @property
     def full_bytes(self) -> int:
@@ -92,6 +96,10 @@ class Group:
     rule: Rule
     entries: tuple[Entry, ...]
 
+    @property
+    def reduction(self) -> Any:
+        return self.entries[0].reduction
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
@@ -99,7 +107,7 @@ class Plan:
 
     rules: tuple[Rule, ...]
     entries: tuple[Entry, ...]
-    statistics_bytes: int = 0  # a step, for BatchNorm layers in training mode; known once the step is traced
+    statistics: tuple[Any, ...] = ()  # what BatchNorm layers in training mode send; known once the step is traced
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -116,27 +124,29 @@ class Plan:
         return tuple(entry for entry in self.entries if not entry.trained)
 
     @property
-    def wire_bytes(self) -> int:
-        return sum(entry.wire_bytes for entry in self.entries) + self.statistics_bytes
+    def messages(self) -> tuple[Any, ...]:
+        """All that one replica hands over."""
+        return tuple(message for entry in self.entries for message in entry.messages) + self.statistics
+
+    @property
+    def wire_bytes(self) -> int | float:
+        """Bytes that one replica hands over in a step, on average."""
+        return average_bytes(self.messages)
 
     @property
     def full_wire_bytes(self) -> int:
         """Bytes a step if everything were trained and sent in its own dtype."""
         return sum(entry.full_bytes for entry in self.entries)
 
-    def traced(self, without_gradient: Sequence[str], bytes_per_step: int | None) -> "Plan":
+    def traced(self, without_gradient: Sequence[str], statistics: Sequence[Any]) -> "Plan":
         """The same plan, with what tracing the step has shown.
 
         Args:
             without_gradient: paths of selected variables on which the loss does not depend: nothing is sent.
-            bytes_per_step: what the traced step sends; beyond the gradients that is BatchNorm's. None where one
-                replica sends nothing.
+            statistics: messages beyond those of the gradients.
         """
         entries = tuple(dataclasses.replace(e, sent=e.path not in without_gradient) for e in self.entries)
-        gradients = sum(entry.wire_bytes for entry in entries)
-        assert bytes_per_step is None or bytes_per_step >= gradients, (bytes_per_step, gradients)
-        statistics = 0 if bytes_per_step is None else bytes_per_step - gradients
-        return dataclasses.replace(self, entries=entries, statistics_bytes=statistics)
+        return dataclasses.replace(self, entries=entries, statistics=tuple(statistics))
 
     def to_json(self) -> dict[str, Any]:
         """The content of plan.json."""
@@ -157,9 +167,15 @@ class Plan:
             "trained_parameters": sum(e.trained_parameters for e in self.entries),
             "total_parameters": sum(e.parameters for e in self.entries),
             "wire_bytes_per_step": self.wire_bytes,
-            "statistics_wire_bytes_per_step": self.statistics_bytes,
+            "statistics_wire_bytes_per_step": average_bytes(self.statistics),
             "full_wire_bytes_per_step": self.full_wire_bytes,
         }
+
+
+def average_bytes(messages: Sequence[Any]) -> int | float:
+    """Bytes a step of messages that travel every so many steps."""
+    average = sum(fractions.Fraction(message.bytes, message.every) for message in messages)
+    return int(average) if average == int(average) else float(average)
 
 
 def itemsize(dtype: str) -> int:
@@ -219,7 +235,7 @@ def _check_options(number: int, rule: Rule) -> None:
 
 
 def _check_reduction(where: str, reduction: Any) -> None:
-    if isinstance(reduction, type) or not hasattr(reduction, "wire_bytes"):
+    if isinstance(reduction, type) or not hasattr(reduction, "messages"):
         raise UserError(f"{where}: reduction is {reduction!r}: bind a reduction such as @every_step(), with the ()")
 
 

@@ -15,6 +15,7 @@ from dist_partial.losses import example_losses, full_precision, is_classificatio
 from dist_partial.optimizers import GroupOptimizer
 from dist_partial.reduction import reduce
 from dist_partial.selection import Plan
+from dist_partial.wire import Wire
 
 # (x, y) or (x, y, weight), each with the batch axis first.
 Batch = tuple[tf.Tensor, ...]
@@ -26,7 +27,8 @@ class StepOptions:
 
     Attributes:
         global_batch: examples in a step over all replicas; the loss is the mean over them.
-        clip_norm: global norm over the whole selection to which the summed gradient is clipped, or None.
+        clip_norm: global norm to which the summed gradient is clipped, over all of the selection that replicas
+            share; what each trains by itself is clipped to the same norm by itself. None clips nothing.
         accumulate: micro-batches into which each replica cuts its batch, one after the other; they are
             reduced once.
         jit_compile: whether XLA compiles the gradient computation of a replica.
@@ -44,7 +46,8 @@ class TrainStep:
 
     Attributes:
         function: (iterator of this worker's batches, number of steps, an int32 scalar) -> {"loss": [steps],
-            "gradient_norm": [steps]}, float32. The losses are this worker's part of the sum: see `worker_sum`.
+            "gradient_norm": [steps]}, float32. The losses are this worker's part of the sum: see `worker_sum`. The norm
+            is of the gradient before clipping; where replicas train by themselves, this worker's first replica's.
         without_gradient: paths of selected variables on which the loss does not depend; filled by tracing.
     """
 
@@ -54,10 +57,12 @@ class TrainStep:
 
 def train_step(
     strategy: tf.distribute.Strategy,
+    wire: Wire,
     model: keras.Model,
     loss: Callable[[Any, Any], tf.Tensor],
     plan: Plan,
     optimizers: Sequence[GroupOptimizer],
+    states: Sequence[dict[str, tf.Variable]],
     options: StepOptions,
     scale: LossScale | None = None,
 ) -> TrainStep:
@@ -65,10 +70,12 @@ def train_step(
 
     Args:
         strategy: the replicas.
+        wire: how they reach each other.
         model: built in the strategy's scope.
         loss: (y, outputs) -> losses, the batch axis first.
         plan: what is trained and how it travels.
         optimizers: one a group, from `optimizers.build`.
+        states: what the reductions keep, from `reduction.states`.
         options: batch size, clipping, accumulation, compilation.
         scale: the loss scale of float16 training, or None.
     """
@@ -76,7 +83,9 @@ def train_step(
     values = [entry.variable.value for entry in trained]
     without_gradient: list[str] = []
     parts = strategy.num_replicas_in_sync * options.accumulate
-    statistics = local_statistics(model)
+    shared = [entry.reduction.shared for entry in trained]
+    # Where every group trains by itself nothing is sent in a step; the statistics travel with the exchanges.
+    statistics = local_statistics(model) if any(shared) else []
 
     def backprop(batch: Batch, loss_scale: tf.Tensor) -> tuple[tf.Tensor, list[Any]]:
         x, y, weight = batch if len(batch) == 3 else (*batch, None)
@@ -97,14 +106,12 @@ def train_step(
         compute = tf.function(backprop, jit_compile=True, autograph=False) if options.jit_compile else backprop
         total, gradients = _accumulate(compute, batch, loss_scale, options.accumulate)
         without_gradient[:] = [e.path for e, g in zip(trained, gradients, strict=True) if g is None]
-        gradients, means = reduce(plan, gradients, [tf.convert_to_tensor(v.value) for v in statistics])
+        gradients, means = reduce(wire, plan, gradients, states, [tf.convert_to_tensor(v.value) for v in statistics])
         # Only now, on the sum that all replicas share bit for bit, may anything depend on the gradient's values:
         # what one replica decided by its own part alone would set it apart from the others.
         if scale is not None:
             gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
-        norm = tf.linalg.global_norm(gradients)
-        if options.clip_norm is not None:
-            gradients, _ = tf.clip_by_global_norm(gradients, options.clip_norm, use_norm=norm)
+        gradients, norm = _clip(gradients, shared, options.clip_norm)
         return total, norm, gradients, means
 
     def replica_update(gradients: list[Any]) -> None:
@@ -116,7 +123,8 @@ def train_step(
 
     def update(gradients: Any) -> None:
         strategy.run(replica_update, args=(gradients,))
-        optimizers_lib.write_rows(strategy, optimizers)
+        for group in optimizers:
+            optimizers_lib.write_rows(strategy, group.members)
 
     # Without autograph, as in Keras's own `fit`: a model's Python code runs as written, and tracing takes less time.
     @tf.function(autograph=False)
@@ -187,6 +195,24 @@ def worker_sum(strategy: tf.distribute.Strategy) -> Any:
         return strategy.experimental_local_results(strategy.run(replica_sum, args=(value,)))[0]
 
     return summed
+
+
+def _clip(
+    gradients: Sequence[Any], shared: Sequence[bool], clip_norm: float | None
+) -> tuple[list[tf.Tensor | None], tf.Tensor]:
+    """Clips what replicas share by its norm, the same everywhere, and the rest by its; returns the whole norm, too."""
+    clipped: list[Any] = list(gradients)
+    squares = []
+    for kind in sorted(set(shared)):
+        places = [i for i, of_kind in enumerate(shared) if of_kind == kind]
+        part = [gradients[i] for i in places]
+        norm = tf.linalg.global_norm(part)
+        squares.append(norm**2)
+        if clip_norm is not None:
+            part, _ = tf.clip_by_global_norm(part, clip_norm, use_norm=norm)
+        for i, gradient in zip(places, part, strict=True):
+            clipped[i] = gradient
+    return clipped, norm if len(squares) == 1 else tf.sqrt(tf.add_n(squares))
 
 
 def _own_part(strategy: tf.distribute.Strategy, batch: Batch) -> Batch:

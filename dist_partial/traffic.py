@@ -1,13 +1,29 @@
-"""Bytes on the wire, counted in a traced graph."""
+"""Bytes on the wire: counted in a traced graph, expected at the network card, and read from it."""
 
 import dataclasses
+import fcntl
 import math
-from collections.abc import Iterator
+import socket
+import statistics
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
-_OPS = ("CollectiveReduce", "CollectiveGather", "CollectiveBcast", "CollectiveAllToAll", "NcclAllReduce")
+from dist_partial.mesh import GATHER_OP, SUM_OP
+from dist_partial.reduction import Message
+from dist_partial.selection import Plan
+
+_KINDS = {
+    "CollectiveReduce": "sum",
+    "NcclAllReduce": "sum",
+    "CollectiveGather": "gather",
+    "CollectiveBcast": "broadcast",
+    "CollectiveAllToAll": "all-to-all",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,12 +32,14 @@ class Collective:
 
     Attributes:
         op: its type, such as `CollectiveReduceV2`.
+        kind: 'sum', 'gather', 'broadcast' or 'all-to-all'.
         device: where it runs; one replica has one device.
         bytes: payload that the device hands to it, in bytes.
         in_loop: whether it stands in a loop's body, so that it runs once a step and not once a call.
     """
 
     op: str
+    kind: str
     device: str
     bytes: int
     in_loop: bool
@@ -36,33 +54,173 @@ def collectives(function: Any) -> list[Collective]:
     return list(_walk(function.graph, in_loop=False))
 
 
-def bytes_per_step(function: Any) -> int:
-    """Payload bytes that one replica hands over in one step (one turn of the loop) of a train function."""
-    return _per_replica([c for c in collectives(function) if c.in_loop])
+def in_step(function: Any) -> list[Collective]:
+    """What one replica's device hands over in one step, that is one turn of the loop of a train function."""
+    return _of_a_replica([c for c in collectives(function) if c.in_loop])
 
 
-def bytes_per_call(function: Any) -> int:
-    """Payload bytes that one replica hands over once in a call, outside the loop."""
-    return _per_replica([c for c in collectives(function) if not c.in_loop])
+def in_call(function: Any) -> list[Collective]:
+    """What one replica's device hands over once in a call, outside the loop."""
+    return _of_a_replica([c for c in collectives(function) if not c.in_loop])
 
 
-def _per_replica(found: list[Collective]) -> int:
-    by_device: dict[str, int] = {}
+def total(found: Sequence[Any]) -> int:
+    """Bytes of collectives, or of messages."""
+    return sum(each.bytes for each in found)
+
+
+def beyond(plan: Plan, sent_in_step: Sequence[Collective], exchanges: Sequence[Any]) -> list[Message]:
+    """What traced graphs send besides the plan's gradients and movements: the statistics of BatchNorm layers.
+
+    Args:
+        plan: with what tracing has shown of it.
+        sent_in_step: what the step hands over.
+        exchanges: from `local_sgd.exchanges`.
+    """
+    more = _difference(sent_in_step, [m for e in plan.trained if e.reduction.shared for m in e.messages])
+    for exchange in exchanges:
+        planned = [m for entry in exchange.fragment.entries(plan) for m in entry.messages]
+        reduction = exchange.fragment.reduction
+        for message in _difference(exchange.sent, planned):
+            more.append(message._replace(every=reduction.steps, offset=reduction.offset))
+    return more
+
+
+def _difference(found: Sequence[Collective], planned: Sequence[Message]) -> list[Message]:
+    messages = []
+    for kind in sorted({each.kind for each in found}):
+        more = total([c for c in found if c.kind == kind]) - total([m for m in planned if m.kind == kind])
+        assert more >= 0, (kind, more)
+        messages += [Message(kind, more)] if more else []
+    return messages
+
+
+def at_card(message: Message, workers: int) -> float:
+    """Bytes that one worker's network card has to send each time for a message, without headers.
+
+    Of a sum 2 (N-1)/N of the payload leaves each of N workers, by a ring or by our own connections (Patarasuk & Yuan
+    2009, "Bandwidth optimal all-reduce algorithms"); of a gather N-1 times the payload.
+
+    Args:
+        message: what one replica hands over.
+        workers: how many there are, with one replica each.
+    """
+    factors = {"sum": 2 * (workers - 1) / workers, "gather": workers - 1.0}
+    return factors[message.kind] * message.bytes
+
+
+@dataclasses.dataclass
+class Meter:
+    """What one worker's replica has sent since this process began to train.
+
+    Attributes:
+        plan: what each step should send.
+        workers: how many there are.
+        card: the counter of this worker's network card, from `card`, or None.
+        first: the step before the first that is metered.
+        counted: bytes by the collectives of the graphs that ran.
+        read: bytes that the card has sent meanwhile.
+        step_ms: time of the steps of each call, in milliseconds; the first call, which is still warming up, left out.
+    """
+
+    plan: Plan
+    workers: int
+    card: Path | None
+    first: int
+    counted: int = 0
+    read: int = 0
+    step_ms: list[float] = dataclasses.field(default_factory=list)
+    _start: tuple[float, int] | None = None
+    _calls: int = 0
+
+    def start(self) -> None:
+        """Begins a call of the step."""
+        self._start = time.perf_counter(), sent(self.card) if self.card else 0
+
+    def stop(self, steps: int, counted: int) -> None:
+        """Ends it, once all workers have what they were sent."""
+        assert self._start is not None
+        began, before = self._start
+        if self._calls:
+            self.step_ms.append((time.perf_counter() - began) * 1e3 / steps)
+        self._calls += 1
+        self.read += sent(self.card) - before if self.card else 0
+        self.counted += counted
+
+    def to_json(self, step: int) -> dict[str, Any]:
+        """The content of traffic.json after `step`: bytes planned, counted, expected at the card, and read there."""
+        times = [(message, message.times(self.first, step)) for message in self.plan.messages]
+        return {
+            "first_step": self.first + 1,
+            "last_step": step,
+            "workers": self.workers,
+            "planned_bytes": sum(count * message.bytes for message, count in times),
+            "counted_bytes": self.counted,
+            "full_bytes": self.plan.full_wire_bytes * (step - self.first),
+            "expected_card_bytes": round(sum(count * at_card(message, self.workers) for message, count in times)),
+            "card_bytes": self.read if self.card else None,
+            "card": self.card.parts[-3] if self.card else None,
+            "step_ms": round(statistics.median(self.step_ms), 3) if self.step_ms else None,
+        }
+
+
+def card(address: str) -> Path | None:
+    """The counter of bytes sent by the network card that has an address.
+
+    Args:
+        address: a host name or IPv4 address of this machine.
+
+    Returns:
+        The file that Linux keeps, or None: on another system, or for the loopback device, through which the peers'
+        bytes go, too.
+    """
+    try:
+        wanted = socket.gethostbyname(address)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            for _, name in socket.if_nameindex():
+                try:
+                    found = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
+                except OSError:  # it has no address
+                    continue
+                path = Path("/sys/class/net", name, "statistics/tx_bytes")
+                if socket.inet_ntoa(found[20:24]) == wanted and name != "lo" and path.is_file():
+                    return path
+    except OSError:
+        pass
+    return None
+
+
+def sent(counter: Path) -> int:
+    """Bytes that a card has sent since it was set up."""
+    return int(counter.read_text())
+
+
+def _of_a_replica(found: list[Collective]) -> list[Collective]:
+    by_device: dict[str, list[Collective]] = {}
     for collective in found:
-        by_device[collective.device] = by_device.get(collective.device, 0) + collective.bytes
-    if len(set(by_device.values())) > 1:
-        raise ValueError(f"the replicas of one graph hand over different numbers of bytes: {by_device}")
-    return next(iter(by_device.values()), 0)
+        by_device.setdefault(collective.device, []).append(collective)
+    if len({total(each) for each in by_device.values()}) > 1:
+        totals = {device: total(each) for device, each in by_device.items()}
+        raise ValueError(f"the replicas of one graph hand over different numbers of bytes: {totals}")
+    return next(iter(by_device.values()), [])
 
 
 def _walk(graph: Any, in_loop: bool) -> Iterator[Collective]:
     for op in graph.get_operations():
-        if op.type.startswith(_OPS):
-            yield Collective(op.type, op.device, _payload(op), in_loop)
+        kind = _kind(op)
+        if kind is not None:
+            yield Collective(op.type, kind, op.device, _payload(op), in_loop)
         for name in _called(op):
             inner = graph._get_function(name)
             body = in_loop or op.type in ("While", "StatelessWhile")
             yield from _walk(inner.graph if hasattr(inner, "graph") else inner, body)
+
+
+def _kind(op: tf.Operation) -> str | None:
+    if op.type == "PyFunc":
+        name = op.name.split("/")[-1]
+        return "sum" if name.startswith(SUM_OP) else "gather" if name.startswith(GATHER_OP) else None
+    return next((kind for prefix, kind in _KINDS.items() if op.type.startswith(prefix)), None)
 
 
 def _payload(op: tf.Operation) -> int:

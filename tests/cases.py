@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from dist_partial import batch_norm, optimizers, reduction, replicas, selection, step, traffic
 from dist_partial.models import byte_transformer, two_dense
+from dist_partial.wire import Wire
 
 STEPS = 20
 GLOBAL_BATCH = 24
@@ -238,6 +239,7 @@ def train(
     every_step: reduction.EveryStep = reduction.EveryStep(),  # noqa: B008 (frozen)
     jit_compile: bool = False,
     data: list[tuple[np.ndarray, np.ndarray]] | None = None,
+    wire: Wire | None = None,
 ) -> Trained:
     """Trains under the strategy with the package's own step."""
     data = batches(case, dtype) if data is None else data
@@ -246,13 +248,16 @@ def train(
         plan = selection.resolve(case.rules, model, every_step)
         batch_norm.set_modes(model, plan, everywhere=False)
         groups = optimizers.build(plan, lambda: optimizer(name, options))
+        states = reduction.states(plan)
     before = weights(model)
     train_step = step.train_step(
         strategy,
+        wire or Wire(),
         model,
         loss,
         plan,
         groups,
+        states,
         step.StepOptions(GLOBAL_BATCH, options.clip_norm, options.accumulate, jit_compile),
     )
 
@@ -273,7 +278,7 @@ def train(
         np.concatenate(losses),
         traced,
         traffic.collectives(traced),
-        traffic.bytes_per_step(traced),
+        traffic.total(traffic.in_step(traced)),
     )
 
 
@@ -321,3 +326,14 @@ def assert_nothing_else_moved(trained: Trained) -> None:
         per_slot = [tuple(v.shape) for name, v in group.state.items() if not name.startswith("group_")]
         assert set(per_slot) == set(allowed)
         assert {name.rsplit("/", 1)[0] for name in group.state if not name.startswith("group_")} <= selected
+
+
+def copies(strategy: tf.distribute.Strategy, variable: Any) -> list[np.ndarray]:
+    """The values that this process's replicas have of a Keras or TensorFlow variable."""
+    value = variable.value if isinstance(variable, keras.Variable) else variable
+    return [np.asarray(copy) for copy in strategy.experimental_local_results(value)]
+
+
+def same_bits(arrays: Any) -> bool:
+    first, *rest = arrays
+    return all(array.dtype == first.dtype and array.tobytes() == first.tobytes() for array in rest)

@@ -46,7 +46,8 @@ def test_bindings_reach_the_settings(load):
     assert settings.rules == [("train", "head/.*"), ("freeze", ".*")]
     assert settings.model().name == "tiny"
     assert settings.data().name == "points"
-    strategy, line = settings.replicas()
+    replicas = settings.replicas()
+    strategy, line = replicas.strategy, replicas.description
     assert strategy.num_replicas_in_sync == 1 and line == "replicas: 1, default strategy"
 
 
@@ -124,7 +125,7 @@ def test_rules_in_full_form(load):
     assert (body.match, body.rows, body.optimizer) == ("body/kernel", (1, 3), None)
     assert (rest.match, rest.train) == (".*", False)
     assert head.reduction == EveryStep("bfloat16")
-    built = run.build(settings, settings.replicas()[0])
+    built = run.build(settings, settings.replicas())
     first, second = (group.optimizer for group in built.optimizers)
     assert isinstance(first, keras.optimizers.SGD) and first.momentum == 0.5 and float(first.learning_rate) == 0.25
     assert isinstance(second, keras.optimizers.Adam) and float(second.learning_rate) == 0.125
@@ -265,7 +266,7 @@ def test_unused_bindings(load):
     settings = configuration.settings
     # Until its factory has been called, nothing tells whether a binding is going to be used.
     assert "tests.user_module.model.units" in configuration.unused()
-    run.build(settings, settings.replicas()[0])
+    run.build(settings, settings.replicas())
     assert sorted(configuration.unused()) == [
         "byte_transformer.width",
         "keras.optimizers.SGD.momentum",

@@ -33,7 +33,8 @@ def no_cluster(monkeypatch):
     ],
 )
 def test_kinds(kind, cpu, strategy, replicas):
-    made, line = create(kind, cpu)
+    created = create(kind, cpu)
+    made, line = created.strategy, created.description
     assert isinstance(made, strategy)
     assert isinstance(made, tf.distribute.MirroredStrategy) == (strategy is tf.distribute.MirroredStrategy)
     assert made.num_replicas_in_sync == replicas
@@ -48,7 +49,7 @@ def test_without_a_cluster_tf_config_changes_nothing(text, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", text)
     assert read_tf_config(text) is None
     assert is_chief()
-    made, _ = create("auto", 1)
+    made = create("auto", 1).strategy
     assert made.num_replicas_in_sync == 1
 
 

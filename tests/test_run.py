@@ -16,8 +16,10 @@ import tensorflow as tf
 from dist_partial import run, train
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.models import byte_transformer
+from dist_partial.replicas import Replicas, create
 from dist_partial.selection import Rule
 from dist_partial.settings import Sampling, Settings
+from dist_partial.wire import Wire
 from tests.conftest import mirrored_strategy
 from tests.workers import ROOT, run_workers
 
@@ -304,14 +306,14 @@ def test_rows_are_saved_and_restored_alone(tmp_path):
         data=_letters,
         steps=3,
         global_batch=4,
-        replicas=lambda: (mirrored_strategy(2), "two replicas"),
+        replicas=lambda: Replicas(mirrored_strategy(2), Wire(), "two replicas"),
         sampling=Sampling(length=3),
     )
     run.run(settings, tmp_path / "run")
     saved = state(tmp_path / "run", 3)
     assert saved["variables/embedding/embeddings"].shape == (4, 8)
     assert saved["slots/embedding/embeddings/momentum"].shape == (4, 8)
-    built = run.build(settings, tf.distribute.get_strategy())
+    built = run.build(settings, create("default"))
     whole = next(v for v in built.model.trainable_variables if "embeddings" in v.path)
     before = whole.numpy().copy()
     run.restore(built, tmp_path / "run", print)

@@ -8,7 +8,7 @@ import pytest
 
 from dist_partial import optimizers
 from dist_partial.errors import UserError
-from dist_partial.reduction import EveryStep
+from dist_partial.reduction import EveryStep, Message
 from dist_partial.reporting import plan_table
 from dist_partial.selection import Rule, parse_rules, resolve
 from tests.user_module import Twins
@@ -239,7 +239,7 @@ def test_plan_json_and_table(name):
 
 
 def test_what_tracing_shows_is_in_the_plan():
-    plan = plan_of([("train", r".*")]).traced(without_gradient=["dense1/bias"], bytes_per_step=(38 - 6) * 4 + 100)
+    plan = plan_of([("train", r".*")]).traced(["dense1/bias"], [Message("sum", 100)])
     content = plan.to_json()
     assert content["wire_bytes_per_step"] == (38 - 6) * 4 + 100
     assert content["statistics_wire_bytes_per_step"] == 100

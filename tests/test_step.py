@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import batch_norm, optimizers, reduction, selection, step
+from dist_partial import batch_norm, optimizers, reduction, selection, step, wire
 from dist_partial import losses as losses_lib
 from dist_partial.errors import UserError
 from dist_partial.loss_scale import FIRST_SCALE, LossScale
+from dist_partial.wire import Wire
 from tests import cases
 from tests.cases import CASES, OPTIMIZERS, OPTIONS, STEPS
 
@@ -109,7 +110,7 @@ def test_float16_divides_before_it_sums(mirrored):
 
     @tf.function
     def reduced():
-        return strategy.run(lambda: reduction.reduce(plan, [tf.fill([1, 1], 60000.0 / 2)])[0][0])
+        return strategy.run(lambda: reduction.reduce(Wire(), plan, [tf.fill([1, 1], 60000.0 / 2)], [{}])[0][0])
 
     for copy in strategy.experimental_local_results(reduced()):
         assert copy.numpy() == pytest.approx(60000.0, rel=1e-3)
@@ -120,7 +121,7 @@ def test_packs_hold_one_dtype_and_no_more_than_their_size():
         tf.zeros([n], dtype)
         for n, dtype in [(400_000, "float32"), (9, "float16"), (200_000, "float32"), (5, "float32")]
     ]
-    assert reduction._packs(tensors) == [[0], [1], [2, 3]]
+    assert wire._packs(range(4), tensors, 2 * 2**20) == [[0], [1], [2, 3]]
 
 
 def test_a_variable_without_gradient_is_not_sent(mirrored):
@@ -171,9 +172,9 @@ def test_overflow_on_one_replica_skips_the_update_on_all(replicas, mirrored):
         plan = selection.resolve([("train", ".*")], model, reduction.EveryStep())
         groups = optimizers.build(plan, lambda: keras.optimizers.SGD(0.1, momentum=0.9))
         scale = LossScale()
-    train_step = step.train_step(
-        strategy, model, lambda y, out: tf.reduce_sum(out, 1), plan, groups, step.StepOptions(global_batch=2), scale
-    )
+    loss = lambda y, out: tf.reduce_sum(out, 1)  # noqa: E731
+    options = step.StepOptions(global_batch=2)
+    train_step = step.train_step(strategy, Wire(), model, loss, plan, groups, [{}], options, scale)
     x = np.ones([4, 2, 1], np.float32)
     x[1, 1] = np.inf  # the second step, and there the last replica
     iterator = cases.worker_iterator(strategy, list(zip(x, x, strict=True)))

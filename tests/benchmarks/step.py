@@ -20,6 +20,7 @@ import tensorflow as tf
 from dist_partial import optimizers, reduction, selection, step
 from dist_partial.models import byte_transformer
 from dist_partial.settings import cross_entropy
+from dist_partial.wire import Wire
 
 COMMAND = "python -m tests.benchmarks.step"
 RESULTS = Path(__file__).parent / "results" / "step.json"
@@ -54,8 +55,9 @@ def ours(
         model = byte_transformer(**model_arguments)
         plan = selection.resolve(rules, model, reduction.EveryStep())
         groups = optimizers.build(plan, keras.optimizers.Adam)
+        states = reduction.states(plan)
     options = step.StepOptions(global_batch)
-    train = step.train_step(strategy, model, cross_entropy().call, plan, groups, options).function
+    train = step.train_step(strategy, Wire(), model, cross_entropy().call, plan, groups, states, options).function
     iterator = iter(dataset(global_batch))
     return lambda: train(iterator, tf.constant(STEPS_A_CALL))["loss"].numpy()
 

@@ -1,0 +1,167 @@
+"""The exchange of groups whose replicas train by themselves for some steps: see `reduction.LocalSGD`."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from dist_partial import optimizers, traffic
+from dist_partial.optimizers import GroupOptimizer, Trained
+from dist_partial.reduction import LocalSGD, mean
+from dist_partial.selection import Entry, Plan
+from dist_partial.wire import Wire, together
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fragment:
+    """One group that is exchanged every few steps.
+
+    Attributes:
+        reduction: when, and how.
+        members: the group's variables, of which each replica trains its own copy.
+        outer: the outer optimizer; its members are the anchors, the same on all replicas.
+        states: what the reduction of the movements keeps, a dictionary a member.
+    """
+
+    reduction: LocalSGD
+    members: tuple[Trained, ...]
+    outer: GroupOptimizer
+    states: tuple[dict[str, tf.Variable], ...]
+
+    def entries(self, plan: Plan) -> list[Entry]:
+        """The plan's entries of its members."""
+        paths = {member.entry.path for member in self.members}
+        return [entry for entry in plan.trained if entry.path in paths]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Exchange:
+    """The compiled exchange of one fragment.
+
+    Attributes:
+        fragment: what is exchanged.
+        function: makes one exchange, after which all replicas have the same bits of it.
+        sent: what one replica hands over each time.
+    """
+
+    fragment: Fragment
+    function: Any
+    sent: list[traffic.Collective]
+
+
+def build(
+    plan: Plan, groups: Sequence[GroupOptimizer], states: Sequence[dict[str, tf.Variable]]
+) -> tuple[Fragment, ...]:
+    """Makes the anchors, equal to the variables as they are, and their outer optimizers; in the strategy's scope.
+
+    Args:
+        plan: the plan.
+        groups: from `optimizers.build`.
+        states: from `reduction.states`.
+
+    Raises:
+        UserError: if an outer factory does not make a Keras optimizer.
+    """
+    rest = iter(states)
+    fragments = []
+    for number, (group, inner) in enumerate(zip(plan.groups, groups, strict=True)):
+        own_states = tuple(next(rest) for _ in inner.members)
+        if isinstance(group.reduction, LocalSGD):
+            anchors = tuple(Trained(member.entry, _anchor(member)) for member in inner.members)
+            factory = group.reduction.outer or (lambda: keras.optimizers.SGD(1.0))
+            outer = optimizers.prepare(f"local_sgd.outer of rule {group.rule.match!r}", factory, anchors, number)
+            fragments.append(Fragment(group.reduction, inner.members, outer, own_states))
+    return tuple(fragments)
+
+
+def _anchor(member: Trained) -> keras.Variable:
+    value = keras.ops.convert_to_numpy(member.variable)
+    return keras.Variable(value, dtype=member.entry.dtype, name=member.variable.name)
+
+
+def exchanges(
+    strategy: tf.distribute.Strategy,
+    wire: Wire,
+    plan: Plan,
+    fragments: Sequence[Fragment],
+    without_gradient: Sequence[str],
+    statistics: Sequence[Any],
+) -> list[Exchange]:
+    """Compiles the exchanges of all fragments.
+
+    Args:
+        strategy: the replicas.
+        wire: how they reach each other.
+        plan: the plan.
+        fragments: from `build`.
+        without_gradient: paths on which the loss does not depend: they do not move.
+        statistics: variables that are to be averaged; where no group is shared in every step, which would take them
+            along, the first fragment does.
+    """
+    together = any(group.reduction.shared for group in plan.groups)
+    found = []
+    for i, fragment in enumerate(fragments):
+        function = _exchange(strategy, wire, fragment, without_gradient, [] if together or i else statistics)
+        found.append(Exchange(fragment, function, traffic.in_call(function.get_concrete_function())))
+    return found
+
+
+def _exchange(
+    strategy: tf.distribute.Strategy,
+    wire: Wire,
+    fragment: Fragment,
+    without_gradient: Sequence[str],
+    statistics: Sequence[Any],
+) -> Any:
+    moved = [i for i, member in enumerate(fragment.members) if member.entry.path not in without_gradient]
+
+    def replica_means() -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        exchanges = []
+        for i in reversed(moved):
+            anchor, own = fragment.outer.members[i].variable.value, fragment.members[i].variable.value
+            movement = tf.convert_to_tensor(anchor) - tf.convert_to_tensor(own)
+            count = tf.distribute.get_replica_context().num_replicas_in_sync
+            exchanges.append(fragment.reduction.window.reduce(movement / count, fragment.states[i]))
+        means = together(wire, [*exchanges, *[mean(tf.convert_to_tensor(v.value)) for v in statistics]])
+        return means[: len(moved)][::-1], means[len(moved) :]
+
+    def replica_update(means: list[tf.Tensor], averages: list[tf.Tensor]) -> None:
+        fragment.outer.optimizer.apply(means, [fragment.outer.members[i].variable for i in moved])
+        for variable, average in zip(statistics, averages, strict=True):
+            variable.assign(average)
+
+    @tf.function(autograph=False)
+    def exchanged() -> None:
+        if moved:
+            strategy.run(replica_update, args=strategy.run(replica_means))
+            _go_to_anchors(strategy, fragment)
+
+    return exchanged
+
+
+@contextlib.contextmanager
+def agreed(strategy: tf.distribute.Strategy, fragments: Sequence[Fragment]) -> Iterator[None]:
+    """Lets the model have the anchors, on which all replicas agree, and gives each replica its own back afterwards."""
+    values = [member.variable.value for fragment in fragments for member in fragment.members]
+    copies = [copy for value in values for copy in strategy.experimental_local_results(value)]
+    kept = [tf.identity(copy) for copy in copies]
+    for fragment in fragments:
+        _go_to_anchors(strategy, fragment)
+    try:
+        yield
+    finally:
+        for copy, own in zip(copies, kept, strict=True):
+            copy.assign(own)
+        for fragment in fragments:
+            optimizers.write_rows(strategy, fragment.members)
+
+
+def _go_to_anchors(strategy: tf.distribute.Strategy, fragment: Fragment) -> None:
+    for member, anchor in zip(fragment.members, fragment.outer.members, strict=True):
+        strategy.extended.update(
+            member.variable.value, lambda own, value: own.assign(value), args=(anchor.variable.value,)
+        )
+    optimizers.write_rows(strategy, fragment.members)

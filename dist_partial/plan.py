@@ -1,0 +1,274 @@
+"""python -m dist_partial.plan --gin_file=F --workers=64 --bandwidth=10gbit [--latency_ms=0.1]
+
+Prints, without training, what each variable sends, which rules cost most, what optimizers hold, and how long a step
+will take, for this plan and for training everything in float32 every step. The computation is measured here.
+"""
+
+import dataclasses
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from dist_partial import cli
+
+if TYPE_CHECKING:
+    from dist_partial.selection import Plan
+    from dist_partial.settings import Settings
+
+# Of the bits on a wire, those that are payload: a frame of 1514 bytes carries 1448, and a few are acknowledgements.
+EFFICIENCY = 0.95
+# CPU time that a byte takes on its way through one worker's sockets and sums, in nanoseconds; measured by
+# tests/benchmarks/wire.py, unshaped.
+CPU_NS_PER_BYTE = 1.5
+_REPEATS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a plan will run on.
+
+    Attributes:
+        workers: how many, with one replica each.
+        bandwidth: of each worker's link, each way, bytes a second.
+        latency: of a message between two workers, seconds.
+        workers_per_host: how many share the cores of one host.
+    """
+
+    workers: int
+    bandwidth: float
+    latency: float = 1e-4
+    workers_per_host: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a plan costs one worker in a step, on average; times in seconds.
+
+    Attributes:
+        plan: the plan.
+        payload: bytes that the replica hands over.
+        at_card: bytes that its network card sends.
+        memory: bytes of optimizer slots, and of what reductions keep.
+        compute: the step without communication, measured, where the workers of a host share its cores.
+        wire: the least time that the bytes at the card take.
+        step: what is expected.
+    """
+
+    plan: "Plan"
+    payload: float
+    at_card: float
+    memory: int
+    compute: float
+    wire: float
+    step: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """One worker's step without communication, in seconds: forward pass, whole step and CPU time of it."""
+
+    forward: float
+    step: float
+    cpu: float
+
+
+def bytes_per_second(rate: str) -> float:
+    """Reads a rate as network tools write it, such as '200mbit' or '10gbit'.
+
+    Raises:
+        UserError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)(bit|bps)(?:/s)?", rate.strip().lower())
+    if match is None or float(match[1]) == 0:
+        raise cli.UserError(f"--bandwidth is {rate!r}: write e.g. 200mbit or 10gbit, of each worker's link")
+    return float(match[1]) * {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}[match[2]] / 8
+
+
+def estimate(settings: "Settings", machine: Machine) -> Cost:
+    """Builds the model, measures the computation of a few steps, and adds what the wire takes.
+
+    The gradients of the last layers travel while those of the first are computed: a step takes the forward pass, then
+    the longer of backward pass and wire.
+    """
+    plan, computation, exchanges, memory = _measure(settings, max(1, settings.global_batch // machine.workers))
+    cores = os.cpu_count() or 1
+    messages = [(message, message.bytes / message.every) for message in plan.messages]
+    sending = _at_card(plan, machine.workers, every_step=True)
+    periodic = _at_card(plan, machine.workers, every_step=False)
+    # Workers that share a host's cores compute side by side until the cores are full; sockets want their share.
+    crowded = machine.workers_per_host / cores
+    transport = 2 * (sending + periodic) * CPU_NS_PER_BYTE * 1e-9
+    compute = max(computation.step, computation.cpu * crowded) + exchanges
+    slower = compute / (computation.step + exchanges)
+    wire = (sending + periodic) / machine.bandwidth
+    travel = sending / machine.bandwidth / EFFICIENCY + _rounds(plan) * machine.latency
+    forward = computation.forward * slower
+    step = forward + max(computation.step * slower - forward, travel)
+    step += exchanges * slower + periodic / machine.bandwidth / EFFICIENCY
+    if machine.workers > 1:
+        step = max(step, (computation.cpu + transport) * crowded)
+    return Cost(plan, sum(size for _, size in messages), sending + periodic, memory, compute, wire, step)
+
+
+def _at_card(plan: "Plan", workers: int, every_step: bool) -> float:
+    from dist_partial import traffic
+
+    entries = [entry for entry in plan.trained if entry.reduction.shared == every_step]
+    messages = [message for entry in entries for message in entry.messages]
+    return sum(traffic.at_card(message, workers) / message.every for message in messages)
+
+
+def _rounds(plan: "Plan") -> int:
+    """Messages that wait for each other in a step: a sum takes two hops, a gather one."""
+    hops = [sum(2 if m.kind == "sum" else 1 for m in e.messages) for e in plan.trained if e.reduction.shared]
+    return max(hops, default=0)
+
+
+def _measure(settings: "Settings", batch: int) -> tuple["Plan", Computation, float, int]:
+    import tensorflow as tf
+
+    from dist_partial import local_sgd, replicas, run, step
+    from dist_partial.data import train_batches
+
+    built = run.build(settings, replicas.create("default"))
+    strategy, wire = built.replicas.strategy, built.replicas.wire
+    batch = -(-batch // settings.accumulate) * settings.accumulate
+    options = step.StepOptions(batch, settings.clip_norm, settings.accumulate, settings.jit_compile)
+    train = step.train_step(
+        strategy,
+        wire,
+        built.model,
+        built.loss,
+        built.plan,
+        built.optimizers,
+        built.reductions,
+        options,
+        built.scale,
+    )
+    batches = iter(
+        train_batches(
+            built.data.train,
+            first_step=0,
+            global_batch=batch,
+            seed=settings.seed,
+            context=replicas.input_context(strategy),
+        )
+    )
+    one = next(batches)
+    weighted = (*one[:2], tf.ones(one[1].shape[:1]))
+    forward = step.evaluation_step(strategy, built.model, built.loss)
+    again = iter(tf.data.Dataset.from_tensors(weighted).repeat())
+    forward_time, _ = _time(lambda n: forward(again, tf.constant(n)).numpy())
+    step_time, cpu = _time(lambda n: train.function(batches, tf.constant(n))["loss"].numpy())
+    exchanges = 0.0
+    for exchange in local_sgd.exchanges(strategy, wire, built.plan, built.fragments, train.without_gradient, []):
+        once, _ = _time(lambda n, exchange=exchange: [exchange.function() for _ in range(n)])
+        exchanges += once / exchange.fragment.reduction.steps
+    kept = [name for name in built.state if name.startswith(("slots/", "outer/", "reductions/"))]
+    memory = sum(_bytes(built.state[name]) for name in kept)
+    memory += sum(_bytes(anchor.variable) for fragment in built.fragments for anchor in fragment.outer.members)
+    return built.plan.traced(train.without_gradient, []), Computation(forward_time, step_time, cpu), exchanges, memory
+
+
+def _time(call: Any) -> tuple[float, float]:
+    """Median wall and CPU seconds of a step, after warming up; `call(n)` makes n steps."""
+    call(1)
+    start = time.perf_counter()
+    call(1)
+    steps = max(1, min(20, int(0.2 / max(time.perf_counter() - start, 1e-6))))
+    walls, cpus = [], []
+    for _ in range(_REPEATS):
+        start, cpu = time.perf_counter(), time.process_time()
+        call(steps)
+        walls.append((time.perf_counter() - start) / steps)
+        cpus.append((time.process_time() - cpu) / steps)
+    return statistics.median(walls), statistics.median(cpus)
+
+
+def _bytes(variable: Any) -> int:
+    import math
+
+    from dist_partial.selection import itemsize
+
+    dtype = getattr(variable.dtype, "name", str(variable.dtype))
+    return math.prod(variable.shape) * itemsize(dtype)
+
+
+def report(cost: Cost, full: Cost, machine: Machine) -> str:
+    """The comparison, and the rules by what they cost, for people."""
+    rows = [
+        ("trained parameters", *(f"{sum(e.trained_parameters for e in c.plan.entries):,}" for c in (cost, full))),
+        ("payload a step and replica", *(_size(c.payload) for c in (cost, full))),
+        (f"at each card, {machine.workers} workers", *(_size(c.at_card) for c in (cost, full))),
+        ("slots, residuals, anchors", *(_size(c.memory) for c in (cost, full))),
+        ("computation, measured here", *(_ms(c.compute) for c in (cost, full))),
+        ("wire, lower bound", *(_ms(c.wire) for c in (cost, full))),
+        ("expected step", *(_ms(c.step) for c in (cost, full))),
+    ]
+    lines = [f"{'':28}{'this plan':>16}{'all, float32':>16}"]
+    lines += [f"{name:28}{one:>16}{other:>16}" for name, one, other in rows]
+    lines += ["", "rules by what they send:"]
+    groups = sorted(cost.plan.groups, key=lambda group: -sum(e.wire_bytes for e in group.entries))
+    for group in groups:
+        size = sum(entry.wire_bytes for entry in group.entries)
+        share = size / cost.payload if cost.payload else 0.0
+        lines.append(f"  {share:7.2%}  {_size(size):>12}  {group.rule}: {group.reduction}")
+    return "\n".join(lines)
+
+
+def _size(size: float) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size:.0f} B"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 0, or 2 for a mistake of the user's."""
+    values = flags.FlagValues()
+    flags.DEFINE_multi_string("gin_file", [], "gin file; may be given several times", flag_values=values)
+    flags.DEFINE_multi_string("gin_param", [], "binding over the files, such as run.steps=100", flag_values=values)
+    flags.DEFINE_integer("workers", 2, "workers, with one replica each", flag_values=values)
+    flags.DEFINE_string("bandwidth", "1gbit", "of each worker's link, each way", flag_values=values)
+    flags.DEFINE_float("latency_ms", 0.1, "of a message between two workers", flag_values=values)
+    flags.DEFINE_integer("workers_per_host", 1, "workers that share the cores of one host", flag_values=values)
+
+    def command() -> int:
+        if not values.gin_file:
+            raise cli.UserError("no --gin_file: try --gin_file=gin_configs/quickstart.gin")
+        for name, least in (("workers", 1), ("workers_per_host", 1), ("latency_ms", 0)):
+            if not float(values[name].value or 0) >= least:
+                raise cli.UserError(f"--{name} is {values[name].value}: it must be at least {least}")
+        bandwidth = bytes_per_second(values.bandwidth)
+        machine = Machine(values.workers, bandwidth, values.latency_ms / 1e3, values.workers_per_host)
+        cli.import_tensorflow_quietly()
+        from dist_partial import config
+        from dist_partial.reduction import EveryStep
+        from dist_partial.reporting import plan_table
+
+        settings = config.load([Path(file) for file in values.gin_file], values.gin_param).settings
+        everything = dataclasses.replace(settings, rules=[("train", ".*")], reduction=EveryStep("float32"))
+        cost = estimate(settings, machine)
+        print(plan_table(cost.plan))
+        if settings.global_batch % machine.workers:
+            print(f"run.global_batch = {settings.global_batch} does not divide among {machine.workers} workers")
+        print(f"\n{machine.workers} workers at {values.bandwidth}\n")
+        print(report(cost, estimate(everything, machine), machine))
+        return 0
+
+    return cli.call(__doc__, values, argv, command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""One round of communication between the replicas: sums and gathers, in packs.
+
+The only place that talks to other replicas about gradients. It rides on TensorFlow's collectives, or, between workers
+of one CPU replica each, on `mesh`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from dist_partial.mesh import Mesh
+
+# Packs of 2 MiB keep the link busy while later gradients are still being computed, and cost little per pack
+# (tests/benchmarks/results/packs.json).
+PACK_BYTES = 2 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sum:
+    """Asks for the sum of a tensor over all replicas."""
+
+    tensor: tf.Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gather:
+    """Asks for all replicas' messages: uint8 [n], n a multiple of 4 -> [replicas, n] in replica order."""
+
+    message: tf.Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Wire:
+    """How replicas reach each other.
+
+    Attributes:
+        mesh: the workers' own connections, or None for TensorFlow's collectives.
+        pack_bytes: up to how many bytes travel as one.
+    """
+
+    mesh: Mesh | None = None
+    pack_bytes: int = PACK_BYTES
+
+    def exchange(self, requests: Sequence[Sum | Gather]) -> list[tf.Tensor]:
+        """Answers all requests in one round; called in a replica context, in the same order on every replica.
+
+        Gradients come in the order in which backprop produces them, so that the first packs travel while the rest
+        is still computed.
+
+        Returns:
+            An answer a request: for `Sum` the same bits, shape and dtype on every replica.
+        """
+        sums = [i for i, request in enumerate(requests) if isinstance(request, Sum)]
+        gathers = [i for i, request in enumerate(requests) if isinstance(request, Gather)]
+        flat = [
+            tf.reshape(request.tensor if isinstance(request, Sum) else request.message, [-1]) for request in requests
+        ]
+        packs = [*_packs(sums, flat, self.pack_bytes), *_packs(gathers, flat, self.pack_bytes)]
+        summed, gathered = self._send(
+            [_joined([flat[i] for i in pack]) for pack in packs if pack[0] in sums],
+            # TensorFlow gathers no bytes, but whole words of them.
+            [
+                tf.bitcast(tf.reshape(_joined([flat[i] for i in pack]), [-1, 4]), tf.int32)
+                for pack in packs
+                if pack[0] in gathers
+            ],
+        )
+        whole = [*summed, *[tf.reshape(tf.bitcast(words, tf.uint8), [words.shape[0], -1]) for words in gathered]]
+        answers: list[Any] = [None] * len(requests)
+        for pack, total in zip(packs, whole, strict=True):
+            parts = tf.split(total, [flat[i].shape[0] for i in pack], axis=-1) if len(pack) > 1 else [total]
+            for i, part in zip(pack, parts, strict=True):
+                request = requests[i]
+                answers[i] = tf.reshape(part, request.tensor.shape) if isinstance(request, Sum) else part
+        return answers
+
+    def _send(self, sums: list[tf.Tensor], gathers: list[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        if self.mesh is not None:
+            return self.mesh.exchange(sums, gathers)
+        context: Any = tf.distribute.get_replica_context()
+        if context.num_replicas_in_sync == 1:
+            return sums, [words[tf.newaxis] for words in gathers]
+        # A limit of one byte leaves our packs as they are: TensorFlow's own packing loses the static shapes that
+        # the count of bytes in the graph relies on, and fails on mixed dtypes.
+        options = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=1)
+        summed = context.all_reduce(tf.distribute.ReduceOp.SUM, sums, options) if sums else []
+        return summed, [context.merge_call(_tensorflow_gather, args=(words,)) for words in gathers]
+
+
+def together(wire: Wire, exchanges: Sequence[Any]) -> list[Any]:
+    """Runs generators that yield `Sum` and `Gather` side by side, so that the requests of a round share packs.
+
+    Args:
+        wire: what answers.
+        exchanges: generators; each returns its result.
+
+    Returns:
+        The results.
+    """
+    results: list[Any] = [None] * len(exchanges)
+    answers: dict[int, Any] = dict.fromkeys(range(len(exchanges)))
+    while answers:
+        requests: dict[int, Any] = {}
+        for i, answer in answers.items():
+            try:
+                requests[i] = exchanges[i].send(answer)
+            except StopIteration as stop:
+                results[i] = stop.value
+        answers = dict(zip(requests, wire.exchange(list(requests.values())), strict=True)) if requests else {}
+    return results
+
+
+def _joined(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    return tf.concat(tensors, axis=0) if len(tensors) > 1 else tensors[0]
+
+
+def _packs(members: Sequence[int], tensors: Sequence[tf.Tensor], limit: int) -> list[list[int]]:
+    """Cuts the members, indices of tensors, into packs: of one dtype, in order, filled up to `limit` bytes."""
+    packs: list[list[int]] = []
+    open_packs: dict[tf.DType, tuple[list[int], int]] = {}
+    for i in members:
+        size = tensors[i].shape.num_elements() * tensors[i].dtype.size
+        pack, filled = open_packs.get(tensors[i].dtype, ([], limit))
+        if filled + size > limit or not pack:
+            pack, filled = [], 0
+            packs.append(pack)
+        pack.append(i)
+        open_packs[tensors[i].dtype] = (pack, filled + size)
+    return packs
+
+
+def _tensorflow_gather(strategy: Any, value: Any) -> Any:
+    # The public all_gather sends each tensor's shape first, in a collective of its own, and so loses the static
+    # shape; all our messages have the same one on every replica.
+    from tensorflow.python.distribute import distribute_utils
+
+    options = tf.distribute.experimental.CommunicationOptions()
+    launchers = strategy.extended._cross_device_ops._launchers
+    copies = strategy.experimental_local_results(value)
+    size = strategy.num_replicas_in_sync
+    found = [
+        tf.ensure_shape(tf.reshape(launcher._all_gather(copy, options), [size, -1]), [size, *copy.shape])
+        for launcher, copy in zip(launchers, copies, strict=True)
+    ]
+    return distribute_utils.regroup(tuple(found), always_wrap=True)

@@ -1,0 +1,363 @@
+"""The collectives over TCP, against NumPy: several workers in one process, each in its own thread, over loopback."""
+
+import functools
+import operator
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dist_partial import mesh as mesh_lib
+from dist_partial import traffic
+
+BFLOAT16 = tf.bfloat16.as_numpy_dtype
+SIZES = [0, 1, 2, 3, 7, 10**6 + 3]
+
+
+class Swap:
+    """Stands for the collective that the caller supplies: everyone's bytes, in rank order."""
+
+    def __init__(self, count):
+        self.boxes, self.barrier = [b""] * count, threading.Barrier(count)
+
+    def of(self, rank, meanwhile=lambda boxes: None):
+        def swap(mine):
+            self.boxes[rank] = mine
+            self.barrier.wait(10)
+            meanwhile(self.boxes)
+            return list(self.boxes)
+
+        return swap
+
+
+def at_once(functions):
+    """Calls each in a thread; returns what they return, or raises what the first one raised."""
+    results, errors = [None] * len(functions), []
+
+    def call(i):
+        try:
+            results[i] = functions[i]()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, args=(i,), daemon=True) for i in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive(), "hangs"
+    if errors:
+        raise errors[0]
+    return results
+
+
+@pytest.fixture
+def connected():
+    """Makes `count` meshes, and closes them after the test."""
+    made = []
+
+    def make(count, meanwhile=lambda boxes: None):
+        swap = Swap(count)
+        hosts = ["127.0.0.1"] * count
+        made.extend(
+            at_once(
+                [
+                    functools.partial(mesh_lib.connect, k, hosts, swap.of(k, *([meanwhile] if k == count - 1 else [])))
+                    for k in range(count)
+                ]
+            )
+        )
+        return made[-count:]
+
+    yield make
+    for mesh in made:
+        mesh.close()
+
+
+def exchange(mesh, sums, gathers=(), order=None):
+    """One exchange of NumPy arrays, whose tensors become ready in `order`."""
+    arrays = [*sums, *gathers]
+    ops = [mesh._add(i >= len(sums), a.dtype, a.size) for i, a in enumerate(arrays)]
+    return run(mesh, ops, arrays, order)
+
+
+def run(mesh, ops, arrays, order=None):
+    tickets = [0] * len(ops)
+    for i in order if order is not None else range(len(ops)):
+        tickets[i] = mesh._begin(ops[i], arrays[i])
+    return [mesh._end(op, ticket) for op, ticket in zip(ops, tickets, strict=True)]
+
+
+def draw(seed, size, dtype):
+    generator = np.random.default_rng(seed)
+    if np.issubdtype(dtype, np.integer):
+        return generator.integers(np.iinfo(dtype).min, np.iinfo(dtype).max, size, dtype, endpoint=True)
+    return generator.normal(size=size).astype(np.float32).astype(dtype)
+
+
+def expected_sum(arrays):
+    """In rank order; half precision in float32, rounded once."""
+    dtype = arrays[0].dtype
+    if dtype in (BFLOAT16, np.float16):
+        arrays = [a.astype(np.float32) for a in arrays]
+    return functools.reduce(operator.add, arrays).astype(dtype)
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, BFLOAT16, np.float16, np.int32, np.int64, np.uint8])
+def test_sums_are_those_of_numpy(connected, count, dtype):
+    meshes = connected(count)
+    inputs = [[draw(100 * k + i, size, dtype) for i, size in enumerate(SIZES)] for k in range(count)]
+    results = at_once([functools.partial(exchange, m, own) for m, own in zip(meshes, inputs, strict=True)])
+    for i in range(len(SIZES)):
+        expected = expected_sum([own[i] for own in inputs])
+        for result in results:
+            assert same_bits(result[i], expected)
+
+
+def test_half_precision_is_rounded_once(connected):
+    # Rounded after each addition, 256 + 1 + 1 is 256 in bfloat16, which has no 257.
+    meshes = connected(3)
+    inputs = [np.full(5, value, BFLOAT16) for value in (256, 1, 1)]
+    for (result,) in at_once([functools.partial(exchange, m, [a]) for m, a in zip(meshes, inputs, strict=True)]):
+        assert result.astype(np.float32).tolist() == [258.0] * 5
+
+
+def test_what_is_not_finite_stays_so_and_warns_of_nothing(connected, recwarn):
+    meshes = connected(2)
+    values = np.array([np.inf, np.inf, np.nan, 3e38, -0.0], np.float32)
+    others = np.array([-np.inf, 1, 1, 3e38, -0.0], np.float32)
+    for dtype in (np.float32, BFLOAT16):
+        inputs = [values.astype(dtype), others.astype(dtype)]
+        for (result,) in at_once([functools.partial(exchange, m, [a]) for m, a in zip(meshes, inputs, strict=True)]):
+            np.testing.assert_array_equal(result.astype(np.float32), [np.nan, np.inf, np.nan, np.inf, -0.0])
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, BFLOAT16, np.bool_, np.int64])
+def test_gathers_hold_every_worker_s_tensor_in_rank_order(connected, count, dtype):
+    meshes = connected(count)
+    inputs = [[draw(100 * k + i, size, np.uint8).astype(dtype) for i, size in enumerate(SIZES)] for k in range(count)]
+    results = at_once([functools.partial(exchange, m, [], own) for m, own in zip(meshes, inputs, strict=True)])
+    for i in range(len(SIZES)):
+        expected = np.stack([own[i] for own in inputs])
+        for result in results:
+            assert same_bits(result[i], expected)
+
+
+def test_tensors_become_ready_in_another_order_on_each_worker(connected):
+    meshes, tensors, runs = connected(3), 6, 30
+
+    def work(mesh):
+        shuffled = np.random.default_rng(mesh.rank)
+        ops = [mesh._add(i == 0, np.float32, 1000 + i) for i in range(tensors)]
+        history = []
+        for step in range(runs):
+            arrays = [draw(1000 * step + 10 * i + mesh.rank, 1000 + i, np.float32) for i in range(tensors)]
+            history.append(run(mesh, ops, arrays, shuffled.permutation(tensors)))
+        return history
+
+    histories = at_once([functools.partial(work, m) for m in meshes])
+    for step in range(runs):
+        for i in range(tensors):
+            inputs = [draw(1000 * step + 10 * i + k, 1000 + i, np.float32) for k in range(3)]
+            expected = np.stack(inputs) if i == 0 else expected_sum(inputs)
+            for history in histories:
+                assert same_bits(history[step][i], expected)
+    assert not any(op.runs for m in meshes for op in m._ops)  # nothing is kept
+
+
+def test_a_worker_that_traces_later_finds_what_has_arrived(connected):
+    meshes = connected(2)
+
+    def work(mesh):
+        time.sleep(0.3 * mesh.rank)
+        return exchange(mesh, [np.arange(9, dtype=np.float32)])
+
+    for (result,) in at_once([functools.partial(work, m) for m in meshes]):
+        assert result.tolist() == (2.0 * np.arange(9)).tolist()
+
+
+def test_in_a_loop_of_a_traced_function(connected):
+    meshes = connected(2)
+
+    def work(mesh):
+        @tf.function(autograph=False)
+        def loop(x, y):
+            def body(i, x, y):
+                (total, half), (rows, twin) = mesh.exchange([x, tf.cast(x, tf.bfloat16)], [y, y])
+                return i + 1, total + tf.cast(half, tf.float32), tf.reduce_sum(rows + twin, axis=0)
+
+            return tf.while_loop(lambda i, *_: i < 3, body, [0, x, y], parallel_iterations=1)
+
+        def two():  # a second function, and a second trace of the first
+            x = tf.constant([1.0, 2.0, 3.0]) * (mesh.rank + 1)
+            first = loop(x, tf.constant([1, 2], tf.int32))
+            second = loop(x[:2], tf.constant([1, 2, 3], tf.int32))
+            again = tf.function(lambda: mesh.exchange([x], [])[0][0])()
+            return [t.numpy().tolist() for t in (*first[1:], *second[1:], again)]
+
+        traced = loop.get_concrete_function(tf.zeros([3]), tf.zeros([2], tf.int32))
+        return two(), two(), sorted(handed_over(traced.graph))
+
+    base = [1.0, 2.0, 3.0]
+    expected = [
+        [3 * 2 * 16 * v for v in base],  # the first loop's sum is 2 * 3 v; each later one doubles twice
+        [64 * v for v in (1, 2)],
+        [3 * 2 * 16 * v for v in base[:2]],
+        [64 * v for v in (1, 2, 3)],
+        [3 * v for v in base],
+    ]
+    for first, second, names in at_once([functools.partial(work, m) for m in meshes]):
+        assert first == second == expected
+        assert names == [
+            (mesh_lib.GATHER_OP, 8),
+            (mesh_lib.GATHER_OP, 8),  # the same tensor twice is sent twice
+            (mesh_lib.SUM_OP, 6),
+            (mesh_lib.SUM_OP, 12),
+        ]
+
+
+def handed_over(graph):
+    """(name, bytes) of every tensor that the graph hands over, with static shapes."""
+    for op in graph.get_operations():
+        for name in (mesh_lib.SUM_OP, mesh_lib.GATHER_OP):
+            if op.type == "PyFunc" and op.name.rpartition("/")[2].startswith(name):
+                yield name, traffic._payload(op)
+        for name in traffic._called(op):
+            inner = graph._get_function(name)
+            yield from handed_over(inner.graph if hasattr(inner, "graph") else inner)
+
+
+def test_results_may_be_overwritten_at_once(connected):
+    # TensorFlow reuses the memory of results. A slow reader must not get what was written there since.
+    meshes = connected(3)
+
+    def work(mesh):
+        op = mesh._add(False, np.float32, 3 * 10**6)
+        totals = []
+        for step in range(5):
+            (result,) = run(mesh, [op], [np.full(3 * 10**6, step + mesh.rank, np.float32)])
+            totals.append((result.min(), result.max()))
+            result[:] = -1
+        return totals
+
+    for totals in at_once([functools.partial(work, m) for m in meshes]):
+        assert totals == [(3.0 * step + 3, 3.0 * step + 3) for step in range(5)]
+
+
+def test_a_worker_that_is_gone_is_named_at_once_and_ever_after(connected):
+    meshes = connected(3)
+    at_once([functools.partial(exchange, m, [np.ones(4, np.float32)]) for m in meshes])
+    assert all(m.failure is None for m in meshes)
+    start = time.monotonic()
+    timer = threading.Timer(0.2, meshes[1].close)
+    timer.start()
+
+    def work(mesh):
+        for _ in range(2):
+            with pytest.raises(ConnectionError, match=r"worker 1 \(127\.0\.0\.1\) is gone"):
+                exchange(mesh, [np.ones(4, np.float32)])
+        return mesh.failure
+
+    for failure in at_once([functools.partial(work, meshes[k]) for k in (0, 2)]):
+        assert "worker 1" in failure
+    assert time.monotonic() - start < 5
+
+
+def test_the_function_that_waits_for_a_lost_worker_fails_with_the_reason(connected):
+    meshes = connected(2)
+    threading.Timer(0.2, meshes[1].close).start()
+    with pytest.raises(tf.errors.UnknownError, match=r"worker 1 .* is gone"):
+        tf.function(lambda: meshes[0].exchange([tf.ones([5])], [])[0][0])()
+
+
+def test_a_worker_that_closes_after_its_last_op_disturbs_nobody(connected):
+    meshes = connected(3)
+    for _ in range(5):
+
+        def work(mesh):
+            result = exchange(mesh, [np.ones(10**6, np.float32)], [np.ones(10**5, np.float32)])
+            mesh.close()
+            return result[0].sum(), result[1].sum()
+
+        for total, rows in at_once([functools.partial(work, m) for m in meshes]):
+            assert (total, rows) == (3e6, 3e5)
+        meshes = connected(3)
+
+
+def test_a_silent_worker_is_given_up(connected, monkeypatch):
+    meshes = connected(2)
+    monkeypatch.setattr(mesh_lib, "IDLE_SECONDS", 0.3)
+    with pytest.raises(ConnectionError, match=r"worker 1 \(127\.0\.0\.1\) has sent and taken nothing for 0\.3 s"):
+        exchange(meshes[0], [np.ones(4, np.float32)])
+
+
+def test_strangers_are_not_let_in(connected):
+    strangers = []
+
+    def knock(boxes):
+        for box in boxes[:-1]:
+            address = ("127.0.0.1", mesh_lib._CARD.unpack(box)[0])
+            strangers.append(socket.create_connection(address))  # says nothing
+            for rank in (len(boxes) - 1, 99):
+                strangers.append(socket.create_connection(address))
+                strangers[-1].sendall(mesh_lib._HELLO.pack(b"?" * 16, rank))
+
+    meshes = connected(3, knock)
+    for (result,) in at_once([functools.partial(exchange, m, [np.ones(4, np.float32)]) for m in meshes]):
+        assert result.tolist() == [3.0] * 4
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_a_worker_that_never_connects_is_named(monkeypatch):
+    monkeypatch.setattr(mesh_lib, "START_SECONDS", 0.3)
+    with pytest.raises(ConnectionError, match=r"not reached at 127\.0\.0\.1:\d+ by worker 1 \(10\.0\.0\.9\) in 0\.3 s"):
+        mesh_lib.connect(0, ["127.0.0.1", "10.0.0.9"], lambda mine: [mine, mine])
+
+
+def test_a_worker_that_cannot_be_reached_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(ConnectionError, match=rf"cannot reach worker 0 at 127\.0\.0\.1:{port} .*refused"):
+        mesh_lib.connect(1, ["127.0.0.1"] * 2, lambda mine: [mesh_lib._CARD.pack(port, b""), mine])
+
+
+def test_an_address_of_another_host_cannot_be_listened_on():
+    with pytest.raises(ConnectionError, match=r"worker 0 cannot listen on 192\.0\.2\.1 "):
+        mesh_lib.connect(0, ["192.0.2.1"], lambda mine: [mine])
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"GET / HTTP/1.1\r\nHost: someone\r\n\r\n",
+        mesh_lib._HEADER.pack(b"dpm1", 0, 0, 0, 2**60),  # bytes
+        mesh_lib._HEADER.pack(b"dpm1", 0, 0, 2**40, 8),  # run
+        mesh_lib._HEADER.pack(b"dpm1", 7, 0, 0, 8),  # kind
+    ],
+)
+def test_a_malformed_header_is_a_failure(connected, header):
+    meshes = connected(2)
+    meshes[1]._peers[0].connection.sendall(header)
+    with pytest.raises(ConnectionError, match=r"worker 1 \(127\.0\.0\.1\) sent what does not fit"):
+        exchange(meshes[0], [np.ones(4, np.float32)])
+
+
+def test_programs_that_differ_are_told_apart_by_size(connected):
+    meshes = connected(2)
+
+    def work(mesh):
+        with pytest.raises(ConnectionError, match="same program"):
+            exchange(mesh, [np.ones(4 + 4 * mesh.rank, np.float32)])
+
+    at_once([functools.partial(work, m) for m in meshes])

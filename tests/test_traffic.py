@@ -1,0 +1,83 @@
+"""What a plan says, what the graphs hold and what the network card sends are the same bytes."""
+
+import json
+import sys
+
+import pytest
+
+from dist_partial import traffic
+from dist_partial.plan import bytes_per_second
+from dist_partial.reduction import Message
+from tests import hosts
+
+PLANS = {
+    "every_step": ["run.reduction = @every_step()"],
+    "bfloat16": ["every_step.dtype = 'bfloat16'"],
+    "top_k": ["run.reduction = @top_k()", "top_k.density = 0.25"],
+    "local_sgd": ["run.reduction = @local_sgd()", "local_sgd.steps = 2"],
+}
+
+
+WIDE = """
+run.model = @two_dense
+two_dense.hidden = 8192
+run.data = @stdlib_shapes
+run.rules = [('train', '.*')]
+run.global_batch = 16
+run.eval_examples = 16
+run.steps = 12
+run.steps_per_loop = 4
+sample.length = 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("message", "workers", "expected"),
+    [
+        (Message("sum", 100), 2, 100),
+        (Message("sum", 100), 4, 150),
+        (Message("gather", 100), 2, 100),
+        (Message("gather", 100), 4, 300),
+        (Message("sum", 100), 1, 0),
+    ],
+)
+def test_bytes_at_the_card(message, workers, expected):
+    assert traffic.at_card(message, workers) == expected
+
+
+@pytest.mark.parametrize("every", [1, 3, 7])
+@pytest.mark.parametrize("offset", [0, 2, 9])
+def test_how_often_a_message_travels(every, offset):
+    message = Message("sum", 1, every, offset)
+    for first in range(12):
+        for last in range(first, 25):
+            expected = sum(step % every == offset % every for step in range(first + 1, last + 1))
+            assert message.times(first, last) == expected
+
+
+def test_the_loopback_device_is_no_network_card():
+    assert traffic.card("127.0.0.1") is None
+    assert traffic.card("no-such-host.invalid") is None
+
+
+@pytest.mark.parametrize(("rate", "expected"), [("200mbit", 25e6), ("10gbit", 1.25e9), ("1.5Gbps", 187.5e6)])
+def test_rates(rate, expected):
+    assert bytes_per_second(rate) == expected
+
+
+@pytest.mark.skipif(hosts.available() is not None, reason=f"hosts on one machine: {hosts.available()}")
+def test_card_graph_and_plan_agree(tmp_path):
+    """Two hosts with a card each, whose counters are the kernel's; one test, as there is one set of hosts."""
+    config = tmp_path / "wide.gin"
+    config.write_text(WIDE)
+    with hosts.hosts(2, None):
+        for name, bindings in PLANS.items():
+            folder = tmp_path / name
+            command = [sys.executable, "-m", "dist_partial.train", f"--gin_file={config}", f"--run_dir={folder}"]
+            for code, output in hosts.run([*command, *[f"--gin_param={b}" for b in bindings]], 2, timeout=100):
+                assert code == 0, (name, output[-3000:])
+            found = json.loads((folder / "traffic.json").read_text())
+            assert found["card"] == "e0"
+            assert found["planned_bytes"] == found["counted_bytes"] > 1e6, name
+            assert found["expected_card_bytes"] == found["planned_bytes"]  # with two, of a sum and of a gather
+            assert found["card_bytes"] == pytest.approx(found["expected_card_bytes"], rel=0.02), name

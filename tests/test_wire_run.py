@@ -1,0 +1,387 @@
+"""Whole runs whose groups travel in different ways: in pieces, on other numbers of replicas, on workers; bad input."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dist_partial import checkpoints, config, replicas, run
+from dist_partial.compression import PowerSGD, Quantized, TopK
+from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.errors import UserError
+from dist_partial.models import two_dense
+from dist_partial.reduction import EveryStep, LocalSGD, Never, nesterov
+from dist_partial.replicas import Replicas
+from dist_partial.selection import Rule
+from dist_partial.settings import Settings
+from dist_partial.wire import Wire
+from tests import cases
+from tests.cases import same_bits
+
+# Nothing of tests.conftest or tests.test_run may be imported here: the workers below run this file, too, and have one
+# device each.
+STEPS = 7
+
+
+def shapes() -> Dataset:
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 10, (50, 16)).astype(np.int32), rng.integers(0, 10, 50).astype(np.int32)
+    return Dataset("shapes", ArraySource(x, y), ArraySource(x[:12], y[:12]), fingerprint(x, y), None)
+
+
+def rules_of(first, second=None):
+    """`first` for the first layer, `second` (or the same) for the second."""
+    return [Rule("dense1/.*", reduction=first), Rule("dense2/.*", reduction=second or first)]
+
+
+MIXED = [
+    Rule("dense1/kernel", reduction=TopK(1 / 16, 64, 16)),
+    Rule("dense1/bias", reduction=EveryStep()),
+    Rule("dense2/kernel", reduction=LocalSGD(4, 0, nesterov, Quantized(8))),
+    Rule("dense2/bias", reduction=Never()),
+]
+PLANS = {
+    "power_sgd": rules_of(PowerSGD(2), PowerSGD(1, "bfloat16")),
+    "top_k": rules_of(TopK(1 / 16, 256, 8), TopK(1 / 8, None, 16)),
+    "quantized": rules_of(Quantized(4), Quantized(1)),
+    "local_sgd": rules_of(LocalSGD(3, 0, nesterov, Quantized(4))),
+    "offsets": rules_of(LocalSGD(4, 1, nesterov, PowerSGD(1)), LocalSGD(4, 3, nesterov, TopK(1 / 16, 64))),
+    "never": rules_of(Never()),
+    "mixed": MIXED,
+}
+# Not one of them follows an exchange of all groups.
+STOPS = {"power_sgd": (2,), "offsets": (2, 4), "mixed": (3, 5)}
+
+
+def settings(plan, made, steps=STEPS, precision="float32", **more) -> Settings:
+    return Settings(
+        **{
+            "rules": PLANS[plan] if isinstance(plan, str) else plan,
+            "model": lambda: two_dense(hidden=12),
+            "data": shapes,
+            "optimizer": lambda: keras.optimizers.Adam(0.01),
+            "steps": steps,
+            "global_batch": 12,
+            "eval_every": 4,
+            "steps_per_loop": 3,
+            "keep": 10,
+            "clip_norm": 1.0,
+            "precision": precision,
+            "replicas": lambda: made,
+            **more,
+        }
+    )
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def state(folder: Path, step: int = STEPS) -> dict[str, np.ndarray]:
+    with np.load(folder / "checkpoints" / f"step-{step:010d}.npz") as file:
+        return {name: file[name] for name in file.files if name != "metadata"}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    left, right = state(one), state(other)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert same_bits([value, right[name]]), name
+    assert rows(one) == rows(other)
+
+
+def sent_after(step: int, rules, count: int) -> int:
+    """What one replica has handed over in so many steps, by the messages of each variable."""
+    sizes = {"dense1/kernel": (160, 12), "dense1/bias": (12,), "dense2/kernel": (12, 10), "dense2/bias": (10,)}
+    total = 0
+    for path, shape in sizes.items():
+        each = next(rule.reduction for rule in rules if rule.match in (path, f"{path.split('/')[0]}/.*"))
+        times = step
+        if isinstance(each, LocalSGD):
+            times = len([s for s in range(1, step + 1) if (s - each.offset) % each.steps == 0])
+            each = each.exchange or EveryStep()
+        total += times * sum(message.bytes for message in each.messages(shape, "float32"))
+    return total if count > 1 else 0
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_run_in_pieces_is_the_run_at_once(name, mirrored, tmp_path):
+    """Residuals, factors, anchors, outer slots and each replica's own come back to the bit."""
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    # Checkpoints and evaluations cut the calls of a run, too, and change nothing in it.
+    run.run(settings(name, Replicas(mirrored(2), Wire(), "two"), save_every=None), whole)
+    for steps in (*STOPS.get(name, (4,)), STEPS):
+        keras.utils.clear_session(free_memory=False)
+        # An evaluation more, at the stop: the anchors are lent for it, and each replica's own come back.
+        run.run(settings(name, Replicas(mirrored(2), Wire(), "two"), steps), pieces)
+    left, right = state(whole), state(pieces)
+    assert left.keys() == right.keys()
+    for path, value in left.items():
+        assert same_bits([value, right[path]]), path
+    metrics = [[row for row in rows(folder) if row["split"] == "train"] for folder in (whole, pieces)]
+    assert metrics[0] == metrics[1]
+    assert [row for row in rows(whole) if row["split"] == "eval"] == [
+        row for row in rows(pieces) if row["split"] == "eval" and row["step"] in (4, STEPS)
+    ]
+    # The bytes are counted at the step in which they are sent.
+    assert [row["wire_bytes"] for row in metrics[0]] == [sent_after(s, PLANS[name], 2) for s in range(1, STEPS + 1)]
+    plan = json.loads((whole / "plan.json").read_text())
+    assert plan["wire_bytes_per_step"] * 12 == pytest.approx(sent_after(12, PLANS[name], 2), rel=1e-12)
+    assert plan["wire_bytes_per_step"] == pytest.approx(sum(v["wire_bytes_per_step"] for v in plan["variables"]))
+    assert plan["statistics_wire_bytes_per_step"] == 0
+    kept = {path.split("/")[0] for path in left}
+    expected = {"variables", "slots"}
+    expected |= {"own", "outer"} if name in ("local_sgd", "offsets", "mixed") else set()
+    assert kept == expected | ({"reductions"} if name != "never" else set())
+
+
+def test_the_number_of_replicas_may_change(mirrored, tmp_path):
+    """The residuals' sum is kept; local values become their mean; shared ones stay as they are."""
+    rules = [
+        Rule("dense1/kernel", reduction=TopK(1 / 16, 64, 16)),
+        Rule("dense1/bias", reduction=EveryStep()),
+        Rule("dense2/kernel", reduction=LocalSGD(4, 0, nesterov, PowerSGD(1))),
+        Rule("dense2/bias", reduction=Never()),
+    ]
+    steps, folder, before = 0, tmp_path / "run", None
+    for count in (2, 3, 1, 2):
+        made = Replicas(mirrored(count), Wire(), str(count))
+        told = settings(rules, made, steps + 5, precision="float64")
+        if before is not None:
+            keras.utils.clear_session(free_memory=False)
+            built = run.build(told, made)
+            run.restore(built, folder, print)
+            after = checkpoints.read(built.state, steps)
+            assert after.keys() == before.keys()
+            for name, value in after.items():
+                old = before[name]
+                if name.endswith("/residual"):
+                    np.testing.assert_allclose(value.sum(axis=0), old.sum(axis=0), rtol=0, atol=1e-12)
+                elif name.startswith("own/") or name.startswith("slots/dense2/kernel/"):
+                    np.testing.assert_allclose(value, np.broadcast_to(old.mean(axis=0), value.shape), atol=1e-12)
+                elif name.endswith("/right"):
+                    assert same_bits([*value, *old]), name
+                elif name.startswith(("variables/dense2/bias", "slots/dense2/bias/")):
+                    assert all(same_bits([v, old[i % len(old)]]) for i, v in enumerate(value)), name
+                elif name.startswith(("variables/", "outer/", "slots/dense1/")):
+                    assert same_bits([value, old]), name
+        steps += 5
+        keras.utils.clear_session(free_memory=False)
+        run.run(told, folder)
+        before = state(folder, steps)
+        assert before["own/dense2/kernel"].shape == (count, 12, 10)
+        assert before["reductions/dense1/kernel/residual"].shape == (count, 160, 12)
+    lines = [row for row in rows(folder) if row["split"] == "train"]
+    assert [row["step"] for row in lines] == list(range(1, 21))
+    alone = [row["wire_bytes"] for row in lines[9:15]]
+    assert len(set(alone)) == 1, "one replica sends nothing"
+
+
+USER_MODULE = """
+import numpy as np
+from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.models import byte_transformer
+
+class Letters:
+    size = 256
+    def encode(self, text): return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    def decode(self, ids): return bytes(np.asarray(ids, np.uint8)).decode("latin-1")
+
+def letters():
+    ids = np.random.default_rng(0).choice(np.frombuffer(b"abcabcabd", np.uint8), (30, 13)).astype(np.int32)
+    source = ArraySource(ids[:, :-1], ids[:, 1:])
+    return Dataset("letters", source, source, fingerprint(ids), Letters(), "byte")
+
+def small(): return byte_transformer(1, 16, 2)
+"""
+GIN = """
+import local_letters
+run.rules = [('train', r'.*')]
+run.reduction = @local_sgd()
+local_sgd.steps = 5
+local_sgd.outer = @nesterov
+nesterov.learning_rate = 0.5
+run.model = @local_letters.small
+run.data = @local_letters.letters
+run.optimizer = @keras.optimizers.Adam
+Adam.learning_rate = 0.05
+run.steps = 8
+run.global_batch = 8
+replicas.cpu = 2
+sample.length = 12
+"""
+
+
+def test_sample_takes_the_anchors_of_a_run_folder(tmp_path, monkeypatch, capsys):
+    """Between two exchanges: the text is the one that the run itself has sampled, from what all replicas agree on."""
+    from dist_partial import sample, train
+
+    (tmp_path / "local_letters.py").write_text(USER_MODULE)
+    (tmp_path / "letters.gin").write_text(GIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    tf.distribute.MirroredStrategy._collective_key_base += 100_000  # see conftest
+    folder = tmp_path / "run"
+    try:
+        assert train.main([f"--gin_file={tmp_path / 'letters.gin'}", f"--run_dir={folder}"]) == 0
+        saved = state(folder, 8)
+        own = saved["own/head/kernel"]
+        assert own.shape[0] == 2 and not same_bits(own)
+        assert not any(same_bits([value, saved["variables/head/kernel"]]) for value in own)
+        last = json.loads((folder / "samples.jsonl").read_text().splitlines()[-1])
+        capsys.readouterr()
+        assert sample.main([f"--run_dir={folder}"]) == 0
+        assert capsys.readouterr().out == last["prompt"] + last["text"] + "\n\n"
+    finally:
+        sys.modules.pop("local_letters", None)
+
+
+WORKER_RULES = [
+    Rule("dense1/kernel", reduction=TopK(1 / 16, 64, 32)),
+    Rule("dense1/bias", reduction=EveryStep()),
+    Rule("dense2/kernel", reduction=LocalSGD(3, 0, nesterov)),
+    Rule("dense2/bias", reduction=PowerSGD(1)),  # sent whole
+]
+
+
+def _train_worker(transport: str, folder: Path) -> None:
+    """One of two workers: whole runs in two precisions, and one in pieces."""
+    made = replicas.create("multi_worker", transport=transport)
+    cluster = replicas.read_tf_config(os.environ["TF_CONFIG"])
+    for name, precision, steps in (
+        ("float64", "float64", STEPS),
+        ("float32", "float32", STEPS),
+        ("pieces", "float64", 4),
+        ("pieces", "float64", STEPS),
+    ):
+        assert (made.wire.mesh is not None) == (transport == "sockets")
+        keras.utils.clear_session(free_memory=False)
+        run.run(settings(WORKER_RULES, made, steps, precision), folder / f"{transport}-{name}")
+        if made.wire.mesh is not None:  # a run closes its connections
+            made = dataclasses.replace(made, wire=Wire(replicas._connect(made.strategy, cluster)[0]))
+
+
+def test_workers_are_the_replicas_that_are_simulated(mirrored, tmp_path):
+    """Two processes by either transport: the same bits; one process with two replicas: the same numbers."""
+    from tests.workers import run_workers
+
+    for transport in ("sockets", "tensorflow"):
+        command = ["-m", "tests.test_wire_run", transport, str(tmp_path)]
+        for code, output in run_workers(command, workers=2, timeout=120):
+            assert code == 0, output[-3000:]
+    for precision, tolerance in (("float64", 1e-10), ("float32", 1e-5)):
+        sockets, collectives = (tmp_path / f"{transport}-{precision}" for transport in ("sockets", "tensorflow"))
+        assert_same_run(sockets, collectives)
+        keras.utils.clear_session(free_memory=False)
+        simulated = tmp_path / f"simulated-{precision}"
+        run.run(settings(WORKER_RULES, Replicas(mirrored(2), Wire(), "two"), precision=precision), simulated)
+        left, right = state(sockets), state(simulated)
+        assert left["own/dense2/kernel"].shape == (2, 12, 10) and not same_bits(left["own/dense2/kernel"])
+        cases.assert_equal(left, right, tolerance)
+        for one, other in zip(rows(sockets), rows(simulated), strict=True):
+            assert one.keys() == other.keys()
+            assert all(one[key] == other[key] for key in ("step", "split", "wire_bytes"))
+            assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    for transport in ("sockets", "tensorflow"):
+        left, right = state(tmp_path / f"{transport}-float64"), state(tmp_path / f"{transport}-pieces")
+        assert left.keys() == right.keys()
+        for name, value in left.items():
+            assert same_bits([value, right[name]]), name
+
+
+BASE = """
+import tests.user_module
+run.model = @tests.user_module.model
+run.data = @tests.user_module.data
+run.rules = [('train', r'.*')]
+"""
+BAD = {
+    "steps": (["run.reduction = @local_sgd()", "local_sgd.steps = 0"], ["local_sgd.steps is 0"]),
+    "no steps": (["run.reduction = @local_sgd()"], ["local_sgd.steps"]),
+    "offset": (
+        ["run.reduction = @local_sgd()", "local_sgd.steps = 2", "local_sgd.offset = -1"],
+        ["local_sgd.offset is -1"],
+    ),
+    "exchange is local": (
+        [
+            "run.reduction = @outside/local_sgd()",
+            "outside/local_sgd.steps = 4",
+            "outside/local_sgd.exchange = @inside/local_sgd()",
+            "inside/local_sgd.steps = 2",
+        ],
+        ["local_sgd.exchange", "LocalSGD"],
+    ),
+    "exchange is never": (
+        ["run.reduction = @local_sgd()", "local_sgd.steps = 2", "local_sgd.exchange = @never()"],
+        ["local_sgd.exchange", "Never"],
+    ),
+    "exchange is no reduction": (
+        ["run.reduction = @local_sgd()", "local_sgd.steps = 2", "local_sgd.exchange = @quantized"],
+        ["local_sgd.exchange"],
+    ),
+    "outer is made already": (
+        ["run.reduction = @local_sgd()", "local_sgd.steps = 2", "local_sgd.outer = @nesterov()"],
+        ["local_sgd.outer", "without ()"],
+    ),
+    "outer is a number": (
+        ["run.reduction = @local_sgd()", "local_sgd.steps = 2", "local_sgd.outer = 0.7"],
+        ["local_sgd.outer is 0.7"],
+    ),
+    "density 0": (["run.reduction = @top_k()", "top_k.density = 0"], ["top_k.density is 0"]),
+    "density 2": (["run.reduction = @top_k()", "top_k.density = 2"], ["top_k.density is 2"]),
+    "block": (["run.reduction = @top_k()", "top_k.block = 0"], ["top_k.block is 0"]),
+    "bits of the largest": (["run.reduction = @top_k()", "top_k.bits = 3"], ["top_k.bits is 3"]),
+    "bits": (["run.reduction = @quantized()", "quantized.bits = 3"], ["quantized.bits is 3"]),
+    "rank": (["run.reduction = @power_sgd()", "power_sgd.rank = 0"], ["power_sgd.rank is 0"]),
+    "factors": (["run.reduction = @power_sgd()", "power_sgd.dtype = 'int8'"], ["power_sgd.dtype is 'int8'"]),
+    "factory": (["run.reduction = @power_sgd"], ["reduction", "with the ()"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_bindings(name, tmp_path):
+    params, words = BAD[name]
+    file = tmp_path / "base.gin"
+    file.write_text(BASE)
+    with pytest.raises(UserError) as raised:
+        loaded = config.load([file], params).settings
+        run.build(loaded, Replicas(tf.distribute.get_strategy(), Wire(), "one"))
+    message = str(raised.value).splitlines()[0]  # gin adds lines of its own, which the command leaves out
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("params", [{"transport": "udp"}, {"pack_bytes": 0}, {"pack_bytes": 1e6}])
+def test_bad_replicas(params):
+    (name,) = params
+    with pytest.raises(UserError, match=rf"^replicas\.{name} is {params[name]!r}"):
+        replicas.create("default", **params)
+
+
+def test_sockets_need_other_workers(monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    with pytest.raises(UserError, match=r"replicas\.transport = 'sockets'"):
+        replicas.create("mirrored", 1, transport="sockets")
+
+
+@pytest.mark.parametrize("each", [LocalSGD(2), Never()])
+def test_float16_needs_replicas_that_agree(each):
+    made = Replicas(tf.distribute.get_strategy(), Wire(), "one")
+    with pytest.raises(UserError, match=r"float16.*run\.precision"):
+        run.build(settings(rules_of(EveryStep(), each), made, precision="mixed_float16"), made)
+
+
+def test_outer_factory_of_nothing():
+    made = Replicas(tf.distribute.get_strategy(), Wire(), "one")
+    with pytest.raises(UserError, match=r"local_sgd\.outer of rule 'dense1/\.\*'"):
+        run.build(settings(rules_of(LocalSGD(2, 0, lambda: None), EveryStep()), made), made)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    _train_worker(sys.argv[1], Path(sys.argv[2]))
