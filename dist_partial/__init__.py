@@ -7,10 +7,15 @@ _HOMES = {
     "ArraySource": "data",
     "Dataset": "data",
     "EveryStep": "reduction",
+    "LocalSGD": "reduction",
+    "Never": "reduction",
     "Plan": "selection",
+    "PowerSGD": "compression",
+    "Quantized": "compression",
     "Rule": "selection",
     "Sampling": "settings",
     "Settings": "settings",
+    "TopK": "compression",
     "UserError": "errors",
 }
 __all__ = sorted(_HOMES)

@@ -19,7 +19,11 @@ from dist_partial.selection import itemsize
 from dist_partial.wire import Gather, Sum
 
 SCALED = 256  # values that share a scale
-_BITS = {32: tf.float32, 16: tf.bfloat16}
+_FLOATS = {32: tf.float32, 16: tf.bfloat16}
+_LEVELS = {8: 256, 4: 16, 2: 4, 1.6: 3, 1: 2}  # by bits: how many there are
+# The outermost level, over the mean magnitude: what errs least for normal values (Max 1960, "Quantizing for minimum
+# distortion", uniform case). With more levels the largest value is the outermost.
+_OUTERMOST = {2: 1.872, 1.6: 1.534, 1: 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,18 +100,18 @@ class PowerSGD:
 class Quantized:
     """Send each gradient in few bits a value, with error feedback, by gather.
 
-    Values lie on 2^bits levels between plus and minus the largest of their 256; levels are spaced evenly and lie around
-    zero, not on it. A gather hands every replica's message to every other: with many replicas a sum costs less.
+    Values lie on evenly spaced levels, symmetric to zero, whose scale 256 values share. A gather hands every replica's
+    message to every other: with many replicas a sum costs less.
 
     Attributes:
-        bits: 8, 4, 2 or 1 of each value; the scale of 256 values adds 2 bytes.
+        bits: of each value: 8, 4, 2, 1.6 (three levels, five values a byte) or 1 (the sign); scales add 1/16 bit.
     """
 
-    bits: int = 8
+    bits: float = 8
 
     def __post_init__(self) -> None:
-        if self.bits not in (1, 2, 4, 8):
-            raise UserError(f"quantized.bits is {self.bits!r}: write 8, 4, 2 or 1")
+        if self.bits not in _LEVELS:
+            raise UserError(f"quantized.bits is {self.bits!r}: write 8, 4, 2, 1.6 or 1")
 
     @property
     def shared(self) -> bool:
@@ -144,20 +148,20 @@ class TopK:
     Attributes:
         density: share of the values that is sent; at least one of each block is.
         block: values a block, or None.
-        bits: of each value on the wire: 32 (float32), 16 (bfloat16), 8, 4, 2 or 1 (as in `Quantized`).
+        bits: of each value on the wire: 32 (float32), 16 (bfloat16), or as in `Quantized`.
     """
 
     density: float = 1 / 64
     block: int | None = 256
-    bits: int = 16
+    bits: float = 16
 
     def __post_init__(self) -> None:
         if isinstance(self.density, bool) or not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
             raise UserError(f"top_k.density is {self.density!r}: it is a share above 0 and at most 1")
         if self.block is not None and (type(self.block) is not int or self.block < 1):
             raise UserError(f"top_k.block is {self.block!r}: write how many values a block has, such as 256, or None")
-        if self.bits not in (1, 2, 4, 8, 16, 32):
-            raise UserError(f"top_k.bits is {self.bits!r}: write 32, 16, 8, 4, 2 or 1")
+        if self.bits not in _FLOATS and self.bits not in _LEVELS:
+            raise UserError(f"top_k.bits is {self.bits!r}: write 32, 16, 8, 4, 2, 1.6 or 1")
 
     @property
     def shared(self) -> bool:
@@ -212,45 +216,51 @@ class TopK:
         return tf.reshape(total[:size], value.shape)
 
     def __str__(self) -> str:
-        return f"top {self.density:.3%} in {self.bits} bits" + (f", blocks of {self.block}" if self.block else "")
+        return f"top {100 * self.density:.6g} % in {self.bits} bits" + (
+            f", blocks of {self.block}" if self.block else ""
+        )
 
 
-def _encode_values(values: tf.Tensor, bits: int) -> tf.Tensor:
+def _encode_values(values: tf.Tensor, bits: float) -> tf.Tensor:
     """Flat floating [n] -> uint8 [`_value_bytes(n, bits)`]."""
-    if bits in _BITS:
-        return _bytes_of(tf.cast(values, _BITS[bits]))
-    count = values.shape[0]
-    groups = -(-count // SCALED)
+    if bits in _FLOATS:
+        return _bytes_of(tf.cast(values, _FLOATS[int(bits)]))
+    count, top, in_byte = values.shape[0], _LEVELS[bits] - 1, int(8 / bits)
+    groups = _ceil(count, SCALED)
     cut = tf.reshape(tf.pad(values, [[0, groups * SCALED - count]]), [groups, SCALED])
-    scales = tf.cast(tf.reduce_max(tf.abs(cut), axis=1), tf.bfloat16)
+    if bits in _OUTERMOST:
+        members = np.minimum(SCALED, count - SCALED * np.arange(groups))
+        outermost = tf.reduce_sum(tf.abs(cut), axis=1) * (_OUTERMOST[bits] / members)
+    else:
+        outermost = tf.reduce_max(tf.abs(cut), axis=1)
+    scales = tf.cast(outermost, tf.bfloat16)
     scale = tf.cast(scales, values.dtype)[:, tf.newaxis]
-    top = 2**bits - 1
-    level = tf.round((tf.math.divide_no_nan(cut, scale) + 1) * (top / 2))
-    levels = tf.reshape(tf.cast(tf.clip_by_value(level, 0, top), tf.int32), [-1])[: _ceil(count * bits, 8) * 8 // bits]
-    # Several values share a byte, the first in the lowest bits.
-    shared = tf.reshape(levels, [-1, 8 // bits]) * [[2 ** (bits * i) for i in range(8 // bits)]]
-    return tf.concat([_bytes_of(scales), tf.cast(tf.reduce_sum(shared, axis=1), tf.uint8)], axis=0)
+    level = tf.clip_by_value(tf.round((tf.math.divide_no_nan(cut, scale) + 1) * (top / 2)), 0, top)
+    size = _ceil(count, in_byte)
+    levels = tf.reshape(tf.cast(level, tf.int32), [-1])[:count]
+    # Several values share a byte, the first as its lowest digit.
+    digits = tf.reshape(tf.pad(levels, [[0, size * in_byte - count]]), [size, in_byte])
+    packed = tf.reduce_sum(digits * [[_LEVELS[bits] ** i for i in range(in_byte)]], axis=1)
+    return tf.concat([_bytes_of(scales), tf.cast(packed, tf.uint8)], axis=0)
 
 
-def _decode_values(message: tf.Tensor, count: int, bits: int, dtype: tf.DType) -> tf.Tensor:
+def _decode_values(message: tf.Tensor, count: int, bits: float, dtype: tf.DType) -> tf.Tensor:
     """The inverse of `_encode_values`; bytes beyond those of `count` values are ignored."""
-    if bits in _BITS:
-        kind = _BITS[bits]
+    if bits in _FLOATS:
+        kind = _FLOATS[int(bits)]
         return tf.cast(tf.bitcast(tf.reshape(message[: count * kind.size], [count, kind.size]), kind), dtype)
-    groups = -(-count // SCALED)
+    groups, top, in_byte = _ceil(count, SCALED), _LEVELS[bits] - 1, int(8 / bits)
     scales = tf.cast(tf.bitcast(tf.reshape(message[: 2 * groups], [groups, 2]), tf.bfloat16), dtype)
     packed = tf.cast(message[2 * groups : _value_bytes(count, bits)], tf.int32)
-    levels = tf.bitwise.right_shift(packed[:, tf.newaxis], [[bits * i for i in range(8 // bits)]])
-    levels = tf.reshape(tf.bitwise.bitwise_and(levels, 2**bits - 1), [-1])[:count]
-    top = 2**bits - 1
-    unit = tf.cast(2 * levels - top, dtype) / top
+    levels = packed[:, tf.newaxis] // [[_LEVELS[bits] ** i for i in range(in_byte)]] % _LEVELS[bits]
+    unit = tf.cast(2 * tf.reshape(levels, [-1])[:count] - top, dtype) / top
     return unit * tf.repeat(scales, SCALED)[:count]
 
 
-def _value_bytes(count: int, bits: int) -> int:
-    if bits in _BITS:
-        return count * bits // 8
-    return 2 * _ceil(count, SCALED) + _ceil(count * bits, 8)
+def _value_bytes(count: int, bits: float) -> int:
+    if bits in _FLOATS:
+        return count * int(bits) // 8
+    return 2 * _ceil(count, SCALED) + _ceil(count, int(8 / bits))
 
 
 def _bytes_of(tensor: tf.Tensor) -> tf.Tensor:

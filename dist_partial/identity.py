@@ -1,6 +1,7 @@
 """What must not change under a run folder: another value of any of it would be another run."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ FILE = "identity.json"
 
 
 def of_run(
-    settings: Settings, data: Dataset, model: keras.Model, plan: Plan, groups: tuple[GroupOptimizer, ...]
+    settings: Settings, data: Dataset, model: keras.Model, plan: Plan, optimizers: Sequence[GroupOptimizer]
 ) -> dict[str, Any]:
     """Rules, optimizers, model, fingerprints of all that is frozen, data, seed: as plain JSON values."""
     content = {
@@ -32,7 +33,7 @@ def of_run(
         "data": {"name": data.name, "fingerprint": data.fingerprint},
         "model": {entry.path: f"{entry.dtype}{list(entry.shape)}" for entry in plan.entries},
         "model_config": _model_config(model),
-        "optimizers": [_optimizer(group.optimizer) for group in groups],
+        "optimizers": [_optimizer(group.optimizer) for group in optimizers],
         "frozen": checkpoints.frozen_fingerprints(model, plan),
     }
     return _plain(content)

@@ -133,11 +133,23 @@ def _exchange(
         for variable, average in zip(statistics, averages, strict=True):
             variable.assign(average)
 
+    def replica_starts() -> list[tf.Tensor]:
+        """Where the next steps start: at the anchor, but for what was left out, which was divided by the replicas."""
+        count = tf.distribute.get_replica_context().num_replicas_in_sync
+        starts = []
+        for anchor, state in zip(_anchors(fragment), fragment.states, strict=True):
+            start = tf.convert_to_tensor(anchor)
+            if "residual" in state:
+                start -= count * state["residual"]
+                state["residual"].assign(tf.zeros_like(start))
+            starts.append(start)
+        return starts
+
     @tf.function(autograph=False)
     def exchanged() -> None:
         if moved:
             strategy.run(replica_update, args=strategy.run(replica_means))
-            _go_to_anchors(strategy, fragment)
+            _go_to(strategy, fragment, strategy.run(replica_starts) if fragment.reduction.keep else _anchors(fragment))
 
     return exchanged
 
@@ -149,7 +161,7 @@ def agreed(strategy: tf.distribute.Strategy, fragments: Sequence[Fragment]) -> I
     copies = [copy for value in values for copy in strategy.experimental_local_results(value)]
     kept = [tf.identity(copy) for copy in copies]
     for fragment in fragments:
-        _go_to_anchors(strategy, fragment)
+        _go_to(strategy, fragment, _anchors(fragment))
     try:
         yield
     finally:
@@ -159,9 +171,11 @@ def agreed(strategy: tf.distribute.Strategy, fragments: Sequence[Fragment]) -> I
             optimizers.write_rows(strategy, fragment.members)
 
 
-def _go_to_anchors(strategy: tf.distribute.Strategy, fragment: Fragment) -> None:
-    for member, anchor in zip(fragment.members, fragment.outer.members, strict=True):
-        strategy.extended.update(
-            member.variable.value, lambda own, value: own.assign(value), args=(anchor.variable.value,)
-        )
+def _anchors(fragment: Fragment) -> list[Any]:
+    return [member.variable.value for member in fragment.outer.members]
+
+
+def _go_to(strategy: tf.distribute.Strategy, fragment: Fragment, values: Sequence[Any]) -> None:
+    for member, value in zip(fragment.members, values, strict=True):
+        strategy.extended.update(member.variable.value, lambda own, value: own.assign(value), args=(value,))
     optimizers.write_rows(strategy, fragment.members)

@@ -35,16 +35,28 @@ _HEADER = struct.Struct("<4sBIQQ")  # magic, kind, op, run, bytes that follow
 _MAGIC = b"dpm1"
 _PART, _FINAL = 0, 1  # a chunk yet to be summed; bytes of the result. In this order: what a sum waits for first
 _SLICE = 2**20  # bytes a socket call, after which progress is noted
+_PIECE = 2**19  # bytes of a tensor that are summed while others travel
 _BLOCK = 2**15  # elements that are widened at a time, so that they stay in the cache
 
 
 @dataclasses.dataclass(eq=False)
-class _Op:
-    """One tensor of the graph; place k of its result is `[bounds[k], bounds[k + 1])`, which worker k sends."""
+class _Tensor:
+    """One tensor of the graph, exchanged piece by piece."""
 
-    number: int
     gathers: bool
     dtype: np.dtype
+    size: int  # of its result
+    ops: list["_Op"] = dataclasses.field(default_factory=list)
+    results: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # by run
+
+
+@dataclasses.dataclass(eq=False)
+class _Op:
+    """One piece of a tensor, `[start, start + bounds[-1])`; its place `[bounds[k], bounds[k + 1])` worker k sends."""
+
+    number: int
+    tensor: _Tensor
+    start: int
     bounds: list[int]
     begun: int = 0
     runs: dict[int, "_Run"] = dataclasses.field(default_factory=dict)
@@ -137,20 +149,23 @@ class Mesh:
         tensors = [*sums, *gathers]
         if not tensors:
             return [], []
-        ops = [self._add(i >= len(sums), t.dtype.as_numpy_dtype, t.shape.num_elements()) for i, t in enumerate(tensors)]
+        added = [
+            self._add(i >= len(sums), t.dtype.as_numpy_dtype, t.shape.num_elements()) for i, t in enumerate(tensors)
+        ]
         tickets = [
             tf.numpy_function(
-                functools.partial(self._begin, op), [t], tf.int64, name=GATHER_OP if op.gathers else SUM_OP
+                functools.partial(self._begin, own), [t], tf.int64, name=GATHER_OP if own.gathers else SUM_OP
             )
-            for op, t in zip(ops, tensors, strict=True)
+            for own, t in zip(added, tensors, strict=True)
         ]
         # Only one of them waits at a time, and none before all tensors are on their way: TensorFlow may have few
         # threads. What has arrived is put to use while the rest still travels.
         results: list[Any] = []
-        for op, ticket, t in zip(ops, tickets, tensors, strict=True):
+        for own, ticket, t in zip(added, tickets, tensors, strict=True):
+            end = functools.partial(self._end, own)
             with tf.control_dependencies([*tickets, *results[-1:]]):
-                result = tf.numpy_function(functools.partial(self._end, op), [ticket], t.dtype, name="dist_partial_end")
-            result.set_shape([self.size, *t.shape] if op.gathers else t.shape)
+                result = tf.numpy_function(end, [ticket], t.dtype, name="dist_partial_end")
+            result.set_shape([self.size, *t.shape] if own.gathers else t.shape)
             results.append(result)
         return results[: len(sums)], results[len(sums) :]
 
@@ -166,39 +181,48 @@ class Mesh:
                 peer.connection.shutdown(socket.SHUT_RDWR)  # wakes the threads, which closing does not
             peer.connection.close()
 
-    def _add(self, gathers: bool, dtype: Any, count: int) -> _Op:
-        bounds = [k * count if gathers else k * count // self.size for k in range(self.size + 1)]
+    def _add(self, gathers: bool, dtype: Any, count: int) -> _Tensor:
+        tensor = _Tensor(gathers, np.dtype(dtype), self.size * count if gathers else count)
+        step = count if gathers else max(1, _PIECE // tensor.dtype.itemsize)
         with self._changed:
-            op = _Op(len(self._ops), gathers, np.dtype(dtype), bounds)
-            self._ops.append(op)
+            for start in range(0, max(1, count), max(1, step)):
+                piece = min(step, count - start)
+                bounds = [k * piece if gathers else k * piece // self.size for k in range(self.size + 1)]
+                tensor.ops.append(_Op(len(self._ops), tensor, start, bounds))
+                self._ops.append(tensor.ops[-1])
             self._changed.notify_all()
-        return op
+        return tensor
 
-    def _begin(self, op: _Op, tensor: np.ndarray) -> np.int64:
-        """Puts the tensor to the senders and returns its run's number. Never blocks: it holds a thread of few."""
-        with self._changed:
-            run = self._run(op, op.begun)
-            op.begun += 1
-        if op.gathers:
-            self._finish(run, tensor)
-            return np.int64(run.number)
-        for peer in self._peers.values():
-            self._put(peer, run, _PART, tensor[op.bounds[peer.rank] : op.bounds[peer.rank + 1]])
-        self._arrived(run, _PART, self.rank, tensor[op.bounds[self.rank] : op.bounds[self.rank + 1]])
-        return np.int64(run.number)
+    def _begin(self, tensor: _Tensor, array: np.ndarray) -> np.int64:
+        """Puts an array to the senders and returns its run's number. Never blocks: it holds a thread of few."""
+        number = tensor.ops[0].begun
+        for op in tensor.ops:
+            with self._changed:
+                run = self._run(op, op.begun)
+                op.begun += 1
+            if tensor.gathers:
+                self._finish(run, array)
+                break
+            piece = array[op.start : op.start + op.bounds[-1]]
+            for peer in self._peers.values():
+                self._put(peer, run, _PART, piece[op.bounds[peer.rank] : op.bounds[peer.rank + 1]])
+            self._arrived(run, _PART, self.rank, piece[op.bounds[self.rank] : op.bounds[self.rank + 1]])
+        return np.int64(number)
 
-    def _end(self, op: _Op, number: np.int64) -> np.ndarray:
+    def _end(self, tensor: _Tensor, number: np.int64) -> np.ndarray:
         """Waits for the result of a run."""
         start = time.monotonic()
         with self._changed:
-            run = op.runs[int(number)]
-            while not run.done():
-                self.failure = self.failure or self._find_failure(run, start)
-                if self.failure:
-                    raise ConnectionError(self.failure)
-                self._changed.wait(IDLE_SECONDS / 10)
-            del op.runs[run.number]
-        return run.result.reshape(self.size, -1) if op.gathers else run.result
+            for op in tensor.ops:
+                run = op.runs[int(number)]
+                while not run.done():
+                    self.failure = self.failure or self._find_failure(run, start)
+                    if self.failure:
+                        raise ConnectionError(self.failure)
+                    self._changed.wait(IDLE_SECONDS / 10)
+                del op.runs[run.number]
+            result = tensor.results.pop(int(number))
+        return result.reshape(self.size, -1) if tensor.gathers else result
 
     def _find_failure(self, run: _Run, start: float) -> str | None:
         waiting = sorted(pair for pair in run.waiting if pair[1] != self.rank)
@@ -219,9 +243,13 @@ class Mesh:
             # A peer is at most one run ahead: to end one it needs this worker's part of it.
             if number != op.begun:
                 raise ValueError(f"run {number} of op {op.number}, where run {op.begun} is next")
-            kinds = [_FINAL] if op.gathers else [_PART, _FINAL]
+            tensor = op.tensor
+            if number not in tensor.results:
+                tensor.results[number] = _aligned(tensor.size, tensor.dtype)
+            kinds = [_FINAL] if tensor.gathers else [_PART, _FINAL]
             waiting = set(itertools.product(kinds, range(self.size)))
-            op.runs[number] = _Run(op, number, _aligned(op.bounds[-1], op.dtype), waiting)
+            result = tensor.results[number][op.start : op.start + op.bounds[-1]]
+            op.runs[number] = _Run(op, number, result, waiting)
         return op.runs[number]
 
     def _put(self, peer: _Peer, run: _Run, kind: int, array: np.ndarray) -> None:
@@ -252,7 +280,7 @@ class Mesh:
         """Sends this worker's place of the result to all, and fills it here."""
         for peer in self._peers.values():
             self._put(peer, run, _FINAL, array)
-        if run.op.gathers:
+        if run.op.tensor.gathers:
             run.result[run.op.bounds[self.rank] : run.op.bounds[self.rank + 1]] = array
         self._arrived(run, _FINAL, self.rank, array)
 

@@ -135,32 +135,11 @@ def _measure(settings: "Settings", batch: int) -> tuple["Plan", Computation, flo
     import tensorflow as tf
 
     from dist_partial import local_sgd, replicas, run, step
-    from dist_partial.data import train_batches
 
     built = run.build(settings, replicas.create("default"))
     strategy, wire = built.replicas.strategy, built.replicas.wire
     batch = -(-batch // settings.accumulate) * settings.accumulate
-    options = step.StepOptions(batch, settings.clip_norm, settings.accumulate, settings.jit_compile)
-    train = step.train_step(
-        strategy,
-        wire,
-        built.model,
-        built.loss,
-        built.plan,
-        built.optimizers,
-        built.reductions,
-        options,
-        built.scale,
-    )
-    batches = iter(
-        train_batches(
-            built.data.train,
-            first_step=0,
-            global_batch=batch,
-            seed=settings.seed,
-            context=replicas.input_context(strategy),
-        )
-    )
+    train, batches = run.training(built, settings, 0, batch)
     one = next(batches)
     weighted = (*one[:2], tf.ones(one[1].shape[:1]))
     forward = step.evaluation_step(strategy, built.model, built.loss)

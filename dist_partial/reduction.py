@@ -127,12 +127,15 @@ class LocalSGD:
         offset: the exchanges follow the steps s with s % steps == offset % steps.
         outer: factory of the outer Keras optimizer; None is SGD(1): the replicas' mean.
         exchange: a reduction of every step, by which the movements are summed; None sends them as they are.
+        keep: what the exchange leaves out stays in the replica's own variables, and goes on to be trained from, instead
+            of waiting in a residual for the next exchange (the better choice with `top_k`).
     """
 
     steps: int
     offset: int = 0
     outer: Callable[..., Any] | None = None
     exchange: Any = None
+    keep: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("offset", 0)):
@@ -178,6 +181,7 @@ class LocalSGD:
         parts += [f"offset {self.offset}"] if self.offset else []
         parts += [f"outer {getattr(self.outer, '__name__', self.outer)}"] if self.outer else []
         parts += [str(self.exchange)] if self.exchange else []
+        parts += ["keep"] if self.keep else []
         return ", ".join(parts)
 
 

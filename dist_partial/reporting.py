@@ -26,7 +26,7 @@ def plan_table(plan: Plan) -> str:
             _trained_word(entry),
             str(entry.rule),
             str(entry.reduction) if entry.trained and entry.sent else "-",
-            f"{entry.wire_bytes:,}",
+            _count(entry.wire_bytes),
         )
         for entry in plan.entries
     ]
@@ -38,10 +38,14 @@ def plan_table(plan: Plan) -> str:
         [
             *table,
             f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%})",
-            f"on the wire: {plan.wire_bytes:,} of {plan.full_wire_bytes:,} bytes a step and replica "
+            f"on the wire: {_count(plan.wire_bytes)} of {plan.full_wire_bytes:,} bytes a step and replica "
             f"({plan.wire_bytes / plan.full_wire_bytes:.2%} of exchanging everything)",
         ]
     )
+
+
+def _count(average: int | float) -> str:
+    return f"{average:,}" if isinstance(average, int) else f"{average:,.1f}"
 
 
 def _trained_word(entry: Any) -> str:
@@ -122,7 +126,7 @@ class Journal:
         self._bar.update(len(rows))
         last = rows[-1]
         self._bar.set_postfix_str(
-            f"loss {last['loss']:.3f}, {last['wire_bytes'] / last['step'] / 1e6:.3f} MB/step on the wire "
+            f"loss {last['loss']:.3f}, {tqdm.format_sizeof(last['wire_bytes'] / last['step'], 'B')}/step on the wire "
             f"({last['wire_share']:.2%})"
         )
 

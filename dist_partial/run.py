@@ -81,11 +81,12 @@ def build(settings: Settings, replicas: Replicas) -> Built:
         reductions = reduction.states(plan)
         fragments = local_sgd.build(plan, groups, reductions)
         scale = LossScale() if needs_loss_scale(model) else None
-    if scale is not None and not all(group.reduction.shared for group in plan.groups):
-        raise UserError(
-            "float16 needs all replicas to agree on each step's overflow, which groups that train by themselves do "
-            "not: bind run.precision = 'mixed_bfloat16', or a reduction of every step"
-        )
+    for group in plan.groups:
+        if scale is not None and (group.reduction.state("", (64, 64), "float32") or not group.reduction.shared):
+            raise UserError(
+                f"float16 scales the loss and skips the steps that overflow on any replica, which {group.reduction} of "
+                f"rule {group.rule.match!r} cannot: bind run.precision = 'mixed_bfloat16', or @every_step()"
+            )
     loss = settings.loss()
     if not callable(loss):
         raise UserError(f"run.loss made a {type(loss).__name__}: its factory must return a Keras loss or a function")
@@ -100,7 +101,7 @@ def build(settings: Settings, replicas: Replicas) -> Built:
         fragments=fragments,
         scale=scale,
         state=checkpoints.resumable_state(replicas.strategy, model, plan, groups, reductions, fragments, scale),
-        identity=identity.of_run(settings, data, model, plan, groups),
+        identity=identity.of_run(settings, data, model, plan, [*groups, *[f.outer for f in fragments]]),
     )
 
 
@@ -120,6 +121,31 @@ def restore(built: Built, folder: Path, say: Callable[[str], None]) -> checkpoin
         for group in built.optimizers:
             optimizers.write_rows(built.replicas.strategy, group.members)
     return checkpoint
+
+
+def training(
+    built: Built, settings: Settings, first_step: int, global_batch: int
+) -> tuple[step.TrainStep, Iterator[step.Batch]]:
+    """The compiled step and this worker's batches for it, from `first_step` on."""
+    train = step.train_step(
+        built.replicas.strategy,
+        built.replicas.wire,
+        built.model,
+        built.loss,
+        built.plan,
+        built.optimizers,
+        built.reductions,
+        step.StepOptions(global_batch, settings.clip_norm, settings.accumulate, settings.jit_compile),
+        built.scale,
+    )
+    batches = train_batches(
+        built.data.train,
+        first_step=first_step,
+        global_batch=global_batch,
+        seed=settings.seed,
+        context=input_context(built.replicas.strategy),
+    )
+    return train, iter(batches)
 
 
 def run(
@@ -161,26 +187,7 @@ def run(
     if checkpoint:
         say(f"going on from step {done} ({checkpoint.path})")
 
-    train = step.train_step(
-        strategy,
-        replicas.wire,
-        built.model,
-        built.loss,
-        built.plan,
-        built.optimizers,
-        built.reductions,
-        step.StepOptions(settings.global_batch, settings.clip_norm, settings.accumulate, settings.jit_compile),
-        built.scale,
-    )
-    batches = iter(
-        train_batches(
-            built.data.train,
-            first_step=done,
-            global_batch=settings.global_batch,
-            seed=settings.seed,
-            context=input_context(strategy),
-        )
-    )
+    train, batches = training(built, settings, done, settings.global_batch)
     traced = train.function.get_concrete_function(batches, tf.constant(1))
     sent_in_step = traffic.in_step(traced)
     exchanges = local_sgd.exchanges(
@@ -213,6 +220,13 @@ def run(
     ):
         if train.without_gradient:
             journal.say(f"selected, but the loss does not depend on it: {', '.join(train.without_gradient)}")
+        for exchange in exchanges:
+            local = exchange.fragment.reduction
+            if not local.due(settings.steps):
+                journal.say(
+                    f"the last exchange of {local} follows step {local.next_due(settings.steps) - local.steps}: what "
+                    f"replicas train from there to step {settings.steps} is not in the weights on which they agree"
+                )
         if plan.statistics:
             journal.say(f"BatchNorm statistics add {average_bytes(plan.statistics):,} bytes a step to the wire")
         while done < settings.steps:
@@ -228,7 +242,7 @@ def run(
             # not finite on one of them alone, which trains by itself.
             sums = total(tf.concat([result["loss"], result["gradient_norm"], [float(interrupted())]], axis=0)).numpy()
             losses, norms, stopped = sums[:count], sums[count:-1] / workers, sums[-1]
-            meter.stop(count, int(sent[-1]) - wire_bytes)
+            meter.stop(count, int(sent[-1]) - wire_bytes, sums.nbytes)
             good = _finite_steps(losses, norms, scaled=built.scale is not None)
             journal.train(done + 1, losses[:good], norms[:good], sent[:good])
             if good < count:

@@ -119,6 +119,7 @@ class Meter:
         card: the counter of this worker's network card, from `card`, or None.
         first: the step before the first that is metered.
         counted: bytes by the collectives of the graphs that ran.
+        metrics: bytes of losses and norms that were summed over the workers, besides.
         read: bytes that the card has sent meanwhile.
         step_ms: time of the steps of each call, in milliseconds; the first call, which is still warming up, left out.
     """
@@ -128,6 +129,7 @@ class Meter:
     card: Path | None
     first: int
     counted: int = 0
+    metrics: int = 0
     read: int = 0
     step_ms: list[float] = dataclasses.field(default_factory=list)
     _start: tuple[float, int] | None = None
@@ -137,7 +139,7 @@ class Meter:
         """Begins a call of the step."""
         self._start = time.perf_counter(), sent(self.card) if self.card else 0
 
-    def stop(self, steps: int, counted: int) -> None:
+    def stop(self, steps: int, counted: int, metrics: int) -> None:
         """Ends it, once all workers have what they were sent."""
         assert self._start is not None
         began, before = self._start
@@ -146,18 +148,21 @@ class Meter:
         self._calls += 1
         self.read += sent(self.card) - before if self.card else 0
         self.counted += counted
+        self.metrics += metrics if self.workers > 1 else 0
 
     def to_json(self, step: int) -> dict[str, Any]:
         """The content of traffic.json after `step`: bytes planned, counted, expected at the card, and read there."""
         times = [(message, message.times(self.first, step)) for message in self.plan.messages]
+        at_cards = [*times, (Message("sum", self.metrics), 1)]
         return {
             "first_step": self.first + 1,
             "last_step": step,
             "workers": self.workers,
             "planned_bytes": sum(count * message.bytes for message, count in times),
             "counted_bytes": self.counted,
+            "metrics_bytes": self.metrics,
             "full_bytes": self.plan.full_wire_bytes * (step - self.first),
-            "expected_card_bytes": round(sum(count * at_card(message, self.workers) for message, count in times)),
+            "expected_card_bytes": round(sum(count * at_card(message, self.workers) for message, count in at_cards)),
             "card_bytes": self.read if self.card else None,
             "card": self.card.parts[-3] if self.card else None,
             "step_ms": round(statistics.median(self.step_ms), 3) if self.step_ms else None,
