@@ -99,9 +99,8 @@ def estimate(settings: "Settings", machine: Machine) -> Cost:
     """
     plan, computation, exchanges, memory = _measure(settings, max(1, settings.global_batch // machine.workers))
     cores = os.cpu_count() or 1
-    messages = [(message, message.bytes / message.every) for message in plan.messages]
-    sending = _at_card(plan, machine.workers, every_step=True)
-    periodic = _at_card(plan, machine.workers, every_step=False)
+    sending = _at_card([entry for entry in plan.trained if entry.reduction.shared], machine.workers)
+    periodic = _at_card(plan.trained, machine.workers) - sending
     # Workers that share a host's cores compute side by side until the cores are full; sockets want their share.
     crowded = machine.workers_per_host / cores
     transport = 2 * (sending + periodic) * CPU_NS_PER_BYTE * 1e-9
@@ -114,13 +113,13 @@ def estimate(settings: "Settings", machine: Machine) -> Cost:
     step += exchanges * slower + periodic / machine.bandwidth / EFFICIENCY
     if machine.workers > 1:
         step = max(step, (computation.cpu + transport) * crowded)
-    return Cost(plan, sum(size for _, size in messages), sending + periodic, memory, compute, wire, step)
+    return Cost(plan, plan.wire_bytes, sending + periodic, memory, compute, wire, step)
 
 
-def _at_card(plan: "Plan", workers: int, every_step: bool) -> float:
+def _at_card(entries: Sequence[Any], workers: int) -> float:
+    """Bytes a step, on average."""
     from dist_partial import traffic
 
-    entries = [entry for entry in plan.trained if entry.reduction.shared == every_step]
     messages = [message for entry in entries for message in entry.messages]
     return sum(traffic.at_card(message, workers) / message.every for message in messages)
 
@@ -193,12 +192,13 @@ def report(cost: Cost, full: Cost, machine: Machine) -> str:
     ]
     lines = [f"{'':28}{'this plan':>16}{'all, float32':>16}"]
     lines += [f"{name:28}{one:>16}{other:>16}" for name, one, other in rows]
-    lines += ["", "rules by what they send:"]
-    groups = sorted(cost.plan.groups, key=lambda group: -sum(e.wire_bytes for e in group.entries))
-    for group in groups:
-        size = sum(entry.wire_bytes for entry in group.entries)
-        share = size / cost.payload if cost.payload else 0.0
-        lines.append(f"  {share:7.2%}  {_size(size):>12}  {group.rule}: {group.reduction}")
+    lines += ["", "rules by what they make each card send:"]
+    sent = {group: _at_card(group.entries, machine.workers) for group in cost.plan.groups}
+    for group, size in sorted(sent.items(), key=lambda item: -item[1]):
+        share = size / cost.at_card if cost.at_card else 0.0
+        lines.append(
+            f"  {share:7.2%}  {_size(size):>10}  {_ms(size / machine.bandwidth):>10}  {group.rule}: {group.reduction}"
+        )
     return "\n".join(lines)
 
 

@@ -119,13 +119,19 @@ class PowerModel:
         return (left @ self.right.T).reshape(self.shape)
 
 
+# By bits: how many levels there are, and the outermost over the mean magnitude, or None where it is the largest value.
+LEVELS = {8: (256, None), 4: (16, None), 2: (4, 1.872), 1.6: (3, 1.534), 1: (2, 1.0)}
+
+
 def nearest_levels(values, bits):
-    """Each value's nearest of 2^bits evenly spaced numbers between plus and minus the largest of its 256."""
+    """Each value's nearest of evenly spaced numbers that lie symmetric to zero, by the scale of its 256."""
     found = np.zeros_like(values)
+    count, over_mean = LEVELS[bits]
     for start in range(0, len(values), 256):
         part = values[start : start + 256]
-        scale = rounded(np.abs(part).max(), "bfloat16").astype(values.dtype)
-        levels = np.linspace(-scale, scale, 2**bits, dtype=values.dtype)
+        scale = np.abs(part).max() if over_mean is None else over_mean * np.abs(part).mean()
+        scale = rounded(scale, "bfloat16").astype(values.dtype)
+        levels = np.linspace(-scale, scale, count, dtype=values.dtype)
         found[start : start + 256] = levels[np.abs(part[:, np.newaxis] - levels).argmin(axis=1)]
     return found
 
@@ -231,8 +237,8 @@ def test_power_sgd_is_the_papers(replicas, wire, dtype, tolerance, mirrored):
     ("replicas", "members"),
     [
         (1, [(8, (300,)), (1, (1000, 3))]),
-        (2, [(8, (1000, 3)), (4, (300,)), (4, (7,)), (2, (3, 4, 10)), (1, (12, 20)), (1, (1000, 3))]),
-        (3, [(8, (12, 20)), (4, (3, 4, 10)), (2, (300,))]),
+        (2, [(8, (1000, 3)), (4, (300,)), (4, (7,)), (2, (3, 4, 10)), (1.6, (12, 20)), (1.6, (1000, 3)), (1, (300,))]),
+        (3, [(8, (12, 20)), (1.6, (3, 4, 10)), (2, (300,))]),
     ],
 )
 def test_quantized_takes_the_nearest_level(replicas, members, mirrored):
@@ -251,7 +257,7 @@ TOP_K = [
     (TopK(1 / 30, 300, 8), (1000, 3)),  # places of 2 bytes
     (TopK(1 / 64, 300, 4), (3, 4, 10)),
     (TopK(1 / 2, 256, 16), (7,)),
-    (TopK(1.0, 16, 2), (3, 4, 10)),  # everything, and what fills the last block up
+    (TopK(1.0, 16, 1.6), (3, 4, 10)),  # everything, and what fills the last block up
     (TopK(0.001, None, 16), (70_000,)),  # places of 4 bytes
 ]
 
@@ -359,7 +365,7 @@ def test_power_sgd_does_not_depend_on_who_has_which_gradient(mirrored):
 def test_gradients_of_zero_are_no_nan_and_end_nothing(mirrored):
     members = [
         *[(each, (12, 20)) for each in (PowerSGD(2), PowerSGD(2, "bfloat16"), EveryStep("float16"))],
-        *[(Quantized(bits), (300,)) for bits in (1, 8)],
+        *[(Quantized(bits), (300,)) for bits in (1, 1.6, 2, 8)],
         *[(TopK(1 / 16, 16, bits), (300,)) for bits in (16, 2)],
     ]
     simulated = Simulated(mirrored(2), members)
@@ -409,6 +415,7 @@ MESSAGES = [
     (Quantized(8), (300,), [("gather", 2 * 2 + 300)]),
     (Quantized(4), (300,), [("gather", 2 * 2 + 150 + 2)]),
     (Quantized(2), (300,), [("gather", 2 * 2 + 75 + 1)]),
+    (Quantized(1.6), (300,), [("gather", 2 * 2 + 60)]),  # five values of three levels a byte
     (Quantized(1), (300,), [("gather", 2 * 2 + 38 + 2)]),
     (Quantized(8), (7,), [("gather", 2 + 7 + 3)]),
     (TopK(1 / 16, 256, 16), (1000, 3), [("gather", 12 * 16 * (1 + 2))]),
@@ -417,6 +424,7 @@ MESSAGES = [
     (TopK(1 / 50, None, 4), (1000, 3), [("gather", 60 * 2 + 2 + 30)]),
     (TopK(1 / 16, 256, 2), (12, 20), [("gather", 15 + 2 + 4 + 3)]),
     (TopK(0.001, None, 16), (70_000,), [("gather", 70 * (4 + 2))]),
+    (TopK(1 / 16, 256, 1.6), (12, 20), [("gather", 15 + 2 + 3)]),
     (PowerSGD(2), (12, 20), [("sum", 2 * 12 * 8), ("sum", 2 * 20 * 8)]),
     (PowerSGD(2, "bfloat16"), (3, 4, 10), [("sum", 2 * 12 * 2), ("sum", 2 * 10 * 2)]),
     (EveryStep("float16"), (3, 4, 10), [("sum", 120 * 2)]),
