@@ -129,7 +129,8 @@ def _exchange(
         return means[: len(moved)][::-1], means[len(moved) :]
 
     def replica_update(means: list[tf.Tensor], averages: list[tf.Tensor]) -> None:
-        fragment.outer.optimizer.apply(means, [fragment.outer.members[i].variable for i in moved])
+        if moved:
+            fragment.outer.optimizer.apply(means, [fragment.outer.members[i].variable for i in moved])
         for variable, average in zip(statistics, averages, strict=True):
             variable.assign(average)
 
@@ -147,7 +148,7 @@ def _exchange(
 
     @tf.function(autograph=False)
     def exchanged() -> None:
-        if moved:
+        if moved or statistics:
             strategy.run(replica_update, args=strategy.run(replica_means))
             _go_to(strategy, fragment, strategy.run(replica_starts) if fragment.reduction.keep else _anchors(fragment))
 

@@ -144,7 +144,8 @@ class LocalSGD:
                 raise UserError(f"local_sgd.{name} is {value!r}: it must be a whole number of at least {least}")
         if self.outer is not None and (not callable(self.outer) or isinstance(self.outer, keras.optimizers.Optimizer)):
             raise UserError(f"local_sgd.outer is {self.outer!r}: bind a factory, such as @nesterov without ()")
-        if self.exchange is not None and not getattr(self.exchange, "shared", False):
+        # Of a class, not made by (), `shared` would be the property itself.
+        if self.exchange is not None and getattr(self.exchange, "shared", False) is not True:
             raise UserError(
                 f"local_sgd.exchange is {self.exchange!r}: bind a reduction of every step, such as @quantized()"
             )

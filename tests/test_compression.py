@@ -365,8 +365,8 @@ def test_power_sgd_does_not_depend_on_who_has_which_gradient(mirrored):
 def test_gradients_of_zero_are_no_nan_and_end_nothing(mirrored):
     members = [
         *[(each, (12, 20)) for each in (PowerSGD(2), PowerSGD(2, "bfloat16"), EveryStep("float16"))],
-        *[(Quantized(bits), (300,)) for bits in (1, 1.6, 2, 8)],
-        *[(TopK(1 / 16, 16, bits), (300,)) for bits in (16, 2)],
+        *[(Quantized(bits), (300,)) for bits in (1, 1.6)],
+        *[(TopK(1 / 16, 16, bits), (300,)) for bits in (16, 4)],
     ]
     simulated = Simulated(mirrored(2), members)
     for _ in range(2):

@@ -483,3 +483,28 @@ def test_one_replica_exchanges_with_itself(mirrored):
     reference.go(STEPS)
     assert_close(local, reference)
     assert traffic.collectives(local.exchanges[0].get_concrete_function()) == []
+
+
+def test_what_an_exchange_leaves_out_is_trained_on_from(mirrored):
+    """With `keep`, anchor minus variable is what was not sent yet: nothing is lost, and nothing waits elsewhere."""
+    cases.set_precision("float64")
+    kind = LocalSGD(3, exchange=TopK(1 / 16, 64, 32), keep=True)
+    local = Local(mirrored(2), _with([Rule(r"dense[12]/kernel", reduction=kind), ("freeze", r".*")]), "momentum")
+    for _ in range(4):
+        local.go(2)
+        assert local.step() == [0]
+        before, anchor = local.own(), {path: values[0] for path, values in local.anchors().items()}
+        local.exchanges[0]()
+        after, moved = local.own(), local.anchors()
+        for path, values in moved.items():
+            assert same_bits(values), path
+            sent = anchor[path] - values[0]
+            assert np.count_nonzero(sent) <= 2 * np.ceil(sent.size / 64) * 4 + 1
+            unsent = sum(values[0] - own for own in after[path])
+            whole = sum(anchor[path] - own for own in before[path])
+            # The mean of what was sent is the anchor's step; 32 bits a value round what is sent, and keep the rest.
+            np.testing.assert_allclose(2 * sent + unsent, whole, atol=1e-12)
+            assert not same_bits(after[path])
+    for state in local.states:
+        for residual in copies(local.strategy, state["residual"]):
+            assert not residual.any()

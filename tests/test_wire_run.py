@@ -338,7 +338,6 @@ def test_bad_bindings(name, tmp_path):
     assert all(word in message for word in words), message
 
 
-@pytest.mark.xfail(raises=TypeError, strict=True, reason="a class has `shared`, too: LocalSGD takes it for a reduction")
 def test_an_exchange_without_brackets(tmp_path):
     file = tmp_path / "base.gin"
     file.write_text(BASE)

@@ -1,6 +1,6 @@
 """Held-out loss against bytes sent: what each reduction costs, on everything and on a selection.
 
-python -m tests.benchmarks.quality [--seeds=3] [--policies="NAME;..."]
+python -m tests.benchmarks.quality [--seeds=3] [--policies="NAME;..."] [--go_on]
 
 Two simulated replicas train a byte transformer on the embedded corpus; every run reads the same number of examples.
 Each policy runs in a process of its own, two at a time, and its losses are means over the seeds.
@@ -66,7 +66,6 @@ def _policies() -> list[Policy]:
         "PowerSGD rank 4": lambda m: m.PowerSGD(4),
         "top 6 %, 8 bits": lambda m: m.TopK(1 / 16, 256, 8),
         "4 bits": lambda m: m.Quantized(4),
-        "every 5 steps": lambda m: m.LocalSGD(5),
         "every 10 steps, Nesterov (DiLoCo)": lambda m: m.LocalSGD(10, outer=m.nesterov),
         "every 10 steps, 4 bits": lambda m: m.LocalSGD(10, exchange=m.Quantized(4)),
         "every 6 steps, 1.6 bits": lambda m: m.LocalSGD(6, exchange=m.Quantized(1.6)),
@@ -82,7 +81,11 @@ def _policies() -> list[Policy]:
     found.append(Policy("in turns every 12 steps, 4 bits", lambda m: m.EveryStep(), rules=_in_turns))
     found += [Policy(name, make, 8, 6e-3) for name, make in smaller.items()]
     found += [Policy(f"selection: {name}", make, rules=PART) for name, make in both.items()]
-    found += [Policy(f"selection: {name}", make, 8, 6e-3, rules=PART) for name, make in smaller.items()]
+    found.append(
+        Policy(
+            "selection: batch 8, every 24 steps, 1.6 bits", smaller["batch 8, every 24 steps, 1.6 bits"], 8, 6e-3, PART
+        )
+    )
     return found
 
 
@@ -163,7 +166,7 @@ def measure(name: str, seeds: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    full = next(row for row in rows if row["policy"] == "full")
+    full = next((row for row in rows if row["policy"] == "full"), rows[0])
     lines = [
         "| policy | held-out loss | spread | against full | bytes a replica | fewer bytes |",
         "|---|--:|--:|--:|--:|--:|",
@@ -184,7 +187,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(10, 6), layout="constrained")
-    full = next(row for row in rows if row["policy"] == "full")
+    full = next((row for row in rows if row["policy"] == "full"), rows[0])
     for row in rows:
         if row["wire_bytes"]:
             marker = "s" if row["selected"] == "part" else "^" if row["global_batch"] < 32 else "o"
@@ -200,17 +203,30 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--policies", default="", help="some of them, separated by ;")
+    parser.add_argument("--go_on", action="store_true", help="keep the rows that are there")
     parser.add_argument("--child")
     arguments = parser.parse_args()
     if arguments.child:
-        return child(arguments.child, arguments.seeds)
-    names = arguments.policies.split(";") if arguments.policies else list(POLICIES)
+        child(arguments.child, arguments.seeds)
+        return
+    rows: dict[str, dict[str, Any]] = {}
+    if arguments.go_on and RESULTS.exists():
+        rows = {row["policy"]: row for row in json.loads(RESULTS.read_text())["rows"]}
+    failures = []
     with ThreadPoolExecutor(2) as pool:
-        results = [pool.submit(measure, name, arguments.seeds) for name in names]
-    failures = [str(result.exception()) for result in results if result.exception()]
-    rows = [result.result() for result in results if not result.exception()]
-    if arguments.policies or failures:
+        names = arguments.policies.split(";") if arguments.policies else list(POLICIES)
+        missing = [name for name in names if name not in rows]
+        for name, result in [(name, pool.submit(measure, name, arguments.seeds)) for name in missing]:
+            if error := result.exception():
+                failures.append(str(error))
+                continue
+            rows[name] = result.result()
+            write([rows[name] for name in POLICIES if name in rows])
+    if failures:
         sys.exit("\n".join(failures))
+
+
+def write(rows: list[dict[str, Any]]) -> None:
     setting = f"{EXAMPLES:,} examples of {WINDOW} bytes, byte_transformer({MODEL}), Adam, cosine, 2 simulated replicas"
     RESULTS.write_text(json.dumps({"command": COMMAND, "setting": setting, "rows": rows}, indent=1) + "\n")
     plot(rows)
@@ -219,8 +235,6 @@ def main() -> None:
     if begin in text:
         head, rest = text.split(begin)
         README.write_text(f"{head}{begin}\n\n{table(rows)}\n\n{end}{rest.split(end)[1]}")
-    print(table(rows))
-    return None
 
 
 if __name__ == "__main__":
