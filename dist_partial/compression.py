@@ -110,7 +110,7 @@ class Quantized:
     bits: float = 8
 
     def __post_init__(self) -> None:
-        if self.bits not in _LEVELS:
+        if type(self.bits) not in (int, float) or self.bits not in _LEVELS:
             raise UserError(f"quantized.bits is {self.bits!r}: write 8, 4, 2, 1.6 or 1")
 
     @property
@@ -160,7 +160,7 @@ class TopK:
             raise UserError(f"top_k.density is {self.density!r}: it is a share above 0 and at most 1")
         if self.block is not None and (type(self.block) is not int or self.block < 1):
             raise UserError(f"top_k.block is {self.block!r}: write how many values a block has, such as 256, or None")
-        if self.bits not in _FLOATS and self.bits not in _LEVELS:
+        if type(self.bits) not in (int, float) or (self.bits not in _FLOATS and self.bits not in _LEVELS):
             raise UserError(f"top_k.bits is {self.bits!r}: write 32, 16, 8, 4, 2, 1.6 or 1")
 
     @property
@@ -216,9 +216,7 @@ class TopK:
         return tf.reshape(total[:size], value.shape)
 
     def __str__(self) -> str:
-        return f"top {100 * self.density:.6g} % in {self.bits} bits" + (
-            f", blocks of {self.block}" if self.block else ""
-        )
+        return f"top {self.density!r} in {self.bits} bits" + (f", blocks of {self.block}" if self.block else "")
 
 
 def _encode_values(values: tf.Tensor, bits: float) -> tf.Tensor:

@@ -192,7 +192,9 @@ def _explain(error: Exception, place: str) -> str:
     if isinstance(error, SyntaxError):
         first = error.msg.rstrip(".") + (f": {error.text.strip()!r}" if error.text else "")
         place = place or f" ({error.filename}, line {error.lineno})"
-    if match := re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
+    if isinstance(error, RecursionError):
+        first = "a binding refers to itself, as in local_sgd.exchange = @local_sgd()"
+    elif match := re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
         name = match[1].split("/")[-1]
         short = {selector.split(".")[-1]: selector.removeprefix("dist_partial.") for selector in _bindable}
         near = difflib.get_close_matches(name.split(".")[-1], list(short), cutoff=0.5)

@@ -169,6 +169,10 @@ class Mesh:
             results.append(result)
         return results[: len(sums)], results[len(sums) :]
 
+    def lost(self) -> str | None:
+        """What has become of a worker that is gone, whether it was waited for or not; text for the user, or None."""
+        return self.failure or next((peer.lost for peer in self._peers.values() if peer.lost), None)
+
     def close(self) -> None:
         """Closes the connections: what is waited for fails."""
         with self._changed:

@@ -99,7 +99,8 @@ def estimate(settings: "Settings", machine: Machine) -> Cost:
     """
     plan, computation, exchanges, memory = _measure(settings, max(1, settings.global_batch // machine.workers))
     cores = os.cpu_count() or 1
-    sending = _at_card([entry for entry in plan.trained if entry.reduction.shared], machine.workers)
+    shared = [entry for entry in plan.trained if entry.reduction.shared]
+    sending = _at_card(shared, machine.workers)
     periodic = _at_card(plan.trained, machine.workers) - sending
     # Workers that share a host's cores compute side by side until the cores are full; sockets want their share.
     crowded = machine.workers_per_host / cores
@@ -107,11 +108,13 @@ def estimate(settings: "Settings", machine: Machine) -> Cost:
     compute = max(computation.step, computation.cpu * crowded) + exchanges
     slower = compute / (computation.step + exchanges)
     wire = (sending + periodic) / machine.bandwidth
-    travel = sending / machine.bandwidth / EFFICIENCY + _rounds(plan) * machine.latency
+    travel = sending / machine.bandwidth / EFFICIENCY
     forward = computation.forward * slower
     step = forward + max(computation.step * slower - forward, travel)
     step += exchanges * slower + periodic / machine.bandwidth / EFFICIENCY
     if machine.workers > 1:
+        apart = [group.entries for group in plan.groups if not group.reduction.shared]
+        step += machine.latency * (_hops(shared) + sum(map(_hops, apart)))
         step = max(step, (computation.cpu + transport) * crowded)
     return Cost(plan, plan.wire_bytes, sending + periodic, memory, compute, wire, step)
 
@@ -124,10 +127,9 @@ def _at_card(entries: Sequence[Any], workers: int) -> float:
     return sum(traffic.at_card(message, workers) / message.every for message in messages)
 
 
-def _rounds(plan: "Plan") -> int:
-    """Messages that wait for each other in a step: a sum takes two hops, a gather one."""
-    hops = [sum(2 if m.kind == "sum" else 1 for m in e.messages) for e in plan.trained if e.reduction.shared]
-    return max(hops, default=0)
+def _hops(entries: Sequence[Any]) -> float:
+    """Messages a step that wait for each other: a sum takes two hops, a gather one."""
+    return max((sum((2 if m.kind == "sum" else 1) / m.every for m in e.messages) for e in entries), default=0.0)
 
 
 def _measure(settings: "Settings", batch: int) -> tuple["Plan", Computation, float, int]:

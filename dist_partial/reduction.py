@@ -144,6 +144,8 @@ class LocalSGD:
                 raise UserError(f"local_sgd.{name} is {value!r}: it must be a whole number of at least {least}")
         if self.outer is not None and (not callable(self.outer) or isinstance(self.outer, keras.optimizers.Optimizer)):
             raise UserError(f"local_sgd.outer is {self.outer!r}: bind a factory, such as @nesterov without ()")
+        if not isinstance(self.keep, bool):
+            raise UserError(f"local_sgd.keep is {self.keep!r}: write True or False")
         # Of a class, not made by (), `shared` would be the property itself.
         if self.exchange is not None and getattr(self.exchange, "shared", False) is not True:
             raise UserError(
@@ -180,7 +182,8 @@ class LocalSGD:
     def __str__(self) -> str:
         parts = [f"every {self.steps} steps"]
         parts += [f"offset {self.offset}"] if self.offset else []
-        parts += [f"outer {getattr(self.outer, '__name__', self.outer)}"] if self.outer else []
+        # No repr of what has no name: it may hold an address, and the text says whether a run goes on.
+        parts += [f"outer {getattr(self.outer, '__name__', type(self.outer).__name__)}"] if self.outer else []
         parts += [str(self.exchange)] if self.exchange else []
         parts += ["keep"] if self.keep else []
         return ", ".join(parts)

@@ -61,6 +61,8 @@ def create(
     """
     if transport not in TRANSPORTS:
         raise UserError(f"replicas.transport is {transport!r}: write one of {', '.join(map(repr, TRANSPORTS))}")
+    if congestion is not None and not isinstance(congestion, str):
+        raise UserError(f"replicas.congestion is {congestion!r}: write a name that the kernel knows, such as 'cubic'")
     if type(pack_bytes) is not int or pack_bytes < 1:
         raise UserError(f"replicas.pack_bytes is {pack_bytes!r}: write a whole number of bytes, such as {PACK_BYTES}")
     if kind not in KINDS:

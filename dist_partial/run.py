@@ -81,11 +81,11 @@ def build(settings: Settings, replicas: Replicas) -> Built:
         reductions = reduction.states(plan)
         fragments = local_sgd.build(plan, groups, reductions)
         scale = LossScale() if needs_loss_scale(model) else None
-    for group in plan.groups:
-        if scale is not None and (group.reduction.state("", (64, 64), "float32") or not group.reduction.shared):
+    for entry, kept in zip(plan.trained, reductions, strict=True):
+        if scale is not None and (kept or not entry.reduction.shared):
             raise UserError(
-                f"float16 scales the loss and skips the steps that overflow on any replica, which {group.reduction} of "
-                f"rule {group.rule.match!r} cannot: bind run.precision = 'mixed_bfloat16', or @every_step()"
+                f"float16 scales the loss and skips the steps that overflow on any replica, which {entry.reduction} of "
+                f"rule {entry.rule.match!r} cannot: bind run.precision = 'mixed_bfloat16', or @every_step()"
             )
     loss = settings.loss()
     if not callable(loss):
@@ -222,10 +222,13 @@ def run(
             journal.say(f"selected, but the loss does not depend on it: {', '.join(train.without_gradient)}")
         for exchange in exchanges:
             local = exchange.fragment.reduction
-            if not local.due(settings.steps):
+            last = local.next_due(settings.steps) - local.steps
+            if last != settings.steps:
                 journal.say(
-                    f"the last exchange of {local} follows step {local.next_due(settings.steps) - local.steps}: what "
-                    f"replicas train from there to step {settings.steps} is not in the weights on which they agree"
+                    f"{local}: the last exchange follows step {last} of {settings.steps}; what replicas train after it "
+                    "is not in the weights on which they agree"
+                    if last > 0
+                    else f"{local}: run.steps = {settings.steps} ends before the first exchange"
                 )
         if plan.statistics:
             journal.say(f"BatchNorm statistics add {average_bytes(plan.statistics):,} bytes a step to the wire")
@@ -295,9 +298,15 @@ def _connected(replicas: Replicas) -> Iterator[None]:
     try:
         yield
     except tf.errors.OpError as error:
-        if mesh is None or mesh.failure is None:
-            raise
-        raise UserError(mesh.failure) from error
+        if mesh is not None and (lost := mesh.lost()):
+            raise UserError(lost) from error
+        # TensorFlow's collectives end like this on the workers that are left.
+        if replicas.host and isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError)):
+            raise UserError(
+                f"another worker is gone ({error.message.splitlines()[0]}): its own output says why; start all workers "
+                "again"
+            ) from error
+        raise
     finally:
         if mesh is not None:
             mesh.close()

@@ -223,7 +223,7 @@ def _check_options(number: int, rule: Rule) -> None:
     if not rule.train and options:
         raise UserError(f"{where} freezes what it matches, so {options[0]} has no use: remove it or set train = True")
     if rule.reduction is not None:
-        _check_reduction(where, rule.reduction)
+        check_reduction(where, rule.reduction)
     if rule.rows is not None:
         rows = rule.rows
         if not (isinstance(rows, (list, tuple)) and len(rows) == 2 and all(type(row) is int for row in rows)):
@@ -234,7 +234,8 @@ def _check_options(number: int, rule: Rule) -> None:
         raise UserError(f"{where}: learning_rate is {rule.learning_rate}: it must be above 0")
 
 
-def _check_reduction(where: str, reduction: Any) -> None:
+def check_reduction(where: str, reduction: Any) -> None:
+    """Raises UserError if it is none; `where` says which."""
     if isinstance(reduction, type) or not hasattr(reduction, "messages"):
         raise UserError(f"{where}: reduction is {reduction!r}: bind a reduction such as @every_step(), with the ()")
 
@@ -268,7 +269,7 @@ def resolve(table: Sequence[Any], model: Any, reduction: Any) -> Plan:
             variables with one path, a pattern that is not a regular expression, rows beyond a variable.
     """
     rules = parse_rules(table)
-    _check_reduction("run", reduction)
+    check_reduction("run", reduction)
     paths = variable_paths(model)
     if not paths:
         raise UserError(f"model {model.name!r} has no trainable variables: nothing can be selected")

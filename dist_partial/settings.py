@@ -9,6 +9,7 @@ import keras
 from dist_partial import replicas
 from dist_partial.errors import UserError
 from dist_partial.reduction import EveryStep
+from dist_partial.selection import check_reduction
 
 PRECISIONS = ("float32", "float64", "mixed_bfloat16", "mixed_float16")
 
@@ -119,6 +120,7 @@ class Settings:
             # Models and losses can be called too, but not to make one.
             if not callable(value) or isinstance(value, (keras.Layer, keras.losses.Loss)):
                 raise UserError(f"run.{name} is {value!r}: bind a factory, such as @byte_transformer without ()")
+        check_reduction("run", self.reduction)
         if self.precision not in PRECISIONS:
             raise UserError(f"run.precision is {self.precision!r}: write one of {', '.join(map(repr, PRECISIONS))}")
         if self.statistics not in ("trained", "all"):

@@ -360,3 +360,23 @@ def test_ctrl_c_on_one_worker_stops_both_at_one_step(letters, tmp_path):
     results = run_workers([*command, *flags], workers=2, timeout=90, pythonpath=tmp_path, meanwhile=interrupt)
     assert [code for code, _ in results] == [130, 130], results
     assert len(list(folder.glob("checkpoints/*.npz"))) == 1
+
+
+@pytest.mark.parametrize("reduction", ["@every_step()", "@local_sgd()"])
+def test_a_worker_that_dies_ends_the_other_with_one_line(reduction, letters, tmp_path):
+    """Whether the other one waits for a gradient or, between two exchanges, for nothing but a loss."""
+    folder = tmp_path / "run"
+    params = ["run.steps = 100000", "run.eval_every = None", "run.save_every = None", "local_sgd.steps = 50000"]
+    command = ["-m", "dist_partial.train", f"--run_dir={folder}", f"--gin_file={letters}"]
+
+    def kill(processes):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (folder / "operative_config.gin").exists():
+            time.sleep(0.05)
+        processes[1].kill()
+
+    flags = [f"--gin_param={param}" for param in [*params, f"run.reduction = {reduction}"]]
+    (code, output), _ = run_workers([*command, *flags], workers=2, timeout=90, pythonpath=tmp_path, meanwhile=kill)
+    last = output.strip().splitlines()[-1]
+    assert code == 2, output[-2000:]
+    assert "error: " in last and "worker 1" in last and "Traceback" not in output, output[-2000:]

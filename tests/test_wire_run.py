@@ -323,6 +323,18 @@ BAD = {
     "rank": (["run.reduction = @power_sgd()", "power_sgd.rank = 0"], ["power_sgd.rank is 0"]),
     "factors": (["run.reduction = @power_sgd()", "power_sgd.dtype = 'int8'"], ["power_sgd.dtype is 'int8'"]),
     "factory": (["run.reduction = @power_sgd"], ["reduction", "with the ()"]),
+    "optimizer": (["run.reduction = @keras.optimizers.Adam()"], ["reduction", "with the ()"]),
+    "bits in a list": (["run.reduction = @quantized()", "quantized.bits = [8]"], ["quantized.bits is [8]"]),
+    "bits of the largest in a list": (["run.reduction = @top_k()", "top_k.bits = [4]"], ["top_k.bits is [4]"]),
+    "bits are a truth": (["run.reduction = @quantized()", "quantized.bits = True"], ["quantized.bits is True"]),
+    "keep": (
+        ["run.reduction = @local_sgd()", "local_sgd.steps = 2", "local_sgd.keep = 'no'"],
+        ["local_sgd.keep is 'no'"],
+    ),
+    "exchange is itself": (
+        ["run.reduction = @local_sgd()", "local_sgd.steps = 2", "local_sgd.exchange = @local_sgd()"],
+        ["refers to itself"],
+    ),
 }
 
 
@@ -347,7 +359,7 @@ def test_an_exchange_without_brackets(tmp_path):
         run.build(loaded.settings, Replicas(tf.distribute.get_strategy(), Wire(), "one"))
 
 
-@pytest.mark.parametrize("params", [{"transport": "udp"}, {"pack_bytes": 0}, {"pack_bytes": 1e6}])
+@pytest.mark.parametrize("params", [{"transport": "udp"}, {"pack_bytes": 0}, {"pack_bytes": 1e6}, {"congestion": 5}])
 def test_bad_replicas(params):
     (name,) = params
     with pytest.raises(UserError, match=rf"^replicas\.{name} is {params[name]!r}"):
@@ -360,7 +372,8 @@ def test_sockets_need_other_workers(monkeypatch):
         replicas.create("mirrored", 1, transport="sockets")
 
 
-@pytest.mark.parametrize("each", [LocalSGD(2), Never()])
+# A matrix of 64x64 would be sent whole with rank 32; the rule is about the variables that there are.
+@pytest.mark.parametrize("each", [LocalSGD(2), Never(), PowerSGD(1), TopK(), Quantized()])
 def test_float16_needs_replicas_that_agree(each):
     made = Replicas(tf.distribute.get_strategy(), Wire(), "one")
     with pytest.raises(UserError, match=r"float16.*run\.precision"):
