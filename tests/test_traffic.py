@@ -11,18 +11,23 @@ from dist_partial.reduction import Message
 from tests import hosts
 
 PLANS = {
-    "every_step": ["run.reduction = @every_step()"],
-    "bfloat16": ["every_step.dtype = 'bfloat16'"],
-    "top_k": ["run.reduction = @top_k()", "top_k.density = 0.25"],
-    "local_sgd": ["run.reduction = @local_sgd()", "local_sgd.steps = 2"],
+    "every_step": ["run.rules = [('train', '.*')]"],
+    "mixed": [
+        "run.rules = [@first/Rule(), @second/Rule(), ('train', '.*')]",
+        "first/Rule.match = 'dense1/kernel'",
+        "first/Rule.reduction = @top_k()",
+        "top_k.density = 0.25",
+        "second/Rule.match = 'dense2/kernel'",
+        "second/Rule.reduction = @local_sgd()",
+        "local_sgd.steps = 2",
+        "every_step.dtype = 'bfloat16'",
+    ],
 }
-
 
 WIDE = """
 run.model = @two_dense
 two_dense.hidden = 8192
 run.data = @stdlib_shapes
-run.rules = [('train', '.*')]
 run.global_batch = 16
 run.eval_examples = 16
 run.steps = 12
@@ -79,7 +84,7 @@ def test_card_graph_and_plan_agree(tmp_path):
             found = json.loads((folder / "traffic.json").read_text())
             assert found["card"] == "e0"
             assert found["planned_bytes"] == found["counted_bytes"] > 1e6, name
-            steps = 2 if name == "local_sgd" else 4  # a call, after which losses, norms and a flag are summed
+            steps = 2 if name == "mixed" else 4  # a call, after which losses, norms and a flag are summed
             assert found["metrics_bytes"] == 12 // steps * 4 * (2 * steps + 1)
             # With two workers as much as the payload leaves each card, of a sum and of a gather.
             assert found["expected_card_bytes"] == found["planned_bytes"] + found["metrics_bytes"]
