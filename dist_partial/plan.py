@@ -94,8 +94,7 @@ def bytes_per_second(rate: str) -> float:
 def estimate(settings: "Settings", machine: Machine) -> Cost:
     """Builds the model, measures the computation of a few steps, and adds what the wire takes.
 
-    The gradients of the last layers travel while those of the first are computed: a step takes the forward pass, then
-    the longer of backward pass and wire.
+    The gradients of the last layers travel while those of the first are computed, pack by pack.
     """
     plan, computation, exchanges, memory = _measure(settings, max(1, settings.global_batch // machine.workers))
     cores = os.cpu_count() or 1
@@ -108,15 +107,28 @@ def estimate(settings: "Settings", machine: Machine) -> Cost:
     compute = max(computation.step, computation.cpu * crowded) + exchanges
     slower = compute / (computation.step + exchanges)
     wire = (sending + periodic) / machine.bandwidth
-    travel = sending / machine.bandwidth / EFFICIENCY
+    rate = machine.bandwidth * EFFICIENCY
     forward = computation.forward * slower
-    step = forward + max(computation.step * slower - forward, travel)
-    step += exchanges * slower + periodic / machine.bandwidth / EFFICIENCY
+    step = _travel(sum(entry.wire_bytes for entry in shared), sending / rate, forward, computation.step * slower)
+    step += exchanges * slower + periodic / rate
     if machine.workers > 1:
         apart = [group.entries for group in plan.groups if not group.reduction.shared]
         step += machine.latency * (_hops(shared) + sum(map(_hops, apart)))
         step = max(step, (computation.cpu + transport) * crowded)
     return Cost(plan, plan.wire_bytes, sending + periodic, memory, compute, wire, step)
+
+
+def _travel(payload: float, wire: float, forward: float, computed: float) -> float:
+    """When the last pack has arrived; gradients appear evenly through the backward pass, a pack leaves when full."""
+    from dist_partial.wire import PACK_BYTES
+
+    arrived = filled = 0.0
+    while filled < payload:
+        pack = min(PACK_BYTES, payload - filled)
+        filled += pack
+        ready = forward + (computed - forward) * filled / payload
+        arrived = max(ready, arrived) + wire * pack / payload
+    return max(arrived, computed)
 
 
 def _at_card(entries: Sequence[Any], workers: int) -> float:
