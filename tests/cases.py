@@ -1,7 +1,9 @@
 """Models, data and a plain Keras loop on one device: what the trainer is compared with."""
 
 import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -332,6 +334,17 @@ def copies(strategy: tf.distribute.Strategy, variable: Any) -> list[np.ndarray]:
     """The values that this process's replicas have of a Keras or TensorFlow variable."""
     value = variable.value if isinstance(variable, keras.Variable) else variable
     return [np.asarray(copy) for copy in strategy.experimental_local_results(value)]
+
+
+def rows(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def state(folder: Path, step: int) -> dict[str, np.ndarray]:
+    """What the checkpoint of a run folder holds."""
+    with np.load(folder / "checkpoints" / f"step-{step:010d}.npz") as file:
+        return {name: file[name] for name in file.files if name != "metadata"}
 
 
 def same_bits(arrays: Any) -> bool:

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import run, train
+from dist_partial import run, sample, train
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.models import byte_transformer
 from dist_partial.replicas import Replicas, create
 from dist_partial.selection import Rule
 from dist_partial.settings import Sampling, Settings
 from dist_partial.wire import Wire
+from tests.cases import rows, same_bits, state
 from tests.conftest import mirrored_strategy
 from tests.workers import ROOT, run_workers
 
@@ -75,15 +76,6 @@ def start(gin_file: Path, folder: Path, *params: str) -> int:
     tf.distribute.MirroredStrategy._collective_key_base += 100_000  # see conftest
     keras.utils.clear_session()
     return train.main([f"--gin_file={gin_file}", f"--run_dir={folder}", *[f"--gin_param={p}" for p in params]])
-
-
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def state(folder: Path, step: int) -> dict[str, np.ndarray]:
-    with np.load(folder / "checkpoints" / f"step-{step:010d}.npz") as file:
-        return {name: file[name] for name in file.files if name != "metadata"}
 
 
 def assert_same_run(one: Path, other: Path, step: int) -> None:
@@ -254,8 +246,6 @@ def test_samples_are_the_same_on_any_number_of_replicas(letters, tmp_path):
 
 
 def test_sample_command(letters, tmp_path, capsys):
-    from dist_partial import sample
-
     folder = tmp_path / "run"
     assert start(letters, folder) == 0
     last = rows(folder / "samples.jsonl")[-1]
@@ -267,6 +257,22 @@ def test_sample_command(letters, tmp_path, capsys):
     assert first == second
     assert first.startswith("ab")
     assert len(first) == 7
+
+
+def test_sample_takes_the_anchors_of_a_run_folder(letters, tmp_path, capsys):
+    """Between two exchanges: the text is the one that the run itself has sampled, from what all replicas agree on."""
+    folder = tmp_path / "run"
+    params = ["run.rules = [('train', '.*')]", "run.reduction = @local_sgd()", "local_sgd.steps = 5"]
+    params += ["local_sgd.outer = @nesterov", "nesterov.learning_rate = 0.5", "Adam.learning_rate = 0.05"]
+    assert start(letters, folder, *params, "run.steps = 8", "sample.length = 12") == 0
+    saved = state(folder, 8)
+    own = saved["own/head/kernel"]
+    assert own.shape[0] == 2 and not same_bits(own)
+    assert not any(same_bits([value, saved["variables/head/kernel"]]) for value in own)
+    last = rows(folder / "samples.jsonl")[-1]
+    capsys.readouterr()
+    assert sample.main([f"--run_dir={folder}"]) == 0
+    assert capsys.readouterr().out == last["prompt"] + last["text"] + "\n\n"
 
 
 def test_evaluation_is_that_of_one_device_on_every_example(mirrored):

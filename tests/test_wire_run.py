@@ -22,7 +22,7 @@ from dist_partial.selection import Rule
 from dist_partial.settings import Settings
 from dist_partial.wire import Wire
 from tests import cases
-from tests.cases import same_bits
+from tests.cases import rows, same_bits, state
 
 # Nothing of tests.conftest or tests.test_run may be imported here: the workers below run this file, too, and have one
 # device each.
@@ -79,24 +79,16 @@ def settings(plan, made, steps=STEPS, precision="float32", **more) -> Settings:
     )
 
 
-def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def state(folder: Path, step: int = STEPS) -> dict[str, np.ndarray]:
-    with np.load(folder / "checkpoints" / f"step-{step:010d}.npz") as file:
-        return {name: file[name] for name in file.files if name != "metadata"}
-
-
 def assert_same_run(one: Path, other: Path) -> None:
     """The same bits at the end, and the same metrics of all steps and of the evaluations that both have made."""
-    left, right = state(one), state(other)
+    left, right = state(one, STEPS), state(other, STEPS)
     assert left.keys() == right.keys()
     for name, value in left.items():
         assert same_bits([value, right[name]]), name
-    trained = [[row for row in rows(folder) if row["split"] == "train"] for folder in (one, other)]
+    metrics = [rows(folder / "metrics.jsonl") for folder in (one, other)]
+    trained = [[row for row in each if row["split"] == "train"] for each in metrics]
     assert trained[0] == trained[1] and len(trained[0]) == STEPS
-    evaluated = [{row["step"]: row for row in rows(folder) if row["split"] == "eval"} for folder in (one, other)]
+    evaluated = [{row["step"]: row for row in each if row["split"] == "eval"} for each in metrics]
     assert all(evaluated[1][step] == row for step, row in evaluated[0].items()) and len(evaluated[0]) == 2
 
 
@@ -125,14 +117,14 @@ def test_a_run_in_pieces_is_the_run_at_once(name, mirrored, tmp_path):
         run.run(settings(name, Replicas(mirrored(2), Wire(), "two"), steps), pieces)
     assert_same_run(whole, pieces)
     # The bytes are counted at the step in which they are sent.
-    assert [row["wire_bytes"] for row in rows(whole) if row["split"] == "train"] == [
+    assert [row["wire_bytes"] for row in rows(whole / "metrics.jsonl") if row["split"] == "train"] == [
         sent_after(s, PLANS[name]) for s in range(1, STEPS + 1)
     ]
     plan = json.loads((whole / "plan.json").read_text())
     assert plan["wire_bytes_per_step"] * 12 == pytest.approx(sent_after(12, PLANS[name]), rel=1e-12)
     assert plan["wire_bytes_per_step"] == pytest.approx(sum(v["wire_bytes_per_step"] for v in plan["variables"]))
     assert plan["statistics_wire_bytes_per_step"] == 0
-    kept = {path.split("/")[0] for path in state(whole)}
+    kept = {path.split("/")[0] for path in state(whole, STEPS)}
     expected = {"variables", "slots"}
     expected |= {"own", "outer"} if name in ("local_sgd", "mixed") else set()
     assert kept == expected | ({"reductions"} if name != "never" else set())
@@ -174,68 +166,9 @@ def test_the_number_of_replicas_may_change(mirrored, tmp_path):
         before = state(folder, steps)
         assert before["own/dense2/kernel"].shape == (count, 12, 10)
         assert before["reductions/dense1/kernel/residual"].shape == (count, 160, 12)
-    lines = [row for row in rows(folder) if row["split"] == "train"]
+    lines = [row for row in rows(folder / "metrics.jsonl") if row["split"] == "train"]
     assert [row["step"] for row in lines] == list(range(1, 16))
     assert len({row["wire_bytes"] for row in lines[9:]}) == 1, "one replica sends nothing"
-
-
-USER_MODULE = """
-import numpy as np
-from dist_partial.data import ArraySource, Dataset, fingerprint
-from dist_partial.models import byte_transformer
-
-class Letters:
-    size = 256
-    def encode(self, text): return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-    def decode(self, ids): return bytes(np.asarray(ids, np.uint8)).decode("latin-1")
-
-def letters():
-    ids = np.random.default_rng(0).choice(np.frombuffer(b"abcabcabd", np.uint8), (30, 13)).astype(np.int32)
-    source = ArraySource(ids[:, :-1], ids[:, 1:])
-    return Dataset("letters", source, source, fingerprint(ids), Letters(), "byte")
-
-def small(): return byte_transformer(1, 16, 2)
-"""
-GIN = """
-import local_letters
-run.rules = [('train', r'.*')]
-run.reduction = @local_sgd()
-local_sgd.steps = 5
-local_sgd.outer = @nesterov
-nesterov.learning_rate = 0.5
-run.model = @local_letters.small
-run.data = @local_letters.letters
-run.optimizer = @keras.optimizers.Adam
-Adam.learning_rate = 0.05
-run.steps = 8
-run.global_batch = 8
-replicas.cpu = 2
-sample.length = 12
-"""
-
-
-def test_sample_takes_the_anchors_of_a_run_folder(tmp_path, monkeypatch, capsys):
-    """Between two exchanges: the text is the one that the run itself has sampled, from what all replicas agree on."""
-    from dist_partial import sample, train
-
-    (tmp_path / "local_letters.py").write_text(USER_MODULE)
-    (tmp_path / "letters.gin").write_text(GIN)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delenv("TF_CONFIG", raising=False)
-    tf.distribute.MirroredStrategy._collective_key_base += 100_000  # see conftest
-    folder = tmp_path / "run"
-    try:
-        assert train.main([f"--gin_file={tmp_path / 'letters.gin'}", f"--run_dir={folder}"]) == 0
-        saved = state(folder, 8)
-        own = saved["own/head/kernel"]
-        assert own.shape[0] == 2 and not same_bits(own)
-        assert not any(same_bits([value, saved["variables/head/kernel"]]) for value in own)
-        last = json.loads((folder / "samples.jsonl").read_text().splitlines()[-1])
-        capsys.readouterr()
-        assert sample.main([f"--run_dir={folder}"]) == 0
-        assert capsys.readouterr().out == last["prompt"] + last["text"] + "\n\n"
-    finally:
-        sys.modules.pop("local_letters", None)
 
 
 WORKER_RULES = [
@@ -272,10 +205,10 @@ def test_workers_are_the_replicas_that_are_simulated(mirrored, tmp_path):
         keras.utils.clear_session(free_memory=False)
         simulated = tmp_path / f"simulated-{precision}"
         run.run(settings(WORKER_RULES, Replicas(mirrored(2), Wire(), "two"), precision=precision), simulated)
-        left, right = state(sockets), state(simulated)
+        left, right = state(sockets, STEPS), state(simulated, STEPS)
         assert left["own/dense2/kernel"].shape == (2, 12, 10) and not same_bits(left["own/dense2/kernel"])
         cases.assert_equal(left, right, tolerance)
-        for one, other in zip(rows(sockets), rows(simulated), strict=True):
+        for one, other in zip(rows(sockets / "metrics.jsonl"), rows(simulated / "metrics.jsonl"), strict=True):
             assert one.keys() == other.keys()
             assert all(one[key] == other[key] for key in ("step", "split", "wire_bytes"))
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
