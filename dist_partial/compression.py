@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.errors import UserError
-from dist_partial.reduction import EveryStep, Exchange, Message
+from dist_partial.reduction import EveryStep, Exchange, Message, check_dtype
 from dist_partial.selection import itemsize
 from dist_partial.wire import Gather, Sum
 
@@ -48,8 +48,7 @@ class PowerSGD:
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
             raise UserError(f"power_sgd.rank is {self.rank!r}: it must be a whole number of at least 1")
-        if self.dtype not in (None, "float64", "float32", "bfloat16", "float16"):
-            raise UserError(f"power_sgd.dtype is {self.dtype!r}: write 'float32', 'bfloat16', 'float16' or None")
+        check_dtype("power_sgd.dtype", self.dtype)
 
     @property
     def shared(self) -> bool:

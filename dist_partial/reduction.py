@@ -66,8 +66,7 @@ class EveryStep:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in (None, "float64", "float32", "bfloat16", "float16"):
-            raise UserError(f"every_step.dtype is {self.dtype!r}: write 'float32', 'bfloat16', 'float16' or None")
+        check_dtype("every_step.dtype", self.dtype)
 
     @property
     def shared(self) -> bool:
@@ -106,7 +105,6 @@ class Never:
 
     def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
         return _own(value)
-        yield  # a generator that asks for nothing
 
     def __str__(self) -> str:
         return "never"
@@ -177,7 +175,6 @@ class LocalSGD:
 
     def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
         return _own(value)
-        yield  # a generator that asks for nothing
 
     def __str__(self) -> str:
         parts = [f"every {self.steps} steps"]
@@ -250,7 +247,14 @@ def mean(value: tf.Tensor) -> Exchange:
     return (yield Sum(value / context.num_replicas_in_sync))
 
 
-def _own(gradient: tf.Tensor) -> tf.Tensor:
+def check_dtype(name: str, dtype: str | None) -> None:
+    """Raises UserError, which names the binding, if gradients cannot travel in this dtype."""
+    if dtype not in (None, "float64", "float32", "bfloat16", "float16"):
+        raise UserError(f"{name} is {dtype!r}: write 'float32', 'bfloat16', 'float16' or None")
+
+
+def _own(gradient: tf.Tensor) -> Exchange:
     # It was divided by the global batch, and stands for the mean over this replica's part of it.
     context: Any = tf.distribute.get_replica_context()
     return gradient * context.num_replicas_in_sync
+    yield  # a generator that asks for nothing
