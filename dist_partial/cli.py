@@ -8,7 +8,7 @@ from absl import flags
 
 from dist_partial.errors import UserError
 
-__all__ = ["INTERRUPTED", "UserError", "call", "import_tensorflow_quietly"]
+__all__ = ["INTERRUPTED", "UserError", "call", "check_gin_file", "define_gin_flags", "import_tensorflow_quietly"]
 
 INTERRUPTED = 130  # the exit code after Ctrl-C: 128 + SIGINT, as shells report it
 
@@ -25,6 +25,18 @@ def import_tensorflow_quietly() -> None:
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
+
+
+def define_gin_flags(values: flags.FlagValues) -> None:
+    """Defines --gin_file and --gin_param, as every command that reads a configuration has them."""
+    flags.DEFINE_multi_string("gin_file", [], "gin file; may be given several times", flag_values=values)
+    flags.DEFINE_multi_string("gin_param", [], "binding over the files, such as run.steps=100", flag_values=values)
+
+
+def check_gin_file(values: flags.FlagValues) -> None:
+    """Raises UserError if none is given."""
+    if not values.gin_file:
+        raise UserError("no --gin_file: try --gin_file=gin_configs/quickstart.gin")
 
 
 def call(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | None, command: Callable[[], int]) -> int:

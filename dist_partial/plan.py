@@ -5,13 +5,13 @@ will take, for this plan and for training everything in float32 every step. The 
 """
 
 import dataclasses
+import math
 import os
 import re
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -185,8 +185,6 @@ def _time(call: Any) -> tuple[float, float]:
 
 
 def _bytes(variable: Any) -> int:
-    import math
-
     from dist_partial.selection import itemsize
 
     dtype = getattr(variable.dtype, "name", str(variable.dtype))
@@ -230,16 +228,14 @@ def _ms(seconds: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, or 2 for a mistake of the user's."""
     values = flags.FlagValues()
-    flags.DEFINE_multi_string("gin_file", [], "gin file; may be given several times", flag_values=values)
-    flags.DEFINE_multi_string("gin_param", [], "binding over the files, such as run.steps=100", flag_values=values)
+    cli.define_gin_flags(values)
     flags.DEFINE_integer("workers", 2, "workers, with one replica each", flag_values=values)
     flags.DEFINE_string("bandwidth", "1gbit", "of each worker's link, each way", flag_values=values)
     flags.DEFINE_float("latency_ms", 0.1, "of a message between two workers", flag_values=values)
     flags.DEFINE_integer("workers_per_host", 1, "workers that share the cores of one host", flag_values=values)
 
     def command() -> int:
-        if not values.gin_file:
-            raise cli.UserError("no --gin_file: try --gin_file=gin_configs/quickstart.gin")
+        cli.check_gin_file(values)
         for name, least in (("workers", 1), ("workers_per_host", 1), ("latency_ms", 0)):
             if not float(values[name].value or 0) >= least:
                 raise cli.UserError(f"--{name} is {values[name].value}: it must be at least {least}")
@@ -250,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dist_partial.reduction import EveryStep
         from dist_partial.reporting import plan_table
 
-        settings = config.load([Path(file) for file in values.gin_file], values.gin_param).settings
+        settings = config.load(values.gin_file, values.gin_param).settings
         everything = dataclasses.replace(settings, rules=[("train", ".*")], reduction=EveryStep("float32"))
         cost = estimate(settings, machine)
         print(plan_table(cost.plan))

@@ -15,13 +15,11 @@ from dist_partial import cli
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
     values = flags.FlagValues()
-    flags.DEFINE_multi_string("gin_file", [], "gin file; may be given several times", flag_values=values)
-    flags.DEFINE_multi_string("gin_param", [], "binding over the files, such as run.steps=100", flag_values=values)
+    cli.define_gin_flags(values)
     flags.DEFINE_string("run_dir", None, "run folder; default: runs/<name of the last gin file>", flag_values=values)
 
     def command() -> int:
-        if not values.gin_file:
-            raise cli.UserError("no --gin_file: try --gin_file=gin_configs/quickstart.gin")
+        cli.check_gin_file(values)
         cli.import_tensorflow_quietly()
         from dist_partial import config, run
 
