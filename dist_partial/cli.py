@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from dist_partial.errors import UserError
+from dist_partial.errors import AGAIN, Fault, UserError
 
 __all__ = ["INTERRUPTED", "UserError", "call", "check_gin_file", "define_gin_flags", "import_tensorflow_quietly"]
 
@@ -49,7 +49,7 @@ def call(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | None
         command: returns an exit code; reads `values`.
 
     Returns:
-        The command's exit code, or 2 after an error in the flags or a `UserError`, or 130 after Ctrl-C.
+        The command's exit code; 2 after an error in the flags or a `UserError`, 75 after a `Fault`, 130 after Ctrl-C.
     """
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
     try:
@@ -63,7 +63,7 @@ def call(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | None
     except KeyboardInterrupt:  # before there was anything to save, or a second time
         print("stopped", file=sys.stderr)
         return INTERRUPTED
-    except (UserError, flags.Error) as error:
+    except (Fault, UserError, flags.Error) as error:
         # gin adds lines to whatever passes through it, with the names of its own functions.
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+        return AGAIN if isinstance(error, Fault) else 2

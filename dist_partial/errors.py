@@ -1,4 +1,6 @@
-"""The one kind of error that is the user's to mend."""
+"""What ends a run: mistakes that the user can mend, and faults after which the same command goes on."""
+
+AGAIN = 75  # the exit code after a fault or SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"
 
 
 class UserError(Exception):
@@ -6,4 +8,12 @@ class UserError(Exception):
 
     The message is one line: it names the thing, shows what was near it and says what to do. The
     command line prints it without a traceback and exits with 2.
+    """
+
+
+class Fault(Exception):
+    """Something around the run has failed: a worker is lost, a disk is full.
+
+    Nothing needs to be changed for the same command to go on from the last checkpoint. The message is one line; the
+    command line prints it without a traceback and exits with `AGAIN`, on which launchers and schedulers start again.
     """

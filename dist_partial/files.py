@@ -1,6 +1,7 @@
-"""Writing files that are whole or absent, and failures to write as errors of the user's."""
+"""Writing files that are whole or absent, and failures to write as errors or faults."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -8,17 +9,31 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_partial.errors import UserError
+from dist_partial.errors import Fault, UserError
+
+# Of the file system's failures those that the user has written, and that come again until they are mended.
+_MISTAKES = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+)
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns a failure of the file system (full, read-only, no permission) into a `UserError` that names `path`."""
+    """Names `path` where the file system fails: a `UserError` if it may not be written, a `Fault` if it is full."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"cannot write {path}: {reason}; free some space or choose another --run_dir") from None
+        if error.errno in _MISTAKES:
+            raise UserError(f"cannot write {path}: {reason}; choose another --run_dir") from None
+        raise Fault(f"cannot write {path}: {reason}; free some space or choose another --run_dir") from None
 
 
 @contextlib.contextmanager

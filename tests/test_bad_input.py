@@ -409,7 +409,7 @@ def test_a_full_disk(gin_file, run_dir, train_main, tmp_path, capsys):
         text=True,
         timeout=100,
     )
-    assert "codes [2, 2]" in done.stdout, done.stderr
+    assert "codes [75, 75]" in done.stdout, done.stderr
     errors = [line for line in re.split(r"[\r\n]+", done.stderr) if line.startswith("error: ")]
     assert len(errors) == 2 and "Traceback" not in done.stderr, done.stderr
     assert f"cannot write {run_dir}" in errors[0]

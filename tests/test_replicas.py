@@ -5,8 +5,9 @@ import json
 import pytest
 import tensorflow as tf
 
+from dist_partial.cluster import read_tf_config
 from dist_partial.errors import UserError
-from dist_partial.replicas import create, is_chief, read_tf_config
+from dist_partial.replicas import create, is_chief
 
 TWO = ["a:2222", "b:2222"]
 
