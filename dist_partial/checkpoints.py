@@ -104,14 +104,26 @@ def frozen_fingerprints(model: keras.Model, plan: Plan) -> dict[str, str]:
     return prints | {n: _digest(keras.ops.convert_to_numpy(v)) for n, v in zip(names, others, strict=True)}
 
 
-def read(state: dict[str, Any], step: int) -> dict[str, np.ndarray]:
+def fingerprints(model: keras.Model) -> dict[str, str]:
+    """The same of every variable's value, in the model's order."""
+    names = strip_root(model.name, [v.path for v in model.variables])
+    values = [_digest(keras.ops.convert_to_numpy(v)) for v in model.variables]
+    return {f"{i} {name}": value for i, (name, value) in enumerate(zip(names, values, strict=True))}
+
+
+def read(state: dict[str, Any], step: int, gather: Callable[[bytes], list[bytes]]) -> dict[str, np.ndarray]:
     """The values of all of it; called by all workers, which send each other what differs between replicas.
+
+    Args:
+        state: from `resumable_state`.
+        step: which the values are of.
+        gather: gives every worker's bytes, from `Replicas.gather`.
 
     Raises:
         UserError: a value is not finite.
     """
     own = {name: variable for name, variable in state.items() if isinstance(variable, PerReplica)}
-    arrays = dict(zip(own, replicas.values(list(own.values())), strict=True))
+    arrays = dict(zip(own, replicas.values(list(own.values()), gather), strict=True))
     arrays |= {name: keras.ops.convert_to_numpy(v) for name, v in state.items() if name not in own}
     for name, array in arrays.items():
         # The loss of a step is that of the weights before its update: here the update itself has overflowed.
@@ -150,13 +162,18 @@ def save(folder: Path, step: int, arrays: dict[str, np.ndarray], metadata: dict[
     return path
 
 
-def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+def newest(folder: Path, warn: Callable[[str], None], at_most: int | None = None) -> Checkpoint | None:
     """Reads the newest checkpoint that is whole; says so of each newer one that is not.
+
+    Args:
+        folder: the checkpoints'.
+        warn: takes a line of text.
+        at_most: the newest step that may be read; None is any.
 
     Raises:
         UserError: there are checkpoints, but none is whole.
     """
-    listed = _listed(folder)
+    listed = [(step, path) for step, path in _listed(folder) if at_most is None or step <= at_most]
     for step, path in reversed(listed):
         try:
             with np.load(path, allow_pickle=False) as file:

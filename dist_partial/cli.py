@@ -3,12 +3,21 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import flags
 
 from dist_partial.errors import AGAIN, Fault, UserError
 
-__all__ = ["INTERRUPTED", "UserError", "call", "check_gin_file", "define_gin_flags", "import_tensorflow_quietly"]
+__all__ = [
+    "INTERRUPTED",
+    "UserError",
+    "call",
+    "check_gin_file",
+    "define_gin_flags",
+    "import_tensorflow_quietly",
+    "run_folder",
+]
 
 INTERRUPTED = 130  # the exit code after Ctrl-C: 128 + SIGINT, as shells report it
 
@@ -37,6 +46,11 @@ def check_gin_file(values: flags.FlagValues) -> None:
     """Raises UserError if none is given."""
     if not values.gin_file:
         raise UserError("no --gin_file: try --gin_file=gin_configs/quickstart.gin")
+
+
+def run_folder(run_dir: str | None, gin_files: Sequence[str]) -> Path:
+    """The run folder that the flags name: by default runs/<name of the last gin file>."""
+    return Path(run_dir or Path("runs") / Path(gin_files[-1]).stem)
 
 
 def call(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | None, command: Callable[[], int]) -> int:

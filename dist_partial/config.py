@@ -57,11 +57,13 @@ class Configuration:
         settings: of the run.
         operative: the bindings in use so far, as a gin file that reproduces the run alone.
         unused: the bindings that nothing has read so far.
+        bindings: all that is bound, by name, as text.
     """
 
     settings: settings.Settings
     operative: Callable[[], str]
     unused: Callable[[], list[str]]
+    bindings: dict[str, str]
 
 
 def load(files: Sequence[str | Path], params: Sequence[str] = ()) -> Configuration:
@@ -105,7 +107,7 @@ def load(files: Sequence[str | Path], params: Sequence[str] = ()) -> Configurati
         raise UserError(_explain(error, place)) from error
     finally:
         logging.disable(logging.NOTSET)
-    return Configuration(bound, gin.operative_config_str, _unused)
+    return Configuration(bound, gin.operative_config_str, _unused, _bindings())
 
 
 def _register() -> None:
@@ -213,6 +215,14 @@ def _explain(error: Exception, place: str) -> str:
         prefix = f"{caller[2]}/{caller[1]}" if caller and caller[2] else caller[1] if caller else "run"
         first = "not bound: " + ", ".join(f"{prefix}.{name}" for name in missing)
     return f"{first}{place}"
+
+
+def _bindings() -> dict[str, str]:
+    return {
+        f"{scope}/{selector}.{name}".lstrip("/"): repr(value)
+        for (scope, selector), values in gin.config._CONFIG.items()
+        for name, value in values.items()
+    }
 
 
 def _unused() -> list[str]:

@@ -14,14 +14,20 @@ from dist_partial.settings import Sampling
 
 
 def evaluation(
-    strategy: tf.distribute.Strategy, step: Any, total: Any, data: Dataset, *, examples: int, global_batch: int
+    strategy: tf.distribute.Strategy,
+    step: Any,
+    total: Callable[[Any], Any],
+    data: Dataset,
+    *,
+    examples: int,
+    global_batch: int,
 ) -> Callable[[], dict[str, float]]:
     """Prepares the evaluation on the first `examples` held-out examples, each exactly once.
 
     Args:
         strategy: the replicas.
         step: from `step.evaluation_step`.
-        total: from `step.worker_sum`.
+        total: sums over the workers, from `Replicas.sum`.
         data: the data set.
         examples: how many examples.
         global_batch: examples a step over all replicas; the last one is padded with weight 0.
@@ -38,7 +44,7 @@ def evaluation(
     step.get_concrete_function(batches, steps)  # a mistake in the model or the loss shows now, not after the training
 
     def evaluate() -> dict[str, float]:
-        loss, correct, weight = total(step(batches, steps)).numpy().tolist()
+        loss, correct, weight = total(step(batches, steps)).tolist()
         metrics = {"loss": loss / weight, "examples": examples}
         if not math.isnan(correct):
             metrics["accuracy"] = correct / weight

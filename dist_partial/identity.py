@@ -58,13 +58,23 @@ def check(folder: Path, identity: dict[str, Any]) -> bool:
         before = json.loads(path.read_text())
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): choose another --run_dir") from None
-    if differences := _differences(before, identity):
-        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+    if changed := differences(before, identity):
+        shown = "; ".join(f"{name} was {old!r} and is now {new!r}" for name, old, new in changed[:3])
+        more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
-            f"{folder} is of another run: {'; '.join(differences[:3])}{more}; choose another --run_dir, or restore "
-            "the configuration"
+            f"{folder} is of another run: {shown}{more}; choose another --run_dir, or restore the configuration"
         )
     return True
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Where two JSON values differ: the place as a dotted name, and both values there."""
+    if isinstance(before, list) and isinstance(now, list):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *[key for key in now if key not in before]]
+        return [d for key in keys for d in differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if before == now else [(name, before, now)]
 
 
 def _optimizer(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
@@ -95,12 +105,3 @@ def _nameless(config: Any) -> Any:
 def _plain(content: Any) -> Any:
     """As JSON reads it back; what JSON lacks is named by its type, for its text may hold an address."""
     return json.loads(json.dumps(content, default=lambda value: type(value).__name__))
-
-
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    if isinstance(before, list) and isinstance(now, list):
-        before, now = dict(enumerate(before)), dict(enumerate(now))
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = [*before, *[key for key in now if key not in before]]
-        return [d for key in keys for d in _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
-    return [] if before == now else [f"{name} was {before!r} and is now {now!r}"]

@@ -1,17 +1,17 @@
 """Sums and gathers over TCP connections between all workers: the transport of workers with one CPU replica each.
 
 TensorFlow's own collectives on the CPU send over gRPC, tensor by tensor. Here every worker has a connection to every
-other. A tensor to be summed is cut into one chunk a worker; worker j is sent every chunk j, adds them in rank order
-and sends the sum to all: 2(N-1)/N of the tensor leave each worker, as in a ring, but in two hops whatever N is.
+other (`rendezvous`). A tensor to be summed is cut into one chunk a worker; worker j is sent every chunk j, adds them in
+rank order and sends the sum to all: 2(N-1)/N of the tensor leave each worker, as in a ring, but in two hops whatever N
+is. Workers that have nothing to say send a heartbeat; one that is silent for too long, or gone, is lost to the others.
 """
 
 import contextlib
 import dataclasses
 import functools
-import hmac
 import itertools
+import math
 import queue
-import secrets
 import socket
 import struct
 import threading
@@ -22,18 +22,20 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from dist_partial.errors import Fault, UserError
+
 # Names of the graph ops that hand a tensor over; `traffic` counts bytes by them.
 SUM_OP = "dist_partial_sum"
 GATHER_OP = "dist_partial_gather"
 
-START_SECONDS = 60.0  # in which all workers must have connected
-IDLE_SECONDS = 600.0  # without a byte from or to a worker that is waited for, until it is given up
+HEARTBEAT_SECONDS = 5.0  # after which a worker that has nothing to send says that it is there
+_GOODBYE_SECONDS = 2.0  # for the last words to leave
 
-_CARD = struct.Struct("<H16s")  # port; token, of which rank 0's counts
-_HELLO = struct.Struct("<16sI")  # token, rank
 _HEADER = struct.Struct("<4sBIQQ")  # magic, kind, op, run, bytes that follow
-_MAGIC = b"dpm1"
+_MAGIC = b"dpm2"
 _PART, _FINAL = 0, 1  # a chunk yet to be summed; bytes of the result. In this order: what a sum waits for first
+_HEARTBEAT, _MISTAKE, _FAULT = 2, 3, 4  # no op's: a sign of life; why the worker ends, as text
+_LONGEST_REASON = 2**16  # bytes
 _SLICE = 2**20  # bytes a socket call, after which progress is noted
 _PIECE = 2**19  # bytes of a tensor that are summed while others travel
 _BLOCK = 2**15  # elements that are widened at a time, so that they stay in the cache
@@ -82,53 +84,75 @@ class _Peer:
     """Another worker and the connection to it."""
 
     rank: int
-    host: str
+    address: str
     connection: socket.socket
     outbox: queue.SimpleQueue = dataclasses.field(default_factory=queue.SimpleQueue)
-    lost: str | None = None  # why nothing more will come from it
-    moved: float = 0.0  # when a byte last went either way, time.monotonic()
+    lost: UserError | Fault | None = None  # why nothing more will come from it
+    heard: float = math.inf  # when a byte last came; infinite while this worker itself is not listening
 
     def __str__(self) -> str:
-        return f"worker {self.rank} ({self.host})"
+        return f"worker {self.rank} ({self.address})"
 
     def send(self, header: bytes, data: Any) -> None:
         view = memoryview(data)
         self.connection.sendall(header, getattr(socket, "MSG_MORE", 0) if len(view) else 0)
         for start in range(0, len(view), _SLICE):
             self.connection.sendall(view[start : start + _SLICE])
-            self.moved = time.monotonic()
 
     def receive(self, data: Any) -> None:
         """Fills `data`; raises EOFError where the peer has closed."""
         view = memoryview(data)
+        self.heard = time.monotonic()
         while len(view):
             count = self.connection.recv_into(view[:_SLICE], 0, socket.MSG_WAITALL)
             if not count:
                 raise EOFError("it closed the connection")
-            self.moved = time.monotonic()
+            self.heard = time.monotonic()
             view = view[count:]
 
 
 class Mesh:
-    """TCP connections between all workers, and the collectives over them; made by `connect`.
+    """TCP connections between all workers, and the collectives over them.
 
     Attributes:
         size: number of workers.
         rank: which of them this is, from 0.
-        failure: what ended the exchange, as text for the user, or None.
+        workers: 'host:port' of each.
+        failure: what ended the exchange, or None.
     """
 
-    def __init__(self, rank: int, hosts: Sequence[str], connections: dict[int, socket.socket]) -> None:
-        self.rank, self.size = rank, len(hosts)
-        self.failure: str | None = None
+    def __init__(
+        self,
+        rank: int,
+        workers: Sequence[str],
+        connections: dict[int, socket.socket],
+        patience_seconds: float,
+        on_loss: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        """Starts the threads that send and receive.
+
+        Args:
+            rank: this worker's.
+            workers: 'host:port' of each, in rank order.
+            connections: from `rendezvous.connect`; closed by `close`.
+            patience_seconds: how long another worker may be silent until it is given up.
+            on_loss: called with the reason when a worker is lost, by a thread of the mesh.
+        """
+        self.rank, self.size, self.workers = rank, len(workers), list(workers)
+        self.failure: UserError | Fault | None = None
+        self._patience, self._on_loss = patience_seconds, on_loss
         self._closed = False
         self._ops: list[_Op] = []
         # Guards all ops, runs and `lost`; notified when an op is added, a run is done, or a peer is lost.
         self._changed = threading.Condition()
-        self._peers = {k: _Peer(k, hosts[k], connection) for k, connection in sorted(connections.items())}
+        self._peers = {k: _Peer(k, workers[k], connection) for k, connection in sorted(connections.items())}
+        self._senders = []
         for peer in self._peers.values():
-            threading.Thread(target=self._send_all, args=(peer,), name=f"send to {peer}", daemon=True).start()
+            sender = threading.Thread(target=self._send_all, args=(peer,), name=f"send to {peer}", daemon=True)
+            self._senders.append(sender)
+            sender.start()
             threading.Thread(target=self._receive_all, args=(peer,), name=f"receive from {peer}", daemon=True).start()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def exchange(
         self, sums: Sequence[tf.Tensor], gathers: Sequence[tf.Tensor]
@@ -169,21 +193,51 @@ class Mesh:
             results.append(result)
         return results[: len(sums)], results[len(sums) :]
 
-    def lost(self) -> str | None:
-        """What has become of a worker that is gone, whether it was waited for or not; text for the user, or None."""
+    def sum(self, array: np.ndarray) -> np.ndarray:
+        """The sum of an array [n] over the workers, outside of any function; all call it at the same point."""
+        tensor = self._add(False, array.dtype, array.size)
+        return self._end(tensor, self._begin(tensor, np.ascontiguousarray(array)))
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Every worker's bytes, of any length each, in rank order; called as `sum` is."""
+        length = np.array([len(data)], np.int64)
+        lengths = self._gather(length)[:, 0]
+        rows = self._gather(np.frombuffer(data.ljust(int(lengths.max()), b"\0"), np.uint8))
+        return [row[:count].tobytes() for row, count in zip(rows, lengths, strict=True)]
+
+    def lost(self) -> UserError | Fault | None:
+        """What has become of a worker that is gone, whether it was waited for or not, or None."""
         return self.failure or next((peer.lost for peer in self._peers.values() if peer.lost), None)
 
-    def close(self) -> None:
-        """Closes the connections: what is waited for fails."""
+    def close(self, reason: UserError | Fault | None = None) -> None:
+        """Closes the connections: what is waited for fails.
+
+        Args:
+            reason: why this worker ends before the others; they are told.
+        """
         with self._changed:
+            if self._closed:
+                return
             self._closed = True
-            self.failure = self.failure or "this worker has closed its connections to the others"
+            self.failure = self.failure or Fault("this worker has closed its connections to the others")
             self._changed.notify_all()
+        text = str(reason).encode()[:_LONGEST_REASON] if reason else b""
+        kind = _MISTAKE if isinstance(reason, UserError) else _FAULT
         for peer in self._peers.values():
+            if reason:
+                peer.outbox.put((None, _HEADER.pack(_MAGIC, kind, 0, 0, len(text)), text))
             peer.outbox.put(None)
+        deadline = time.monotonic() + _GOODBYE_SECONDS
+        for sender in self._senders:
+            sender.join(max(0.0, deadline - time.monotonic()))
+        for peer in self._peers.values():
             with contextlib.suppress(OSError):  # the peer was first
                 peer.connection.shutdown(socket.SHUT_RDWR)  # wakes the threads, which closing does not
             peer.connection.close()
+
+    def _gather(self, array: np.ndarray) -> np.ndarray:
+        tensor = self._add(True, array.dtype, array.size)
+        return self._end(tensor, self._begin(tensor, array))
 
     def _add(self, gathers: bool, dtype: Any, count: int) -> _Tensor:
         tensor = _Tensor(gathers, np.dtype(dtype), self.size * count if gathers else count)
@@ -215,32 +269,49 @@ class Mesh:
 
     def _end(self, tensor: _Tensor, number: np.int64) -> np.ndarray:
         """Waits for the result of a run."""
-        start = time.monotonic()
         with self._changed:
             for op in tensor.ops:
                 run = op.runs[int(number)]
                 while not run.done():
-                    self.failure = self.failure or self._find_failure(run, start)
+                    # Whoever is not waited for may have ended as it should, after its last part.
+                    late = [self._peers[rank] for _, rank in sorted(run.waiting) if rank != self.rank]
+                    self.failure = self.failure or next((peer.lost for peer in late if peer.lost), None)
                     if self.failure:
-                        raise ConnectionError(self.failure)
-                    self._changed.wait(IDLE_SECONDS / 10)
+                        raise self.failure
+                    self._changed.wait()
                 del op.runs[run.number]
             result = tensor.results.pop(int(number))
         return result.reshape(self.size, -1) if tensor.gathers else result
 
-    def _find_failure(self, run: _Run, start: float) -> str | None:
-        waiting = sorted(pair for pair in run.waiting if pair[1] != self.rank)
-        late = [self._peers[rank] for _, rank in waiting]
-        for peer in late:
-            if peer.lost:
-                return peer.lost
-        peers = late or list(self._peers.values())  # all is here: what is left has yet to be sent
-        if time.monotonic() - max([start, *[peer.moved for peer in peers]]) > IDLE_SECONDS:
-            return (
-                f"{peers[0]} has sent and taken nothing for {IDLE_SECONDS:g} s: look whether it hangs or the network "
-                "between the workers is down, then start all workers again"
-            )
-        return None
+    def _watch(self) -> None:
+        """Gives up whoever is silent for too long."""
+        interval = min(1.0, self._patience / 4)
+        while not self._closed:
+            before = time.monotonic()
+            time.sleep(interval)
+            now = time.monotonic()
+            stopped = (
+                now - before > interval + self._patience / 4
+            )  # this worker itself, and what came is yet to be read
+            for peer in self._peers.values():
+                if stopped and peer.heard < now:
+                    peer.heard = now
+                if now - peer.heard > self._patience and not peer.lost:
+                    text = (
+                        f"{peer} has been silent for {self._patience:g} s: it is stopped, or the network between the "
+                        "workers is down; run the same command again to go on"
+                    )
+                    self._lose(peer, Fault(text))
+                    with contextlib.suppress(OSError):
+                        peer.connection.shutdown(socket.SHUT_RDWR)  # what is yet to be sent to it is dropped
+
+    def _lose(self, peer: _Peer, reason: UserError | Fault) -> None:
+        with self._changed:
+            if peer.lost or self._closed:
+                return
+            peer.lost = reason
+            self._changed.notify_all()
+        self._on_loss(str(reason))
 
     def _run(self, op: _Op, number: int) -> _Run:
         if number not in op.runs:
@@ -290,7 +361,14 @@ class Mesh:
 
     def _send_all(self, peer: _Peer) -> None:
         broken = False
-        while (message := peer.outbox.get()) is not None:
+        heartbeat = (None, _HEADER.pack(_MAGIC, _HEARTBEAT, 0, 0, 0), b"")
+        while True:
+            try:
+                message = peer.outbox.get(timeout=HEARTBEAT_SECONDS)
+            except queue.Empty:
+                message = heartbeat
+            if message is None:
+                return
             run, header, data = message
             try:
                 # Once it is broken, messages are dropped. What that means is for the receiver to say: what the
@@ -299,30 +377,38 @@ class Mesh:
                     peer.send(header, data)
             except OSError:
                 broken = True
-            with self._changed:
-                run.unsent -= 1
-                if run.done():
-                    self._changed.notify_all()
+            if run is not None:
+                with self._changed:
+                    run.unsent -= 1
+                    if run.done():
+                        self._changed.notify_all()
 
     def _receive_all(self, peer: _Peer) -> None:
         header = bytearray(_HEADER.size)
         try:
             while True:
                 peer.receive(header)
-                run, kind, target = self._target(peer.rank, *_HEADER.unpack(header))
+                magic, kind, number, run_number, size = _HEADER.unpack(header)
+                if kind == _HEARTBEAT:
+                    continue
+                if kind in (_MISTAKE, _FAULT) and size <= _LONGEST_REASON:
+                    words = bytearray(size)
+                    peer.receive(words)
+                    ended = f"{peer}: {words.decode(errors='replace')}"
+                    return self._lose(peer, UserError(ended) if kind == _MISTAKE else Fault(ended))
+                peer.heard = math.inf  # it may have to wait until this worker has traced what the peer has sent
+                run, target = self._target(peer.rank, magic, kind, number, run_number, size)
                 peer.receive(target.view(np.uint8))
                 self._arrived(run, kind, peer.rank, target)
         except (EOFError, OSError) as error:
-            lost = f"{peer} is gone ({error}): its own output says why; start all workers again"
+            self._lose(peer, Fault(f"{peer} is gone ({error}): its own output says why; run the same command again"))
         except Exception as error:  # whatever it is, the thread that waits must hear of it
-            lost = f"{peer} sent what does not fit ({error}): see that all workers run the same program and settings"
-        with self._changed:
-            peer.lost = lost
-            self._changed.notify_all()
+            text = f"{peer} sent what does not fit ({error}): see that all workers run the same program and settings"
+            self._lose(peer, UserError(text))
 
     def _target(
         self, rank: int, magic: bytes, kind: int, number: int, run_number: int, size: int
-    ) -> tuple[_Run, int, np.ndarray]:
+    ) -> tuple[_Run, np.ndarray]:
         """Where the bytes that follow a header go."""
         if magic != _MAGIC:
             raise ValueError("not a header")
@@ -339,130 +425,7 @@ class Mesh:
             target = run.result[op.bounds[place] : op.bounds[place + 1]]
             if size != target.nbytes:
                 raise ValueError(f"{size} bytes for op {number}, which takes {target.nbytes}")
-        return run, kind, np.empty_like(target) if kind == _PART else target
-
-
-def connect(
-    rank: int, hosts: Sequence[str], swap: Callable[[bytes], list[bytes]], congestion: str | None = None
-) -> Mesh:
-    """Connects this worker to all others; all workers call it.
-
-    Each listens on a free port of its own host only, and takes in nobody without the token that rank 0 has drawn.
-
-    Args:
-        rank: this worker's.
-        hosts: name or address of each worker's host, in rank order.
-        swap: gives every worker's bytes, in rank order; each hands over equally many.
-        congestion: the kernel's congestion control for these connections, such as 'cubic'; where it is not to be had,
-            or None, that of the system.
-
-    Raises:
-        ConnectionError: a worker cannot be reached; the message names its address.
-    """
-    try:
-        family = socket.getaddrinfo(hosts[rank], 0, type=socket.SOCK_STREAM)[0][0]
-        server = socket.create_server((hosts[rank], 0), family=family, backlog=len(hosts))
-    except OSError as error:
-        raise ConnectionError(
-            f"worker {rank} cannot listen on {hosts[rank]} ({error}): TF_CONFIG must name it by an address of its own"
-        ) from error
-    connections: dict[int, socket.socket] = {}
-    try:
-        with server:
-            swapped = swap(_CARD.pack(server.getsockname()[1], secrets.token_bytes(16)))
-            ports = [_CARD.unpack(each)[0] for each in swapped]
-            _, token = _CARD.unpack(swapped[0])
-            deadline = time.monotonic() + START_SECONDS
-            for other in range(rank):
-                connections[other] = _call(rank, other, (hosts[other], ports[other]), token, deadline)
-            _take_in(server, rank, hosts, token, deadline, connections)
-        for connection in connections.values():
-            _set_up(connection, congestion)
-    except BaseException:
-        for connection in connections.values():
-            connection.close()
-        raise
-    return Mesh(rank, hosts, connections)
-
-
-def _call(rank: int, other: int, address: tuple[str, int], token: bytes, deadline: float) -> socket.socket:
-    try:
-        connection = socket.create_connection(address, timeout=max(0.1, deadline - time.monotonic()))
-        connection.sendall(_HELLO.pack(token, rank))
-        if _greeting(connection, token) != other:
-            raise ConnectionError("another worker answers there")
-    except OSError as error:
-        raise ConnectionError(
-            f"worker {rank} cannot reach worker {other} at {address[0]}:{address[1]} ({error}): a firewall may block "
-            "it; workers need TCP to each other on all ports"
-        ) from error
-    return connection
-
-
-def _take_in(
-    server: socket.socket,
-    rank: int,
-    hosts: Sequence[str],
-    token: bytes,
-    deadline: float,
-    connections: dict[int, socket.socket],
-) -> None:
-    """Waits until all workers of a higher rank have connected, and adds their connections."""
-    arrivals: queue.SimpleQueue = queue.SimpleQueue()
-
-    def answer(connection: socket.socket) -> None:
-        try:
-            connection.settimeout(max(0.1, deadline - time.monotonic()))
-            other = _greeting(connection, token)
-            connection.sendall(_HELLO.pack(token, rank))
-            arrivals.put((other, connection))
-        except OSError:
-            connection.close()  # a stranger; if it was a worker, its absence is reported
-
-    server.settimeout(0.05)
-    while missing := [k for k in range(rank + 1, len(hosts)) if k not in connections]:
-        if time.monotonic() > deadline:
-            address = f"{hosts[rank]}:{server.getsockname()[1]}"
-            raise ConnectionError(
-                f"worker {rank} was not reached at {address} by worker "
-                f"{', '.join(f'{k} ({hosts[k]})' for k in missing)} in {START_SECONDS:g} s: a firewall may block it; "
-                "workers need TCP to each other on all ports"
-            )
-        with contextlib.suppress(TimeoutError):
-            # In a thread each: one that is silent must not keep the others waiting.
-            threading.Thread(target=answer, args=(server.accept()[0],), daemon=True).start()
-        while not arrivals.empty():
-            other, connection = arrivals.get()
-            if other in missing and other not in connections:
-                connections[other] = connection
-            else:
-                connection.close()
-
-
-def _greeting(connection: socket.socket, token: bytes) -> int:
-    """The rank in the greeting of the other side."""
-    greeting = b""
-    while len(greeting) < _HELLO.size:
-        received = connection.recv(_HELLO.size - len(greeting))
-        if not received:
-            raise ConnectionError("it closed the connection")
-        greeting += received
-    theirs, rank = _HELLO.unpack(greeting)
-    if not hmac.compare_digest(theirs, token):
-        raise ConnectionError("wrong token")
-    return rank
-
-
-def _set_up(connection: socket.socket, congestion: str | None) -> None:
-    connection.settimeout(None)
-    if congestion and hasattr(socket, "TCP_CONGESTION"):
-        with contextlib.suppress(OSError):  # the kernel has no such module
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in [("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)]:
-        if hasattr(socket, name):  # Linux has all three
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        return run, np.empty_like(target) if kind == _PART else target
 
 
 def _aligned(count: int, dtype: np.dtype) -> np.ndarray:

@@ -147,12 +147,13 @@ def _hops(entries: Sequence[Any]) -> float:
 def _measure(settings: "Settings", batch: int) -> tuple["Plan", Computation, float, int]:
     import tensorflow as tf
 
-    from dist_partial import local_sgd, replicas, run, step
+    from dist_partial import local_sgd, replicas, step
+    from dist_partial.build import build, training
 
-    built = run.build(settings, replicas.create("default"))
+    built = build(settings, replicas.create("default"))
     strategy, wire = built.replicas.strategy, built.replicas.wire
     batch = -(-batch // settings.accumulate) * settings.accumulate
-    train, batches = run.training(built, settings, 0, batch)
+    train, batches = training(built, settings, 0, batch)
     one = next(batches)
     weighted = (*one[:2], tf.ones(one[1].shape[:1]))
     forward = step.evaluation_step(strategy, built.model, built.loss)

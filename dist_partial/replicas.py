@@ -2,16 +2,18 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import mesh
+from dist_partial import rendezvous
 from dist_partial.cluster import read_tf_config
 from dist_partial.errors import UserError
+from dist_partial.mesh import Mesh
 from dist_partial.wire import PACK_BYTES, Wire
+from dist_partial.workers import MeshStrategy
 
 KINDS = ("auto", "default", "mirrored", "multi_worker")
 TRANSPORTS = ("auto", "tensorflow", "sockets")
@@ -25,13 +27,28 @@ class Replicas:
         strategy: what computes on them.
         wire: how they reach each other.
         description: one line that says what was picked and why.
+        mesh: this worker's connections to the others, or None where it is the only one.
         host: this worker's name or address among several, or None.
     """
 
     strategy: tf.distribute.Strategy
     wire: Wire
     description: str
+    mesh: Mesh | None = None
     host: str | None = None
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this worker writes the run folder."""
+        return self.mesh is None or self.mesh.rank == 0
+
+    def sum(self, value: Any) -> np.ndarray:
+        """The sum of a vector over the workers; all call it at the same point."""
+        return np.asarray(value) if self.mesh is None else self.mesh.sum(np.asarray(value))
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Every worker's bytes, in rank order; all call it at the same point."""
+        return [data] if self.mesh is None else self.mesh.gather(data)
 
 
 def create(
@@ -40,6 +57,8 @@ def create(
     transport: str = "auto",
     pack_bytes: int = PACK_BYTES,
     congestion: str | None = "cubic",
+    start_seconds: float = 300.0,
+    patience_seconds: float = 60.0,
 ) -> Replicas:
     """Makes the distribution strategy, and connects the workers.
 
@@ -55,9 +74,12 @@ def create(
         pack_bytes: up to how many bytes of gradients travel as one.
         congestion: the kernel's congestion control for the sockets; None is the system's. Replicas in lock step wait
             for the slowest exchange, and on a shaped link cubic's are the steadiest; a lossy one may need 'bbr'.
+        start_seconds: in which all workers must have started.
+        patience_seconds: how long another worker may be silent until it is given up.
 
     Raises:
         UserError: unknown kind, malformed TF_CONFIG, or devices that cannot be made.
+        Fault: workers are missing when `start_seconds` are over.
     """
     if transport not in TRANSPORTS:
         raise UserError(f"replicas.transport is {transport!r}: write one of {', '.join(map(repr, TRANSPORTS))}")
@@ -67,6 +89,9 @@ def create(
         raise UserError(f"replicas.pack_bytes is {pack_bytes!r}: write a whole number of bytes, such as {PACK_BYTES}")
     if kind not in KINDS:
         raise UserError(f"replicas.kind is {kind!r}: write one of {', '.join(map(repr, KINDS))}")
+    for name, seconds in (("start_seconds", start_seconds), ("patience_seconds", patience_seconds)):
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
+            raise UserError(f"replicas.{name} is {seconds!r}: write a number of seconds above 0")
     if type(cpu) is not int or cpu < 1:
         raise UserError(f"replicas.cpu is {cpu!r}: write how many simulated replicas, 1 or more")
     cluster = read_tf_config(os.environ.get("TF_CONFIG", ""))
@@ -80,7 +105,7 @@ def create(
         else:
             kind, reason = "default", " (one GPU here)" if gpus else " (no GPU here, replicas.cpu = 1)"
     if kind == "multi_worker":
-        return _multi_worker(cluster, reason, transport, pack_bytes, congestion)
+        return _multi_worker(cluster, reason, transport, pack_bytes, congestion, start_seconds, patience_seconds)
     if transport == "sockets":
         raise UserError("replicas.transport = 'sockets' connects the workers of TF_CONFIG; here there is one process")
     wire = Wire(pack_bytes=pack_bytes)
@@ -90,15 +115,6 @@ def create(
     what = f"{gpus} GPUs" if gpus else f"{cpu} simulated on the CPU"
     description = f"replicas: {len(devices)}, MirroredStrategy over {what}{reason}"
     return Replicas(tf.distribute.MirroredStrategy(devices), wire, description)
-
-
-def is_chief() -> bool:
-    """Whether this process writes the run folder: the only process, or the first worker of the cluster."""
-    cluster = read_tf_config(os.environ.get("TF_CONFIG", ""))
-    if not cluster:
-        return True
-    task = cluster["task"]
-    return task["type"] == "chief" or ("chief" not in cluster["cluster"] and task["index"] == 0)
 
 
 def local_count(strategy: tf.distribute.Strategy) -> int:
@@ -132,70 +148,43 @@ def _simulated(count: int) -> list[str]:
 
 
 def _multi_worker(
-    cluster: dict[str, Any] | None, reason: str, transport: str, pack_bytes: int, congestion: str | None
+    cluster: dict[str, Any] | None,
+    reason: str,
+    transport: str,
+    pack_bytes: int,
+    congestion: str | None,
+    start_seconds: float,
+    patience_seconds: float,
 ) -> Replicas:
     if cluster is None:
         raise UserError("replicas.kind is 'multi_worker', but TF_CONFIG names no cluster: set it on every worker")
-    workers = sum(len(addresses) for addresses in cluster["cluster"].values())
+    everyone = [address for kind in ("chief", "worker") for address in cluster["cluster"].get(kind, [])]
     task = cluster["task"]
-    strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    connections = None
-    how = "TensorFlow's collectives"
-    if transport != "tensorflow" and workers > 1:
-        connections, failure = _connect(strategy, cluster, congestion)
-        if connections is None and transport == "sockets":
-            raise UserError(f"replicas.transport = 'sockets': {failure}")
-        how = "direct connections" if connections else f"{how}, as {failure}"
+    rank = everyone.index(cluster["cluster"][task["type"]][task["index"]])
+    gpus = bool(tf.config.list_physical_devices("GPU"))
+    if gpus and transport == "sockets":
+        raise UserError("replicas.transport = 'sockets' is for workers without GPUs: bind 'auto' or 'tensorflow'")
+    tensorflow = gpus or transport == "tensorflow"
+    secret = os.environ.get(rendezvous.SECRET, "")
+    connections = rendezvous.connect(rank, everyone, start_seconds, secret, congestion)
+    connected = Mesh(rank, everyone, connections, patience_seconds, _abort if tensorflow else lambda reason: None)
+    strategy = tf.distribute.MultiWorkerMirroredStrategy() if tensorflow else MeshStrategy(connected)
+    how = "TensorFlow's collectives" if tensorflow else "direct connections"
     return Replicas(
         strategy,
-        Wire(connections, pack_bytes),
-        f"replicas: {strategy.num_replicas_in_sync}, MultiWorkerMirroredStrategy over {workers} workers, this is "
+        Wire(None if tensorflow else connected, pack_bytes),
+        f"replicas: {strategy.num_replicas_in_sync}, MultiWorkerMirroredStrategy over {len(everyone)} workers, this is "
         f"{task['type']} {task['index']}{reason}; gradients travel by {how}",
-        _host(cluster["cluster"][task["type"]][task["index"]]) if workers > 1 else None,
+        connected,
+        everyone[rank].rpartition(":")[0].strip("[]"),
     )
 
 
-def _connect(
-    strategy: tf.distribute.Strategy, cluster: dict[str, Any], congestion: str | None
-) -> tuple[mesh.Mesh | None, str]:
-    """Connects the workers with each other: all of them, or none and the reason."""
-    if local_count(strategy) > 1 or tf.config.list_physical_devices("GPU"):
-        return None, "workers with GPUs or several replicas use no sockets of our own"
-    everyone = [address for kind in ("chief", "worker") for address in cluster["cluster"].get(kind, [])]
-    hosts = [_host(address) for address in everyone]
-    rank = input_context(strategy).input_pipeline_id
-    connected, failure = None, ""
-    try:
-        connected = mesh.connect(rank, hosts, lambda data: _swap(strategy, data), congestion)
-    except ConnectionError as error:
-        failure = str(error)
-    # What fails for one of them must not be used by any.
-    failures = [
-        text.rstrip(b"\0").decode(errors="replace")
-        for text in _swap(strategy, failure.encode()[:400].ljust(400, b"\0"))
-    ]
-    if any(failures):
-        if connected is not None:
-            connected.close()
-        return None, next(text for text in failures if text)
-    return connected, ""
+def _abort(reason: str) -> None:
+    # TensorFlow's collectives would wait for the lost worker for ever, or for half a minute.
+    from tensorflow.python.eager import context
 
-
-def _host(address: str) -> str:
-    return address.rpartition(":")[0].strip("[]")
-
-
-def _swap(strategy: tf.distribute.Strategy, data: bytes) -> list[bytes]:
-    """Every worker's bytes, in the order of ranks; each hands over equally many."""
-    words = np.frombuffer(data.ljust(-(-len(data) // 4) * 4, b"\0"), np.int32)
-
-    @tf.function(autograph=False)
-    def gathered(words: tf.Tensor) -> tf.Tensor:
-        # The strategy takes no function's argument as it is, only what an op has made.
-        return strategy.gather(strategy.run(lambda: tf.identity(words)[tf.newaxis]), axis=0)
-
-    rows = gathered(tf.constant(words)).numpy()
-    return [row.tobytes()[: len(data)] for row in rows]
+    context.context().abort_collective_ops(tf.errors.UNAVAILABLE, reason)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -241,18 +230,20 @@ class PerReplica:
             copy.assign(mine[first + i])
 
 
-def values(variables: Sequence[PerReplica]) -> list[np.ndarray]:
-    """All replicas' values, [replicas, ...] each; all workers must call it, and send each other what they have."""
+def values(variables: Sequence[PerReplica], gather: Callable[[bytes], list[bytes]]) -> list[np.ndarray]:
+    """All replicas' values, [replicas, ...] each; all workers must call it, and send each other what they have.
+
+    Args:
+        variables: of the same strategy.
+        gather: gives every worker's bytes, from `Replicas.gather`.
+    """
     if not variables:
         return []
     strategy = variables[0].strategy
     local = [[copy.numpy() for copy in strategy.experimental_local_results(v.variable)] for v in variables]
-    if local_count(strategy) == strategy.num_replicas_in_sync:
-        return [np.stack(copies) for copies in local]
-
     # One message, and not a gather for each of many small variables.
     data = b"".join(copy.tobytes() for copies in local for copy in copies)
-    rows = _swap(strategy, data)
+    rows = gather(data)
     found, start = [], 0
     for variable, copies in zip(variables, local, strict=True):
         size = sum(copy.nbytes for copy in copies)

@@ -1,151 +1,36 @@
 """The one orchestration: build, restore, loop, evaluate, sample, save."""
 
 import contextlib
-import dataclasses
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import (
-    batch_norm,
-    checkpoints,
-    evaluation,
-    identity,
-    local_sgd,
-    optimizers,
-    reduction,
-    selection,
-    step,
-    traffic,
-)
-from dist_partial.data import Dataset, train_batches
-from dist_partial.errors import UserError
+from dist_partial import agreement, batch_norm, checkpoints, evaluation, identity, local_sgd, selection, step, traffic
+from dist_partial.build import build, restore, training
+from dist_partial.errors import AGAIN, Fault, UserError
 from dist_partial.files import locked, write_json, write_text, writing
-from dist_partial.loss_scale import LossScale, needs_loss_scale
-from dist_partial.replicas import Replicas, input_context, is_chief
+from dist_partial.replicas import Replicas
 from dist_partial.reporting import Journal, plan_table
 from dist_partial.selection import average_bytes
 from dist_partial.settings import Settings
 
+INTERRUPTED = 130  # the exit code after Ctrl-C: 128 + SIGINT, as shells report it
+
 
 class Interrupted(Exception):
-    """The user stopped the run; everything is saved, and the message says how to go on."""
+    """Ctrl-C or SIGTERM stopped the run; everything is saved, and the message says how to go on.
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Built:
-    """Everything that a run computes with, made from its settings in one strategy's scope."""
-
-    replicas: Replicas
-    data: Dataset
-    model: keras.Model
-    loss: Callable[[Any, Any], tf.Tensor]
-    plan: selection.Plan
-    optimizers: tuple[optimizers.GroupOptimizer, ...]
-    reductions: list[dict[str, tf.Variable]]
-    fragments: tuple[local_sgd.Fragment, ...]
-    scale: LossScale | None
-    state: dict[str, Any]
-    identity: dict[str, Any]
-
-
-def build(settings: Settings, replicas: Replicas) -> Built:
-    """Builds data, model, plan and optimizers; reads and writes nothing of the run folder.
-
-    Raises:
-        UserError: every mistake in the rules, the factories or the data.
+    Attributes:
+        code: the exit code of the process.
     """
-    keras.config.set_floatx("float64" if settings.precision == "float64" else "float32")
-    keras.config.set_dtype_policy(settings.precision)
-    data = settings.data()
-    if not isinstance(data, Dataset):
-        raise UserError(f"run.data made a {type(data).__name__}: its factory must return a dist_partial.data.Dataset")
-    with replicas.strategy.scope():
-        keras.utils.set_random_seed(settings.seed)
-        model = settings.model()
-        if not isinstance(model, keras.Model):
-            raise UserError(f"run.model made a {type(model).__name__}: its factory must return a keras.Model")
-        # A subclassed model has its variables only once it has been called.
-        x = data.train.spec[0]
-        outputs = model(tf.zeros([1, *x.shape], x.dtype))
-        if not isinstance(outputs, tf.Tensor):
-            raise UserError(f"run.model gives a {type(outputs).__name__} of outputs: its model must give one tensor")
-        plan = selection.resolve(settings.rules, model, settings.reduction)
-        batch_norm.set_modes(model, plan, everywhere=settings.statistics == "all")
-        groups = optimizers.build(plan, settings.optimizer)
-        reductions = reduction.states(plan)
-        fragments = local_sgd.build(plan, groups, reductions)
-        scale = LossScale() if needs_loss_scale(model) else None
-    for entry, kept in zip(plan.trained, reductions, strict=True):
-        if scale is not None and (kept or not entry.reduction.shared):
-            raise UserError(
-                f"float16 scales the loss and skips the steps that overflow on any replica, which {entry.reduction} of "
-                f"rule {entry.rule.match!r} cannot: bind run.precision = 'mixed_bfloat16', or @every_step()"
-            )
-    loss = settings.loss()
-    if not callable(loss):
-        raise UserError(f"run.loss made a {type(loss).__name__}: its factory must return a Keras loss or a function")
-    return Built(
-        replicas=replicas,
-        data=data,
-        model=model,
-        loss=loss.call if isinstance(loss, keras.losses.Loss) else loss,
-        plan=plan,
-        optimizers=groups,
-        reductions=reductions,
-        fragments=fragments,
-        scale=scale,
-        state=checkpoints.resumable_state(replicas.strategy, model, plan, groups, reductions, fragments, scale),
-        identity=identity.of_run(settings, data, model, plan, [*groups, *[f.outer for f in fragments]]),
-    )
 
-
-def restore(built: Built, folder: Path, say: Callable[[str], None]) -> checkpoints.Checkpoint | None:
-    """Restores the newest whole checkpoint of the folder, if there is one.
-
-    Raises:
-        UserError: the folder is of another run, or damaged.
-    """
-    if not identity.check(folder, built.identity):
-        return None
-    checkpoint = checkpoints.newest(folder / "checkpoints", say)
-    if checkpoint is not None:
-        if checkpoint.metadata["frozen"] != built.identity["frozen"]:
-            raise UserError(f"{checkpoint.path} was saved beside other frozen variables: it is of another run")
-        checkpoints.restore(checkpoint, built.state)
-        for group in built.optimizers:
-            optimizers.write_rows(built.replicas.strategy, group.members)
-    return checkpoint
-
-
-def training(
-    built: Built, settings: Settings, first_step: int, global_batch: int
-) -> tuple[step.TrainStep, Iterator[step.Batch]]:
-    """The compiled step and this worker's batches for it, from `first_step` on."""
-    train = step.train_step(
-        built.replicas.strategy,
-        built.replicas.wire,
-        built.model,
-        built.loss,
-        built.plan,
-        built.optimizers,
-        built.reductions,
-        step.StepOptions(global_batch, settings.clip_norm, settings.accumulate, settings.jit_compile),
-        built.scale,
-    )
-    batches = train_batches(
-        built.data.train,
-        first_step=first_step,
-        global_batch=global_batch,
-        seed=settings.seed,
-        context=input_context(built.replicas.strategy),
-    )
-    return train, iter(batches)
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def run(
@@ -153,6 +38,7 @@ def run(
     folder: Path,
     operative: Callable[[], str] = lambda: "",
     unused: Callable[[], list[str]] = lambda: [],
+    bindings: Mapping[str, str] | None = None,
 ) -> None:
     """Trains, evaluates and samples; goes on from what is in the folder.
 
@@ -161,16 +47,30 @@ def run(
         folder: the run folder, made if absent.
         operative: gives the text of operative_config.gin, once the first step has used everything.
         unused: gives the bindings that nothing has used by then.
+        bindings: what the user has bound, which must be the same on all workers.
 
     Raises:
-        UserError: any mistake of the user's, a full disk, a damaged folder, a loss that is not finite.
-        Interrupted: the user pressed Ctrl-C; the state is saved.
+        UserError: any mistake of the user's, on any of the workers; a damaged folder; a loss that is not finite.
+        Fault: a worker is missing or lost, or the disk is full.
+        Interrupted: Ctrl-C or SIGTERM on any of the workers; the state is saved.
     """
     replicas = settings.replicas()
+    with _connected(replicas):
+        _run(settings, folder, replicas, operative, unused, bindings or {})
+
+
+def _run(
+    settings: Settings,
+    folder: Path,
+    replicas: Replicas,
+    operative: Callable[[], str],
+    unused: Callable[[], list[str]],
+    bindings: Mapping[str, str],
+) -> None:
     strategy = replicas.strategy
-    say: Callable[[str], None] = print if is_chief() else lambda _: None
+    say: Callable[[str], None] = print if replicas.is_chief else lambda _: None
     say(replicas.description)
-    workers = input_context(strategy).num_input_pipelines
+    workers = replicas.mesh.size if replicas.mesh else 1
     parts = strategy.num_replicas_in_sync * settings.accumulate
     if settings.global_batch % parts:
         raise UserError(
@@ -178,6 +78,10 @@ def run(
             f"replicas x {settings.accumulate} micro-batches: bind a multiple of {parts}"
         )
     built = build(settings, replicas)
+    if replicas.mesh is not None:
+        start = checkpoints.fingerprints(built.model)
+        facts = {"versions": agreement.versions(), "bindings": dict(bindings), "initial values": start}
+        agreement.check(replicas.mesh, facts | built.identity)
     say(plan_table(built.plan))
     checkpoint = restore(built, folder, say)
     done, wire_bytes = (checkpoint.step, checkpoint.metadata["wire_bytes"]) if checkpoint else (0, 0)
@@ -198,11 +102,10 @@ def run(
         train.without_gradient,
         batch_norm.local_statistics(built.model),
     )
-    total = step.worker_sum(strategy)
     evaluate = evaluation.evaluation(
         strategy,
         step.evaluation_step(strategy, built.model, built.loss),
-        total,
+        replicas.sum,
         built.data,
         examples=min(settings.eval_examples or len(built.data.evaluation), len(built.data.evaluation)),
         global_batch=settings.global_batch,
@@ -213,10 +116,9 @@ def run(
     meter = traffic.Meter(plan, workers, traffic.card(replicas.host) if replicas.host else None, done)
     saved, first = done, True
     with (
-        _connected(replicas),
-        _written_folder(folder, built.identity, plan) if is_chief() else contextlib.nullcontext(),
-        Journal(folder, done, settings.steps, plan, is_chief()) as journal,
-        _interruptible() as interrupted,
+        _written_folder(folder, built.identity, plan) if replicas.is_chief else contextlib.nullcontext(),
+        Journal(folder, done, settings.steps, plan, replicas.is_chief) as journal,
+        _signals() as received,
     ):
         if train.without_gradient:
             journal.say(f"selected, but the loss does not depend on it: {', '.join(train.without_gradient)}")
@@ -241,10 +143,11 @@ def run(
                 if exchange.fragment.reduction.due(done + count):
                     exchange.function()
                     sent[-1] += traffic.total(exchange.sent)
-            # All workers stop after the same call, whichever of them was interrupted, and all hear of a norm that is
-            # not finite on one of them alone, which trains by itself.
-            sums = total(tf.concat([result["loss"], result["gradient_norm"], [float(interrupted())]], axis=0)).numpy()
-            losses, norms, stopped = sums[:count], sums[count:-1] / workers, sums[-1]
+            # All workers stop after the same call, whichever of them was told to, and all hear of a norm that is not
+            # finite on one of them alone, which trains by itself.
+            told = np.array([number in received for number in (signal.SIGINT, signal.SIGTERM)], np.float32)
+            sums = replicas.sum(np.concatenate([result["loss"], result["gradient_norm"], told]))
+            losses, norms, (interrupted, terminated) = sums[:count], sums[count:-2] / workers, sums[-2:]
             meter.stop(count, int(sent[-1]) - wire_bytes, sums.nbytes)
             good = _finite_steps(losses, norms, scaled=built.scale is not None)
             journal.train(done + 1, losses[:good], norms[:good], sent[:good])
@@ -259,17 +162,17 @@ def run(
             if first:
                 journal.configuration(operative(), unused())
                 first = False
-            stop = stopped > 0 and done < settings.steps
+            stop = interrupted + terminated > 0 and done < settings.steps
             try:
                 if _due(settings, done, settings.eval_every):
                     with local_sgd.agreed(strategy, built.fragments):
                         journal.evaluation(done, evaluate(), wire_bytes)
-                        if built.data.codec is not None and is_chief():
+                        if built.data.codec is not None and replicas.is_chief:
                             journal.samples(evaluation.samples(built.model, built.data, settings.sampling, done))
             finally:  # what fails in an evaluation must not cost the training
                 if stop or _due(settings, done, settings.save_every):
-                    arrays = checkpoints.read(built.state, done)
-                    if is_chief():
+                    arrays = checkpoints.read(built.state, done, replicas.gather)
+                    if replicas.is_chief:
                         metadata = {"wire_bytes": wire_bytes, "frozen": built.identity["frozen"]}
                         checkpoints.save(folder / "checkpoints", done, arrays, metadata, settings.keep)
                     saved = done
@@ -277,7 +180,8 @@ def run(
             if stop:
                 raise Interrupted(
                     f"stopped at step {done} of {settings.steps}, saved in {folder}; run the same command again to "
-                    "go on"
+                    "go on",
+                    AGAIN if terminated else INTERRUPTED,
                 )
 
 
@@ -293,23 +197,29 @@ def _written_folder(folder: Path, content: dict[str, Any], plan: selection.Plan)
 
 @contextlib.contextmanager
 def _connected(replicas: Replicas) -> Iterator[None]:
-    """Says in one line which worker is lost, and closes the connections at the end."""
-    mesh = replicas.wire.mesh
-    try:
+    """Turns what a lost worker leads to into what has become of it, and tells the others why this one ends."""
+    mesh = replicas.mesh
+    if mesh is None:
         yield
-    except tf.errors.OpError as error:
-        if mesh is not None and (lost := mesh.lost()):
-            raise UserError(lost) from error
-        # TensorFlow's collectives end like this on the workers that are left.
-        if replicas.host and isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError)):
-            raise UserError(
-                f"another worker is gone ({error.message.splitlines()[0]}): its own output says why; start all workers "
-                "again"
-            ) from error
+        return
+    try:
+        try:
+            yield
+        except tf.errors.OpError as error:
+            if lost := mesh.lost():
+                raise lost from error
+            # TensorFlow's collectives end like this on the workers that are left.
+            if isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError)):
+                what = error.message.splitlines()[0]
+                raise Fault(
+                    f"another worker is gone ({what}): its own output says why; run the same command again"
+                ) from error
+            raise
+    except (UserError, Fault) as reason:
+        mesh.close(reason)
         raise
     finally:
-        if mesh is not None:
-            mesh.close()
+        mesh.close()
 
 
 def _steps_until_event(settings: Settings, done: int, exchanges: Sequence[local_sgd.Exchange]) -> int:
@@ -343,16 +253,19 @@ def _not_finite(at: int, loss: float, norm: float, saved: int) -> UserError:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a flag that the loop reads between calls; the second one is not caught."""
-    pressed: list[int] = []
+def _signals() -> Iterator[set[int]]:
+    """Collects Ctrl-C and SIGTERM, for the loop to read between calls; a second one is not caught."""
+    received: set[int] = set()
 
-    def handler(signum: int, frame: Any) -> None:
-        pressed.append(signum)
-        signal.signal(signal.SIGINT, before)
+    def handler(number: int, frame: Any) -> None:
+        received.add(number)
+        signal.signal(number, before[number])
 
-    before = signal.signal(signal.SIGINT, handler)
+    before: dict[int, Any] = {}
+    for each in (signal.SIGINT, signal.SIGTERM):
+        before[each] = signal.signal(each, handler)
     try:
-        yield lambda: bool(pressed)
+        yield received
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, previous in before.items():
+            signal.signal(number, previous)

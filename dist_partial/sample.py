@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not values.run_dir:
             raise cli.UserError("no --run_dir: name the folder of a run, such as --run_dir=runs/quickstart")
         cli.import_tensorflow_quietly()
-        from dist_partial import config, evaluation, local_sgd, replicas, run
+        from dist_partial import config, evaluation, local_sgd, replicas
+        from dist_partial.build import build, restore
 
         folder = Path(values.run_dir)
         if not (folder / "operative_config.gin").is_file():
@@ -39,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = ("prompt", "temperature", "top_k", "top_p", "seed", "length", "count")
         given: dict[str, Any] = {name: values[name].value for name in names if values[name].value is not None}
         sampling = dataclasses.replace(settings.sampling, **given)
-        built = run.build(settings, replicas.create("default"))
-        checkpoint = run.restore(built, folder, lambda line: print(line, file=sys.stderr))
+        built = build(settings, replicas.create("default"))
+        checkpoint = restore(built, folder, lambda line: print(line, file=sys.stderr))
         if checkpoint is None:
             raise cli.UserError(f"{folder} has no checkpoint yet: let the run save one first")
         with local_sgd.agreed(built.replicas.strategy, built.fragments):

@@ -46,7 +46,7 @@ class TrainStep:
 
     Attributes:
         function: (iterator of this worker's batches, number of steps, an int32 scalar) -> {"loss": [steps],
-            "gradient_norm": [steps]}, float32. The losses are this worker's part of the sum: see `worker_sum`. The norm
+            "gradient_norm": [steps]}, float32. The losses are this worker's part of the sum. The norm
             is of the gradient before clipping; where replicas train by themselves, this worker's first replica's.
         without_gradient: paths of selected variables on which the loss does not depend; filled by tracing.
     """
@@ -178,23 +178,6 @@ def evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model, loss: 
         return tf.while_loop(lambda i, _: i < steps, one_step, start, parallel_iterations=1)[1]
 
     return evaluate
-
-
-def worker_sum(strategy: tf.distribute.Strategy) -> Any:
-    """Builds the function that sums a tensor over the workers; within one worker there is nothing to send."""
-    local = replicas.local_count(strategy)
-    if local == strategy.num_replicas_in_sync:
-        return lambda value: value
-
-    def replica_sum(value: tf.Tensor) -> tf.Tensor:
-        context: Any = tf.distribute.get_replica_context()
-        return context.all_reduce(tf.distribute.ReduceOp.SUM, value / local)
-
-    @tf.function(autograph=False, reduce_retracing=True)
-    def summed(value: tf.Tensor) -> tf.Tensor:
-        return strategy.experimental_local_results(strategy.run(replica_sum, args=(value,)))[0]
-
-    return summed
 
 
 def _clip(

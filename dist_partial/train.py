@@ -5,7 +5,6 @@ Trains the variables that the rules select, evaluates, samples and saves; the sa
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
@@ -13,7 +12,7 @@ from dist_partial import cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    """Runs the command; returns its exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C, 75 to try again."""
     values = flags.FlagValues()
     cli.define_gin_flags(values)
     flags.DEFINE_string("run_dir", None, "run folder; default: runs/<name of the last gin file>", flag_values=values)
@@ -23,13 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         cli.import_tensorflow_quietly()
         from dist_partial import config, run
 
-        configuration = config.load(values.gin_file, values.gin_param)
-        folder = Path(values.run_dir or Path("runs") / Path(values.gin_file[-1]).stem)
+        loaded = config.load(values.gin_file, values.gin_param)
+        folder = cli.run_folder(values.run_dir, values.gin_file)
         try:
-            run.run(configuration.settings, folder, configuration.operative, configuration.unused)
+            run.run(loaded.settings, folder, loaded.operative, loaded.unused, loaded.bindings)
         except run.Interrupted as interrupted:
             print(interrupted)
-            return cli.INTERRUPTED
+            return interrupted.code
         return 0
 
     return cli.call(__doc__, values, argv, command)

@@ -242,8 +242,9 @@ def train(
     jit_compile: bool = False,
     data: list[tuple[np.ndarray, np.ndarray]] | None = None,
     wire: Wire | None = None,
+    total: Callable[[Any], np.ndarray] = np.asarray,
 ) -> Trained:
-    """Trains under the strategy with the package's own step."""
+    """Trains under the strategy with the package's own step; `total` sums over the workers."""
     data = batches(case, dtype) if data is None else data
     with strategy.scope():
         model = build(case)
@@ -265,11 +266,10 @@ def train(
 
     iterator = worker_iterator(strategy, data)
     traced = train_step.function.get_concrete_function(iterator, tf.constant(1))
-    total = step.worker_sum(strategy)
     losses = []
     for done in range(0, len(data), steps_per_call):
         result = train_step.function(iterator, tf.constant(min(steps_per_call, len(data) - done)))
-        losses.append(total(result["loss"]).numpy())
+        losses.append(total(result["loss"]))
     return Trained(
         strategy,
         model,

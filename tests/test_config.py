@@ -8,6 +8,7 @@ import keras
 import pytest
 
 from dist_partial import config, run, selection
+from dist_partial.build import build
 from dist_partial.errors import UserError
 from dist_partial.reduction import EveryStep
 from dist_partial.settings import Settings
@@ -125,7 +126,7 @@ def test_rules_in_full_form(load):
     assert (body.match, body.rows, body.optimizer) == ("body/kernel", (1, 3), None)
     assert (rest.match, rest.train) == (".*", False)
     assert head.reduction == EveryStep("bfloat16")
-    built = run.build(settings, settings.replicas())
+    built = build(settings, settings.replicas())
     first, second = (group.optimizer for group in built.optimizers)
     assert isinstance(first, keras.optimizers.SGD) and first.momentum == 0.5 and float(first.learning_rate) == 0.25
     assert isinstance(second, keras.optimizers.Adam) and float(second.learning_rate) == 0.125
@@ -266,7 +267,7 @@ def test_unused_bindings(load):
     settings = configuration.settings
     # Until its factory has been called, nothing tells whether a binding is going to be used.
     assert "tests.user_module.model.units" in configuration.unused()
-    run.build(settings, settings.replicas())
+    build(settings, settings.replicas())
     assert sorted(configuration.unused()) == [
         "byte_transformer.width",
         "keras.optimizers.SGD.momentum",

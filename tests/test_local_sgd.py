@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import batch_norm, local_sgd, optimizers, reduction, run, selection, step, traffic
+from dist_partial import batch_norm, local_sgd, optimizers, reduction, selection, step, traffic
+from dist_partial.build import build
 from dist_partial.compression import PowerSGD, Quantized, TopK
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.reduction import EveryStep, LocalSGD, Never, nesterov
@@ -430,7 +431,7 @@ def test_statistics_travel_with_the_first_exchange(mirrored):
         precision="float64",
     )
     strategy = mirrored(2)
-    built = run.build(settings, Replicas(strategy, Wire(), "two"))
+    built = build(settings, Replicas(strategy, Wire(), "two"))
     train = step.train_step(
         strategy,
         Wire(),

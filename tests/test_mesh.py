@@ -2,7 +2,6 @@
 
 import functools
 import operator
-import socket
 import threading
 import time
 
@@ -11,26 +10,13 @@ import pytest
 import tensorflow as tf
 
 from dist_partial import mesh as mesh_lib
-from dist_partial import traffic
+from dist_partial import rendezvous, traffic
+from dist_partial.errors import Fault, UserError
+from dist_partial.mesh import Mesh
+from tests.workers import free_ports
 
 BFLOAT16 = tf.bfloat16.as_numpy_dtype
 SIZES = [0, 1, 2, 3, 7, 10**6 + 3]
-
-
-class Swap:
-    """Stands for the collective that the caller supplies: everyone's bytes, in rank order."""
-
-    def __init__(self, count):
-        self.boxes, self.barrier = [b""] * count, threading.Barrier(count)
-
-    def of(self, rank, meanwhile=lambda boxes: None):
-        def swap(mine):
-            self.boxes[rank] = mine
-            self.barrier.wait(10)
-            meanwhile(self.boxes)
-            return list(self.boxes)
-
-        return swap
 
 
 def at_once(functions):
@@ -59,17 +45,10 @@ def connected():
     """Makes `count` meshes, and closes them after the test."""
     made = []
 
-    def make(count, meanwhile=lambda boxes: None):
-        swap = Swap(count)
-        hosts = ["127.0.0.1"] * count
-        made.extend(
-            at_once(
-                [
-                    functools.partial(mesh_lib.connect, k, hosts, swap.of(k, *([meanwhile] if k == count - 1 else [])))
-                    for k in range(count)
-                ]
-            )
-        )
+    def make(count, patience=60.0, on_loss=lambda reason: None):
+        workers = [f"127.0.0.1:{port}" for port in free_ports(count)]
+        found = at_once([functools.partial(rendezvous.connect, k, workers, 10) for k in range(count)])
+        made.extend(Mesh(k, workers, sockets, patience, on_loss) for k, sockets in enumerate(found))
         return made[-count:]
 
     yield make
@@ -255,22 +234,36 @@ def test_results_may_be_overwritten_at_once(connected):
 
 
 def test_a_worker_that_is_gone_is_named_at_once_and_ever_after(connected):
-    meshes = connected(3)
+    losses = []
+    meshes = connected(3, on_loss=losses.append)
     at_once([functools.partial(exchange, m, [np.ones(4, np.float32)]) for m in meshes])
-    assert all(m.failure is None for m in meshes)
+    assert all(m.failure is None and m.lost() is None for m in meshes)
     start = time.monotonic()
     timer = threading.Timer(0.2, meshes[1].close)
     timer.start()
 
     def work(mesh):
         for _ in range(2):
-            with pytest.raises(ConnectionError, match=r"worker 1 \(127\.0\.0\.1\) is gone"):
+            with pytest.raises(Fault, match=r"worker 1 \(127\.0\.0\.1:\d+\) is gone"):
                 exchange(mesh, [np.ones(4, np.float32)])
         return mesh.failure
 
     for failure in at_once([functools.partial(work, meshes[k]) for k in (0, 2)]):
-        assert "worker 1" in failure
+        assert "worker 1" in str(failure)
     assert time.monotonic() - start < 5
+    assert len(losses) == 2 and all("worker 1" in loss for loss in losses)
+
+
+@pytest.mark.parametrize("reason", [UserError("run.steps is 'x'"), Fault("the disk is full")])
+def test_why_a_worker_ends_is_told_to_the_others(connected, reason):
+    meshes = connected(3)
+    threading.Timer(0.2, meshes[1].close, [reason]).start()
+
+    def work(mesh):
+        with pytest.raises(type(reason), match=rf"worker 1 \(127\.0\.0\.1:\d+\): {reason}$"):
+            mesh.gather(b"x")
+
+    at_once([functools.partial(work, meshes[k]) for k in (0, 2)])
 
 
 def test_the_function_that_waits_for_a_lost_worker_fails_with_the_reason(connected):
@@ -278,6 +271,17 @@ def test_the_function_that_waits_for_a_lost_worker_fails_with_the_reason(connect
     threading.Timer(0.2, meshes[1].close).start()
     with pytest.raises(tf.errors.UnknownError, match=r"worker 1 .* is gone"):
         tf.function(lambda: meshes[0].exchange([tf.ones([5])], [])[0][0])()
+    assert "worker 1" in str(meshes[0].lost())
+
+
+def test_what_is_swapped_outside_of_functions(connected):
+    meshes = connected(3)
+
+    def work(mesh):
+        return mesh.gather(b"ab" * mesh.rank), mesh.gather(b""), mesh.sum(np.float32([1, mesh.rank])).tolist()
+
+    for lengths, nothing, total in at_once([functools.partial(work, m) for m in meshes]):
+        assert (lengths, nothing, total) == ([b"", b"ab", b"abab"], [b""] * 3, [3, 3])
 
 
 def test_a_worker_that_closes_after_its_last_op_disturbs_nobody(connected):
@@ -294,62 +298,37 @@ def test_a_worker_that_closes_after_its_last_op_disturbs_nobody(connected):
         meshes = connected(3)
 
 
-def test_a_silent_worker_is_given_up(connected, monkeypatch):
-    meshes = connected(2)
-    monkeypatch.setattr(mesh_lib, "IDLE_SECONDS", 0.3)
-    with pytest.raises(ConnectionError, match=r"worker 1 \(127\.0\.0\.1\) has sent and taken nothing for 0\.3 s"):
-        exchange(meshes[0], [np.ones(4, np.float32)])
+def test_a_silent_worker_is_given_up_and_one_that_only_has_nothing_to_say_is_not(connected, monkeypatch):
+    monkeypatch.setattr(mesh_lib, "HEARTBEAT_SECONDS", 0.1)
+    meshes = connected(2, patience=0.5)
 
+    def work(mesh):
+        time.sleep(1.5 * mesh.rank)
+        return exchange(mesh, [np.ones(4, np.float32)])
 
-def test_strangers_are_not_let_in(connected):
-    strangers = []
-
-    def knock(boxes):
-        for box in boxes[:-1]:
-            address = ("127.0.0.1", mesh_lib._CARD.unpack(box)[0])
-            strangers.append(socket.create_connection(address))  # says nothing
-            for rank in (len(boxes) - 1, 99):
-                strangers.append(socket.create_connection(address))
-                strangers[-1].sendall(mesh_lib._HELLO.pack(b"?" * 16, rank))
-
-    meshes = connected(3, knock)
-    for (result,) in at_once([functools.partial(exchange, m, [np.ones(4, np.float32)]) for m in meshes]):
-        assert result.tolist() == [3.0] * 4
-    for stranger in strangers:
-        stranger.close()
-
-
-def test_a_worker_that_never_connects_is_named(monkeypatch):
-    monkeypatch.setattr(mesh_lib, "START_SECONDS", 0.3)
-    with pytest.raises(ConnectionError, match=r"not reached at 127\.0\.0\.1:\d+ by worker 1 \(10\.0\.0\.9\) in 0\.3 s"):
-        mesh_lib.connect(0, ["127.0.0.1", "10.0.0.9"], lambda mine: [mine, mine])
-
-
-def test_a_worker_that_cannot_be_reached_is_named():
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    with pytest.raises(ConnectionError, match=rf"cannot reach worker 0 at 127\.0\.0\.1:{port} .*refused"):
-        mesh_lib.connect(1, ["127.0.0.1"] * 2, lambda mine: [mesh_lib._CARD.pack(port, b""), mine])
-
-
-def test_an_address_of_another_host_cannot_be_listened_on():
-    with pytest.raises(ConnectionError, match=r"worker 0 cannot listen on 192\.0\.2\.1 "):
-        mesh_lib.connect(0, ["192.0.2.1"], lambda mine: [mine])
+    for (result,) in at_once([functools.partial(work, m) for m in meshes]):
+        assert result.tolist() == [2.0] * 4
+    meshes[1]._senders.clear()
+    for peer in meshes[1]._peers.values():
+        monkeypatch.setattr(peer, "send", lambda header, data: None)
+    for size in (4, 10**7):  # more than the system keeps of what nobody reads
+        with pytest.raises(Fault, match=r"worker 1 \(127\.0\.0\.1:\d+\) has been silent for 0\.5 s"):
+            exchange(meshes[0], [np.ones(size, np.float32)])
 
 
 @pytest.mark.parametrize(
     "header",
     [
         b"GET / HTTP/1.1\r\nHost: someone\r\n\r\n",
-        mesh_lib._HEADER.pack(b"dpm1", 0, 0, 0, 2**60),  # bytes
-        mesh_lib._HEADER.pack(b"dpm1", 0, 0, 2**40, 8),  # run
-        mesh_lib._HEADER.pack(b"dpm1", 7, 0, 0, 8),  # kind
+        mesh_lib._HEADER.pack(b"dpm2", 0, 0, 0, 2**60),  # bytes
+        mesh_lib._HEADER.pack(b"dpm2", 0, 0, 2**40, 8),  # run
+        mesh_lib._HEADER.pack(b"dpm2", 7, 0, 0, 8),  # kind
     ],
 )
 def test_a_malformed_header_is_a_failure(connected, header):
     meshes = connected(2)
     meshes[1]._peers[0].connection.sendall(header)
-    with pytest.raises(ConnectionError, match=r"worker 1 \(127\.0\.0\.1\) sent what does not fit"):
+    with pytest.raises(UserError, match=r"worker 1 \(127\.0\.0\.1:\d+\) sent what does not fit"):
         exchange(meshes[0], [np.ones(4, np.float32)])
 
 
@@ -357,7 +336,7 @@ def test_programs_that_differ_are_told_apart_by_size(connected):
     meshes = connected(2)
 
     def work(mesh):
-        with pytest.raises(ConnectionError, match="same program"):
+        with pytest.raises(UserError, match="same program"):
             exchange(mesh, [np.ones(4 + 4 * mesh.rank, np.float32)])
 
     at_once([functools.partial(work, m) for m in meshes])

@@ -1,15 +1,19 @@
 """Two MultiWorker processes on loopback end where one device ends, with the same bits on both."""
 
 import numpy as np
+import pytest
 
 from tests import cases
 from tests.workers import run_workers
 
 
-def test_two_workers_equal_one_device(tmp_path):
-    for code, output in run_workers(["-m", "tests.worker_train", str(tmp_path)], workers=2, timeout=400):
+@pytest.mark.parametrize(("transport", "dtypes"), [("sockets", ["float64", "float32"]), ("tensorflow", ["float64"])])
+def test_two_workers_equal_one_device(transport, dtypes, tmp_path):
+    command = ["-m", "tests.worker_train", transport, str(tmp_path), *dtypes]
+    for code, output in run_workers(command, workers=2, timeout=400):
         assert code == 0, output[-3000:]
-    for dtype, tolerance in [("float64", 1e-10), ("float32", 1e-5)]:
+    for dtype in dtypes:
+        tolerance = {"float64": 1e-10, "float32": 1e-5}[dtype]
         cases.set_precision(dtype)
         for name, optimizer, option in cases.ROTATION:
             first, second = (dict(np.load(tmp_path / f"{dtype}-{name}-{index}.npz")) for index in (0, 1))

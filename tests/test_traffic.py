@@ -84,8 +84,8 @@ def test_card_graph_and_plan_agree(tmp_path):
             found = json.loads((folder / "traffic.json").read_text())
             assert found["card"] == "e0"
             assert found["planned_bytes"] == found["counted_bytes"] > 1e6, name
-            steps = 2 if name == "mixed" else 4  # a call, after which losses, norms and a flag are summed
-            assert found["metrics_bytes"] == 12 // steps * 4 * (2 * steps + 1)
+            steps = 2 if name == "mixed" else 4  # a call, after which losses, norms and two flags are summed
+            assert found["metrics_bytes"] == 12 // steps * 4 * (2 * steps + 2)
             # With two workers as much as the payload leaves each card, of a sum and of a gather.
             assert found["expected_card_bytes"] == found["planned_bytes"] + found["metrics_bytes"]
             assert found["card_bytes"] == pytest.approx(found["expected_card_bytes"], rel=0.02), name

@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 from dist_partial import checkpoints, config, replicas, run
+from dist_partial.build import build, restore
 from dist_partial.compression import PowerSGD, Quantized, TopK
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.errors import UserError
@@ -144,9 +145,9 @@ def test_the_number_of_replicas_may_change(mirrored, tmp_path):
         told = settings(rules, made, steps + 5, precision="float64")
         if before is not None:
             keras.utils.clear_session(free_memory=False)
-            built = run.build(told, made)
-            run.restore(built, folder, print)
-            after = checkpoints.read(built.state, steps)
+            built = build(told, made)
+            restore(built, folder, print)
+            after = checkpoints.read(built.state, steps, built.replicas.gather)
             assert after.keys() == before.keys()
             for name, value in after.items():
                 old = before[name]
@@ -183,8 +184,7 @@ def _train_worker(transport: str, folder: Path) -> None:
     """One of two workers: two runs; that in float64 by TensorFlow's collectives is made in pieces."""
     made = replicas.create("multi_worker", transport=transport)
     assert (made.wire.mesh is not None) == (transport == "sockets")
-    if made.wire.mesh is not None:
-        made.wire.mesh.close = lambda: None  # which a run calls at its end; the next one here goes on with it
+    made.mesh.close = lambda reason=None: None  # which a run calls at its end; the next one here goes on with it
     stops = (STEPS,) if transport == "sockets" else (4, STEPS)
     for precision, steps in (*(("float64", steps) for steps in stops), ("float32", STEPS)):
         keras.utils.clear_session(free_memory=False)
@@ -278,7 +278,7 @@ def test_bad_bindings(name, tmp_path):
     file.write_text(BASE)
     with pytest.raises(UserError) as raised:
         loaded = config.load([file], params).settings
-        run.build(loaded, Replicas(tf.distribute.get_strategy(), Wire(), "one"))
+        build(loaded, Replicas(tf.distribute.get_strategy(), Wire(), "one"))
     message = str(raised.value).splitlines()[0]  # gin adds lines of its own, which the command leaves out
     assert all(word in message for word in words), message
 
@@ -289,7 +289,7 @@ def test_an_exchange_without_brackets(tmp_path):
     with pytest.raises(UserError, match=r"local_sgd\.exchange"):
         params = ["run.reduction = @local_sgd()", "local_sgd.steps = 2", "local_sgd.exchange = @quantized"]
         loaded = config.load([file], params)
-        run.build(loaded.settings, Replicas(tf.distribute.get_strategy(), Wire(), "one"))
+        build(loaded.settings, Replicas(tf.distribute.get_strategy(), Wire(), "one"))
 
 
 @pytest.mark.parametrize("params", [{"transport": "udp"}, {"pack_bytes": 0}, {"pack_bytes": 1e6}, {"congestion": 5}])
@@ -310,15 +310,13 @@ def test_sockets_need_other_workers(monkeypatch):
 def test_float16_needs_replicas_that_agree(each):
     made = Replicas(tf.distribute.get_strategy(), Wire(), "one")
     with pytest.raises(UserError, match=r"float16.*run\.precision"):
-        run.build(
-            settings([Rule("dense1/.*"), Rule("dense2/.*", reduction=each)], made, precision="mixed_float16"), made
-        )
+        build(settings([Rule("dense1/.*"), Rule("dense2/.*", reduction=each)], made, precision="mixed_float16"), made)
 
 
 def test_outer_factory_of_nothing():
     made = Replicas(tf.distribute.get_strategy(), Wire(), "one")
     with pytest.raises(UserError, match=r"local_sgd\.outer of rule 'dense1/\.\*'"):
-        run.build(settings([Rule("dense1/.*", reduction=LocalSGD(2, 0, lambda: None)), Rule(".*")], made), made)
+        build(settings([Rule("dense1/.*", reduction=LocalSGD(2, 0, lambda: None)), Rule(".*")], made), made)
 
 
 if __name__ == "__main__":

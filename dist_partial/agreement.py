@@ -1,0 +1,58 @@
+"""Whether all workers run the same: compared before anything depends on it, so that a difference hangs nobody."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_partial.errors import UserError
+from dist_partial.identity import differences
+from dist_partial.mesh import Mesh
+
+_SHOWN = 3  # differences in the message
+
+
+def check(mesh: Mesh, facts: dict[str, Any]) -> None:
+    """Compares the facts of all workers, which all call it at the same point.
+
+    Args:
+        mesh: connects them.
+        facts: names and JSON values.
+
+    Raises:
+        UserError: they differ; the same message on every worker says where.
+    """
+    text = json.dumps(facts, sort_keys=True).encode()
+    if len(set(mesh.gather(hashlib.sha256(text).digest()))) == 1:
+        return
+    everyone = [json.loads(each) for each in mesh.gather(text)]
+    for rank, theirs in enumerate(everyone):
+        if found := differences(everyone[0], theirs):
+            shown = "; ".join(f"{name}: {there!r} against {here!r}" for name, here, there in found[:_SHOWN])
+            more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+            raise UserError(
+                f"{names(mesh, [rank])} runs something else than {names(mesh, [0])}: {shown}{more}; start all workers "
+                "with the same files, data and versions"
+            )
+
+
+def everyone(mesh: Mesh | None, value: int) -> list[int]:
+    """Every worker's value, in rank order; all call it at the same point."""
+    return [value] if mesh is None else [int(each) for each in mesh.gather(str(value).encode())]
+
+
+def names(mesh: Mesh | None, ranks: Sequence[int]) -> str:
+    """Workers as messages name them."""
+    return ", ".join(f"worker {rank} ({mesh.workers[rank]})" if mesh else "this process" for rank in ranks)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages whose numbers could differ; of this one also a digest of its source."""
+    source = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        source.update(path.read_bytes())
+    packages = {name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy", "dist_partial")}
+    return {"python": platform.python_version(), **packages, "dist_partial's source": source.hexdigest()[:16]}

@@ -1,0 +1,136 @@
+"""Everything that a run computes with: built from its settings, and restored from its folder."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from dist_partial import agreement, batch_norm, checkpoints, identity, local_sgd, optimizers, reduction, selection, step
+from dist_partial.data import Dataset, train_batches
+from dist_partial.errors import UserError
+from dist_partial.loss_scale import LossScale, needs_loss_scale
+from dist_partial.replicas import Replicas, input_context
+from dist_partial.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Built:
+    """Everything that a run computes with, made from its settings in one strategy's scope."""
+
+    replicas: Replicas
+    data: Dataset
+    model: keras.Model
+    loss: Callable[[Any, Any], tf.Tensor]
+    plan: selection.Plan
+    optimizers: tuple[optimizers.GroupOptimizer, ...]
+    reductions: list[dict[str, tf.Variable]]
+    fragments: tuple[local_sgd.Fragment, ...]
+    scale: LossScale | None
+    state: dict[str, Any]
+    identity: dict[str, Any]
+
+
+def build(settings: Settings, replicas: Replicas) -> Built:
+    """Builds data, model, plan and optimizers; reads and writes nothing of the run folder.
+
+    Raises:
+        UserError: every mistake in the rules, the factories or the data.
+    """
+    keras.config.set_floatx("float64" if settings.precision == "float64" else "float32")
+    keras.config.set_dtype_policy(settings.precision)
+    data = settings.data()
+    if not isinstance(data, Dataset):
+        raise UserError(f"run.data made a {type(data).__name__}: its factory must return a dist_partial.data.Dataset")
+    with replicas.strategy.scope():
+        keras.utils.set_random_seed(settings.seed)
+        model = settings.model()
+        if not isinstance(model, keras.Model):
+            raise UserError(f"run.model made a {type(model).__name__}: its factory must return a keras.Model")
+        # A subclassed model has its variables only once it has been called.
+        x = data.train.spec[0]
+        outputs = model(tf.zeros([1, *x.shape], x.dtype))
+        if not isinstance(outputs, tf.Tensor):
+            raise UserError(f"run.model gives a {type(outputs).__name__} of outputs: its model must give one tensor")
+        plan = selection.resolve(settings.rules, model, settings.reduction)
+        batch_norm.set_modes(model, plan, everywhere=settings.statistics == "all")
+        groups = optimizers.build(plan, settings.optimizer)
+        reductions = reduction.states(plan)
+        fragments = local_sgd.build(plan, groups, reductions)
+        scale = LossScale() if needs_loss_scale(model) else None
+    for entry, kept in zip(plan.trained, reductions, strict=True):
+        if scale is not None and (kept or not entry.reduction.shared):
+            raise UserError(
+                f"float16 scales the loss and skips the steps that overflow on any replica, which {entry.reduction} of "
+                f"rule {entry.rule.match!r} cannot: bind run.precision = 'mixed_bfloat16', or @every_step()"
+            )
+    loss = settings.loss()
+    if not callable(loss):
+        raise UserError(f"run.loss made a {type(loss).__name__}: its factory must return a Keras loss or a function")
+    return Built(
+        replicas=replicas,
+        data=data,
+        model=model,
+        loss=loss.call if isinstance(loss, keras.losses.Loss) else loss,
+        plan=plan,
+        optimizers=groups,
+        reductions=reductions,
+        fragments=fragments,
+        scale=scale,
+        state=checkpoints.resumable_state(replicas.strategy, model, plan, groups, reductions, fragments, scale),
+        identity=identity.of_run(settings, data, model, plan, [*groups, *[f.outer for f in fragments]]),
+    )
+
+
+def restore(built: Built, folder: Path, say: Callable[[str], None]) -> checkpoints.Checkpoint | None:
+    """Restores the newest checkpoint of the folder that every worker can read, if there is one; all call it.
+
+    Raises:
+        UserError: the folder is of another run, or damaged.
+    """
+    known = identity.check(folder, built.identity)
+    checkpoint = checkpoints.newest(folder / "checkpoints", say) if known else None
+    while len(set(steps := agreement.everyone(built.replicas.mesh, checkpoint.step if checkpoint else 0))) > 1:
+        least = min(steps)
+        if not least:
+            names = agreement.names(built.replicas.mesh, [k for k, found in enumerate(steps) if not found])
+            raise UserError(
+                f"{names} cannot see the checkpoint of step {max(steps)} in {folder}: all workers need the same run "
+                "folder, on a disk that they share"
+            )
+        if checkpoint is not None and checkpoint.step > least:  # another worker cannot read it
+            checkpoint = checkpoints.newest(folder / "checkpoints", say, least)
+    if checkpoint is not None:
+        if checkpoint.metadata["frozen"] != built.identity["frozen"]:
+            raise UserError(f"{checkpoint.path} was saved beside other frozen variables: it is of another run")
+        checkpoints.restore(checkpoint, built.state)
+        for group in built.optimizers:
+            optimizers.write_rows(built.replicas.strategy, group.members)
+    return checkpoint
+
+
+def training(
+    built: Built, settings: Settings, first_step: int, global_batch: int
+) -> tuple[step.TrainStep, Iterator[step.Batch]]:
+    """The compiled step and this worker's batches for it, from `first_step` on."""
+    train = step.train_step(
+        built.replicas.strategy,
+        built.replicas.wire,
+        built.model,
+        built.loss,
+        built.plan,
+        built.optimizers,
+        built.reductions,
+        step.StepOptions(global_batch, settings.clip_norm, settings.accumulate, settings.jit_compile),
+        built.scale,
+    )
+    batches = train_batches(
+        built.data.train,
+        first_step=first_step,
+        global_batch=global_batch,
+        seed=settings.seed,
+        context=input_context(built.replicas.strategy),
+    )
+    return train, iter(batches)
