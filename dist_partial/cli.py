@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import flags
 
-from dist_partial.errors import AGAIN, Fault, UserError
+from dist_partial.errors import AGAIN, INTERRUPTED, Fault, UserError
 
 __all__ = [
     "INTERRUPTED",
@@ -18,8 +18,6 @@ __all__ = [
     "import_tensorflow_quietly",
     "run_folder",
 ]
-
-INTERRUPTED = 130  # the exit code after Ctrl-C: 128 + SIGINT, as shells report it
 
 
 def import_tensorflow_quietly() -> None:

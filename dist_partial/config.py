@@ -66,7 +66,7 @@ class Configuration:
     bindings: dict[str, str]
 
 
-def load(files: Sequence[str | Path], params: Sequence[str] = ()) -> Configuration:
+def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool = True) -> Configuration:
     """Reads gin files, then single bindings over them.
 
     A module that a file imports has its public functions and classes made bindable, without decorators:
@@ -75,6 +75,7 @@ def load(files: Sequence[str | Path], params: Sequence[str] = ()) -> Configurati
     Args:
         files: paths; each may include others, relative to itself.
         params: bindings such as `run.steps = 100`.
+        imports: whether the files may import modules, which runs their code, and include other files.
 
     Raises:
         UserError: a missing file, a syntax error, an unknown or misspelt name, a bad value.
@@ -85,7 +86,7 @@ def load(files: Sequence[str | Path], params: Sequence[str] = ()) -> Configurati
         if not Path(file).is_file():
             near = difflib.get_close_matches(Path(file).name, [p.name for p in Path(file).parent.glob("*.gin")])
             raise UserError(f"no gin file {file}" + (f"; in that folder there is {', '.join(near)}" if near else ""))
-        _prepare(Path(file), ())
+        _prepare(Path(file), (), imports)
     place = ""
     logging.disable(logging.ERROR)  # gin's readers log an error for each file that another of them opens
     try:
@@ -116,9 +117,9 @@ def _register() -> None:
         _make_bindable(value, name, "dist_partial")
     for package in _KERAS:
         for name, value in vars(importlib.import_module(f"keras.{package}")).items():
-            # The functions of keras.losses are no factories; their classes are.
+            # Of functions, Keras's applications alone are factories: deserialize() would load code by name.
             if not name.startswith("_") and (
-                inspect.isclass(value) or (inspect.isfunction(value) and package != "losses")
+                inspect.isclass(value) or (inspect.isfunction(value) and package == "applications")
             ):
                 _make_bindable(value, name, f"keras.{package}")
 
@@ -147,28 +148,36 @@ def _open(name: str) -> _Text:
     return text
 
 
-def _prepare(file: Path, including: tuple[Path, ...]) -> None:
+def _prepare(file: Path, including: tuple[Path, ...], imports: bool) -> None:
     """Checks what the file includes, and makes bindable what it imports.
 
     Args:
         file: a gin file.
         including: the files that led to this one.
+        imports: whether it may import modules.
     """
     if file.resolve() in including:
         raise UserError(f"{file} includes itself: remove the include")
     try:
         text = file.read_text(encoding="utf-8")
-        list(tokenize.generate_tokens(io.StringIO(text).readline))
+        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not text in UTF-8: {error}") from None
     except tokenize.TokenError as error:  # gin passes it on without the file's name
         raise UserError(f"{file}: {error.args[0]}: a bracket or a quote is not closed") from None
     except SyntaxError as error:
         raise UserError(f"{file}, line {error.lineno}: {error.msg}") from None
+    # By token, for no way of writing it may slip through.
+    reached = [token for token in tokens if token.type == tokenize.NAME and token.string in ("import", "include")]
+    if reached and not imports:
+        raise UserError(
+            f"{file}, line {reached[0].start[0]}: {reached[0].line.strip()!r} can run code that this folder names: "
+            "give --allow_imports if you trust where it comes from"
+        )
     for _, included in _INCLUDE.findall(text):
         if not (file.parent / included).is_file():
             raise UserError(f"{file} includes {included!r}, which is looked for beside it and is not there")
-        _prepare(file.parent / included, (*including, file.resolve()))
+        _prepare(file.parent / included, (*including, file.resolve()), imports)
     for package, name in _IMPORT.findall(text):
         if package == "__gin__":
             continue

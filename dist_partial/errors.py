@@ -1,5 +1,6 @@
 """What ends a run: mistakes that the user can mend, and faults after which the same command goes on."""
 
+INTERRUPTED = 130  # the exit code after Ctrl-C: 128 + SIGINT, as shells report it
 AGAIN = 75  # the exit code after a fault or SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"
 
 

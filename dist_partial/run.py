@@ -11,14 +11,12 @@ import tensorflow as tf
 
 from dist_partial import agreement, batch_norm, checkpoints, evaluation, identity, local_sgd, selection, step, traffic
 from dist_partial.build import build, restore, training
-from dist_partial.errors import AGAIN, Fault, UserError
+from dist_partial.errors import AGAIN, INTERRUPTED, Fault, UserError
 from dist_partial.files import locked, write_json, write_text, writing
 from dist_partial.replicas import Replicas
 from dist_partial.reporting import Journal, plan_table
 from dist_partial.selection import average_bytes
 from dist_partial.settings import Settings
-
-INTERRUPTED = 130  # the exit code after Ctrl-C: 128 + SIGINT, as shells report it
 
 
 class Interrupted(Exception):

@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.DEFINE_integer("seed", None, "the same seed gives the same text", flag_values=values)
     flags.DEFINE_integer("length", None, "symbols to generate", flag_values=values)
     flags.DEFINE_integer("count", None, "how many texts", flag_values=values)
+    flags.DEFINE_bool("allow_imports", False, "import the modules that the run's gin file names", flag_values=values)
 
     def command() -> int:
         if not values.run_dir:
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(values.run_dir)
         if not (folder / "operative_config.gin").is_file():
             raise cli.UserError(f"{folder} is no run folder: it has no operative_config.gin")
-        settings = config.load([folder / "operative_config.gin"]).settings
+        settings = config.load([folder / "operative_config.gin"], imports=values.allow_imports).settings
         names = ("prompt", "temperature", "top_k", "top_p", "seed", "length", "count")
         given: dict[str, Any] = {name: values[name].value for name in names if values[name].value is not None}
         sampling = dataclasses.replace(settings.sampling, **given)

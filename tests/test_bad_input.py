@@ -297,7 +297,7 @@ def test_bits_of_a_checkpoint(finished):
 
 
 def sample_main(*arguments: str) -> int:
-    return sample.main(list(arguments))
+    return sample.main(["--allow_imports", *arguments])
 
 
 @pytest.mark.parametrize(
@@ -323,6 +323,26 @@ def test_arguments_of_sample(arguments, words, finished, capsys):
     line = error_line(capsys.readouterr().err)
     assert all(word in line for word in words), line
     assert contents(finished) == before
+
+
+@pytest.mark.parametrize(
+    "line", ["import os", "from os import path", "import \\\n  os", "include 'other.gin'", "include \\\n 'other.gin'"]
+)
+def test_a_run_folder_runs_no_code(line, finished, capsys):
+    """Unless the user allows it: what it would import or include is named."""
+    file = finished / "operative_config.gin"
+    file.write_text(line + "\n" + file.read_text().replace("import", "# import"))
+    before = contents(finished)
+    assert sample.main([f"--run_dir={finished}"]) == 2
+    message = error_line(capsys.readouterr().err)
+    assert f"{file}, line 1: " in message and "--allow_imports" in message
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("name", ["keras.optimizers.deserialize", "keras.initializers.get"])
+def test_what_loads_code_by_name_cannot_be_bound(name, gin_file, run_dir, train_main, capsys):
+    assert train_main(f"run.optimizer = @{name}") == 2
+    assert "nothing is called" in error_line(capsys.readouterr().err)
 
 
 def test_sample_from_a_folder_without_checkpoint(finished, capsys):

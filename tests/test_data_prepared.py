@@ -1,5 +1,8 @@
 """tfds data sets by name, against the arrays that they were prepared from."""
 
+import shutil
+import sys
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -182,3 +185,14 @@ def test_large_split_without_random_access(folders, monkeypatch):
 def test_says_nothing(folders, capfd):
     tfds_dataset("small_images", data_dir=folders["array_record"])
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_data_set_names_no_code(folders, tmp_path):
+    """tfds imports the classes that features.json names: nothing but its own is let in, at any depth."""
+    folder = tmp_path / "data"
+    shutil.copytree(folders["tfrecord"], folder)
+    (file,) = (folder / "small_images").rglob("features.json")
+    file.write_text(file.read_text().replace('"tensorflow_datasets.core.features.image_feature.', '"evil.'))
+    with pytest.raises(UserError, match=r"features\.json names the class 'evil\.Image'"):
+        tfds_dataset("small_images", data_dir=folder)
+    assert "evil" not in sys.modules

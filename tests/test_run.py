@@ -252,9 +252,10 @@ def test_sample_command(letters, tmp_path, capsys):
     assert start(letters, folder) == 0
     last = rows(folder / "samples.jsonl")[-1]
     capsys.readouterr()
-    assert sample.main([f"--run_dir={folder}"]) == 0
+    assert sample.main([f"--run_dir={folder}", "--allow_imports"]) == 0
     assert capsys.readouterr().out == last["prompt"] + last["text"] + "\n\n"
-    assert sample.main([f"--run_dir={folder}", "--prompt=ab", "--temperature=0", "--length=5", "--count=2"]) == 0
+    given = ["--prompt=ab", "--temperature=0", "--length=5", "--count=2"]
+    assert sample.main([f"--run_dir={folder}", "--allow_imports", *given]) == 0
     first, second, _ = capsys.readouterr().out.split("\n\n")
     assert first == second
     assert first.startswith("ab")
@@ -273,7 +274,7 @@ def test_sample_takes_the_anchors_of_a_run_folder(letters, tmp_path, capsys):
     assert not any(same_bits([value, saved["variables/head/kernel"]]) for value in own)
     last = rows(folder / "samples.jsonl")[-1]
     capsys.readouterr()
-    assert sample.main([f"--run_dir={folder}"]) == 0
+    assert sample.main([f"--run_dir={folder}", "--allow_imports"]) == 0
     assert capsys.readouterr().out == last["prompt"] + last["text"] + "\n\n"
 
 

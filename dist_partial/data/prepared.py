@@ -1,9 +1,10 @@
 """Any tfds data set that is prepared on this machine: images with labels, or text."""
 
 import difflib
+import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,7 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     import tensorflow_datasets as tfds
 
     folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    _check_classes(folder / name.split("/")[0].split(":")[0])
     try:
         builder = tfds.builder(name, data_dir=folder)
     except (ValueError, AssertionError) as error:  # an unknown data set, config or version
@@ -142,6 +144,22 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     if not builder.is_prepared():
         raise UserError(f"tfds data set {name!r} is not prepared in {folder}: run {_command(name, folder)}")
     return builder
+
+
+def _check_classes(folder: Path) -> None:
+    """Raises UserError if reading the data set would import anything but tfds, whose files name Python classes."""
+
+    def named(content: Any) -> Iterator[str]:
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            if isinstance(value, (dict, list)):
+                yield from named(value)
+            elif key in ("pythonClassName", "python_class_name", "type") and isinstance(value, str):
+                yield value
+
+    for file in sorted(folder.rglob("features.json")):
+        for name in named(json.loads(file.read_text())):
+            if not name.startswith("tensorflow_datasets."):
+                raise UserError(f"{file} names the class {name!r}, whose code would run: only tfds's own are read")
 
 
 def _command(name: str, folder: Path) -> str:
