@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tests import hosts
+from tests.benchmarks import readme
 
 COMMAND = "python -m tests.benchmarks.plan"
 RESULTS = Path(__file__).parent / "results" / "plan.json"
-README = Path(__file__).parents[2] / "README.md"
 HOSTS = (2, 3, 4)
 RATES = ("200mbit", "1gbit")
 CONFIGS = {
@@ -62,13 +62,9 @@ def measured(config: Path, count: int, rate: str) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| what is trained | hosts | rate | foretold | measured | error |", "|---|--:|---|--:|--:|--:|"]
-    lines += [
-        f"| {row['config']} | {row['hosts']} | {row['rate']} | {row['foretold_ms']} ms | {row['measured_ms']} ms | "
-        f"{row['error']:+.1%} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    header = ["what is trained", "rate", "hosts", "foretold, ms", "measured, ms", "error"]
+    names = ("config", "rate", "hosts", "foretold_ms", "measured_ms")
+    return readme.table(header, [[*(row[name] for name in names), f"{row['error']:+.1%}"] for row in rows], words=2)
 
 
 def main() -> None:
@@ -87,11 +83,7 @@ def main() -> None:
                     rows.append(row)
                     print(row, flush=True)
     RESULTS.write_text(json.dumps({"command": COMMAND, "rows": rows}, indent=1) + "\n")
-    text = README.read_text()
-    begin, end = "<!-- plan -->", "<!-- /plan -->"
-    if begin in text:
-        head, rest = text.split(begin)
-        README.write_text(f"{head}{begin}\n\n{table(rows)}\n\n{end}{rest.split(end)[1]}")
+    readme.write("plan", table(rows))
     print(table(rows))
 
 

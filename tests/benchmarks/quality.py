@@ -20,10 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks import readme
+
 COMMAND = "python -m tests.benchmarks.quality"
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 PLOT = RESULTS.with_suffix(".png")
-README = Path(__file__).parents[2] / "README.md"
 EXAMPLES = 16_000
 WINDOW = 64
 HELD_OUT = 1024
@@ -167,17 +168,21 @@ def measure(name: str, seeds: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     full = next((row for row in rows if row["policy"] == "full"), rows[0])
-    lines = [
-        "| policy | held-out loss | spread | against full | bytes a replica | fewer bytes |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    lines = []
     for row in rows:
         ratio = f"{full['wire_bytes'] / row['wire_bytes']:,.1f}x" if row["wire_bytes"] else "all"
+        against = f"{row['eval_loss'] / full['eval_loss'] - 1:+.2%}"
         lines.append(
-            f"| {row['policy']} | {row['eval_loss']:.4f} | {row['spread']:.4f} | "
-            f"{row['eval_loss'] / full['eval_loss'] - 1:+.2%} | {row['wire_bytes']:,.0f} | {ratio} |"
+            [
+                row["policy"],
+                f"{row['eval_loss']:.4f}",
+                f"{row['spread']:.4f}",
+                against,
+                f"{row['wire_bytes']:,.0f}",
+                ratio,
+            ]
         )
-    return "\n".join(lines)
+    return readme.table(["policy", "held-out loss", "spread", "against full", "bytes a replica", "fewer bytes"], lines)
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
@@ -230,11 +235,7 @@ def write(rows: list[dict[str, Any]]) -> None:
     setting = f"{EXAMPLES:,} examples of {WINDOW} bytes, byte_transformer({MODEL}), Adam, cosine, 2 simulated replicas"
     RESULTS.write_text(json.dumps({"command": COMMAND, "setting": setting, "rows": rows}, indent=1) + "\n")
     plot(rows)
-    text = README.read_text()
-    begin, end = "<!-- quality -->", "<!-- /quality -->"
-    if begin in text:
-        head, rest = text.split(begin)
-        README.write_text(f"{head}{begin}\n\n{table(rows)}\n\n{end}{rest.split(end)[1]}")
+    readme.write("quality", table(rows))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from tests import hosts
+from tests.benchmarks import readme
 from tests.benchmarks.wire_worker import BATCH, LAYERS, SYSTEMS, WARM_UP, WIDTH
 
 COMMAND = "python -m tests.benchmarks.wire"
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("wire_worker.py")
 RESULTS = Path(__file__).parent / "results" / "wire.json"
-README = ROOT / "README.md"
 MODEL = f"{LAYERS} dense layers of {WIDTH}x{WIDTH} with bias, {BATCH} examples a worker, plain SGD"
 # What one process times in turn. PyTorch has one thread a process: with its own choice, two, a step took longer
 # wherever both were tried (1533 ms against 1450 at 200 Mbit, 413 against 331 at 1 Gbit, all layers on 2 hosts).
@@ -194,10 +194,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for values in rows:
         place = by_setting.setdefault((values["hosts"], values["rate"], values["selected"]), {})
         place[values["system"], values["dtype"]] = values
-    lines = [["hosts", "link", "trained", *columns], [*["---"] * 3, *["--:"] * len(columns)]]
-    for setting, place in by_setting.items():
-        lines.append([*map(str, setting), *(cell(place.get(column)) for column in columns.values())])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [
+        [*setting, *(cell(place.get(column)) for column in columns.values())] for setting, place in by_setting.items()
+    ]
+    return readme.table(["hosts", "link", "trained", *columns], lines, words=3)
 
 
 def cell(values: dict[str, Any] | None) -> str:
@@ -221,13 +221,6 @@ def write(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
         "rows": rows,
     }
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def write_readme(text: str) -> None:
-    before, opening, rest = README.read_text().partition("<!-- wire -->")
-    _, closing, after = rest.partition("<!-- /wire -->")
-    if opening and closing:
-        README.write_text(f"{before}{opening}\n{text}\n{closing}{after}")
 
 
 def names(known: Sequence[str]) -> Any:
@@ -284,7 +277,7 @@ def main() -> None:
     text = table(rows)
     print(f"{MODEL}; ms a step, in brackets the part of DDP's\n\n{text}")
     if not options.smoke:
-        write_readme(text)
+        readme.write("wire", text)
 
 
 if __name__ == "__main__":
