@@ -1,9 +1,102 @@
-"""Which workers there are and which of them this is: TF_CONFIG, read and checked."""
+"""Which workers there are and which of them this is: TF_CONFIG, read and checked, or made of what a scheduler says."""
 
 import json
+import os
+from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 from dist_partial.errors import UserError
+
+_PORT = 2222  # of a worker whose address names none; TensorFlow's own documents and Kubeflow use it
+
+# Where a Slurm job's ports begin without DIST_PARTIAL_PORT: below 32768, from where on Linux hands out ports to whoever
+# asks for any. Two jobs of up to 64 tasks a node meet only if their ids are a multiple of 352 apart.
+_FIRST_PORT, _PORTS_OF_A_JOB, _BLOCKS = 10000, 64, 352
+
+
+def tf_config(kind: str, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Makes what belongs into TF_CONFIG out of the variables that a scheduler gives each worker.
+
+    Args:
+        kind: 'slurm' (the variables that srun sets for a task; see srun(1), "OUTPUT ENVIRONMENT VARIABLES") or
+            'kubernetes' (JOB_COMPLETION_INDEX, which Kubernetes sets in the pods of an indexed Job, and
+            DIST_PARTIAL_HOSTS, a comma-separated list of 'host' or 'host:port', one for each index).
+        environ: the worker's environment. On Slurm DIST_PARTIAL_PORT is the port of a node's first worker; without it
+            one is derived from the job's id, so that two jobs on one node do not meet.
+
+    Returns:
+        `{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index"}}`, as `read_tf_config` does.
+
+    Raises:
+        UserError: a variable is missing or malformed; the message names it.
+    """
+    if kind not in ("slurm", "kubernetes"):
+        raise UserError(f"unknown kind of cluster {kind!r}: write 'slurm' or 'kubernetes'")
+    workers, index, source = (_slurm if kind == "slurm" else _kubernetes)(environ)
+    config = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}
+    try:
+        read_tf_config(json.dumps(config))
+    except UserError as error:
+        raise UserError(f"{source} make no valid TF_CONFIG: {error}") from None
+    return config
+
+
+def _slurm(environ: Mapping[str, str]) -> tuple[list[str], int, str]:
+    import tensorflow as tf
+
+    advice = "start the workers by srun, as launch/slurm.sbatch does"
+    job, local, tasks, _ = (
+        _whole_number(environ, name, advice)
+        for name in ("SLURM_JOB_ID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
+    )
+    nodes, tasks_per_node, node = (
+        _variable(environ, name, advice)
+        for name in ("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURMD_NODENAME")
+    )
+    source = f"SLURM_STEP_NODELIST={nodes!r} and SLURM_STEP_TASKS_PER_NODE={tasks_per_node!r}"
+    port = _FIRST_PORT + job % _BLOCKS * _PORTS_OF_A_JOB
+    if environ.get("DIST_PARTIAL_PORT"):
+        port = _whole_number(environ, "DIST_PARTIAL_PORT", "write the port of a node's first worker, such as 20000")
+        source += f" and DIST_PARTIAL_PORT={port}"
+    try:
+        with mock.patch.dict(os.environ, environ):  # which is all that the resolver reads
+            # It deals a node's GPUs out to its tasks: by itself it would run nvidia-smi, and fail where there is none.
+            # srun does that (--gpus-per-task), so the numbers only have to be enough for any number of tasks.
+            resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
+                port_base=port, gpus_per_node=2**16, gpus_per_task=1, auto_set_gpu=False
+            )
+            workers = resolver.cluster_spec().as_dict().get("worker", [])
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{source} and SLURM_STEP_NUM_TASKS={tasks} do not fit together ({error}): {advice}") from None
+    # Not SLURM_PROCID: the resolver (TensorFlow 2.21) sorts nodes by name, node10 before node9, and Slurm does not, nor
+    # need ranks go along the nodes (--distribution=cyclic). Each worker must be at the address that has its index.
+    here = f"{node}:{port + local}"
+    if here not in workers:
+        raise UserError(f"SLURMD_NODENAME={node!r} and SLURM_LOCALID={local} are no task of {source}: {advice}")
+    return workers, workers.index(here), source
+
+
+def _kubernetes(environ: Mapping[str, str]) -> tuple[list[str], int, str]:
+    hosts = _variable(environ, "DIST_PARTIAL_HOSTS", "list a 'host' or 'host:port' for each index, separated by commas")
+    index = _whole_number(environ, "JOB_COMPLETION_INDEX", "give the Job completionMode: Indexed")
+    workers = [host.strip() for host in hosts.split(",")]
+    # A colon in brackets is of an IPv6 address.
+    workers = [host if not host or ":" in host.rpartition("]")[2] else f"{host}:{_PORT}" for host in workers]
+    return workers, index, f"JOB_COMPLETION_INDEX={index} and DIST_PARTIAL_HOSTS={hosts!r}"
+
+
+def _variable(environ: Mapping[str, str], name: str, advice: str) -> str:
+    if not environ.get(name, "").strip():
+        raise UserError(f"{name} is not set: {advice}")
+    return environ[name]
+
+
+def _whole_number(environ: Mapping[str, str], name: str, advice: str) -> int:
+    text = _variable(environ, name, advice).strip()
+    if not (text.isascii() and text.isdecimal()):
+        raise UserError(f"{name} is {text!r}, not a whole number: {advice}")
+    return int(text)
 
 
 def read_tf_config(text: str) -> dict[str, Any] | None:
