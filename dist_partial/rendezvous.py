@@ -8,6 +8,7 @@ import contextlib
 import errno
 import functools
 import hmac
+import ipaddress
 import json
 import queue
 import secrets
@@ -110,7 +111,13 @@ def _listen(rank: int, workers: Sequence[str], deadline: float) -> socket.socket
     while True:
         try:
             family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            server = socket.create_server((str(address[0]), port), family=family, backlog=len(workers) + 16)
+            own = str(address[0])
+            if own != host and ipaddress.ip_address(own).is_loopback and {_split(w)[0] for w in workers} != {host}:
+                raise UserError(
+                    f"worker {rank}: {host} is {own} on this host itself, where no other worker can reach it: mend "
+                    "/etc/hosts, or name the workers by their addresses"
+                )
+            server = socket.create_server((own, port), family=family, backlog=len(workers) + 16)
             server.settimeout(_RETRY_SECONDS)
             return server
         except OSError as error:

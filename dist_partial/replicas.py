@@ -69,8 +69,8 @@ def create(
             none), 'multi_worker' (the cluster in TF_CONFIG), or 'auto': multi_worker if TF_CONFIG names a cluster,
             else mirrored if there are several GPUs or `cpu` > 1, else default.
         cpu: how many logical CPU devices act as replicas where there is no GPU.
-        transport: what gradients travel by: 'tensorflow' (its collectives), 'sockets' (connections of our own between
-            workers that have one CPU replica each), or 'auto': sockets where they can be had.
+        transport: what gradients travel by between workers: 'tensorflow' (its collectives), 'sockets' (connections of
+            our own; one CPU replica a worker), or 'auto': sockets where there is no GPU.
         pack_bytes: up to how many bytes of gradients travel as one.
         congestion: the kernel's congestion control for the sockets; None is the system's. Replicas in lock step wait
             for the slowest exchange, and on a shaped link cubic's are the steadiest; a lossy one may need 'bbr'.

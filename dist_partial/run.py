@@ -181,6 +181,7 @@ def _run(
                     "go on",
                     AGAIN if terminated else INTERRUPTED,
                 )
+    replicas.sum(np.zeros(1, np.float32))  # none says that it is done before the last checkpoint is written
 
 
 @contextlib.contextmanager
@@ -252,12 +253,13 @@ def _not_finite(at: int, loss: float, norm: float, saved: int) -> UserError:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[set[int]]:
-    """Collects Ctrl-C and SIGTERM, for the loop to read between calls; a second one is not caught."""
+    """Collects Ctrl-C and SIGTERM, for the loop to read between calls; a second Ctrl-C is not caught."""
     received: set[int] = set()
 
     def handler(number: int, frame: Any) -> None:
         received.add(number)
-        signal.signal(number, before[number])
+        # A scheduler may repeat SIGTERM while the last checkpoint is written, and has SIGKILL; people have Ctrl-C.
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGTERM else before[number])
 
     before: dict[int, Any] = {}
     for each in (signal.SIGINT, signal.SIGTERM):

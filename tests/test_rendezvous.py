@@ -104,6 +104,11 @@ def test_an_address_of_another_host_is_a_mistake():
         rendezvous.connect(0, ["192.0.2.1:2222", "192.0.2.2:2222"], 5)
 
 
+def test_a_name_that_means_loopback_here_and_not_elsewhere_is_a_mistake():
+    with pytest.raises(UserError, match=r"worker 0: localhost is (127\.0\.0\.1|::1) on this host itself"):
+        rendezvous.connect(0, ["localhost:2222", "192.0.2.2:2222"], 5)
+
+
 def test_other_workers_in_tf_config_are_a_mistake_on_both():
     workers = addresses(3)
     found = outcomes([lambda: rendezvous.connect(0, workers[:2], 5), lambda: rendezvous.connect(1, workers, 5)])
