@@ -176,12 +176,13 @@ def _run(
                     saved = done
                     journal.traffic(meter.to_json(done))
             if stop:
-                raise Interrupted(
-                    f"stopped at step {done} of {settings.steps}, saved in {folder}; run the same command again to "
-                    "go on",
-                    AGAIN if terminated else INTERRUPTED,
-                )
-    replicas.sum(np.zeros(1, np.float32))  # none says that it is done before the last checkpoint is written
+                break
+    replicas.sum(np.zeros(1, np.float32))  # none ends before the last checkpoint is written
+    if done < settings.steps:
+        raise Interrupted(
+            f"stopped at step {done} of {settings.steps}, saved in {folder}; run the same command again to go on",
+            AGAIN if terminated else INTERRUPTED,
+        )
 
 
 @contextlib.contextmanager
