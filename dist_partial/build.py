@@ -1,7 +1,8 @@
 """Everything that a run computes with: built from its settings, and restored from its folder."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from dist_partial.data import Dataset, train_batches
 from dist_partial.errors import UserError
 from dist_partial.loss_scale import LossScale, needs_loss_scale
 from dist_partial.replicas import Replicas, input_context
+from dist_partial.schedule import Constant, Schedule, Unit
+from dist_partial.selection import average_bytes
 from dist_partial.settings import Settings
 
 
@@ -29,8 +32,24 @@ class Built:
     reductions: list[dict[str, tf.Variable]]
     fragments: tuple[local_sgd.Fragment, ...]
     scale: LossScale | None
-    state: dict[str, Any]
+    schedule: Schedule
+    units: tuple[Unit, ...]
+    batch_norms: list[keras.layers.BatchNormalization]
+    moving: list[Any]
     identity: dict[str, Any]
+
+    def state(self) -> dict[str, Any]:
+        """All variables that training changes, as they are now: see `checkpoints.resumable_state`."""
+        return checkpoints.resumable_state(
+            self.replicas.strategy,
+            self.model,
+            self.plan,
+            self.optimizers,
+            self.reductions,
+            self.fragments,
+            self.moving,
+            self.scale,
+        )
 
 
 def build(settings: Settings, replicas: Replicas) -> Built:
@@ -54,9 +73,10 @@ def build(settings: Settings, replicas: Replicas) -> Built:
         outputs = model(tf.zeros([1, *x.shape], x.dtype))
         if not isinstance(outputs, tf.Tensor):
             raise UserError(f"run.model gives a {type(outputs).__name__} of outputs: its model must give one tensor")
-        plan = selection.resolve(settings.rules, model, settings.reduction)
-        batch_norm.set_modes(model, plan, everywhere=settings.statistics == "all")
-        groups = optimizers.build(plan, settings.optimizer)
+        batch_norms = batch_norm.layers(model)
+        plan, units = _divided(selection.resolve(settings.rules, model, settings.reduction), settings, batch_norms)
+        batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
+        groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))
         reductions = reduction.states(plan)
         fragments = local_sgd.build(plan, groups, reductions)
         scale = LossScale() if needs_loss_scale(model) else None
@@ -79,9 +99,42 @@ def build(settings: Settings, replicas: Replicas) -> Built:
         reductions=reductions,
         fragments=fragments,
         scale=scale,
-        state=checkpoints.resumable_state(replicas.strategy, model, plan, groups, reductions, fragments, scale),
+        schedule=settings.schedule,
+        units=units,
+        batch_norms=batch_norms,
+        moving=checkpoints.moving(model),
         identity=identity.of_run(settings, data, model, plan, [*groups, *[f.outer for f in fragments]]),
     )
+
+
+def _divided(
+    plan: selection.Plan, settings: Settings, batch_norms: Sequence[keras.layers.BatchNormalization]
+) -> tuple[selection.Plan, tuple[Unit, ...]]:
+    """The plan in the units of the schedule."""
+    schedule = settings.schedule
+    trained = {entry.path: entry for entry in plan.entries if entry.trained}
+    parts = schedule.partition(list(trained))
+    plan = plan.divided(parts)
+    units = []
+    for name, paths in parts:
+        entries = [trained[path] for path in paths]
+        variables = {id(entry.variable) for entry in entries}
+        sent = average_bytes([message for entry in entries for message in entry.messages])
+        # The statistics of a layer that trains travel, too.
+        moving = [layer for layer in batch_norms if {id(layer.gamma), id(layer.beta)} & variables]
+        sent += sum(
+            math.prod(v.shape) * selection.itemsize(v.dtype) for v in batch_norm.unsynchronised_statistics(moving)
+        )
+        units.append(Unit(name, tuple(paths), math.ceil(sent), sum(entry.trained_parameters for entry in entries)))
+    schedule.check(units, settings.steps)
+    if not isinstance(schedule, Constant):
+        for entry in trained.values():
+            if any(message.every > 1 for message in entry.messages) or not entry.reduction.shared:
+                raise UserError(
+                    f"run.schedule switches what is reduced in every step, and {entry.reduction} of rule "
+                    f"{entry.rule.match!r} is not: bind @every_step(), @power_sgd(), @top_k() or @quantized()"
+                )
+    return plan, tuple(units)
 
 
 def restore(built: Built, folder: Path, say: Callable[[str], None]) -> checkpoints.Checkpoint | None:
@@ -105,32 +158,51 @@ def restore(built: Built, folder: Path, say: Callable[[str], None]) -> checkpoin
     if checkpoint is not None:
         if checkpoint.metadata["frozen"] != built.identity["frozen"]:
             raise UserError(f"{checkpoint.path} was saved beside other frozen variables: it is of another run")
-        checkpoints.restore(checkpoint, built.state)
+        with built.replicas.strategy.scope():
+            for number in checkpoint.metadata.get("course", {}).get("allocated", ()):
+                built.optimizers[number].allocate()
+        checkpoints.restore(checkpoint, built.state())
         for group in built.optimizers:
             optimizers.write_rows(built.replicas.strategy, group.members)
     return checkpoint
 
 
-def training(
-    built: Built, settings: Settings, first_step: int, global_batch: int
-) -> tuple[step.TrainStep, Iterator[step.Batch]]:
-    """The compiled step and this worker's batches for it, from `first_step` on."""
-    train = step.train_step(
+def train_step(
+    built: Built, settings: Settings, plan: selection.Plan, global_batch: int, norms: bool = False
+) -> step.TrainStep:
+    """The compiled step of a plan, which is the whole one or a part of it.
+
+    Args:
+        built: what it computes with.
+        settings: how.
+        plan: from `built.plan`; its groups have slots.
+        global_batch: examples in a step.
+        norms: whether it is to return the squared gradient norms of the plan's units.
+    """
+    numbers = {entry.path: number for number, group in enumerate(built.plan.groups) for entry in group.entries}
+    states = {e.path: state for e, state in zip(built.plan.trained, built.reductions, strict=True)}
+    batch_norm.set_modes(built.batch_norms, plan, everywhere=settings.statistics == "all")
+    return step.train_step(
         built.replicas.strategy,
         built.replicas.wire,
         built.model,
         built.loss,
-        built.plan,
-        built.optimizers,
-        built.reductions,
-        step.StepOptions(global_batch, settings.clip_norm, settings.accumulate, settings.jit_compile),
+        plan,
+        [built.optimizers[numbers[group.entries[0].path]] for group in plan.groups],
+        [states[entry.path] for entry in plan.trained],
+        step.StepOptions(global_batch, settings.clip_norm, settings.accumulate, settings.jit_compile, norms),
         built.scale,
     )
-    batches = train_batches(
-        built.data.train,
-        first_step=first_step,
-        global_batch=global_batch,
-        seed=settings.seed,
-        context=input_context(built.replicas.strategy),
+
+
+def batches(built: Built, settings: Settings, first_step: int, global_batch: int) -> Iterator[step.Batch]:
+    """This worker's batches from `first_step` on."""
+    return iter(
+        train_batches(
+            built.data.train,
+            first_step=first_step,
+            global_batch=global_batch,
+            seed=settings.seed,
+            context=input_context(built.replicas.strategy),
+        )
     )
-    return train, iter(batches)

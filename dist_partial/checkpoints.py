@@ -46,6 +46,7 @@ def resumable_state(
     optimizers: Sequence[GroupOptimizer],
     states: Sequence[dict[str, Any]],
     fragments: Sequence[Fragment],
+    moving: Sequence[Any],
     scale: LossScale | None = None,
 ) -> dict[str, Any]:
     """All variables that training changes, by a name that does not depend on their order.
@@ -53,6 +54,16 @@ def resumable_state(
     Selected variables (or their selected rows) and slots by path, what reductions keep, statistics of layers that
     run in training mode, states of random generators, and the loss scale. Of what differs between replicas all
     values are kept; `variables/` of a group that is exchanged every few steps are the anchors, on which they agree.
+
+    Args:
+        strategy: the replicas.
+        model: the model.
+        plan: all that is ever trained.
+        optimizers: one a group; those without slots have none in the state.
+        states: from `reduction.states`.
+        fragments: from `local_sgd.build`.
+        moving: from `moving`.
+        scale: the loss scale, or None.
     """
     state: dict[str, Any] = {}
     for group, planned in zip(optimizers, plan.groups, strict=True):
@@ -74,7 +85,6 @@ def resumable_state(
         for name, variable in own.items():
             when_fewer = "sum" if name == "residual" else "own"
             state[f"reductions/{entry.path}/{name}"] = PerReplica(strategy, variable, when_fewer)
-    moving = _moving(model)
     # Keras numbers generators through the whole process (`seed_generator_7`), so they go by their order here.
     generators = [v for v in moving if v.name == "seed_generator_state"]
     state |= {f"generators/{i}": variable for i, variable in enumerate(generators)}
@@ -98,7 +108,7 @@ def frozen_fingerprints(model: keras.Model, plan: Plan) -> dict[str, str]:
             prints[f"{entry.path}[other rows]"] = _digest(np.delete(value, slice(start, stop), axis=0))
         elif not entry.trained:
             prints[entry.path] = _digest(value)
-    known = {id(v) for v in [*_moving(model), *(entry.variable for entry in plan.entries)]}
+    known = {id(v) for v in [*moving(model), *(entry.variable for entry in plan.entries)]}
     others = [v for v in model.variables if id(v) not in known]
     names = strip_root(model.name, [v.path for v in others])
     return prints | {n: _digest(keras.ops.convert_to_numpy(v)) for n, v in zip(names, others, strict=True)}
@@ -220,7 +230,7 @@ def _listed(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in names)
 
 
-def _moving(model: keras.Model) -> list[Any]:
+def moving(model: keras.Model) -> list[Any]:
     """Variables that no optimizer updates and that a step may still change: generators and running statistics."""
     still = {id(v) for layer in model._flatten_layers() if not layer.trainable for v in layer.variables}
     return [v for v in model.non_trainable_variables if v.name == "seed_generator_state" or id(v) not in still]

@@ -15,7 +15,7 @@ from typing import Any
 
 import gin
 
-from dist_partial import data, models, replicas, settings
+from dist_partial import data, models, replicas, schedule, settings
 from dist_partial.compression import PowerSGD, Quantized, TopK
 from dist_partial.errors import UserError
 from dist_partial.reduction import EveryStep, LocalSGD, Never, nesterov
@@ -33,6 +33,12 @@ _OURS: dict[str, Callable[..., Any]] = {
     "local_sgd": LocalSGD,
     "nesterov": nesterov,
     "never": Never,
+    "phases": schedule.Phases,
+    "gradual_unfreezing": schedule.Gradual,
+    "block_rotation": schedule.Rotation,
+    "lisa": schedule.Lisa,
+    "autofreeze": schedule.AutoFreeze,
+    "byte_budget": schedule.ByteBudget,
     "two_dense": models.two_dense,
     "byte_transformer": models.byte_transformer,
     "stdlib_corpus": data.stdlib_corpus,

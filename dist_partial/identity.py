@@ -11,6 +11,7 @@ from dist_partial import checkpoints
 from dist_partial.data import Dataset
 from dist_partial.errors import UserError
 from dist_partial.optimizers import GroupOptimizer
+from dist_partial.schedule import Constant
 from dist_partial.selection import Plan
 from dist_partial.settings import Settings
 
@@ -36,6 +37,8 @@ def of_run(
         "optimizers": [_optimizer(group.optimizer) for group in optimizers],
         "frozen": checkpoints.frozen_fingerprints(model, plan),
     }
+    if not isinstance(settings.schedule, Constant):
+        content |= {"schedule": str(settings.schedule), "leave": settings.leave}
     return _plain(content)
 
 

@@ -73,6 +73,7 @@ def build(
             anchors = tuple(Trained(member.entry, _anchor(member)) for member in inner.members)
             factory = group.reduction.outer or (lambda: keras.optimizers.SGD(1.0))
             outer = optimizers.prepare(f"local_sgd.outer of rule {group.rule.match!r}", factory, anchors, number)
+            outer.allocate()
             fragments.append(Fragment(group.reduction, inner.members, outer, own_states))
     return tuple(fragments)
 

@@ -28,22 +28,41 @@ class Trained:
     variable: Any
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class GroupOptimizer:
-    """One group's optimizer.
+    """One group's optimizer, whose slots can come and go.
 
     Attributes:
         members: the group's variables, in the group's order.
-        optimizer: built on exactly those.
-        state: its variables by names that a new process gives them again: `<path>/<slot>` for slots.
+        number: of the group, for the names of what is no slot.
+        make: makes a new optimizer, without slots.
+        optimizer: the current one, for exactly the members.
+        state: its variables by names that a new process gives them again: `<path>/<slot>` for slots; empty while
+            there are none.
     """
 
     members: tuple[Trained, ...]
+    number: int
+    make: Callable[[], keras.optimizers.Optimizer]
     optimizer: keras.optimizers.Optimizer
-    state: dict[str, Any]
+    state: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def allocate(self) -> None:
+        """Makes the slots, if there are none; call it inside `strategy.scope()`."""
+        if not self.state:
+            self.state = _build_slots(self.number, self.optimizer, self.members)
+
+    def reset(self) -> None:
+        """Gives all of its state the values of a new optimizer; call it inside `strategy.scope()`."""
+        for name, value in _build_slots(self.number, self.make(), self.members).items():
+            self.state[name].assign(value)
+
+    def drop(self) -> None:
+        """Forgets the slots, whose memory is free once no compiled function uses them."""
+        self.optimizer, self.state = self.make(), {}
 
 
-def build(plan: Plan, factory: Callable[..., Any]) -> tuple[GroupOptimizer, ...]:
+def build(plan: Plan, factory: Callable[..., Any], slots: bool = True) -> tuple[GroupOptimizer, ...]:
     """Builds one optimizer a group, with slots for the selected variables only.
 
     Call it inside `strategy.scope()`: Keras optimizers remember the strategy in which they are made.
@@ -51,12 +70,16 @@ def build(plan: Plan, factory: Callable[..., Any]) -> tuple[GroupOptimizer, ...]
     Args:
         plan: the plan.
         factory: makes the optimizer of the rules that name none, such as `keras.optimizers.Adam`.
+        slots: whether their slots are allocated at once.
 
     Raises:
         UserError: if a factory does not make a Keras optimizer, or makes one that accumulates, scales or
             averages by itself (`run.accumulate` and `run.precision` do the first two, in the order the sum needs).
     """
-    return tuple(_build_group(number, group, factory) for number, group in enumerate(plan.groups))
+    groups = tuple(_build_group(number, group, factory) for number, group in enumerate(plan.groups))
+    for group in groups if slots else ():
+        group.allocate()
+    return groups
 
 
 def _build_group(number: int, group: Group, default: Callable[..., Any]) -> GroupOptimizer:
@@ -69,7 +92,7 @@ def _build_group(number: int, group: Group, default: Callable[..., Any]) -> Grou
 
 
 def prepare(where: str, factory: Callable[..., Any], members: tuple[Trained, ...], number: int) -> GroupOptimizer:
-    """Makes one optimizer that is handed gradients which are reduced already.
+    """Makes one optimizer, yet without slots, that is handed gradients which are reduced already.
 
     Args:
         where: what it is, for errors.
@@ -77,6 +100,11 @@ def prepare(where: str, factory: Callable[..., Any], members: tuple[Trained, ...
         members: the variables that it updates.
         number: of the group, for the names of what is no slot.
     """
+    make = functools.partial(_make, where, factory)
+    return GroupOptimizer(members, number, make, make())
+
+
+def _make(where: str, factory: Callable[..., Any]) -> keras.optimizers.Optimizer:
     try:
         optimizer = factory()
     except (TypeError, ValueError) as error:  # an argument that this optimizer does not have, or a value it refuses
@@ -89,9 +117,8 @@ def prepare(where: str, factory: Callable[..., Any], members: tuple[Trained, ...
         raise UserError(f"{where} averages weights (use_ema), which a run would neither evaluate nor sample: unbind it")
     if optimizer.loss_scale_factor or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         raise UserError(f"{where} scales the loss by itself: bind run.precision = 'mixed_float16' instead")
-    state = _build_slots(number, optimizer, members)
     _apply_reduced_already(optimizer)
-    return GroupOptimizer(members, optimizer, state)
+    return optimizer
 
 
 def _trained_variable(entry: Entry) -> Any:

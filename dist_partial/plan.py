@@ -148,24 +148,25 @@ def _measure(settings: "Settings", batch: int) -> tuple["Plan", Computation, flo
     import tensorflow as tf
 
     from dist_partial import local_sgd, replicas, step
-    from dist_partial.build import build, training
+    from dist_partial.build import batches, build, train_step
+    from dist_partial.schedule import Constant
 
-    built = build(settings, replicas.create("default"))
+    # Of a schedule the costliest case: everything that it may train, at once.
+    built = build(dataclasses.replace(settings, schedule=Constant()), replicas.create("default"))
     strategy, wire = built.replicas.strategy, built.replicas.wire
     batch = -(-batch // settings.accumulate) * settings.accumulate
-    train, batches = training(built, settings, 0, batch)
-    one = next(batches)
+    train, inputs = train_step(built, settings, built.plan, batch), batches(built, settings, 0, batch)
+    one = next(inputs)
     weighted = (*one[:2], tf.ones(one[1].shape[:1]))
     forward = step.evaluation_step(strategy, built.model, built.loss)
     again = iter(tf.data.Dataset.from_tensors(weighted).repeat())
     forward_time, _ = _time(lambda n: forward(again, tf.constant(n)).numpy())
-    step_time, cpu = _time(lambda n: train.function(batches, tf.constant(n))["loss"].numpy())
+    step_time, cpu = _time(lambda n: train.function(inputs, tf.constant(n))["loss"].numpy())
     exchanges = 0.0
     for exchange in local_sgd.exchanges(strategy, wire, built.plan, built.fragments, train.without_gradient, []):
         once, _ = _time(lambda n, exchange=exchange: [exchange.function() for _ in range(n)])
         exchanges += once / exchange.fragment.reduction.steps
-    kept = [name for name in built.state if name.startswith(("slots/", "outer/", "reductions/"))]
-    memory = sum(_bytes(built.state[name]) for name in kept)
+    memory = sum(_bytes(v) for k, v in built.state().items() if k.startswith(("slots/", "outer/", "reductions/")))
     memory += sum(_bytes(anchor.variable) for fragment in built.fragments for anchor in fragment.outer.members)
     return built.plan.traced(train.without_gradient, []), Computation(forward_time, step_time, cpu), exchanges, memory
 

@@ -137,6 +137,16 @@ class Journal:
         words = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items() if name != "examples"]
         self.say(f"step {step}: held-out {', '.join(words)} ({metrics['examples']} examples)")
 
+    def plan(self, step: int, plan: Plan, digest: str) -> None:
+        """Records that from `step` on, counted from 1, another selection is trained."""
+        trained = sum(entry.trained_parameters for entry in plan.entries)
+        row = {"step": step, "split": "plan", "digest": digest, "wire_bytes_per_step": plan.wire_bytes}
+        self._record([row | {"trained_parameters": trained, "units": list(plan.units)}])
+        self.say(
+            f"step {step}: training {', '.join(plan.units)}: {trained:,} parameters, {_count(plan.wire_bytes)} bytes a "
+            "step on the wire"
+        )
+
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         """Records sampled texts: `{"step", "temperature", "prompt", "text"}`."""
         self._append("samples.jsonl", rows)
@@ -184,8 +194,10 @@ class Journal:
         self._append("metrics.jsonl", rows)
         with _writing(self._folder), self._board.as_default():
             for row in rows:
-                values = {name: value for name, value in row.items() if name not in ("step", "split")}
+                values = {name: value for name, value in row.items() if isinstance(value, (int, float))}
                 for name, value in values.items():
+                    if name == "step":
+                        continue
                     tf.summary.scalar(f"{row['split']}/{name}", value, step=row["step"])
 
     def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import agreement, batch_norm, checkpoints, evaluation, identity, local_sgd, selection, step, traffic
-from dist_partial.build import build, restore, training
+from dist_partial import agreement, checkpoints, evaluation, identity, local_sgd, selection, step, traffic
+from dist_partial.build import batches, build, restore
+from dist_partial.course import Course
 from dist_partial.errors import AGAIN, INTERRUPTED, Fault, UserError
 from dist_partial.files import locked, write_json, write_text, writing
 from dist_partial.replicas import Replicas
 from dist_partial.reporting import Journal, plan_table
+from dist_partial.schedule import Constant
 from dist_partial.selection import average_bytes
 from dist_partial.settings import Settings
 
@@ -89,17 +91,8 @@ def _run(
     if checkpoint:
         say(f"going on from step {done} ({checkpoint.path})")
 
-    train, batches = training(built, settings, done, settings.global_batch)
-    traced = train.function.get_concrete_function(batches, tf.constant(1))
-    sent_in_step = traffic.in_step(traced)
-    exchanges = local_sgd.exchanges(
-        strategy,
-        replicas.wire,
-        built.plan,
-        built.fragments,
-        train.without_gradient,
-        batch_norm.local_statistics(built.model),
-    )
+    inputs = batches(built, settings, done, settings.global_batch)
+    course = Course(built, settings, inputs, checkpoint.metadata.get("course") if checkpoint else None)
     evaluate = evaluation.evaluation(
         strategy,
         step.evaluation_step(strategy, built.model, built.loss),
@@ -108,19 +101,20 @@ def _run(
         examples=min(settings.eval_examples or len(built.data.evaluation), len(built.data.evaluation)),
         global_batch=settings.global_batch,
     )
-    plan = built.plan.traced(train.without_gradient, [])
-    if strategy.num_replicas_in_sync > 1:  # or else nothing is sent
-        plan = plan.traced(train.without_gradient, traffic.beyond(plan, sent_in_step, exchanges))
-    meter = traffic.Meter(plan, workers, traffic.card(replicas.host) if replicas.host else None, done)
+    course.compile_ahead(done)
+    (leg, began), begun = course.leg(done), done
+    constant = isinstance(built.schedule, Constant)
+    plan = leg.plan if constant else built.plan
+    meter = traffic.Meter(workers, traffic.card(replicas.host) if replicas.host else None, done)
     saved, first = done, True
     with (
         _written_folder(folder, built.identity, plan) if replicas.is_chief else contextlib.nullcontext(),
         Journal(folder, done, settings.steps, plan, replicas.is_chief) as journal,
         _signals() as received,
     ):
-        if train.without_gradient:
-            journal.say(f"selected, but the loss does not depend on it: {', '.join(train.without_gradient)}")
-        for exchange in exchanges:
+        if leg.train.without_gradient:
+            journal.say(f"selected, but the loss does not depend on it: {', '.join(leg.train.without_gradient)}")
+        for exchange in leg.exchanges:
             local = exchange.fragment.reduction
             last = local.next_due(settings.steps) - local.steps
             if last != settings.steps:
@@ -133,11 +127,15 @@ def _run(
         if plan.statistics:
             journal.say(f"BatchNorm statistics add {average_bytes(plan.statistics):,} bytes a step to the wire")
         while done < settings.steps:
-            count = _steps_until_event(settings, done, exchanges)
+            leg, switched = course.leg(done) if done > begun else (leg, began)
+            if switched and not constant:
+                journal.plan(done + 1, leg.plan, leg.digest)
+            count = _steps_until_event(settings, done, leg.exchanges, course.next_switch(done))
             meter.start()
-            result = train.function(batches, tf.constant(count))
-            sent = wire_bytes + traffic.total(sent_in_step) * np.arange(1, count + 1)
-            for exchange in exchanges:
+            result = leg.train.function(inputs, tf.constant(count))
+            course.note(result)
+            sent = wire_bytes + traffic.total(leg.sent) * np.arange(1, count + 1)
+            for exchange in leg.exchanges:
                 if exchange.fragment.reduction.due(done + count):
                     exchange.function()
                     sent[-1] += traffic.total(exchange.sent)
@@ -146,7 +144,7 @@ def _run(
             told = np.array([number in received for number in (signal.SIGINT, signal.SIGTERM)], np.float32)
             sums = replicas.sum(np.concatenate([result["loss"], result["gradient_norm"], told]))
             losses, norms, (interrupted, terminated) = sums[:count], sums[count:-2] / workers, sums[-2:]
-            meter.stop(count, int(sent[-1]) - wire_bytes, sums.nbytes)
+            meter.stop(leg.plan, done, done + count, int(sent[-1]) - wire_bytes, sums.nbytes)
             good = _finite_steps(losses, norms, scaled=built.scale is not None)
             journal.train(done + 1, losses[:good], norms[:good], sent[:good])
             if good < count:
@@ -169,9 +167,10 @@ def _run(
                             journal.samples(evaluation.samples(built.model, built.data, settings.sampling, done))
             finally:  # what fails in an evaluation must not cost the training
                 if stop or _due(settings, done, settings.save_every):
-                    arrays = checkpoints.read(built.state, done, replicas.gather)
+                    arrays = checkpoints.read(built.state(), done, replicas.gather)
                     if replicas.is_chief:
                         metadata = {"wire_bytes": wire_bytes, "frozen": built.identity["frozen"]}
+                        metadata |= {} if constant else {"course": course.to_json()}
                         checkpoints.save(folder / "checkpoints", done, arrays, metadata, settings.keep)
                     saved = done
                     journal.traffic(meter.to_json(done))
@@ -222,10 +221,16 @@ def _connected(replicas: Replicas) -> Iterator[None]:
         mesh.close()
 
 
-def _steps_until_event(settings: Settings, done: int, exchanges: Sequence[local_sgd.Exchange]) -> int:
-    """How many steps the next call may make: up to the next exchange, evaluation, checkpoint or the end."""
+def _steps_until_event(
+    settings: Settings, done: int, exchanges: Sequence[local_sgd.Exchange], switch: int | None
+) -> int:
+    """How many steps the next call may make: up to the next switch, exchange, evaluation, checkpoint or the end."""
     intervals = [every for every in (settings.eval_every, settings.save_every) if every]
-    ends = [settings.steps, *((done // every + 1) * every for every in intervals)]
+    ends = [
+        settings.steps if switch is None else switch,
+        settings.steps,
+        *((done // every + 1) * every for every in intervals),
+    ]
     ends += [exchange.fragment.reduction.next_due(done) for exchange in exchanges]
     return min(settings.steps_per_loop, min(ends) - done)
 

@@ -9,7 +9,7 @@ import difflib
 import fractions
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from dist_partial.errors import UserError
@@ -52,10 +52,12 @@ class Entry:
     rule: Rule
     reduction: Any = None
     sent: bool = True  # False once tracing has shown that the loss does not depend on the variable
+    unit: str = ""  # what a schedule switches as one
+    active: bool = True  # False while the schedule leaves its unit out
 
     @property
     def trained(self) -> bool:
-        return self.rule.train
+        return self.rule.train and self.active
 
     @property
     def parameters(self) -> int:
@@ -91,7 +93,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-    """The variables that one trained rule covers: they share an optimizer and a reduction."""
+    """The variables of one unit that one trained rule covers: they share an optimizer and a reduction."""
 
     rule: Rule
     entries: tuple[Entry, ...]
@@ -111,13 +113,24 @@ class Plan:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The trained rules, in the table's order."""
-        return tuple(Group(rule, tuple(e for e in self.entries if e.rule is rule)) for rule in self.rules if rule.train)
+        """The trained rules, in the table's order, each by the units of the schedule, in the model's."""
+        order = {id(rule): number for number, rule in enumerate(self.rules)}
+        members: dict[tuple[int, str], list[Entry]] = {}
+        for entry in self.entries:
+            if entry.trained:
+                members.setdefault((order[id(entry.rule)], entry.unit), []).append(entry)
+        by_rule = sorted(members.items(), key=lambda item: item[0][0])
+        return tuple(Group(self.rules[number], tuple(entries)) for (number, _), entries in by_rule)
 
     @property
     def trained(self) -> tuple[Entry, ...]:
         """The trained entries, group by group: the order in which gradients travel through a step."""
         return tuple(entry for group in self.groups for entry in group.entries)
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Names of the units of which something is trained, in the model's order."""
+        return tuple(dict.fromkeys(entry.unit for entry in self.entries if entry.trained))
 
     @property
     def frozen(self) -> tuple[Entry, ...]:
@@ -138,6 +151,19 @@ class Plan:
         """Bytes a step if everything were trained and sent in its own dtype."""
         return sum(entry.full_bytes for entry in self.entries)
 
+    def divided(self, units: Sequence[tuple[str, Sequence[str]]]) -> "Plan":
+        """The same plan in units, each a name and paths, that `only` can switch."""
+        names = {path: name for name, paths in units for path in paths}
+        return self._replaced(lambda entry: {"unit": names.get(entry.path, "")})
+
+    def only(self, units: Collection[str]) -> "Plan":
+        """The same plan with nothing trained but these units."""
+        return self._replaced(lambda entry: {"active": entry.unit in units})
+
+    def _replaced(self, change: Callable[[Entry], dict[str, Any]]) -> "Plan":
+        entries = tuple(dataclasses.replace(entry, **change(entry)) for entry in self.entries)
+        return dataclasses.replace(self, entries=entries)
+
     def traced(self, without_gradient: Sequence[str], statistics: Sequence[Any]) -> "Plan":
         """The same plan, with what tracing the step has shown.
 
@@ -145,8 +171,8 @@ class Plan:
             without_gradient: paths of selected variables on which the loss does not depend: nothing is sent.
             statistics: messages beyond those of the gradients.
         """
-        entries = tuple(dataclasses.replace(e, sent=e.path not in without_gradient) for e in self.entries)
-        return dataclasses.replace(self, entries=entries, statistics=tuple(statistics))
+        plan = self._replaced(lambda entry: {"sent": entry.path not in without_gradient})
+        return dataclasses.replace(plan, statistics=tuple(statistics))
 
     def to_json(self) -> dict[str, Any]:
         """The content of plan.json."""

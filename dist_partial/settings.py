@@ -9,6 +9,7 @@ import keras
 from dist_partial import replicas
 from dist_partial.errors import UserError
 from dist_partial.reduction import EveryStep
+from dist_partial.schedule import Constant
 from dist_partial.selection import check_reduction
 
 PRECISIONS = ("float32", "float64", "mixed_bfloat16", "mixed_float16")
@@ -79,6 +80,9 @@ class Settings:
         precision: Keras dtype policy: 'float32', 'float64', 'mixed_bfloat16', 'mixed_float16'.
         jit_compile: XLA for the gradient computation.
         statistics: which BatchNorm layers run in training mode: 'trained' (those of which something is) or 'all'.
+        schedule: what is trained when, of what the rules train.
+        leave: what becomes of the slots of a unit that the schedule leaves: 'keep', 'reset' or 'drop'.
+        compiled_plans: how many selections of the schedule stay compiled.
         replicas: makes the strategy; bound under `replicas.`.
         sampling: bound under `sample.`.
     """
@@ -102,11 +106,14 @@ class Settings:
     precision: str = "float32"
     jit_compile: bool = False
     statistics: str = "trained"
+    schedule: Any = dataclasses.field(default_factory=Constant)
+    leave: str = "keep"
+    compiled_plans: int = 8
     replicas: Callable[[], Any] = replicas.create
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "keep", "accumulate", "steps_per_loop"):
+        for name in ("steps", "global_batch", "keep", "accumulate", "steps_per_loop", "compiled_plans"):
             _count(f"run.{name}", getattr(self, name))
         for name in ("eval_every", "eval_examples", "save_every"):
             _count(f"run.{name}", getattr(self, name), optional=True)
@@ -123,6 +130,10 @@ class Settings:
         check_reduction("run", self.reduction)
         if self.precision not in PRECISIONS:
             raise UserError(f"run.precision is {self.precision!r}: write one of {', '.join(map(repr, PRECISIONS))}")
+        if isinstance(self.schedule, type) or not hasattr(self.schedule, "next_switch"):
+            raise UserError(f"run.schedule is {self.schedule!r}: bind a schedule such as @lisa(), with the ()")
+        if self.leave not in ("keep", "reset", "drop"):
+            raise UserError(f"run.leave is {self.leave!r}: write 'keep', 'reset' or 'drop'")
         if self.statistics not in ("trained", "all"):
             raise UserError(f"run.statistics is {self.statistics!r}: write 'trained' or 'all'")
 

@@ -32,12 +32,14 @@ class StepOptions:
         accumulate: micro-batches into which each replica cuts its batch, one after the other; they are
             reduced once.
         jit_compile: whether XLA compiles the gradient computation of a replica.
+        unit_norms: whether the step also returns the squared gradient norm of each unit of the plan.
     """
 
     global_batch: int
     clip_norm: float | None = None
     accumulate: int = 1
     jit_compile: bool = False
+    unit_norms: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +50,7 @@ class TrainStep:
         function: (iterator of this worker's batches, number of steps, an int32 scalar) -> {"loss": [steps],
             "gradient_norm": [steps]}, float32. The losses are this worker's part of the sum. The norm
             is of the gradient before clipping; where replicas train by themselves, this worker's first replica's.
+            With `unit_norms` also "unit_norms" [steps, units], in the order of the plan's units.
         without_gradient: paths of selected variables on which the loss does not depend; filled by tracing.
     """
 
@@ -100,7 +103,7 @@ def train_step(
         gradients = tape.gradient(scaled, values)
         return total, [_selected_rows(g, e.rule.rows) for g, e in zip(gradients, trained, strict=True)]
 
-    def replica_gradients(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, list[Any], list[tf.Tensor]]:
+    def replica_gradients(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, list[Any], list[tf.Tensor]]:
         loss_scale = tf.constant(1.0) if scale is None else scale.value()
         batch = _own_part(strategy, batch)
         compute = tf.function(backprop, jit_compile=True, autograph=False) if options.jit_compile else backprop
@@ -111,8 +114,9 @@ def train_step(
         # what one replica decided by its own part alone would set it apart from the others.
         if scale is not None:
             gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
+        squares = _unit_squares(plan, gradients) if options.unit_norms else tf.zeros([0])
         gradients, norm = _clip(gradients, shared, options.clip_norm)
-        return total, norm, gradients, means
+        return total, norm, squares, gradients, means
 
     def replica_update(gradients: list[Any]) -> None:
         optimizers_lib.apply(optimizers, gradients)
@@ -129,10 +133,10 @@ def train_step(
     # Without autograph, as in Keras's own `fit`: a model's Python code runs as written, and tracing takes less time.
     @tf.function(autograph=False)
     def train(iterator: Any, steps: tf.Tensor) -> dict[str, tf.Tensor]:
-        def one_step(i: tf.Tensor, losses: tf.TensorArray, norms: tf.TensorArray) -> tuple[Any, ...]:
-            total, norm, gradients, means = strategy.run(replica_gradients, args=(next(iterator),))
+        def one_step(i: tf.Tensor, losses: tf.TensorArray, norms: tf.TensorArray, units: tf.TensorArray) -> Any:
+            total, norm, squares, gradients, means = strategy.run(replica_gradients, args=(next(iterator),))
             strategy.run(replica_statistics, args=(means,))
-            norm = strategy.experimental_local_results(norm)[0]
+            norm, squares = (strategy.experimental_local_results(value)[0] for value in (norm, squares))
             if scale is None:
                 update(gradients)
             else:
@@ -142,11 +146,12 @@ def train_step(
                 tf.cond(finite, lambda: update(gradients), lambda: None)
                 scale.adjust(finite)
             losses = losses.write(i, tf.cast(_local_sum(strategy, total), tf.float32))
-            return i + 1, losses, norms.write(i, tf.cast(norm, tf.float32))
+            return i + 1, losses, norms.write(i, tf.cast(norm, tf.float32)), units.write(i, squares)
 
-        arrays = [tf.TensorArray(tf.float32, steps) for _ in range(2)]
-        _, losses, norms = tf.while_loop(lambda i, *_: i < steps, one_step, [0, *arrays], parallel_iterations=1)
-        return {"loss": losses.stack(), "gradient_norm": norms.stack()}
+        shapes = [[], [], [len(plan.units) if options.unit_norms else 0]]
+        arrays = [tf.TensorArray(tf.float32, steps, element_shape=shape) for shape in shapes]
+        _, losses, norms, units = tf.while_loop(lambda i, *_: i < steps, one_step, [0, *arrays], parallel_iterations=1)
+        return {"loss": losses.stack(), "gradient_norm": norms.stack(), "unit_norms": units.stack()}
 
     return TrainStep(train, without_gradient)
 
@@ -196,6 +201,50 @@ def _clip(
         for i, gradient in zip(places, part, strict=True):
             clipped[i] = gradient
     return clipped, norm if len(squares) == 1 else tf.sqrt(tf.add_n(squares))
+
+
+def _unit_squares(plan: Plan, gradients: Sequence[Any]) -> tf.Tensor:
+    """The squared norm of the gradients of each of the plan's units, float32."""
+    squares = {unit: [tf.zeros([])] for unit in plan.units}
+    for entry, gradient in zip(plan.trained, gradients, strict=True):
+        if gradient is not None:
+            squares[entry.unit].append(tf.reduce_sum(tf.cast(gradient, tf.float32) ** 2))
+    return tf.stack([tf.add_n(parts) for parts in squares.values()])
+
+
+def probe(
+    strategy: tf.distribute.Strategy,
+    model: keras.Model,
+    loss: Callable[[Any, Any], tf.Tensor],
+    plan: Plan,
+    global_batch: int,
+) -> Any:
+    """Builds the function that differentiates every unit of a plan and trains nothing.
+
+    Returns:
+        A function (iterator of this worker's batches) -> float32 [units]: the sum over this worker's replicas of the
+        squared norms of each unit's gradient, each of its own part of the batch.
+    """
+    values = [entry.variable.value for entry in plan.trained]
+
+    def replica_squares(batch: Batch) -> tf.Tensor:
+        batch = _own_part(strategy, batch)
+        x, y, weight = batch if len(batch) == 3 else (*batch, None)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(values)
+            # In inference mode: dropout draws nothing and BatchNorm's statistics stay as they are.
+            losses = example_losses(loss(y, full_precision(model(x, training=False))), weight)
+            total = tf.reduce_sum(losses) / global_batch
+        gradients = tape.gradient(total, values)
+        return _unit_squares(
+            plan, [_selected_rows(g, e.rule.rows) for g, e in zip(gradients, plan.trained, strict=True)]
+        )
+
+    @tf.function(autograph=False)
+    def squares(iterator: Any) -> tf.Tensor:
+        return _local_sum(strategy, strategy.run(replica_squares, args=(next(iterator),)))
+
+    return squares
 
 
 def _own_part(strategy: tf.distribute.Strategy, batch: Batch) -> Batch:

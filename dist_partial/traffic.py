@@ -114,20 +114,24 @@ class Meter:
     """What one worker's replica has sent since this process began to train.
 
     Attributes:
-        plan: what each step should send.
         workers: how many there are.
         card: the counter of this worker's network card, from `card`, or None.
         first: the step before the first that is metered.
+        planned: bytes by the plans of these steps.
+        expected: bytes at the card for them, without headers.
+        full: bytes if everything were trained and sent in its own dtype.
         counted: bytes by the collectives of the graphs that ran.
         metrics: bytes of losses and norms that were summed over the workers, besides.
         read: bytes that the card has sent meanwhile.
         step_ms: time of the steps of each call, in milliseconds; the first call, which is still warming up, left out.
     """
 
-    plan: Plan
     workers: int
     card: Path | None
     first: int
+    planned: int = 0
+    expected: float = 0.0
+    full: int = 0
     counted: int = 0
     metrics: int = 0
     read: int = 0
@@ -139,8 +143,21 @@ class Meter:
         """Begins a call of the step."""
         self._start = time.perf_counter(), sent(self.card) if self.card else 0
 
-    def stop(self, steps: int, counted: int, metrics: int) -> None:
-        """Ends it, once all workers have what they were sent."""
+    def stop(self, plan: Plan, first: int, last: int, counted: int, metrics: int) -> None:
+        """Ends it, once all workers have what they were sent.
+
+        Args:
+            plan: what each of its steps should send.
+            first: steps before the call.
+            last: steps after it.
+            counted: bytes by its graphs.
+            metrics: bytes of losses and norms besides.
+        """
+        steps = last - first
+        for message in plan.messages:
+            self.planned += message.times(first, last) * message.bytes
+            self.expected += message.times(first, last) * at_card(message, self.workers)
+        self.full += plan.full_wire_bytes * steps
         assert self._start is not None
         began, before = self._start
         if self._calls:
@@ -152,17 +169,15 @@ class Meter:
 
     def to_json(self, step: int) -> dict[str, Any]:
         """The content of traffic.json after `step`: bytes planned, counted, expected at the card, and read there."""
-        times = [(message, message.times(self.first, step)) for message in self.plan.messages]
-        at_cards = [*times, (Message("sum", self.metrics), 1)]
         return {
             "first_step": self.first + 1,
             "last_step": step,
             "workers": self.workers,
-            "planned_bytes": sum(count * message.bytes for message, count in times),
+            "planned_bytes": self.planned,
             "counted_bytes": self.counted,
             "metrics_bytes": self.metrics,
-            "full_bytes": self.plan.full_wire_bytes * (step - self.first),
-            "expected_card_bytes": round(sum(count * at_card(message, self.workers) for message, count in at_cards)),
+            "full_bytes": self.full,
+            "expected_card_bytes": round(self.expected + at_card(Message("sum", self.metrics), self.workers)),
             "card_bytes": self.read if self.card else None,
             "card": self.card.parts[-3] if self.card else None,
             "step_ms": round(statistics.median(self.step_ms), 3) if self.step_ms else None,

@@ -249,7 +249,7 @@ def train(
     with strategy.scope():
         model = build(case)
         plan = selection.resolve(case.rules, model, every_step)
-        batch_norm.set_modes(model, plan, everywhere=False)
+        batch_norm.set_modes(batch_norm.layers(model), plan, everywhere=False)
         groups = optimizers.build(plan, lambda: optimizer(name, options))
         states = reduction.states(plan)
     before = weights(model)

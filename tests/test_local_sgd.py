@@ -32,7 +32,7 @@ class Local:
         with strategy.scope():
             self.model = cases.build(case)
             self.plan = selection.resolve(case.rules, self.model, EveryStep())
-            batch_norm.set_modes(self.model, self.plan, everywhere=False)
+            batch_norm.set_modes(batch_norm.layers(self.model), self.plan, everywhere=False)
             self.groups = optimizers.build(self.plan, lambda: cases.optimizer(inner, cases.Options()))
             self.states = reduction.states(self.plan)
             self.fragments = local_sgd.build(self.plan, self.groups, self.states)

@@ -1,0 +1,178 @@
+"""What is trained in which steps: the selections of the schedule, each compiled once, and the slots they need."""
+
+import collections
+import dataclasses
+import gc
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from dist_partial import agreement, batch_norm, local_sgd, step, traffic
+from dist_partial.build import Built, batches, train_step
+from dist_partial.errors import UserError
+from dist_partial.schedule import ByteBudget, Constant, observes
+from dist_partial.selection import Plan
+from dist_partial.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Leg:
+    """One selection, compiled.
+
+    Attributes:
+        units: names of the units that are trained.
+        plan: what is trained, with what tracing has shown of it.
+        train: the compiled step.
+        sent: what it hands over.
+        exchanges: of the fragments that are exchanged every few steps.
+    """
+
+    units: frozenset[str]
+    plan: Plan
+    train: step.TrainStep
+    sent: list[traffic.Collective]
+    exchanges: list[local_sgd.Exchange]
+
+    @property
+    def digest(self) -> str:
+        """Tells selections apart: SHA-256 of what is trained and how it travels, the first 16 hex digits."""
+        what = [(entry.path, str(entry.reduction)) for entry in self.plan.trained]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+class Course:
+    """Where a run stands in its schedule.
+
+    Args:
+        built: what the run computes with.
+        settings: of the run.
+        inputs: this worker's batches, as every step reads them.
+        saved: what `to_json` gave when the run was stopped, or None at the start.
+    """
+
+    def __init__(self, built: Built, settings: Settings, inputs: Any, saved: dict[str, Any] | None) -> None:
+        self._built, self._settings, self._inputs = built, settings, inputs
+        saved = saved or {}
+        self._state = saved.get("state", built.schedule.initial(built.units))
+        self._active = frozenset(saved["active"]) if saved.get("active") is not None else None
+        self._squares = np.array(saved.get("squares", [0.0] * len(built.units)))
+        self._legs: collections.OrderedDict[frozenset[str], Leg] = collections.OrderedDict()
+        self._probe: Any = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What a run needs to go on exactly from here, as JSON values; groups of which there are slots among it."""
+        return {
+            "state": self._state,
+            "active": None if self._active is None else sorted(self._active),
+            "squares": self._squares.tolist(),
+            "allocated": [number for number, group in enumerate(self._built.optimizers) if group.state],
+        }
+
+    def next_switch(self, done: int) -> int | None:
+        """The next number of steps after which another selection may hold."""
+        return self._built.schedule.next_switch(done)
+
+    def compile_ahead(self, done: int) -> None:
+        """Compiles all selections that are still to come, where they are known and few enough to be kept."""
+        schedule, settings = self._built.schedule, self._settings
+        if schedule.statistics is not None or settings.leave == "drop":
+            return
+        ahead: dict[frozenset[str], None] = {}
+        switch: int | None = done
+        while switch is not None and switch < settings.steps and len(ahead) <= settings.compiled_plans:
+            ahead[schedule.select(switch, self._built.units, settings.seed, self._state)] = None
+            switch = schedule.next_switch(switch)
+        if len(ahead) <= settings.compiled_plans:
+            for units in ahead:
+                self._leg(units)
+
+    def leg(self, done: int) -> tuple[Leg, bool]:
+        """What the step after `done` steps trains, and whether it is another selection than before.
+
+        All workers call it at the same steps.
+        """
+        schedule, built, settings = self._built.schedule, self._built, self._settings
+        if observes(schedule, done):
+            squares = self._probed(done) if schedule.statistics == "probe" else self._squares
+            self._state = schedule.observe(done, built.units, squares, self._state)
+            self._squares = np.zeros_like(self._squares)
+        units = schedule.select(done, built.units, settings.seed, self._state)
+        switched = units != self._active
+        if self._active is not None and switched:
+            self._leave(self._active - units)
+        leg = self._leg(units)
+        if switched and built.replicas.mesh is not None:
+            agreement.check(built.replicas.mesh, {f"the plan of step {done + 1}": leg.digest})
+        self._active = units
+        return leg, switched
+
+    def note(self, result: dict[str, tf.Tensor]) -> None:
+        """Adds what a call of the current leg has returned to the statistics of the schedule."""
+        if self._built.schedule.statistics == "norms":
+            assert self._active is not None
+            squares = result["unit_norms"].numpy().astype(np.float64).sum(axis=0)
+            places = {unit.name: i for i, unit in enumerate(self._built.units)}
+            for name, square in zip(self._legs[self._active].plan.units, squares, strict=True):
+                self._squares[places[name]] += square
+
+    def _leg(self, units: frozenset[str]) -> Leg:
+        if units not in self._legs:
+            self._legs[units] = self._compiled(units)
+        self._legs.move_to_end(units)
+        while len(self._legs) > self._settings.compiled_plans:
+            self._legs.popitem(last=False)
+        return self._legs[units]
+
+    def _compiled(self, units: frozenset[str]) -> Leg:
+        built, settings = self._built, self._settings
+        strategy, wire = built.replicas.strategy, built.replicas.wire
+        plan = built.plan.only(units)
+        with strategy.scope():
+            for planned, group in zip(built.plan.groups, built.optimizers, strict=True):
+                if planned.entries[0].unit in units:
+                    group.allocate()
+        train = train_step(built, settings, plan, settings.global_batch, built.schedule.statistics == "norms")
+        traced = train.function.get_concrete_function(self._inputs, tf.constant(1))
+        sent = traffic.in_step(traced)
+        exchanges = local_sgd.exchanges(
+            strategy, wire, plan, built.fragments, train.without_gradient, batch_norm.local_statistics(built.model)
+        )
+        plan = plan.traced(train.without_gradient, [])
+        if strategy.num_replicas_in_sync > 1:  # or else nothing is sent
+            plan = plan.traced(train.without_gradient, traffic.beyond(plan, sent, exchanges))
+        if isinstance(built.schedule, ByteBudget) and plan.wire_bytes > built.schedule.bytes:
+            raise UserError(
+                f"byte_budget.bytes is {built.schedule.bytes:,}, and {', '.join(plan.units)} send {plan.wire_bytes:,} "
+                "bytes with what synchronised BatchNorm layers add: bind more"
+            )
+        if not isinstance(built.schedule, Constant):
+            train.function(self._inputs, tf.constant(0))  # TensorFlow optimises a graph when it first runs
+        return Leg(units, plan, train, sent, exchanges)
+
+    def _leave(self, units: frozenset[str]) -> None:
+        """Keeps, resets or drops the slots of what is no longer trained."""
+        if self._settings.leave == "keep":
+            return
+        with self._built.replicas.strategy.scope():
+            for planned, group in zip(self._built.plan.groups, self._built.optimizers, strict=True):
+                if planned.entries[0].unit in units:
+                    group.reset() if self._settings.leave == "reset" else group.drop()
+        if self._settings.leave == "drop":
+            for known in [known for known in self._legs if known & units]:
+                del self._legs[known]
+            gc.collect()  # a function and its graph refer to each other
+
+    def _probed(self, done: int) -> np.ndarray:
+        """The squared gradient norms of all units on the batch that comes next, summed over the replicas."""
+        built, settings = self._built, self._settings
+        if self._probe is None:
+            self._probe = step.probe(
+                built.replicas.strategy, built.model, built.loss, built.plan, settings.global_batch
+            )
+        ahead: Iterator[step.Batch] = batches(built, settings, done, settings.global_batch)
+        squares = dict(zip(built.plan.units, built.replicas.sum(self._probe(ahead).numpy()), strict=True))
+        return np.array([squares[unit.name] for unit in built.units], np.float64)
