@@ -251,7 +251,8 @@ def test_modes_of_batch_norm():
     model = keras.Sequential([keras.Input((3,)), *layers.values()])
 
     def modes(rules, everywhere=False):
-        batch_norm.set_modes(batch_norm.layers(model), selection.resolve(rules, model, reduction.EveryStep()), everywhere)
+        plan = selection.resolve(rules, model, reduction.EveryStep())
+        batch_norm.set_modes(batch_norm.layers(model), plan, everywhere)
         return [name for name, layer in layers.items() if layer.trainable]
 
     assert modes([("train", ".*")]) == ["chosen", "other", "bare"]
