@@ -11,6 +11,7 @@ from dist_partial import config, run, selection
 from dist_partial.build import build
 from dist_partial.errors import UserError
 from dist_partial.reduction import EveryStep
+from dist_partial.replicas import create
 from dist_partial.settings import Settings
 from tests import user_module
 
@@ -312,11 +313,17 @@ def test_an_unused_binding_is_reported_after_the_first_step(load, tmp_path, caps
     assert "bound but never used: keras.optimizers.SGD.momentum" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["quickstart", "two_dense", "full"])
+SCHEDULES = ["phases", "gradual", "rotation", "lisa", "autofreeze", "byte_budget"]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "two_dense", "full", "local_sgd", *SCHEDULES])
 def test_the_configurations_that_come_along_load(name):
     file = Path(__file__).parents[1] / "gin_configs" / f"{name}.gin"
     settings = config.load([file]).settings
     assert selection.parse_rules(settings.rules)
+    if name in SCHEDULES:
+        built = build(settings, create("default"))
+        assert len(built.units) > 2 and built.schedule.next_switch(0)
     if name == "two_dense":
         plan = selection.resolve(settings.rules, settings.model(), EveryStep())
         assert {entry.path for entry in plan.trained} == {"dense1/kernel", "dense2/kernel"}

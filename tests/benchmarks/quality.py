@@ -1,6 +1,6 @@
-"""Held-out loss against bytes sent: what each reduction costs, on everything and on a selection.
+"""Held-out loss against bytes sent: what each reduction costs, on everything and on a selection, or each schedule.
 
-python -m tests.benchmarks.quality [--seeds=3] [--policies="NAME;..."] [--go_on]
+python -m tests.benchmarks.quality [--table=schedules] [--seeds=3] [--policies="NAME;..."] [--go_on]
 
 Two simulated replicas train a byte transformer on the embedded corpus; every run reads the same number of examples.
 Each policy runs in a process of its own, two at a time, and its losses are means over the seeds.
@@ -23,12 +23,14 @@ from typing import Any
 from tests.benchmarks import readme
 
 COMMAND = "python -m tests.benchmarks.quality"
-RESULTS = Path(__file__).parent / "results" / "quality.json"
-PLOT = RESULTS.with_suffix(".png")
+RESULTS = Path(__file__).parent / "results"
 EXAMPLES = 16_000
 WINDOW = 64
 HELD_OUT = 1024
-MODEL = {"layers": 2, "width": 32, "heads": 2}
+MODELS = {
+    "quality": {"layers": 2, "width": 32, "heads": 2},
+    "schedules": {"layers": 4, "width": 32, "heads": 2},  # enough layers to switch
+}
 ALL = [("train", r".*")]
 PART = [("freeze", r"block_./mlp/.*"), ("train", r".*")]
 
@@ -43,6 +45,10 @@ class Policy:
         batch: examples a step; smaller ones make more steps of the same examples.
         learning_rate: the peak of the cosine.
         rules: what is trained.
+        schedule: makes what is trained when, as `reduction`.
+        decay: whether the learning rate decays. Each unit of a schedule has an optimizer of its own, which counts its
+            own steps: there a constant rate compares like with like.
+        leave: what becomes of the slots of what a schedule leaves.
     """
 
     name: str
@@ -50,6 +56,9 @@ class Policy:
     batch: int = 32
     learning_rate: float = 8e-3
     rules: Any = dataclasses.field(default_factory=lambda: ALL)  # or a function that makes them, as `reduction`
+    schedule: Callable[[Any], Any] | None = None
+    decay: bool = True
+    leave: str = "keep"
 
 
 def _in_turns(m: Any) -> list[Any]:
@@ -90,29 +99,69 @@ def _policies() -> list[Policy]:
     return found
 
 
-POLICIES = {policy.name: policy for policy in _policies()}
+def _schedules() -> list[Policy]:
+    """Each schedule, and constant selections of fewer and more bytes."""
+    steps = EXAMPLES // 32
+    top = r"(block_[23]|final_norm|head)/.*"
+    made: dict[str, Callable[[Any], Any]] = {
+        "phases": lambda m: m.Phases([(0, r"(final_norm|head)/.*"), (100, top), (200, r".*")]),
+        "gradual unfreezing": lambda m: m.Gradual(every=40),
+        "block rotation": lambda m: m.Rotation(every=20, always=["embedding", "final_norm", "head"]),
+        "LISA, 2 layers": lambda m: m.Lisa(every=20, count=2),
+        "AutoFreeze": lambda m: m.AutoFreeze(every=25, retest=5),
+        "byte budget, 100 kB": lambda m: m.ByteBudget(bytes=100_000, every=20),
+        "byte budget, 140 kB": lambda m: m.ByteBudget(bytes=140_000, every=20),
+    }
+    constant = {
+        "full": ALL,
+        "constant: embedding, norm, head": [("train", r"(embedding|final_norm|head)/.*"), ("freeze", r".*")],
+        "constant: and block 0": [("train", r"(embedding|block_0|final_norm|head)/.*"), ("freeze", r".*")],
+        "constant: and block 3": [("train", r"(embedding|block_3|final_norm|head)/.*"), ("freeze", r".*")],
+        "constant: and attention": [("train", r"(embedding|block_./att.*|final_norm|head)/.*"), ("freeze", r".*")],
+        "constant: and blocks 0, 1": [("train", r"(embedding|block_[01]|final_norm|head)/.*"), ("freeze", r".*")],
+        "constant: and blocks 2, 3": [("train", r"(embedding|block_[23]|final_norm|head)/.*"), ("freeze", r".*")],
+    }
+    assert steps == 500
+    found = [Policy(name, _every_step, 32, 3e-3, rules, decay=False) for name, rules in constant.items()]
+    found += [Policy(name, _every_step, 32, 3e-3, schedule=make, decay=False) for name, make in made.items()]
+    found.append(
+        Policy("block rotation, slots dropped", _every_step, 32, 3e-3, ALL, made["block rotation"], False, "drop")
+    )
+    return found
 
 
-def child(name: str, seeds: int) -> None:
+def _every_step(m: Any) -> Any:
+    return m.EveryStep("float32")
+
+
+TABLES = {
+    "quality": {policy.name: policy for policy in _policies()},
+    "schedules": {policy.name: policy for policy in _schedules()},
+}
+
+
+def child(which: str, name: str, seeds: int) -> None:
     """Runs one policy with each seed; prints a JSON line a seed."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import types
 
     import keras
 
-    from dist_partial import compression, reduction, replicas, run
+    from dist_partial import compression, reduction, replicas, run, schedule
     from dist_partial.data import stdlib_corpus
     from dist_partial.models import byte_transformer
     from dist_partial.settings import Sampling, Settings
 
-    policy = POLICIES[name]
+    policy = TABLES[which][name]
     made = replicas.create("mirrored", 2)
     steps = EXAMPLES // policy.batch
     warm_up = 640 // policy.batch
-    names = types.SimpleNamespace(**{**vars(compression), **vars(reduction)})
+    names = types.SimpleNamespace(**{**vars(compression), **vars(reduction), **vars(schedule)})
 
     def optimizer() -> keras.optimizers.Optimizer:
         rate = policy.learning_rate
+        if not policy.decay:
+            return keras.optimizers.Adam(rate)
         return keras.optimizers.Adam(
             keras.optimizers.schedules.CosineDecay(
                 0.02 * rate, steps - warm_up, alpha=0.05, warmup_target=rate, warmup_steps=warm_up
@@ -122,10 +171,13 @@ def child(name: str, seeds: int) -> None:
     for seed in range(1, seeds + 1):
         settings = Settings(
             rules=policy.rules(names) if callable(policy.rules) else policy.rules,
-            model=lambda: byte_transformer(**MODEL),
+            model=lambda: byte_transformer(**MODELS[which]),
             data=lambda: stdlib_corpus(window=WINDOW),
             optimizer=optimizer,
             reduction=policy.reduction(names),
+            schedule=policy.schedule(names) if policy.schedule else schedule.Constant(),
+            leave=policy.leave,
+            compiled_plans=24,
             steps=steps,
             global_batch=policy.batch,
             seed=seed,
@@ -144,17 +196,24 @@ def child(name: str, seeds: int) -> None:
         print("RESULT " + json.dumps(found | {"seconds": time.perf_counter() - start}), flush=True)
 
 
-def measure(name: str, seeds: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.benchmarks.quality", "--child", name, f"--seeds={seeds}"]
+def measure(which: str, name: str, seeds: int) -> dict[str, Any]:
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.quality",
+        f"--table={which}",
+        f"--child={name}",
+        f"--seeds={seeds}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or len(found) != seeds:
         raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
     losses = [each["loss"] for each in found]
-    policy = POLICIES[name]
+    policy = TABLES[which][name]
     row = {
         "policy": name,
-        "selected": "part" if policy.rules is PART else "all",
+        "selected": "all" if policy.rules is ALL or callable(policy.rules) else "part",
         "global_batch": policy.batch,
         "eval_loss": statistics.mean(losses),
         "wire_bytes": statistics.mean(each["wire_bytes"] for each in found),
@@ -166,10 +225,11 @@ def measure(name: str, seeds: int) -> dict[str, Any]:
     return row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], schedules: bool = False) -> str:
     full = next((row for row in rows if row["policy"] == "full"), rows[0])
     lines = []
     for row in rows:
+        seconds = [f"{row['seconds']:.0f} s"] if schedules else []
         ratio = f"{full['wire_bytes'] / row['wire_bytes']:,.1f}x" if row["wire_bytes"] else "all"
         against = f"{row['eval_loss'] / full['eval_loss'] - 1:+.2%}"
         lines.append(
@@ -180,12 +240,14 @@ def table(rows: list[dict[str, Any]]) -> str:
                 against,
                 f"{row['wire_bytes']:,.0f}",
                 ratio,
+                *seconds,
             ]
         )
-    return readme.table(["policy", "held-out loss", "spread", "against full", "bytes a replica", "fewer bytes"], lines)
+    header = ["policy", "held-out loss", "spread", "against full", "bytes a replica", "fewer bytes"]
+    return readme.table([*header, "run"] if schedules else header, lines)
 
 
-def plot(rows: list[dict[str, Any]]) -> None:
+def plot(rows: list[dict[str, Any]], which: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -201,7 +263,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
     axes.axhline(full["eval_loss"] * 1.01, linestyle=":", color="grey", label="1 % worse than full")
     axes.set(xscale="log", xlabel="bytes a replica has handed over", ylabel="held-out loss, nats a byte")
     axes.legend()
-    figure.savefig(PLOT, dpi=110)
+    figure.savefig(RESULTS / f"{which}.png", dpi=110)
 
 
 def main() -> None:
@@ -209,33 +271,39 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--policies", default="", help="some of them, separated by ;")
     parser.add_argument("--go_on", action="store_true", help="keep the rows that are there")
+    parser.add_argument("--table", choices=list(TABLES), default="quality")
     parser.add_argument("--child")
     arguments = parser.parse_args()
+    which, seeds = arguments.table, arguments.seeds
     if arguments.child:
-        child(arguments.child, arguments.seeds)
+        child(which, arguments.child, seeds)
         return
     rows: dict[str, dict[str, Any]] = {}
-    if arguments.go_on and RESULTS.exists():
-        rows = {row["policy"]: row for row in json.loads(RESULTS.read_text())["rows"]}
+    results = RESULTS / f"{which}.json"
+    if arguments.go_on and results.exists():
+        rows = {row["policy"]: row for row in json.loads(results.read_text())["rows"]}
     failures = []
     with ThreadPoolExecutor(2) as pool:
-        names = arguments.policies.split(";") if arguments.policies else list(POLICIES)
+        names = arguments.policies.split(";") if arguments.policies else list(TABLES[which])
         missing = [name for name in names if name not in rows]
-        for name, result in [(name, pool.submit(measure, name, arguments.seeds)) for name in missing]:
+        for name, result in [(name, pool.submit(measure, which, name, seeds)) for name in missing]:
             if error := result.exception():
                 failures.append(str(error))
                 continue
             rows[name] = result.result()
-            write([rows[name] for name in POLICIES if name in rows])
+            write([rows[name] for name in TABLES[which] if name in rows], which)
     if failures:
         sys.exit("\n".join(failures))
 
 
-def write(rows: list[dict[str, Any]]) -> None:
-    setting = f"{EXAMPLES:,} examples of {WINDOW} bytes, byte_transformer({MODEL}), Adam, cosine, 2 simulated replicas"
-    RESULTS.write_text(json.dumps({"command": COMMAND, "setting": setting, "rows": rows}, indent=1) + "\n")
-    plot(rows)
-    readme.write("quality", table(rows))
+def write(rows: list[dict[str, Any]], which: str) -> None:
+    model, rate = MODELS[which], "cosine" if which == "quality" else "constant rate"
+    setting = f"{EXAMPLES:,} examples of {WINDOW} bytes, byte_transformer({model}), Adam, {rate}, 2 simulated replicas"
+    command = COMMAND + ("" if which == "quality" else f" --table={which}")
+    content = {"command": command, "setting": setting, "rows": rows}
+    (RESULTS / f"{which}.json").write_text(json.dumps(content, indent=1) + "\n")
+    plot(rows, which)
+    readme.write(which, table(rows, which == "schedules"))
 
 
 if __name__ == "__main__":
