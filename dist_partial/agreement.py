@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_partial.errors import UserError
-from dist_partial.identity import differences
+from dist_partial.identity import differences, shown
 from dist_partial.mesh import Mesh
 
 _SHOWN = 3  # differences in the message
@@ -31,10 +31,10 @@ def check(mesh: Mesh, facts: dict[str, Any]) -> None:
     everyone = [json.loads(each) for each in mesh.gather(text)]
     for rank, theirs in enumerate(everyone):
         if found := differences(everyone[0], theirs):
-            shown = "; ".join(f"{name}: {there!r} against {here!r}" for name, here, there in found[:_SHOWN])
+            first = "; ".join(f"{name}: {shown(there)} against {shown(here)}" for name, here, there in found[:_SHOWN])
             more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             raise UserError(
-                f"{names(mesh, [rank])} runs something else than {names(mesh, [0])}: {shown}{more}; start all workers "
+                f"{names(mesh, [rank])} runs something else than {names(mesh, [0])}: {first}{more}; start all workers "
                 "with the same files, data and versions"
             )
 

@@ -167,7 +167,7 @@ def save(folder: Path, step: int, arrays: dict[str, np.ndarray], metadata: dict[
         listed = _listed(folder)
         before = [old for number, old in listed if number < step]
         damaged = [newer for number, newer in listed if number > step]  # or this would have gone on from it
-        for leftover in [*before[: len(before) - keep + 1], *damaged, *folder.glob(".*.partial")]:
+        for leftover in [*before[: max(0, len(before) - keep + 1)], *damaged, *folder.glob(".*.partial")]:
             leftover.unlink()
     return path
 

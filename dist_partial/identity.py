@@ -16,6 +16,7 @@ from dist_partial.selection import Plan
 from dist_partial.settings import Settings
 
 FILE = "identity.json"
+_SHOWN = 200  # characters of a value in a message
 
 
 def of_run(
@@ -62,22 +63,33 @@ def check(folder: Path, identity: dict[str, Any]) -> bool:
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): choose another --run_dir") from None
     if changed := differences(before, identity):
-        shown = "; ".join(f"{name} was {old!r} and is now {new!r}" for name, old, new in changed[:3])
+        first = "; ".join(f"{name} was {shown(old)} and is now {shown(new)}" for name, old, new in changed[:3])
         more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
-            f"{folder} is of another run: {shown}{more}; choose another --run_dir, or restore the configuration"
+            f"{folder} is of another run: {first}{more}; choose another --run_dir, or restore the configuration"
         )
     return True
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Where two JSON values differ: the place as a dotted name, and both values there."""
+    """Where two JSON values differ: the place as a dotted name, and both values there, None for what is absent."""
     if isinstance(before, list) and isinstance(now, list):
         before, now = dict(enumerate(before)), dict(enumerate(now))
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = [*before, *[key for key in now if key not in before]]
-        return [d for key in keys for d in differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
-    return [] if before == now else [(name, before, now)]
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        # Python calls 0, 0.0 and False equal.
+        return [] if type(before) is type(now) and before == now else [(name, before, now)]
+    found: list[tuple[str, Any, Any]] = []
+    for key in [*before, *[key for key in now if key not in before]]:
+        place = f"{name}.{key}".lstrip(".")
+        both = key in before and key in now
+        found += differences(before[key], now[key], place) if both else [(place, before.get(key), now.get(key))]
+    return found
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _optimizer(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:

@@ -143,6 +143,7 @@ class Mesh:
         self._patience, self._on_loss = patience_seconds, on_loss
         self._closed = False
         self._ops: list[_Op] = []
+        self._outside: dict[tuple[bool, str, int], _Tensor] = {}  # of what is exchanged outside of functions
         # Guards all ops, runs and `lost`; notified when an op is added, a run is done, or a peer is lost.
         self._changed = threading.Condition()
         self._peers = {k: _Peer(k, workers[k], connection) for k, connection in sorted(connections.items())}
@@ -195,14 +196,13 @@ class Mesh:
 
     def sum(self, array: np.ndarray) -> np.ndarray:
         """The sum of an array [n] over the workers, outside of any function; all call it at the same point."""
-        tensor = self._add(False, array.dtype, array.size)
-        return self._end(tensor, self._begin(tensor, np.ascontiguousarray(array)))
+        return self._once(False, array)
 
     def gather(self, data: bytes) -> list[bytes]:
         """Every worker's bytes, of any length each, in rank order; called as `sum` is."""
         length = np.array([len(data)], np.int64)
-        lengths = self._gather(length)[:, 0]
-        rows = self._gather(np.frombuffer(data.ljust(int(lengths.max()), b"\0"), np.uint8))
+        lengths = self._once(True, length)[:, 0]
+        rows = self._once(True, np.frombuffer(data.ljust(int(lengths.max()), b"\0"), np.uint8))
         return [row[:count].tobytes() for row, count in zip(rows, lengths, strict=True)]
 
     def lost(self) -> UserError | Fault | None:
@@ -235,9 +235,13 @@ class Mesh:
                 peer.connection.shutdown(socket.SHUT_RDWR)  # wakes the threads, which closing does not
             peer.connection.close()
 
-    def _gather(self, array: np.ndarray) -> np.ndarray:
-        tensor = self._add(True, array.dtype, array.size)
-        return self._end(tensor, self._begin(tensor, array))
+    def _once(self, gathers: bool, array: np.ndarray) -> np.ndarray:
+        # One op serves all exchanges of a kind and size, or a long run would make one a step.
+        key = gathers, array.dtype.str, array.size
+        if key not in self._outside:
+            self._outside[key] = self._add(gathers, array.dtype, array.size)
+        tensor = self._outside[key]
+        return self._end(tensor, self._begin(tensor, np.ascontiguousarray(array)))
 
     def _add(self, gathers: bool, dtype: Any, count: int) -> _Tensor:
         tensor = _Tensor(gathers, np.dtype(dtype), self.size * count if gathers else count)
@@ -364,7 +368,7 @@ class Mesh:
         heartbeat = (None, _HEADER.pack(_MAGIC, _HEARTBEAT, 0, 0, 0), b"")
         while True:
             try:
-                message = peer.outbox.get(timeout=HEARTBEAT_SECONDS)
+                message = peer.outbox.get(timeout=min(HEARTBEAT_SECONDS, self._patience / 4))
             except queue.Empty:
                 message = heartbeat
             if message is None:

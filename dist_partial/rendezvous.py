@@ -66,10 +66,13 @@ def connect(
         for thread in (accepting, *calling):
             thread.start()
         silent_until = min(deadline, time.monotonic() + _PATIENCE_SECONDS)
-        while missing := [k for k in range(len(workers)) if k != rank and k not in connections]:
+        # One that has come and ended may come again.
+        while missing := [k for k in range(len(workers)) if k != rank and _ended(connections.get(k))]:
             try:
-                arrival = found.get(timeout=max(0.0, silent_until - time.monotonic()))
+                arrival = found.get(timeout=min(_RETRY_SECONDS, max(0.0, silent_until - time.monotonic())))
             except queue.Empty:
+                if time.monotonic() < silent_until:
+                    continue
                 late = ", ".join(
                     f"worker {k} ({workers[k]}{f': {reasons[k]}' if k in reasons else ''})" for k in missing
                 )
@@ -84,9 +87,12 @@ def connect(
             if isinstance(arrival, UserError):
                 raise arrival
             other, connection = arrival
-            if other in connections:
+            before = connections.get(other)
+            if not _ended(before):
                 connection.close()
                 raise UserError(f"worker {other} ({workers[other]}) has been started twice: give each its own index")
+            if before is not None:
+                before.close()
             connections[other] = connection
         for connection in connections.values():
             _set_up(connection, congestion)
@@ -133,7 +139,7 @@ def _listen(rank: int, workers: Sequence[str], deadline: float) -> socket.socket
 
 
 def _call(other: int, address: str, greet: Any, found: Any, reasons: dict[int, str], over: threading.Event) -> None:
-    """Calls a worker of a lower rank until it answers."""
+    """Calls a worker of a lower rank until it answers, and again if it ends before all have met."""
     while not over.is_set():
         try:
             connection = socket.create_connection(_split(address), timeout=2.0)
@@ -146,7 +152,9 @@ def _call(other: int, address: str, greet: Any, found: Any, reasons: dict[int, s
                         f"worker {answered} answers at {address}, the address of worker {other}: see the indices in "
                         "TF_CONFIG"
                     )
-                return found.put((other, connection))
+                found.put((other, connection))
+                while not over.is_set() and not _ended(connection):
+                    over.wait(_RETRY_SECONDS)
             except UserError as error:
                 connection.close()
                 return found.put(error)
@@ -185,16 +193,20 @@ def _greet(rank: int, workers: list[str], secret: bytes, deadline: float, connec
         UserError: it is, and was started with another TF_CONFIG.
     """
     connection.settimeout(max(0.1, deadline - time.monotonic()))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     nonce = secrets.token_hex(16)
     _send(connection, json.dumps({"rank": rank, "workers": workers, "nonce": nonce}).encode())
-    theirs = json.loads(_receive(connection))
-    other, named = int(theirs["rank"]), list(theirs["workers"])
+    try:
+        theirs = json.loads(_receive(connection))
+        other, named, its_nonce = int(theirs["rank"]), list(theirs["workers"]), str(theirs["nonce"])
+    except (KeyError, TypeError, RecursionError):
+        raise ValueError("it does not speak as a worker does") from None
 
     def proof(of: int, first: str, second: str) -> bytes:
         return hmac.digest(secret, f"{of}:{first}:{second}".encode(), "sha256")
 
-    _send(connection, proof(rank, theirs["nonce"], nonce))
-    if not hmac.compare_digest(_receive(connection), proof(other, nonce, theirs["nonce"])):
+    _send(connection, proof(rank, its_nonce, nonce))
+    if not hmac.compare_digest(_receive(connection), proof(other, nonce, its_nonce)):
         raise ValueError(f"it knows another {SECRET}")
     if named != workers:
         raise UserError(
@@ -203,7 +215,20 @@ def _greet(rank: int, workers: list[str], secret: bytes, deadline: float, connec
         )
     if other == rank or not 0 <= other < len(workers):
         raise UserError(f"another worker says that it is worker {other}, too: give each its own index in TF_CONFIG")
+    connection.settimeout(None)
     return other
+
+
+def _ended(connection: socket.socket | None) -> bool:
+    """Whether there is no connection, or nobody at its other end any more."""
+    if connection is None:
+        return True
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:  # it is there, and has not said anything yet
+        return False
+    except OSError:
+        return True
 
 
 def _send(connection: socket.socket, data: bytes) -> None:
@@ -231,8 +256,6 @@ def _split(address: str) -> tuple[str, int]:
 
 
 def _set_up(connection: socket.socket, congestion: str | None) -> None:
-    connection.settimeout(None)
     if congestion and hasattr(socket, "TCP_CONGESTION"):
         with contextlib.suppress(OSError):  # the kernel has no such module
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,6 +1,7 @@
 """Which replicas (one device, GPUs, simulated on the CPU, the workers of TF_CONFIG), and how they reach each other."""
 
 import dataclasses
+import faulthandler
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -168,7 +169,7 @@ def _multi_worker(
     secret = os.environ.get(rendezvous.SECRET, "")
     connections = rendezvous.connect(rank, everyone, start_seconds, secret, congestion)
     connected = Mesh(rank, everyone, connections, patience_seconds, _abort if tensorflow else lambda reason: None)
-    strategy = tf.distribute.MultiWorkerMirroredStrategy() if tensorflow else MeshStrategy(connected)
+    strategy = _tensorflow_strategy(patience_seconds) if tensorflow else MeshStrategy(connected)
     how = "TensorFlow's collectives" if tensorflow else "direct connections"
     return Replicas(
         strategy,
@@ -178,6 +179,16 @@ def _multi_worker(
         connected,
         everyone[rank].rpartition(":")[0].strip("[]"),
     )
+
+
+def _tensorflow_strategy(patience_seconds: float) -> tf.distribute.Strategy:
+    # Its servers wait for each other for ever and meanwhile hold Python's lock, so that no thread and no handler of a
+    # signal runs. The workers have just met: one that is missing now is lost, and this ends the process, with code 1.
+    faulthandler.dump_traceback_later(patience_seconds, exit=True)
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _abort(reason: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from dist_partial.errors import UserError
+from dist_partial.errors import Fault
 from dist_partial.files import write_atomically, write_json, write_text, writing
 from dist_partial.selection import Plan
 
@@ -75,7 +75,7 @@ class Journal:
         active: whether this process writes; the others' calls do nothing.
 
     Raises:
-        UserError: (from every method, too) the folder cannot be written.
+        UserError, Fault: (from every method, too) the folder cannot be written, or is full.
     """
 
     def __init__(self, folder: Path, step: int, steps: int, plan: Plan, active: bool) -> None:
@@ -214,7 +214,7 @@ def _writing(path: Path) -> Iterator[None]:
         with writing(path):
             yield
     except tf.errors.OpError as error:  # TensorBoard's writer is TensorFlow's own
-        raise UserError(f"cannot write {path}: {error.message}; free some space or choose another --run_dir") from None
+        raise Fault(f"cannot write {path}: {error.message}; free some space or choose another --run_dir") from None
 
 
 def _finite(value: Any) -> Any:

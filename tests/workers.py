@@ -1,12 +1,15 @@
 """Starts the processes of a MultiWorker test on loopback, and ends them whatever happens."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -28,46 +31,86 @@ def run_workers(
     timeout: float,
     pythonpath: Path = ROOT,
     meanwhile: Callable[[list[subprocess.Popen]], None] = lambda processes: None,
+    addresses: Sequence[str] = (),
+    arguments: Mapping[int, Sequence[str]] = {},
+    environments: Mapping[int, Mapping[str, str]] = {},
 ) -> list[tuple[int, str]]:
     """Runs `python command` once a worker, each with its TF_CONFIG.
 
+    Args:
+        command: what follows `python`.
+        workers: how many.
+        timeout: seconds for all together, once `meanwhile` has returned.
+        pythonpath: a folder of modules before those of the project.
+        meanwhile: called with the processes while they run.
+        addresses: of all workers; free ports of 127.0.0.1 by default. With more than `workers` the last do not start.
+        arguments: more of them, by worker.
+        environments: variables to be set over all others, by worker.
+
     Returns:
-        Exit code and output of each; a worker that has not ended in `timeout` seconds is killed (one that waits for
-        a peer ignores SIGTERM) and has exit code -9.
+        Exit code and output of each; a worker that has not ended in time is killed (one that waits for a peer may
+        heed no SIGTERM) and has exit code -9.
     """
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
-    processes = []
-    for index in range(workers):
-        task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-        environment = {
-            **os.environ,
-            "TF_CONFIG": json.dumps(task),
-            "PYTHONPATH": f"{pythonpath}{os.pathsep}{ROOT}",
-            "CUDA_VISIBLE_DEVICES": "-1",
-        }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *command],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-        )
-    results = []
+    addresses = list(addresses) or [f"127.0.0.1:{port}" for port in free_ports(workers)]
+    processes, outputs = [], []
     try:
+        for index in range(workers):
+            # A file and no pipe: a worker whose pipe is full would wait, and all others for it.
+            outputs.append(tempfile.TemporaryFile("w+", errors="replace"))  # noqa: SIM115 - closed below
+            environment = {
+                **os.environ,
+                "TF_CONFIG": tf_config(addresses, index),
+                "PYTHONPATH": f"{pythonpath}{os.pathsep}{ROOT}",
+                "CUDA_VISIBLE_DEVICES": "-1",
+                **environments.get(index, {}),
+            }
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, *command, *arguments.get(index, ())],
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=outputs[-1],
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
         meanwhile(processes)
+        deadline = time.monotonic() + timeout
         for process in processes:
-            try:
-                output, _ = process.communicate(timeout=timeout)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                output, _ = process.communicate()
-            results.append((process.returncode, output))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
     finally:
-        for process in processes:
+        results = []
+        for process, output in zip(processes, outputs, strict=False):
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            with output:
+                output.seek(0)
+                results.append((process.returncode, output.read()))
     return results
+
+
+def tf_config(addresses: Sequence[str], index: int) -> str:
+    """What the variable TF_CONFIG of a worker holds."""
+    return json.dumps({"cluster": {"worker": list(addresses)}, "task": {"type": "worker", "index": index}})
+
+
+def listening(pid: int) -> list[str]:
+    """The TCP addresses, 'host:port', at which a process listens; '[::]' and '0.0.0.0' are all of the host's.
+
+    Only on Linux; of a process that has ended there are none.
+    """
+    found = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        descriptors = {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
+        for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+                local, state, inode = (line.split()[column] for column in (1, 3, 9))
+                if state == "0A" and f"socket:[{inode}]" in descriptors:  # TCP_LISTEN of Linux's net/tcp_states.h
+                    host, _, port = local.partition(":")
+                    # The address is written in words of four bytes, each of which is in the machine's order.
+                    words = [int(host[i : i + 8], 16) for i in range(0, len(host), 8)]
+                    text = socket.inet_ntop(family, b"".join(word.to_bytes(4, sys.byteorder) for word in words))
+                    found.append(f"{text if family == socket.AF_INET else f'[{text}]'}:{int(port, 16)}")
+    return found

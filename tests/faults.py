@@ -1,0 +1,499 @@
+"""Faults in real trainings of three workers under the launchers, which have to mend them by themselves.
+
+    python -m tests.faults [--rounds=10] [--seed=0] [--faults=kill,stop,disk,port,port_again,network] [--minutes=15]
+
+Every run must end with exit code 0, with the weights, steps and losses of a run without faults to the last bit, and
+leave no process and no listening port behind. A run suffers several faults, one after the other, at random moments of
+random workers; `port_again` and `network`, which take long, come only --slow_rounds times. Needs Linux; `network` makes
+hosts of network namespaces, which needs root.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests import hosts
+from tests.benchmarks import readme
+from tests.workers import ROOT, listening
+
+COMMAND = "python -m tests.faults"
+RESULTS = Path(__file__).parent / "benchmarks" / "results" / "faults.json"
+WORKERS, STEPS, SAVE_EVERY, LOOP = 3, 300, 10, 5
+FAULTS_A_RUN = 4
+CUT_SECONDS = 60.0
+WAIT_SECONDS = 240.0  # for a run to go on after a fault, or to end
+FILE_BYTES = 500_000  # more than the metrics and events of a run, less than a checkpoint
+
+MODULE = """
+import time
+import keras, numpy as np
+from dist_partial.data import ArraySource, Dataset, fingerprint
+
+class Slow(ArraySource):
+    def fetch(self, indices):
+        time.sleep(0.02)
+        return super().fetch(indices)
+
+def points():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(500, 16)).astype(np.float32), rng.integers(0, 8, 500).astype(np.int32)
+    return Dataset("points", Slow(x, y), ArraySource(x, y), fingerprint(x, y))
+
+def model():
+    layers = [keras.Input((16,)), keras.layers.Dense(256, "tanh"), keras.layers.Dense(256, "tanh")]
+    return keras.Sequential([*layers, keras.layers.Dropout(0.1), keras.layers.Dense(8)], name="model")
+"""
+
+GIN = f"""
+import faults_training
+run.rules = [('train', r'dense_1/.*'), ('train', r'.*/kernel'), ('freeze', r'.*')]
+run.model = @faults_training.model
+run.data = @faults_training.points
+run.steps = {STEPS}
+run.global_batch = 12
+run.save_every = {SAVE_EVERY}
+run.steps_per_loop = {LOOP}
+replicas.patience_seconds = 8
+replicas.start_seconds = 20
+"""
+
+
+class Broken(Exception):
+    """A run did not do what it must."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a fault has cost.
+
+    Attributes:
+        fault: its name.
+        seconds: from the fault to the first step after the restart.
+        delay_seconds: of these, what the launcher waited before restarts.
+        recomputed: steps that were made twice.
+        restarts: how many it took.
+    """
+
+    fault: str
+    seconds: float
+    delay_seconds: float
+    recomputed: int
+    restarts: int
+
+
+class Launch:
+    """A launcher and its run, in a folder of their own."""
+
+    def __init__(self, folder: Path, on_hosts: bool) -> None:
+        self.run_dir, self.on_hosts = folder / "run", on_hosts
+        self.log = folder / "launch.log"
+        self.addresses: set[str] = set()
+        self.held: list[socket.socket] = []
+        self._mark = f"FAULTS_RUN={uuid.uuid4().hex}"  # in the environment of all processes of this run
+        (folder / "faults_training.py").write_text(MODULE)
+        (folder / "faults.gin").write_text(GIN)
+        if on_hosts:
+            wrapper = folder / "ssh"
+            # What ssh would do: its arguments are a host and a command line for a shell there.
+            wrapper.write_text(f'#!/bin/sh\nexec ip netns exec "{hosts.PREFIX}${{1##*.}}" sh -c "$2"\n')
+            wrapper.chmod(0o755)
+            names = ",".join(hosts.address(host) for host in range(1, WORKERS + 1))
+            where = ["hosts", f"--hosts={names}", f"--ssh={wrapper}", f"--python={sys.executable}"]
+        else:
+            where = ["local", f"--workers={WORKERS}"]
+        flags = [f"--gin_file={folder}/faults.gin", f"--run_dir={self.run_dir}"]
+        name, value = self._mark.split("=")
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [ROOT / "launch" / where[0], *where[1:], "--", *flags],
+                cwd=ROOT,
+                env={
+                    **os.environ,
+                    name: value,
+                    "PYTHON": sys.executable,
+                    "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
+                    "CUDA_VISIBLE_DEVICES": "-1",
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def processes(self) -> dict[int, dict[str, str]]:
+        """All processes of this run, by pid, with their environments."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended
+                environment = (path / "environ").read_bytes().decode(errors="replace").split("\0")
+                if self._mark in environment:
+                    found[int(path.name)] = dict(each.split("=", 1) for each in environment if "=" in each)
+        return found
+
+    def trainers(self) -> dict[int, tuple[int, str]]:
+        """The pid and the address of each worker, by index."""
+        found = {}
+        for pid, environment in self.processes().items():
+            with contextlib.suppress(OSError):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if b"dist_partial.train" in command and "TF_CONFIG" in environment:
+                    config = json.loads(environment["TF_CONFIG"])
+                    index = config["task"]["index"]
+                    found[index] = pid, config["cluster"]["worker"][index]
+                    self.addresses.add(found[index][1])
+        return found
+
+    def progress(self) -> tuple[int, int]:
+        """Which file the metrics are in, and the last step there: a restart writes another file."""
+        with contextlib.suppress(OSError), open(self.run_dir / "metrics.jsonl") as file:
+            # A line that is being written, and those of evaluations, have no place here.
+            steps = re.findall(r'^\{"step": (\d+), "split": "train".*\}$', file.read(), re.MULTILINE)
+            return os.fstat(file.fileno()).st_ino, int(steps[-1]) if steps else 0
+        return 0, 0
+
+    def wait(self, condition: Callable[[], Any], what: str) -> Any:
+        """Returns what the condition gives, once it is true."""
+        until = time.monotonic() + WAIT_SECONDS
+        while not (result := condition()):
+            if self.process.poll() is not None:
+                raise Broken(f"the launcher has ended with {self.process.returncode}, {what}:\n{self.tail()}")
+            if time.monotonic() > until:
+                raise Broken(f"waited for {WAIT_SECONDS:g} s, {what}:\n{self.tail()}")
+            time.sleep(0.01)
+        return result
+
+    def tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
+
+    def suffer(self, fault: str, generator: random.Random) -> Outcome:
+        """Injects a fault, and waits until the run has gone on after it."""
+        file, _ = self.progress()
+        said = len(self.log.read_bytes())
+        last, samples = 0, []
+
+        def gone_on() -> Outcome | None:
+            nonlocal last
+            now, (found, step) = time.monotonic(), self.progress()
+            if found == file:
+                last = max(last, step)
+            elif found:
+                samples.append((now, step))
+            attempts = sorted(self.run_dir.with_name("run.logs").glob("attempt-*"), key=lambda path: int(path.name[8:]))
+            text = (attempts[-1] / "worker-0.log").read_text(errors="replace") if samples else ""
+            resumed = re.search(r"^going on from step (\d+) ", text, re.MULTILINE)
+            later = [time for time, step in samples if resumed and step > int(resumed[1])]
+            if not resumed or not later:
+                return None
+            delays = re.findall(r"^restart \d+ of \d+ in ([\d.]+) s: ", self.log.read_text()[said:], re.MULTILINE)
+            recomputed = last - int(resumed[1])
+            return Outcome(fault, later[0] - start, sum(map(float, delays)), recomputed, len(delays))
+
+        start = time.monotonic()
+        with INJECTIONS[fault](self, generator):
+            return self.wait(gone_on, f"in vain for a step after the fault {fault!r}")
+
+    def end(self) -> dict[str, Any]:
+        """Waits for the end of the run, and checks what it leaves; returns what it has computed."""
+        try:
+            code = self.process.wait(WAIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise Broken(f"does not end:\n{self.tail()}") from None
+        if code:
+            raise Broken(f"exit code {code}:\n{self.tail()}")
+        if left := self.processes():
+            raise Broken(f"left processes: {[(pid, Path(f'/proc/{pid}/cmdline').read_bytes()) for pid in left]}")
+        for each in self.held:
+            each.close()
+        for address in () if self.on_hosts else sorted(self.addresses):  # a host without processes has no ports
+            host, port = address.split(":")
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection((host, int(port)), 5):
+                raise Broken(f"left something that listens on {address}")
+        with np.load(self.run_dir / "checkpoints" / f"step-{STEPS:010d}.npz") as file:
+            computed = {name: file[name] for name in file.files if name != "metadata"}
+        rows = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+        return computed | {"metrics": [(row["split"], row["step"], row["loss"]) for row in rows]}
+
+    def kill(self) -> None:
+        """Ends all that may be left of it."""
+        self.process.kill()
+        self.process.wait()
+        for each in self.held:
+            each.close()
+        until = time.monotonic() + 10
+        while (left := self.processes()) and time.monotonic() < until:
+            time.sleep(0.1)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def chosen(launch: Launch, generator: random.Random) -> tuple[int, tuple[int, str]]:
+    """A random worker: index, pid and address."""
+    trainers = launch.trainers()
+    if len(trainers) != WORKERS:
+        raise Broken(f"{len(trainers)} of {WORKERS} workers run:\n{launch.tail()}")
+    return generator.choice(sorted(trainers.items()))
+
+
+@contextlib.contextmanager
+def kill(launch: Launch, generator: random.Random) -> Iterator[None]:
+    _, (pid, _) = chosen(launch, generator)
+    os.kill(pid, signal.SIGKILL)
+    yield
+
+
+@contextlib.contextmanager
+def stop(launch: Launch, generator: random.Random) -> Iterator[None]:
+    _, (pid, _) = chosen(launch, generator)
+    os.kill(pid, signal.SIGSTOP)
+    yield
+
+
+@contextlib.contextmanager
+def disk(launch: Launch, generator: random.Random) -> Iterator[None]:
+    """The next checkpoint does not fit."""
+    resource.prlimit(launch.trainers()[0][0], resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+    yield
+
+
+@contextlib.contextmanager
+def port(launch: Launch, generator: random.Random) -> Iterator[None]:
+    """A worker is killed, and its port is another process's at once."""
+    _, (pid, address) = chosen(launch, generator)
+    os.kill(pid, signal.SIGKILL)
+    launch.held.append(taken(address))
+    yield
+
+
+@contextlib.contextmanager
+def port_again(launch: Launch, generator: random.Random) -> Iterator[None]:
+    """A worker is killed, and its next port is another process's before it gets there."""
+    index, (pid, address) = chosen(launch, generator)
+    os.kill(pid, signal.SIGKILL)
+
+    def restarted() -> str | None:
+        _, new = launch.trainers().get(index, (0, address))
+        return new if new != address else None
+
+    with taken(launch.wait(restarted, "in vain for a restart")):
+        yield
+
+
+@contextlib.contextmanager
+def network(launch: Launch, generator: random.Random) -> Iterator[None]:
+    """A host's link is cut for a minute."""
+    index, _ = chosen(launch, generator)
+
+    def link(state: str) -> None:
+        subprocess.run(["ip", "-n", hosts.name(index + 1), "link", "set", "e0", state], check=True)
+
+    link("down")
+    mended = threading.Timer(CUT_SECONDS, link, ["up"])
+    mended.start()
+    try:
+        yield
+    finally:
+        if mended.is_alive():  # the run has gone on without it, or never will
+            mended.cancel()
+            link("up")
+        mended.join()
+
+
+def taken(address: str) -> socket.socket:
+    """A socket that listens there, as soon as whoever has the port is dead."""
+    host, number = address.split(":")
+    until = time.monotonic() + 5
+    while True:
+        try:
+            return socket.create_server((host, int(number)))
+        except OSError as error:
+            if time.monotonic() > until:
+                raise Broken(f"{address} does not get free: {error}") from None
+
+
+INJECTIONS: dict[str, Callable[[Launch, random.Random], contextlib.AbstractContextManager[None]]] = {
+    "kill": kill,
+    "stop": stop,
+    "disk": disk,
+    "port": port,
+    "port_again": port_again,
+    "network": network,
+}
+WORDS = {
+    "kill": "a worker is killed",
+    "stop": "a worker is stopped (SIGSTOP)",
+    "disk": "the first worker's disk is full",
+    "port": "a worker is killed, its port taken",
+    "port_again": "a worker is killed, its next port taken",
+    "network": f"a host's link is cut for {CUT_SECONDS:g} s",
+}
+SLOW = ("port_again", "network")
+
+
+def run(faults: list[str], generator: random.Random, on_hosts: bool = False) -> tuple[list[Outcome], dict[str, Any]]:
+    """One run that suffers the faults one after the other, each in a part of it of its own."""
+    outcomes = []
+    with tempfile.TemporaryDirectory() as folder:
+        launch = Launch(Path(folder), on_hosts)
+        try:
+            part = STEPS // (len(faults) + 1)
+            for i, fault in enumerate(faults):
+                # Steps from where a checkpoint is certain; a call of the loop is cut anywhere.
+                step = max(i * part, SAVE_EVERY + LOOP) + generator.randrange(part - SAVE_EVERY - LOOP)
+                launch.wait(lambda step=step: launch.progress()[1] >= step, f"in vain for step {step}")
+                if ports := [port for pid, _ in launch.trainers().values() for port in listening(pid)]:
+                    raise Broken(f"listens in the middle of a run: {ports}")
+                time.sleep(generator.uniform(0, 0.02 * LOOP))
+                outcomes.append(launch.suffer(fault, generator))
+                print(outcomes[-1], flush=True)
+                if outcomes[-1].recomputed > SAVE_EVERY + LOOP:
+                    raise Broken(f"{fault}: {outcomes[-1].recomputed} steps were made again")
+            return outcomes, launch.end()
+        except Broken:
+            # What the workers have said is worth more than an empty /tmp.
+            kept = shutil.copytree(folder, tempfile.mkdtemp(prefix="faults-"), dirs_exist_ok=True)
+            print(f"see {kept}", file=sys.stderr)
+            raise
+        finally:
+            launch.kill()
+
+
+def compare(expected: dict[str, Any], computed: dict[str, Any]) -> None:
+    """Raises Broken unless all arrays have the same bits, and all metrics are the same."""
+    if expected.keys() != computed.keys():
+        raise Broken(f"the last checkpoints differ in what they hold: {set(expected) ^ set(computed)}")
+    for name, value in expected.items():
+        if name == "metrics":
+            same = value == computed[name]
+        else:
+            same = value.dtype == computed[name].dtype and value.tobytes() == computed[name].tobytes()
+        if not same:
+            raise Broken(f"{name} is not what a run without faults ends with")
+
+
+def rows(outcomes: list[Outcome], command: str) -> list[dict[str, Any]]:
+    """A row a fault: medians and maxima over all times it was injected."""
+    found = []
+    for fault, words in WORDS.items():
+        if own := [outcome for outcome in outcomes if outcome.fault == fault]:
+            seconds = [outcome.seconds for outcome in own]
+            found.append(
+                {
+                    "fault": fault,
+                    "words": words,
+                    "times": len(own),
+                    "seconds_median": round(statistics.median(seconds), 1),
+                    "seconds_max": round(max(seconds), 1),
+                    "delay_seconds_median": statistics.median(outcome.delay_seconds for outcome in own),
+                    "recomputed_steps_median": statistics.median(outcome.recomputed for outcome in own),
+                    "recomputed_steps_max": max(outcome.recomputed for outcome in own),
+                    "restarts_max": max(outcome.restarts for outcome in own),
+                    "command": command,
+                }
+            )
+    return found
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    header = ["fault", "times", "seconds to the next step, median", "max", "of these the launcher's delay"]
+    names = ("words", "times", "seconds_median", "seconds_max", "delay_seconds_median", "recomputed_steps_max")
+    return readme.table([*header, "steps made again, max"], [[row[name] for name in names] for row in found])
+
+
+def write(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Writes the rows, beside those of other faults that are there; returns all."""
+    before = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    every = {row["fault"]: row for row in [*before, *found]}
+    every = {fault: every[fault] for fault in WORDS if fault in every}
+    content = {"command": COMMAND, "workers": WORKERS, "save_every": SAVE_EVERY, "steps_per_loop": LOOP}
+    RESULTS.write_text(json.dumps(content | {"rows": list(every.values())}, indent=1) + "\n")
+    return list(every.values())
+
+
+def plan(options: argparse.Namespace, generator: random.Random) -> Iterator[tuple[list[str], bool]]:
+    """The faults of each run, and whether it runs on hosts."""
+    quick = [fault for fault in options.faults if fault not in SLOW]
+    queue = []
+    for number in range(max(options.rounds, options.slow_rounds)):
+        now = quick if number < options.rounds else []
+        if "port_again" in options.faults and number < options.slow_rounds:
+            now = [*now, "port_again"]
+        queue += generator.sample(now, len(now))
+        while len(queue) >= FAULTS_A_RUN:
+            yield queue[:FAULTS_A_RUN], False
+            queue = queue[FAULTS_A_RUN:]
+        if "network" in options.faults and number < options.slow_rounds:
+            yield ["network"], True
+    if queue:
+        yield queue, False
+
+
+def arguments() -> argparse.Namespace:
+    def known(text: str) -> list[str]:
+        if unknown := set(text.split(",")) - set(INJECTIONS):
+            raise argparse.ArgumentTypeError(f"{unknown} unknown: choose from {list(INJECTIONS)}")
+        return text.split(",")
+
+    parser = argparse.ArgumentParser(prog=COMMAND)
+    parser.add_argument("--rounds", type=int, default=10, help="how often each fault is injected")
+    parser.add_argument("--slow_rounds", type=int, default=2, help=f"the same of {' and '.join(SLOW)}")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and the workers")
+    parser.add_argument("--faults", type=known, default=list(INJECTIONS), help="which, with commas between")
+    parser.add_argument("--minutes", type=float, default=15, help="no run begins that could end later")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    start = time.monotonic()
+    if sys.platform != "linux":
+        print("error: faults are injected by way of /proc, which Linux alone has", file=sys.stderr)
+        return 2
+    if "network" in options.faults and (why := hosts.available()):
+        print(f"skipped: network, for {why}", flush=True)
+        options.faults.remove("network")
+    generator = random.Random(options.seed)
+    _, expected = run([], generator)
+    outcomes: list[Outcome] = []
+    longest = {False: 60.0, True: 60.0 + CUT_SECONDS}  # seconds of a run so far
+    for faults, on_hosts in plan(options, generator):
+        begun = time.monotonic()
+        if begun + longest[on_hosts] > start + 60 * options.minutes:
+            print(f"no time is left for {', '.join(faults)}", flush=True)
+            continue
+        try:
+            with hosts.hosts(WORKERS) if on_hosts else contextlib.nullcontext():
+                found, computed = run(faults, generator, on_hosts)
+            compare(expected, computed)
+        except Broken as reason:
+            print(f"error: {', '.join(faults)}: {reason}", file=sys.stderr)
+            return 1
+        outcomes += found
+        longest[on_hosts] = max(longest[on_hosts], time.monotonic() - begun)
+    print(table(write(rows(outcomes, shlex.join([*COMMAND.split(), *sys.argv[1:]])))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
