@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,10 @@ def _connected(replicas: Replicas) -> Iterator[None]:
         try:
             yield
         except tf.errors.OpError as error:
+            # TensorFlow's own collectives may hear of it first.
+            until = time.monotonic() + 2.0
+            while not mesh.lost() and time.monotonic() < until:
+                time.sleep(0.05)
             if lost := mesh.lost():
                 raise lost from error
             # TensorFlow's collectives end like this on the workers that are left.

@@ -25,7 +25,7 @@ def available() -> str | None:
     missing = [tool for tool in ("ip", "tc") if not shutil.which(tool)]
     if missing:
         return f"{' and '.join(missing)} of iproute2 not found"
-    name = f"{PREFIX}probe"
+    name = f"{PREFIX}probe{os.getpid()}"  # tests run side by side
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
     if made.returncode:
         return f"no network namespace can be made: {made.stderr.strip()}"
