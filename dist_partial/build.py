@@ -168,7 +168,12 @@ def restore(built: Built, folder: Path, say: Callable[[str], None]) -> checkpoin
 
 
 def train_step(
-    built: Built, settings: Settings, plan: selection.Plan, global_batch: int, norms: bool = False
+    built: Built,
+    settings: Settings,
+    plan: selection.Plan,
+    global_batch: int,
+    norms: bool = False,
+    outputs: Callable[[tf.Tensor, bool], tf.Tensor] | None = None,
 ) -> step.TrainStep:
     """The compiled step of a plan, which is the whole one or a part of it.
 
@@ -178,6 +183,7 @@ def train_step(
         plan: from `built.plan`; its groups have slots.
         global_batch: examples in a step.
         norms: whether it is to return the squared gradient norms of the plan's units.
+        outputs: for `step.train_step`.
     """
     numbers = {entry.path: number for number, group in enumerate(built.plan.groups) for entry in group.entries}
     states = {e.path: state for e, state in zip(built.plan.trained, built.reductions, strict=True)}
@@ -192,17 +198,20 @@ def train_step(
         [states[entry.path] for entry in plan.trained],
         step.StepOptions(global_batch, settings.clip_norm, settings.accumulate, settings.jit_compile, norms),
         built.scale,
+        outputs,
     )
 
 
 def batches(built: Built, settings: Settings, first_step: int, global_batch: int) -> Iterator[step.Batch]:
     """This worker's batches from `first_step` on."""
-    return iter(
-        train_batches(
-            built.data.train,
-            first_step=first_step,
-            global_batch=global_batch,
-            seed=settings.seed,
-            context=input_context(built.replicas.strategy),
-        )
-    )
+    return iter(train_batches(built.data.train, **order(built, settings, first_step, global_batch)))
+
+
+def order(built: Built, settings: Settings, first_step: int, global_batch: int) -> dict[str, Any]:
+    """Which examples this worker reads from `first_step` on: for `data.train_batches` and `data.train_indices`."""
+    return {
+        "first_step": first_step,
+        "global_batch": global_batch,
+        "seed": settings.seed,
+        "context": input_context(built.replicas.strategy),
+    }

@@ -1,4 +1,4 @@
-"""What is trained in which steps: the selections of the schedule, each compiled once, and the slots they need."""
+"""What is trained in which steps: the selections of the schedule, each compiled once, and what they need."""
 
 import collections
 import dataclasses
@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import agreement, batch_norm, local_sgd, step, traffic
-from dist_partial.build import Built, batches, train_step
+from dist_partial import agreement, batch_norm, local_sgd, prefix, replicas, step, traffic
+from dist_partial.build import Built, batches, order, train_step
+from dist_partial.data import train_indices
 from dist_partial.errors import UserError
 from dist_partial.schedule import ByteBudget, Constant, observes
 from dist_partial.selection import Plan
@@ -29,6 +30,7 @@ class Leg:
         train: the compiled step.
         sent: what it hands over.
         exchanges: of the fragments that are exchanged every few steps.
+        activations: what it reads in place of examples, or None.
     """
 
     units: frozenset[str]
@@ -36,6 +38,7 @@ class Leg:
     train: step.TrainStep
     sent: list[traffic.Collective]
     exchanges: list[local_sgd.Exchange]
+    activations: prefix.Activations | None
 
     @property
     def digest(self) -> str:
@@ -50,17 +53,23 @@ class Course:
     Args:
         built: what the run computes with.
         settings: of the run.
-        inputs: this worker's batches, as every step reads them.
+        done: steps that have been made.
         saved: what `to_json` gave when the run was stopped, or None at the start.
     """
 
-    def __init__(self, built: Built, settings: Settings, inputs: Any, saved: dict[str, Any] | None) -> None:
-        self._built, self._settings, self._inputs = built, settings, inputs
+    def __init__(self, built: Built, settings: Settings, done: int, saved: dict[str, Any] | None) -> None:
+        self._built, self._settings = built, settings
         saved = saved or {}
         self._state = saved.get("state", built.schedule.initial(built.units))
         self._active = frozenset(saved["active"]) if saved.get("active") is not None else None
         self._squares = np.array(saved.get("squares", [0.0] * len(built.units)))
-        self._legs: collections.OrderedDict[frozenset[str], Leg] = collections.OrderedDict()
+        self._legs: collections.OrderedDict[tuple[frozenset[str], prefix.Activations | None], Leg]
+        self._legs = collections.OrderedDict()
+        self._leg: Leg | None = None
+        self._kept: dict[frozenset[str], prefix.Activations | None] = {}
+        self._reading: prefix.Activations | None = None
+        self._inputs = batches(built, settings, done, settings.global_batch)
+        self._indices: Iterator[tf.Tensor] | None = None
         self._probe: Any = None
 
     def to_json(self) -> dict[str, Any]:
@@ -81,53 +90,97 @@ class Course:
         schedule, settings = self._built.schedule, self._settings
         if schedule.statistics is not None or settings.leave == "drop":
             return
-        ahead: dict[frozenset[str], None] = {}
+        ahead: dict[tuple[frozenset[str], frozenset[str]], None] = {}
         switch: int | None = done
         while switch is not None and switch < settings.steps and len(ahead) <= settings.compiled_plans:
-            ahead[schedule.select(switch, self._built.units, settings.seed, self._state)] = None
+            ahead[self._selected(switch)] = None
             switch = schedule.next_switch(switch)
         if len(ahead) <= settings.compiled_plans:
-            for units in ahead:
-                self._leg(units)
+            for units, remaining in ahead:
+                self._found(units, remaining, done)
 
     def leg(self, done: int) -> tuple[Leg, bool]:
         """What the step after `done` steps trains, and whether it is another selection than before.
 
         All workers call it at the same steps.
         """
-        schedule, built, settings = self._built.schedule, self._built, self._settings
+        schedule, built = self._built.schedule, self._built
         if observes(schedule, done):
             squares = self._probed(done) if schedule.statistics == "probe" else self._squares
             self._state = schedule.observe(done, built.units, squares, self._state)
             self._squares = np.zeros_like(self._squares)
-        units = schedule.select(done, built.units, settings.seed, self._state)
+        units, remaining = self._selected(done)
         switched = units != self._active
         if self._active is not None and switched:
             self._leave(self._active - units)
-        leg = self._leg(units)
+        leg = self._leg = self._found(units, remaining, done)
         if switched and built.replicas.mesh is not None:
             agreement.check(built.replicas.mesh, {f"the plan of step {done + 1}": leg.digest})
         self._active = units
+        if leg.activations is not self._reading:
+            for known in [known for known in self._legs if known[1] is self._reading]:
+                del self._legs[known]  # what is frozen for good does not come back
+            self._reading, self._inputs = leg.activations, self._batches(leg.activations, done)
+            self._indices = iter(self._order(done))
         return leg, switched
 
-    def note(self, result: dict[str, tf.Tensor]) -> None:
-        """Adds what a call of the current leg has returned to the statistics of the schedule."""
+    def advance(self, count: int) -> dict[str, tf.Tensor]:
+        """Makes so many steps of the current leg; returns what its `train` does."""
+        assert self._leg is not None
+        if self._reading is not None and self._indices is not None:
+            for _ in range(count):
+                self._reading.fill(next(self._indices).numpy())
+        result = self._leg.train.function(self._inputs, tf.constant(count))
         if self._built.schedule.statistics == "norms":
-            assert self._active is not None
             squares = result["unit_norms"].numpy().astype(np.float64).sum(axis=0)
             places = {unit.name: i for i, unit in enumerate(self._built.units)}
-            for name, square in zip(self._legs[self._active].plan.units, squares, strict=True):
+            for name, square in zip(self._leg.plan.units, squares, strict=True):
                 self._squares[places[name]] += square
+        return result
 
-    def _leg(self, units: frozenset[str]) -> Leg:
-        if units not in self._legs:
-            self._legs[units] = self._compiled(units)
-        self._legs.move_to_end(units)
+    def _selected(self, done: int) -> tuple[frozenset[str], frozenset[str]]:
+        """Names of the units that are trained at a step, and of those that may be trained from it on."""
+        schedule, units = self._built.schedule, self._built.units
+        return (
+            schedule.select(done, units, self._settings.seed, self._state),
+            schedule.remaining(done, units, self._state),
+        )
+
+    def _found(self, units: frozenset[str], remaining: frozenset[str], done: int) -> Leg:
+        cache = self._settings.cache
+        activations = self._activations(remaining, done, cache) if cache else None
+        key = units, activations
+        if key not in self._legs:
+            self._legs[key] = self._compiled(units, activations, done)
+        self._legs.move_to_end(key)
         while len(self._legs) > self._settings.compiled_plans:
             self._legs.popitem(last=False)
-        return self._legs[units]
+        return self._legs[key]
 
-    def _compiled(self, units: frozenset[str]) -> Leg:
+    def _activations(self, remaining: frozenset[str], done: int, where: str) -> prefix.Activations | None:
+        """Of what lies below all that may still be trained."""
+        built, settings = self._built, self._settings
+        if remaining not in self._kept:
+            part = prefix.cut(built.model, [e.variable for e in built.plan.trained if e.unit in remaining])
+            known = {kept.name: kept for kept in self._kept.values() if kept is not None}
+            if part is not None and part.name not in known:
+                own = settings.global_batch // (built.replicas.mesh.size if built.replicas.mesh else 1)
+                rows = own // replicas.local_count(built.replicas.strategy) // settings.accumulate
+                expected = min(len(built.data.train), own * (settings.steps - done))
+                known[part.name] = prefix.Activations(built.data.train, part, rows, expected, where)
+            self._kept[remaining] = None if part is None else known[part.name]
+        return self._kept[remaining]
+
+    def _batches(self, activations: prefix.Activations | None, done: int) -> Iterator[step.Batch]:
+        # Not prefetched: what was read before it was asked for might not be there yet.
+        return iter(self._order(done).map(activations.read)) if activations else self._inputs
+
+    def _order(self, done: int) -> tf.data.Dataset:
+        """Indices of this worker's examples, from a step on."""
+        at = order(self._built, self._settings, done, self._settings.global_batch)
+        return train_indices(len(self._built.data.train), **at)
+
+    def _compiled(self, units: frozenset[str], activations: prefix.Activations | None, done: int) -> Leg:
         built, settings = self._built, self._settings
         strategy, wire = built.replicas.strategy, built.replicas.wire
         plan = built.plan.only(units)
@@ -135,8 +188,16 @@ class Course:
             for planned, group in zip(built.plan.groups, built.optimizers, strict=True):
                 if planned.entries[0].unit in units:
                     group.allocate()
-        train = train_step(built, settings, plan, settings.global_batch, built.schedule.statistics == "norms")
-        traced = train.function.get_concrete_function(self._inputs, tf.constant(1))
+        train = train_step(
+            built,
+            settings,
+            plan,
+            settings.global_batch,
+            built.schedule.statistics == "norms",
+            activations.outputs if activations else None,
+        )
+        inputs = self._batches(activations, done)
+        traced = train.function.get_concrete_function(inputs, tf.constant(1))
         sent = traffic.in_step(traced)
         exchanges = local_sgd.exchanges(
             strategy, wire, plan, built.fragments, train.without_gradient, batch_norm.local_statistics(built.model)
@@ -150,8 +211,8 @@ class Course:
                 "bytes with what synchronised BatchNorm layers add: bind more"
             )
         if not isinstance(built.schedule, Constant):
-            train.function(self._inputs, tf.constant(0))  # TensorFlow optimises a graph when it first runs
-        return Leg(units, plan, train, sent, exchanges)
+            train.function(inputs, tf.constant(0))  # TensorFlow optimises a graph when it first runs
+        return Leg(units, plan, train, sent, exchanges, activations)
 
     def _leave(self, units: frozenset[str]) -> None:
         """Keeps, resets or drops the slots of what is no longer trained."""
@@ -162,7 +223,7 @@ class Course:
                 if planned.entries[0].unit in units:
                     group.reset() if self._settings.leave == "reset" else group.drop()
         if self._settings.leave == "drop":
-            for known in [known for known in self._legs if known & units]:
+            for known in [known for known in self._legs if known[0] & units]:
                 del self._legs[known]
             gc.collect()  # a function and its graph refer to each other
 

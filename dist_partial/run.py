@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial import agreement, checkpoints, evaluation, identity, local_sgd, selection, step, traffic
-from dist_partial.build import batches, build, restore
+from dist_partial.build import build, restore
 from dist_partial.course import Course
 from dist_partial.errors import AGAIN, INTERRUPTED, Fault, UserError
 from dist_partial.files import locked, write_json, write_text, writing
@@ -92,8 +92,7 @@ def _run(
     if checkpoint:
         say(f"going on from step {done} ({checkpoint.path})")
 
-    inputs = batches(built, settings, done, settings.global_batch)
-    course = Course(built, settings, inputs, checkpoint.metadata.get("course") if checkpoint else None)
+    course = Course(built, settings, done, checkpoint.metadata.get("course") if checkpoint else None)
     evaluate = evaluation.evaluation(
         strategy,
         step.evaluation_step(strategy, built.model, built.loss),
@@ -107,7 +106,7 @@ def _run(
     constant = isinstance(built.schedule, Constant)
     plan = leg.plan if constant else built.plan
     meter = traffic.Meter(workers, traffic.card(replicas.host) if replicas.host else None, done)
-    saved, first = done, True
+    saved, first, kept = done, True, None
     with (
         _written_folder(folder, built.identity, plan) if replicas.is_chief else contextlib.nullcontext(),
         Journal(folder, done, settings.steps, plan, replicas.is_chief) as journal,
@@ -131,10 +130,12 @@ def _run(
             leg, switched = course.leg(done) if done > begun else (leg, began)
             if switched and not constant:
                 journal.plan(done + 1, leg.plan, leg.digest)
+            if leg.activations and leg.activations is not kept:
+                kept = leg.activations
+                journal.say(f"run.cache keeps the activations up to {kept.name!r}, at most {kept.bytes:,} bytes")
             count = _steps_until_event(settings, done, leg.exchanges, course.next_switch(done))
             meter.start()
-            result = leg.train.function(inputs, tf.constant(count))
-            course.note(result)
+            result = course.advance(count)
             sent = wire_bytes + traffic.total(leg.sent) * np.arange(1, count + 1)
             for exchange in leg.exchanges:
                 if exchange.fragment.reduction.due(done + count):

@@ -65,6 +65,9 @@ class Schedule(Protocol):
     def select(self, step: int, units: Sequence[Unit], seed: int, state: State) -> frozenset[str]:
         """Names of the units to train; never empty. `state` is what the last `observe` up to this step returned."""
 
+    def remaining(self, step: int, units: Sequence[Unit], state: State) -> frozenset[str]:
+        """Names of the units that may still be trained at this step or later; the others are frozen for good."""
+
     def next_switch(self, step: int) -> int | None:
         """The least later step at which `select` may change or `observe` is due; None if there is none."""
 
@@ -89,6 +92,9 @@ class _Stateless:
 
     def observe(self, step: int, units: Sequence[Unit], norms: np.ndarray, state: State) -> State:
         return state
+
+    def remaining(self, step: int, units: Sequence[Unit], state: State) -> frozenset[str]:
+        return frozenset(unit.name for unit in units)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +169,17 @@ class Phases(_Stateless):
             _check_reached(f"phases.table, phase {number} starts", start, steps)
 
     def select(self, step: int, units: Sequence[Unit], seed: int, state: State) -> frozenset[str]:
-        _, pattern = self.table[bisect.bisect_right(self._starts, step) - 1]
-        return frozenset(unit.name for unit in units if _matches(pattern, unit.paths[0]))
+        return self._matched(units, slice(self._number(step), self._number(step) + 1))
+
+    def remaining(self, step: int, units: Sequence[Unit], state: State) -> frozenset[str]:
+        return self._matched(units, slice(self._number(step), None))
+
+    def _number(self, step: int) -> int:
+        return bisect.bisect_right(self._starts, step) - 1
+
+    def _matched(self, units: Sequence[Unit], phases: slice) -> frozenset[str]:
+        patterns = [pattern for _, pattern in self.table[phases]]
+        return frozenset(unit.name for unit in units if any(_matches(p, unit.paths[0]) for p in patterns))
 
     def next_switch(self, step: int) -> int | None:
         return next((start for start in self._starts if start > step), None)
@@ -356,6 +371,10 @@ class AutoFreeze(_Periodic):
         while frozen < len(units) - self.keep and changes[frozen - first] < bound:
             frozen += 1
         return {"frozen": frozen, "norms": [*before[:first], *now[first:]]}
+
+    def remaining(self, step: int, units: Sequence[Unit], state: State) -> frozenset[str]:
+        first = state["frozen"] if self.retest is None else 0
+        return frozenset(unit.name for unit in units[first:])
 
     def _first(self, step: int, state: State) -> int:
         """Index of the lowest unit that is trained."""

@@ -83,6 +83,8 @@ class Settings:
         schedule: what is trained when, of what the rules train.
         leave: what becomes of the slots of a unit that the schedule leaves: 'keep', 'reset' or 'drop'.
         compiled_plans: how many selections of the schedule stay compiled.
+        cache: where the activations of what is frozen for good, from the input up, are kept for when an example comes
+            again: 'memory', 'disk', or None to compute them each time.
         replicas: makes the strategy; bound under `replicas.`.
         sampling: bound under `sample.`.
     """
@@ -109,6 +111,7 @@ class Settings:
     schedule: Any = dataclasses.field(default_factory=Constant)
     leave: str = "keep"
     compiled_plans: int = 8
+    cache: str | None = None
     replicas: Callable[[], Any] = replicas.create
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
 
@@ -134,6 +137,12 @@ class Settings:
             raise UserError(f"run.schedule is {self.schedule!r}: bind a schedule such as @lisa(), with the ()")
         if self.leave not in ("keep", "reset", "drop"):
             raise UserError(f"run.leave is {self.leave!r}: write 'keep', 'reset' or 'drop'")
+        if self.cache not in (None, "memory", "disk"):
+            raise UserError(f"run.cache is {self.cache!r}: write 'memory', 'disk' or None")
+        if self.cache and self.jit_compile:
+            raise UserError(
+                "run.cache beside run.jit_compile: XLA rounds what it compiles together otherwise; bind one"
+            )
         if self.statistics not in ("trained", "all"):
             raise UserError(f"run.statistics is {self.statistics!r}: write 'trained' or 'all'")
 

@@ -68,6 +68,7 @@ def train_step(
     states: Sequence[dict[str, tf.Variable]],
     options: StepOptions,
     scale: LossScale | None = None,
+    outputs: Callable[[tf.Tensor, bool], tf.Tensor] | None = None,
 ) -> TrainStep:
     """Builds the function that makes several steps of one plan in a call.
 
@@ -81,7 +82,9 @@ def train_step(
         states: what the reductions keep, from `reduction.states`.
         options: batch size, clipping, accumulation, compilation.
         scale: the loss scale of float16 training, or None.
+        outputs: (x, training) -> the model's outputs, where x is something else than the model's input.
     """
+    outputs = outputs or (lambda x, training: model(x, training=training))
     trained = plan.trained
     values = [entry.variable.value for entry in trained]
     without_gradient: list[str] = []
@@ -95,7 +98,7 @@ def train_step(
         # Watching the selection alone lets TensorFlow leave out all of the backward pass that it does not need.
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
-            losses = example_losses(loss(y, full_precision(model(x, training=True))), weight)
+            losses = example_losses(loss(y, full_precision(outputs(x, True))), weight)
             total = tf.reduce_sum(losses) / options.global_batch
             if model.losses:  # regularisation: every part of the batch adds its share of the one penalty
                 total += tf.cast(tf.add_n(model.losses), total.dtype) / parts

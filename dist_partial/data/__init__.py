@@ -1,6 +1,6 @@
 """Data sets with random access, and the pipeline that reads them by position."""
 
-from dist_partial.data.batches import evaluation_batches, train_batches
+from dist_partial.data.batches import evaluation_batches, fetched, train_batches, train_indices
 from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
 from dist_partial.data.prepared import tfds_dataset
@@ -12,9 +12,11 @@ __all__ = [
     "Dataset",
     "Source",
     "evaluation_batches",
+    "fetched",
     "fingerprint",
     "stdlib_corpus",
     "stdlib_shapes",
     "tfds_dataset",
     "train_batches",
+    "train_indices",
 ]

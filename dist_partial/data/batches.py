@@ -5,6 +5,7 @@ The examples of a run have one global order, whatever the number of workers. Ste
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -38,12 +39,15 @@ def train_batches(
         UserError: the batch does not divide by the replicas; the source is empty, or not as its spec says.
     """
     _check(source)
-    count = len(source)
+    order = {"first_step": first_step, "global_batch": global_batch, "seed": seed, "context": context}
+    return train_indices(len(source), **order).map(lambda i: fetched(source, i)).prefetch(PREFETCHED)
 
-    def fetch(positions: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        return _fetch(source, _shuffled(positions, count, seed))
 
-    return _batches(fetch, first_step, global_batch, context)
+def train_indices(
+    count: int, *, first_step: int, global_batch: int, seed: int, context: tf.distribute.InputContext
+) -> tf.data.Dataset:
+    """Which of `count` examples the batches of `train_batches` hold: int64 [b] each."""
+    return _batches(lambda positions: _shuffled(positions, count, seed), first_step, global_batch, context)
 
 
 def evaluation_batches(
@@ -72,16 +76,16 @@ def evaluation_batches(
 
     def fetch(positions: tf.Tensor) -> tuple[tf.Tensor, ...]:
         positions %= padded
-        x, y, *weights = _fetch(source, tf.minimum(positions, examples - 1))
+        x, y, *weights = fetched(source, tf.minimum(positions, examples - 1))
         weight = weights[0] if weights else tf.ones_like(positions, tf.float32)
         real = tf.reshape(positions < examples, [-1] + [1] * (weight.shape.rank - 1))
         return x, y, tf.where(real, weight, tf.zeros_like(weight))
 
-    return _batches(fetch, 0, global_batch, context)
+    return _batches(fetch, 0, global_batch, context).prefetch(PREFETCHED)
 
 
 def _batches(
-    fetch: Callable[[tf.Tensor], tuple[tf.Tensor, ...]],
+    fetch: Callable[[tf.Tensor], Any],
     first_step: int,
     global_batch: int,
     context: tf.distribute.InputContext,
@@ -96,12 +100,12 @@ def _batches(
         )
     part = global_batch // context.num_input_pipelines
 
-    def batch(step: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def batch(step: tf.Tensor) -> Any:
         return fetch(step * global_batch + context.input_pipeline_id * part + tf.range(part, dtype=tf.int64))
 
     # A counter is infinite, and so is what is mapped over it: were it finite, MultiWorkerMirroredStrategy
     # would ask in every step, with a collective of its own, whether all workers still have data.
-    batches = tf.data.Dataset.counter(first_step).map(batch).prefetch(PREFETCHED)
+    batches = tf.data.Dataset.counter(first_step).map(batch)
     # With autotuning on, the destructor of an iterator waits for a thread that may sleep for up to a minute
     # (TensorFlow 2.21): the end of every run. There is nothing to tune here.
     options = tf.data.Options()
@@ -133,7 +137,7 @@ def _shuffled(positions: tf.Tensor, count: int, seed: int) -> tf.Tensor:
     )
 
 
-def _fetch(source: Source, indices: tf.Tensor) -> tuple[tf.Tensor, ...]:
+def fetched(source: Source, indices: tf.Tensor) -> tuple[tf.Tensor, ...]:
     """`source.fetch` as a TensorFlow op, with static shapes."""
     spec = source.spec
     arrays = tf.numpy_function(source.fetch, [indices], [one.dtype for one in spec], stateful=False)

@@ -4,6 +4,8 @@ Pre-norm blocks (Xiong et al. 2020) of causal attention and a squared-ReLU MLP (
 normalisation (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), and no biases.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -111,6 +113,20 @@ class ByteTransformer(keras.Model):
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return (*input_shape, self.arguments["vocabulary"])
 
+    def stages(self) -> list[tuple[list[keras.layers.Layer], Callable[[Tensor, bool], Tensor]]]:
+        """The layers of which `call` is the composition, each with its function (x, training) -> x."""
+
+        def through(block: Block, x: Tensor, training: bool) -> Tensor:
+            positions = ops.arange(ops.shape(x)[1], dtype="int32")
+            return block(x, *self._tables(positions, positions), None, positions[0], training=training)[0]
+
+        last = [self.final_norm, self.embedding if self.head is None else self.head]
+        return [
+            ([self.embedding, self.dropout], self._embedded),
+            *[([block], functools.partial(through, block)) for block in self.blocks],
+            (last, lambda x, _: self._logits(x)),
+        ]
+
     def call(self, tokens: Tensor, training: bool | None = None) -> Tensor:
         """Logits [B, T, vocabulary] of the id that follows each of `tokens` [B, T]."""
         positions = ops.arange(ops.shape(tokens)[1], dtype="int32")
@@ -149,19 +165,27 @@ class ByteTransformer(keras.Model):
         key_positions: Tensor,
         training: bool | None,
     ) -> tuple[Tensor, Cache]:
-        # Of constant positions (a static T) TensorFlow folds the tables and the mask once, into constants.
-        rotary = rotary_tables(query_positions, self.head_size, _at_least_float32(self.compute_dtype))
-        visible = ops.expand_dims(query_positions, 1) >= key_positions
-        # Added rather than selected by `where`: the gradient of an addition is free.
-        bias = ops.where(visible, 0.0, -float("inf"))
-        x = self.dropout(self.embedding(tokens), training=training)
+        rotary, bias = self._tables(query_positions, key_positions)
+        x = self._embedded(tokens, training)
         updated = []
         for block, layer_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             x, layer_cache = block(x, rotary, bias, layer_cache, query_positions[0], training=training)
             updated.append(layer_cache)
+        return self._logits(x), tuple(updated)
+
+    def _embedded(self, tokens: Tensor, training: bool | None) -> Tensor:
+        return self.dropout(self.embedding(tokens), training=training)
+
+    def _tables(self, query_positions: Tensor, key_positions: Tensor) -> tuple[Rotary, Tensor]:
+        # Of constant positions (a static T) TensorFlow folds the tables and the mask once, into constants.
+        rotary = rotary_tables(query_positions, self.head_size, _at_least_float32(self.compute_dtype))
+        visible = ops.expand_dims(query_positions, 1) >= key_positions
+        # Added rather than selected by `where`: the gradient of an addition is free.
+        return rotary, ops.where(visible, 0.0, -float("inf"))
+
+    def _logits(self, x: Tensor) -> Tensor:
         x = self.final_norm(x)
-        logits = self.embedding(x, reverse=True) if self.head is None else self.head(x)
-        return logits, tuple(updated)
+        return self.embedding(x, reverse=True) if self.head is None else self.head(x)
 
 
 class Block(keras.layers.Layer):
