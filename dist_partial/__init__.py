@@ -5,7 +5,9 @@ from typing import Any
 
 _HOMES = {
     "ArraySource": "data",
+    "Base": "delta",
     "Dataset": "data",
+    "Delta": "delta",
     "EveryStep": "reduction",
     "LocalSGD": "reduction",
     "Never": "reduction",
@@ -17,6 +19,7 @@ _HOMES = {
     "Settings": "settings",
     "TopK": "compression",
     "UserError": "errors",
+    "partial": "fit",
 }
 __all__ = sorted(_HOMES)
 

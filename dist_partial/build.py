@@ -9,7 +9,19 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_partial import agreement, batch_norm, checkpoints, identity, local_sgd, optimizers, reduction, selection, step
+from dist_partial import (
+    agreement,
+    batch_norm,
+    checkpoints,
+    identity,
+    local_sgd,
+    lora,
+    optimizers,
+    reduction,
+    selection,
+    step,
+    storage,
+)
 from dist_partial.data import Dataset, train_batches
 from dist_partial.errors import UserError
 from dist_partial.loss_scale import LossScale, needs_loss_scale
@@ -74,7 +86,9 @@ def build(settings: Settings, replicas: Replicas) -> Built:
         if not isinstance(outputs, tf.Tensor):
             raise UserError(f"run.model gives a {type(outputs).__name__} of outputs: its model must give one tensor")
         batch_norms = batch_norm.layers(model)
-        plan, units = _divided(selection.resolve(settings.rules, model, settings.reduction), settings, batch_norms)
+        adapters = lora.enable(settings.rules, model)
+        plan = selection.resolve(settings.rules, model, settings.reduction, adapters)
+        plan, units = _divided(storage.lower(plan, model, settings.frozen), settings, batch_norms)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
         groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))
         reductions = reduction.states(plan)

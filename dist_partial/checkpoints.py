@@ -232,7 +232,10 @@ def _listed(folder: Path) -> list[tuple[int, Path]]:
 
 def moving(model: keras.Model) -> list[Any]:
     """Variables that no optimizer updates and that a step may still change: generators and running statistics."""
-    still = {id(v) for layer in model._flatten_layers() if not layer.trainable for v in layer.variables}
+    # The latter have no statistics: what is not trainable there was left by LoRA, or by quantization.
+    plain = (keras.layers.Dense, keras.layers.EinsumDense, keras.layers.Embedding)
+    layers = [layer for layer in model._flatten_layers() if not layer.trainable or isinstance(layer, plain)]
+    still = {id(v) for layer in layers for v in layer.variables}
     return [v for v in model.non_trainable_variables if v.name == "seed_generator_state" or id(v) not in still]
 
 

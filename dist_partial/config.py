@@ -41,9 +41,14 @@ _OURS: dict[str, Callable[..., Any]] = {
     "byte_budget": schedule.ByteBudget,
     "two_dense": models.two_dense,
     "byte_transformer": models.byte_transformer,
+    "hub_model": models.hub_model,
+    "hub_tokenizer": models.hub_tokenizer,
+    "smollm2": models.smollm2,
+    "smollm2_tokenizer": models.smollm2_tokenizer,
     "stdlib_corpus": data.stdlib_corpus,
     "stdlib_shapes": data.stdlib_shapes,
     "tfds_dataset": data.tfds_dataset,
+    "tokenized_text": data.tokenized_text,
 }
 # What was made bindable and gin's wrapper of it, by selector; like gin's own registry, for the whole process.
 _bindable: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}

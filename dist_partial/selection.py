@@ -9,7 +9,8 @@ import difflib
 import fractions
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from dist_partial.errors import UserError
@@ -27,6 +28,7 @@ class Rule:
         learning_rate: overrides the factory's learning rate: a float or a Keras schedule.
         reduction: how the gradients cross the replicas; None takes the run's.
         rows: (start, stop) of the leading axis: only these rows are trained.
+        lora: rank of the factors that are trained in place of the kernels that match, which stay frozen (see `lora`).
     """
 
     match: str
@@ -35,10 +37,20 @@ class Rule:
     learning_rate: Any = None
     reduction: Any = None
     rows: tuple[int, int] | None = None
+    lora: int | None = None
 
     def __str__(self) -> str:
         rows = f" rows {self.rows[0]}:{self.rows[1]}" if self.rows else ""
-        return f"{'train' if self.train else 'freeze'} {self.match}{rows}"
+        lora = f" lora {self.lora}" if self.lora else ""
+        return f"{'train' if self.train else 'freeze'} {self.match}{rows}{lora}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    """A kernel that is frozen, and the LoRA factors that are trained in its place."""
+
+    kernel: Any
+    factors: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -245,7 +257,9 @@ def _check_options(number: int, rule: Rule) -> None:
     where = f"rule {number} ({rule.match!r})"
     if not isinstance(rule.train, bool):
         raise UserError(f"{where}: train is {rule.train!r}: write True or False")
-    options = [name for name in ("optimizer", "learning_rate", "reduction", "rows") if getattr(rule, name) is not None]
+    options = [
+        name for name in ("optimizer", "learning_rate", "reduction", "rows", "lora") if getattr(rule, name) is not None
+    ]
     if not rule.train and options:
         raise UserError(f"{where} freezes what it matches, so {options[0]} has no use: remove it or set train = True")
     if rule.reduction is not None:
@@ -256,6 +270,11 @@ def _check_options(number: int, rule: Rule) -> None:
             raise UserError(f"{where}: rows is {rows!r}: write (start, stop) of the leading axis")
         if not 0 <= rows[0] < rows[1]:
             raise UserError(f"{where}: rows {tuple(rows)} is empty or negative: write 0 <= start < stop")
+    if rule.lora is not None:
+        if type(rule.lora) is not int or rule.lora < 1:
+            raise UserError(f"{where}: lora is {rule.lora!r}: write its rank, a whole number of at least 1")
+        if rule.rows is not None:
+            raise UserError(f"{where}: lora trains factors of whole kernels, so rows has no use: remove one of them")
     if isinstance(rule.learning_rate, (int, float)) and not rule.learning_rate > 0:
         raise UserError(f"{where}: learning_rate is {rule.learning_rate}: it must be above 0")
 
@@ -279,13 +298,16 @@ def strip_root(root: str, paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-def resolve(table: Sequence[Any], model: Any, reduction: Any) -> Plan:
+def resolve(
+    table: Sequence[Any], model: Any, reduction: Any, adapters: Mapping[str, Adapter] = MappingProxyType({})
+) -> Plan:
     """Resolves the rules against a built Keras model.
 
     Args:
         table: the rules, short or full form.
         model: a built model; its trainable variables are the candidates.
         reduction: the reduction of the rules that name none.
+        adapters: from `lora.enable`; the factors go by the path of their kernel, which is frozen.
 
     Returns:
         The plan.
@@ -302,9 +324,11 @@ def resolve(table: Sequence[Any], model: Any, reduction: Any) -> Plan:
     for path in paths:
         if paths.count(path) > 1:
             raise UserError(f"{paths.count(path)} variables have the path {path!r}: name the layers apart")
-    entries, used = [], set()
-    for path, variable in zip(paths, model.trainable_variables, strict=True):
-        number = next((n for n, rule in enumerate(rules) if _matches(rule, path)), None)
+    kernels = {id(factor): path for path, adapter in adapters.items() for factor in adapter.factors}
+    entries, used, frozen = [], set(), set()
+    for own_path, variable in zip(paths, model.trainable_variables, strict=True):
+        path = kernels.get(id(variable), own_path)
+        number = first_match(rules, path)
         if number is None:
             near = _nearest(path, [rule.match for rule in rules])
             raise UserError(f"no rule covers {path!r} (rules: {near}): end the table with ('freeze', r'.*') or name it")
@@ -314,9 +338,17 @@ def resolve(table: Sequence[Any], model: Any, reduction: Any) -> Plan:
             raise UserError(
                 f"rule {number + 1} ({rule.match!r}): rows {rule.rows} lie beyond {path!r} of shape {shape}"
             )
-        entries.append(
-            Entry(path, shape, variable.dtype, variable, rule, (rule.reduction or reduction) if rule.train else None)
-        )
+        if rule.lora is not None and path not in adapters:
+            raise UserError(
+                f"rule {number + 1} ({rule.match!r}) asks for LoRA of {path!r}, and nothing has enabled it: pass what "
+                "lora.enable() gives, as the trainer does"
+            )
+        if path in adapters and path not in frozen:
+            frozen.add(path)
+            kernel = adapters[path].kernel
+            entries.append(Entry(path, tuple(kernel.shape), kernel.dtype, kernel, Rule(rule.match, train=False)))
+        sent_by = (rule.reduction or reduction) if rule.train else None
+        entries.append(Entry(own_path, shape, variable.dtype, variable, rule, sent_by))
     for number in range(len(rules)):
         if number not in used:
             raise UserError(_unused(number, rules, paths))
@@ -324,6 +356,11 @@ def resolve(table: Sequence[Any], model: Any, reduction: Any) -> Plan:
     if not plan.trained:
         raise UserError(f"the rules train nothing: all {len(paths)} variables are frozen; add ('train', pattern)")
     return plan
+
+
+def first_match(rules: Sequence[Rule], path: str) -> int | None:
+    """The place of the rule that covers the path, or None."""
+    return next((number for number, rule in enumerate(rules) if _matches(rule, path)), None)
 
 
 def _matches(rule: Rule, path: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from dist_partial import replicas
+from dist_partial import replicas, storage
 from dist_partial.errors import UserError
 from dist_partial.reduction import EveryStep
 from dist_partial.schedule import Constant
@@ -78,6 +78,7 @@ class Settings:
         accumulate: micro-batches an update, one after the other on each replica.
         steps_per_loop: updates in one call of the compiled function.
         precision: Keras dtype policy: 'float32', 'float64', 'mixed_bfloat16', 'mixed_float16'.
+        frozen: how what no rule trains is stored: 'bfloat16', 'int8' (see `storage.lower`), or None as it is.
         jit_compile: XLA for the gradient computation.
         statistics: which BatchNorm layers run in training mode: 'trained' (those of which something is) or 'all'.
         schedule: what is trained when, of what the rules train.
@@ -106,6 +107,7 @@ class Settings:
     accumulate: int = 1
     steps_per_loop: int = 1
     precision: str = "float32"
+    frozen: str | None = None
     jit_compile: bool = False
     statistics: str = "trained"
     schedule: Any = dataclasses.field(default_factory=Constant)
@@ -133,6 +135,8 @@ class Settings:
         check_reduction("run", self.reduction)
         if self.precision not in PRECISIONS:
             raise UserError(f"run.precision is {self.precision!r}: write one of {', '.join(map(repr, PRECISIONS))}")
+        if self.frozen not in storage.PRECISIONS:
+            raise UserError(f"run.frozen is {self.frozen!r}: write 'bfloat16', 'int8' or None")
         if isinstance(self.schedule, type) or not hasattr(self.schedule, "next_switch"):
             raise UserError(f"run.schedule is {self.schedule!r}: bind a schedule such as @lisa(), with the ()")
         if self.leave not in ("keep", "reset", "drop"):

@@ -5,6 +5,7 @@ from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
 from dist_partial.data.prepared import tfds_dataset
 from dist_partial.data.source import ArraySource, Dataset, Source, fingerprint
+from dist_partial.data.tokens import tokenized_text
 
 __all__ = [
     "ArraySource",
@@ -17,6 +18,7 @@ __all__ = [
     "stdlib_corpus",
     "stdlib_shapes",
     "tfds_dataset",
+    "tokenized_text",
     "train_batches",
     "train_indices",
 ]

@@ -1,0 +1,84 @@
+"""Text in the tokens of any codec: the standard library's source, or the user's own files."""
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from dist_partial.data.codecs import Codec
+from dist_partial.data.corpus import _source_files, _split, _Windows
+from dist_partial.data.source import Dataset, fingerprint
+from dist_partial.errors import UserError
+
+
+def tokenized_text(
+    tokenizer: Callable[[], Codec],
+    window: int = 128,
+    root: str | os.PathLike[str] | None = None,
+    pattern: str = "*.txt",
+    limit: int | None = None,
+    evaluation_share: float = 0.02,
+) -> Dataset:
+    """Language modelling of text files in the tokens of a pretrained model.
+
+    Args:
+        tokenizer: factory of the codec, such as `smollm2_tokenizer`.
+        window: tokens of an example.
+        root: a folder whose files are the text; None: the Python standard library's source.
+        pattern: of the names of the files under `root`.
+        limit: bytes of text that are read at most, as whole files drawn by their names; None reads all.
+        evaluation_share: the part of the text, in (0, 1), that is held out, in blocks of 4096 tokens spread over it.
+
+    Returns:
+        x int32 [window], tokens; y int32 [window], for each the token that follows. Every token is the target of at
+        most one example.
+
+    Raises:
+        UserError: no such text, or too little of it for the window; the tokenizer's own.
+    """
+    codec = tokenizer()
+    if not all(hasattr(codec, name) for name in ("encode", "decode", "size")):
+        raise UserError(
+            f"tokenized_text.tokenizer made a {type(codec).__name__}: bind a factory of a codec such as "
+            "@smollm2_tokenizer, without ()"
+        )
+    files = _source_files(Path(sysconfig.get_paths()["stdlib"])) if root is None else _files(Path(root), pattern)
+    chosen = _drawn(files, limit)
+    ids = np.concatenate([codec.encode(text.decode("utf-8", "replace")) for text in chosen.values()])
+    tokens = ids.astype(np.uint16 if codec.size <= 2**16 else np.int32)
+    train, evaluation = _split(tokens, window, window, evaluation_share)
+    return Dataset(
+        name="tokenized_text",
+        train=_Windows(train, next_only=False),
+        evaluation=_Windows(evaluation, next_only=False),
+        fingerprint=fingerprint("tokenized_text", tokens, window, evaluation_share),
+        codec=codec,
+    )
+
+
+def _files(root: Path, pattern: str) -> dict[str, bytes]:
+    """Path, relative to the root, to content of the files of that pattern, sorted by path."""
+    if not root.is_dir():
+        raise UserError(f"tokenized_text.root {root} is no folder")
+    paths = sorted(path for path in root.rglob(pattern) if path.is_file())
+    if not paths:
+        endings = sorted({path.suffix for path in root.rglob("*") if path.suffix and path.is_file()})[:8]
+        near = f"; files there end in {', '.join(endings)}" if endings else ""
+        raise UserError(f"no file {pattern!r} under {root}{near}: bind tokenized_text.pattern")
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+
+
+def _drawn(files: dict[str, bytes], limit: int | None) -> dict[str, bytes]:
+    """Whole files up to the limit, in the order of their paths."""
+    if limit is None:
+        return files
+    # By a hash of the name: neighbours are alike, and a draw does not depend on what else is there.
+    order = sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())
+    sizes = np.cumsum([len(files[name]) for name in order])
+    chosen = set(order[: int(np.searchsorted(sizes, limit, side="right"))])
+    if not chosen:
+        raise UserError(f"tokenized_text.limit = {limit} is less than the first file, {sizes[0]} bytes: raise it")
+    return {name: text for name, text in files.items() if name in chosen}

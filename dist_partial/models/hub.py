@@ -1,0 +1,240 @@
+"""Models of KerasHub, pretrained or with fresh weights, as models of one input tensor; KerasHub is the extra `hub`."""
+
+import difflib
+import functools
+import inspect
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import keras
+import numpy as np
+
+from dist_partial.errors import UserError
+
+TASKS = ("CausalLM", "ImageClassifier", "TextClassifier")
+_INSTALL = "it is no part of the core: pip install 'dist_partial[hub]'"
+
+
+def hub_model(
+    task: str = "CausalLM",
+    preset: str | None = None,
+    architecture: str | None = None,
+    arguments: dict[str, Any] | None = None,
+    classes: int | None = None,
+    load_weights: bool = True,
+) -> keras.Model:
+    """Builds a task of KerasHub (https://keras.io/keras_hub) from a preset, or an architecture with fresh weights.
+
+    The model is a plain functional one of KerasHub's own layers, so that paths are those of its backbone
+    (`transformer_layer_0/self_attention/query/kernel`) and a saved copy loads with KerasHub alone.
+
+    Args:
+        task: 'CausalLM', 'ImageClassifier' or 'TextClassifier'.
+        preset: name of a preset or a local folder with one.
+        architecture: in place of a preset, a backbone by its name in KerasHub: 'GPT2', 'Gemma', 'ResNet', ...
+        arguments: of the architecture's backbone.
+        classes: of a classifier; with a preset this gives it a fresh head. None: the preset's own head.
+        load_weights: False gives a preset fresh weights.
+
+    Returns:
+        A model of one output. CausalLM: int ids [batch, time] to logits [batch, time, vocabulary], with `make_cache`
+        and `decode` (see `ByteTransformer`) where KerasHub has a key-value cache. TextClassifier: int ids
+        [batch, time], where the preset's padding id is masked out, to logits [batch, classes]. ImageClassifier: images
+        [batch, height, width, channels], as the preset's own preprocessing expects them, to logits [batch, classes].
+
+    Raises:
+        UserError: KerasHub is not installed, a name that it does not know, or arguments that it does not take.
+    """
+    hub = _keras_hub()
+    if task not in TASKS:
+        raise UserError(f"hub_model.task is {task!r}: write one of {', '.join(map(repr, TASKS))}")
+    if (preset is None) == (architecture is None):
+        raise UserError("hub_model needs one of preset and architecture: bind hub_model.preset = 'gpt2_base_en'")
+    if arguments is not None and preset is not None:
+        raise UserError("hub_model.arguments are of an architecture, and a preset has its own: unbind one of them")
+    if task != "CausalLM" and preset is None and classes is None:
+        raise UserError(f"hub_model.classes is not bound: a {task} with fresh weights needs their number")
+    if task == "CausalLM" and classes is not None:
+        raise UserError("hub_model.classes is of classifiers, and a CausalLM has none: unbind it")
+    head = {} if task == "CausalLM" else {"activation": None} | ({"num_classes": classes} if classes else {})
+    whole: Any
+    if preset is not None:
+        whole = _from_preset(getattr(hub.models, task), preset, load_weights=load_weights, **head)
+    else:
+        assert architecture is not None
+        backbone = _named(hub.models, architecture, "Backbone")
+        of_task = _named(hub.models, architecture, task)
+        try:
+            whole = of_task(backbone=backbone(**(arguments or {})), preprocessor=None, **head)
+        except (TypeError, ValueError) as error:
+            taken = [name for name in inspect.signature(backbone).parameters if name != "kwargs"]
+            raise UserError(
+                f"hub_model.arguments {arguments!r}: {_first_line(error)}; {architecture}Backbone takes "
+                f"{', '.join(taken)}"
+            ) from error
+    return single_input(whole, "hub_model")
+
+
+def single_input(task: Any, name: str) -> keras.Model:
+    """A task of KerasHub as a flat functional model of one input: see `hub_model`.
+
+    Args:
+        task: a `keras_hub.models.Task`.
+        name: of the model.
+
+    Raises:
+        UserError: it takes an input besides token ids, their mask and segments.
+    """
+    wanted = task._inputs_struct
+    if isinstance(wanted, dict):
+        x = keras.Input((None,), dtype="int32", name="token_ids")
+        # A causal model does not look ahead at what pads a text, and the weights of the targets mask its loss.
+        padding = None if hasattr(task, "call_with_cache") else _padding_id(task)
+        mask = keras.ops.ones_like(x) if padding is None else keras.ops.cast(keras.ops.not_equal(x, padding), "int32")
+        known = {"token_ids": x, "padding_mask": mask, "segment_ids": keras.ops.zeros_like(x)}
+        if unknown := [key for key in wanted if key not in known]:
+            raise UserError(
+                f"{type(task).__name__} takes {', '.join(unknown)} beside token_ids: only text and images are fed"
+            )
+        outputs = _through(task, [known[key] for key in wanted])
+        model = keras.Model(x, outputs, name=name)
+        _give_cache(model, task)
+        return model
+    x = image = keras.Input(wanted.shape[1:], dtype=wanted.dtype, name="images")
+    converter = getattr(task.preprocessor, "image_converter", None)
+    if converter is not None:  # the preset's own size, scale and offset
+        x = keras.Input((None, None, wanted.shape[-1]), dtype=wanted.dtype, name="images")
+        image = converter(x)
+    return keras.Model(x, _through(task, [image]), name=name)
+
+
+class HubCodec:
+    """A tokenizer of KerasHub as a codec.
+
+    Args:
+        tokenizer: a `keras_hub.tokenizers.Tokenizer`.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.size = int(tokenizer.vocabulary_size())
+
+    def encode(self, text: str) -> np.ndarray:
+        """Text to int32 ids [n]; nothing is added at its ends."""
+        return np.asarray(self._tokenizer(text), np.int32).reshape(-1)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Ids [n] to text."""
+        text = self._tokenizer.detokenize(np.asarray(ids, np.int32))
+        text = text.numpy() if hasattr(text, "numpy") else text
+        return text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+
+
+def hub_tokenizer(preset: str) -> HubCodec:
+    """The tokenizer of a preset of KerasHub, for `tokenized_text.tokenizer`.
+
+    Args:
+        preset: its name, or a local folder.
+
+    Raises:
+        UserError: KerasHub is not installed, or there is no such preset.
+    """
+    return HubCodec(_from_preset(_keras_hub().tokenizers.Tokenizer, preset))
+
+
+def _keras_hub() -> ModuleType:
+    try:
+        import keras_hub
+    except ImportError as error:
+        raise UserError(f"KerasHub cannot be imported ({error}): {_INSTALL}") from None
+    return keras_hub
+
+
+def _named(module: ModuleType, architecture: str, suffix: str) -> Any:
+    if not isinstance(architecture, str) or not hasattr(module, f"{architecture}{suffix}"):
+        known = [name.removesuffix(suffix) for name in dir(module) if name.endswith(suffix) and name != suffix]
+        near = difflib.get_close_matches(str(architecture), known, cutoff=0.3) or known[:8]
+        raise UserError(
+            f"hub_model.architecture is {architecture!r}: KerasHub has no {architecture}{suffix}; nearest: "
+            f"{', '.join(near)}"
+        )
+    return getattr(module, f"{architecture}{suffix}")
+
+
+def _from_preset(of: Any, preset: str, **options: Any) -> Any:
+    looks_local = preset.startswith((".", "/", "~"))
+    folder = Path(preset).expanduser()
+    if looks_local and not folder.is_dir():
+        siblings = [p.name for p in folder.parent.glob("*") if p.is_dir()]
+        near = difflib.get_close_matches(folder.name, siblings, cutoff=0.4)
+        raise UserError(f"no preset folder {preset}" + (f"; beside it there is {', '.join(near)}" if near else ""))
+    try:
+        return of.from_preset(str(folder) if folder.is_dir() else preset, **options)
+    except Exception as error:  # KerasHub, Kaggle and the file readers below it each raise their own
+        near = difflib.get_close_matches(preset, list(of.presets))
+        raise UserError(
+            f"KerasHub cannot load the preset {preset!r} as {of.__name__} ({_first_line(error).rstrip('.:')}): name "
+            + (", ".join(near) if near else "a preset of keras_hub")
+            + ", which needs the network once, or a local folder written by save_to_preset()"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _through(function: Any, inputs: list[Any]) -> Any:
+    """The outputs of a functional model for other inputs, with the models inside it taken apart into their layers.
+
+    So the graph is flat: it is cut layer by layer where something above is trained (`prefix.cut`).
+    """
+
+    # Keras 3.15's own walk over the graph. There is no public way that keeps the layers: clone_model makes new ones
+    # of a nested model's class.
+    def operation(op: Any) -> Any:
+        if not isinstance(op, keras.Model) or not hasattr(op, "_run_through_graph"):
+            return op
+        names = op._inputs_struct
+
+        def through(x: Any, **_: Any) -> Any:
+            return _through(op, [x[name] for name in names] if isinstance(names, dict) else keras.tree.flatten(x))
+
+        return through
+
+    return function._run_through_graph(inputs, operation)
+
+
+def _padding_id(task: Any) -> int | None:
+    tokenizer = getattr(task.preprocessor, "tokenizer", None)
+    return getattr(tokenizer, "pad_token_id", None)
+
+
+def _give_cache(model: keras.Model, task: Any) -> None:
+    """Adds `make_cache` and `decode` where the task has a cache that needs nothing but ids."""
+    # As attributes and not as methods of a class of ours, which a saved model would then need.
+    if not all(hasattr(task, name) for name in ("_build_cache", "call_with_cache")):
+        return
+    for method, known in ((task._build_cache, 1), (task.call_with_cache, 3)):
+        parameters = list(inspect.signature(method).parameters.values())
+        if any(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters[known:]):
+            return
+    model.make_cache = functools.partial(_make_cache, task)
+    model.decode = functools.partial(_decode, task)
+
+
+def _make_cache(task: Any, batch: int, length: int) -> Any:
+    longest = getattr(task.backbone, "max_sequence_length", None)
+    if longest is not None and length > longest:
+        raise UserError(
+            f"the prompt and sample.length make {length} tokens, and the model reads {longest}: shorten one"
+        )
+    # KerasHub makes a cache of the right shape only by filling it; in a compiled function the filling is pruned.
+    cache = task._build_cache(keras.ops.zeros((batch, length), "int32"))[-1]
+    return keras.tree.map_structure(keras.ops.zeros_like, cache)
+
+
+def _decode(task: Any, tokens: Any, cache: Any, position: Any) -> tuple[Any, Any]:
+    logits, _, cache = task.call_with_cache(tokens, cache, position)
+    return logits, cache

@@ -1,0 +1,79 @@
+"""The precision in which what is frozen is stored; what is trained keeps its own."""
+
+import dataclasses
+from typing import Any
+
+import keras
+
+from dist_partial.errors import UserError
+from dist_partial.selection import Plan
+
+PRECISIONS = (None, "bfloat16", "int8")
+_QUANTIZABLE = (keras.layers.Dense, keras.layers.EinsumDense, keras.layers.Embedding)
+
+
+def lower(plan: Plan, model: keras.Model, precision: str | None) -> Plan:
+    """Stores what no rule trains in fewer bits, in the strategy's scope.
+
+    'bfloat16' rounds every frozen float32 variable; layers compute in the precision that they had, on values cast as
+    they are read. 'int8' has Keras quantize (`keras.Layer.quantize`) the Dense, EinsumDense and Embedding layers of
+    which nothing is trained but LoRA's factors: a scale for each output channel, activations quantized as they come;
+    all other layers stay as they are.
+
+    Args:
+        plan: what is trained.
+        model: built; its frozen variables are changed.
+        precision: 'bfloat16', 'int8', or None for nothing.
+
+    Returns:
+        The same plan, with the variables that take the place of others.
+
+    Raises:
+        UserError: nothing of the model can be stored so.
+    """
+    if precision is None:
+        return plan
+    frozen = {id(entry.variable) for entry in plan.entries if not entry.rule.train}
+    if precision == "bfloat16":
+        lowered = [e.variable for e in plan.entries if id(e.variable) in frozen and e.variable.dtype == "float32"]
+        for variable in lowered:
+            _round(variable)
+        replaced: dict[int, Any] = {}
+    else:
+        replaced = _quantize(model, frozen)
+        lowered = list(replaced.values())
+    if not lowered:
+        raise UserError(
+            f"run.frozen = {precision!r}, and the rules freeze nothing that can be stored so (for int8: whole Dense, "
+            "EinsumDense or Embedding layers): unbind it"
+        )
+    entries = tuple(dataclasses.replace(e, variable=replaced.get(id(e.variable), e.variable)) for e in plan.entries)
+    return dataclasses.replace(plan, entries=entries)
+
+
+def _round(variable: Any) -> None:
+    """Puts a bfloat16 variable in the place of a Keras variable's value."""
+    # Keras 3.15 has no public way to change a variable's dtype, and a dtype policy must be known before it is built,
+    # when no rule has been resolved yet. Within a layer's call Keras casts what is read to the compute dtype.
+    value = keras.ops.convert_to_numpy(variable).astype("bfloat16")
+    variable._dtype = "bfloat16"
+    variable._initialize(value)
+
+
+def _quantize(model: keras.Model, frozen: set[int]) -> dict[int, Any]:
+    """Quantizes the layers of which nothing is trained; returns the new kernels by the identity of the old ones."""
+    replaced = {}
+    for layer in model._flatten_layers():
+        if not isinstance(layer, _QUANTIZABLE) or not layer.built:
+            continue
+        name = "_embeddings" if isinstance(layer, keras.layers.Embedding) else "_kernel"
+        before = getattr(layer, name)
+        own = [v for v in layer.variables if not v.name.startswith("lora_")]
+        if id(before) not in frozen or any(v.trainable and id(v) not in frozen for v in own):
+            continue
+        try:
+            layer.quantize("int8")
+        except NotImplementedError:  # a subclass, with a call of its own
+            continue
+        replaced[id(before)] = getattr(layer, name)
+    return replaced
