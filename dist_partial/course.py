@@ -81,6 +81,12 @@ class Course:
             "allocated": [number for number, group in enumerate(self._built.optimizers) if group.state],
         }
 
+    @property
+    def leg(self) -> Leg:
+        """What is trained now; there is none before the first `enter`."""
+        assert self._leg is not None
+        return self._leg
+
     def next_switch(self, done: int) -> int | None:
         """The next number of steps after which another selection may hold."""
         return self._built.schedule.next_switch(done)
@@ -99,8 +105,8 @@ class Course:
             for units, remaining in ahead:
                 self._found(units, remaining, done)
 
-    def leg(self, done: int) -> tuple[Leg, bool]:
-        """What the step after `done` steps trains, and whether it is another selection than before.
+    def enter(self, done: int) -> bool:
+        """Makes `leg` what the step after `done` steps trains; returns whether it is another selection than before.
 
         All workers call it at the same steps.
         """
@@ -122,19 +128,18 @@ class Course:
                 del self._legs[known]  # what is frozen for good does not come back
             self._reading, self._inputs = leg.activations, self._batches(leg.activations, done)
             self._indices = iter(self._order(done))
-        return leg, switched
+        return switched
 
     def advance(self, count: int) -> dict[str, tf.Tensor]:
         """Makes so many steps of the current leg; returns what its `train` does."""
-        assert self._leg is not None
         if self._reading is not None and self._indices is not None:
             for _ in range(count):
                 self._reading.fill(next(self._indices).numpy())
-        result = self._leg.train.function(self._inputs, tf.constant(count))
+        result = self.leg.train.function(self._inputs, tf.constant(count))
         if self._built.schedule.statistics == "norms":
             squares = result["unit_norms"].numpy().astype(np.float64).sum(axis=0)
             places = {unit.name: i for i, unit in enumerate(self._built.units)}
-            for name, square in zip(self._leg.plan.units, squares, strict=True):
+            for name, square in zip(self.leg.plan.units, squares, strict=True):
                 self._squares[places[name]] += square
         return result
 
@@ -218,6 +223,7 @@ class Course:
         """Keeps, resets or drops the slots of what is no longer trained."""
         if self._settings.leave == "keep":
             return
+        self._leg = None
         with self._built.replicas.strategy.scope():
             for planned, group in zip(self._built.plan.groups, self._built.optimizers, strict=True):
                 if planned.entries[0].unit in units:

@@ -28,7 +28,7 @@ class Cut:
     Attributes:
         prefix: inputs -> the tensors on which the rest depends; draws nothing and changes nothing.
         suffix: (those tensors, training) -> the model's outputs.
-        name: of the last layer of the prefix.
+        name: of the last layers of the prefix.
     """
 
     prefix: Callable[[tf.Tensor], list[tf.Tensor]]
@@ -115,9 +115,9 @@ def _cut_graph(model: keras.Model, fixed: Callable[[Sequence[Any]], bool]) -> Cu
     tensors = list(edge.values())
     below, rest = keras.Model(model.inputs, tensors), keras.Model(tensors, model.outputs)
     return Cut(
-        lambda x: below([x], training=True),
-        lambda given, training: rest(list(given), training=training)[0],
-        names[-1],
+        lambda x: tf.nest.flatten(below([x], training=True)),
+        lambda given, training: tf.nest.flatten(rest(list(given), training=training))[0],
+        " and ".join(sorted(names)),
     )
 
 

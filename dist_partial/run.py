@@ -102,9 +102,9 @@ def _run(
         global_batch=settings.global_batch,
     )
     course.compile_ahead(done)
-    (leg, began), begun = course.leg(done), done
+    switched = course.enter(done)
     constant = isinstance(built.schedule, Constant)
-    plan = leg.plan if constant else built.plan
+    plan = course.leg.plan if constant else built.plan
     meter = traffic.Meter(workers, traffic.card(replicas.host) if replicas.host else None, done)
     saved, first, kept = done, True, None
     with (
@@ -112,9 +112,9 @@ def _run(
         Journal(folder, done, settings.steps, plan, replicas.is_chief) as journal,
         _signals() as received,
     ):
-        if leg.train.without_gradient:
-            journal.say(f"selected, but the loss does not depend on it: {', '.join(leg.train.without_gradient)}")
-        for exchange in leg.exchanges:
+        if course.leg.train.without_gradient:
+            journal.say(f"selected, but the loss does not depend on it: {', '.join(course.leg.train.without_gradient)}")
+        for exchange in course.leg.exchanges:
             local = exchange.fragment.reduction
             last = local.next_due(settings.steps) - local.steps
             if last != settings.steps:
@@ -127,17 +127,16 @@ def _run(
         if plan.statistics:
             journal.say(f"BatchNorm statistics add {average_bytes(plan.statistics):,} bytes a step to the wire")
         while done < settings.steps:
-            leg, switched = course.leg(done) if done > begun else (leg, began)
             if switched and not constant:
-                journal.plan(done + 1, leg.plan, leg.digest)
-            if leg.activations and leg.activations is not kept:
-                kept = leg.activations
+                journal.plan(done + 1, course.leg.plan, course.leg.digest)
+            if course.leg.activations not in (None, kept):
+                kept = course.leg.activations
                 journal.say(f"run.cache keeps the activations up to {kept.name!r}, at most {kept.bytes:,} bytes")
-            count = _steps_until_event(settings, done, leg.exchanges, course.next_switch(done))
+            count = _steps_until_event(settings, done, course.leg.exchanges, course.next_switch(done))
             meter.start()
             result = course.advance(count)
-            sent = wire_bytes + traffic.total(leg.sent) * np.arange(1, count + 1)
-            for exchange in leg.exchanges:
+            sent = wire_bytes + traffic.total(course.leg.sent) * np.arange(1, count + 1)
+            for exchange in course.leg.exchanges:
                 if exchange.fragment.reduction.due(done + count):
                     exchange.function()
                     sent[-1] += traffic.total(exchange.sent)
@@ -146,7 +145,7 @@ def _run(
             told = np.array([number in received for number in (signal.SIGINT, signal.SIGTERM)], np.float32)
             sums = replicas.sum(np.concatenate([result["loss"], result["gradient_norm"], told]))
             losses, norms, (interrupted, terminated) = sums[:count], sums[count:-2] / workers, sums[-2:]
-            meter.stop(leg.plan, done, done + count, int(sent[-1]) - wire_bytes, sums.nbytes)
+            meter.stop(course.leg.plan, done, done + count, int(sent[-1]) - wire_bytes, sums.nbytes)
             good = _finite_steps(losses, norms, scaled=built.scale is not None)
             journal.train(done + 1, losses[:good], norms[:good], sent[:good])
             if good < count:
@@ -178,6 +177,8 @@ def _run(
                     journal.traffic(meter.to_json(done))
             if stop:
                 break
+            if done < settings.steps:
+                switched = course.enter(done)
     replicas.sum(np.zeros(1, np.float32))  # none ends before the last checkpoint is written
     if done < settings.steps:
         raise Interrupted(

@@ -78,11 +78,8 @@ class Wire:
         context: Any = tf.distribute.get_replica_context()
         if context.num_replicas_in_sync == 1:
             return sums, [words[tf.newaxis] for words in gathers]
-        # A limit of one byte leaves our packs as they are: TensorFlow's own packing loses the static shapes that
-        # the count of bytes in the graph relies on, and fails on mixed dtypes.
-        options = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=1)
-        summed = context.all_reduce(tf.distribute.ReduceOp.SUM, sums, options) if sums else []
-        return summed, [context.merge_call(_tensorflow_gather, args=(words,)) for words in gathers]
+        summed = context.merge_call(_tensorflow_sum, args=sums) if sums else []
+        return list(summed), [context.merge_call(_tensorflow_gather, args=(words,)) for words in gathers]
 
 
 def together(wire: Wire, exchanges: Sequence[Any]) -> list[Any]:
@@ -125,6 +122,15 @@ def _packs(members: Sequence[int], tensors: Sequence[tf.Tensor], limit: int) -> 
         pack.append(i)
         open_packs[tensors[i].dtype] = (pack, filled + size)
     return packs
+
+
+def _tensorflow_sum(strategy: Any, *values: Any) -> Any:
+    # Not `ReplicaContext.all_reduce`, whose gradient function TensorFlow 2.21 keeps in a registry for good, and with it
+    # the graph and the memory of all variables of which it is. A limit of one byte leaves our packs as they are:
+    # TensorFlow's own packing loses the static shapes that the count of bytes in the graph relies on, and fails on
+    # mixed dtypes.
+    options = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=1)
+    return strategy.extended.batch_reduce_to(tf.distribute.ReduceOp.SUM, [(v, v) for v in values], options)
 
 
 def _tensorflow_gather(strategy: Any, value: Any) -> Any:

@@ -33,7 +33,7 @@ SCHEDULES = {
     "gradual": Gradual(every=4, units=["a/.*", "b/.*", "c/.*", "d/kernel", "d/bias"]),
     "rotation": Rotation(every=3),
     "lisa": Lisa(every=3, count=1),
-    "autofreeze": AutoFreeze(every=3, percentile=80.0, retest=2),
+    "autofreeze": AutoFreeze(every=2, percentile=100.0, retest=3),
     "byte_budget": ByteBudget(bytes=2 * 8 * (WIDTH * WIDTH + WIDTH), every=3),
 }
 
@@ -156,8 +156,9 @@ def test_slots_of_what_is_left(leave, mirrored, tmp_path):
     run.run(told, tmp_path / "run")
     cases.set_precision("float64")
     cases.assert_equal(trained(tmp_path / "run"), reference(told, tmp_path / "run", resets=True), 1e-10)
+    last = {path.split("/")[0] for path in [*legs(tmp_path / "run").values()][-1]}
     slots = {name.split("/")[1] for name in state(tmp_path / "run", STEPS) if name.startswith("slots/")}
-    assert {name for name in slots if name in LAYERS} == ({"c"} if leave == "drop" else set(LAYERS))
+    assert {name for name in slots if name in LAYERS} == (last if leave == "drop" else set(LAYERS))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def _work(folder: Path) -> None:
     made.mesh.close = lambda reason=None: None  # which a run calls at its end; the next one here goes on with it
     for name, schedule in SCHEDULES.items():
         keras.utils.clear_session(free_memory=False)
-        run.run(settings(schedule, made, precision="float64"), folder / name)
+        run.run(settings(schedule, made, precision="float64", cache="memory"), folder / name)
 
 
 def test_two_workers(tmp_path):

@@ -9,7 +9,9 @@ from dist_partial import traffic
 from dist_partial.plan import bytes_per_second
 from dist_partial.reduction import Message
 from tests import hosts
+from tests.cases import rows
 
+BUDGET = 5_300_000  # of 5.6 MB: the largest variable and one of the two others
 PLANS = {
     "every_step": ["run.rules = [('train', '.*')]"],
     "mixed": [
@@ -21,6 +23,15 @@ PLANS = {
         "second/Rule.reduction = @local_sgd()",
         "local_sgd.steps = 2",
         "every_step.dtype = 'bfloat16'",
+    ],
+    "byte_budget": [
+        "run.rules = [('train', '.*')]",
+        "run.schedule = @byte_budget()",
+        f"byte_budget.bytes = {BUDGET}",
+        "byte_budget.units = ['dense1/kernel', 'dense1/bias', 'dense2/.*']",
+        "byte_budget.by = 'norm'",
+        "byte_budget.every = 3",
+        "byte_budget.starve = 1",
     ],
 }
 
@@ -84,8 +95,13 @@ def test_card_graph_and_plan_agree(tmp_path):
             found = json.loads((folder / "traffic.json").read_text())
             assert found["card"] == "e0"
             assert found["planned_bytes"] == found["counted_bytes"] > 1e6, name
-            steps = 2 if name == "mixed" else 4  # a call, after which losses, norms and two flags are summed
+            steps = {"mixed": 2, "byte_budget": 3}.get(name, 4)  # a call, after which losses, norms and two flags are summed
             assert found["metrics_bytes"] == 12 // steps * 4 * (2 * steps + 2)
             # With two workers as much as the payload leaves each card, of a sum and of a gather.
             assert found["expected_card_bytes"] == found["planned_bytes"] + found["metrics_bytes"]
             assert found["card_bytes"] == pytest.approx(found["expected_card_bytes"], rel=0.02), name
+            if name == "byte_budget":
+                sent = [0, *[row["wire_bytes"] for row in rows(folder / "metrics.jsonl") if row["split"] == "train"]]
+                steps_bytes = {later - earlier for earlier, later in zip(sent, sent[1:], strict=False)}
+                assert len(steps_bytes) > 1 and max(steps_bytes) <= BUDGET
+                assert found["card_bytes"] <= 12 * BUDGET

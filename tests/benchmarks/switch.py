@@ -7,9 +7,11 @@ Writes tests/benchmarks/results/switch.json.
 
 import ctypes
 import json
+import multiprocessing
 import os
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from dist_partial import replicas
-from dist_partial.build import Built, batches, build
+from dist_partial.build import Built, build
 from dist_partial.course import Course
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.models import byte_transformer
@@ -50,29 +51,28 @@ def wide() -> keras.Model:
     return keras.Sequential([keras.Input((WIDTH,)), *[keras.layers.Dense(WIDTH, name=f"dense{i}") for i in range(4)]])
 
 
-def start(made: replicas.Replicas, model: Any, data: Any, leave: str, steps: int) -> tuple[Built, Course, Any]:
+def start(made: replicas.Replicas, model: Any, data: Any, leave: str, steps: int) -> tuple[Built, Course]:
     schedule = Rotation(every=EVERY, order="ascending")
     settings = Settings(
         [("train", ".*")], model, data, steps=steps, global_batch=8, schedule=schedule, leave=leave, compiled_plans=24
     )
     built = build(settings, made)
-    inputs = batches(built, settings, 0, 8)
-    return built, Course(built, settings, inputs, None), inputs
+    return built, Course(built, settings, 0, None)
 
 
 def step_times(made: replicas.Replicas) -> list[dict[str, Any]]:
     """Milliseconds a step right after a switch to a plan seen before, and later, of each unit."""
-    built, course, inputs = start(made, lambda: byte_transformer(layers=4, width=128, heads=4), tokens, "keep", 10**6)
+    built, course = start(made, lambda: byte_transformer(layers=4, width=128, heads=4), tokens, "keep", 10**6)
     units = len(built.units)
     early: dict[str, list[float]] = {}
     steady: dict[str, list[float]] = {}
     for done in range(EVERY * units * (1 + ROUNDS)):
         begun = time.perf_counter()
-        leg, _ = course.leg(done)
-        leg.train.function(inputs, tf.constant(1))["loss"].numpy()
+        course.enter(done)
+        course.advance(1)["loss"].numpy()
         took = (time.perf_counter() - begun) * 1e3  # what choosing and changing takes is a part of the step
         if done >= EVERY * units:
-            (name,) = leg.units
+            (name,) = course.leg.units
             (early if done % EVERY < AFTER else steady).setdefault(name, []).append(took)
     rows = []
     for name in early:
@@ -89,27 +89,23 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def memory(made: replicas.Replicas) -> list[dict[str, Any]]:
-    """Memory with the slots of one unit of four, at each visit."""
-    rows = []
-    for leave in ("keep", "drop"):
-        keras.utils.clear_session()
-        built, course, inputs = start(made, wide, vectors, leave, 10**6)
-        before = resident()
-        visits = []
-        for done in range(0, 2 * len(built.units) * EVERY, EVERY):
-            leg, _ = course.leg(done)
-            leg.train.function(inputs, tf.constant(2))["loss"].numpy()
-            visits.append(round(resident() - before))
-        slots = sum(v.numpy().nbytes for group in built.optimizers for v in group.state.values()) / 2**20
-        rows.append({"leave": leave, "MiB_above_start": visits, "slots_MiB_at_the_end": round(slots, 1)})
-        del course, built, leg, inputs
-    return rows
+def memory(leave: str) -> dict[str, Any]:
+    """Memory with the slots of one unit of four, at each visit; run in a process of its own."""
+    built, course = start(replicas.create("mirrored", 2), wide, vectors, leave, 10**6)
+    before = resident()
+    visits = []
+    for done in range(0, 3 * len(built.units) * EVERY, EVERY):
+        course.enter(done)
+        course.advance(2)["loss"].numpy()
+        visits.append(round(resident() - before))
+    slots = sum(v.numpy().nbytes for group in built.optimizers for v in group.state.values()) / 2**20
+    return {"leave": leave, "MiB_above_start": visits, "slots_MiB_at_the_end": round(slots, 1)}
 
 
 def main() -> None:
-    made = replicas.create("mirrored", 2)
-    found = {"command": COMMAND, "steps": step_times(made), "memory": memory(made)}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        memories = list(pool.map(memory, ("keep", "drop")))
+    found = {"command": COMMAND, "steps": step_times(replicas.create("mirrored", 2)), "memory": memories}
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     print(readme.table(list(found["steps"][0]), [list(row.values()) for row in found["steps"]]))
     for row in found["memory"]:
