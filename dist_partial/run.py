@@ -107,6 +107,13 @@ def _run(
     plan = course.leg.plan if constant else built.plan
     meter = traffic.Meter(workers, traffic.card(replicas.host) if replicas.host else None, done)
     saved, first, kept = done, True, None
+
+    def evaluated() -> None:
+        with local_sgd.agreed(strategy, built.fragments):
+            journal.evaluation(done, evaluate(), wire_bytes)
+            if built.data.codec is not None and replicas.is_chief:
+                journal.samples(evaluation.samples(built.model, built.data, settings.sampling, done))
+
     with (
         _written_folder(folder, built.identity, plan) if replicas.is_chief else contextlib.nullcontext(),
         Journal(folder, done, settings.steps, plan, replicas.is_chief) as journal,
@@ -126,6 +133,8 @@ def _run(
                 )
         if plan.statistics:
             journal.say(f"BatchNorm statistics add {average_bytes(plan.statistics):,} bytes a step to the wire")
+        if settings.eval_first and done == 0:
+            evaluated()
         while done < settings.steps:
             if switched and not constant:
                 journal.plan(done + 1, course.leg.plan, course.leg.digest)
@@ -162,10 +171,7 @@ def _run(
             stop = interrupted + terminated > 0 and done < settings.steps
             try:
                 if _due(settings, done, settings.eval_every):
-                    with local_sgd.agreed(strategy, built.fragments):
-                        journal.evaluation(done, evaluate(), wire_bytes)
-                        if built.data.codec is not None and replicas.is_chief:
-                            journal.samples(evaluation.samples(built.model, built.data, settings.sampling, done))
+                    evaluated()
             finally:  # what fails in an evaluation must not cost the training
                 if stop or _due(settings, done, settings.save_every):
                     arrays = checkpoints.read(built.state(), done, replicas.gather)

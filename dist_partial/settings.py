@@ -70,6 +70,7 @@ class Settings:
         steps: updates in the whole run.
         global_batch: examples an update, over all replicas.
         seed: of initial weights, dropout and the order of the data.
+        eval_first: whether to evaluate, and to sample, before the first update, too.
         eval_every: updates between evaluations; None evaluates at the end only.
         eval_examples: how many held-out examples an evaluation reads; None reads all.
         save_every: updates between checkpoints; None saves at the end only.
@@ -99,6 +100,7 @@ class Settings:
     steps: int = 1000
     global_batch: int = 32
     seed: int = 0
+    eval_first: bool = False
     eval_every: int | None = None
     eval_examples: int | None = None
     save_every: int | None = None

@@ -5,7 +5,7 @@ from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
 from dist_partial.data.prepared import tfds_dataset
 from dist_partial.data.source import ArraySource, Dataset, Source, fingerprint
-from dist_partial.data.tokens import tokenized_text
+from dist_partial.data.tokens import stdlib_prose, tokenized_text
 
 __all__ = [
     "ArraySource",
@@ -16,6 +16,7 @@ __all__ = [
     "fetched",
     "fingerprint",
     "stdlib_corpus",
+    "stdlib_prose",
     "stdlib_shapes",
     "tfds_dataset",
     "tokenized_text",

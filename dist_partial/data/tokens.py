@@ -1,14 +1,16 @@
 """Text in the tokens of any codec: the standard library's source, or the user's own files."""
 
+import dataclasses
 import hashlib
 import os
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from pydoc_data import topics
 
 import numpy as np
 
-from dist_partial.data.codecs import Codec
+from dist_partial.data.codecs import ByteCodec, Codec
 from dist_partial.data.corpus import _source_files, _split, _Windows
 from dist_partial.data.source import Dataset, fingerprint
 from dist_partial.errors import UserError
@@ -46,15 +48,30 @@ def tokenized_text(
             "@smollm2_tokenizer, without ()"
         )
     files = _source_files(Path(sysconfig.get_paths()["stdlib"])) if root is None else _files(Path(root), pattern)
-    chosen = _drawn(files, limit)
-    ids = np.concatenate([codec.encode(text.decode("utf-8", "replace")) for text in chosen.values()])
+    texts = [content.decode("utf-8", "replace") for content in _drawn(files, limit).values()]
+    return _of_texts("tokenized_text", codec, texts, window, evaluation_share)
+
+
+def stdlib_prose(window: int = 128, evaluation_share: float = 0.1) -> Dataset:
+    """The prose of the Python standard library, in bytes: the 0.7 MB of language reference behind `help()`.
+
+    Args:
+        window: bytes of an example.
+        evaluation_share: as for `tokenized_text`.
+    """
+    texts = [topics.topics[name] for name in sorted(topics.topics)]
+    return dataclasses.replace(_of_texts("stdlib_prose", ByteCodec(), texts, window, evaluation_share), unit="byte")
+
+
+def _of_texts(name: str, codec: Codec, texts: Sequence[str], window: int, evaluation_share: float) -> Dataset:
+    ids = np.concatenate([codec.encode(text) for text in texts])
     tokens = ids.astype(np.uint16 if codec.size <= 2**16 else np.int32)
     train, evaluation = _split(tokens, window, window, evaluation_share)
     return Dataset(
-        name="tokenized_text",
+        name=name,
         train=_Windows(train, next_only=False),
         evaluation=_Windows(evaluation, next_only=False),
-        fingerprint=fingerprint("tokenized_text", tokens, window, evaluation_share),
+        fingerprint=fingerprint(name, tokens, window, evaluation_share),
         codec=codec,
     )
 

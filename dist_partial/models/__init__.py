@@ -2,7 +2,8 @@
 
 from dist_partial.models.byte_transformer import byte_transformer
 from dist_partial.models.hub import hub_model, hub_tokenizer
+from dist_partial.models.keras_file import keras_file
 from dist_partial.models.smollm2 import smollm2, smollm2_tokenizer
 from dist_partial.models.two_dense import two_dense
 
-__all__ = ["byte_transformer", "hub_model", "hub_tokenizer", "smollm2", "smollm2_tokenizer", "two_dense"]
+__all__ = ["byte_transformer", "hub_model", "hub_tokenizer", "keras_file", "smollm2", "smollm2_tokenizer", "two_dense"]

@@ -1,0 +1,124 @@
+"""Fine-tuning a part of SmolLM2-135M against all of it: loss, bytes, time and memory.
+
+python -m tests.benchmarks.finetune
+
+Each row is a process of its own, one after the other. Writes results/finetune.json and the README's table.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks import readme
+
+COMMAND = "python -m tests.benchmarks.finetune"
+RESULTS = Path(__file__).parent / "results" / "finetune.json"
+CONFIGS = Path(__file__).parents[2] / "gin_configs"
+STEPS, BATCH = 60, 4
+# Name: gin file, rules in its place, learning rate.
+ROWS: dict[str, tuple[str, str | None, float]] = {
+    "everything": ("smollm2.gin", "[('train', '.*')]", 1e-4),
+    "the last 4 of 30 blocks": ("smollm2.gin", None, 2e-4),
+    "LoRA of rank 8, base in bfloat16": ("smollm2_lora.gin", None, 1e-3),
+}
+
+
+def child(name: str) -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    file, rules, rate = ROWS[name]
+    from dist_partial import config, run
+
+    params = [
+        f"run.steps = {STEPS}",
+        f"run.global_batch = {BATCH}",
+        f"CosineDecay.decay_steps = {STEPS - 10}",
+        f"CosineDecay.warmup_target = {rate}",
+        f"CosineDecay.initial_learning_rate = {rate / 20}",
+        "run.eval_every = None",
+        "run.save_every = None",
+        *([f"run.rules = {rules}"] if rules else []),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.perf_counter()
+        run.run(config.load([CONFIGS / file], params).settings, Path(folder))
+        took = time.perf_counter() - begun
+        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        traffic = json.loads((Path(folder) / "traffic.json").read_text())
+        plan = json.loads((Path(folder) / "plan.json").read_text())
+        samples = [json.loads(line)["text"] for line in (Path(folder) / "samples.jsonl").read_text().splitlines()]
+        checkpoint = sum(path.stat().st_size for path in (Path(folder) / "checkpoints").iterdir())
+    before, after = [row["loss"] for row in rows if row["split"] == "eval"]
+    found = {
+        "what": name,
+        "parameters": plan["trained_parameters"],
+        "share": plan["trained_parameters"] / plan["total_parameters"],
+        "wire_bytes_per_step": plan["wire_bytes_per_step"],
+        "loss_before": before,
+        "loss_after": after,
+        "step_ms": traffic["step_ms"],
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "checkpoint_bytes": checkpoint,
+        "seconds": took,
+        "samples": samples,
+    }
+    print("RESULT " + json.dumps(found), flush=True)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    whole = rows[0]
+    header = [
+        "what is trained",
+        "parameters",
+        "MB a step",
+        "held-out loss",
+        "ms a step",
+        "of all",
+        "peak GB",
+        "checkpoint, MB",
+    ]
+    lines = [
+        [
+            row["what"],
+            f"{row['parameters']:,} ({row['share']:.1%})",
+            f"{row['wire_bytes_per_step'] / 1e6:.1f}",
+            f"{row['loss_before']:.3f} → {row['loss_after']:.3f}",
+            f"{row['step_ms']:,.0f}",
+            f"{row['step_ms'] / whole['step_ms']:.2f}",
+            f"{row['peak_gb']:.1f}",
+            f"{row['checkpoint_bytes'] / 1e6:.0f}",
+        ]
+        for row in rows
+    ]
+    return readme.table(header, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--child")
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child)
+        return
+    rows = []
+    for name in ROWS:
+        command = [sys.executable, "-m", "tests.benchmarks.finetune", f"--child={name}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+        lines = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if not lines:
+            raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
+        rows.append(json.loads(lines[0]))
+        setting = f"{STEPS} steps of {BATCH} examples of 128 tokens, Adam, cosine, 2 simulated replicas on 2 cores"
+        RESULTS.write_text(json.dumps({"command": COMMAND, "setting": setting, "rows": rows}, indent=1) + "\n")
+        readme.write("finetune", table(rows))
+        print({key: value for key, value in rows[-1].items() if key != "samples"}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
