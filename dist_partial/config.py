@@ -216,7 +216,9 @@ def _explain(error: Exception, place: str) -> str:
     if isinstance(error, SyntaxError):
         first = error.msg.rstrip(".") + (f": {error.text.strip()!r}" if error.text else "")
         place = place or f" ({error.filename}, line {error.lineno})"
-    if isinstance(error, RecursionError):
+    if "malformed node or string" in text:
+        first = "a text needs quotes, also within the shell's: --gin_param=\"run.leave = 'reset'\""
+    elif isinstance(error, RecursionError):
         first = "a binding refers to itself, as in local_sgd.exchange = @local_sgd()"
     elif match := re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
         name = match[1].split("/")[-1]

@@ -50,6 +50,9 @@ class Leg:
 class Course:
     """Where a run stands in its schedule.
 
+    Attributes:
+        notes: what has happened that the user should hear of; whoever tells it clears them.
+
     Args:
         built: what the run computes with.
         settings: of the run.
@@ -71,6 +74,7 @@ class Course:
         self._inputs = batches(built, settings, done, settings.global_batch)
         self._indices: Iterator[tf.Tensor] | None = None
         self._probe: Any = None
+        self.notes: list[str] = []
 
     def to_json(self) -> dict[str, Any]:
         """What a run needs to go on exactly from here, as JSON values; groups of which there are slots among it."""
@@ -111,21 +115,27 @@ class Course:
         All workers call it at the same steps.
         """
         schedule, built = self._built.schedule, self._built
+        mesh = built.replicas.mesh
         if observes(schedule, done):
             squares = self._probed(done) if schedule.statistics == "probe" else self._squares
+            if schedule.statistics == "norms" and mesh is not None:
+                # Workers on processors of another make could round their norms otherwise, and freeze something else.
+                squares = built.replicas.sum(squares.astype(np.float32)) / mesh.size
             self._state = schedule.observe(done, built.units, squares, self._state)
             self._squares = np.zeros_like(self._squares)
         units, remaining = self._selected(done)
         switched = units != self._active
+        if mesh is not None and (self._leg is None or schedule.next_switch(done - 1) == done):
+            # Before anything is traced: workers that disagree would wait for each other in different functions.
+            agreement.check(mesh, {f"what is trained from step {done + 1} on": sorted(units)})
         if self._active is not None and switched:
             self._leave(self._active - units)
         leg = self._leg = self._found(units, remaining, done)
-        if switched and built.replicas.mesh is not None:
-            agreement.check(built.replicas.mesh, {f"the plan of step {done + 1}": leg.digest})
         self._active = units
         if leg.activations is not self._reading:
             for known in [known for known in self._legs if known[1] is self._reading]:
                 del self._legs[known]  # what is frozen for good does not come back
+            self._kept = {of: kept for of, kept in self._kept.items() if kept is not self._reading}
             self._reading, self._inputs = leg.activations, self._batches(leg.activations, done)
             self._indices = iter(self._order(done))
         return switched
@@ -166,13 +176,22 @@ class Course:
         """Of what lies below all that may still be trained."""
         built, settings = self._built, self._settings
         if remaining not in self._kept:
-            part = prefix.cut(built.model, [e.variable for e in built.plan.trained if e.unit in remaining])
+            # The layers of what is frozen for good run in inference mode from here on.
+            later = built.plan.only(remaining)
+            batch_norm.set_modes(built.batch_norms, later, everywhere=settings.statistics == "all")
+            part = prefix.cut(built.model, [entry.variable for entry in later.trained])
             known = {kept.name: kept for kept in self._kept.values() if kept is not None}
             if part is not None and part.name not in known:
                 own = settings.global_batch // (built.replicas.mesh.size if built.replicas.mesh else 1)
                 rows = own // replicas.local_count(built.replicas.strategy) // settings.accumulate
                 expected = min(len(built.data.train), own * (settings.steps - done))
-                known[part.name] = prefix.Activations(built.data.train, part, rows, expected, where)
+                try:
+                    known[part.name] = prefix.Activations(built.data.train, part, rows, expected, where)
+                except UserError as error:
+                    if self._leg is None:  # before the first step
+                        raise
+                    self.notes.append(f"{error}; going on without it")
+                    part = None
             self._kept[remaining] = None if part is None else known[part.name]
         return self._kept[remaining]
 
@@ -237,9 +256,8 @@ class Course:
         """The squared gradient norms of all units on the batch that comes next, summed over the replicas."""
         built, settings = self._built, self._settings
         if self._probe is None:
-            self._probe = step.probe(
-                built.replicas.strategy, built.model, built.loss, built.plan, settings.global_batch
-            )
+            parts = settings.accumulate
+            self._probe = step.probe(built.replicas.strategy, built.model, built.loss, built.plan, parts)
         ahead: Iterator[step.Batch] = batches(built, settings, done, settings.global_batch)
         squares = dict(zip(built.plan.units, built.replicas.sum(self._probe(ahead).numpy()), strict=True))
         return np.array([squares[unit.name] for unit in built.units], np.float64)

@@ -152,6 +152,8 @@ def _measure(settings: "Settings", batch: int) -> tuple["Plan", Computation, flo
     from dist_partial.schedule import Constant
 
     # Of a schedule the costliest case: everything that it may train, at once.
+    if not isinstance(settings.schedule, Constant):
+        print("run.schedule trains a part of this at a time; what follows is of all that the rules train together")
     built = build(dataclasses.replace(settings, schedule=Constant()), replicas.create("default"))
     strategy, wire = built.replicas.strategy, built.replicas.wire
     batch = -(-batch // settings.accumulate) * settings.accumulate

@@ -66,7 +66,7 @@ def cut(model: keras.Model, trained: Collection[Any]) -> Cut | None:
 def _cut_stages(stages: Sequence[Any], fixed: Callable[[Sequence[Any]], bool]) -> Cut | None:
     below = list(itertools.takewhile(lambda stage: fixed(stage[0]), stages))
     above = stages[len(below) :]
-    if not below or not above:
+    if not above or not any(layer.weights for layers, _ in below for layer in layers):
         return None
 
     def suffix(tensors: Sequence[tf.Tensor], training: bool) -> tf.Tensor:
@@ -109,11 +109,11 @@ def _cut_graph(model: keras.Model, fixed: Callable[[Sequence[Any]], bool]) -> Cu
             elif id(tensor) not in seen:
                 seen.add(id(tensor))
                 above.append(tensor)
-    names = [tensor._keras_history.operation.name for tensor in edge.values() if arguments(tensor)]
-    if not names:  # the inputs alone
-        return None
     tensors = list(edge.values())
     below, rest = keras.Model(model.inputs, tensors), keras.Model(tensors, model.outputs)
+    if not below.weights:  # the inputs alone, or little more
+        return None
+    names = {tensor._keras_history.operation.name for tensor in tensors if arguments(tensor)}
     return Cut(
         lambda x: tf.nest.flatten(below([x], training=True)),
         lambda given, training: tf.nest.flatten(rest(list(given), training=training))[0],

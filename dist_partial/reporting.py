@@ -183,7 +183,7 @@ class Journal:
 
     def _share(self, step: int, wire_bytes: int) -> float:
         """What was sent, as a share of exchanging all gradients whole in every step."""
-        return wire_bytes / (step * self._plan.full_wire_bytes)
+        return wire_bytes / (step * self._plan.full_wire_bytes) if step else 0.0
 
     def say(self, text: str) -> None:
         """Prints above the progress bar."""

@@ -135,9 +135,15 @@ def _run(
             journal.say(f"BatchNorm statistics add {average_bytes(plan.statistics):,} bytes a step to the wire")
         if settings.eval_first and done == 0:
             evaluated()
+        if settings.cache and course.leg.activations is None:
+            journal.say(
+                "run.cache keeps nothing yet: nothing that comes before all that may be trained is frozen for good"
+            )
         while done < settings.steps:
             if switched and not constant:
                 journal.plan(done + 1, course.leg.plan, course.leg.digest)
+            while course.notes:
+                journal.say(course.notes.pop(0))
             if course.leg.activations not in (None, kept):
                 kept = course.leg.activations
                 journal.say(f"run.cache keeps the activations up to {kept.name!r}, at most {kept.bytes:,} bytes")

@@ -237,6 +237,11 @@ class Gradual(_Periodic):
     count: int = 1
 
     def check(self, units: Sequence[Unit], steps: int) -> None:
+        if self.count >= len(units):
+            names = _names(unit.name for unit in units)
+            raise UserError(
+                f"gradual_unfreezing.count is {self.count}: all units, {names}, would be on at once: bind less"
+            )
         last = self.every * ((len(units) - 1) // self.count)
         missed = _names(unit.name for unit in units[: -self._reached(steps - 1)])
         _check_reached(f"gradual_unfreezing.every is {self.every}: {missed} would stay frozen; all are on", last, steps)
@@ -264,6 +269,11 @@ class Rotation(_Periodic):
 
     def check(self, units: Sequence[Unit], steps: int) -> None:
         _, others = _split("block_rotation.always", self.always, units)
+        if len(others) < 2:
+            raise UserError(
+                f"block_rotation has one unit to turn to, {_names(others)}: bind patterns of more to "
+                "block_rotation.units"
+            )
         last = self.every * (len(others) - 1)
         what = f"block_rotation.every is {self.every}: the last of {len(others)} units has its first turn"
         _check_reached(what, last, steps)
@@ -361,10 +371,13 @@ class AutoFreeze(_Periodic):
     def observe(self, step: int, units: Sequence[Unit], norms: np.ndarray, state: State) -> State:
         first = self._first(step - 1, state)
         now, before = _roots(norms), state["norms"]
-        # A unit that has never had a gradient does not change; one that has its first has changed beyond measure.
+        # A unit that has never had a gradient does not change; one that has its first has changed beyond measure, and
+        # so, for all that is known, has one that overflowed.
         changes = [
-            abs(a - b) / b if b else math.inf if a else 0.0 for a, b in zip(now[first:], before[first:], strict=True)
+            abs(a - b) / b if b and np.isfinite(square) else math.inf if a or not np.isfinite(square) else 0.0
+            for a, b, square in zip(now[first:], before[first:], norms[first:], strict=True)
         ]
+        now = [a if np.isfinite(square) else b for a, b, square in zip(now, before, norms, strict=True)]
         # Being below this one is being below the interpolated percentile, and needs no arithmetic, which could differ.
         bound = sorted(changes)[math.ceil(self.percentile * (len(changes) - 1) / 100)]
         frozen = first
@@ -411,10 +424,12 @@ class ByteBudget(_Periodic):
         least = min(units, key=lambda unit: unit.bytes)
         where = f"byte_budget.bytes is {self.bytes:,}"
         if self.bytes < least.bytes:
-            raise UserError(f"{where}: the smallest unit, {least.name!r}, sends {least.bytes:,} bytes a step")
+            raise UserError(
+                f"{where}: the smallest unit, {least.name!r}, sends {least.bytes:,} bytes a step: bind more"
+            )
         charged = sum(size[name] for name in always)
         if self.bytes < charged:
-            raise UserError(f"{where}: what is always on, {_names(always)}, sends {charged:,} bytes a step")
+            raise UserError(f"{where}: what is always on, {_names(always)}, sends {charged:,} bytes a step: bind more")
         if large := [name for name in others if charged + size[name] > self.bytes]:
             beside = f" beside the {charged:,} of what is always on" if always else ""
             raise UserError(
@@ -516,7 +531,7 @@ def _names(names: Iterable[str]) -> str:
 
 def _check_reached(what: str, start: int, steps: int) -> None:
     if start >= steps:
-        raise UserError(f"{what} after {start} steps, but run.steps is {steps}")
+        raise UserError(f"{what} after {start} steps, but run.steps is {steps}: bind fewer, or a longer run")
 
 
 def _check_pattern(where: str, pattern: Any) -> None:

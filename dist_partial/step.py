@@ -220,24 +220,27 @@ def probe(
     model: keras.Model,
     loss: Callable[[Any, Any], tf.Tensor],
     plan: Plan,
-    global_batch: int,
+    parts: int,
 ) -> Any:
     """Builds the function that differentiates every unit of a plan and trains nothing.
 
+    Each replica takes the first of the `parts` micro-batches of its batch, and no gradient travels: that alone would
+    cost more than a budget saves.
+
     Returns:
         A function (iterator of this worker's batches) -> float32 [units]: the sum over this worker's replicas of the
-        squared norms of each unit's gradient, each of its own part of the batch.
+        squared norms of each unit's gradient, each of the mean loss of its own examples.
     """
     values = [entry.variable.value for entry in plan.trained]
 
     def replica_squares(batch: Batch) -> tf.Tensor:
-        batch = _own_part(strategy, batch)
+        batch = tuple(tensor[: tensor.shape[0] // parts] for tensor in _own_part(strategy, batch))
         x, y, weight = batch if len(batch) == 3 else (*batch, None)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
             # In inference mode: dropout draws nothing and BatchNorm's statistics stay as they are.
             losses = example_losses(loss(y, full_precision(model(x, training=False))), weight)
-            total = tf.reduce_sum(losses) / global_batch
+            total = tf.reduce_mean(losses)
         gradients = tape.gradient(total, values)
         return _unit_squares(
             plan, [_selected_rows(g, e.rule.rows) for g, e in zip(gradients, plan.trained, strict=True)]

@@ -9,7 +9,7 @@ import pytest
 from dist_partial import config, run
 from dist_partial.data import stdlib_prose
 from dist_partial.errors import UserError
-from dist_partial.models import byte_transformer, keras_file, two_dense
+from dist_partial.models import byte_transformer, keras_file
 
 
 def test_a_saved_model_is_the_same_model(tmp_path):
@@ -18,13 +18,6 @@ def test_a_saved_model_is_the_same_model(tmp_path):
     loaded = keras_file(str(tmp_path / "model.keras"))
     ids = np.arange(20).reshape(2, 10)
     np.testing.assert_array_equal(loaded(ids), model(ids))
-
-
-def test_what_the_file_had_frozen_is_for_the_rules_to_say(tmp_path):
-    model = two_dense()
-    model.get_layer("dense1").trainable = False
-    model.save(tmp_path / "model.keras")
-    assert len(keras_file(str(tmp_path / "model.keras")).trainable_variables) == 4
 
 
 def test_bad_files(tmp_path):

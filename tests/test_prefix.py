@@ -110,7 +110,7 @@ def test_an_example_is_computed_once(where, monkeypatch):
         kept.fill(some)
         x, y, weight = kept.read(tf.constant(some))
         want = numbers().train.fetch(some)
-        np.testing.assert_array_equal(kept.outputs(x, False), model(want[0]))
+        np.testing.assert_allclose(kept.outputs(x, False), model(want[0]), atol=1e-6)  # compiled, it rounds otherwise
         np.testing.assert_array_equal(y, want[1])
         np.testing.assert_array_equal(weight, want[2])
 
@@ -177,7 +177,7 @@ def test_what_cannot_be_kept_is_an_error(monkeypatch):
         activations(random)
     masked = keras.Sequential([keras.Input((6,)), keras.layers.Embedding(9, 4, mask_zero=True, name="words")])
     masked.add(keras.layers.LSTM(3, name="d"))
-    with pytest.raises(UserError, match=r"run\.cache: 'words' makes a mask"):
+    with pytest.raises(UserError, match=r"run\.cache: .*words' makes a mask"):
         activations(masked)
     monkeypatch.setattr(prefix, "_free_memory", lambda: 479)
     with pytest.raises(UserError, match=r"needs up to 480 bytes, and 479 are free: bind run.cache = 'disk'"):

@@ -10,7 +10,7 @@ from dist_partial.errors import UserError
 def keras_file(path: str) -> keras.Model:
     """Loads what `model.save` or `dist_partial.export --format=keras` has written.
 
-    A file from elsewhere runs no code: Keras refuses lambdas, and classes that are not registered.
+    What was saved with `trainable = False` stays frozen, and is no candidate of the rules. A file from elsewhere runs no code: Keras refuses lambdas, and classes that are not registered.
 
     Args:
         path: of the .keras file.
@@ -28,5 +28,4 @@ def keras_file(path: str) -> keras.Model:
         raise UserError(f"Keras cannot load {path}: {line}") from error
     if not isinstance(model, keras.Model):
         raise UserError(f"{path} holds a {type(model).__name__} and no model")
-    model.trainable = True  # what is trained is for the rules to say
     return model
