@@ -21,7 +21,6 @@ _HOMES = {
     "UserError": "errors",
     "partial": "fit",
 }
-__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
@@ -29,3 +28,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)

@@ -115,8 +115,8 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
         place = ""
         run, sample, replicas_factory = (_bindable[f"dist_partial.{name}"][1] for name in ("run", "sample", "replicas"))
         bound = run(replicas=replicas_factory, sampling=sample())
-    except UserError:
-        raise
+    except UserError as error:  # to which gin adds lines with the names of its own functions
+        raise UserError(str(error).splitlines()[0]) from error
     except Exception as error:  # gin raises whatever the file's mistake leads to
         raise UserError(_explain(error, place)) from error
     finally:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -223,6 +224,30 @@ def test_two_workers(tmp_path):
         cases.assert_equal(trained(tmp_path / name), reference(told, tmp_path / name), 1e-10)
 
 
+class Odd(Rotation):
+    """A schedule that is no function of step and seed: the second worker goes its own way from step 6 on."""
+
+    def select(self, step, units, seed, state):
+        index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+        return super().select(step + 3 * (index if step >= 6 else 0), units, seed, state)
+
+
+def _disagree(folder: Path) -> None:
+    made = replicas.create("multi_worker")
+    try:
+        run.run(settings(Odd(every=3, order="ascending"), made), folder)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def test_workers_that_disagree_both_stop_before_the_switch(tmp_path):
+    for code, output in run_workers(["-m", "tests.test_course", str(tmp_path), "odd"], workers=2, timeout=100):
+        assert code == 2, output[-3000:]
+        assert "what is trained from step 7 on" in output and "'d'" in output, output[-1000:]
+    assert max(row["step"] for row in rows(tmp_path / "metrics.jsonl") if row["split"] == "train") == 6
+
+
 def test_what_is_not_reduced_in_every_step_cannot_be_switched():
     from dist_partial.build import build
     from dist_partial.reduction import LocalSGD
@@ -240,4 +265,4 @@ def test_bad_settings(binding, value):
 
 
 if __name__ == "__main__":
-    _work(Path(sys.argv[1]))
+    (_disagree if sys.argv[2:] else _work)(Path(sys.argv[1]))

@@ -172,7 +172,7 @@ class Noise(keras.layers.Layer):
 
 def test_what_cannot_be_kept_is_an_error(monkeypatch):
     x = keras.Input((6,))
-    random = keras.Model(x, keras.layers.Dense(6, name="d")(Noise(name="noise")(x)))
+    random = keras.Model(x, keras.layers.Dense(6, name="d")(Noise(name="noise")(keras.layers.Dense(6)(x))))
     with pytest.raises(UserError, match=r"run\.cache: what is frozen up to 'noise' is not the same each time"):
         activations(random)
     masked = keras.Sequential([keras.Input((6,)), keras.layers.Embedding(9, 4, mask_zero=True, name="words")])

@@ -264,16 +264,36 @@ def test_gradual_unfreezing():
     assert [Gradual(every=10).next_switch(step) for step in (0, 9, 10)] == [10, 10, 20]
 
 
+def test_rotation_needs_two():
+    units = layers()
+    with pytest.raises(UserError, match=r"block_rotation has one unit to turn to, 'head': bind"):
+        Rotation(every=2, always=["(?!head).*"]).check(units, 60)
+
+
+@pytest.mark.parametrize("overflowed", [np.inf, np.nan])
+def test_autofreeze_does_not_freeze_what_overflowed(overflowed):
+    """In the first interval, and in one after others: what is not finite does not say that nothing has changed."""
+    schedule, units = AutoFreeze(every=10), layers()
+    first = schedule.observe(10, units, np.array([overflowed, overflowed, 1, 1, 1, 1.0]), schedule.initial(units))
+    assert first["frozen"] == 0
+    steady = schedule.observe(20, units, np.array([4, 4, 4, 4, 4, 4.0]), first)
+    after = schedule.observe(30, units, np.array([overflowed, 4, 4, 4, 9, 9.0]), steady)
+    assert after["frozen"] == 0 and after["norms"][0] == 2.0
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 6, 9])
 def test_gradual_is_nested_and_check_is_exact(count):
     schedule, units = Gradual(every=7, count=count), layers()
     on = [schedule.select(step, units, 0, {}) for step in range(60)]
     assert all(one <= other for one, other in itertools.pairwise(on))
     complete = next(step for step in range(60) if len(on[step]) == 6)
+    if not complete:
+        with pytest.raises(UserError, match=r"gradual_unfreezing\.count is \d: all units, 'embed.*at once: bind less"):
+            schedule.check(units, 60)
+        return
     schedule.check(units, complete + 1)
-    if complete:
-        with pytest.raises(UserError, match=r"gradual_unfreezing\.every"):
-            schedule.check(units, complete)
+    with pytest.raises(UserError, match=r"gradual_unfreezing\.every"):
+        schedule.check(units, complete)
 
 
 def test_rotation():

@@ -10,7 +10,8 @@ from dist_partial.errors import UserError
 def keras_file(path: str) -> keras.Model:
     """Loads what `model.save` or `dist_partial.export --format=keras` has written.
 
-    What was saved with `trainable = False` stays frozen, and is no candidate of the rules. A file from elsewhere runs no code: Keras refuses lambdas, and classes that are not registered.
+    What was saved with `trainable = False` stays frozen, and is no candidate of the rules. A file from elsewhere runs
+    no code: Keras refuses lambdas, and classes that are not registered.
 
     Args:
         path: of the .keras file.
