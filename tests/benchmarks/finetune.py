@@ -26,7 +26,6 @@ STEPS, BATCH = 60, 4
 ROWS: dict[str, tuple[str, str | None, float]] = {
     "everything": ("smollm2.gin", "[('train', '.*')]", 1e-4),
     "the last 4 of 30 blocks": ("smollm2.gin", None, 2e-4),
-    "LoRA of rank 8, base in bfloat16": ("smollm2_lora.gin", None, 1e-3),
 }
 
 
