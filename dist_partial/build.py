@@ -85,6 +85,11 @@ def build(settings: Settings, replicas: Replicas) -> Built:
         outputs = model(tf.zeros([1, *x.shape], x.dtype))
         if not isinstance(outputs, tf.Tensor):
             raise UserError(f"run.model gives a {type(outputs).__name__} of outputs: its model must give one tensor")
+        if data.codec is not None and outputs.shape[-1] < data.codec.size:
+            raise UserError(
+                f"{data.name} has {data.codec.size:,} symbols and run.model gives logits for {outputs.shape[-1]:,}: "
+                "bind a tokenizer of the model's own, or a model of that size"
+            )
         batch_norms = batch_norm.layers(model)
         adapters = lora.enable(settings.rules, model)
         plan = selection.resolve(settings.rules, model, settings.reduction, adapters)

@@ -24,7 +24,7 @@ from dist_partial.loss_scale import LossScale
 from dist_partial.optimizers import GroupOptimizer
 from dist_partial.reduction import LocalSGD, Never
 from dist_partial.replicas import PerReplica
-from dist_partial.selection import Plan, strip_root
+from dist_partial.selection import Plan, own_names
 
 _NAME = re.compile(r"step-(\d{10})\.npz")
 
@@ -89,7 +89,7 @@ def resumable_state(
     generators = [v for v in moving if v.name == "seed_generator_state"]
     state |= {f"generators/{i}": variable for i, variable in enumerate(generators)}
     statistics = [v for v in moving if v.name != "seed_generator_state"]
-    names = strip_root(model.name, [v.path for v in statistics])
+    names = own_names(model.name, [v.path for v in statistics])
     averaged = any(group.reduction.shared for group in plan.groups)
     for name, variable in zip(names, statistics, strict=True):
         state[f"statistics/{name}"] = variable if averaged else PerReplica(strategy, variable.value, "mean")
@@ -110,14 +110,15 @@ def frozen_fingerprints(model: keras.Model, plan: Plan) -> dict[str, str]:
             prints[entry.path] = _digest(value)
     known = {id(v) for v in [*moving(model), *(entry.variable for entry in plan.entries)]}
     others = [v for v in model.variables if id(v) not in known]
-    names = strip_root(model.name, [v.path for v in others])
+    names = own_names(model.name, [v.path for v in others])
     return prints | {n: _digest(keras.ops.convert_to_numpy(v)) for n, v in zip(names, others, strict=True)}
 
 
-def fingerprints(model: keras.Model) -> dict[str, str]:
-    """The same of every variable's value, in the model's order."""
-    names = strip_root(model.name, [v.path for v in model.variables])
-    values = [_digest(keras.ops.convert_to_numpy(v)) for v in model.variables]
+def fingerprints(model: keras.Model, generators: bool = True) -> dict[str, str]:
+    """The same of every variable's value, in the model's order; with or without the states of random generators."""
+    variables = [v for v in model.variables if generators or v.name != "seed_generator_state"]
+    names = own_names(model.name, [v.path for v in variables])
+    values = [_digest(keras.ops.convert_to_numpy(v)) for v in variables]
     return {f"{i} {name}": value for i, (name, value) in enumerate(zip(names, values, strict=True))}
 
 

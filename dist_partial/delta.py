@@ -27,7 +27,7 @@ import safetensors.numpy
 from dist_partial import agreement
 from dist_partial.errors import UserError
 from dist_partial.files import write_atomically
-from dist_partial.selection import Plan, strip_root
+from dist_partial.selection import Plan, own_names
 
 FORMAT = "1"
 _FIELDS = ("base", "rules", "rows", "step", "versions")
@@ -69,14 +69,7 @@ def variables(model: keras.Model) -> dict[str, Any]:
     Where several have one path, those after the first are called `path (2)`, `path (3)` and so on.
     """
     kept = [v for v in model.variables if v.name != "seed_generator_state"]
-    named: dict[str, Any] = {}
-    for path, variable in zip(strip_root(model.name, [v.path for v in kept]), kept, strict=True):
-        name, number = path, 1
-        while name in named:
-            number += 1
-            name = f"{path} ({number})"
-        named[name] = variable
-    return named
+    return dict(zip(own_names(model.name, [v.path for v in kept]), kept, strict=True))
 
 
 def fingerprints(model: keras.Model) -> dict[str, str]:
@@ -193,6 +186,8 @@ class Base:
         """
         self.model = model
         self._variables = variables(model)
+        if not self._variables:
+            raise UserError(f"model {model.name!r} has no variables yet: build it, or call it once, before Base(model)")
         self._digests = fingerprints(model)
         self._values: dict[str, np.ndarray] = {}  # base values of what has ever been overwritten
         self._overwritten: set[str] = set()
@@ -201,7 +196,8 @@ class Base:
         """Gives the model the weights: base + sum of weight * (delta - base).
 
         Everything is checked before anything is assigned. What a delta lacks counts as the base; one delta alone,
-        of weight 1, is assigned bit for bit.
+        of weight 1, is assigned bit for bit. The sum is of variables: of LoRA's factors, not of their products. What
+        is assigned to the model by other means after the first `use` is not noticed.
 
         Args:
             deltas: one of them, or weights by delta (any finite numbers), or None for the base alone.
@@ -260,9 +256,13 @@ class Base:
             if paths
         ]
         if found:
+            adapted = any("/lora_" in path for path in lacking)
+            first = (
+                "call dist_partial.lora.enable(rules, model) with the run's rules first; or else " if adapted else ""
+            )
             raise UserError(
-                f"{delta.name} is of another base: {'; '.join(found)}; make the model as the run did, by its factory "
-                "after keras.utils.set_random_seed(run.seed), before any training"
+                f"{delta.name} is of another base: {'; '.join(found)}; {first}make the model as the run did, by its "
+                "factory after keras.utils.set_random_seed(run.seed), before any training"
             )
         for key, array in delta.arrays.items():
             path, rows = delta.place(key)

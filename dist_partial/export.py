@@ -5,6 +5,7 @@ whole model, for Keras (keras) or for TensorFlow Serving (savedmodel).
 """
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise cli.UserError(f"{folder} has no checkpoint yet: let the run save one first")
         with local_sgd.agreed(built.replicas.strategy, built.fragments):
             if values.format == "safetensors":
+                _check_base(folder, built)
                 changed = delta.of(built.model, built.plan, base, checkpoint.step)
                 delta.write(output, changed)
                 notes = f", {len(changed.arrays)} of {len(base)} variables"
@@ -101,6 +103,19 @@ def _checked_output(given: str | None, form: str, overwrite: bool) -> Path:
         what = "file" if suffix else "SavedModel"
         raise cli.UserError(f"{given} is there and is no {what}, so it is not replaced: choose another --output")
     return output
+
+
+def _check_base(folder: Path, built: "Built") -> None:
+    """Raises UserError unless the model that was built begins as the run's did, by whose values a base is known."""
+    from dist_partial import identity
+
+    before = json.loads((folder / identity.FILE).read_text()).get(identity.START)
+    if changed := identity.differences(before, built.identity[identity.START]):
+        names = ", ".join(repr(name) for name, _, _ in changed[:3])
+        raise cli.UserError(
+            f"run.model does not make the weights that {folder} began with: {names} differ, so that no base would be "
+            "known by this delta; restore what it reads, or export the whole model by --format=keras"
+        )
 
 
 def _put(output: Path, write: Callable[[Path], str]) -> str:
@@ -156,17 +171,20 @@ def _bytes(path: Path) -> int:
 
 
 def _write_keras(path: Path, built: "Built", _: int | None) -> str:
-    """Writes a .keras file, and loads it again to see that it is the model.
+    """Writes a .keras file, and loads it again to see that it is the model; the model is not for training any more.
 
     Raises:
         UserError: the model cannot be written, or is another one when it is loaded.
     """
     import keras
 
+    from dist_partial import lora
+
     def policies(model: Any) -> list[str]:
         return [layer.dtype_policy.name for layer in model._flatten_layers()]
 
     model, policy, floatx = built.model, keras.config.dtype_policy(), keras.config.floatx()
+    lora.merge(model)  # or else the file would have factors of zero beside kernels that stay frozen
     hint = "give its classes get_config and keras.saving.register_keras_serializable, or write --format=savedmodel"
     name = f"model {model.name!r}"
     notes = ""

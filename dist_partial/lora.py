@@ -55,6 +55,20 @@ def enable(table: Sequence[Any], model: keras.Model) -> dict[str, selection.Adap
     return adapters
 
 
+def merge(model: keras.Model) -> None:
+    """Adds the factors of all layers to their kernels, and turns LoRA off: what is saved then is as before `enable`.
+
+    A layer that is stored in fewer bits stays as it is.
+    """
+    for layer in model._flatten_layers():
+        name = "_embeddings" if isinstance(layer, keras.layers.Embedding) else "_kernel"
+        if not getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
+            continue
+        kernel = getattr(layer, name)
+        kernel.assign(layer.embeddings if name == "_embeddings" else layer.kernel)
+        layer.lora_enabled, layer.lora_rank, kernel.trainable = False, None, True
+
+
 def _kernel(layer: Any) -> Any:
     # Without LoRA these properties give the variable itself.
     if getattr(layer, "lora_enabled", False):

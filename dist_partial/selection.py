@@ -298,6 +298,18 @@ def strip_root(root: str, paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
+def own_names(root: str, paths: Sequence[str]) -> list[str]:
+    """Paths without the model's own name; of several that are the same all but the first end in ` (2)`, ` (3)`, ..."""
+    names: list[str] = []
+    for path in strip_root(root, paths):
+        name, number = path, 1
+        while name in names:
+            number += 1
+            name = f"{path} ({number})"
+        names.append(name)
+    return names
+
+
 def resolve(
     table: Sequence[Any], model: Any, reduction: Any, adapters: Mapping[str, Adapter] = MappingProxyType({})
 ) -> Plan:

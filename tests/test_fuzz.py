@@ -78,6 +78,8 @@ def test_checkpoints(saved, tmp_path):
 def test_identities(tmp_path):
     content = {"rules": ["train a/.*", "freeze .*"], "seed": 1, "optimizers": [{"class": "Adam", "epsilon": 1e-7}]}
     text = json.dumps(content).encode()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/step-0000000001.npz").touch()  # without one, nothing could be lost
     counts = {"refused": 0, "read": 0}
 
     @hypothesis.settings(max_examples=2000, **SETTINGS)

@@ -19,6 +19,8 @@ def keras_file(path: str) -> keras.Model:
     Raises:
         UserError: there is no such file, or Keras cannot load a model from it.
     """
+    if not isinstance(path, str):
+        raise UserError(f"keras_file.path is {path!r}: write the path of a .keras file")
     if not Path(path).is_file():
         near = ", ".join(sorted(p.name for p in Path(path).parent.glob("*.keras")))
         raise UserError(f"no file {path}" + (f"; in that folder there is {near}" if near else ""))

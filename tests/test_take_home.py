@@ -1,0 +1,172 @@
+"""Run folders whose models are unusual: what comes back out of them is what was trained."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dist_partial import Base, build, checkpoints, delta, export, lora, replicas, run
+from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.data.codecs import ByteCodec
+from dist_partial.errors import UserError
+from dist_partial.models import keras_file
+from dist_partial.replicas import Replicas
+from dist_partial.selection import Rule, own_names
+from dist_partial.settings import Settings
+from dist_partial.wire import Wire
+
+
+def towers() -> keras.Model:
+    """Two submodels whose layers have the same names, so that variables have the same paths."""
+
+    def tower():
+        x = keras.Input((6,))
+        norm = keras.layers.BatchNormalization(center=False, scale=False, name="bn")
+        return keras.Model(x, norm(keras.layers.Dense(4, trainable=False, name="emb")(x)))
+
+    x = keras.Input((6,))
+    both = keras.layers.Concatenate()([tower()(x), tower()(x[:, ::-1])])
+    return keras.Model(x, keras.layers.Dense(3, name="head")(both))
+
+
+def points() -> Dataset:
+    rng = np.random.default_rng(0)
+    source = ArraySource(rng.normal(size=(40, 6)).astype(np.float32), rng.integers(0, 3, 40).astype(np.int32))
+    return Dataset("points", source, source, fingerprint(source.x))
+
+
+def told(rate: float = 0.05, **more) -> Settings:
+    given = {
+        "model": towers,
+        "data": points,
+        "rules": [("train", ".*")],
+        "optimizer": functools.partial(keras.optimizers.Adam, rate),
+        "steps": 4,
+        "global_batch": 8,
+        "statistics": "all",
+        "replicas": lambda: Replicas(tf.distribute.get_strategy(), Wire(), "one"),
+    }
+    return Settings(**given | more)
+
+
+def restored(settings, folder):
+    keras.utils.clear_session(free_memory=False)
+    built = build.build(settings, replicas.create("default"))
+    base = delta.fingerprints(built.model)
+    found = build.restore(built, folder, lambda _: None)
+    return built, base, found
+
+
+def test_names():
+    assert own_names("m", ["m/a/k", "m/a/k", "m/b/k", "m/a/k"]) == ["a/k", "a/k (2)", "b/k", "a/k (3)"]
+
+
+def test_variables_of_one_path_are_kept_apart(tmp_path):
+    run.run(told(), tmp_path)
+    built, base, found = restored(told(), tmp_path)
+    statistics = [name for name in found.arrays if name.startswith("statistics/")]
+    assert len(statistics) == 4
+    norms = [layer for layer in built.model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    means = [np.array(layer.moving_mean) for layer in norms]
+    assert all(np.abs(mean).min() > 0 for mean in means) and not np.allclose(*means)
+    assert len(built.identity["frozen"]) == 4  # kernels and biases of both towers
+    changed = delta.of(built.model, built.plan, base, 4)
+    assert sum(key.startswith("bn/moving_mean") for key in changed.arrays) == 2
+
+
+def test_before_the_first_checkpoint_a_folder_takes_another_configuration(tmp_path):
+    with pytest.raises(UserError, match="is not finite"):
+        run.run(told(rate=1e38, steps=40), tmp_path)
+    assert not list(tmp_path.glob("checkpoints/step-*"))
+    keras.utils.clear_session(free_memory=False)
+    run.run(told(), tmp_path)
+    with pytest.raises(UserError, match=r"is of another run: optimizers\.0\.learning_rate was 0\.05"):
+        run.run(told(rate=0.01, steps=8), tmp_path)
+
+
+def adapted() -> keras.Model:
+    layers = [keras.layers.Dense(5, "relu", name="a"), keras.layers.Dense(3, name="d")]
+    return keras.Sequential([keras.Input((6,)), *layers])
+
+
+def test_merged_lora_is_the_same_model_and_can_be_trained(tmp_path):
+    settings = told(model=adapted, rules=[Rule("./kernel", lora=2), ("freeze", ".*")], steps=20, statistics="trained")
+    run.run(settings, tmp_path / "run")
+    built, _, _ = restored(settings, tmp_path / "run")
+    x = points().train.x
+    before = built.model(x).numpy()
+    lora.merge(built.model)
+    np.testing.assert_allclose(built.model(x), before, atol=1e-5)
+    built.model.save(tmp_path / "whole.keras")
+    whole = keras_file(str(tmp_path / "whole.keras"))
+    np.testing.assert_allclose(whole(x), before, atol=1e-5)
+    assert [v.name for v in whole.trainable_variables] == ["kernel", "bias"] * 2
+    whole.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    kernel = np.array(whole.get_layer("a").kernel)
+    whole.fit(x, points().train.y, verbose=0)
+    assert np.abs(np.array(whole.get_layer("a").kernel) - kernel).max() > 0
+
+
+def test_a_delta_with_factors_says_what_its_base_lacks(tmp_path):
+    rules = [Rule("./kernel", lora=2), ("freeze", ".*")]
+    settings = told(model=adapted, rules=rules, statistics="trained")
+    run.run(settings, tmp_path)
+    built, base, _ = restored(settings, tmp_path)
+    changed = delta.of(built.model, built.plan, base, 4)
+
+    def fresh():
+        keras.utils.set_random_seed(0)
+        return adapted()
+
+    with pytest.raises(UserError, match=r"call dist_partial\.lora\.enable\(rules, model\)"):
+        Base(fresh()).use(changed)
+    model = fresh()
+    lora.enable(rules, model)
+    Base(model).use(changed)
+    np.testing.assert_allclose(model(points().train.x), built.model(points().train.x), atol=1e-6)
+
+
+def test_a_delta_of_weights_that_have_been_replaced_is_refused(tmp_path):
+    """Another file in the place of the one that a run began with would make a base that the run never had."""
+    adapted().save(tmp_path / "base.keras")
+    model = functools.partial(keras_file, str(tmp_path / "base.keras"))
+    settings = told(model=model, rules=[("train", "d/.*"), ("freeze", ".*")], statistics="trained")
+    run.run(settings, tmp_path / "run")
+    built, _, _ = restored(settings, tmp_path / "run")
+    export._check_base(tmp_path / "run", built)
+    other = keras_file(str(tmp_path / "base.keras"))
+    other.get_layer("d").kernel.assign_add(np.ones((5, 3)))
+    other.save(tmp_path / "base.keras")
+    built, _, found = restored(settings, tmp_path / "run")
+    assert found.step == 4  # what is trained comes from the checkpoint, so that the run itself can go on
+    with pytest.raises(UserError, match=r"does not make the weights that .* began with: '2 d/kernel' differ"):
+        export._check_base(tmp_path / "run", built)
+
+
+def test_a_base_without_variables():
+    with pytest.raises(UserError, match="has no variables yet: build it, or call it once"):
+        Base(keras.Sequential([keras.layers.Dense(2)]))
+
+
+def test_a_model_with_fewer_logits_than_the_data_has_symbols():
+    ids = np.zeros((20, 4), np.int32)
+    source = ArraySource(ids, ids)
+    data = Dataset("letters", source, source, fingerprint(ids), ByteCodec())
+
+    def model():
+        return keras.Sequential([keras.Input((4,)), keras.layers.Embedding(256, 2), keras.layers.Dense(100)])
+
+    with pytest.raises(UserError, match=r"letters has 256 symbols and run\.model gives logits for 100: bind"):
+        build.build(told(model=model, data=lambda: data), replicas.create("default"))
+
+
+def test_checkpoints_of_the_same_names_as_before():
+    """Where no two paths are alike, names are what they were: folders that are there stay readable."""
+    assert [name.split(" ", 1)[1] for name in checkpoints.fingerprints(adapted())] == [
+        "a/kernel",
+        "a/bias",
+        "d/kernel",
+        "d/bias",
+    ]
