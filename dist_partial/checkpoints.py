@@ -105,20 +105,19 @@ def frozen_fingerprints(model: keras.Model, plan: Plan) -> dict[str, str]:
         value = keras.ops.convert_to_numpy(entry.variable)
         if entry.rule.rows is not None and entry.trained:
             start, stop = entry.rule.rows
-            prints[f"{entry.path}[other rows]"] = _digest(np.delete(value, slice(start, stop), axis=0))
+            prints[f"{entry.path}[other rows]"] = digest(np.delete(value, slice(start, stop), axis=0))
         elif not entry.trained:
-            prints[entry.path] = _digest(value)
+            prints[entry.path] = digest(value)
     known = {id(v) for v in [*moving(model), *(entry.variable for entry in plan.entries)]}
     others = [v for v in model.variables if id(v) not in known]
     names = own_names(model.name, [v.path for v in others])
-    return prints | {n: _digest(keras.ops.convert_to_numpy(v)) for n, v in zip(names, others, strict=True)}
+    return prints | {n: digest(keras.ops.convert_to_numpy(v)) for n, v in zip(names, others, strict=True)}
 
 
-def fingerprints(model: keras.Model, generators: bool = True) -> dict[str, str]:
-    """The same of every variable's value, in the model's order; with or without the states of random generators."""
-    variables = [v for v in model.variables if generators or v.name != "seed_generator_state"]
-    names = own_names(model.name, [v.path for v in variables])
-    values = [_digest(keras.ops.convert_to_numpy(v)) for v in variables]
+def fingerprints(model: keras.Model) -> dict[str, str]:
+    """The same of every variable's value, in the model's order."""
+    names = own_names(model.name, [v.path for v in model.variables])
+    values = [digest(keras.ops.convert_to_numpy(v)) for v in model.variables]
     return {f"{i} {name}": value for i, (name, value) in enumerate(zip(names, values, strict=True))}
 
 
@@ -240,7 +239,8 @@ def moving(model: keras.Model) -> list[Any]:
     return [v for v in model.non_trainable_variables if v.name == "seed_generator_state" or id(v) not in still]
 
 
-def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(str((array.dtype, array.shape)).encode() + np.ascontiguousarray(array).tobytes()).hexdigest()[
-        :16
-    ]
+def digest(array: np.ndarray, digits: int = 16) -> str:
+    """SHA-256 of an array's dtype, shape and values: its first hex digits."""
+    content = hashlib.sha256(str((array.dtype, array.shape)).encode())
+    content.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return content.hexdigest()[:digits]

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import agreement, batch_norm, local_sgd, prefix, replicas, step, traffic
+from dist_partial import agreement, batch_norm, local_sgd, prefix, step, traffic
 from dist_partial.build import Built, batches, order, train_step
 from dist_partial.data import train_indices
 from dist_partial.errors import UserError
+from dist_partial.replicas import input_context
 from dist_partial.schedule import ByteBudget, Constant, observes
 from dist_partial.selection import Plan
 from dist_partial.settings import Settings
@@ -107,7 +108,7 @@ class Course:
             switch = schedule.next_switch(switch)
         if len(ahead) <= settings.compiled_plans:
             for units, remaining in ahead:
-                self._found(units, remaining, done)
+                self._found(units, self._activations(remaining, done), done)
 
     def enter(self, done: int) -> bool:
         """Makes `leg` what the step after `done` steps trains; returns whether it is another selection than before.
@@ -128,9 +129,10 @@ class Course:
         if mesh is not None and (self._leg is None or schedule.next_switch(done - 1) == done):
             # Before anything is traced: workers that disagree would wait for each other in different functions.
             agreement.check(mesh, {f"what is trained from step {done + 1} on": sorted(units)})
+        activations = self._activations(remaining, done)
         if self._active is not None and switched:
             self._leave(self._active - units)
-        leg = self._leg = self._found(units, remaining, done)
+        leg = self._leg = self._found(units, activations, done)
         self._active = units
         if leg.activations is not self._reading:
             for known in [known for known in self._legs if known[1] is self._reading]:
@@ -161,9 +163,7 @@ class Course:
             schedule.remaining(done, units, self._state),
         )
 
-    def _found(self, units: frozenset[str], remaining: frozenset[str], done: int) -> Leg:
-        cache = self._settings.cache
-        activations = self._activations(remaining, done, cache) if cache else None
+    def _found(self, units: frozenset[str], activations: prefix.Activations | None, done: int) -> Leg:
         key = units, activations
         if key not in self._legs:
             self._legs[key] = self._compiled(units, activations, done)
@@ -172,9 +172,11 @@ class Course:
             self._legs.popitem(last=False)
         return self._legs[key]
 
-    def _activations(self, remaining: frozenset[str], done: int, where: str) -> prefix.Activations | None:
-        """Of what lies below all that may still be trained."""
+    def _activations(self, remaining: frozenset[str], done: int) -> prefix.Activations | None:
+        """Of what lies below all that may still be trained; None if they are not to be kept."""
         built, settings = self._built, self._settings
+        if settings.cache is None:
+            return None
         if remaining not in self._kept:
             # The layers of what is frozen for good run in inference mode from here on.
             later = built.plan.only(remaining)
@@ -182,11 +184,12 @@ class Course:
             part = prefix.cut(built.model, [entry.variable for entry in later.trained])
             known = {kept.name: kept for kept in self._kept.values() if kept is not None}
             if part is not None and part.name not in known:
-                own = settings.global_batch // (built.replicas.mesh.size if built.replicas.mesh else 1)
-                rows = own // replicas.local_count(built.replicas.strategy) // settings.accumulate
-                expected = min(len(built.data.train), own * (settings.steps - done))
+                context = input_context(built.replicas.strategy)
+                rows = settings.global_batch // context.num_replicas_in_sync // settings.accumulate
+                read = settings.global_batch // context.num_input_pipelines * (settings.steps - done)
+                expected = min(len(built.data.train), read)
                 try:
-                    known[part.name] = prefix.Activations(built.data.train, part, rows, expected, where)
+                    known[part.name] = prefix.Activations(built.data.train, part, rows, expected, settings.cache)
                 except UserError as error:
                     if self._leg is None:  # before the first step
                         raise

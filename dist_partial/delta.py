@@ -25,7 +25,8 @@ import safetensors
 import safetensors.numpy
 
 from dist_partial import agreement
-from dist_partial.errors import UserError
+from dist_partial.checkpoints import digest
+from dist_partial.errors import UserError, first_line
 from dist_partial.files import write_atomically
 from dist_partial.selection import Plan, own_names
 
@@ -74,7 +75,7 @@ def variables(model: keras.Model) -> dict[str, Any]:
 
 def fingerprints(model: keras.Model) -> dict[str, str]:
     """SHA-256 (the first 16 hex digits) of the values of `variables`, by path."""
-    return {path: _digest(_value(variable)) for path, variable in variables(model).items()}
+    return {path: digest(_value(variable)) for path, variable in variables(model).items()}
 
 
 def of(model: keras.Model, plan: Plan, base: Mapping[str, str], step: int) -> Delta:
@@ -94,7 +95,7 @@ def of(model: keras.Model, plan: Plan, base: Mapping[str, str], step: int) -> De
     for path, variable in variables(model).items():
         entry = entries.get(id(variable))
         value = None if entry is not None and not entry.trained else _value(variable)
-        if value is None or (entry is None and _digest(value) == base[path]):
+        if value is None or (entry is None and digest(value) == base[path]):
             continue
         key = path
         if entry is not None and entry.rule.rows is not None:
@@ -142,7 +143,7 @@ def read(path: str | Path) -> Delta:
             metadata = file.metadata() or {}
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dictionary)
     except Exception as error:  # it raises its own, and NumPy's, and the file system's
-        raise UserError(f"{path} is damaged, or no safetensors file: {_line(error)}; get it again") from None
+        raise UserError(f"{path} is damaged, or no safetensors file: {first_line(error)[:200]}; get it again") from None
     if "dist_partial_delta" not in metadata:
         raise UserError(
             f"{path} is a safetensors file but no delta: write one by python -m dist_partial.export "
@@ -167,7 +168,9 @@ def read(path: str | Path) -> Delta:
         if len(set(places)) < len(places):
             raise ValueError("it holds one variable twice")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is malformed: {_line(error)}; write it again by dist_partial.export") from None
+        raise UserError(
+            f"{path} is malformed: {first_line(error)[:200]}; write it again by dist_partial.export"
+        ) from None
     _check_finite(str(path), arrays)
     return delta
 
@@ -216,7 +219,7 @@ class Base:
         paths = {delta.place(key)[0] for delta in weights for key in delta.arrays}
         for path in paths - self._values.keys():
             value = np.array(_value(self._variables[path]))
-            if _digest(value) != self._digests[path]:
+            if digest(value) != self._digests[path]:
                 raise UserError(f"{path} has been changed since Base(model) took its value: make the Base again")
             self._values[path] = value
         new = {path: self._combined(path, weights) for path in paths}
@@ -302,14 +305,8 @@ def _check_finite(name: str, arrays: Mapping[str, np.ndarray]) -> None:
 def _checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
     """SHA-256 of all arrays, in the order of their keys, and of the metadata beside it."""
     rest = sorted((name, text) for name, text in metadata.items() if name != "sha256")
-    digests = [(key, _digest(array, digits=64)) for key, array in sorted(arrays.items())]
+    digests = [(key, digest(array, digits=64)) for key, array in sorted(arrays.items())]
     return hashlib.sha256(json.dumps([rest, digests]).encode()).hexdigest()
-
-
-def _digest(array: np.ndarray, digits: int = 16) -> str:
-    content = hashlib.sha256(str((array.dtype.name, array.shape)).encode())
-    content.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return content.hexdigest()[:digits]
 
 
 def _value(variable: Any) -> np.ndarray:
@@ -320,7 +317,3 @@ def _some(names: list[str]) -> str:
     """A few of the names."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(repr(name[:100]) for name in names[:3]) + more
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

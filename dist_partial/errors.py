@@ -4,6 +4,11 @@ INTERRUPTED = 130  # the exit code after Ctrl-C: 128 + SIGINT, as shells report 
 AGAIN = 75  # the exit code after a fault or SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class UserError(Exception):
     """A mistake in what the user wrote or pointed at.
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from dist_partial import cli
+from dist_partial.errors import first_line
 
 if TYPE_CHECKING:
     from dist_partial.build import Built
@@ -110,8 +111,10 @@ def _check_base(folder: Path, built: "Built") -> None:
     from dist_partial import identity
 
     before = json.loads((folder / identity.FILE).read_text()).get(identity.START)
-    if changed := identity.differences(before, built.identity[identity.START]):
-        names = ", ".join(repr(name) for name, _, _ in changed[:3])
+    changed = [name for name, _, _ in identity.differences(before, built.identity[identity.START])]
+    # Keras numbers random generators through the process, and a delta holds nothing of them.
+    if changed := [name for name in changed if not name.endswith("seed_generator_state")]:
+        names = ", ".join(map(repr, changed[:3]))
         raise cli.UserError(
             f"run.model does not make the weights that {folder} began with: {names} differ, so that no base would be "
             "known by this delta; restore what it reads, or export the whole model by --format=keras"
@@ -204,8 +207,7 @@ def _write_keras(path: Path, built: "Built", _: int | None) -> str:
     except OSError:
         raise
     except Exception as error:  # Keras raises this and that, and so may the classes of the user's
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise cli.UserError(f"{name} cannot be written as a .keras file: {line}; {hint}") from error
+        raise cli.UserError(f"{name} cannot be written as a .keras file: {first_line(error)}; {hint}") from error
     finally:
         keras.config.set_floatx(floatx)
         keras.config.set_dtype_policy(policy)
@@ -221,11 +223,8 @@ def _write_keras(path: Path, built: "Built", _: int | None) -> str:
 def _same_outputs(built: "Built", loaded: Any) -> bool:
     """Whether two models give the same on held-out examples, but for what merged factors of LoRA round."""
     import numpy as np
-    import tensorflow as tf
 
-    from dist_partial.data import fetched
-
-    x = fetched(built.data.evaluation, tf.range(min(4, len(built.data.evaluation)), dtype=tf.int64))[0]
+    x = built.data.evaluation.fetch(np.arange(min(4, len(built.data.evaluation))))[0]
     ours, theirs = (np.asarray(model(x, training=False), np.float64) for model in (built.model, loaded))
     return ours.shape == theirs.shape and bool(np.abs(ours - theirs).max() <= 1e-2 * np.abs(ours).max())
 
@@ -268,10 +267,9 @@ def _write_saved_model(path: Path, built: "Built", max_length: int | None) -> st
     except cli.UserError:
         raise
     except Exception as error:  # whatever the model's own code raises where it needs a size that is not known yet
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise cli.UserError(
-            f"model {model.name!r} cannot be traced for any batch size, time and length: {line}; it must take "
-            "tensors of which these are unknown"
+            f"model {model.name!r} cannot be traced for any batch size, time and length: {first_line(error)}; it must "
+            "take tensors of which these are unknown"
         ) from error
     return notes
 

@@ -16,7 +16,7 @@ from dist_partial.selection import Plan
 from dist_partial.settings import Settings
 
 FILE = "identity.json"
-START = "start"  # the digests of all initial values
+START = "initial values"  # the digests of all of them
 _SHOWN = 200  # characters of a value in a message
 
 
@@ -40,7 +40,7 @@ def of_run(
         "frozen": checkpoints.frozen_fingerprints(model, plan),
     }
     # For what is exported later; a checkpoint takes the place of these values, so that `check` leaves them alone.
-    content[START] = checkpoints.fingerprints(model, generators=False)
+    content[START] = checkpoints.fingerprints(model)
     if not isinstance(settings.schedule, Constant):
         content |= {"schedule": str(settings.schedule), "leave": settings.leave}
     return _plain(content)
@@ -65,11 +65,11 @@ def check(folder: Path, identity: dict[str, Any]) -> bool:
         before = json.loads(path.read_text())
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): choose another --run_dir") from None
-    if isinstance(before, dict) and not any((folder / "checkpoints").glob("step-*")):
-        return True  # it has not come far enough to be another run
-    now = {name: value for name, value in identity.items() if name != START}
-    before = {name: value for name, value in before.items() if name != START} if isinstance(before, dict) else before
-    if changed := differences(before, now):
+    if isinstance(before, dict):
+        if not any((folder / "checkpoints").glob("step-*")):
+            return True  # it has not come far enough to be another run
+        before |= {name: value for name, value in identity.items() if name == START}
+    if changed := differences(before, identity):
         first = "; ".join(f"{name} was {shown(old)} and is now {shown(new)}" for name, old, new in changed[:3])
         more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(

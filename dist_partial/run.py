@@ -80,9 +80,9 @@ def _run(
         )
     built = build(settings, replicas)
     if replicas.mesh is not None:
-        start = checkpoints.fingerprints(built.model)
-        facts = {"versions": agreement.versions(), "bindings": dict(bindings), "initial values": start}
-        agreement.check(replicas.mesh, facts | built.identity)
+        facts = {"versions": agreement.versions(), "bindings": dict(bindings)}
+        start = {identity.START: built.identity[identity.START]}  # first, for all else that differs follows from it
+        agreement.check(replicas.mesh, facts | start | built.identity)
     say(plan_table(built.plan))
     checkpoint = restore(built, folder, say)
     done, wire_bytes = (checkpoint.step, checkpoint.metadata["wire_bytes"]) if checkpoint else (0, 0)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from dist_partial.errors import UserError
+from dist_partial.selection import matches
 
 State = dict[str, Any]  # JSON values
 Partition = list[tuple[str, tuple[str, ...]]]
@@ -149,7 +150,7 @@ class Phases(_Stateless):
     def partition(self, paths: Sequence[str]) -> Partition:
         classes: dict[tuple[int, ...], list[str]] = {}
         for path in paths:
-            phases = tuple(n for n, (_, pattern) in enumerate(self.table, 1) if _matches(pattern, path))
+            phases = tuple(n for n, (_, pattern) in enumerate(self.table, 1) if matches(pattern, path))
             if not phases:
                 raise UserError(f"phases.table never trains {path!r}: add it to a phase, or freeze it in run.rules")
             classes.setdefault(phases, []).append(path)
@@ -179,7 +180,7 @@ class Phases(_Stateless):
 
     def _matched(self, units: Sequence[Unit], phases: slice) -> frozenset[str]:
         patterns = [pattern for _, pattern in self.table[phases]]
-        return frozenset(unit.name for unit in units if any(_matches(p, unit.paths[0]) for p in patterns))
+        return frozenset(unit.name for unit in units if any(matches(p, unit.paths[0]) for p in patterns))
 
     def next_switch(self, step: int) -> int | None:
         return next((start for start in self._starts if start > step), None)
@@ -479,7 +480,7 @@ def _by_pattern(where: str, patterns: Sequence[str], paths: Sequence[str]) -> Pa
     """Units by the first pattern that matches, in the patterns' order."""
     units: list[list[str]] = [[] for _ in patterns]
     for path in paths:
-        number = next((n for n, pattern in enumerate(patterns) if _matches(pattern, path)), None)
+        number = next((n for n, pattern in enumerate(patterns) if matches(pattern, path)), None)
         if number is None:
             raise UserError(f"{where}: no pattern matches {path!r} (patterns: {_nearest(path, patterns)}): add one")
         units[number].append(path)
@@ -515,10 +516,6 @@ def _permutation(count: int, seed: int, number: int) -> list[int]:
 def _roots(squares: np.ndarray) -> list[float]:
     # Loss scaling lets gradients overflow now and then: what is not finite says nothing, and is no JSON.
     return np.sqrt(np.nan_to_num(np.asarray(squares, np.float64), nan=0.0, posinf=0.0)).tolist()
-
-
-def _matches(pattern: str, path: str) -> bool:
-    return any(re.fullmatch(pattern, name) is not None for name in (path, f"{path}:0"))
 
 
 def _nearest(word: str, names: Sequence[str]) -> str:

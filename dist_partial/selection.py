@@ -300,14 +300,14 @@ def strip_root(root: str, paths: Sequence[str]) -> list[str]:
 
 def own_names(root: str, paths: Sequence[str]) -> list[str]:
     """Paths without the model's own name; of several that are the same all but the first end in ` (2)`, ` (3)`, ..."""
-    names: list[str] = []
+    names: dict[str, None] = {}
     for path in strip_root(root, paths):
         name, number = path, 1
         while name in names:
             number += 1
             name = f"{path} ({number})"
-        names.append(name)
-    return names
+        names[name] = None
+    return list(names)
 
 
 def resolve(
@@ -372,18 +372,19 @@ def resolve(
 
 def first_match(rules: Sequence[Rule], path: str) -> int | None:
     """The place of the rule that covers the path, or None."""
-    return next((number for number, rule in enumerate(rules) if _matches(rule, path)), None)
+    return next((number for number, rule in enumerate(rules) if matches(rule.match, path)), None)
 
 
-def _matches(rule: Rule, path: str) -> bool:
-    return any(re.fullmatch(rule.match, name) is not None for name in (path, f"{path}:0"))
+def matches(pattern: str, path: str) -> bool:
+    """Whether a regular expression matches a whole path, which may be written with a trailing `:0`."""
+    return any(re.fullmatch(pattern, name) is not None for name in (path, f"{path}:0"))
 
 
 def _unused(number: int, rules: Sequence[Rule], paths: Sequence[str]) -> str:
     rule = rules[number]
-    taken = [path for path in paths if _matches(rule, path)]
+    taken = [path for path in paths if matches(rule.match, path)]
     if taken:
-        first = next(n for n, r in enumerate(rules) if _matches(r, taken[0]))
+        first = next(n for n, r in enumerate(rules) if matches(r.match, taken[0]))
         return (
             f"rule {number + 1} ({rule.match!r}) never applies: rule {first + 1} ({rules[first].match!r}) stands "
             f"before it and takes {taken[0]!r}; the first match wins, so move it up"

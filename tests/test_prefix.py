@@ -184,6 +184,26 @@ def test_what_cannot_be_kept_is_an_error(monkeypatch):
         activations(mlp())
 
 
+def test_what_cannot_be_kept_at_a_switch_does_not_end_the_run(mirrored, tmp_path, monkeypatch, capsys):
+    """A selection that resets the slots of what it leaves has a run behind it, too, that must not be lost."""
+    monkeypatch.setattr(prefix, "_free_memory", lambda: 0)
+    made = Replicas(mirrored(2), Wire(), "two")
+    settings = Settings(
+        rules=[("train", ".*")],
+        model=mlp,
+        data=numbers,
+        schedule=AutoFreeze(every=2, percentile=100.0),
+        steps=12,
+        global_batch=4,
+        leave="reset",
+        cache="memory",
+        replicas=lambda: made,
+    )
+    run.run(settings, tmp_path)
+    said = capsys.readouterr()
+    assert "0 are free: bind run.cache = 'disk', or unbind it; going on without it" in said.out + said.err
+
+
 def test_bad_settings():
     given = {"rules": [("train", ".*")], "model": mlp, "data": numbers}
     with pytest.raises(UserError, match=r"run\.cache is 'ram': write 'memory', 'disk' or None"):

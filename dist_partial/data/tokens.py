@@ -6,7 +6,6 @@ import os
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from pydoc_data import topics
 
 import numpy as np
 
@@ -59,6 +58,8 @@ def stdlib_prose(window: int = 128, evaluation_share: float = 0.1) -> Dataset:
         window: bytes of an example.
         evaluation_share: as for `tokenized_text`.
     """
+    from pydoc_data import topics  # 0.7 MB, which no other data set needs
+
     texts = [topics.topics[name] for name in sorted(topics.topics)]
     return dataclasses.replace(_of_texts("stdlib_prose", ByteCodec(), texts, window, evaluation_share), unit="byte")
 

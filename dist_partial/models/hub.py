@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from dist_partial.errors import UserError
+from dist_partial.errors import UserError, first_line
 
 TASKS = ("CausalLM", "ImageClassifier", "TextClassifier")
 _INSTALL = "it is no part of the core: pip install 'dist_partial[hub]'"
@@ -70,7 +70,7 @@ def hub_model(
         except (TypeError, ValueError) as error:
             taken = [name for name in inspect.signature(backbone).parameters if name != "kwargs"]
             raise UserError(
-                f"hub_model.arguments {arguments!r}: {_first_line(error)}; {architecture}Backbone takes "
+                f"hub_model.arguments {arguments!r}: {first_line(error)}; {architecture}Backbone takes "
                 f"{', '.join(taken)}"
             ) from error
     return single_input(whole, "hub_model")
@@ -174,15 +174,10 @@ def _from_preset(of: Any, preset: str, **options: Any) -> Any:
     except Exception as error:  # KerasHub, Kaggle and the file readers below it each raise their own
         near = difflib.get_close_matches(preset, list(of.presets))
         raise UserError(
-            f"KerasHub cannot load the preset {preset!r} as {of.__name__} ({_first_line(error).rstrip('.:')}): name "
+            f"KerasHub cannot load the preset {preset!r} as {of.__name__} ({first_line(error).rstrip('.:')}): name "
             + (", ".join(near) if near else "a preset of keras_hub")
             + ", which needs the network once, or a local folder written by save_to_preset()"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _through(function: Any, inputs: list[Any]) -> Any:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import keras
 
-from dist_partial.errors import UserError
+from dist_partial.errors import UserError, first_line
 
 
 def keras_file(path: str) -> keras.Model:
@@ -27,8 +27,7 @@ def keras_file(path: str) -> keras.Model:
     try:
         model = keras.saving.load_model(path, compile=False)
     except Exception as error:  # Keras raises whatever the file leads to
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"Keras cannot load {path}: {line}") from error
+        raise UserError(f"Keras cannot load {path}: {first_line(error)}") from error
     if not isinstance(model, keras.Model):
         raise UserError(f"{path} holds a {type(model).__name__} and no model")
     return model

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dist_partial.errors import UserError
+from dist_partial.schedule import Phases, Rotation
 
 _STEPS = 2**53  # the largest step that a float holds exactly
 _LEGS = 440  # stretches of a run in which what is trained is told apart
@@ -363,24 +364,15 @@ def _units(names: Sequence[str], paths: Sequence[str], bound: Mapping[str, str])
     """The schedule's unit of each path: by top layer, by the patterns of `units`, or by phases; None if none fits."""
     candidates = [{path: path.split("/")[0] for path in paths}]
     for name, text in bound.items():
-        try:
-            table = ast.literal_eval(text) if name.endswith((".units", "phases.table")) else None
-            if isinstance(table, list) and name.endswith(".units"):
-                candidates.append({path: next(p for p in table if _matches(p, path)) for path in paths})
-            elif isinstance(table, list):
-                candidates.append({path: _phases(table, path) for path in paths})
-        except (ValueError, TypeError, SyntaxError, RecursionError, StopIteration, re.error):
-            continue
+        if name.endswith((".units", "phases.table")):
+            try:
+                table = ast.literal_eval(text)
+                schedule = Rotation(units=table) if name.endswith(".units") else Phases(table)
+                parts = schedule.partition(paths)
+            except (ValueError, TypeError, SyntaxError, RecursionError, UserError):
+                continue
+            candidates.append({path: unit for unit, members in parts for path in members})
     return next((units for units in candidates if set(names) <= set(units.values())), None)
-
-
-def _phases(table: Sequence[tuple[int, str]], path: str) -> str:
-    phases = [str(number) for number, (_, pattern) in enumerate(table, 1) if _matches(pattern, path)]
-    return f"phase{'s' if len(phases) > 1 else ''} {'+'.join(phases)}"
-
-
-def _matches(pattern: str, path: str) -> bool:
-    return any(re.fullmatch(pattern, name) is not None for name in (path, f"{path}:0"))
 
 
 def bindings(text: str) -> dict[str, str]:
