@@ -176,7 +176,7 @@ def reference(case: Case, name: str, options: Options, dtype: str) -> dict[str, 
     rules = selection.parse_rules(case.rules)
     chosen = []
     for path, variable in zip(selection.variable_paths(model), model.trainable_variables, strict=True):
-        rule = next(rule for rule in rules if selection._matches(rule, path))
+        rule = rules[selection.first_match(rules, path)]
         if rule.train:
             chosen.append((variable, rule.rows))
     for layer in model._flatten_layers():

@@ -116,7 +116,7 @@ class Reference:
         self.kinds, self.masks, self.variables = {}, {}, [{} for _ in self.models]
         for model, chosen in zip(self.models, self.variables, strict=True):
             for path, variable in zip(selection.variable_paths(model), model.trainable_variables, strict=True):
-                rule = next(rule for rule in rules if selection._matches(rule, path))
+                rule = rules[selection.first_match(rules, path)]
                 if rule.train:
                     chosen[path], self.kinds[path] = variable, rule.reduction or EveryStep()
                     self.masks[path] = np.ones(variable.shape)
