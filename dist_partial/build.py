@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,13 +156,21 @@ def _divided(
     return plan, tuple(units)
 
 
-def restore(built: Built, folder: Path, say: Callable[[str], None]) -> checkpoints.Checkpoint | None:
+def restore(
+    built: Built, folder: Path, say: Callable[[str], None], may_differ: Collection[str] = ()
+) -> checkpoints.Checkpoint | None:
     """Restores the newest checkpoint of the folder that every worker can read, if there is one; all call it.
+
+    Args:
+        built: whose variables take its values.
+        folder: the run folder.
+        say: takes a line of text.
+        may_differ: for `identity.check`.
 
     Raises:
         UserError: the folder is of another run, or damaged.
     """
-    known = identity.check(folder, built.identity)
+    known = identity.check(folder, built.identity, may_differ)
     checkpoint = checkpoints.newest(folder / "checkpoints", say) if known else None
     while len(set(steps := agreement.everyone(built.replicas.mesh, checkpoint.step if checkpoint else 0))) > 1:
         least = min(steps)

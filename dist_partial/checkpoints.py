@@ -114,11 +114,18 @@ def frozen_fingerprints(model: keras.Model, plan: Plan) -> dict[str, str]:
     return prints | {n: digest(keras.ops.convert_to_numpy(v)) for n, v in zip(names, others, strict=True)}
 
 
+def variables(model: keras.Model) -> dict[str, Any]:
+    """All variables but the states of random generators, by path without the model's own leading name.
+
+    Where several have one path, those after the first are called `path (2)`, `path (3)` and so on.
+    """
+    kept = [v for v in model.variables if v.name != "seed_generator_state"]
+    return dict(zip(own_names(model.name, [v.path for v in kept]), kept, strict=True))
+
+
 def fingerprints(model: keras.Model) -> dict[str, str]:
-    """The same of every variable's value, in the model's order."""
-    names = own_names(model.name, [v.path for v in model.variables])
-    values = [digest(keras.ops.convert_to_numpy(v)) for v in model.variables]
-    return {f"{i} {name}": value for i, (name, value) in enumerate(zip(names, values, strict=True))}
+    """SHA-256 (the first 16 hex digits) of the values of `variables`, by path."""
+    return {path: digest(keras.ops.convert_to_numpy(variable)) for path, variable in variables(model).items()}
 
 
 def read(state: dict[str, Any], step: int, gather: Callable[[bytes], list[bytes]]) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ __all__ = [
     "UserError",
     "call",
     "check_gin_file",
+    "check_run_dir",
     "define_gin_flags",
     "import_tensorflow_quietly",
     "run_folder",
@@ -49,6 +50,16 @@ def check_gin_file(values: flags.FlagValues) -> None:
 def run_folder(run_dir: str | None, gin_files: Sequence[str]) -> Path:
     """The run folder that the flags name: by default runs/<name of the last gin file>."""
     return Path(run_dir or Path("runs") / Path(gin_files[-1]).stem)
+
+
+def check_run_dir(run_dir: str | None) -> Path:
+    """The folder that --run_dir names; raises UserError unless a run has begun in it."""
+    if not run_dir:
+        raise UserError("no --run_dir: name the folder of a run, such as --run_dir=runs/quickstart")
+    folder = Path(run_dir)
+    if not (folder / "operative_config.gin").is_file():
+        raise UserError(f"{folder} is no run folder: it has no operative_config.gin")
+    return folder
 
 
 def call(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | None, command: Callable[[], int]) -> int:

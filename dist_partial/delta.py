@@ -25,10 +25,10 @@ import safetensors
 import safetensors.numpy
 
 from dist_partial import agreement
-from dist_partial.checkpoints import digest
+from dist_partial.checkpoints import digest, fingerprints, variables
 from dist_partial.errors import UserError, first_line
 from dist_partial.files import write_atomically
-from dist_partial.selection import Plan, own_names
+from dist_partial.selection import Plan
 
 FORMAT = "1"
 _FIELDS = ("base", "rules", "rows", "step", "versions")
@@ -62,20 +62,6 @@ class Delta:
             return key, ...
         path, start, stop = self.rows[key]
         return path, slice(start, stop)
-
-
-def variables(model: keras.Model) -> dict[str, Any]:
-    """All variables but the states of random generators, by path without the model's own leading name.
-
-    Where several have one path, those after the first are called `path (2)`, `path (3)` and so on.
-    """
-    kept = [v for v in model.variables if v.name != "seed_generator_state"]
-    return dict(zip(own_names(model.name, [v.path for v in kept]), kept, strict=True))
-
-
-def fingerprints(model: keras.Model) -> dict[str, str]:
-    """SHA-256 (the first 16 hex digits) of the values of `variables`, by path."""
-    return {path: digest(_value(variable)) for path, variable in variables(model).items()}
 
 
 def of(model: keras.Model, plan: Plan, base: Mapping[str, str], step: int) -> Delta:

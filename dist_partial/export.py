@@ -42,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.DEFINE_bool("allow_imports", False, "import the modules that the run's gin file names", flag_values=values)
 
     def command() -> int:
-        if not values.run_dir:
-            raise cli.UserError("no --run_dir: name the folder of a run, such as --run_dir=runs/quickstart")
+        folder = cli.check_run_dir(values.run_dir)
         if not values.format:
             raise cli.UserError(f"no --format: write one of {', '.join(f'--format={name}' for name in FORMATS)}")
         output = _checked_output(values.output, values.format, values.overwrite)
@@ -52,30 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--max_length={values.max_length}: it must be at least 2, a prompt and what follows it"
             )
         cli.import_tensorflow_quietly()
-        from dist_partial import config, delta, local_sgd, replicas
-        from dist_partial.build import build, restore
+        from dist_partial import delta, trained
 
-        folder = Path(values.run_dir)
-        if not (folder / "operative_config.gin").is_file():
-            raise cli.UserError(f"{folder} is no run folder: it has no operative_config.gin")
-        settings = config.load([folder / "operative_config.gin"], imports=values.allow_imports).settings
-        built = build(settings, replicas.create("default"))
-        base = delta.fingerprints(built.model)  # the same seed and factories give the values that the run began with
-        checkpoint = restore(built, folder, lambda line: print(line, file=sys.stderr))
-        if checkpoint is None:
-            raise cli.UserError(f"{folder} has no checkpoint yet: let the run save one first")
-        with local_sgd.agreed(built.replicas.strategy, built.fragments):
+        with trained.newest(folder, values.allow_imports) as (_, built, step):
             if values.format == "safetensors":
-                _check_base(folder, built)
-                changed = delta.of(built.model, built.plan, base, checkpoint.step)
+                changed = delta.of(built.model, built.plan, _base(folder, built), step)
                 delta.write(output, changed)
-                notes = f", {len(changed.arrays)} of {len(base)} variables"
+                notes = f", {len(changed.arrays)} of {len(changed.base)} variables"
             else:
                 for layer in built.batch_norms:
                     layer.trainable = True  # as the factory made it: the run alone had put it into inference mode
                 whole = _write_keras if values.format == "keras" else _write_saved_model
                 notes = _put(output, lambda path: whole(path, built, values.max_length))
-        print(f"{output}: step {checkpoint.step} of {folder}, {_bytes(output):,} bytes{notes}")
+        print(f"{output}: step {step} of {folder}, {_bytes(output):,} bytes{notes}")
         if values.format == "savedmodel":
             versions = output.parent if output.name.isdecimal() else Path("SOMEWHERE") / output.name
             move = "" if output.name.isdecimal() else f"move it to {versions}/1 and "
@@ -106,19 +94,22 @@ def _checked_output(given: str | None, form: str, overwrite: bool) -> Path:
     return output
 
 
-def _check_base(folder: Path, built: "Built") -> None:
-    """Raises UserError unless the model that was built begins as the run's did, by whose values a base is known."""
+def _base(folder: Path, built: "Built") -> dict[str, str]:
+    """Digests of the values that the run began with, which the model as it was built has, too.
+
+    Raises:
+        UserError: the factories make others by now, so that no base would be known by them.
+    """
     from dist_partial import identity
 
-    before = json.loads((folder / identity.FILE).read_text()).get(identity.START)
-    changed = [name for name, _, _ in identity.differences(before, built.identity[identity.START])]
-    # Keras numbers random generators through the process, and a delta holds nothing of them.
-    if changed := [name for name in changed if not name.endswith("seed_generator_state")]:
-        names = ", ".join(map(repr, changed[:3]))
+    began = json.loads((folder / identity.FILE).read_text())[identity.START]
+    if changed := identity.differences(began, built.identity[identity.START]):
+        names = ", ".join(repr(name) for name, _, _ in changed[:3])
         raise cli.UserError(
             f"run.model does not make the weights that {folder} began with: {names} differ, so that no base would be "
             "known by this delta; restore what it reads, or export the whole model by --format=keras"
         )
+    return began
 
 
 def _put(output: Path, write: Callable[[Path], str]) -> str:

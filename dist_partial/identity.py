@@ -1,7 +1,7 @@
 """What must not change under a run folder: another value of any of it would be another run."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,13 @@ def of_run(
     return _plain(content)
 
 
-def check(folder: Path, identity: dict[str, Any]) -> bool:
+def check(folder: Path, identity: dict[str, Any], may_differ: Collection[str] = ()) -> bool:
     """Compares with the identity that the folder was made with.
+
+    Args:
+        folder: which may be absent.
+        identity: from `of_run`.
+        may_differ: what of it is not compared.
 
     Returns:
         Whether the folder is a run folder; False if it is absent or empty.
@@ -68,7 +73,7 @@ def check(folder: Path, identity: dict[str, Any]) -> bool:
     if isinstance(before, dict):
         if not any((folder / "checkpoints").glob("step-*")):
             return True  # it has not come far enough to be another run
-        before |= {name: value for name, value in identity.items() if name == START}
+        before |= {name: value for name, value in identity.items() if name == START or name in may_differ}
     if changed := differences(before, identity):
         first = "; ".join(f"{name} was {shown(old)} and is now {shown(new)}" for name, old, new in changed[:3])
         more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""

@@ -6,7 +6,6 @@ Generates text from the newest checkpoint of a run folder; what no flag sets is 
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -28,25 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.DEFINE_bool("allow_imports", False, "import the modules that the run's gin file names", flag_values=values)
 
     def command() -> int:
-        if not values.run_dir:
-            raise cli.UserError("no --run_dir: name the folder of a run, such as --run_dir=runs/quickstart")
-        cli.import_tensorflow_quietly()
-        from dist_partial import config, evaluation, local_sgd, replicas
-        from dist_partial.build import build, restore
-
-        folder = Path(values.run_dir)
-        if not (folder / "operative_config.gin").is_file():
-            raise cli.UserError(f"{folder} is no run folder: it has no operative_config.gin")
-        settings = config.load([folder / "operative_config.gin"], imports=values.allow_imports).settings
+        folder = cli.check_run_dir(values.run_dir)
         names = ("prompt", "temperature", "top_k", "top_p", "seed", "length", "count")
         given: dict[str, Any] = {name: values[name].value for name in names if values[name].value is not None}
-        sampling = dataclasses.replace(settings.sampling, **given)
-        built = build(settings, replicas.create("default"))
-        checkpoint = restore(built, folder, lambda line: print(line, file=sys.stderr))
-        if checkpoint is None:
-            raise cli.UserError(f"{folder} has no checkpoint yet: let the run save one first")
-        with local_sgd.agreed(built.replicas.strategy, built.fragments):
-            for row in evaluation.samples(built.model, built.data, sampling, checkpoint.step):
+        cli.import_tensorflow_quietly()
+        from dist_partial import evaluation, trained
+
+        with trained.newest(folder, values.allow_imports) as (settings, built, step):
+            sampling = dataclasses.replace(settings.sampling, **given)
+            for row in evaluation.samples(built.model, built.data, sampling, step):
                 print(f"{row['prompt']}{row['text']}\n")
         return 0
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import Base, build, checkpoints, delta, export, lora, replicas, run
+from dist_partial import Base, build, delta, export, lora, replicas, run, sample, train
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.data.codecs import ByteCodec
 from dist_partial.errors import UserError
@@ -135,14 +135,14 @@ def test_a_delta_of_weights_that_have_been_replaced_is_refused(tmp_path):
     settings = told(model=model, rules=[("train", "d/.*"), ("freeze", ".*")], statistics="trained")
     run.run(settings, tmp_path / "run")
     built, _, _ = restored(settings, tmp_path / "run")
-    export._check_base(tmp_path / "run", built)
+    export._base(tmp_path / "run", built)
     other = keras_file(str(tmp_path / "base.keras"))
     other.get_layer("d").kernel.assign_add(np.ones((5, 3)))
     other.save(tmp_path / "base.keras")
     built, _, found = restored(settings, tmp_path / "run")
     assert found.step == 4  # what is trained comes from the checkpoint, so that the run itself can go on
-    with pytest.raises(UserError, match=r"does not make the weights that .* began with: '2 d/kernel' differ"):
-        export._check_base(tmp_path / "run", built)
+    with pytest.raises(UserError, match=r"does not make the weights that .* began with: 'd/kernel' differ"):
+        export._base(tmp_path / "run", built)
 
 
 def test_a_base_without_variables():
@@ -162,11 +162,43 @@ def test_a_model_with_fewer_logits_than_the_data_has_symbols():
         build.build(told(model=model, data=lambda: data), replicas.create("default"))
 
 
-def test_checkpoints_of_the_same_names_as_before():
-    """Where no two paths are alike, names are what they were: folders that are there stay readable."""
-    assert [name.split(" ", 1)[1] for name in checkpoints.fingerprints(adapted())] == [
-        "a/kernel",
-        "a/bias",
-        "d/kernel",
-        "d/bias",
-    ]
+def test_what_was_trained_on_data_that_has_changed_since(tmp_path, capsys):
+    """Training must not go on from other data; what has been trained can be used."""
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text("to be, or not to be\n" * 800)
+    gin_file = tmp_path / "words.gin"
+    gin_file.write_text(f"""
+import dist_partial.data.codecs
+run.model = @byte_transformer
+byte_transformer.layers = 1
+byte_transformer.width = 8
+byte_transformer.heads = 2
+run.data = @tokenized_text
+tokenized_text.tokenizer = @dist_partial.data.codecs.ByteCodec
+tokenized_text.window = 16
+tokenized_text.root = {str(text)!r}
+tokenized_text.evaluation_share = 0.5
+run.rules = [('train', r'head/.*'), ('freeze', r'.*')]
+run.optimizer = @keras.optimizers.SGD
+SGD.learning_rate = 0.1
+run.reduction = @never()
+run.steps = 2
+run.global_batch = 4
+run.eval_examples = 4
+replicas.cpu = 2
+sample.length = 5
+""")
+    folder = tmp_path / "run"
+    again = [f"--gin_file={gin_file}", f"--run_dir={folder}"]
+    assert train.main(again) == 0
+    (text / "a.txt").write_text("that is the question\n" * 900)
+    capsys.readouterr()
+    assert train.main([*again, "--gin_param=run.steps=4"]) == 2
+    assert "is of another run: data.fingerprint was" in capsys.readouterr().err
+    assert sample.main([f"--run_dir={folder}", "--prompt=to be", "--allow_imports"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("to be") and "differs between replicas: this is the first one's" in err
+    output = tmp_path / "a.safetensors"
+    assert export.main([f"--run_dir={folder}", "--format=safetensors", f"--output={output}", "--allow_imports"]) == 0
+    assert list(delta.read(output).arrays) == ["head/kernel"]

@@ -1,0 +1,43 @@
+"""What a run has trained so far, for the commands that use it: `sample` and `export`."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from dist_partial import config, local_sgd, replicas
+from dist_partial.build import Built, build, restore
+from dist_partial.errors import UserError
+from dist_partial.reduction import Never
+from dist_partial.settings import Settings
+
+
+@contextlib.contextmanager
+def newest(folder: Path, imports: bool) -> Iterator[tuple[Settings, Built, int]]:
+    """Builds a run's model in this process, on one replica, with the weights of its newest checkpoint.
+
+    The data may have changed since, as long as the run's model takes it: only training goes on from it.
+
+    Args:
+        folder: the run folder.
+        imports: whether the modules that its gin file names may be imported.
+
+    Yields:
+        The run's settings, what they build, and the checkpoint's step.
+
+    Raises:
+        UserError: there is no checkpoint, or the factories do not make the model that was trained.
+    """
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    settings = config.load([folder / "operative_config.gin"], imports=imports).settings
+    built = build(settings, replicas.create("default"))
+    checkpoint = restore(built, folder, say, may_differ=("data",))
+    if checkpoint is None:
+        raise UserError(f"{folder} has no checkpoint yet: let the run save one first")
+    if alone := [entry.path for entry in built.plan.trained if isinstance(entry.reduction, Never)]:
+        say(f"{alone[0]!r} and what else @never() trains differs between replicas: this is the first one's")
+    with local_sgd.agreed(built.replicas.strategy, built.fragments):
+        yield settings, built, checkpoint.step
