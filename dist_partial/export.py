@@ -375,7 +375,10 @@ def _generator(model: Any, window: int | None, capacity: int | None) -> Callable
         else:
             logits, cache = read(text, (), start - 1)
         text, logits, _, last = tf.while_loop(
-            lambda text, logits, cache, position: position < end - 1, write_and_read, (text, logits, cache, start)
+            lambda text, logits, cache, position: position < end - 1,
+            write_and_read,
+            (text, logits, cache, start),
+            parallel_iterations=1,
         )
         return {"ids": tf.transpose(write(text, logits, last)[start:])}
 

@@ -201,6 +201,7 @@ def _write(
         lambda text, logits, cache, position: position < end - 1,
         write_and_read,
         (text, logits, cache, tf.constant(start)),
+        parallel_iterations=1,  # or weights that are stored in fewer bits are cast for ten ids at once
     )
     return tf.transpose(write(text, logits, last)[start:])
 
