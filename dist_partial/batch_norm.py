@@ -21,7 +21,7 @@ def set_modes(layers: Sequence[keras.layers.BatchNormalization], plan: Plan, eve
     nor centre) trains when all of the model does.
 
     Args:
-        layers: from `layers`, before the first call of this; their `trainable` flags are set.
+        layers: from `layers`, before the first call of this; their own `trainable` flags are set.
         plan: what is trained.
         everywhere: True leaves all of them in training mode.
     """
@@ -29,7 +29,15 @@ def set_modes(layers: Sequence[keras.layers.BatchNormalization], plan: Plan, eve
     for layer in layers:
         own = [v for v in (layer.gamma, layer.beta) if v is not None]
         training = any(id(v) in trained for v in own) if own else not plan.frozen
-        layer.trainable = everywhere or training
+        set_mode(layer, everywhere or training)
+
+
+def set_mode(layer: keras.layers.BatchNormalization, training: bool) -> None:
+    """Sets the mode alone: which of its variables are trainable stays, such as one that the user has frozen."""
+    flags = [(variable, variable.trainable) for variable in layer.variables]
+    layer.trainable = training  # Keras sets those of all its variables, too
+    for variable, trainable in flags:
+        variable.trainable = trainable
 
 
 def local_statistics(model: keras.Model) -> list[Any]:

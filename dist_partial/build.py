@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from dist_partial import (
     step,
     storage,
 )
-from dist_partial.data import Dataset, train_batches
-from dist_partial.errors import UserError
+from dist_partial.data import Dataset, some_targets, train_batches
+from dist_partial.errors import UserError, first_line, own_line
 from dist_partial.loss_scale import LossScale, needs_loss_scale
+from dist_partial.losses import check_class_ids, full_precision
 from dist_partial.replicas import Replicas, input_context
 from dist_partial.schedule import Constant, Schedule, Unit
 from dist_partial.selection import average_bytes
@@ -82,7 +84,7 @@ def build(settings: Settings, replicas: Replicas) -> Built:
             raise UserError(f"run.model made a {type(model).__name__}: its factory must return a keras.Model")
         # A subclassed model has its variables only once it has been called.
         x = data.train.spec[0]
-        outputs = model(tf.zeros([1, *x.shape], x.dtype))
+        outputs = _outputs(model, data.name, x)
         if not isinstance(outputs, tf.Tensor):
             raise UserError(f"run.model gives a {type(outputs).__name__} of outputs: its model must give one tensor")
         if data.codec is not None and outputs.shape[-1] < data.codec.size:
@@ -90,6 +92,13 @@ def build(settings: Settings, replicas: Replicas) -> Built:
                 f"{data.name} has {data.codec.size:,} symbols and run.model gives logits for {outputs.shape[-1]:,}: "
                 "bind a tokenizer of the model's own, or a model of that size"
             )
+        symbols = 0 if data.codec is None else data.codec.size
+        for layer in model._flatten_layers():  # Keras encodes an id beyond its tokens as nothing, without a word
+            if isinstance(layer, keras.layers.CategoryEncoding) and layer.num_tokens < symbols:
+                raise UserError(
+                    f"{data.name} has {symbols:,} symbols and {layer.name!r} of run.model encodes "
+                    f"{layer.num_tokens:,}: bind a model that reads all of them"
+                )
         batch_norms = batch_norm.layers(model)
         adapters = lora.enable(settings.rules, model)
         plan = selection.resolve(settings.rules, model, settings.reduction, adapters)
@@ -108,6 +117,9 @@ def build(settings: Settings, replicas: Replicas) -> Built:
     loss = settings.loss()
     if not callable(loss):
         raise UserError(f"run.loss made a {type(loss).__name__}: its factory must return a Keras loss or a function")
+    for source in (data.train, data.evaluation):
+        check_class_ids(loss, data.name, some_targets(source), outputs.shape[-1])
+    _check_loss(loss, data.train.spec[1], outputs)
     return Built(
         replicas=replicas,
         data=data,
@@ -124,6 +136,43 @@ def build(settings: Settings, replicas: Replicas) -> Built:
         moving=checkpoints.moving(model),
         identity=identity.of_run(settings, data, model, plan, [*groups, *[f.outer for f in fragments]]),
     )
+
+
+def _outputs(model: keras.Model, name: str, x: tf.TensorSpec) -> Any:
+    """What the model makes of one example of zeros.
+
+    Raises:
+        UserError: it does not take the examples of the data set of that name.
+    """
+    example = f"{name}'s examples, {x.dtype.name} {list(x.shape)}"
+    wanted = model.inputs[0].dtype if getattr(model, "inputs", None) else x.dtype.name
+    if x.dtype.is_floating and "int" in wanted:  # Keras would cut the fractions off
+        raise UserError(f"run.model reads ids ({wanted}) and not {example}: bind a model of features, or other data")
+    try:
+        return model(tf.zeros([1, *x.shape], x.dtype))
+    except (ValueError, tf.errors.InvalidArgumentError) as error:
+        # Where Keras names the layer first, the reason is the second paragraph.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[1] if len(lines) > 1 and lines[0].startswith("Exception encountered") else lines[0]
+        reason = re.sub(r"\x1b\[\d*m|\{\{.*?\}\} ?", "", reason)
+        raise UserError(
+            f"run.model does not take {example}: {reason}{own_line(error)}; bind sizes that fit each other"
+        ) from error
+
+
+def _check_loss(loss: Callable[[Any, Any], Any], y: tf.TensorSpec, outputs: tf.Tensor) -> None:
+    """Raises UserError if the shapes of targets and outputs do not go together under the loss."""
+    batch = 5  # more than one, which would go with any
+    try:
+        loss(tf.zeros([batch, *y.shape], y.dtype), full_precision(tf.repeat(outputs, batch, axis=0)))
+    except (ValueError, tf.errors.InvalidArgumentError) as error:
+        shapes = f"targets [batch{''.join(f', {n}' for n in y.shape)}] and outputs {['batch', *outputs.shape[1:]]}"
+        shapes = shapes.replace("'", "")
+        reason = re.sub(r"\{\{.*?\}\} ?", "", first_line(error))
+        raise UserError(
+            f"run.loss does not take run.data's {shapes} of run.model: {reason}{own_line(error)}; bind another loss, "
+            "or a model of other outputs"
+        ) from error
 
 
 def _divided(

@@ -8,6 +8,7 @@ from pathlib import Path
 from absl import flags
 
 from dist_partial.errors import AGAIN, INTERRUPTED, Fault, UserError
+from dist_partial.files import MISTAKES
 
 __all__ = [
     "INTERRUPTED",
@@ -86,6 +87,11 @@ def call(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | None
     except KeyboardInterrupt:  # before there was anything to save, or a second time
         print("stopped", file=sys.stderr)
         return INTERRUPTED
+    except OSError as error:  # a name that is too long for the file system, say, wherever it is first looked for
+        if error.errno not in MISTAKES or not error.filename:
+            raise
+        print(f"error: {str(error.filename)[:300]}: {error.strerror}; name another file or folder", file=sys.stderr)
+        return 2
     except (Fault, UserError, flags.Error) as error:
         # gin adds lines to whatever passes through it, with the names of its own functions.
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -27,7 +27,7 @@ import safetensors.numpy
 from dist_partial import agreement
 from dist_partial.checkpoints import digest, fingerprints, variables
 from dist_partial.errors import UserError, first_line
-from dist_partial.files import write_atomically
+from dist_partial.files import existing, write_atomically
 from dist_partial.selection import Plan
 
 FORMAT = "1"
@@ -106,10 +106,12 @@ def write(path: str | Path, delta: Delta) -> None:
         {key: np.asarray(array, order="C") for key, array in delta.arrays.items()}, metadata
     )
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(path), lambda file: file.write(content))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from None
+        place = Path(path).expanduser()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, lambda file: file.write(content))
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: an empty name; RuntimeError: ~somebody
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {str(path)!r}: {reason}; choose another place") from None
 
 
 def read(path: str | Path) -> Delta:
@@ -118,11 +120,7 @@ def read(path: str | Path) -> Delta:
     Raises:
         UserError: there is no such file, or it is damaged, of another kind, or holds what is not finite.
     """
-    path = Path(path)
-    if not path.is_file():
-        parent = path.parent
-        near = difflib.get_close_matches(path.name, [p.name for p in parent.iterdir()] if parent.is_dir() else [])
-        raise UserError(f"no file {path}" + (f"; in that folder there is {', '.join(near)}" if near else ""))
+    path = existing("the delta", path)
     try:
         # Checks the header against the file's length before anything is allocated, and runs nothing of the file's.
         with safetensors.safe_open(path, framework="np") as file:

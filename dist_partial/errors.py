@@ -1,5 +1,8 @@
 """What ends a run: mistakes that the user can mend, and faults after which the same command goes on."""
 
+import traceback
+from pathlib import Path
+
 INTERRUPTED = 130  # the exit code after Ctrl-C: 128 + SIGINT, as shells report it
 AGAIN = 75  # the exit code after a fault or SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"
 
@@ -7,6 +10,15 @@ AGAIN = 75  # the exit code after a fault or SIGTERM: EX_TEMPFAIL of sysexits.h,
 def first_line(error: Exception) -> str:
     """What an error of another library says, in one line; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def own_line(error: Exception) -> str:
+    """Where in the user's own code an error was raised, as " (file, line n)"; nothing where no such code was called."""
+    others = ("<", str(Path(__file__).parent), str(Path(traceback.__file__).parent))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(others) and "-packages" not in frame.filename:
+            return f" ({frame.filename}, line {frame.lineno})"
+    return ""
 
 
 class UserError(Exception):

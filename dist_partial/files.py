@@ -1,6 +1,7 @@
-"""Writing files that are whole or absent, and failures to write as errors or faults."""
+"""Files: finding those that the user names, and writing them whole or not at all."""
 
 import contextlib
+import difflib
 import errno
 import fcntl
 import json
@@ -12,7 +13,7 @@ from typing import Any
 from dist_partial.errors import Fault, UserError
 
 # Of the file system's failures those that the user has written, and that come again until they are mended.
-_MISTAKES = (
+MISTAKES = (
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -24,6 +25,34 @@ _MISTAKES = (
 )
 
 
+def existing(name: str, path: str | os.PathLike[str], pattern: str = "*") -> Path:
+    """A file that the user has named, with `~` expanded.
+
+    Args:
+        name: what messages begin with, such as the binding.
+        path: of the file.
+        pattern: of the names of such files, to show what is near.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    try:
+        place = Path(path).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise UserError(f"{name}: {str(path)!r}: {error}") from None
+    if os.path.isfile(place):  # which, unlike Path.is_file, has no exception for names that are too long
+        return place
+    near: list[str] = []
+    if os.path.isdir(place) and str(path):  # an empty path is this folder to pathlib
+        what, folder = f"{str(path)!r} is a folder, and a file is needed", place
+    else:
+        what, folder = f"no file {str(path)[:300]!r}", place.parent
+    with contextlib.suppress(OSError):
+        names = sorted(entry.name for entry in folder.glob(pattern) if entry.is_file())
+        near = difflib.get_close_matches(place.name, names) or (names[:5] if pattern != "*" else [])
+    raise UserError(f"{name}: {what}" + (f"; in that folder there is {', '.join(near)}" if near else ""))
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Names `path` where the file system fails: a `UserError` if it may not be written, a `Fault` if it is full."""
@@ -31,7 +60,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        if error.errno in _MISTAKES:
+        if error.errno in MISTAKES:
             raise UserError(f"cannot write {path}: {reason}; choose another --run_dir") from None
         raise Fault(f"cannot write {path}: {reason}; free some space or choose another --run_dir") from None
 

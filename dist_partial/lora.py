@@ -5,10 +5,8 @@ from typing import Any
 
 import keras
 
-from dist_partial import selection
+from dist_partial import kernels, selection
 from dist_partial.errors import UserError
-
-_WITH_KERNEL = (keras.layers.Dense, keras.layers.EinsumDense)
 
 
 def enable(table: Sequence[Any], model: keras.Model) -> dict[str, selection.Adapter]:
@@ -31,7 +29,7 @@ def enable(table: Sequence[Any], model: keras.Model) -> dict[str, selection.Adap
     rules = selection.parse_rules(table)
     if all(rule.lora is None for rule in rules):
         return {}
-    owners = {id(kernel): layer for layer in model._flatten_layers() if (kernel := _kernel(layer)) is not None}
+    owners = {id(kernels.raw(layer)): layer for layer in kernels.layers(model)}
     wanted = []
     # All are looked at before the first is changed.
     for path, variable in zip(selection.variable_paths(model), list(model.trainable_variables), strict=True):
@@ -60,19 +58,8 @@ def merge(model: keras.Model) -> None:
 
     A layer that is stored in fewer bits stays as it is.
     """
-    for layer in model._flatten_layers():
-        name = "_embeddings" if isinstance(layer, keras.layers.Embedding) else "_kernel"
-        if not getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
-            continue
-        kernel = getattr(layer, name)
-        kernel.assign(layer.embeddings if name == "_embeddings" else layer.kernel)
-        layer.lora_enabled, layer.lora_rank, kernel.trainable = False, None, True
-
-
-def _kernel(layer: Any) -> Any:
-    # Without LoRA these properties give the variable itself.
-    if getattr(layer, "lora_enabled", False):
-        return None
-    if isinstance(layer, _WITH_KERNEL):
-        return layer.kernel
-    return layer.embeddings if isinstance(layer, keras.layers.Embedding) else None
+    for layer in kernels.layers(model):
+        if layer.lora_enabled and not layer.quantization_mode:
+            kernel = kernels.raw(layer)
+            kernel.assign(kernels.merged(layer))
+            layer.lora_enabled, layer.lora_rank, kernel.trainable = False, None, True

@@ -1,8 +1,44 @@
 """Losses of examples: what one example counts, and in which precision."""
 
+import keras
+import numpy as np
 import tensorflow as tf
 
 from dist_partial.errors import UserError
+
+
+def check_class_ids(loss: object, name: str, y: np.ndarray, classes: int) -> None:
+    """Looks whether targets are ids of the model's classes, if the loss takes them for that.
+
+    TensorFlow fails on others in the first step, or on a GPU trains on NaN; it cuts fractions off.
+
+    Args:
+        loss: a Keras loss or a function; of others than Keras's own sparse cross-entropy nothing is asked.
+        name: of the data set.
+        y: targets of any shape.
+        classes: how many logits the model gives.
+
+    Raises:
+        UserError: a target is none of 0 to classes - 1.
+    """
+    options = loss.get_config() if isinstance(loss, keras.losses.SparseCategoricalCrossentropy) else None
+    if options is None or options.get("axis", -1) != -1 or not y.size or y.dtype.kind not in "iufb":
+        return
+    if options.get("ignore_class") is not None:
+        y = y[y != options["ignore_class"]]
+    low, high = (np.min(y), np.max(y)) if y.size else (0, 0)
+    if y.dtype.kind == "f" and (y != np.floor(y)).any():
+        raise UserError(
+            f"{name} has targets such as {y[y != np.floor(y)][0]:.6g}, which are no class ids, and run.loss is a "
+            "cross-entropy over classes: bind e.g. run.loss = @keras.losses.MeanSquaredError"
+        )
+    if low < 0:
+        raise UserError(f"{name} has the target {low:g}: run.loss takes class ids, which are numbered from 0")
+    if high >= classes:
+        raise UserError(
+            f"{name} has targets up to {high:g} and run.model gives logits for the classes 0 to {classes - 1}: "
+            f"bind a model of at least {high + 1:g} classes, or another run.loss if the targets are no class ids"
+        )
 
 
 def example_losses(losses: tf.Tensor, weight: tf.Tensor | None) -> tf.Tensor:

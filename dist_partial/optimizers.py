@@ -110,15 +110,29 @@ def _make(where: str, factory: Callable[..., Any]) -> keras.optimizers.Optimizer
     except (TypeError, ValueError) as error:  # an argument that this optimizer does not have, or a value it refuses
         raise UserError(f"{where} cannot be made: {str(error).splitlines()[0]}") from error
     if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise UserError(f"{where} is {optimizer!r}: bind a factory, such as @keras.optimizers.Adam without ()")
-    if optimizer.gradient_accumulation_steps:
-        raise UserError(f"{where} accumulates gradients by itself: bind run.accumulate instead")
-    if optimizer.use_ema:
-        raise UserError(f"{where} averages weights (use_ema), which a run would neither evaluate nor sample: unbind it")
-    if optimizer.loss_scale_factor or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        raise UserError(f"{where} scales the loss by itself: bind run.precision = 'mixed_float16' instead")
+        raise UserError(
+            f"{where} is {optimizer!r}: give a factory, such as keras.optimizers.Adam (in a gin file "
+            "@keras.optimizers.Adam) without ()"
+        )
+    check(where, optimizer)
     _apply_reduced_already(optimizer)
     return optimizer
+
+
+def check(where: str, optimizer: keras.optimizers.Optimizer) -> None:
+    """Raises UserError if a Keras optimizer accumulates, averages or scales by itself; `where` says which it is."""
+    if optimizer.gradient_accumulation_steps:
+        raise UserError(
+            f"{where} accumulates gradients by itself, which Keras 3.15 cannot do on several replicas: leave out "
+            "gradient_accumulation_steps; dist_partial.train has run.accumulate"
+        )
+    if optimizer.use_ema:
+        raise UserError(f"{where} averages weights, which nothing would evaluate or sample: leave out use_ema")
+    if optimizer.loss_scale_factor or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise UserError(
+            f"{where} scales the loss by itself: give it without; under mixed_float16 the loss is scaled for all "
+            "optimizers together (dist_partial.train: run.precision = 'mixed_float16')"
+        )
 
 
 def _trained_variable(entry: Entry) -> Any:

@@ -1,6 +1,7 @@
 """The one orchestration: build, restore, loop, evaluate, sample, save."""
 
 import contextlib
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,7 +57,7 @@ def run(
         Interrupted: Ctrl-C or SIGTERM on any of the workers; the state is saved.
     """
     replicas = settings.replicas()
-    with _connected(replicas):
+    with _connected(replicas), _ids_explained():
         _run(settings, folder, replicas, operative, unused, bindings or {})
 
 
@@ -238,6 +239,22 @@ def _connected(replicas: Replicas) -> Iterator[None]:
         raise
     finally:
         mesh.close()
+
+
+@contextlib.contextmanager
+def _ids_explained() -> Iterator[None]:
+    """Turns what TensorFlow says of an id that is out of range, after many lines, into a mistake of the user's."""
+    try:
+        yield
+    except tf.errors.InvalidArgumentError as error:
+        ids = "run.data has the {} {}, and run.model has {} of them, from 0 on: bind sizes that fit each other"
+        for pattern, what in (
+            (r"label value of (-?\d+) which is outside the valid range of \[0, (\d+)\)", "class id"),
+            (r"indices\[[\d,]+\] = (-?\d+) is not in \[0, (\d+)\)", "id"),
+        ):
+            if found := re.search(pattern, error.message):
+                raise UserError(ids.format(what, found[1], found[2])) from error
+        raise
 
 
 def _steps_until_event(

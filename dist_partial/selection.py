@@ -187,15 +187,21 @@ class Plan:
         return dataclasses.replace(plan, statistics=tuple(statistics))
 
     def to_json(self) -> dict[str, Any]:
-        """The content of plan.json."""
+        """The content of plan.json.
+
+        Of a variable, `dtype` is the one in which its gradient would be exchanged whole, `stored_dtype` the one in
+        which it is kept (see `storage`), and `unit` what a schedule switches it with; None where none does.
+        """
         return {
             "variables": [
                 {
                     "path": e.path,
                     "shape": list(e.shape),
                     "dtype": e.dtype,
+                    "stored_dtype": e.variable.dtype,
                     "trained": e.trained,
                     "rule": str(e.rule),
+                    "unit": e.unit or None,
                     "rows": list(e.rule.rows) if e.trained and e.rule.rows else None,
                     "reduction": str(e.reduction) if e.trained and e.sent else None,
                     "wire_bytes_per_step": e.wire_bytes,
@@ -228,7 +234,9 @@ def parse_rules(table: Sequence[Any]) -> tuple[Rule, ...]:
         UserError: if a line is neither, or a pattern is not a regular expression.
     """
     if not isinstance(table, (list, tuple)) or not table:
-        raise UserError("run.rules is empty: bind a list such as [('train', r'head/.*'), ('freeze', r'.*')]")
+        raise UserError(
+            "the rules (run.rules) are empty: write a list such as [('train', r'head/.*'), ('freeze', r'.*')]"
+        )
     return tuple(_parse_rule(number, line) for number, line in enumerate(table, 1))
 
 
@@ -238,7 +246,10 @@ def _parse_rule(number: int, line: Any) -> Rule:
     elif isinstance(line, (list, tuple)) and len(line) == 2 and line[0] in ("train", "freeze"):
         rule = Rule(match=line[1], train=line[0] == "train")
     else:
-        raise UserError(f"rule {number} is {line!r}: write ('train', pattern), ('freeze', pattern) or @name/Rule()")
+        raise UserError(
+            f"rule {number} is {line!r}: write ('train', pattern), ('freeze', pattern) or a Rule, in a gin file "
+            "@name/Rule()"
+        )
     if not isinstance(rule.match, str):
         raise UserError(f"rule {number} matches {rule.match!r}: the pattern must be a string")
     try:
@@ -262,6 +273,11 @@ def _check_options(number: int, rule: Rule) -> None:
     ]
     if not rule.train and options:
         raise UserError(f"{where} freezes what it matches, so {options[0]} has no use: remove it or set train = True")
+    if rule.optimizer is not None and not callable(rule.optimizer):
+        raise UserError(
+            f"{where}: optimizer is {rule.optimizer!r}: give what makes one, such as keras.optimizers.SGD (in a gin "
+            "file @keras.optimizers.SGD) without (), and learning_rate beside it"
+        )
     if rule.reduction is not None:
         check_reduction(where, rule.reduction)
     if rule.rows is not None:
@@ -282,7 +298,10 @@ def _check_options(number: int, rule: Rule) -> None:
 def check_reduction(where: str, reduction: Any) -> None:
     """Raises UserError if it is none; `where` says which."""
     if isinstance(reduction, type) or not hasattr(reduction, "messages"):
-        raise UserError(f"{where}: reduction is {reduction!r}: bind a reduction such as @every_step(), with the ()")
+        raise UserError(
+            f"{where}: reduction is {reduction!r}: give one such as EveryStep(), in a gin file @every_step(), "
+            "with the ()"
+        )
 
 
 def variable_paths(model: Any) -> list[str]:
@@ -329,7 +348,7 @@ def resolve(
             variables with one path, a pattern that is not a regular expression, rows beyond a variable.
     """
     rules = parse_rules(table)
-    check_reduction("run", reduction)
+    check_reduction("all rules that name none", reduction)
     paths = variable_paths(model)
     if not paths:
         raise UserError(f"model {model.name!r} has no trainable variables: nothing can be selected")
@@ -352,8 +371,8 @@ def resolve(
             )
         if rule.lora is not None and path not in adapters:
             raise UserError(
-                f"rule {number + 1} ({rule.match!r}) asks for LoRA of {path!r}, and nothing has enabled it: pass what "
-                "lora.enable() gives, as the trainer does"
+                f"rule {number + 1} ({rule.match!r}) asks for LoRA of {path!r}, and nothing has enabled it: call "
+                f"enable_lora({rule.lora}) of the layer and match r'.*/lora_.*', or train with dist_partial.train"
             )
         if path in adapters and path not in frozen:
             frozen.add(path)

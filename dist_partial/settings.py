@@ -12,6 +12,12 @@ from dist_partial.reduction import EveryStep
 from dist_partial.schedule import Constant
 from dist_partial.selection import check_reduction
 
+_FACTORIES = {  # each with an example
+    "model": "@byte_transformer",
+    "data": "@stdlib_corpus",
+    "optimizer": "@keras.optimizers.Adam",
+    "loss": "@keras.losses.MeanSquaredError",
+}
 PRECISIONS = ("float32", "float64", "mixed_bfloat16", "mixed_float16")
 
 
@@ -129,11 +135,12 @@ class Settings:
             _number("run.clip_norm", self.clip_norm, least=0)
             if self.clip_norm == 0:
                 raise UserError("run.clip_norm is 0, which would train nothing: it must be above 0, or None")
-        for name in ("model", "data", "optimizer", "loss"):
+        for name in _FACTORIES:
             value = getattr(self, name)
             # Models and losses can be called too, but not to make one.
             if not callable(value) or isinstance(value, (keras.Layer, keras.losses.Loss)):
-                raise UserError(f"run.{name} is {value!r}: bind a factory, such as @byte_transformer without ()")
+                example = _FACTORIES[name]
+                raise UserError(f"run.{name} is {value!r}: bind a factory, such as {example} without ()")
         check_reduction("run", self.reduction)
         if self.precision not in PRECISIONS:
             raise UserError(f"run.precision is {self.precision!r}: write one of {', '.join(map(repr, PRECISIONS))}")

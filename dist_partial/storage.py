@@ -5,11 +5,11 @@ from typing import Any
 
 import keras
 
+from dist_partial import kernels
 from dist_partial.errors import UserError
 from dist_partial.selection import Plan
 
 PRECISIONS = (None, "bfloat16", "int8")
-_QUANTIZABLE = (keras.layers.Dense, keras.layers.EinsumDense, keras.layers.Embedding)
 
 
 def lower(plan: Plan, model: keras.Model, precision: str | None) -> Plan:
@@ -63,11 +63,8 @@ def _round(variable: Any) -> None:
 def _quantize(model: keras.Model, frozen: set[int]) -> dict[int, Any]:
     """Quantizes the layers of which nothing is trained; returns the new kernels by the identity of the old ones."""
     replaced = {}
-    for layer in model._flatten_layers():
-        if not isinstance(layer, _QUANTIZABLE) or not layer.built:
-            continue
-        name = "_embeddings" if isinstance(layer, keras.layers.Embedding) else "_kernel"
-        before = getattr(layer, name)
+    for layer in kernels.layers(model):
+        before = kernels.raw(layer)
         own = [v for v in layer.variables if not v.name.startswith("lora_")]
         if id(before) not in frozen or any(v.trainable and id(v) not in frozen for v in own):
             continue
@@ -75,5 +72,5 @@ def _quantize(model: keras.Model, frozen: set[int]) -> dict[int, Any]:
             layer.quantize("int8")
         except NotImplementedError:  # a subclass, with a call of its own
             continue
-        replaced[id(before)] = getattr(layer, name)
+        replaced[id(before)] = kernels.raw(layer)
     return replaced

@@ -1,4 +1,4 @@
-"""What a run has trained so far, for the commands that use it: `sample` and `export`."""
+"""What a run trains and has trained so far, for those who use it: `sample`, `export` and who has a delta."""
 
 import contextlib
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dist_partial import config, local_sgd, replicas
 from dist_partial.build import Built, build, restore
+from dist_partial.delta import Base
 from dist_partial.errors import UserError
 from dist_partial.reduction import Never
 from dist_partial.settings import Settings
@@ -41,3 +42,18 @@ def newest(folder: Path, imports: bool) -> Iterator[tuple[Settings, Built, int]]
         say(f"{alone[0]!r} and what else @never() trains differs between replicas: this is the first one's")
     with local_sgd.agreed(built.replicas.strategy, built.fragments):
         yield settings, built, checkpoint.step
+
+
+def base(gin_file: str | Path, imports: bool = False) -> Base:
+    """The base of the deltas of a run: its model as it was before the run, with LoRA's factors and what is stored low.
+
+    Sets Keras's precision and random seed to the run's, as the run itself does.
+
+    Args:
+        gin_file: such as the `operative_config.gin` of its folder, or the file that it was started with.
+        imports: whether the modules that the file names may be imported.
+
+    Raises:
+        UserError: every mistake in the file, and data or weights that it reads and that are gone.
+    """
+    return Base(build(config.load([gin_file], imports=imports).settings, replicas.create("default")).model)

@@ -118,6 +118,33 @@ PARAMS = {
     "kind": (["replicas.kind='mirorred'"], ["replicas.kind", "'mirrored'"]),
     "too many replicas": (["replicas.cpu=64"], ["replicas.cpu = 64"]),
     "workers without cluster": (["replicas.kind='multi_worker'"], ["TF_CONFIG"]),
+    "number for a text": (["hub_model.preset=5"], ["hub_model.preset is 5", "text in quotes"]),
+    "text for a number": (["stdlib_prose.window='16'"], ["stdlib_prose.window is '16'", "whole number", "128"]),
+    "text in a scope": (["a/hub_model.classes='3'"], ["a/hub_model.classes is '3'"]),
+    "float for a count": (["byte_transformer.width=16.0"], ["byte_transformer.width is 16.0", "whole number"]),
+    "bool for a count": (["run.keep=True"], ["run.keep is True", "whole number"]),
+    "text for a bool": (["byte_transformer.tied='yes'"], ["byte_transformer.tied is 'yes'", "True or False"]),
+    "none for a size": (["two_dense.hidden=None"], ["two_dense.hidden is None", "64"]),
+    "list for a dictionary": (["hub_model.arguments=[1]"], ["hub_model.arguments is [1]", "dictionary"]),
+    "number for a path": (["stdlib_shapes.root=5"], ["stdlib_shapes.root is 5"]),
+    "factory lacks an argument": (["run.data=@tfds_dataset"], ["not bound: tfds_dataset.name"]),
+    "inner factory lacks one": (
+        ["run.data=@tokenized_text", "tokenized_text.tokenizer=@a/hub_tokenizer"],
+        ["not bound: a/hub_tokenizer.preset"],
+    ),
+    "user's factory lacks one": (["run.model=@user_module.needy"], ["not bound: user_module.needy.units"]),
+    "labels beyond the classes": (["user_module.data.classes=4"], ["points", "up to 3", "0 to 1", "4 classes"]),
+    "labels of floats": (["user_module.data.classes=4", "user_module.data.labels='float64'"], ["up to 3", "0 to 1"]),
+    "negative label": (["user_module.data.lowest=-1"], ["points", "-1", "from 0"]),
+    "fractions as labels": (["user_module.data.labels='fraction'"], ["points", "0.5", "MeanSquaredError"]),
+    "labels of a source on disk": (["run.data=@user_module.on_disk", "on_disk.label=7"], ["up to 7", "0 to 1"]),
+    "loss of other shapes": (["run.loss=@keras.losses.MeanSquaredError"], ["run.loss", "[batch]", "[batch, 2]"]),
+    "features for ids": (["run.model=@two_dense", "two_dense.window=3"], ["float32 [3]", "int32", "features"]),
+    "features of another size": (["run.model=@two_dense", "two_dense.symbols=None"], ["float32 [3]", "(None, 16)"]),
+    "fewer ids than symbols": (
+        ["run.model=@two_dense", "run.data=@stdlib_shapes", "two_dense.symbols=5"],
+        ["stdlib_shapes", "10 symbols", "'one_hot'", "5"],
+    ),
 }  # fmt: skip
 
 
@@ -132,11 +159,38 @@ def test_bindings(name, train_main, run_dir, capsys):
     assert not run_dir.exists()
 
 
+def test_what_is_no_mistake(train_main, tmp_path, capsys):
+    """Targets and values that look like those above, and are right."""
+    regression = [
+        "run.loss=@keras.losses.MeanSquaredError",
+        "run.rules=[('train','.*')]",
+        "user_module.model.outputs=1",
+    ]
+    masked = ["run.loss=@CE", "CE.ignore_class=-1", "CE.from_logits=True"]
+    masked = [param.replace("CE", "SparseCategoricalCrossentropy") for param in masked]
+    for params in (
+        [*regression, "user_module.data.labels='fraction'", "run.clip_norm=1"],
+        [*regression, "user_module.data.lowest=-1", "user_module.data.labels='float32'"],
+        [*masked, "user_module.data.lowest=-1"],
+        ["run.loss=@user_module.own_loss", "user_module.data.lowest=-1"],
+        ["unused/hub_model.preset=None", "Rule.rows=[0, 2]", "local_sgd.outer=@nesterov"],
+    ):
+        assert train_main(*params, "run.steps=1", folder=tmp_path / str(len(list(tmp_path.iterdir())))) == 0, params
+        assert "error" not in capsys.readouterr().err
+
+
+def test_an_id_that_no_look_has_found(train_main, capsys):
+    """TensorFlow's own error, in the step, is one line."""
+    assert train_main("run.data=@user_module.on_disk", "on_disk.label=7", "on_disk.rare=True") == 2
+    assert "class id 7" in (line := last_error_line(capsys.readouterr().err)) and "2 of them" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ([], ["--gin_file"]),
         (["--gin_file=absent.gin"], ["absent.gin"]),
+        (["--gin_file=" + "a" * 300], ["a" * 300, "too long"]),
         (["--gin_fiel=absent.gin"], ["gin_fiel"]),
         (["absent.gin"], ["'absent.gin'", "--name=value"]),
     ],

@@ -307,7 +307,7 @@ def test_files_that_are_no_delta(content, tmp_path):
         delta.read(path)
     with pytest.raises(UserError, match=r"no file .*; in that folder there is cats\.safetensors"):
         delta.read(tmp_path / "cat.safetensors")
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="is a folder"):
         delta.read(tmp_path)
     with pytest.raises(UserError, match="is not finite"):
         delta.read(written(path, {"a": np.array([np.inf])}, **RIGHT))
@@ -378,3 +378,17 @@ def test_hostile_bytes_are_refused_or_the_same_delta(content, first, tmp_path):
     counts = {"refused": 0, "read": 0}
     fuzz(tmp_path / "fuzzed.safetensors", content, first, counts)
     assert sum(counts.values()) >= 3000, counts
+
+
+@pytest.mark.parametrize("path", ["", "a" * 300, ".", "~nobody-of-this-name/x", "\0"])
+def test_paths_that_are_no_file(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        delta.read(path)
+    assert "\n" not in str(caught.value)
+    made = delta.Delta({"a": np.ones(2, np.float32)}, {}, {"a": "0"}, ("train a",), 1, {})
+    with pytest.raises(UserError, match="cannot write") as caught:
+        delta.write(path, made)
+    assert "\n" not in str(caught.value) and not any(tmp_path.iterdir())
+    delta.write("new/folder/a.safetensors", made)  # which is made
+    assert delta.read("new/folder/a.safetensors").step == 1

@@ -95,6 +95,32 @@ def test_float32(mirrored):
     cases.assert_equal(cases.weights(model), cases.reference(case, "adam", OPTIONS["plain"], "float32"), 1e-6)
 
 
+class DenseAdam(keras.optimizers.Adam):
+    """Keras updates only the rows of an embedding that the batch holds; dense, its sums are those of `partial`."""
+
+    def apply(self, grads, trainable_variables=None):
+        return super().apply([tf.convert_to_tensor(gradient) for gradient in grads], trainable_variables)
+
+
+def test_float32_is_as_far_from_one_device_as_plain_keras_is(mirrored):
+    """The sums of a part of the batch round otherwise than the sum of all of it, and Adam magnifies small gradients."""
+    case = CASES["byte_transformer"]
+    model = compiled(mirrored(2), case)
+    train(model, *arrays(case))
+    chosen = {id(v) for v in model.optimizer.selected}
+    with mirrored(2).scope():
+        plain = cases.build(case)
+        for mine, theirs in zip(model.variables, plain.variables, strict=True):
+            theirs.trainable = id(mine) in chosen
+        plain.compile(DenseAdam(0.01), loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    train(plain, *arrays(case))
+    expected = cases.reference(case, "adam", OPTIONS["plain"], "float32")
+    cases.assert_equal(cases.weights(model), expected, 4e-6)
+    for name, value in expected.items():
+        ours, keras_own = (np.linalg.norm(cases.weights(each)[name] - value) for each in (model, plain))
+        assert ours <= 2 * keras_own, name
+
+
 @pytest.mark.parametrize("reduction", [EveryStep(), EveryStep("bfloat16"), TopK(0.1), PowerSGD(2)], ids=str)
 def test_reductions_equal_the_trainer(reduction, mirrored, tmp_path):
     """Also when it was saved in between, with what the replicas had not sent yet."""
@@ -300,6 +326,82 @@ def test_another_table_begins_from_the_whole_model():
     assert len(model.trainable_variables) == 5 and model.layers[1].trainable
 
 
+HEAD, NORM = [("train", "head/.*"), ("freeze", ".*")], [("train", "norm/.*"), ("freeze", ".*")]
+
+
+def begun(freeze=lambda model: None, weights=None):
+    keras.utils.set_random_seed(3)
+    model = small()
+    if weights:
+        model.set_weights(weights)
+    freeze(model)
+    return model
+
+
+def fitted(model, optimizer):
+    rng = np.random.default_rng(0)
+    model.compile(optimizer, "mse")
+    train(model, rng.normal(size=(96, 3)), rng.normal(size=(96, 2)), epochs=2)
+    return model.get_weights()
+
+
+def freeze_norm(model):
+    model.get_layer("norm").trainable = False
+
+
+def freeze_gamma(model):
+    model.get_layer("norm").gamma.trainable = False
+
+
+def freeze_but_norm(model):
+    model.get_layer("below").trainable = model.get_layer("head").trainable = False
+
+
+def same_bits(one, other):
+    return all(a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("freeze", [lambda model: None, freeze_norm, freeze_gamma], ids=["all", "norm", "gamma"])
+def test_what_is_released_trains_as_in_plain_keras(freeze, mirrored):
+    """Also where the user has frozen a BatchNorm layer, or a variable of one, before."""
+    with mirrored(2).scope():
+        model = begun(freeze)
+        before = [v.trainable for v in model.variables]
+        statistics = model.get_weights()[4:6]
+        after = fitted(model, partial("sgd", HEAD, model))
+        assert same_bits(after[4:6], statistics)  # it was in inference mode
+        fit.release(model)
+        assert [v.trainable for v in model.variables] == before
+        expected = fitted(begun(freeze, after), "sgd")
+        assert same_bits(fitted(model, "sgd"), expected)
+        assert same_bits(expected[4:6], statistics) == (freeze is freeze_norm)
+
+
+def test_other_rules_train_what_the_first_froze_as_in_plain_keras(mirrored):
+    with mirrored(2).scope():
+        model = begun()
+        after = fitted(model, partial("sgd", HEAD, model))
+        assert same_bits(fitted(model, partial("sgd", NORM, model)), fitted(begun(freeze_but_norm, after), "sgd"))
+        frozen = begun(freeze_norm)
+        partial("sgd", HEAD, frozen)
+        with pytest.raises(UserError, match=r"'norm/\.\*'. matches no variable"):
+            partial("sgd", NORM, frozen)
+        assert same_bits(fitted(frozen, partial("sgd", [("train", ".*")], frozen)), fitted(begun(freeze_norm), "sgd"))
+
+
+def test_a_loaded_model_is_released_whole(tmp_path):
+    model = begun()
+    fitted(model, partial("sgd", HEAD, model))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    with pytest.raises(UserError, match="matches no variable"):
+        partial("sgd", [("train", "nothing"), ("freeze", ".*")], loaded)
+    assert not loaded.get_layer("norm").trainable and len(loaded.trainable_variables) == 2
+    fit.release(loaded)
+    assert loaded.get_layer("norm").trainable and len(loaded.trainable_variables) == 6
+    assert same_bits(fitted(loaded, "sgd"), fitted(begun(weights=model.get_weights()), "sgd"))
+
+
 def test_what_is_thawed_after_it_is_refused():
     model = small()
     model.compile(partial("sgd", [("train", "head/.*"), ("freeze", ".*")], model), loss="mse")
@@ -314,7 +416,19 @@ def test_what_is_thawed_after_it_is_refused():
         ({"rules": [("train", "haed/.*"), ("freeze", ".*")]}, "matches no variable; nearest paths: 'head/bias'"),
         ({"rules": [("train", "head/.*")]}, "no rule covers 'below/kernel'"),
         ({"rules": [("freeze", ".*")]}, "the rules train nothing"),
-        ({"rules": []}, "is empty"),
+        ({"rules": []}, "the rules (run.rules) are empty: write a list"),
+        ({"rules": [("train", ".*"), ("train", "head/.*")]}, "never applies: rule 1 ('.*') stands before it"),
+        ({"rules": [("trian", ".*")]}, "rule 1 is ('trian', '.*'): write ('train', pattern)"),
+        ({"rules": [selection.Rule(".*", lora=2)]}, "call enable_lora(2) of the layer and match"),
+        ({"rules": [selection.Rule(".*", optimizer="sgd")]}, "give what makes one, such as keras.optimizers.SGD"),
+        (
+            {"rules": [selection.Rule(".*", optimizer=keras.optimizers.SGD(0.1))]},
+            "give what makes one, such as keras.optimizers.SGD (in a gin file @keras.optimizers.SGD) without ()",
+        ),
+        ({"rules": [selection.Rule(".*", optimizer=dict)]}, "is {}: give a factory, such as keras.optimizers.Adam"),
+        ({"rules": [selection.Rule(".*", reduction=Never())]}, "rule '.*': model.fit cannot reduce by never"),
+        ({"rules": [selection.Rule(".*", reduction="sum")]}, "reduction is 'sum': give one such as EveryStep()"),
+        ({"optimizer": None}, "partial was given None: pass a Keras optimizer such as keras.optimizers.Adam(1e-3)"),
         ({"optimizer": "adamm"}, "'adamm': pass a Keras optimizer"),
         ({"optimizer": keras.optimizers.Adam}, "pass a Keras optimizer"),
         ({"optimizer": lambda: partial("sgd", [("train", ".*")], small())}, "wrapped already"),
@@ -341,6 +455,10 @@ def test_bad_input(arguments, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         partial(optimizer, rules, arguments.get("model", small()), arguments.get("reduction", EveryStep()))
     assert "\n" not in str(error.value)
+    # What only a gin file has is named as such, beside what Python has.
+    assert not re.search(
+        r"(?<!in a gin file )@|\b(un)?bind\b|(?<!dist_partial\.train: )(?<![(])(?<!has )run\.", str(error.value)
+    )
 
 
 def test_an_optimizer_from_outside_the_strategy_is_refused(mirrored):

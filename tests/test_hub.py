@@ -235,3 +235,78 @@ def test_gin_binds_models_of_both(tmp_path):
     params = ["run.model = @hub_model", "hub_model.architecture = 'GPT2'", f"hub_model.arguments = {ARGUMENTS['GPT2']}"]
     pytest.importorskip("keras_hub")
     assert config.load([tmp_path / "a.gin"], params).settings.model().name == "hub_model"
+
+
+class Shifted:
+    """A codec of bytes whose ids begin at `first`."""
+
+    size = 256
+
+    def __init__(self, first):
+        self.first = first
+
+    def encode(self, text):
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + self.first
+
+    def decode(self, ids):
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"limit": 0}, r"tokenized_text\.limit = 0"),
+        ({"limit": -1}, r"tokenized_text\.limit = -1"),
+        ({"limit": 5}, r"tokenized_text\.limit = 5 .* 15000 bytes"),
+        ({"window": 0}, r"tokenized_text\.window=0 .* tokens"),
+        ({"evaluation_share": 2}, r"tokenized_text\.evaluation_share=2: .* between 0 and 1"),
+        ({"evaluation_share": 0.02}, r"tokenized_text\.evaluation_share=0\.02 of 15,000 tokens .* at least 0\.334"),
+        ({"pattern": "/*.txt"}, r"tokenized_text\.pattern is '/\*\.txt'"),
+        ({"root": "a" * 300}, r"tokenized_text\.root 'a{300}' is no folder"),
+        ({"root": "~/none"}, r"tokenized_text\.root .*/none' is no folder"),
+        ({"tokenizer": "smollm2"}, r"tokenized_text\.tokenizer is 'smollm2': .* @smollm2_tokenizer"),
+        ({"tokenizer": lambda: Shifted(70_000)}, r"Shifted.* ids from 70097 to 70106, .* 0 to 255"),
+        ({"tokenizer": lambda: Shifted(-200)}, r"Shifted.* ids from -103 to -94, .* 0 to 255"),
+    ],
+)
+def test_mistakes_with_text(options, words, tmp_path):
+    (tmp_path / "a.txt").write_text("abcdefghij" * 1500)
+    right = {"tokenizer": lambda: Shifted(0), "root": tmp_path, "window": 8, "evaluation_share": 0.5}
+    tokenized_text(**right)
+    with pytest.raises(UserError, match=words) as caught:
+        tokenized_text(**{**right, **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_cannot_be_read(tmp_path, monkeypatch):
+    file = tmp_path / "text" / "a.txt"
+    file.parent.mkdir()
+    file.write_text("abcdefghij" * 1500)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = {"tokenizer": lambda: Shifted(0), "root": "~/text", "window": 8, "evaluation_share": 0.5}
+    assert tokenized_text(**arguments).train.fetch(np.array([0]))[0].tolist() == [list(b"abcdefgh")]
+    file.write_bytes(b"abc\xff" * 5000)
+    with pytest.raises(UserError, match=r"a\.txt is not text in UTF-8 \(byte 0xff at 3\)"):
+        tokenized_text(**arguments)
+    file.write_text("too little")
+    with pytest.raises(UserError, match=r"has 10 tokens of text and needs 8,193"):
+        tokenized_text(**arguments)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(file), "read_bytes", refuse)
+    with pytest.raises(UserError, match=r"tokenized_text\.root: cannot read .*a\.txt \(Permission denied\)"):
+        tokenized_text(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_layers", 0), ("num_heads", 0), ("hidden_dim", -8), ("vocabulary_size", 0), ("max_sequence_length", -1)],
+)
+def test_sizes_below_one(name, value):
+    pytest.importorskip("keras_hub")
+    with pytest.raises(UserError, match=rf"hub_model\.arguments has '{name}': {value}"):
+        hub_model(architecture="GPT2", arguments={**ARGUMENTS["GPT2"], name: value})
+    with pytest.raises(UserError, match=r"hub_model\.classes is 0"):
+        hub_model("TextClassifier", architecture="Bert", arguments=ARGUMENTS["GPT2"], classes=0)

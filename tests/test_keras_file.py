@@ -67,3 +67,21 @@ sample.length = 4
     assert found[0]["loss"] == pytest.approx(float(np.mean(loss)), rel=1e-5)
     samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [0, 4]
+
+
+def test_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.save(tmp_path / "model.keras")
+    np.testing.assert_array_equal(keras_file("~/model.keras")(np.ones([1, 2])), model(np.ones([1, 2])))
+    (tmp_path / "notes.txt").write_text("")
+    for path, words in {
+        "~/modle.keras": r"no file '~/modle\.keras'; in that folder there is model\.keras",
+        "~/notes.txt": r"notes\.txt'.*\.keras",
+        "": r"no file ''",
+        "a" * 300: "no file 'aaa",
+        "~": "'~' is a folder",
+        "~nobody-of-this-name/x.keras": "home",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            keras_file(path)

@@ -179,6 +179,9 @@ def test_what_is_frozen_is_stored_in_fewer_bits(precision, rules, tmp_path):
     np.testing.assert_allclose(built.model(x), plain.model(x), atol=0.05)
     assert built.plan.wire_bytes == plain.plan.wire_bytes
     run.run(told, tmp_path / "run")
+    planned = {v["path"]: v for v in json.loads((tmp_path / "run" / "plan.json").read_text())["variables"]}
+    assert (planned["dense1/kernel"]["dtype"], planned["dense1/kernel"]["stored_dtype"]) == ("float32", precision)
+    assert {v["stored_dtype"] for v in planned.values() if v["trained"]} == {"float32"}
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(losses).all()
     assert not any("dense1/kernel" in name for name in state(tmp_path / "run", STEPS))

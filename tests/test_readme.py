@@ -47,6 +47,11 @@ def test_commands_run(tmp_path):
         line = re.sub(r"^python ", ".venv/bin/python ", line)
         done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    snippet = re.search(r"<!-- delta -->\n```python\n(.*?)```", TEXT, flags=re.S)
+    assert snippet is not None
+    code = snippet[1] + "assert len(mine.arrays) > 3 and mine.step == 20"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
     losses = re.findall(r"held-out loss ([\d.]+)", done.stdout)
     assert (tmp_path / "report.html").stat().st_size > 10_000, losses
 

@@ -140,12 +140,14 @@ def write_run(folder: Path, steps: int = 60, every: int = 20, **change: Any) -> 
     """A folder as training writes it; `change` replaces a file's content by its name without the ending."""
     rng = np.random.default_rng(len(folder.name))
     folder.mkdir(parents=True)
+    units = change.pop("units", lambda path: path.split("/")[0])
     entries = [
         {
             "path": path,
             "shape": shape,
             "dtype": "float32",
             "trained": trained,
+            "unit": units(path) if trained else None,
             "rule": "train .*" if trained else "freeze .*/bias",
             "rows": None,
             "reduction": "every step" if trained else None,
@@ -252,16 +254,11 @@ def test_what_was_trained_when_follows_the_switches(tmp_path):
     assert plots.cells(block, 60, 100) == [(0, 10, 0.875), (40, 60, 0.875)]  # eighths, rounded up
 
 
-@pytest.mark.parametrize(
-    "binding,units",
-    [
-        ("lisa.units = \\\n    ['.*/kernel', '.*']\n", (".*/kernel", ".*")),
-        ("phases.table = \\\n    [(0, '.*kernel'), (10, '.*')]\n", ("phases 1+2", "phase 2")),
-    ],
-)
-def test_units_that_are_no_layers_are_found_in_the_configuration(binding, units, tmp_path):
+@pytest.mark.parametrize("units", [(".*/kernel", ".*"), ("phases 1+2", "phase 2")])
+def test_units_that_are_no_layers_are_those_of_the_plan(units, tmp_path):
     rows = [switch(1, units[0]), switch(31, *units)]
-    [run] = runs.read([write_run(tmp_path / "one", before=rows, operative_config=binding)])
+    folder = write_run(tmp_path / "one", before=rows, units=lambda path: units["embeddings" in path])
+    [run] = runs.read([folder])
     shares = {strip.name: [share for _, _, share in strip.spans] for strip in run.strips()}
     assert shares == {"embedding": [0, 1], "block_0": [0.8, 0.8], "block_1": [1, 1], "head": [1, 1]}
 
@@ -272,6 +269,17 @@ def test_units_that_nobody_knows_have_strips_of_their_own(tmp_path):
         "left": [1, 0],
         "right": [0, 1],
     }
+
+
+def test_a_plan_without_units_has_a_strip_for_each_that_was_switched(tmp_path):
+    folder = write_run(tmp_path / "one", before=[switch(1, "head"), switch(31, "head", "block_1")])
+    plan = json.loads((folder / "plan.json").read_text())
+    for variable in plan["variables"]:
+        del variable["unit"]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    [run] = runs.read([folder])
+    strips = {strip.name: [share for *_, share in strip.spans] for strip in run.strips()}
+    assert strips == {"head": [1, 1], "block_1": [0, 1]}
 
 
 def test_many_layers_share_rows_and_many_switches_columns():

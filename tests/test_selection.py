@@ -103,6 +103,7 @@ def test_only_trainable_variables_are_candidates():
         ([Rule(r"dense1/.*", train=False, rows=(0, 1)), ("train", r".*")], ["rule 1", "rows"]),
         ([Rule(r".*", learning_rate=0.0)], ["rule 1", "learning_rate", "0.0"]),
         ([Rule(r".*", learning_rate=float("nan"))], ["rule 1", "learning_rate", "nan"]),
+        ([Rule(r".*", optimizer="adam")], ["rule 1", "'adam'", "without ()"]),
         ([Rule(r".*", reduction="every step")], ["rule 1", "reduction", "'every step'"]),
         ([Rule(r".*", reduction=EveryStep)], ["rule 1", "reduction", "()"]),
         ([Rule(r".*", rows=(0, 3))], ["rule 1", "(0, 3)", "'dense2/bias'", "(2,)"]),
@@ -177,7 +178,6 @@ def test_groups_follow_the_table_and_each_has_its_optimizer_and_rate():
         (lambda: keras.optimizers.Adam(lr=0.1), "lr"),
         (lambda: keras.optimizers.SGD(gradient_accumulation_steps=2), "run.accumulate"),
         (lambda: keras.optimizers.SGD(loss_scale_factor=2.0), "run.precision"),
-        ("adam", "'dense2/.*'"),
     ],
 )
 def test_optimizers_that_cannot_be_used(factory, words):
@@ -217,7 +217,10 @@ def test_plan_json_and_table(name):
     content = json.loads(json.dumps(plan.to_json()))
     assert [v["path"] for v in content["variables"]] == PATHS
     assert [v["shape"] for v in content["variables"]] == [[3, 6], [6], [6, 2], [2]]
-    assert {v["dtype"] for v in content["variables"]} == {"float32"}
+    assert (
+        {v["dtype"] for v in content["variables"]} == {v["stored_dtype"] for v in content["variables"]} == {"float32"}
+    )
+    assert {v["unit"] for v in content["variables"]} == {None}
     assert [v["trained"] for v in content["variables"]] == [count > 0 for count in parameters]
     assert [v["reduction"] is not None for v in content["variables"]] == [count > 0 for count in parameters]
     assert [v["wire_bytes_per_step"] for v in content["variables"]] == wire
@@ -236,6 +239,12 @@ def test_plan_json_and_table(name):
     assert total == f"on the wire: {sum(wire)} of 152 bytes a step and replica {share}"
     rules = {v["path"]: v["rule"] for v in content["variables"]}
     assert all(rules[line.split()[0]] in line for line in lines)
+
+
+def test_plan_json_has_the_units_of_what_is_trained():
+    plan = plan_of([("train", r".*/kernel"), ("freeze", r".*")])
+    content = plan.divided([("low", ["dense1/kernel"]), ("high", ["dense2/kernel"])]).to_json()
+    assert [v["unit"] for v in content["variables"]] == ["low", None, "high", None]
 
 
 def test_what_tracing_shows_is_in_the_plan():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import Base, build, delta, export, lora, replicas, run, sample, train
+from dist_partial import Base, build, delta, export, lora, replicas, run, sample, train, trained
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.data.codecs import ByteCodec
 from dist_partial.errors import UserError
@@ -145,6 +145,17 @@ def test_a_delta_of_weights_that_have_been_replaced_is_refused(tmp_path):
         export._base(tmp_path / "run", built)
 
 
+class Broken(keras.Model):
+    def call(self, x):
+        raise ValueError("never mind")
+
+
+def test_an_error_in_the_users_own_code_says_where():
+    line = Broken.call.__code__.co_firstlineno + 1
+    with pytest.raises(UserError, match=rf"float32 \[6\]: never mind \({__file__}, line {line}\); bind"):
+        build.build(told(model=Broken), replicas.create("default"))
+
+
 def test_a_base_without_variables():
     with pytest.raises(UserError, match="has no variables yet: build it, or call it once"):
         Base(keras.Sequential([keras.layers.Dense(2)]))
@@ -201,4 +212,10 @@ sample.length = 5
     assert out.startswith("to be") and "differs between replicas: this is the first one's" in err
     output = tmp_path / "a.safetensors"
     assert export.main([f"--run_dir={folder}", "--format=safetensors", f"--output={output}", "--allow_imports"]) == 0
-    assert list(delta.read(output).arrays) == ["head/kernel"]
+    changed = delta.read(output)
+    assert list(changed.arrays) == ["head/kernel"]
+    base = trained.base(folder / "operative_config.gin", imports=True)
+    before = np.array(base.model.get_layer("head").kernel)
+    base.use(changed)
+    np.testing.assert_array_equal(base.model.get_layer("head").kernel, changed.arrays["head/kernel"])
+    assert np.abs(changed.arrays["head/kernel"] - before).max() > 0

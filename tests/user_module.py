@@ -9,8 +9,8 @@ from dist_partial.data import ArraySource, Dataset, fingerprint
 EXAMPLES = 16
 
 
-def model(units: int = 4) -> keras.Model:
-    layers = [keras.Input((3,)), keras.layers.Dense(units, name="body"), keras.layers.Dense(2, name="head")]
+def model(units: int = 4, outputs: int = 2) -> keras.Model:
+    layers = [keras.Input((3,)), keras.layers.Dense(units, name="body"), keras.layers.Dense(outputs, name="head")]
     return keras.Sequential(layers, name="tiny")
 
 
@@ -26,15 +26,46 @@ class Twins(keras.Model):
         return self.second(self.first(x))
 
 
-def data(seed: int = 0, spoilt: int | None = None) -> Dataset:
-    """Labelled points; the features of example `spoilt` are NaN."""
+def data(seed: int = 0, spoilt: int | None = None, classes: int = 2, lowest: int = 0, labels: str = "int32") -> Dataset:
+    """Labelled points; the features of example `spoilt` are NaN; `labels` is a dtype, or 'fraction'."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(EXAMPLES, 3)).astype(np.float32)
     y = (x.sum(axis=1) > 0).astype(np.int32)
+    y[:2] = lowest, classes - 1
+    y = y / np.float32(2) if labels == "fraction" else y.astype(labels)
     whole = ArraySource(x.copy(), y)
     if spoilt is not None:
         x[spoilt] = np.nan
     return Dataset("points", ArraySource(x, y), whole, fingerprint(x, y))
+
+
+class OnDisk:
+    """A source that is read by index alone; every label is `label`, but 0 where a look falls if it is to be rare."""
+
+    spec = (tf.TensorSpec([3], tf.float32), tf.TensorSpec([], tf.int32))
+
+    def __init__(self, label: int, rare: bool) -> None:
+        self.label, self.rare = label, rare
+
+    def __len__(self) -> int:
+        return 64 * 63 + 1  # of which every 64th is looked at
+
+    def fetch(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
+        marked = indices % 64 != 0 if self.rare else indices >= 0
+        return np.ones([len(indices), 3], np.float32), np.where(marked, self.label, 0).astype(np.int32)
+
+
+def on_disk(label: int = 1, rare: bool = False) -> Dataset:
+    return Dataset("on_disk", OnDisk(label, rare), OnDisk(label, rare), fingerprint(label))
+
+
+def needy(units: int) -> keras.Model:
+    return model(units)
+
+
+def own_loss() -> keras.losses.Loss:
+    """Of any integer targets."""
+    return lambda y, outputs: tf.reduce_sum(outputs, axis=1) * tf.cast(y, tf.float32)
 
 
 def never_finite() -> keras.losses.Loss:

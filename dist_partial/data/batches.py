@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.data.source import Source
+from dist_partial.data.source import ArraySource, Source
 from dist_partial.errors import UserError
 
 PREFETCHED = 4  # batches
@@ -135,6 +135,18 @@ def _shuffled(positions: tf.Tensor, count: int, seed: int) -> tf.Tensor:
         max_index=tf.constant(count - 1, tf.int64),
         rounds=8,
     )
+
+
+def some_targets(source: Source) -> np.ndarray:
+    """Targets to look at before a run: all where they are in memory, or else those of 64 examples from all over.
+
+    Raises:
+        UserError: the source is empty, or not as its spec says.
+    """
+    _check(source)
+    if isinstance(source, ArraySource) and source.y.nbytes <= 2**30:
+        return source.y
+    return source.fetch(np.unique(np.linspace(0, len(source) - 1, 64).astype(np.int64)))[1]
 
 
 def fetched(source: Source, indices: tf.Tensor) -> tuple[tf.Tensor, ...]:

@@ -1,6 +1,7 @@
 """The embedded corpus: this machine's own Python standard library, 9.5 MB of text that needs no download."""
 
 import fcntl
+import math
 import os
 import shutil
 import sysconfig
@@ -18,7 +19,7 @@ from dist_partial.data.source import Dataset, fingerprint
 from dist_partial.errors import UserError
 
 BLOCK = 4096
-"""Bytes of text that go to training or to evaluation together, whatever the window, so that the losses of two
+"""Symbols of text that go to training or to evaluation together, whatever the window, so that the losses of two
 windows are of the same text. Files would split too coarsely: a single one is 8 % of the library."""
 
 SKIPPED = {
@@ -78,8 +79,8 @@ def stdlib_corpus(
     Raises:
         UserError: no such text, too little of it for the window, or a cache folder that cannot be used.
     """
-    digest, text = _text(cache_dir, root)
-    train, evaluation = _split(np.frombuffer(text, np.uint8), window, window, evaluation_share)
+    digest, text = _text("stdlib_corpus", cache_dir, root)
+    train, evaluation = _split("stdlib_corpus", np.frombuffer(text, np.uint8), window, window, evaluation_share)
     return Dataset(
         name="stdlib_corpus",
         train=_Windows(train, next_only=False),
@@ -111,8 +112,9 @@ def stdlib_shapes(
     Raises:
         UserError: as for `stdlib_corpus`.
     """
-    digest, text = _text(cache_dir, root)
-    train, evaluation = _split(SHAPE_OF_BYTE[np.frombuffer(text, np.uint8)], window, 1, evaluation_share)
+    digest, text = _text("stdlib_shapes", cache_dir, root)
+    shapes = SHAPE_OF_BYTE[np.frombuffer(text, np.uint8)]
+    train, evaluation = _split("stdlib_shapes", shapes, window, 1, evaluation_share)
     return Dataset(
         name="stdlib_shapes",
         train=_Windows(train, next_only=True),
@@ -122,19 +124,31 @@ def stdlib_shapes(
     )
 
 
-def _split(symbols: np.ndarray, window: int, stride: int, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts symbols, uint8 [n], into windows [blocks, windows of a block, window + 1]: training, evaluation.
+def _split(
+    name: str, symbols: np.ndarray, window: int, stride: int, share: float, unit: str = "bytes"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts symbols, integers [n], into windows [blocks, windows of a block, window + 1]: training, evaluation.
 
-    No window crosses the border of its block; the last target in one block is the first input of the next.
+    No window crosses the border of its block; the last target in one block is the first input of the next. Messages
+    have the name of the data set, and what a symbol is.
     """
     if not 1 <= window <= BLOCK:
-        raise UserError(f"window={window} is not in 1..{BLOCK}, the block of text that windows are cut from")
-    count = max(len(symbols) - 1, 0) // BLOCK
-    held_out = np.diff(np.floor(np.arange(count + 1) * share)) > 0
-    if not 0 < share < 1 or not held_out.any() or held_out.all():
         raise UserError(
-            f"evaluation_share={share} of {len(symbols)} bytes of text, {count} blocks of {BLOCK}, leaves "
-            "training or evaluation empty: take another share in (0, 1), or more text"
+            f"{name}.window={window} is not in 1..{BLOCK}: windows are cut from blocks of {BLOCK} {unit} of text"
+        )
+    if not 0 < share < 1:
+        raise UserError(f"{name}.evaluation_share={share}: the part held out lies between 0 and 1, such as 0.1")
+    count = max(len(symbols) - 1, 0) // BLOCK
+    if count < 2:
+        raise UserError(
+            f"{name} has {len(symbols):,} {unit} of text and needs {2 * BLOCK + 1:,}, a block of {BLOCK:,} to train on "
+            "and one to hold out: take more text"
+        )
+    held_out = np.diff(np.floor(np.arange(count + 1) * share)) > 0
+    if not held_out.any():
+        raise UserError(
+            f"{name}.evaluation_share={share} of {len(symbols):,} {unit} of text, {count} blocks of {BLOCK:,}, holds "
+            f"out none: take at least {math.ceil(1000 / count) / 1000}, or more text"
         )
     blocks = np.lib.stride_tricks.sliding_window_view(symbols, BLOCK + 1)[::BLOCK]
     train, evaluation = (  # views: the text is kept once, however much the windows overlap
@@ -144,26 +158,45 @@ def _split(symbols: np.ndarray, window: int, stride: int, share: float) -> tuple
     return train, evaluation
 
 
-def _text(cache_dir: str | os.PathLike[str] | None, root: str | os.PathLike[str] | None) -> tuple[str, bytes]:
+def _text(
+    name: str, cache_dir: str | os.PathLike[str] | None, root: str | os.PathLike[str] | None
+) -> tuple[str, bytes]:
     """The hex SHA-256 of the source files, and the whole text as the prepared data set holds it."""
-    files = _source_files(Path(root or sysconfig.get_paths()["stdlib"]))
+    files = _source_files(name, root)
     digest = _digest(files)
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     cache = Path(cache_dir) if cache_dir else caches / "dist_partial"
-    prepared = _prepared(cache.expanduser(), digest, files)
+    prepared = _prepared(name, cache.expanduser(), digest, files)
     return digest, b"".join(prepared.values())
 
 
-def _source_files(root: Path) -> dict[str, bytes]:
-    """Path, relative to the root, to content of the .py files under it, sorted by path."""
+def _source_files(name: str, root: str | os.PathLike[str] | None = None) -> dict[str, bytes]:
+    """Path, relative to the root, to content of the .py files under it, sorted by path; None: the standard library."""
+    root = Path(root or sysconfig.get_paths()["stdlib"]).expanduser()
+    if not os.path.isdir(root):
+        raise UserError(f"no .py files under {str(root)[:300]!r}, which is no folder: bind {name}.root to one")
     paths: list[Path] = []
     for folder, subfolders, names in os.walk(root):
         # config-*/ and _sysconfigdata_*.py are written when Python is built, and differ between machines.
         subfolders[:] = [s for s in subfolders if s not in SKIPPED and not s.startswith("config-")]
         paths += [Path(folder, n) for n in names if n.endswith(".py") and not n.startswith("_sysconfigdata")]
     if not paths:
-        raise UserError(f"no .py files under {root}: bind stdlib_corpus.root to a folder of Python code")
-    return dict(sorted((path.relative_to(root).as_posix(), path.read_bytes()) for path in paths))
+        raise UserError(f"no .py files under {root}: bind {name}.root to a folder of Python code")
+    return dict(sorted((path.relative_to(root).as_posix(), content(name, path)) for path in paths))
+
+
+def content(name: str, path: Path) -> bytes:
+    """What a file of the user's text holds.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{name}.root: cannot read {path} ({error.strerror}): make it readable, or move it elsewhere"
+        ) from None
 
 
 def _digest(files: dict[str, bytes]) -> str:
@@ -171,7 +204,7 @@ def _digest(files: dict[str, bytes]) -> str:
     return fingerprint(*(part for item in files.items() for part in item))
 
 
-def _prepared(cache: Path, digest: str, files: dict[str, bytes]) -> dict[str, bytes]:
+def _prepared(name: str, cache: Path, digest: str, files: dict[str, bytes]) -> dict[str, bytes]:
     """Reads the files from their tfds data set in the cache, which is prepared first where it is missing."""
     from dist_partial.data.corpus_builder import StdlibCorpus
 
@@ -192,7 +225,7 @@ def _prepared(cache: Path, digest: str, files: dict[str, bytes]) -> dict[str, by
         words = " ".join(str(error).split())
         raise UserError(
             f"cannot prepare the corpus in {cache} ({words}): "
-            "bind stdlib_corpus.cache_dir to a folder that can be written and has 20 MB left"
+            f"bind {name}.cache_dir to a folder that can be written and has 20 MB left"
         ) from error
     try:
         prepared = builder.read()

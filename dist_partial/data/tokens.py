@@ -3,16 +3,17 @@
 import dataclasses
 import hashlib
 import os
-import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dist_partial.data.codecs import ByteCodec, Codec
-from dist_partial.data.corpus import _source_files, _split, _Windows
+from dist_partial.data.corpus import _source_files, _split, _Windows, content
 from dist_partial.data.source import Dataset, fingerprint
 from dist_partial.errors import UserError
+
+_FACTORY = "bind a factory of a codec such as @smollm2_tokenizer, without ()"
 
 
 def tokenized_text(
@@ -28,7 +29,7 @@ def tokenized_text(
     Args:
         tokenizer: factory of the codec, such as `smollm2_tokenizer`.
         window: tokens of an example.
-        root: a folder whose files are the text; None: the Python standard library's source.
+        root: a folder whose files are the text, in UTF-8; None: the Python standard library's source.
         pattern: of the names of the files under `root`.
         limit: bytes of text that are read at most, as whole files drawn by their names; None reads all.
         evaluation_share: the part of the text, in (0, 1), that is held out, in blocks of 4096 tokens spread over it.
@@ -38,16 +39,20 @@ def tokenized_text(
         most one example.
 
     Raises:
-        UserError: no such text, or too little of it for the window; the tokenizer's own.
+        UserError: no such text, or too little of it for the window; ids that the codec does not have; the
+            tokenizer's own.
     """
+    if not callable(tokenizer):
+        raise UserError(f"tokenized_text.tokenizer is {tokenizer!r:.100}: {_FACTORY}")
     codec = tokenizer()
     if not all(hasattr(codec, name) for name in ("encode", "decode", "size")):
-        raise UserError(
-            f"tokenized_text.tokenizer made a {type(codec).__name__}: bind a factory of a codec such as "
-            "@smollm2_tokenizer, without ()"
-        )
-    files = _source_files(Path(sysconfig.get_paths()["stdlib"])) if root is None else _files(Path(root), pattern)
-    texts = [content.decode("utf-8", "replace") for content in _drawn(files, limit).values()]
+        raise UserError(f"tokenized_text.tokenizer made a {type(codec).__name__}, which is no codec: {_FACTORY}")
+    if root is None:
+        chosen = _drawn(_source_files("tokenized_text"), limit)
+        texts = [code.decode("utf-8", "replace") for code in chosen.values()]
+    else:
+        chosen = _drawn(_files(root, pattern), limit)
+        texts = [_decoded(name, code) for name, code in chosen.items()]
     return _of_texts("tokenized_text", codec, texts, window, evaluation_share)
 
 
@@ -65,9 +70,17 @@ def stdlib_prose(window: int = 128, evaluation_share: float = 0.1) -> Dataset:
 
 
 def _of_texts(name: str, codec: Codec, texts: Sequence[str], window: int, evaluation_share: float) -> Dataset:
-    ids = np.concatenate([codec.encode(text) for text in texts])
+    ids = np.concatenate([np.asarray(codec.encode(text)).reshape(-1) for text in texts])
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"{name}: {type(codec).__name__}.encode gives {ids.dtype}: it must give integer ids [n]")
+    if len(ids) and not 0 <= ids.min() <= ids.max() < codec.size:  # which a narrower type would wrap
+        raise UserError(
+            f"{name}: {type(codec).__name__}.encode gives ids from {ids.min()} to {ids.max()}, and its size says 0 to "
+            f"{codec.size - 1}: its size must count all ids, added tokens too"
+        )
     tokens = ids.astype(np.uint16 if codec.size <= 2**16 else np.int32)
-    train, evaluation = _split(tokens, window, window, evaluation_share)
+    unit = "bytes" if isinstance(codec, ByteCodec) else "tokens"
+    train, evaluation = _split(name, tokens, window, window, evaluation_share, unit)
     return Dataset(
         name=name,
         train=_Windows(train, next_only=False),
@@ -77,22 +90,42 @@ def _of_texts(name: str, codec: Codec, texts: Sequence[str], window: int, evalua
     )
 
 
-def _files(root: Path, pattern: str) -> dict[str, bytes]:
+def _files(root: str | os.PathLike[str], pattern: str) -> dict[str, bytes]:
     """Path, relative to the root, to content of the files of that pattern, sorted by path."""
-    if not root.is_dir():
-        raise UserError(f"tokenized_text.root {root} is no folder")
-    paths = sorted(path for path in root.rglob(pattern) if path.is_file())
+    root = Path(root).expanduser()
+    if not os.path.isdir(root):
+        what = "is a file: bind the folder that it is in" if os.path.isfile(root) else "is no folder"
+        raise UserError(f"tokenized_text.root {str(root)[:300]!r} {what}")
+    try:
+        paths = sorted(path for path in root.rglob(pattern) if path.is_file())
+    except (NotImplementedError, ValueError) as error:  # an absolute path, an empty pattern
+        raise UserError(
+            f"tokenized_text.pattern is {pattern!r} ({error}): write what file names under the root look like, such as "
+            "'*.txt'"
+        ) from None
     if not paths:
         endings = sorted({path.suffix for path in root.rglob("*") if path.suffix and path.is_file()})[:8]
         near = f"; files there end in {', '.join(endings)}" if endings else ""
         raise UserError(f"no file {pattern!r} under {root}{near}: bind tokenized_text.pattern")
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+    return {path.relative_to(root).as_posix(): content("tokenized_text", path) for path in paths}
+
+
+def _decoded(name: str, text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"tokenized_text: {name} is not text in UTF-8 (byte {text[error.start]:#04x} at {error.start:,}): convert "
+            "it, or bind tokenized_text.pattern to the files that are"
+        ) from None
 
 
 def _drawn(files: dict[str, bytes], limit: int | None) -> dict[str, bytes]:
     """Whole files up to the limit, in the order of their paths."""
     if limit is None:
         return files
+    if limit < 1:
+        raise UserError(f"tokenized_text.limit = {limit}: it counts bytes, at least 1; None reads all")
     # By a hash of the name: neighbours are alike, and a draw does not depend on what else is there.
     order = sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())
     sizes = np.cumsum([len(files[name]) for name in order])

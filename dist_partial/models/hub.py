@@ -3,6 +3,7 @@
 import difflib
 import functools
 import inspect
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,6 +54,8 @@ def hub_model(
         raise UserError("hub_model needs one of preset and architecture: bind hub_model.preset = 'gpt2_base_en'")
     if arguments is not None and preset is not None:
         raise UserError("hub_model.arguments are of an architecture, and a preset has its own: unbind one of them")
+    if classes is not None and classes < 1:
+        raise UserError(f"hub_model.classes is {classes}: a classifier has at least 1, or None for the preset's own")
     if task != "CausalLM" and preset is None and classes is None:
         raise UserError(f"hub_model.classes is not bound: a {task} with fresh weights needs their number")
     if task == "CausalLM" and classes is not None:
@@ -65,9 +68,10 @@ def hub_model(
         assert architecture is not None
         backbone = _named(hub.models, architecture, "Backbone")
         of_task = _named(hub.models, architecture, task)
+        _check_sizes(arguments or {})
         try:
             whole = of_task(backbone=backbone(**(arguments or {})), preprocessor=None, **head)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # KerasHub divides by what it does not check
             taken = [name for name in inspect.signature(backbone).parameters if name != "kwargs"]
             raise UserError(
                 f"hub_model.arguments {arguments!r}: {first_line(error)}; {architecture}Backbone takes "
@@ -162,15 +166,26 @@ def _named(module: ModuleType, architecture: str, suffix: str) -> Any:
     return getattr(module, f"{architecture}{suffix}")
 
 
+def _check_sizes(arguments: dict[str, Any]) -> None:
+    """Raises UserError for a size below 1, of which KerasHub refuses some, and builds a model that fails of others."""
+    for name, value in arguments.items():
+        size = name.startswith("num_") or name.endswith(("_dim", "_size", "_length"))
+        if size and isinstance(value, (int, float)) and value < 1:
+            raise UserError(f"hub_model.arguments has {name!r}: {value!r}, which must be at least 1")
+
+
 def _from_preset(of: Any, preset: str, **options: Any) -> Any:
     looks_local = preset.startswith((".", "/", "~"))
-    folder = Path(preset).expanduser()
-    if looks_local and not folder.is_dir():
+    try:
+        folder = Path(preset).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise UserError(f"no preset folder {preset}: {error}") from None
+    if looks_local and not os.path.isdir(folder):
         siblings = [p.name for p in folder.parent.glob("*") if p.is_dir()]
         near = difflib.get_close_matches(folder.name, siblings, cutoff=0.4)
         raise UserError(f"no preset folder {preset}" + (f"; beside it there is {', '.join(near)}" if near else ""))
     try:
-        return of.from_preset(str(folder) if folder.is_dir() else preset, **options)
+        return of.from_preset(str(folder) if os.path.isdir(folder) else preset, **options)
     except Exception as error:  # KerasHub, Kaggle and the file readers below it each raise their own
         near = difflib.get_close_matches(preset, list(of.presets))
         raise UserError(

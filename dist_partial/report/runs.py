@@ -1,20 +1,18 @@
 """Run folders as the report reads them: damaged lines are left out and counted, and a run may be going on."""
 
-import ast
 import dataclasses
 import difflib
 import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dist_partial.errors import UserError
-from dist_partial.schedule import Phases, Rotation
 
 _STEPS = 2**53  # the largest step that a float holds exactly
 _LEGS = 440  # stretches of a run in which what is trained is told apart
@@ -30,6 +28,7 @@ class Variable:
         shape: () for a scalar.
         dtype: such as float32.
         trained: whether the rules select it.
+        unit: what the schedule switches it with, or "".
         rows: (start, stop) of the leading axis if only these are trained.
         rule: the rule that took it.
         reduction: how its gradient travels, or "".
@@ -41,6 +40,7 @@ class Variable:
     shape: tuple[int, ...]
     dtype: str
     trained: bool
+    unit: str
     rows: tuple[int, int] | None
     rule: str
     reduction: str
@@ -150,15 +150,14 @@ class Run:
         if not self.switches:
             return tuple(Strip(name, ((0, last, _share(members)),)) for name, members in layers.items())
         legs = _legs(self.switches, last)
-        names = list(dict.fromkeys(unit for _, units in self.switches for unit in units))
-        units = _units(names, [v.path for v in self.variables if v.trained], self.bindings)
-        if units is None:
+        names = dict.fromkeys(unit for _, units in self.switches for unit in units)
+        if not names.keys() <= {variable.unit for variable in self.variables}:
             return tuple(Strip(name, tuple((a, b, on.get(name, 0.0)) for a, b, on in legs)) for name in names)
         strips = []
         for name, members in layers.items():
-            parts = {units[v.path]: 0.0 for v in members if v.trained}
+            parts = {v.unit: 0.0 for v in members if v.trained}
             for unit in parts:
-                parts[unit] = _share(members, lambda v, unit=unit: units.get(v.path) == unit)  # type: ignore[misc]
+                parts[unit] = _share(members, lambda v, unit=unit: v.unit == unit)  # type: ignore[misc]
             shares = [(a, b, sum(on.get(unit, 0.0) * share for unit, share in parts.items())) for a, b, on in legs]
             strips.append(Strip(name, tuple(shares)))
         return tuple(strips)
@@ -346,6 +345,7 @@ def _variables(rows: Sequence[dict[str, Any]]) -> tuple[Variable, ...]:
                 shape=tuple(row["shape"]),
                 dtype=str(row.get("dtype", "")),
                 trained=row.get("trained") is True,
+                unit=str(row.get("unit") or ""),
                 rows=(rows_of[0], rows_of[1]) if pair and rows_of else None,
                 rule=str(row.get("rule", "")),
                 reduction=str(row.get("reduction") or ""),
@@ -358,21 +358,6 @@ def _variables(rows: Sequence[dict[str, Any]]) -> tuple[Variable, ...]:
 def _share(variables: Sequence[Variable], on: Callable[[Variable], bool] = lambda _: True) -> float:
     parameters = sum(variable.parameters for variable in variables)
     return sum(v.trained_parameters for v in variables if on(v)) / parameters if parameters else 0.0
-
-
-def _units(names: Sequence[str], paths: Sequence[str], bound: Mapping[str, str]) -> dict[str, str] | None:
-    """The schedule's unit of each path: by top layer, by the patterns of `units`, or by phases; None if none fits."""
-    candidates = [{path: path.split("/")[0] for path in paths}]
-    for name, text in bound.items():
-        if name.endswith((".units", "phases.table")):
-            try:
-                table = ast.literal_eval(text)
-                schedule = Rotation(units=table) if name.endswith(".units") else Phases(table)
-                parts = schedule.partition(paths)
-            except (ValueError, TypeError, SyntaxError, RecursionError, UserError):
-                continue
-            candidates.append({path: unit for unit, members in parts for path in members})
-    return next((units for units in candidates if set(names) <= set(units.values())), None)
 
 
 def bindings(text: str) -> dict[str, str]:

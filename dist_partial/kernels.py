@@ -1,0 +1,22 @@
+"""The layers of a model that have a kernel in Keras's sense: those that can have LoRA, and be quantized."""
+
+from typing import Any
+
+import keras
+
+
+def layers(model: keras.Model) -> list[Any]:
+    """The Dense, EinsumDense and Embedding layers that are built, in the model's order."""
+    kinds = (keras.layers.Dense, keras.layers.EinsumDense, keras.layers.Embedding)
+    return [layer for layer in model._flatten_layers() if isinstance(layer, kinds) and layer.built]
+
+
+def raw(layer: Any) -> Any:
+    """The variable of one's kernel, as it is stored."""
+    # Of a layer with LoRA, or a quantized one, the public property gives a value that is computed.
+    return layer._embeddings if isinstance(layer, keras.layers.Embedding) else layer._kernel
+
+
+def merged(layer: Any) -> Any:
+    """The value with which one computes: with LoRA's factors."""
+    return layer.embeddings if isinstance(layer, keras.layers.Embedding) else layer.kernel
