@@ -324,7 +324,6 @@ def _generator(model: Any, window: int | None, capacity: int | None) -> Callable
     from dist_partial import sampling
 
     window = window or sampling._window(model)
-    cached = hasattr(model, "decode")
 
     def generate(prompt: Any, length: Any, temperature: Any, seed: Any) -> dict[str, Any]:
         checks = [
@@ -336,7 +335,7 @@ def _generator(model: Any, window: int | None, capacity: int | None) -> Callable
                 "temperature must be 0 or a positive number",
             ),
         ]
-        if cached:
+        if capacity is not None:
             most = tf.shape(prompt)[1] + length
             message = f"prompt and length are more than the {capacity} ids of the cache"
             checks.append(tf.debugging.assert_less_equal(most, capacity, message))
@@ -345,42 +344,11 @@ def _generator(model: Any, window: int | None, capacity: int | None) -> Callable
         if window:  # a shorter prompt is repeated until it fills it
             given = tf.shape(prompt)[1]
             prompt = tf.tile(prompt, [1, -(-window // given)])[:, -tf.maximum(window, given) :]
-        batch, start = tf.shape(prompt)[0], tf.shape(prompt)[1]
-        end = start + length
 
-        def read(text: Any, cache: Any, position: Any) -> tuple[Any, Any]:
-            """Float32 logits [b, V] of the id after `position`, and the cache with the ids up to it."""
-            if cached:
-                logits, new = model.decode(text[position][:, None], cache, position)
-                cache = tf.nest.map_structure(lambda old, new: tf.ensure_shape(new, old.shape), cache, new)
-            elif window:
-                recent = tf.transpose(text[position + 1 - window : position + 1])
-                logits = model(tf.reshape(recent, (-1, window)), training=False)
-            else:
-                logits = model(tf.transpose(text[: position + 1]), training=False)
-            return tf.cast(logits if logits.shape.rank == 2 else logits[:, -1], tf.float32), cache
+        def choose(logits: Any, position: Any) -> Any:
+            return sampling.draw(logits, temperature, logits.shape[-1], 1.0, seed, position)
 
-        def write(text: Any, logits: Any, position: Any) -> Any:
-            ids = sampling.draw(logits, temperature, logits.shape[-1], 1.0, seed, position)
-            return tf.tensor_scatter_nd_update(text, [[position]], ids[None])
-
-        def write_and_read(text: Any, logits: Any, cache: Any, position: Any) -> tuple:
-            text = write(text, logits, position)
-            return text, *read(text, cache, position), position + 1
-
-        text = tf.pad(tf.transpose(prompt), [(0, length), (0, 0)])  # [time, b], so that one position is one row
-        if cached:
-            logits, cache = model.decode(prompt, model.make_cache(batch, capacity), 0)
-            logits = tf.cast(logits[:, -1], tf.float32)
-        else:
-            logits, cache = read(text, (), start - 1)
-        text, logits, _, last = tf.while_loop(
-            lambda text, logits, cache, position: position < end - 1,
-            write_and_read,
-            (text, logits, cache, start),
-            parallel_iterations=1,
-        )
-        return {"ids": tf.transpose(write(text, logits, last)[start:])}
+        return {"ids": sampling.continued(model, prompt, length, choose, window, capacity)}
 
     return generate
 

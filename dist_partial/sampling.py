@@ -167,40 +167,68 @@ def _write(
     window: int | None,
     cached: bool,
 ) -> tf.Tensor:
-    """The loop of `generate`: prompt [P] to ids [count, length]."""
-    model: Any = model_ref()
-    start, end = prompt.shape[0], prompt.shape[0] + length
+    """`generate` after its checks: prompt [P] to ids [count, length]."""
 
-    def read(text: tf.Tensor, cache: Any, position: tf.Tensor | int) -> tuple[tf.Tensor, Any]:
-        """Logits [count, V] of the id after `position`, and the cache with the ids up to it."""
-        if cached:
-            logits, cache = model.decode(text[position][:, None], cache, position)
+    def choose(logits: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
+        return draw(logits, temperature, top_k, top_p, seed, position)
+
+    capacity = prompt.shape[0] + length if cached else None
+    return continued(model_ref(), tf.tile(prompt[None], (count, 1)), length, choose, window, capacity)
+
+
+def continued(
+    model: Any,
+    prompt: tf.Tensor,
+    length: Any,
+    choose: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    window: int | None,
+    capacity: int | None,
+) -> tf.Tensor:
+    """The loop that writes, in TensorFlow's ops alone; sizes may be known only when it runs.
+
+    Args:
+        model: see `generate`.
+        prompt: int32 [b, t]; t is at least the window, if there is one.
+        length: of what is written, an int or a scalar.
+        choose: takes float32 logits [b, V] and the position of the id after them, and gives ids [b].
+        window: how many ids the model reads at once, if that is fixed.
+        capacity: ids that the model's cache is to hold, prompt included; None uses none.
+
+    Returns:
+        int32 ids [b, length], without the prompt.
+    """
+    batch, start = (known or size for known, size in zip(prompt.shape, tf.unstack(tf.shape(prompt), 2), strict=True))
+    end = start + length
+
+    def read(text: tf.Tensor, cache: Any, position: Any) -> tuple[tf.Tensor, Any]:
+        """Logits [b, V] of the id after `position`, and the cache with the ids up to it."""
+        if capacity is not None:
+            logits, new = model.decode(text[position][:, None], cache, position)
+            cache = tf.nest.map_structure(lambda old, new: tf.ensure_shape(new, old.shape), cache, new)
         elif window:
-            recent = tf.reshape(text[position + 1 - window : position + 1], (window, count))
-            logits = model(tf.transpose(recent), training=False)
+            recent = tf.transpose(text[position + 1 - window : position + 1])
+            logits = model(tf.reshape(recent, (batch, window)), training=False)
         else:
             logits = model(tf.transpose(text[: position + 1]), training=False)
         return tf.cast(logits if logits.shape.rank == 2 else logits[:, -1], tf.float32), cache
 
     def write(text: tf.Tensor, logits: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
-        ids = draw(logits, temperature, top_k, top_p, seed, position)
-        return tf.tensor_scatter_nd_update(text, [[position]], ids[None])
+        return tf.tensor_scatter_nd_update(text, [[position]], choose(logits, position)[None])
 
     def write_and_read(text: tf.Tensor, logits: tf.Tensor, cache: Any, position: tf.Tensor) -> tuple:
         text = write(text, logits, position)
         return text, *read(text, cache, position), position + 1
 
-    # [time, count], so that one position is one row.
-    text = tf.pad(tf.tile(prompt[:, None], (1, count)), [(0, length), (0, 0)])
-    if cached:
-        logits, cache = model.decode(tf.transpose(text[:start]), model.make_cache(count, end), 0)
+    text = tf.pad(tf.transpose(prompt), [(0, length), (0, 0)])  # [time, b], so that one position is one row
+    if capacity is not None:
+        logits, cache = model.decode(prompt, model.make_cache(batch, capacity), 0)
         logits = tf.cast(logits[:, -1], tf.float32)
     else:
         logits, cache = read(text, (), start - 1)
     text, logits, _, last = tf.while_loop(
         lambda text, logits, cache, position: position < end - 1,
         write_and_read,
-        (text, logits, cache, tf.constant(start)),
+        (text, logits, cache, tf.convert_to_tensor(start)),
         parallel_iterations=1,  # or weights that are stored in fewer bits are cast for ten ids at once
     )
     return tf.transpose(write(text, logits, last)[start:])

@@ -22,16 +22,20 @@ COMMAND = "python -m tests.benchmarks.finetune"
 RESULTS = Path(__file__).parent / "results" / "finetune.json"
 CONFIGS = Path(__file__).parents[2] / "gin_configs"
 STEPS, BATCH = 60, 4
-# Name: gin file, rules in its place, learning rate.
-ROWS: dict[str, tuple[str, str | None, float]] = {
-    "everything": ("smollm2.gin", "[('train', '.*')]", 1e-4),
-    "the last 4 of 30 blocks": ("smollm2.gin", None, 2e-4),
+LAST_TWELVE = "adapters/Rule.match = r'transformer_layer_(1[89]|2[0-9])/.*/kernel'"
+# Name: gin file, bindings over it, and the best of the learning rates that were tried.
+ROWS: dict[str, tuple[str, list[str], float]] = {
+    "everything": ("smollm2.gin", ["run.rules = [('train', '.*')]"], 1e-4),
+    "the last 4 of 30 blocks": ("smollm2.gin", [], 5e-4),
+    "LoRA 16, kernels of the last 12": ("smollm2_lora.gin", [LAST_TWELVE, "adapters/Rule.lora = 16"], 4e-3),
+    "LoRA 8, all kernels": ("smollm2_lora.gin", [], 4e-3),
+    "LoRA 8, base in bfloat16": ("smollm2_lora.gin", ["run.frozen = 'bfloat16'"], 4e-3),
 }
 
 
 def child(name: str) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    file, rules, rate = ROWS[name]
+    file, bindings, rate = ROWS[name]
     from dist_partial import config, run
 
     params = [
@@ -42,7 +46,7 @@ def child(name: str) -> None:
         f"CosineDecay.initial_learning_rate = {rate / 20}",
         "run.eval_every = None",
         "run.save_every = None",
-        *([f"run.rules = {rules}"] if rules else []),
+        *bindings,
     ]
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
