@@ -17,6 +17,7 @@ from dist_partial import (
     identity,
     local_sgd,
     lora,
+    losses,
     optimizers,
     reduction,
     selection,
@@ -24,9 +25,8 @@ from dist_partial import (
     storage,
 )
 from dist_partial.data import Dataset, some_targets, train_batches
-from dist_partial.errors import UserError, first_line, own_line
+from dist_partial.errors import UserError, own_line
 from dist_partial.loss_scale import LossScale, needs_loss_scale
-from dist_partial.losses import check_class_ids, full_precision
 from dist_partial.replicas import Replicas, input_context
 from dist_partial.schedule import Constant, Schedule, Unit
 from dist_partial.selection import average_bytes
@@ -87,6 +87,11 @@ def build(settings: Settings, replicas: Replicas) -> Built:
         outputs = _outputs(model, data.name, x)
         if not isinstance(outputs, tf.Tensor):
             raise UserError(f"run.model gives a {type(outputs).__name__} of outputs: its model must give one tensor")
+        if getattr(outputs, "_keras_mask", None) is not None:  # which Keras's `fit` would apply to the loss
+            raise UserError(
+                "run.model's outputs have a mask of Keras's (mask_zero, Masking), and here weights mask a loss: have "
+                "run.data give (x, y, weight) with 0 where it pads, and take the mask out of the model"
+            )
         if data.codec is not None and outputs.shape[-1] < data.codec.size:
             raise UserError(
                 f"{data.name} has {data.codec.size:,} symbols and run.model gives logits for {outputs.shape[-1]:,}: "
@@ -115,16 +120,16 @@ def build(settings: Settings, replicas: Replicas) -> Built:
                 f"rule {entry.rule.match!r} cannot: bind run.precision = 'mixed_bfloat16', or @every_step()"
             )
     loss = settings.loss()
-    if not callable(loss):
-        raise UserError(f"run.loss made a {type(loss).__name__}: its factory must return a Keras loss or a function")
+    unreduced = losses.unreduced(loss)
     for source in (data.train, data.evaluation):
-        check_class_ids(loss, data.name, some_targets(source), outputs.shape[-1])
-    _check_loss(loss, data.train.spec[1], outputs)
+        losses.check_class_ids(loss, data.name, some_targets(source), outputs.shape[-1])
+    share = max(1, settings.global_batch // replicas.strategy.num_replicas_in_sync // settings.accumulate)
+    losses.check_shapes(unreduced, data.train.spec[1], outputs, share)
     return Built(
         replicas=replicas,
         data=data,
         model=model,
-        loss=loss.call if isinstance(loss, keras.losses.Loss) else loss,
+        loss=unreduced,
         plan=plan,
         optimizers=groups,
         reductions=reductions,
@@ -144,34 +149,19 @@ def _outputs(model: keras.Model, name: str, x: tf.TensorSpec) -> Any:
     Raises:
         UserError: it does not take the examples of the data set of that name.
     """
-    example = f"{name}'s examples, {x.dtype.name} {list(x.shape)}"
+    example = f"one of {name}'s examples, {x.dtype.name} {list(x.shape)}"
     wanted = model.inputs[0].dtype if getattr(model, "inputs", None) else x.dtype.name
     if x.dtype.is_floating and "int" in wanted:  # Keras would cut the fractions off
         raise UserError(f"run.model reads ids ({wanted}) and not {example}: bind a model of features, or other data")
     try:
         return model(tf.zeros([1, *x.shape], x.dtype))
-    except (ValueError, tf.errors.InvalidArgumentError) as error:
+    except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
         # Where Keras names the layer first, the reason is the second paragraph.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[1] if len(lines) > 1 and lines[0].startswith("Exception encountered") else lines[0]
         reason = re.sub(r"\x1b\[\d*m|\{\{.*?\}\} ?", "", reason)
         raise UserError(
             f"run.model does not take {example}: {reason}{own_line(error)}; bind sizes that fit each other"
-        ) from error
-
-
-def _check_loss(loss: Callable[[Any, Any], Any], y: tf.TensorSpec, outputs: tf.Tensor) -> None:
-    """Raises UserError if the shapes of targets and outputs do not go together under the loss."""
-    batch = 5  # more than one, which would go with any
-    try:
-        loss(tf.zeros([batch, *y.shape], y.dtype), full_precision(tf.repeat(outputs, batch, axis=0)))
-    except (ValueError, tf.errors.InvalidArgumentError) as error:
-        shapes = f"targets [batch{''.join(f', {n}' for n in y.shape)}] and outputs {['batch', *outputs.shape[1:]]}"
-        shapes = shapes.replace("'", "")
-        reason = re.sub(r"\{\{.*?\}\} ?", "", first_line(error))
-        raise UserError(
-            f"run.loss does not take run.data's {shapes} of run.model: {reason}{own_line(error)}; bind another loss, "
-            "or a model of other outputs"
         ) from error
 
 

@@ -269,7 +269,7 @@ def _check_arguments() -> None:
                 waiting.append(selector)
             # These three are called without arguments; what the user's own factories give each other is not known.
             alone = owner == "dist_partial.run" and name in ("model", "data", "loss")
-            ours = selector.removeprefix("dist_partial.") in _OURS
+            ours = all(each.removeprefix("dist_partial.") in _OURS for each in (owner, selector))
             if reference.evaluate or selector not in _bindable or not (alone or ours):
                 continue
             required = arguments.required(_bindable[selector][0])

@@ -172,14 +172,17 @@ def _write_keras(path: Path, built: "Built", _: int | None) -> str:
     """
     import keras
 
-    from dist_partial import lora
+    from dist_partial import lora, storage
 
     def policies(model: Any) -> list[str]:
         return [layer.dtype_policy.name for layer in model._flatten_layers()]
 
     model, policy, floatx = built.model, keras.config.dtype_policy(), keras.config.floatx()
+    storage.widen(built.plan)  # or else what training has moved would be rounded away in the kernels
     lora.merge(model)  # or else the file would have factors of zero beside kernels that stay frozen
     hint = "give its classes get_config and keras.saving.register_keras_serializable, or write --format=savedmodel"
+    if any(getattr(layer, "quantization_mode", None) for layer in model._flatten_layers()):
+        hint = "Keras 3.15 cannot load all models with layers in int8: write --format=savedmodel or safetensors"
     name = f"model {model.name!r}"
     notes = ""
     try:
@@ -212,12 +215,13 @@ def _write_keras(path: Path, built: "Built", _: int | None) -> str:
 
 
 def _same_outputs(built: "Built", loaded: Any) -> bool:
-    """Whether two models give the same on held-out examples, but for what merged factors of LoRA round."""
+    """Whether two models give the same on held-out examples."""
     import numpy as np
 
     x = built.data.evaluation.fetch(np.arange(min(4, len(built.data.evaluation))))[0]
     ours, theirs = (np.asarray(model(x, training=False), np.float64) for model in (built.model, loaded))
-    return ours.shape == theirs.shape and bool(np.abs(ours - theirs).max() <= 1e-2 * np.abs(ours).max())
+    rounding = 1e-2 if "16" in built.model.compute_dtype else 1e-4  # factors that were merged are rounded elsewhere
+    return ours.shape == theirs.shape and bool(np.abs(ours - theirs).max() <= rounding * np.abs(ours).max())
 
 
 def _write_saved_model(path: Path, built: "Built", max_length: int | None) -> str:

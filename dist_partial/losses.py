@@ -1,13 +1,68 @@
 """Losses of examples: what one example counts, and in which precision."""
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.errors import UserError
+from dist_partial.errors import UserError, first_line, own_line
+
+Loss = Callable[[Any, Any], tf.Tensor]
 
 
-def check_class_ids(loss: object, name: str, y: np.ndarray, classes: int) -> None:
+def unreduced(loss: Any) -> Loss:
+    """What a Keras loss or a function makes of targets and outputs, before Keras takes its mean.
+
+    Raises:
+        UserError: it is neither; or a loss whose mean would be another one here than in Keras.
+    """
+    if not callable(loss):
+        raise UserError(f"run.loss made a {type(loss).__name__}: its factory must return a Keras loss or a function")
+    if not isinstance(loss, keras.losses.Loss):
+        return loss
+    if getattr(loss, "ignore_class", None) is not None:  # Keras divides by what is left in the whole batch
+        raise UserError(
+            f"run.loss ignores the class {loss.ignore_class}, which would count as a loss of 0: unbind ignore_class, "
+            "and have run.data give weights (x, y, weight) that are 0 there"
+        )
+    if loss.reduction == "sum":
+        raise UserError("run.loss is a sum over the batch, and a run trains on the mean: unbind its reduction")
+    # As in `keras.losses.Loss.__call__`, which does this first and takes the mean, by masks and weights, last.
+    return lambda y, outputs: loss.call(*(keras.ops.convert_to_tensor(v, dtype=loss.dtype) for v in (y, outputs)))
+
+
+def check_shapes(loss: Loss, y: tf.TensorSpec, outputs: tf.Tensor, batch: int) -> None:
+    """Looks whether targets and outputs go together under a loss; computes nothing.
+
+    Args:
+        loss: from `unreduced`.
+        y: of one target.
+        outputs: of one example, [1, ...].
+        batch: examples that a replica reads at once.
+
+    Raises:
+        UserError: they do not, or the loss gives one number for a batch.
+    """
+    specs = [tf.TensorSpec([batch, *y.shape], y.dtype), tf.TensorSpec([batch, *outputs.shape[1:]], outputs.dtype)]
+
+    def traced(y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
+        return example_losses(loss(y, full_precision(outputs)), None)
+
+    try:
+        tf.function(traced, autograph=False).get_concrete_function(*specs)
+    except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
+        shapes = " and outputs ".join(f"{spec.dtype.name} {spec.shape.as_list()}" for spec in specs)
+        reason = re.sub(r"\{\{.*?\}\} ?", "", first_line(error))
+        raise UserError(
+            f"run.loss does not take run.data's targets {shapes} of run.model: {reason}{own_line(error)}; bind another "
+            "loss, or a model of other outputs"
+        ) from error
+
+
+def check_class_ids(loss: Any, name: str, y: np.ndarray, classes: int) -> None:
     """Looks whether targets are ids of the model's classes, if the loss takes them for that.
 
     TensorFlow fails on others in the first step, or on a GPU trains on NaN; it cuts fractions off.
@@ -21,12 +76,11 @@ def check_class_ids(loss: object, name: str, y: np.ndarray, classes: int) -> Non
     Raises:
         UserError: a target is none of 0 to classes - 1.
     """
-    options = loss.get_config() if isinstance(loss, keras.losses.SparseCategoricalCrossentropy) else None
-    if options is None or options.get("axis", -1) != -1 or not y.size or y.dtype.kind not in "iufb":
+    if type(loss) is not keras.losses.SparseCategoricalCrossentropy or loss.get_config().get("axis", -1) != -1:
         return
-    if options.get("ignore_class") is not None:
-        y = y[y != options["ignore_class"]]
-    low, high = (np.min(y), np.max(y)) if y.size else (0, 0)
+    if not y.size or y.dtype.kind not in "iufb":
+        return
+    low, high = np.min(y), np.max(y)
     if y.dtype.kind == "f" and (y != np.floor(y)).any():
         raise UserError(
             f"{name} has targets such as {y[y != np.floor(y)][0]:.6g}, which are no class ids, and run.loss is a "

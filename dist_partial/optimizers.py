@@ -127,7 +127,7 @@ def check(where: str, optimizer: keras.optimizers.Optimizer) -> None:
             "gradient_accumulation_steps; dist_partial.train has run.accumulate"
         )
     if optimizer.use_ema:
-        raise UserError(f"{where} averages weights, which nothing would evaluate or sample: leave out use_ema")
+        raise UserError(f"{where} averages weights (use_ema), which is not done for a selection: leave out use_ema")
     if optimizer.loss_scale_factor or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         raise UserError(
             f"{where} scales the loss by itself: give it without; under mixed_float16 the loss is scaled for all "

@@ -37,7 +37,7 @@ def lower(plan: Plan, model: keras.Model, precision: str | None) -> Plan:
     if precision == "bfloat16":
         lowered = [e.variable for e in plan.entries if id(e.variable) in frozen and e.variable.dtype == "float32"]
         for variable in lowered:
-            _round(variable)
+            _store(variable, precision)
         replaced: dict[int, Any] = {}
     else:
         replaced = _quantize(model, frozen)
@@ -51,12 +51,19 @@ def lower(plan: Plan, model: keras.Model, precision: str | None) -> Plan:
     return dataclasses.replace(plan, entries=entries)
 
 
-def _round(variable: Any) -> None:
-    """Puts a bfloat16 variable in the place of a Keras variable's value."""
+def widen(plan: Plan) -> None:
+    """Stores what `lower` has rounded to bfloat16 as wide as it was before; the values stay what they are."""
+    for entry in plan.entries:
+        if entry.variable.dtype == "bfloat16":
+            _store(entry.variable, entry.dtype)
+
+
+def _store(variable: Any, dtype: str) -> None:
+    """Puts a variable of another dtype in the place of a Keras variable's value."""
     # Keras 3.15 has no public way to change a variable's dtype, and a dtype policy must be known before it is built,
     # when no rule has been resolved yet. Within a layer's call Keras casts what is read to the compute dtype.
-    value = keras.ops.convert_to_numpy(variable).astype("bfloat16")
-    variable._dtype = "bfloat16"
+    value = keras.ops.convert_to_numpy(variable).astype(dtype)
+    variable._dtype = dtype
     variable._initialize(value)
 
 

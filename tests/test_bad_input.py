@@ -95,6 +95,17 @@ PARAMS = {
     "unreachable rule": (["run.rules=[('train','.*'),('freeze','body/.*')]"], ["rule 2", "rule 1"]),
     "one path twice": (["run.model=@user_module.Twins", "run.rules=[('train','.*')]"], ["2 variables", "'same/"]),
     "no rules": (["run.rules=[]"], ["run.rules"]),
+    "an ignored class": (
+        ["run.loss=@keras.losses.SparseCategoricalCrossentropy", "SparseCategoricalCrossentropy.ignore_class=-1"],
+        ["ignores the class -1", "(x, y, weight)"],
+    ),
+    "a summed loss": (
+        ["run.loss=@keras.losses.MeanSquaredError", "MeanSquaredError.reduction='sum'"],
+        ["is a sum over the batch"],
+    ),
+    "one loss a batch": (["run.loss=@keras.losses.Dice", "user_module.model.outputs=1"], ["one number for a whole"]),
+    "a mask": (["run.model=@user_module.masked"], ["mask", "(x, y, weight)"]),
+    "a call of two arguments": (["run.model=@user_module.two_inputs"], ["'mode'", "one of points's examples"]),
     "bad reduction": (["run.reduction='half'"], ["reduction", "'half'"]),
     "misspelt binding": (["run.stepz=3"], ["'stepz'", "steps"]),
     "unknown binding": (["trainer.steps=3"], ["'trainer'"]),
@@ -138,7 +149,7 @@ PARAMS = {
     "negative label": (["user_module.data.lowest=-1"], ["points", "-1", "from 0"]),
     "fractions as labels": (["user_module.data.labels='fraction'"], ["points", "0.5", "MeanSquaredError"]),
     "labels of a source on disk": (["run.data=@user_module.on_disk", "on_disk.label=7"], ["up to 7", "0 to 1"]),
-    "loss of other shapes": (["run.loss=@keras.losses.MeanSquaredError"], ["run.loss", "[batch]", "[batch, 2]"]),
+    "loss of other shapes": (["run.loss=@keras.losses.MeanSquaredError"], ["run.loss", "int32 [4]", "float32 [4, 2]"]),
     "features for ids": (["run.model=@two_dense", "two_dense.window=3"], ["float32 [3]", "int32", "features"]),
     "features of another size": (["run.model=@two_dense", "two_dense.symbols=None"], ["float32 [3]", "(None, 16)"]),
     "fewer ids than symbols": (
@@ -166,12 +177,13 @@ def test_what_is_no_mistake(train_main, tmp_path, capsys):
         "run.rules=[('train','.*')]",
         "user_module.model.outputs=1",
     ]
-    masked = ["run.loss=@CE", "CE.ignore_class=-1", "CE.from_logits=True"]
-    masked = [param.replace("CE", "SparseCategoricalCrossentropy") for param in masked]
     for params in (
         [*regression, "user_module.data.labels='fraction'", "run.clip_norm=1"],
         [*regression, "user_module.data.lowest=-1", "user_module.data.labels='float32'"],
-        [*masked, "user_module.data.lowest=-1"],
+        ["run.loss=@user_module.FromOne", "user_module.data.lowest=1", "user_module.data.classes=3"],
+        ["run.loss=@user_module.positive", "user_module.data.lowest=1", "user_module.data.classes=3"],
+        ["run.loss=@user_module.Whole", "user_module.data.lowest=-1", "user_module.model.outputs=1"],
+        ["run.loss=@user_module.pairs", "run.global_batch=8"],
         ["run.loss=@user_module.own_loss", "user_module.data.lowest=-1"],
         ["unused/hub_model.preset=None", "Rule.rows=[0, 2]", "local_sgd.outer=@nesterov"],
     ):

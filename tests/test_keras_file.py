@@ -22,7 +22,7 @@ def test_a_saved_model_is_the_same_model(tmp_path):
 
 def test_bad_files(tmp_path):
     (tmp_path / "damaged.keras").write_bytes(b"PK\x03\x04 and no more")
-    with pytest.raises(UserError, match=r"no file .*absent\.keras; in that folder there is damaged\.keras"):
+    with pytest.raises(UserError, match=r"no file '.*absent\.keras'; in that folder there is damaged\.keras"):
         keras_file(str(tmp_path / "absent.keras"))
     with pytest.raises(UserError, match=r"Keras cannot load .*damaged\.keras: "):
         keras_file(str(tmp_path / "damaged.keras"))

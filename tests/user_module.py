@@ -31,7 +31,9 @@ def data(seed: int = 0, spoilt: int | None = None, classes: int = 2, lowest: int
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(EXAMPLES, 3)).astype(np.float32)
     y = (x.sum(axis=1) > 0).astype(np.int32)
-    y[:2] = lowest, classes - 1
+    if (lowest, classes) != (0, 2):
+        y = np.maximum(y, lowest)
+        y[:2] = lowest, classes - 1
     y = y / np.float32(2) if labels == "fraction" else y.astype(labels)
     whole = ArraySource(x.copy(), y)
     if spoilt is not None:
@@ -59,6 +61,19 @@ def on_disk(label: int = 1, rare: bool = False) -> Dataset:
     return Dataset("on_disk", OnDisk(label, rare), OnDisk(label, rare), fingerprint(label))
 
 
+def masked() -> keras.Model:
+    return keras.Sequential([keras.Input((3,)), keras.layers.Embedding(9, 2, mask_zero=True), keras.layers.Dense(2)])
+
+
+class TwoInputs(keras.Model):
+    def call(self, x: tf.Tensor, mode: str) -> tf.Tensor:
+        return x
+
+
+def two_inputs() -> keras.Model:
+    return TwoInputs()
+
+
 def needy(units: int) -> keras.Model:
     return model(units)
 
@@ -66,6 +81,38 @@ def needy(units: int) -> keras.Model:
 def own_loss() -> keras.losses.Loss:
     """Of any integer targets."""
     return lambda y, outputs: tf.reduce_sum(outputs, axis=1) * tf.cast(y, tf.float32)
+
+
+class FromOne(keras.losses.SparseCategoricalCrossentropy):
+    """Of classes that are numbered from 1."""
+
+    def __init__(self) -> None:
+        super().__init__(from_logits=True)
+
+    def call(self, y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
+        return super().call(y - 1, outputs)
+
+
+class Whole(keras.losses.Loss):
+    """Calculates with targets that are int32, which Keras gives to it as floats."""
+
+    def call(self, y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
+        return tf.square(y / 2 - outputs[:, 0])
+
+
+def positive() -> keras.losses.Loss:
+    """Checks the values of its targets."""
+
+    def loss(y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
+        with tf.control_dependencies([tf.debugging.assert_non_negative(y)]):
+            return tf.reduce_sum(outputs, axis=1)
+
+    return loss
+
+
+def pairs() -> keras.losses.Loss:
+    """Takes a batch that divides into two."""
+    return lambda y, outputs: tf.concat([tf.reduce_sum(part, axis=1) for part in tf.split(outputs, 2)], axis=0)
 
 
 def never_finite() -> keras.losses.Loss:

@@ -68,7 +68,7 @@ def hub_model(
         assert architecture is not None
         backbone = _named(hub.models, architecture, "Backbone")
         of_task = _named(hub.models, architecture, task)
-        _check_sizes(arguments or {})
+        _check_sizes(backbone, arguments or {})
         try:
             whole = of_task(backbone=backbone(**(arguments or {})), preprocessor=None, **head)
         except Exception as error:  # KerasHub divides by what it does not check
@@ -166,12 +166,14 @@ def _named(module: ModuleType, architecture: str, suffix: str) -> Any:
     return getattr(module, f"{architecture}{suffix}")
 
 
-def _check_sizes(arguments: dict[str, Any]) -> None:
+def _check_sizes(backbone: Any, arguments: dict[str, Any]) -> None:
     """Raises UserError for a size below 1, of which KerasHub refuses some, and builds a model that fails of others."""
+    taken = inspect.signature(backbone).parameters
     for name, value in arguments.items():
         size = name.startswith("num_") or name.endswith(("_dim", "_size", "_length"))
-        if size and isinstance(value, (int, float)) and value < 1:
-            raise UserError(f"hub_model.arguments has {name!r}: {value!r}, which must be at least 1")
+        least = 0 if name in taken and taken[name].default == 0 else 1
+        if size and isinstance(value, (int, float)) and value < least:
+            raise UserError(f"hub_model.arguments has {name!r}: {value!r}, which must be at least {least}")
 
 
 def _from_preset(of: Any, preset: str, **options: Any) -> Any:
