@@ -102,7 +102,7 @@ def _base(folder: Path, built: "Built") -> dict[str, str]:
     """
     from dist_partial import identity
 
-    began = json.loads((folder / identity.FILE).read_text())[identity.START]
+    began = json.loads((folder / identity.FILE).read_text()).get(identity.START, {})
     if changed := identity.differences(began, built.identity[identity.START]):
         names = ", ".join(repr(name) for name, _, _ in changed[:3])
         raise cli.UserError(
