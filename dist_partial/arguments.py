@@ -1,31 +1,74 @@
-"""What a factory's own signature says of its arguments: which types they take, and which it cannot do without."""
+"""Bindings held against the signatures of what they are for: arguments of another type, and missing ones."""
 
 import inspect
 import os
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
+
+import gin
+
+from dist_partial.errors import UserError
 
 # What a configuration file can write out, and in which words.
 _PLAIN: dict[Any, str] = {
-    **{int: "a whole number", float: "a number", str: "a text in quotes", bool: "True or False"},
-    **{types.NoneType: "None", tuple: "a tuple (..., ...)", dict: "a dictionary {...: ...}", os.PathLike: ""},
+    int: "a whole number",
+    float: "a number",
+    str: "a text in quotes",
+    bool: "True or False",
+    types.NoneType: "None",
+    tuple: "a tuple (..., ...)",
+    dict: "a dictionary {...: ...}",
+    os.PathLike: "",
 }
 
 
-def misfit(function: Callable[..., Any], name: str, value: Any) -> str | None:
-    """Compares a value with the annotation of an argument.
-
-    A list serves as a tuple, and a whole number as a float; a bool, which is an int to Python, as neither.
+def check(ours: Collection[str], bindable: Mapping[str, Callable[..., Any]]) -> None:
+    """Looks at what gin has parsed, before anything is called.
 
     Args:
-        function: a function or a class.
-        name: of its argument.
-        value: for it.
+        ours: selectors of this project's own functions and classes, whose annotations say which types they take.
+        bindable: by selector, all that is registered: these, Keras's and the user's.
 
-    Returns:
-        What to write instead; None where the value fits, or the annotation is more than a union of plain types.
+    Raises:
+        UserError: a value of another type than its argument, or a factory that a run will call lacks an argument.
+    """
+    for (scope, selector), values in gin.config._CONFIG.items():
+        for argument, value in values.items() if selector in ours else ():
+            bound = _written_out(value)
+            if isinstance(bound, gin.config.ConfigurableReference):
+                continue
+            if words := _misfit(bindable[selector], argument, bound):
+                name = f"{scope}/{selector.removeprefix('dist_partial.')}.{argument}".lstrip("/")
+                raise UserError(f"{name} is {bound!r:.200}: write {words}")
+    _check_missing(ours, bindable)
+
+
+def _check_missing(ours: Collection[str], bindable: Mapping[str, Callable[..., Any]]) -> None:
+    config = gin.config._CONFIG  # gin itself says so at the call alone
+    bound = {(selector, name) for (_, selector), values in config.items() for name in values}
+    waiting, seen = ["dist_partial.run"], set()
+    while waiting:
+        seen.add(owner := waiting.pop())
+        values = [item for (_, selector), values in config.items() if selector == owner for item in values.items()]
+        for name, reference in [(name, reference) for name, value in values for reference in _references(value)]:
+            selector = reference.configurable.selector
+            if selector not in seen:
+                waiting.append(selector)
+            # These three are called without arguments; what the user's own factories give each other is not known.
+            alone = owner == "dist_partial.run" and name in ("model", "data", "loss")
+            if reference.evaluate or selector not in bindable or not (alone or {owner, selector} <= set(ours)):
+                continue
+            if missing := [each for each in _required(bindable[selector]) if (selector, each) not in bound]:
+                own = reference.scoped_selector
+                raise UserError("not bound: " + ", ".join(f"{own}.{argument}" for argument in missing))
+
+
+def _misfit(function: Callable[..., Any], name: str, value: Any) -> str | None:
+    """What to write instead of a value; None where it fits, or the annotation is more than a union of plain types.
+
+    A list serves as a tuple, and a whole number as a float; a bool, which is an int to Python, as neither.
     """
     hint = typing.get_type_hints(function).get(name, Any)
     parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
@@ -33,19 +76,38 @@ def misfit(function: Callable[..., Any], name: str, value: Any) -> str | None:
     like = {list: tuple, int: float}.get(type(value), type(value))
     if not set(kinds) <= _PLAIN.keys() or type(value) in kinds or like in kinds:
         return None
+    words = " or ".join(_PLAIN[kind] for kind in kinds if _PLAIN[kind])
     default = inspect.signature(function).parameters[name].default
-    example = (
-        ""
-        if default is None or isinstance(default, bool) or default is inspect.Parameter.empty
-        else f", such as {default!r}"
-    )
-    return " or ".join(_PLAIN[kind] for kind in kinds if _PLAIN[kind]) + example
+    says_nothing = default is None or default is inspect.Parameter.empty or isinstance(default, bool)
+    return words if says_nothing else f"{words}, such as {default!r}"
 
 
-def required(function: Callable[..., Any]) -> list[str]:
+def _required(function: Callable[..., Any]) -> list[str]:
     """Names of the arguments without a default."""
     return [
         p.name
         for p in inspect.signature(function).parameters.values()
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
+
+
+def _references(value: Any) -> Iterator[Any]:
+    """The gin references in a bound value; macros are followed."""
+    value = _written_out(value)
+    if isinstance(value, gin.config.ConfigurableReference):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _references(part)
+
+
+def _written_out(value: Any) -> Any:
+    """A bound value, or what the macro that it names stands for."""
+    names: set[str] = set()
+    while isinstance(value, gin.config.ConfigurableReference) and value.selector in ("macro", "gin.macro"):
+        key = ("/".join(value.scopes), "gin.macro")
+        if key[0] in names or "value" not in gin.config._CONFIG.get(key, {}):
+            break
+        names.add(key[0])
+        value = gin.config._CONFIG[key]["value"]
+    return value

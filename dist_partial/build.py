@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from dist_partial import (
     storage,
 )
 from dist_partial.data import Dataset, some_targets, train_batches
-from dist_partial.errors import UserError, own_line
+from dist_partial.errors import UserError, first_line, own_line
 from dist_partial.loss_scale import LossScale, needs_loss_scale
 from dist_partial.replicas import Replicas, input_context
 from dist_partial.schedule import Constant, Schedule, Unit
@@ -156,12 +155,8 @@ def _outputs(model: keras.Model, name: str, x: tf.TensorSpec) -> Any:
     try:
         return model(tf.zeros([1, *x.shape], x.dtype))
     except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
-        # Where Keras names the layer first, the reason is the second paragraph.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[1] if len(lines) > 1 and lines[0].startswith("Exception encountered") else lines[0]
-        reason = re.sub(r"\x1b\[\d*m|\{\{.*?\}\} ?", "", reason)
         raise UserError(
-            f"run.model does not take {example}: {reason}{own_line(error)}; bind sizes that fit each other"
+            f"run.model does not take {example}: {first_line(error)}{own_line(error)}; bind sizes that fit each other"
         ) from error
 
 

@@ -9,7 +9,7 @@ import io
 import logging
 import re
 import tokenize
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +113,9 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
                 raise UserError(f"{param!r} binds nothing: write run.{near[0] if near else 'steps'} = ..., with a dot")
             gin.parse_config(param)
         place = ""
-        _check_types()
-        _check_arguments()
+        arguments.check(
+            {f"dist_partial.{name}" for name in _OURS}, {name: each for name, (each, _) in _bindable.items()}
+        )
         run, sample, replicas_factory = (_bindable[f"dist_partial.{name}"][1] for name in ("run", "sample", "replicas"))
         bound = run(replicas=replicas_factory, sampling=sample())
     except UserError as error:  # to which gin adds lines with the names of its own functions
@@ -241,63 +242,6 @@ def _explain(error: Exception, place: str) -> str:
         prefix = f"{caller[2]}/{caller[1]}" if caller and caller[2] else caller[1] if caller else "run"
         first = "not bound: " + ", ".join(f"{prefix}.{name}" for name in missing)
     return f"{first}{place}"
-
-
-def _check_types() -> None:
-    """Raises UserError if what is bound for a factory of this project is of another type than its argument."""
-    for (scope, selector), values in gin.config._CONFIG.items():
-        name = selector.removeprefix("dist_partial.")
-        for argument, value in values.items() if name in _OURS else ():
-            bound = _written_out(value)
-            if isinstance(bound, gin.config.ConfigurableReference):
-                continue
-            if words := arguments.misfit(_OURS[name], argument, bound):
-                raise UserError(f"{scope}/{name}.{argument}".lstrip("/") + f" is {bound!r:.200}: write {words}")
-
-
-def _check_arguments() -> None:
-    """Raises UserError if a factory that a run will call lacks an argument; gin itself says so at the call alone."""
-    config = gin.config._CONFIG
-    bound = {(selector, name) for (_, selector), values in config.items() for name in values}
-    waiting, seen = ["dist_partial.run"], set()
-    while waiting:
-        seen.add(owner := waiting.pop())
-        values = [item for (_, selector), values in config.items() if selector == owner for item in values.items()]
-        for name, reference in [(name, reference) for name, value in values for reference in _references(value)]:
-            selector = reference.configurable.selector
-            if selector not in seen:
-                waiting.append(selector)
-            # These three are called without arguments; what the user's own factories give each other is not known.
-            alone = owner == "dist_partial.run" and name in ("model", "data", "loss")
-            ours = all(each.removeprefix("dist_partial.") in _OURS for each in (owner, selector))
-            if reference.evaluate or selector not in _bindable or not (alone or ours):
-                continue
-            required = arguments.required(_bindable[selector][0])
-            if missing := [argument for argument in required if (selector, argument) not in bound]:
-                own = reference.scoped_selector
-                raise UserError("not bound: " + ", ".join(f"{own}.{argument}" for argument in missing))
-
-
-def _references(value: Any) -> Iterator[Any]:
-    """The gin references in a bound value; macros are followed."""
-    value = _written_out(value)
-    if isinstance(value, gin.config.ConfigurableReference):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _references(part)
-
-
-def _written_out(value: Any) -> Any:
-    """A bound value, or what the macro that it names stands for."""
-    names: set[str] = set()
-    while isinstance(value, gin.config.ConfigurableReference) and value.selector in ("macro", "gin.macro"):
-        key = ("/".join(value.scopes), "gin.macro")
-        if key[0] in names or "value" not in gin.config._CONFIG.get(key, {}):
-            break
-        names.add(key[0])
-        value = gin.config._CONFIG[key]["value"]
-    return value
 
 
 def _bindings() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What ends a run: mistakes that the user can mend, and faults after which the same command goes on."""
 
+import re
 import traceback
 from pathlib import Path
 
@@ -9,7 +10,10 @@ AGAIN = 75  # the exit code after a fault or SIGTERM: EX_TEMPFAIL of sysexits.h,
 
 def first_line(error: Exception) -> str:
     """What an error of another library says, in one line; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # Keras names the layer first, and gives the reason in the next paragraph.
+    line = lines[1] if len(lines) > 1 and lines[0].startswith("Exception encountered") else lines[0]
+    return re.sub(r"\x1b\[\d*m|\{\{.*?\}\} ?", "", line)  # colours, and TensorFlow's names of nodes
 
 
 def own_line(error: Exception) -> str:

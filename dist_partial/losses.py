@@ -1,6 +1,5 @@
 """Losses of examples: what one example counts, and in which precision."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -55,10 +54,9 @@ def check_shapes(loss: Loss, y: tf.TensorSpec, outputs: tf.Tensor, batch: int) -
         tf.function(traced, autograph=False).get_concrete_function(*specs)
     except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
         shapes = " and outputs ".join(f"{spec.dtype.name} {spec.shape.as_list()}" for spec in specs)
-        reason = re.sub(r"\{\{.*?\}\} ?", "", first_line(error))
         raise UserError(
-            f"run.loss does not take run.data's targets {shapes} of run.model: {reason}{own_line(error)}; bind another "
-            "loss, or a model of other outputs"
+            f"run.loss does not take run.data's targets {shapes} of run.model: {first_line(error)}{own_line(error)}; "
+            "bind another loss, or a model of other outputs"
         ) from error
 
 

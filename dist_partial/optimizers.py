@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_partial.errors import UserError
+from dist_partial.errors import UserError, first_line
 from dist_partial.selection import Entry, Group, Plan
 
 
@@ -108,7 +108,7 @@ def _make(where: str, factory: Callable[..., Any]) -> keras.optimizers.Optimizer
     try:
         optimizer = factory()
     except (TypeError, ValueError) as error:  # an argument that this optimizer does not have, or a value it refuses
-        raise UserError(f"{where} cannot be made: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{where} cannot be made: {first_line(error)}") from error
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise UserError(
             f"{where} is {optimizer!r}: give a factory, such as keras.optimizers.Adam (in a gin file "
