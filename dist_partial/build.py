@@ -1,5 +1,6 @@
 """Everything that a run computes with: built from its settings, and restored from its folder."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -14,6 +15,7 @@ from dist_partial import (
     batch_norm,
     checkpoints,
     identity,
+    layer_state,
     local_sgd,
     lora,
     losses,
@@ -48,8 +50,9 @@ class Built:
     schedule: Schedule
     units: tuple[Unit, ...]
     batch_norms: list[keras.layers.BatchNormalization]
-    moving: list[Any]
+    layer_state: layer_state.LayerState
     identity: dict[str, Any]
+    notes: tuple[str, ...] = ()  # what the user should hear of, in lines
 
     def state(self) -> dict[str, Any]:
         """All variables that training changes, as they are now: see `checkpoints.resumable_state`."""
@@ -60,9 +63,14 @@ class Built:
             self.optimizers,
             self.reductions,
             self.fragments,
-            self.moving,
+            self.layer_state.moving,
             self.scale,
         )
+
+    @property
+    def averaged(self) -> list[Any]:
+        """Variables that layers change in a step and replicas average, in the modes that the layers are in now."""
+        return [*batch_norm.local_statistics(self.model), *self.layer_state.averaged]
 
 
 def build(settings: Settings, replicas: Replicas) -> Built:
@@ -76,38 +84,17 @@ def build(settings: Settings, replicas: Replicas) -> Built:
     data = settings.data()
     if not isinstance(data, Dataset):
         raise UserError(f"run.data made a {type(data).__name__}: its factory must return a dist_partial.data.Dataset")
-    with replicas.strategy.scope():
+    strategy, x = replicas.strategy, data.train.spec[0]
+    with strategy.scope():
         keras.utils.set_random_seed(settings.seed)
-        model = settings.model()
-        if not isinstance(model, keras.Model):
-            raise UserError(f"run.model made a {type(model).__name__}: its factory must return a keras.Model")
-        # A subclassed model has its variables only once it has been called.
-        x = data.train.spec[0]
-        outputs = _outputs(model, data.name, x)
-        if not isinstance(outputs, tf.Tensor):
-            raise UserError(f"run.model gives a {type(outputs).__name__} of outputs: its model must give one tensor")
-        if getattr(outputs, "_keras_mask", None) is not None:  # which Keras's `fit` would apply to the loss
-            raise UserError(
-                "run.model's outputs have a mask of Keras's (mask_zero, Masking), and here weights mask a loss: have "
-                "run.data give (x, y, weight) with 0 where it pads, and take the mask out of the model"
-            )
-        if data.codec is not None and outputs.shape[-1] < data.codec.size:
-            raise UserError(
-                f"{data.name} has {data.codec.size:,} symbols and run.model gives logits for {outputs.shape[-1]:,}: "
-                "bind a tokenizer of the model's own, or a model of that size"
-            )
-        symbols = 0 if data.codec is None else data.codec.size
-        for layer in model._flatten_layers():  # Keras encodes an id beyond its tokens as nothing, without a word
-            if isinstance(layer, keras.layers.CategoryEncoding) and layer.num_tokens < symbols:
-                raise UserError(
-                    f"{data.name} has {symbols:,} symbols and {layer.name!r} of run.model encodes "
-                    f"{layer.num_tokens:,}: bind a model that reads all of them"
-                )
+        model, example = _model(settings, data, strategy)
         batch_norms = batch_norm.layers(model)
         adapters = lora.enable(settings.rules, model)
         plan = selection.resolve(settings.rules, model, settings.reduction, adapters)
         plan, units = _divided(storage.lower(plan, model, settings.frozen), settings, batch_norms)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
+        with _taking(data.name, x):
+            state, outputs = layer_state.find(model, x, plan)
         groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))
         reductions = reduction.states(plan)
         fragments = local_sgd.build(plan, groups, reductions)
@@ -118,17 +105,18 @@ def build(settings: Settings, replicas: Replicas) -> Built:
                 f"float16 scales the loss and skips the steps that overflow on any replica, which {entry.reduction} of "
                 f"rule {entry.rule.match!r} cannot: bind run.precision = 'mixed_bfloat16', or @every_step()"
             )
-    loss = settings.loss()
-    unreduced = losses.unreduced(loss)
-    for source in (data.train, data.evaluation):
-        losses.check_class_ids(loss, data.name, some_targets(source), outputs.shape[-1])
-    share = max(1, settings.global_batch // replicas.strategy.num_replicas_in_sync // settings.accumulate)
-    losses.check_shapes(unreduced, data.train.spec[1], outputs, share)
+    parts = strategy.num_replicas_in_sync * settings.accumulate
+    loss, note = _loss(settings.loss(), data, outputs, example, max(1, settings.global_batch // parts))
+    layer_state.spread(strategy, state.generators)
+    notes = [note] if note else []
+    if model.compiled and not type(model).__module__.startswith("keras_hub."):  # which compiles its tasks by itself
+        notes.append("run.model is compiled: run.loss and run.optimizer take the place of its own loss and optimizer")
+    optimizers_ = [*groups, *[fragment.outer for fragment in fragments]]
     return Built(
         replicas=replicas,
         data=data,
         model=model,
-        loss=unreduced,
+        loss=loss,
         plan=plan,
         optimizers=groups,
         reductions=reductions,
@@ -137,27 +125,100 @@ def build(settings: Settings, replicas: Replicas) -> Built:
         schedule=settings.schedule,
         units=units,
         batch_norms=batch_norms,
-        moving=checkpoints.moving(model),
-        identity=identity.of_run(settings, data, model, plan, [*groups, *[f.outer for f in fragments]]),
+        layer_state=state,
+        identity=identity.of_run(settings, data, model, plan, state.moving, optimizers_),
+        notes=tuple(notes),
     )
 
 
-def _outputs(model: keras.Model, name: str, x: tf.TensorSpec) -> Any:
-    """What the model makes of one example of zeros.
+def _model(settings: Settings, data: Dataset, strategy: tf.distribute.Strategy) -> tuple[keras.Model, tf.Tensor]:
+    """Makes the model, with its variables, and what it gives for one example of zeros; in the strategy's scope.
 
     Raises:
-        UserError: it does not take the examples of the data set of that name.
+        UserError: it is none, or not one that a run trains as Keras would, or it does not fit the data.
     """
-    example = f"one of {name}'s examples, {x.dtype.name} {list(x.shape)}"
-    wanted = model.inputs[0].dtype if getattr(model, "inputs", None) else x.dtype.name
-    if x.dtype.is_floating and "int" in wanted:  # Keras would cut the fractions off
-        raise UserError(f"run.model reads ids ({wanted}) and not {example}: bind a model of features, or other data")
+    model = settings.model()
+    if not isinstance(model, keras.Model):
+        raise UserError(f"run.model made a {type(model).__name__}: its factory must return a keras.Model")
+    for name in ("train_step", "test_step", "compute_loss", "compute_metrics"):
+        own = getattr(getattr(model, name), "__func__", None)
+        if own is not getattr(keras.Model, name):
+            raise UserError(
+                f"run.model has a {name} of its own ({type(model).__name__}), which a run does not call: train it by "
+                "model.fit with dist_partial.partial, or bind a model without it and its loss as run.loss"
+            )
+    x = data.train.spec[0]
+    generators = [variable for variable in model.variables if layer_state.is_generator(variable)]
+    # A subclassed model has its variables only once it has been called.
+    with _taking(data.name, x), layer_state.untouched(strategy, generators):
+        wanted = model.inputs[0].dtype if getattr(model, "inputs", None) else x.dtype.name
+        if x.dtype.is_floating and "int" in wanted:  # Keras would cut the fractions off
+            raise UserError(
+                f"run.model reads ids ({wanted}) and not {_example(data.name, x)}: bind a model of features, or other "
+                "data"
+            )
+        outputs = model(tf.zeros([1, *x.shape], x.dtype))
+    if not isinstance(outputs, tf.Tensor):
+        raise UserError(f"run.model gives a {type(outputs).__name__} of outputs: its model must give one tensor")
+    if getattr(outputs, "_keras_mask", None) is not None:  # which Keras's `fit` would apply to the loss
+        raise UserError(
+            "run.model's outputs have a mask of Keras's (mask_zero, Masking), and here weights mask a loss: have "
+            "run.data give (x, y, weight) with 0 where it pads, and take the mask out of the model"
+        )
+    if data.codec is not None:
+        _check_symbols(model, data.name, data.codec.size, outputs.shape[-1])
+    return model, outputs
+
+
+def _check_symbols(model: keras.Model, name: str, symbols: int, outputs: int) -> None:
+    """Raises UserError unless a model reads and writes all symbols of the data set of that name."""
+    if outputs < symbols:
+        raise UserError(
+            f"{name} has {symbols:,} symbols and run.model gives logits for {outputs:,}: bind a tokenizer of the "
+            "model's own, or a model of that size"
+        )
+    for layer in model._flatten_layers():  # Keras encodes an id beyond its tokens as nothing, without a word
+        if isinstance(layer, keras.layers.CategoryEncoding) and layer.num_tokens < symbols:
+            raise UserError(
+                f"{name} has {symbols:,} symbols and {layer.name!r} of run.model encodes {layer.num_tokens:,}: bind a "
+                "model that reads all of them"
+            )
+
+
+@contextlib.contextmanager
+def _taking(name: str, x: tf.TensorSpec) -> Iterator[None]:
+    """Turns what a model says of the examples of the data set of that name into a mistake of the user's."""
     try:
-        return model(tf.zeros([1, *x.shape], x.dtype))
+        yield
     except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
         raise UserError(
-            f"run.model does not take {example}: {first_line(error)}{own_line(error)}; bind sizes that fit each other"
+            f"run.model does not take {_example(name, x)}: {first_line(error)}{own_line(error)}; bind sizes that fit "
+            "each other"
         ) from error
+
+
+def _example(name: str, x: tf.TensorSpec) -> str:
+    return f"one of {name}'s examples, {x.dtype.name} {list(x.shape)}"
+
+
+def _loss(loss: Any, data: Dataset, outputs: tf.Tensor, example: tf.Tensor, batch: int) -> tuple[losses.Loss, str]:
+    """What the loss makes of targets and the model's outputs, and a line to say of it, or ''.
+
+    Args:
+        loss: what `run.loss` has made.
+        data: the data set.
+        outputs: the model's, in a traced graph.
+        example: the same for some example.
+        batch: examples that a replica reads at once.
+
+    Raises:
+        UserError: the loss does not go with the model or the data.
+    """
+    unreduced = losses.unreduced(loss, weighted=len(data.train.spec) == 3)
+    for source in (data.train, data.evaluation):
+        losses.check_class_ids(loss, data.name, some_targets(source), example.shape[-1])
+        losses.check_shapes(unreduced, source.spec, example, batch)
+    return losses.of_model(loss, unreduced, outputs, example)
 
 
 def _divided(
@@ -223,6 +284,7 @@ def restore(
             for number in checkpoint.metadata.get("course", {}).get("allocated", ()):
                 built.optimizers[number].allocate()
         checkpoints.restore(checkpoint, built.state())
+        layer_state.spread(built.replicas.strategy, built.layer_state.generators)
         for group in built.optimizers:
             optimizers.write_rows(built.replicas.strategy, group.members)
     return checkpoint
@@ -260,6 +322,7 @@ def train_step(
         step.StepOptions(global_batch, settings.clip_norm, settings.accumulate, settings.jit_compile, norms),
         built.scale,
         outputs,
+        built.layer_state.averaged,
     )
 
 

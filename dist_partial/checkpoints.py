@@ -19,6 +19,7 @@ import tensorflow as tf
 from dist_partial import kernels, replicas
 from dist_partial.errors import UserError
 from dist_partial.files import write_atomically, writing
+from dist_partial.layer_state import is_generator
 from dist_partial.local_sgd import Fragment
 from dist_partial.loss_scale import LossScale
 from dist_partial.optimizers import GroupOptimizer
@@ -62,7 +63,7 @@ def resumable_state(
         optimizers: one a group; those without slots have none in the state.
         states: from `reduction.states`.
         fragments: from `local_sgd.build`.
-        moving: from `moving`.
+        moving: what layers change, see `layer_state.find`.
         scale: the loss scale, or None.
     """
     state: dict[str, Any] = {}
@@ -86,9 +87,9 @@ def resumable_state(
             when_fewer = "sum" if name == "residual" else "own"
             state[f"reductions/{entry.path}/{name}"] = PerReplica(strategy, variable, when_fewer)
     # Keras numbers generators through the whole process (`seed_generator_7`), so they go by their order here.
-    generators = [v for v in moving if v.name == "seed_generator_state"]
+    generators = [v for v in moving if is_generator(v)]
     state |= {f"generators/{i}": variable for i, variable in enumerate(generators)}
-    statistics = [v for v in moving if v.name != "seed_generator_state"]
+    statistics = [v for v in moving if not is_generator(v)]
     names = own_names(model.name, [v.path for v in statistics])
     averaged = any(group.reduction.shared for group in plan.groups)
     for name, variable in zip(names, statistics, strict=True):
@@ -98,8 +99,14 @@ def resumable_state(
     return state
 
 
-def frozen_fingerprints(model: keras.Model, plan: Plan) -> dict[str, str]:
-    """SHA-256 (the first 16 hex digits) of everything that training leaves as it is, by path."""
+def frozen_fingerprints(model: keras.Model, plan: Plan, moving: Sequence[Any]) -> dict[str, str]:
+    """SHA-256 (the first 16 hex digits) of everything that training leaves as it is, by path.
+
+    Args:
+        model: the model.
+        plan: all that is ever trained.
+        moving: what its layers change, see `layer_state.find`.
+    """
     prints = {}
     for entry in plan.entries:
         value = keras.ops.convert_to_numpy(entry.variable)
@@ -108,10 +115,19 @@ def frozen_fingerprints(model: keras.Model, plan: Plan) -> dict[str, str]:
             prints[f"{entry.path}[other rows]"] = digest(np.delete(value, slice(start, stop), axis=0))
         elif not entry.trained:
             prints[entry.path] = digest(value)
-    known = {id(v) for v in [*moving(model), *(entry.variable for entry in plan.entries)]}
+    known = {id(v) for v in [*moving, *(entry.variable for entry in plan.entries)]}
     others = [v for v in model.variables if id(v) not in known]
     names = own_names(model.name, [v.path for v in others])
     return prints | {n: digest(keras.ops.convert_to_numpy(v)) for n, v in zip(names, others, strict=True)}
+
+
+def check_frozen(before: dict[str, str], now: dict[str, str], step: int) -> None:
+    """Raises UserError if what is frozen has moved, by its fingerprints at the start and after a step."""
+    if moved := [path for path, print_ in before.items() if now[path] != print_]:
+        raise UserError(
+            f"{moved[0]!r} is frozen and has changed by step {step}; nothing is saved of it. Something other than the "
+            "training step assigns it: a layer's call, a callback, another thread"
+        )
 
 
 def variables(model: keras.Model) -> dict[str, Any]:
@@ -119,7 +135,7 @@ def variables(model: keras.Model) -> dict[str, Any]:
 
     Where several have one path, those after the first are called `path (2)`, `path (3)` and so on.
     """
-    kept = [v for v in model.variables if v.name != "seed_generator_state"]
+    kept = [v for v in model.variables if not is_generator(v)]
     return dict(zip(own_names(model.name, [v.path for v in kept]), kept, strict=True))
 
 

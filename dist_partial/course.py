@@ -15,6 +15,7 @@ from dist_partial import agreement, batch_norm, local_sgd, prefix, step, traffic
 from dist_partial.build import Built, batches, order, train_step
 from dist_partial.data import train_indices
 from dist_partial.errors import UserError
+from dist_partial.layer_state import untouched
 from dist_partial.replicas import input_context
 from dist_partial.schedule import ByteBudget, Constant, observes
 from dist_partial.selection import Plan
@@ -226,9 +227,7 @@ class Course:
         inputs = self._batches(activations, done)
         traced = train.function.get_concrete_function(inputs, tf.constant(1))
         sent = traffic.in_step(traced)
-        exchanges = local_sgd.exchanges(
-            strategy, wire, plan, built.fragments, train.without_gradient, batch_norm.local_statistics(built.model)
-        )
+        exchanges = local_sgd.exchanges(strategy, wire, plan, built.fragments, train.without_gradient, built.averaged)
         plan = plan.traced(train.without_gradient, [])
         if strategy.num_replicas_in_sync > 1:  # or else nothing is sent
             plan = plan.traced(train.without_gradient, traffic.beyond(plan, sent, exchanges))
@@ -262,5 +261,7 @@ class Course:
             parts = settings.accumulate
             self._probe = step.probe(built.replicas.strategy, built.model, built.loss, built.plan, parts)
         ahead: Iterator[step.Batch] = batches(built, settings, done, settings.global_batch)
-        squares = dict(zip(built.plan.units, built.replicas.sum(self._probe(ahead).numpy()), strict=True))
+        with untouched(built.replicas.strategy, built.layer_state.moving):
+            local = self._probe(ahead).numpy()
+        squares = dict(zip(built.plan.units, built.replicas.sum(local), strict=True))
         return np.array([squares[unit.name] for unit in built.units], np.float64)

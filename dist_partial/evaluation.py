@@ -33,23 +33,26 @@ def evaluation(
         global_batch: examples a step over all replicas; the last one is padded with weight 0.
 
     Returns:
-        A function that makes one pass and returns `loss` (mean over symbols, nats), `examples`, `accuracy` where
-        the targets are classes, and `bits_per_byte` where a symbol is a byte.
+        A function that makes one pass and returns `loss` (as in training: the mean over the examples, each weighted,
+        and what layers add), `examples`, and, as weighted means over the targets, `accuracy` where they are classes and
+        `bits_per_byte` where they are bytes.
     """
     steps = tf.constant(-(-examples // global_batch))
     context = input_context(strategy)
-    # After a pass the batches start over, so one iterator serves them all.
+    # After a pass the batches start over, so one iterator serves them all. A mistake in the model or the loss shows
+    # when the pass is traced, now and not after the training.
     batches = iter(evaluation_batches(data.evaluation, examples=examples, global_batch=global_batch, context=context))
 
-    step.get_concrete_function(batches, steps)  # a mistake in the model or the loss shows now, not after the training
+    count = tf.constant(examples)
+    step.get_concrete_function(batches, steps, count)
 
     def evaluate() -> dict[str, float]:
-        loss, correct, weight = total(step(batches, steps)).tolist()
-        metrics = {"loss": loss / weight, "examples": examples}
+        loss, added, elements, correct, weight = total(step(batches, steps, count)).tolist()
+        metrics = {"loss": (loss + added) / examples, "examples": examples}
         if not math.isnan(correct):
-            metrics["accuracy"] = correct / weight
+            metrics["accuracy"] = correct / weight if weight else math.nan
         if data.unit == "byte":
-            metrics["bits_per_byte"] = metrics["loss"] / math.log(2)
+            metrics["bits_per_byte"] = elements / weight / math.log(2) if weight else math.nan
         return metrics
 
     return evaluate

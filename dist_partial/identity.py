@@ -21,7 +21,12 @@ _SHOWN = 200  # characters of a value in a message
 
 
 def of_run(
-    settings: Settings, data: Dataset, model: keras.Model, plan: Plan, optimizers: Sequence[GroupOptimizer]
+    settings: Settings,
+    data: Dataset,
+    model: keras.Model,
+    plan: Plan,
+    moving: Sequence[Any],
+    optimizers: Sequence[GroupOptimizer],
 ) -> dict[str, Any]:
     """Rules, optimizers, model, fingerprints of all that is frozen, data, seed: as plain JSON values."""
     content = {
@@ -37,7 +42,7 @@ def of_run(
         "model": {entry.path: f"{entry.dtype}{list(entry.shape)}" for entry in plan.entries},
         "model_config": _model_config(model),
         "optimizers": [_optimizer(group.optimizer) for group in optimizers],
-        "frozen": checkpoints.frozen_fingerprints(model, plan),
+        "frozen": checkpoints.frozen_fingerprints(model, plan, moving),
     }
     # For what is exported later; a checkpoint takes the place of these values, so that `check` leaves them alone.
     content[START] = checkpoints.fingerprints(model)

@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from dist_partial import optimizers, traffic
+from dist_partial.layer_state import untouched
 from dist_partial.optimizers import GroupOptimizer, Trained
 from dist_partial.reduction import LocalSGD, mean
 from dist_partial.selection import Entry, Plan
@@ -156,21 +157,26 @@ def _exchange(
     return exchanged
 
 
+def averages(strategy: tf.distribute.Strategy, wire: Wire, variables: Sequence[Any]) -> Any:
+    """Builds the compiled function that gives all replicas the mean of what each has of some variables."""
+
+    def replica_average() -> None:
+        means = together(wire, [mean(tf.convert_to_tensor(variable.value)) for variable in variables])
+        for variable, average in zip(variables, means, strict=True):
+            variable.assign(average)
+
+    return tf.function(lambda: strategy.run(replica_average), autograph=False)
+
+
 @contextlib.contextmanager
 def agreed(strategy: tf.distribute.Strategy, fragments: Sequence[Fragment]) -> Iterator[None]:
     """Lets the model have the anchors, on which all replicas agree, and gives each replica its own back afterwards."""
-    values = [member.variable.value for fragment in fragments for member in fragment.members]
-    copies = [copy for value in values for copy in strategy.experimental_local_results(value)]
-    kept = [tf.identity(copy) for copy in copies]
-    for fragment in fragments:
-        _go_to(strategy, fragment, _anchors(fragment))
-    try:
-        yield
-    finally:
-        for copy, own in zip(copies, kept, strict=True):
-            copy.assign(own)
+    with untouched(strategy, [member.variable for fragment in fragments for member in fragment.members]):
         for fragment in fragments:
-            optimizers.write_rows(strategy, fragment.members)
+            _go_to(strategy, fragment, _anchors(fragment))
+        yield
+    for fragment in fragments:
+        optimizers.write_rows(strategy, fragment.members)
 
 
 def _anchors(fragment: Fragment) -> list[Any]:

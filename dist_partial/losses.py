@@ -1,6 +1,6 @@
 """Losses of examples: what one example counts, and in which precision."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -12,8 +12,15 @@ from dist_partial.errors import UserError, first_line, own_line
 Loss = Callable[[Any, Any], tf.Tensor]
 
 
-def unreduced(loss: Any) -> Loss:
+def unreduced(loss: Any, weighted: bool = False) -> Loss:
     """What a Keras loss or a function makes of targets and outputs, before Keras takes its mean.
+
+    As in Keras, targets and outputs are cast to the loss's dtype first; of a plain function, which Keras wraps for
+    that, they are also brought to one rank ([b] and [b, 1] become [b, 1], lest they broadcast to [b, b]).
+
+    Args:
+        loss: what `run.loss` has made.
+        weighted: whether the data has weights.
 
     Raises:
         UserError: it is neither; or a loss whose mean would be another one here than in Keras.
@@ -21,7 +28,8 @@ def unreduced(loss: Any) -> Loss:
     if not callable(loss):
         raise UserError(f"run.loss made a {type(loss).__name__}: its factory must return a Keras loss or a function")
     if not isinstance(loss, keras.losses.Loss):
-        return loss
+        dtype = keras.config.floatx()
+        return lambda y, outputs: loss(*_of_one_rank(_cast(y, dtype), _cast(outputs, dtype)))
     if getattr(loss, "ignore_class", None) is not None:  # Keras divides by what is left in the whole batch
         raise UserError(
             f"run.loss ignores the class {loss.ignore_class}, which would count as a loss of 0: unbind ignore_class, "
@@ -29,31 +37,108 @@ def unreduced(loss: Any) -> Loss:
         )
     if loss.reduction == "sum":
         raise UserError("run.loss is a sum over the batch, and a run trains on the mean: unbind its reduction")
-    # As in `keras.losses.Loss.__call__`, which does this first and takes the mean, by masks and weights, last.
-    return lambda y, outputs: loss.call(*(keras.ops.convert_to_tensor(v, dtype=loss.dtype) for v in (y, outputs)))
+    if loss.reduction == "mean_with_sample_weight" and weighted:  # whose sum differs from batch to batch
+        raise UserError(
+            "run.loss divides by the weights of a batch (reduction='mean_with_sample_weight'), and a run divides by "
+            "the number of its examples: unbind its reduction"
+        )
+    return lambda y, outputs: loss.call(_cast(y, loss.dtype), _cast(outputs, loss.dtype))
 
 
-def check_shapes(loss: Loss, y: tf.TensorSpec, outputs: tf.Tensor, batch: int) -> None:
-    """Looks whether targets and outputs go together under a loss; computes nothing.
+def _cast(value: Any, dtype: str) -> tf.Tensor:
+    return keras.ops.convert_to_tensor(value, dtype=dtype)
+
+
+def _of_one_rank(y: tf.Tensor, outputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Adds or takes away a last axis of 1 where the ranks differ by it, as Keras does for plain functions."""
+    if y.shape.rank == outputs.shape.rank + 1 and y.shape[-1] == 1:
+        return (y, outputs[..., tf.newaxis]) if outputs.shape.rank == 1 else (tf.squeeze(y, -1), outputs)
+    if outputs.shape.rank == y.shape.rank + 1 and outputs.shape[-1] == 1:
+        return (y[..., tf.newaxis], outputs) if y.shape.rank == 1 else (y, tf.squeeze(outputs, -1))
+    return y, outputs
+
+
+def of_model(loss: Any, function: Loss, outputs: tf.Tensor, example: tf.Tensor) -> tuple[Loss, str]:
+    """The loss of what the model gives, which may be probabilities where the loss is one of logits.
+
+    Keras looks for the logits behind a softmax or sigmoid, too, but a Cast (mixed precision) or a Reshape hides them
+    from Keras, which then takes the softmax of a softmax.
+
+    Args:
+        loss: what `run.loss` has made.
+        function: `unreduced` of it.
+        outputs: the model's, in a traced graph.
+        example: the model's outputs for some example, [1, ...].
+
+    Returns:
+        The function, and a line that says what is taken for what, or ''.
+    """
+    if not getattr(loss, "from_logits", False):
+        return function, ""
+    if isinstance(loss, (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)):
+        kind, found = "Sigmoid", _activation(outputs, "Sigmoid") is not None
+    else:
+        kind, found = "Softmax", is_distribution(outputs, example)
+    if not found:
+        return function, ""
+    line = f"run.model gives probabilities ({kind.lower()}), and run.loss takes logits: it is given those behind them"
+    return lambda y, outputs: function(y, _logits(outputs, kind)), line
+
+
+def is_distribution(outputs: tf.Tensor, example: tf.Tensor) -> bool:
+    """Whether a model's outputs are probabilities of classes: a softmax by the graph, or a distribution by value.
+
+    Args:
+        outputs: in a traced graph.
+        example: the outputs for some example, [1, ..., classes].
+    """
+    if _activation(outputs, "Softmax") is not None:
+        return True
+    values = tf.cast(example, tf.float64)
+    # Half precision rounds a sum of many; logits that are all positive and add up to 1 are not seen.
+    distribution = tf.reduce_all(values >= 0) & tf.reduce_all(tf.abs(tf.reduce_sum(values, -1) - 1) < 0.02)
+    return example.shape.rank > 1 and example.shape[-1] > 1 and bool(distribution)
+
+
+def _logits(probabilities: tf.Tensor, kind: str) -> tf.Tensor:
+    """The logits behind probabilities: those in the graph, or else logarithms, of which the softmax is the same."""
+    if (activation := _activation(probabilities, kind)) is not None:
+        return tf.reshape(tf.cast(activation.inputs[0], probabilities.dtype), tf.shape(probabilities))
+    return tf.math.log(tf.maximum(probabilities, np.finfo(np.float32).tiny))
+
+
+def _activation(outputs: tf.Tensor, kind: str) -> tf.Operation | None:
+    """The op of that kind that gives a tensor of a graph, if only dtype and shape are changed after it."""
+    operation = outputs.op if tf.is_symbolic_tensor(outputs) else None
+    while operation is not None and operation.type in ("Cast", "Reshape", "Identity", "Squeeze", "ExpandDims"):
+        operation = operation.inputs[0].op
+    if operation is None or operation.type != kind or operation.outputs[0].shape[-1:] != outputs.shape[-1:]:
+        return None
+    return operation
+
+
+def check_shapes(loss: Loss, spec: Sequence[tf.TensorSpec], outputs: tf.Tensor, batch: int) -> None:
+    """Looks whether targets, outputs and weights go together under a loss; computes nothing.
 
     Args:
         loss: from `unreduced`.
-        y: of one target.
+        spec: (x, y) or (x, y, weight) of one example.
         outputs: of one example, [1, ...].
         batch: examples that a replica reads at once.
 
     Raises:
         UserError: they do not, or the loss gives one number for a batch.
     """
-    specs = [tf.TensorSpec([batch, *y.shape], y.dtype), tf.TensorSpec([batch, *outputs.shape[1:]], outputs.dtype)]
+    specs = [tf.TensorSpec([batch, *each.shape], each.dtype) for each in spec[1:]]
+    outputs = tf.TensorSpec([batch, *outputs.shape[1:]], outputs.dtype)
 
-    def traced(y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
-        return example_losses(loss(y, full_precision(outputs)), None)
+    def traced(outputs: tf.Tensor, y: tf.Tensor, weight: tf.Tensor | None = None) -> tf.Tensor:
+        return example_losses(loss(y, full_precision(outputs)), weight)
 
     try:
-        tf.function(traced, autograph=False).get_concrete_function(*specs)
+        tf.function(traced, autograph=False).get_concrete_function(outputs, *specs)
     except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
-        shapes = " and outputs ".join(f"{spec.dtype.name} {spec.shape.as_list()}" for spec in specs)
+        shapes = " and outputs ".join(f"{each.dtype.name} {each.shape.as_list()}" for each in (specs[0], outputs))
         raise UserError(
             f"run.loss does not take run.data's targets {shapes} of run.model: {first_line(error)}{own_line(error)}; "
             "bind another loss, or a model of other outputs"
@@ -98,15 +183,15 @@ def example_losses(losses: tf.Tensor, weight: tf.Tensor | None) -> tf.Tensor:
 
     Args:
         losses: [batch, ...].
-        weight: None, [batch], or the shape of `losses`, where an example's loss is the weighted mean over its own
-            elements: what an example counts does not depend on how the others in its batch are masked, so that
-            any division of a batch among replicas gives the same sum.
+        weight: None, [batch], or one an element as for `element_weights`, where an example's loss is the weighted mean
+            over its own elements: what an example counts does not depend on how the others in its batch are masked, so
+            that any division of a batch among replicas gives the same sum.
 
     Returns:
         [batch].
 
     Raises:
-        UserError: `losses` has no axis of examples.
+        UserError: `losses` has no axis of examples, or the weights do not fit them.
     """
     if losses.shape.rank == 0:
         raise UserError(
@@ -114,13 +199,37 @@ def example_losses(losses: tf.Tensor, weight: tf.Tensor | None) -> tf.Tensor:
             "losses do for outputs [batch, 1], not [batch]"
         )
     axes = list(range(1, losses.shape.rank))
-    if weight is None or not axes:
-        losses = tf.reduce_mean(losses, axes) if axes else losses
-        return losses if weight is None else losses * tf.cast(weight, losses.dtype)
+    if weight is None:
+        return tf.reduce_mean(losses, axes)
     weight = tf.cast(weight, losses.dtype)
-    if weight.shape.rank == 1:
-        return tf.reduce_mean(losses, axes) * weight
+    if weight.shape[1:].num_elements() == 1:  # [batch], [batch, 1]: what the example counts
+        return tf.reduce_mean(losses, axes) * tf.reshape(weight, [-1])
+    weight = element_weights(weight, losses)
     return tf.math.divide_no_nan(tf.reduce_sum(losses * weight, axes), tf.reduce_sum(weight, axes))
+
+
+def element_weights(weight: tf.Tensor, losses: tf.Tensor) -> tf.Tensor:
+    """The weight of each element of `losses` [batch, ...].
+
+    Args:
+        weight: [batch], or the shape of `losses` but for axes of 1, of which there may be another at the end: a weight
+            for each of the targets [batch, ..., 1] whose losses are [batch, ...].
+        losses: what is weighted.
+
+    Raises:
+        UserError: it has another shape.
+    """
+    shape = weight.shape.as_list()
+    while len(shape) > max(losses.shape.rank, 1) and shape[-1] == 1:
+        shape.pop()
+    wanted = losses.shape.as_list()
+    shape += [1] * (len(wanted) - len(shape))
+    if len(shape) > len(wanted) or any(own not in (1, size) for own, size in zip(shape[1:], wanted[1:], strict=True)):
+        raise UserError(
+            f"run.data's weights are {weight.shape.as_list()[1:]} an example, and run.loss gives losses of "
+            f"{wanted[1:]}: give one weight an example, or one a loss"
+        )
+    return tf.broadcast_to(tf.reshape(weight, [tf.shape(losses)[0], *shape[1:]]), tf.shape(losses))
 
 
 def full_precision(outputs: tf.Tensor) -> tf.Tensor:
@@ -128,12 +237,13 @@ def full_precision(outputs: tf.Tensor) -> tf.Tensor:
     return tf.cast(outputs, tf.float32) if outputs.dtype in (tf.float16, tf.bfloat16) else outputs
 
 
-def is_classification(y: tf.Tensor, outputs: tf.Tensor) -> bool:
-    """Whether `y` holds class ids for logits `outputs` (one more axis, of several classes)."""
-    return y.dtype.is_integer and outputs.shape.rank == y.shape.rank + 1 and outputs.shape[-1] > 1
+def class_ids(y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor | None:
+    """The targets [...] as ids of the classes of `outputs` [..., classes]; None if they are no such ids.
 
-
-def symbol_weights(weight: tf.Tensor, losses: tf.Tensor) -> tf.Tensor:
-    """The weight of each element of `losses` [batch, ...]; `weight` has its shape, or [batch]."""
-    missing = losses.shape.rank - weight.shape.rank
-    return tf.broadcast_to(tf.reshape(weight, tf.concat([tf.shape(weight), [1] * missing], 0)), tf.shape(losses))
+    A last axis of 1 of the targets is left out, as Keras's sparse losses do.
+    """
+    if not y.dtype.is_integer or not (outputs.shape.rank and outputs.shape[-1] > 1):
+        return None
+    if y.shape.rank == outputs.shape.rank and y.shape[-1] == 1:
+        y = tf.squeeze(y, -1)
+    return y if y.shape.rank == outputs.shape.rank - 1 else None

@@ -162,7 +162,7 @@ def _measure(settings: "Settings", batch: int) -> tuple["Plan", Computation, flo
     weighted = (*one[:2], tf.ones(one[1].shape[:1]))
     forward = step.evaluation_step(strategy, built.model, built.loss)
     again = iter(tf.data.Dataset.from_tensors(weighted).repeat())
-    forward_time, _ = _time(lambda n: forward(again, tf.constant(n)).numpy())
+    forward_time, _ = _time(lambda n: forward(again, tf.constant(n), tf.constant(n * batch)).numpy())
     step_time, cpu = _time(lambda n: train.function(inputs, tf.constant(n))["loss"].numpy())
     exchanges = 0.0
     for exchange in local_sgd.exchanges(strategy, wire, built.plan, built.fragments, train.without_gradient, []):

@@ -16,6 +16,7 @@ from dist_partial.build import build, restore
 from dist_partial.course import Course
 from dist_partial.errors import AGAIN, INTERRUPTED, Fault, UserError
 from dist_partial.files import locked, write_json, write_text, writing
+from dist_partial.layer_state import untouched
 from dist_partial.replicas import Replicas
 from dist_partial.reporting import Journal, plan_table
 from dist_partial.schedule import Constant
@@ -85,6 +86,8 @@ def _run(
         start = {identity.START: built.identity[identity.START]}  # first, for all else that differs follows from it
         agreement.check(replicas.mesh, facts | start | built.identity)
     say(plan_table(built.plan))
+    for note in built.notes:
+        say(note)
     checkpoint = restore(built, folder, say)
     done, wire_bytes = (checkpoint.step, checkpoint.metadata["wire_bytes"]) if checkpoint else (0, 0)
     if done >= settings.steps:
@@ -109,8 +112,14 @@ def _run(
     meter = traffic.Meter(workers, traffic.card(replicas.host) if replicas.host else None, done)
     saved, first, kept = done, True, None
 
+    # Between two exchanges replicas have statistics of their own, too; what is evaluated is one model.
+    apart = bool(built.fragments) and not any(group.reduction.shared for group in built.plan.groups)
+    average = local_sgd.averages(strategy, replicas.wire, built.averaged) if apart and built.averaged else lambda: None
+
     def evaluated() -> None:
-        with local_sgd.agreed(strategy, built.fragments):
+        # Nothing but a step moves a state: recurrent layers with dropout draw random numbers in inference, too.
+        with local_sgd.agreed(strategy, built.fragments), untouched(strategy, built.layer_state.moving):
+            average()
             journal.evaluation(done, evaluate(), wire_bytes)
             if built.data.codec is not None and replicas.is_chief:
                 journal.samples(evaluation.samples(built.model, built.data, settings.sampling, done))
@@ -133,7 +142,7 @@ def _run(
                     else f"{local}: run.steps = {settings.steps} ends before the first exchange"
                 )
         if plan.statistics:
-            journal.say(f"BatchNorm statistics add {average_bytes(plan.statistics):,} bytes a step to the wire")
+            journal.say(f"running statistics of layers add {average_bytes(plan.statistics):,} bytes a step to the wire")
         if settings.eval_first and done == 0:
             evaluated()
         if settings.cache and course.leg.activations is None:
@@ -181,6 +190,8 @@ def _run(
                     evaluated()
             finally:  # what fails in an evaluation must not cost the training
                 if stop or _due(settings, done, settings.save_every):
+                    frozen = checkpoints.frozen_fingerprints(built.model, built.plan, built.layer_state.moving)
+                    checkpoints.check_frozen(built.identity["frozen"], frozen, done)
                     arrays = checkpoints.read(built.state(), done, replicas.gather)
                     if replicas.is_chief:
                         metadata = {"wire_bytes": wire_bytes, "frozen": built.identity["frozen"]}

@@ -11,7 +11,7 @@ from dist_partial import optimizers as optimizers_lib
 from dist_partial import replicas
 from dist_partial.batch_norm import local_statistics
 from dist_partial.loss_scale import LossScale
-from dist_partial.losses import example_losses, full_precision, is_classification, symbol_weights
+from dist_partial.losses import Loss, class_ids, element_weights, example_losses, full_precision
 from dist_partial.optimizers import GroupOptimizer
 from dist_partial.reduction import reduce
 from dist_partial.selection import Plan
@@ -62,13 +62,14 @@ def train_step(
     strategy: tf.distribute.Strategy,
     wire: Wire,
     model: keras.Model,
-    loss: Callable[[Any, Any], tf.Tensor],
+    loss: Loss,
     plan: Plan,
     optimizers: Sequence[GroupOptimizer],
     states: Sequence[dict[str, tf.Variable]],
     options: StepOptions,
     scale: LossScale | None = None,
     outputs: Callable[[tf.Tensor, bool], tf.Tensor] | None = None,
+    averaged: Sequence[Any] = (),
 ) -> TrainStep:
     """Builds the function that makes several steps of one plan in a call.
 
@@ -83,6 +84,7 @@ def train_step(
         options: batch size, clipping, accumulation, compilation.
         scale: the loss scale of float16 training, or None.
         outputs: (x, training) -> the model's outputs, where x is something else than the model's input.
+        averaged: variables that layers change in the step, besides BatchNorm's statistics, and replicas average.
     """
     outputs = outputs or (lambda x, training: model(x, training=training))
     trained = plan.trained
@@ -91,17 +93,15 @@ def train_step(
     parts = strategy.num_replicas_in_sync * options.accumulate
     shared = [entry.reduction.shared for entry in trained]
     # Where every group trains by itself nothing is sent in a step; the statistics travel with the exchanges.
-    statistics = local_statistics(model) if any(shared) else []
+    statistics = [*local_statistics(model), *averaged] if any(shared) else []
 
     def backprop(batch: Batch, loss_scale: tf.Tensor) -> tuple[tf.Tensor, list[Any]]:
-        x, y, weight = batch if len(batch) == 3 else (*batch, None)
         # Watching the selection alone lets TensorFlow leave out all of the backward pass that it does not need.
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
-            losses = example_losses(loss(y, full_precision(outputs(x, True))), weight)
-            total = tf.reduce_sum(losses) / options.global_batch
-            if model.losses:  # regularisation: every part of the batch adds its share of the one penalty
-                total += tf.cast(tf.add_n(model.losses), total.dtype) / parts
+            losses = _example_losses(loss, batch, outputs(batch[0], True))
+            # Every part of the batch adds its share of the one penalty.
+            total = tf.reduce_sum(losses) / options.global_batch + _added(model, losses.dtype) / parts
             scaled = total * tf.cast(loss_scale, total.dtype)
         gradients = tape.gradient(scaled, values)
         return total, [_selected_rows(g, e.rule.rows) for g, e in zip(gradients, trained, strict=True)]
@@ -159,33 +159,49 @@ def train_step(
     return TrainStep(train, without_gradient)
 
 
-def evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model, loss: Callable[[Any, Any], tf.Tensor]) -> Any:
+def evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model, loss: Loss) -> Any:
     """Builds the compiled evaluation pass.
 
     Returns:
-        A function (iterator of this worker's (x, y, weight), number of steps) -> float64 [3]: this worker's sums of
-        weighted losses, of weighted correct predictions (NaN if `y` is no class) and of weights.
+        A function (iterator of this worker's (x, y, weight), number of steps, number of examples) -> float64 [5]: this
+        worker's sums of the examples' losses, as in training; of what layers add to the loss, for each example; of
+        weighted losses of elements; of weighted correct predictions (NaN if `y` is no class); and of weights. What the
+        last batch has beyond the examples has weight 0.
     """
 
-    def replica_sums(batch: Batch) -> tf.Tensor:
-        x, y, weight = _own_part(strategy, batch)
+    def replica_sums(batch: Batch, step: tf.Tensor, examples: tf.Tensor) -> tf.Tensor:
+        x, y, weight = batch = _own_part(strategy, batch)
         outputs = full_precision(model(x, training=False))
         losses = tf.cast(loss(y, outputs), tf.float64)
-        weights = tf.cast(symbol_weights(weight, losses), tf.float64)
+        weights = tf.cast(element_weights(weight, losses), tf.float64)
         right = tf.fill(tf.shape(losses), tf.constant(float("nan"), tf.float64))
-        if is_classification(y, outputs):
-            right = tf.cast(tf.argmax(outputs, axis=-1, output_type=tf.int64) == tf.cast(y, tf.int64), tf.float64)
-        return tf.stack([tf.reduce_sum(losses * weights), tf.reduce_sum(right * weights), tf.reduce_sum(weights)])
+        if (ids := class_ids(y, outputs)) is not None:
+            right = tf.cast(tf.argmax(outputs, axis=-1, output_type=tf.int64) == tf.cast(ids, tf.int64), tf.float64)
+        context: Any = tf.distribute.get_replica_context()
+        first = (step * strategy.num_replicas_in_sync + context.replica_id_in_sync_group) * y.shape[0]
+        real = tf.cast(tf.clip_by_value(examples - first, 0, y.shape[0]), tf.float64)
+        sums = [example_losses(losses, weight), losses * weights, right * weights, weights]
+        total, elements, correct, weight = (tf.reduce_sum(each) for each in sums)
+        return tf.stack([total, _added(model, tf.float64) * real, elements, correct, weight])
 
     @tf.function(autograph=False)
-    def evaluate(iterator: Any, steps: tf.Tensor) -> tf.Tensor:
+    def evaluate(iterator: Any, steps: tf.Tensor, examples: tf.Tensor) -> tf.Tensor:
         def one_step(i: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            return i + 1, sums + _local_sum(strategy, strategy.run(replica_sums, args=(next(iterator),)))
+            return i + 1, sums + _local_sum(strategy, strategy.run(replica_sums, args=(next(iterator), i, examples)))
 
-        start = [tf.constant(0), tf.zeros([3], tf.float64)]
+        start = [tf.constant(0), tf.zeros([5], tf.float64)]
         return tf.while_loop(lambda i, _: i < steps, one_step, start, parallel_iterations=1)[1]
 
     return evaluate
+
+
+def _example_losses(loss: Loss, batch: Batch, outputs: tf.Tensor) -> tf.Tensor:
+    return example_losses(loss(batch[1], full_precision(outputs)), batch[2] if len(batch) == 3 else None)
+
+
+def _added(model: keras.Model, dtype: tf.DType) -> tf.Tensor:
+    """What layers add to the loss of the batch that the model was called on last: regularisers, `add_loss`."""
+    return tf.add_n([tf.cast(each, dtype) for each in model.losses] or [tf.zeros([], dtype)])
 
 
 def _clip(
@@ -218,7 +234,7 @@ def _unit_squares(plan: Plan, gradients: Sequence[Any]) -> tf.Tensor:
 def probe(
     strategy: tf.distribute.Strategy,
     model: keras.Model,
-    loss: Callable[[Any, Any], tf.Tensor],
+    loss: Loss,
     plan: Plan,
     parts: int,
 ) -> Any:
@@ -235,12 +251,11 @@ def probe(
 
     def replica_squares(batch: Batch) -> tf.Tensor:
         batch = tuple(tensor[: tensor.shape[0] // parts] for tensor in _own_part(strategy, batch))
-        x, y, weight = batch if len(batch) == 3 else (*batch, None)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
             # In inference mode: dropout draws nothing and BatchNorm's statistics stay as they are.
-            losses = example_losses(loss(y, full_precision(model(x, training=False))), weight)
-            total = tf.reduce_mean(losses)
+            losses = _example_losses(loss, batch, model(batch[0], training=False))
+            total = tf.reduce_mean(losses) + _added(model, losses.dtype)
         gradients = tape.gradient(total, values)
         return _unit_squares(
             plan, [_selected_rows(g, e.rule.rows) for g, e in zip(gradients, plan.trained, strict=True)]

@@ -230,10 +230,8 @@ def _walk(graph: Any, in_loop: bool) -> Iterator[Collective]:
         kind = _kind(op)
         if kind is not None:
             yield Collective(op.type, kind, op.device, _payload(op), in_loop)
-        for name in _called(op):
-            inner = graph._get_function(name)
-            body = in_loop or op.type in ("While", "StatelessWhile")
-            yield from _walk(inner.graph if hasattr(inner, "graph") else inner, body)
+        for inner in called(op):
+            yield from _walk(inner, in_loop or op.type in ("While", "StatelessWhile"))
 
 
 def _kind(op: tf.Operation) -> str | None:
@@ -250,9 +248,19 @@ def _payload(op: tf.Operation) -> int:
     return math.prod(tensor.shape.as_list()) * tensor.dtype.size
 
 
-def _called(op: tf.Operation) -> list[str]:
+def called(op: tf.Operation) -> list[Any]:
+    """Graphs of the functions that an op calls."""
     names = []
     for attribute in op.node_def.attr.values():
         names += [attribute.func.name] if attribute.func.name else []
         names += [function.name for function in attribute.list.func]
-    return names
+    functions = [op.graph._get_function(name) for name in names]
+    return [getattr(function, "graph", function) for function in functions]
+
+
+def operations(graph: Any) -> Iterator[tf.Operation]:
+    """All operations of a graph, through nested functions, branches and loop bodies."""
+    for op in graph.get_operations():
+        yield op
+        for inner in called(op):
+            yield from operations(inner)

@@ -302,7 +302,9 @@ def test_evaluation_is_that_of_one_device_on_every_example(mirrored):
         evaluate = evaluation.evaluation(strategy, compiled, np.asarray, data, examples=11, global_batch=4)
         metrics = evaluate()
         assert evaluate() == metrics
-        assert metrics["loss"] == pytest.approx((losses * weight).sum() / weight.sum(), rel=1e-5)
+        examples = (losses * weight).sum(1) / np.maximum(weight.sum(1), 1)  # the loss of each, as in training
+        assert metrics["loss"] == pytest.approx(examples.mean(), rel=1e-5)
+        assert metrics["bits_per_byte"] == pytest.approx((losses * weight).sum() / weight.sum() / np.log(2), rel=1e-5)
         assert metrics["accuracy"] == pytest.approx((correct * weight).sum() / weight.sum())
 
 

@@ -227,6 +227,9 @@ def test_statistics_of_trained_layers_are_the_mean_over_replicas(mirrored):
         ([[1.0, 3.0], [5.0, 7.0]], None, [2.0, 6.0]),
         ([[1.0, 3.0], [5.0, 7.0]], [1.0, 0.5], [2.0, 3.0]),
         ([[1.0, 3.0], [5.0, 7.0]], [[1.0, 0.0], [0.0, 0.0]], [1.0, 0.0]),
+        ([1.0, 3.0], [[2.0], [0.0]], [2.0, 0.0]),
+        ([[1.0, 3.0], [5.0, 7.0]], [[1.0], [0.5]], [2.0, 3.0]),
+        ([[1.0, 3.0], [5.0, 7.0]], [[[1.0], [0.0]], [[1.0], [3.0]]], [1.0, 6.5]),
     ],
 )
 def test_example_losses(losses, weight, expected):
@@ -240,8 +243,8 @@ def test_a_loss_of_the_whole_batch_is_refused():
 
 
 def test_one_logit_is_no_choice_of_classes():
-    assert not losses_lib.is_classification(tf.zeros([4], tf.int32), tf.zeros([4, 1]))
-    assert losses_lib.is_classification(tf.zeros([4], tf.int32), tf.zeros([4, 2]))
+    assert losses_lib.class_ids(tf.zeros([4], tf.int32), tf.zeros([4, 1])) is None
+    assert losses_lib.class_ids(tf.zeros([4], tf.int32), tf.zeros([4, 2])) is not None
 
 
 def test_modes_of_batch_norm():

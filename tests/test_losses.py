@@ -1,0 +1,294 @@
+"""What a loss is made of: runs on two replicas against plain Keras on one device, and NumPy."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dist_partial import run
+from dist_partial.data import ArraySource, Dataset
+from dist_partial.errors import UserError
+from dist_partial.replicas import Replicas
+from dist_partial.settings import Sampling, Settings
+from dist_partial.wire import Wire
+from tests.cases import rows, state
+from tests.conftest import mirrored_strategy
+
+COUNT, STEPS = 18, 20  # examples, all of them in each step
+
+
+def settings(model, data, loss, *, replicas=2, steps=STEPS, rules=(("train", ".*"),), **more):
+    """A run in batches of all examples, with SGD."""
+    source = ArraySource(*data)
+    more = {"precision": "float64", "optimizer": lambda: keras.optimizers.SGD(0.05), **more}
+    strategy = mirrored_strategy(replicas) if replicas > 1 else tf.distribute.get_strategy()
+    return Settings(
+        rules=list(rules),
+        model=model,
+        data=lambda: Dataset("numbers", source, source, "1"),
+        loss=loss,
+        steps=steps,
+        global_batch=len(data[0]),
+        replicas=lambda: Replicas(strategy, Wire(), f"{replicas} replicas"),
+        sampling=Sampling(length=1),
+        **more,
+    )
+
+
+def trained(folder, steps=STEPS):
+    return {k.removeprefix("variables/"): v for k, v in state(folder, steps).items() if k.startswith("variables/")}
+
+
+def fitted(model, data, loss, steps=STEPS, precision="float64"):
+    """The losses and weights of plain Keras on one device."""
+    keras.config.set_floatx(precision)
+    keras.config.set_dtype_policy(precision)
+    keras.utils.set_random_seed(0)
+    made = model()
+    made.compile(keras.optimizers.SGD(0.05), loss=loss())
+    x, y, *weight = data
+    history = made.fit(
+        x, y, sample_weight=weight[0] if weight else None, batch_size=len(x), epochs=steps, shuffle=False, verbose=0
+    )
+    names = [variable.path.removeprefix(f"{made.name}/") for variable in made.trainable_variables]
+    return history.history.get("loss"), dict(zip(names, map(np.array, made.trainable_variables), strict=True)), made
+
+
+def features(*shape):
+    rng = np.random.default_rng(1)
+    return rng.normal(size=(COUNT, *shape))
+
+
+def one_output():
+    return keras.Sequential([keras.Input((7,)), keras.layers.Dense(1, name="d")])
+
+
+def check_against_fit(folder, model, data, loss, **more):
+    losses, weights, _ = fitted(model, data, loss)
+    run.run(settings(model, data, loss, **more), folder)
+    found = rows(folder / "metrics.jsonl")
+    np.testing.assert_allclose([row["loss"] for row in found if row["split"] == "train"], losses, rtol=1e-6)
+    for name, value in trained(folder).items():
+        np.testing.assert_allclose(value, weights[name], rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize(("y_shape", "weight_shape"), [((), ()), ((1,), ()), ((1,), (1,))])
+@pytest.mark.parametrize("loss", ["class", "function"])
+def test_weights_of_examples_in_any_shape_are_those_of_fit(tmp_path, y_shape, weight_shape, loss):
+    x = features(7)
+    y = x.sum(1).reshape(COUNT, *y_shape)
+    weight = np.random.default_rng(2).uniform(0, 3, (COUNT, *weight_shape))
+    makers = {
+        "class": keras.losses.MeanSquaredError,
+        "function": lambda: lambda y, outputs: keras.ops.mean(keras.ops.square(y - outputs), axis=-1),
+    }
+    check_against_fit(tmp_path / "run", one_output, (x, y, weight), makers[loss])
+
+
+@pytest.mark.parametrize("last", [(), (1,)])
+def test_weights_of_elements_in_any_shape(tmp_path, last):
+    """An example's loss is the weighted mean over its own elements: NumPy counts it at the first step."""
+    x = features(3, 7)
+    y = x.sum(2, keepdims=True)
+    weight = np.random.default_rng(2).uniform(0, 3, (COUNT, 3, *last))
+    weight[0] = 0
+    run.run(
+        settings(
+            one_output_a_step,
+            (x, y if last else y[..., 0], weight),
+            keras.losses.MeanSquaredError if last else one_an_element,
+            steps=1,
+            eval_first=True,
+        ),
+        tmp_path / "run",
+    )
+    keras.utils.set_random_seed(0)
+    outputs = one_output_a_step()(x).numpy()
+    squares, weight = ((outputs - y) ** 2)[..., 0], weight.reshape(COUNT, 3)
+    sums = weight.sum(1)
+    examples = np.divide((squares * weight).sum(1), sums, out=np.zeros(COUNT), where=sums > 0)
+    for row in rows(tmp_path / "run" / "metrics.jsonl")[:2]:  # held out, before the step, and the step
+        assert row["loss"] == pytest.approx(examples.mean(), rel=1e-6), row
+
+
+def one_output_a_step():
+    return keras.Sequential([keras.Input((3, 7)), keras.layers.Dense(1, name="d")])
+
+
+def one_an_element():
+    return lambda y, outputs: keras.ops.square(y - outputs)  # [b, 3] and [b, 3, 1], brought to one rank
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 2), (3,)])
+def test_weights_that_fit_nothing_are_refused(tmp_path, shape):
+    class Weighted:
+        spec = (
+            tf.TensorSpec([7], tf.float64),
+            tf.TensorSpec([1], tf.float64),
+            tf.TensorSpec(shape, tf.float64),
+        )
+
+        def __len__(self):
+            return COUNT
+
+        def fetch(self, indices):
+            return np.zeros((len(indices), 7)), np.zeros((len(indices), 1)), np.ones((len(indices), *shape))
+
+    made = settings(one_output, (features(7), features(1)), keras.losses.MeanSquaredError)
+    with pytest.raises(UserError, match="give one weight an example"):
+        run.run(Settings(**{**vars(made), "data": lambda: Dataset("w", Weighted(), Weighted(), "1")}), tmp_path / "run")
+
+
+def test_a_plain_function_is_brought_to_one_rank_as_keras_does(tmp_path):
+    x = features(7)
+    data = (x, x.sum(1).astype(np.float32))  # whose dtype is cast, too
+    check_against_fit(tmp_path / "run", one_output, data, lambda: lambda y, outputs: keras.ops.square(y - outputs))
+
+
+def test_targets_of_another_dtype_are_cast(tmp_path):
+    x = features(7)
+    made = settings(
+        one_output,
+        (x.astype(np.float32), x.sum(1)),
+        lambda: lambda y, outputs: (y - outputs) ** 2,
+        precision="float32",
+        steps=1,
+    )
+    run.run(made, tmp_path / "run")
+    assert rows(tmp_path / "run" / "metrics.jsonl")[0]["loss"] < 100
+
+
+def classifier(*behind, activation="softmax", units=10):
+    return lambda: keras.Sequential([keras.Input((10,)), keras.layers.Dense(units, activation=activation), *behind])
+
+
+def sparse():
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("behind", [(), (keras.layers.Reshape((10,)),), (keras.layers.Rescaling(1.0),)])
+def test_a_softmax_head_is_not_doubled(tmp_path, capsys, precision, behind):
+    y = np.random.default_rng(1).integers(0, 10, COUNT).astype(np.int32)
+    x = (5 * np.eye(10))[y].astype(np.float32)
+    run.run(settings(classifier(*behind), (x, y), sparse, precision=precision, steps=1), tmp_path / "run")
+    assert "run.model gives probabilities (softmax), and run.loss takes logits" in capsys.readouterr().out
+    keras.config.set_dtype_policy("float32")
+    keras.utils.set_random_seed(0)
+    probabilities = classifier()()(x).numpy().astype(np.float64)
+    expected = -np.log(probabilities[np.arange(COUNT), y]).mean()
+    assert rows(tmp_path / "run" / "metrics.jsonl")[0]["loss"] == pytest.approx(
+        expected, rel=1e-5 if precision == "float32" else 0.03
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+def test_a_sigmoid_head_is_not_doubled(tmp_path, precision):
+    x = features(10).astype(np.float32)
+    y = (x[:, :1] > 0).astype(np.float32)
+    model = classifier(activation="sigmoid", units=1)
+    loss = lambda: keras.losses.BinaryCrossentropy(from_logits=True)  # noqa: E731
+    run.run(settings(model, (x, y), loss, precision=precision, steps=1), tmp_path / "run")
+    keras.config.set_dtype_policy("float32")
+    keras.utils.set_random_seed(0)
+    p = model()(x).numpy().astype(np.float64)
+    expected = -(y * np.log(p) + (1 - y) * np.log(1 - p)).mean()
+    assert rows(tmp_path / "run" / "metrics.jsonl")[0]["loss"] == pytest.approx(expected, rel=0.01)
+
+
+def test_logits_that_look_like_little_are_logits(tmp_path, capsys):
+    """Of a head whose kernel and bias are zero, and of sigmoids under a loss over classes: as Keras does."""
+    y = np.random.default_rng(1).integers(0, 10, COUNT).astype(np.int32)
+    x = features(10)
+    zeros = lambda: keras.Sequential([keras.Input((10,)), keras.layers.Dense(10, kernel_initializer="zeros")])  # noqa: E731
+    run.run(settings(zeros, (x, y), sparse, steps=1), tmp_path / "zeros")
+    assert rows(tmp_path / "zeros" / "metrics.jsonl")[0]["loss"] == pytest.approx(np.log(10))
+    run.run(settings(classifier(activation="sigmoid"), (x, y), sparse, steps=1), tmp_path / "sigmoid")
+    losses, *_ = fitted(classifier(activation="sigmoid"), (x, y), sparse, steps=1)
+    assert rows(tmp_path / "sigmoid" / "metrics.jsonl")[0]["loss"] == pytest.approx(losses[0])
+    assert "probabilities" not in capsys.readouterr().out
+
+
+def test_a_mean_by_weights_is_refused_where_there_are_weights(tmp_path):
+    x = features(7)
+    loss = lambda: keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")  # noqa: E731
+    with pytest.raises(UserError, match=r"divides by the weights of a batch \(reduction='mean_with_sample_weight'\)"):
+        run.run(settings(one_output, (x, x[:, :1], np.ones(COUNT)), loss), tmp_path / "weighted")
+    check_against_fit(tmp_path / "run", one_output, (x, x[:, :1]), loss)
+
+
+class Penalty(keras.layers.Layer):
+    """Adds to the loss what Keras's activity regularisers add: a mean over the examples."""
+
+    def call(self, x):
+        self.add_loss(0.3 * keras.ops.mean(x**2))
+        return x
+
+
+def penalised():
+    l2 = keras.regularizers.L2(0.1)
+    layers = [keras.layers.Dense(4, kernel_regularizer=l2, activity_regularizer=l2, name="low"), Penalty()]
+    return keras.Sequential([keras.Input((7,)), *layers, keras.layers.Dense(1, name="top")])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_held_out_loss_is_the_training_loss_is_keras_val_loss(tmp_path, weighted, replicas):
+    """Of the same examples: with weights, a regulariser of kernels and of activations, and add_loss."""
+    x = features(7)
+    data = (x, x.sum(1, keepdims=True), *([np.random.default_rng(2).uniform(0, 3, COUNT)] if weighted else []))
+    made = settings(penalised, data, keras.losses.MeanSquaredError, replicas=replicas, eval_first=True, steps=1)
+    run.run(made, tmp_path / "run")
+    before, step, _ = (row["loss"] for row in rows(tmp_path / "run" / "metrics.jsonl"))
+    losses, _, _ = fitted(penalised, data, keras.losses.MeanSquaredError, steps=1)
+    assert before == pytest.approx(step, rel=1e-6) and step == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_examples_beyond_the_last_whole_batch_weigh_as_much(tmp_path):
+    """Held-out examples that do not fill the batches, and what layers add for them: Keras's evaluate, one at a time."""
+    x = features(7)
+    y = x.sum(1, keepdims=True)
+    made = settings(penalised, (x[:8], y[:8]), keras.losses.MeanSquaredError, eval_first=True, steps=1)
+    held_out = ArraySource(x[:13], y[:13])
+    data = Dataset("numbers", ArraySource(x[:8], y[:8]), held_out, "1")
+    run.run(Settings(**{**vars(made), "data": lambda: data, "global_batch": 2}), tmp_path / "run")
+    _, _, model = fitted(penalised, (x[:8], y[:8]), keras.losses.MeanSquaredError, steps=0)
+    expected = model.evaluate(x[:13], y[:13], batch_size=1, verbose=0)
+    assert rows(tmp_path / "run" / "metrics.jsonl")[0]["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_accuracy_of_class_ids_in_any_shape(tmp_path, shape):
+    y = np.random.default_rng(1).integers(0, 10, (COUNT, *shape)).astype(np.int32)
+    x = features(10)
+    run.run(settings(classifier(activation=None), (x, y), sparse, steps=1, eval_first=True), tmp_path / "run")
+    keras.utils.set_random_seed(0)
+    right = classifier(activation=None)()(x).numpy().argmax(-1) == y.reshape(COUNT)
+    assert rows(tmp_path / "run" / "metrics.jsonl")[0]["accuracy"] == pytest.approx(right.mean())
+
+
+@pytest.mark.parametrize("name", ["train_step", "test_step", "compute_loss", "compute_metrics"])
+def test_a_model_with_a_training_of_its_own_is_refused(tmp_path, name):
+    def own():
+        model = one_output()
+        made = type("Own", (keras.Sequential,), {name: lambda self, *args, **kwargs: None})
+        return made(model.layers)
+
+    def patched():
+        model = one_output()
+        setattr(model, name, lambda *args, **kwargs: None)
+        return model
+
+    for model in (own, patched):
+        with pytest.raises(UserError, match=f"run.model has a {name} of its own"):
+            run.run(settings(model, (features(7), features(1)), keras.losses.MeanSquaredError), tmp_path / "run")
+
+
+def test_what_a_model_was_compiled_with_is_said_to_be_left_aside(tmp_path, capsys):
+    def compiled():
+        model = one_output()
+        model.compile("adam", loss="mae")
+        return model
+
+    run.run(settings(compiled, (features(7), features(1)), keras.losses.MeanSquaredError, steps=1), tmp_path / "run")
+    assert "run.model is compiled: run.loss and run.optimizer take the place" in capsys.readouterr().out
