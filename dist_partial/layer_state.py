@@ -73,6 +73,7 @@ def find(model: keras.Model, x: tf.TensorSpec, plan: Plan) -> tuple[LayerState, 
     def traced(x: tf.Tensor) -> None:
         with keras.StatelessScope() as scope:  # assignments are noted in it, and not made
             outputs.append(model(x, training=True))
+        new.clear()  # if TensorFlow traces twice
         new.update(scope.state_mapping)
 
     new: dict[int, tf.Tensor] = {}  # values by the identity of the variable
@@ -98,15 +99,16 @@ def find(model: keras.Model, x: tf.TensorSpec, plan: Plan) -> tuple[LayerState, 
             )
         if id(variable) in of_batch_norm:
             continue
-        # What is the same on all replicas because all computed the same needs no bytes.
-        if not shared or _depends_on_data(new[id(variable)], graph.inputs[0]):
-            if not tf.as_dtype(variable.dtype).is_floating:
-                raise UserError(
-                    f"{variable.path!r} is {variable.dtype} and a layer changes it by what each replica sees: replicas "
-                    "can average floats alone; give it a float dtype"
-                )
+        seen, floats = _depends_on_data(new[id(variable)], graph.inputs[0]), tf.as_dtype(variable.dtype).is_floating
+        if seen and not floats:
+            raise UserError(
+                f"{variable.path!r} is {variable.dtype} and a layer changes it by what each replica sees: replicas can "
+                "average floats alone; give it a float dtype"
+            )
+        # What all replicas compute alike needs no bytes; between exchanges they compute with weights of their own.
+        if seen or (floats and not shared):
             averaged.append(variable)
-    return LayerState(tuple(moving), tuple(averaged)), outputs[0]
+    return LayerState(tuple(moving), tuple(averaged)), outputs[-1]
 
 
 def _check_own(model: keras.Model, graph: Any, new: Mapping[int, tf.Tensor]) -> None:
