@@ -135,11 +135,12 @@ def another(optimizer: keras.optimizers.Optimizer, learning_rate: Any) -> keras.
     Raises:
         UserError: a method was set on the object, which may hold on to it.
     """
-    config, rate = optimizer.get_config(), optimizer._learning_rate
-    rates = (rate if callable(rate) else config["learning_rate"], learning_rate)
+    config, current = optimizer.get_config(), optimizer._learning_rate
+    # Keras refuses to read a function back from a config.
+    rates = (current if callable(current) else config["learning_rate"], learning_rate)
     usual, other = (type(optimizer).from_config(config | {"learning_rate": rate}) for rate in rates)
     other.iterations.assign(optimizer.iterations)
-    of_keras = {*vars(keras.optimizers.Optimizer(0.0)), "_all_reduce_sum_gradients"}  # in the config, or each one's own
+    of_keras = {*vars(keras.optimizers.Optimizer(0.0)), "_all_reduce_sum_gradients"}  # in the config, or its own
     for name in vars(optimizer).keys() - of_keras:
         value, default = vars(optimizer)[name], vars(usual).get(name)
         if callable(value) and hasattr(type(optimizer), name):
@@ -147,8 +148,8 @@ def another(optimizer: keras.optimizers.Optimizer, learning_rate: Any) -> keras.
                 f"the optimizer {optimizer.name!r} has {name!r} set on the object, which a rule's learning_rate cannot "
                 "take along: define it in a class, or give the rule an optimizer of its own"
             )
-        own = any(isinstance(part, (keras.Variable, tf.Variable)) for part in tf.nest.flatten(default))
-        if name not in vars(usual) or not (own or _equal(value, default)):
+        state = any(isinstance(part, (keras.Variable, tf.Variable)) for part in tf.nest.flatten(default))
+        if name not in vars(usual) or not (state or _equal(value, default)):
             setattr(other, name, value)
     return other
 
