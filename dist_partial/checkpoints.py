@@ -72,7 +72,7 @@ def resumable_state(
         shared = planned.reduction.shared
 
         def kept(variable: Any, shared: bool = shared, when_fewer: str = when_fewer) -> Any:
-            return variable if shared else PerReplica(strategy, variable.value, when_fewer)
+            return variable if shared else PerReplica(strategy, variable.value, when_fewer, variable.constraint)
 
         folder = "own" if isinstance(planned.reduction, LocalSGD) else "variables"
         for member in group.members:

@@ -120,8 +120,6 @@ def _checked(optimizer: Any, strategy: tf.distribute.Strategy) -> keras.optimize
     where = f"the optimizer {inner.name!r}"
     if isinstance(inner, (Partial, PartialLossScale)):
         raise UserError(f"{where} is wrapped already: pass the Keras optimizer itself, a new one")
-    if isinstance(inner, keras.optimizers.MultiOptimizer):
-        raise UserError(f"{where} is several: name them in the rules, Rule(match, optimizer=keras.optimizers.SGD)")
     if inner.built:
         raise UserError(f"{where} has slots for other variables already: pass a new one")
     optimizers.check(where, inner)
@@ -135,8 +133,8 @@ def _resolve(
 ) -> tuple[Plan, list[keras.optimizers.Optimizer]]:
     """The plan for the model as it was before `partial`, and the optimizer of each of its groups."""
 
-    def make(**options: Any) -> keras.optimizers.Optimizer:
-        return type(inner).from_config({**inner.get_config(), **options}) if options else inner
+    def make(learning_rate: Any = None) -> keras.optimizers.Optimizer:
+        return inner if learning_rate is None else optimizers.another(inner, learning_rate)
 
     layers, variables = _frozen(model)
     release(model)

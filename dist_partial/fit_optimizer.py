@@ -59,6 +59,7 @@ class Partial(keras.optimizers.Optimizer):
         shares: what each rule trains.
         inference: paths of the variables of BatchNorm layers in inference mode.
         name: of this optimizer.
+        excluded: of each optimizer, what is excluded from weight decay: see `optimizers.exclusions`.
     """
 
     def __init__(
@@ -67,10 +68,11 @@ class Partial(keras.optimizers.Optimizer):
         shares: Sequence[Share],
         inference: Sequence[str] = (),
         name: str = "partial",
+        excluded: Sequence[dict[str, Any]] = (),
     ) -> None:
         super().__init__(learning_rate=0.0, name=name)
         self._inner = list(inner)  # Keras saves their variables, as it finds them in an attribute
-        self._shares, self._inference = tuple(shares), tuple(inference)
+        self._shares, self._inference, self._excluded = tuple(shares), tuple(inference), tuple(excluded)
         self._reduces = True
 
     def build(self, variables: Sequence[Any]) -> None:
@@ -83,6 +85,11 @@ class Partial(keras.optimizers.Optimizer):
             for group in optimizers_lib.build(plan, lambda: None, slots=False):  # each rule names its own
                 same = groups.setdefault(id(group.optimizer), dataclasses.replace(group, members=()))
                 same.members += group.members
+            variable_at = {entry.path: entry.variable for entry in plan.trained}
+            for group, excluded in zip(groups.values(), self._excluded, strict=False):
+                if excluded:
+                    listed, pattern = [variable_at[path] for path in excluded["paths"]], excluded["pattern"]
+                    group.optimizer.exclude_from_weight_decay(listed, pattern and [pattern])
             for group in groups.values():
                 group.allocate()
             self._groups, self._states = tuple(groups.values()), reduction.states(plan)
@@ -196,13 +203,17 @@ class Partial(keras.optimizers.Optimizer):
     def get_config(self) -> dict[str, Any]:
         shares = [share.to_json() for share in self._shares]
         inner = [keras.optimizers.serialize(each) for each in self._inner]
-        return {"name": self.name, "inner": inner, "shares": shares, "inference": list(self._inference)}
+        excluded = list(self._excluded)
+        if self.built:
+            excluded = [optimizers_lib.exclusions(group.optimizer, group.members) for group in self._groups]
+        content = {"name": self.name, "inner": inner, "shares": shares, "inference": list(self._inference)}
+        return content | {"excluded": excluded}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "Partial":
         shares = [Share.from_json(share) for share in config["shares"]]
         inner = [keras.optimizers.deserialize(each, custom_objects) for each in config["inner"]]
-        return cls(inner, shares, config["inference"], config["name"])
+        return cls(inner, shares, config["inference"], config["name"], config["excluded"])
 
 
 @keras.saving.register_keras_serializable(package="dist_partial")
@@ -224,6 +235,9 @@ class PartialLossScale(keras.optimizers.LossScaleOptimizer):
             self.build(list(trainable_variables or ()))
         sums = inner.reduce(grads, inner.selected if trainable_variables is None else trainable_variables)
         super().apply(sums, inner.selected)
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
     @property
     def optimizers(self) -> list[keras.optimizers.Optimizer]:

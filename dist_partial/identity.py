@@ -10,7 +10,7 @@ import keras
 from dist_partial import checkpoints
 from dist_partial.data import Dataset
 from dist_partial.errors import UserError
-from dist_partial.optimizers import GroupOptimizer
+from dist_partial.optimizers import GroupOptimizer, exclusions
 from dist_partial.schedule import Constant
 from dist_partial.selection import Plan
 from dist_partial.settings import Settings
@@ -41,7 +41,7 @@ def of_run(
         "data": {"name": data.name, "fingerprint": data.fingerprint},
         "model": {entry.path: f"{entry.dtype}{list(entry.shape)}" for entry in plan.entries},
         "model_config": _model_config(model),
-        "optimizers": [_optimizer(group.optimizer) for group in optimizers],
+        "optimizers": [_optimizer(group) for group in optimizers],
         "frozen": checkpoints.frozen_fingerprints(model, plan, moving),
     }
     # For what is exported later; a checkpoint takes the place of these values, so that `check` leaves them alone.
@@ -109,8 +109,10 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _optimizer(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    return {"class": type(optimizer).__name__, **_nameless(optimizer.get_config())}
+def _optimizer(group: GroupOptimizer) -> dict[str, Any]:
+    excluded = exclusions(group.optimizer, group.members)
+    content = {"class": type(group.optimizer).__name__, **_nameless(group.optimizer.get_config())}
+    return content | ({"exclude_from_weight_decay": excluded} if excluded else {})
 
 
 def _loss(loss: Any) -> Any:

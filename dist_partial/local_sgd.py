@@ -71,17 +71,15 @@ def build(
     for number, (group, inner) in enumerate(zip(plan.groups, groups, strict=True)):
         own_states = tuple(next(rest) for _ in inner.members)
         if isinstance(group.reduction, LocalSGD):
-            anchors = tuple(Trained(member.entry, _anchor(member)) for member in inner.members)
+            anchors = tuple(
+                Trained(member.entry, optimizers.stand_in(member.variable, keras.ops.convert_to_numpy(member.variable)))
+                for member in inner.members
+            )
             factory = group.reduction.outer or (lambda: keras.optimizers.SGD(1.0))
             outer = optimizers.prepare(f"local_sgd.outer of rule {group.rule.match!r}", factory, anchors, number)
             outer.allocate()
             fragments.append(Fragment(group.reduction, inner.members, outer, own_states))
     return tuple(fragments)
-
-
-def _anchor(member: Trained) -> keras.Variable:
-    value = keras.ops.convert_to_numpy(member.variable)
-    return keras.Variable(value, dtype=member.entry.dtype, name=member.variable.name)
 
 
 def exchanges(
@@ -140,11 +138,13 @@ def _exchange(
         """Where the next steps start: at the anchor, but for what was left out, which was divided by the replicas."""
         count = tf.distribute.get_replica_context().num_replicas_in_sync
         starts = []
-        for anchor, state in zip(_anchors(fragment), fragment.states, strict=True):
-            start = tf.convert_to_tensor(anchor)
+        for member, state in zip(fragment.outer.members, fragment.states, strict=True):
+            start = tf.convert_to_tensor(member.variable.value)
             if "residual" in state:
                 start -= count * state["residual"]
                 state["residual"].assign(tf.zeros_like(start))
+                if member.variable.constraint is not None:  # as after any step
+                    start = member.variable.constraint(start)
             starts.append(start)
         return starts
 

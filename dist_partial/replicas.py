@@ -207,11 +207,13 @@ class PerReplica:
         variable: a mirrored variable, or one that is synchronised on read.
         when_fewer: what becomes of the values on another number of replicas: 'sum' keeps their sum and divides it
             evenly, 'mean' gives each replica their mean, 'own' deals them out.
+        constraint: of the variable, which the mean must satisfy as the values do; or None.
     """
 
     strategy: tf.distribute.Strategy
     variable: Any
     when_fewer: str
+    constraint: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -234,8 +236,9 @@ class PerReplica:
             mine = array[np.arange(count) % len(array)]
         else:
             divisor = count if self.when_fewer == "sum" else len(array)
-            one = np.sum(array, axis=0, dtype=np.float64) / divisor
-            mine = np.broadcast_to(one.astype(self.dtype), self.shape)
+            one = (np.sum(array, axis=0, dtype=np.float64) / divisor).astype(self.dtype)
+            one = one if self.constraint is None else np.asarray(self.constraint(tf.constant(one)))
+            mine = np.broadcast_to(one, self.shape)
         first = input_context(self.strategy).input_pipeline_id * local_count(self.strategy)
         for i, copy in enumerate(self.strategy.experimental_local_results(self.variable)):
             copy.assign(mine[first + i])

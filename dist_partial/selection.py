@@ -27,7 +27,8 @@ class Rule:
         optimizer: factory of the Keras optimizer of this rule's group; None takes the run's.
         learning_rate: overrides the factory's learning rate: a float or a Keras schedule.
         reduction: how the gradients cross the replicas; None takes the run's.
-        rows: (start, stop) of the leading axis: only these rows are trained.
+        rows: (start, stop) of the leading axis: only these rows are trained, as a variable of their own with the
+            whole one's path, name and constraint (optimizers that look at a variable's norm or shape see the rows').
         lora: rank of the factors that are trained in place of the kernels that match, which stay frozen (see `lora`).
     """
 

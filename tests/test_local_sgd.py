@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import batch_norm, local_sgd, optimizers, reduction, selection, step, traffic
+from dist_partial import batch_norm, checkpoints, local_sgd, optimizers, reduction, selection, step, traffic
 from dist_partial.build import build
 from dist_partial.compression import PowerSGD, Quantized, TopK
 from dist_partial.data import ArraySource, Dataset, fingerprint
@@ -109,8 +109,9 @@ FACTORIES = {None: None, "nesterov": nesterov, "adam": functools.partial(keras.o
 class Reference:
     """Plain Keras: a model and optimizers a replica, between which NumPy carries what the rules say."""
 
-    def __init__(self, replicas, case, inner, outer=None, clip_norm=None, dtype="float64"):
+    def __init__(self, replicas, case, inner, outer=None, clip_norm=None, dtype="float64", projections=None):
         self.replicas, self.clip_norm, self.done = replicas, clip_norm, 0
+        self.projections = projections or {}
         self.models = [cases.build(case) for _ in range(replicas)]
         rules = selection.parse_rules(case.rules)
         self.kinds, self.masks, self.variables = {}, {}, [{} for _ in self.models]
@@ -172,7 +173,8 @@ class Reference:
             # were the rest of the division.
             if isinstance(kind, LocalSGD) and (self.done - kind.offset) % kind.steps == 0:
                 movement = self.anchors[path] - np.mean([chosen[path].numpy() for chosen in self.variables], axis=0)
-                self.anchors[path] = self.outers[path].step(self.anchors[path], movement)
+                anchor = self.outers[path].step(self.anchors[path], movement)
+                self.anchors[path] = self.projections.get(path, lambda value: value)(anchor)
                 for chosen in self.variables:
                     chosen[path].assign(self.anchors[path])
 
@@ -231,6 +233,95 @@ def test_replicas_train_by_themselves_and_move_on_together(replicas, inner, oute
     for each in local.fragments:
         for variable in each.outer.optimizer.variables:
             assert same_bits(copies(local.strategy, variable)), variable.path
+
+
+def constrained():
+    model = CASES["two_dense"].model()
+    first, _, second, _ = model.trainable_variables
+    first.constraint, second.constraint = keras.constraints.UnitNorm(axis=0), keras.constraints.NonNeg()
+    return model
+
+
+PROJECTIONS = {
+    "dense1/kernel": lambda w: w / (1e-7 + np.sqrt((w**2).sum(axis=0, keepdims=True))),
+    "dense2/kernel": lambda w: np.maximum(w, 0),
+}
+
+
+@pytest.mark.parametrize("outer", [None, "nesterov"])
+def test_anchors_satisfy_the_constraints(outer, mirrored):
+    """The mean of unit vectors is none."""
+    cases.set_precision("float64")
+    rules = [Rule("dense[12]/.*", reduction=LocalSGD(3, 0, FACTORIES[outer]))]
+    case = dataclasses.replace(DENSE, model=constrained, rules=rules)
+    local = Local(mirrored(2), case, "momentum")
+    reference = Reference(2, case, "momentum", outer, projections=PROJECTIONS)
+    for _ in range(0, STEPS, 3):
+        local.go(3)
+        reference.go(3)
+        assert_close(local, reference)
+        np.testing.assert_allclose(np.linalg.norm(local.anchors()["dense1/kernel"][0], axis=0), 1.0, rtol=1e-5)
+
+
+def test_what_is_kept_back_satisfies_the_constraints(mirrored):
+    cases.set_precision("float64")
+    kind = LocalSGD(3, exchange=TopK(1 / 16, 64, 32), keep=True)
+    local = Local(
+        mirrored(2), dataclasses.replace(DENSE, model=constrained, rules=[Rule(".*", reduction=kind)]), "adam"
+    )
+    for _ in range(3):
+        local.go(3)
+        own = local.own()
+        assert not same_bits(own["dense1/kernel"])
+        for values in (own, local.anchors()):
+            assert all((value >= 0).all() for value in values["dense2/kernel"])
+            for value in values["dense1/kernel"]:
+                np.testing.assert_allclose(np.linalg.norm(value, axis=0), 1.0, rtol=1e-5)
+
+
+def test_another_number_of_replicas_starts_where_the_constraints_allow(mirrored):
+    cases.set_precision("float64")
+    rng = np.random.default_rng(0)
+    found = np.stack([PROJECTIONS["dense1/kernel"](w) for w in rng.normal(size=(3, 160, 64))])
+    case = dataclasses.replace(DENSE, model=constrained, rules=[Rule(".*", reduction=LocalSGD(3))])
+    local = Local(mirrored(2), case, "adam")
+    state = checkpoints.resumable_state(
+        local.strategy, local.model, local.plan, local.groups, local.states, local.fragments, []
+    )
+    state["own/dense1/kernel"].assign(found)
+    expected = PROJECTIONS["dense1/kernel"](found.mean(axis=0))
+    for value in local.own()["dense1/kernel"]:
+        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12)
+    state["own/dense1/kernel"].assign(found[:2])  # the same number gets its own bits
+    assert all(same_bits(pair) for pair in zip(local.own()["dense1/kernel"], found, strict=False))
+
+
+def test_an_outer_optimizer_finds_the_names_of_the_variables(mirrored):
+    """What it excludes from decay by name or one by one, against Keras on the movements of one exchange."""
+    cases.set_precision("float64")
+    models = []
+
+    def outer(model=None):
+        optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.5)
+        optimizer.exclude_from_weight_decay([(model or models[0]).trainable_variables[3]], ["dense1/"])
+        return optimizer
+
+    case = dataclasses.replace(
+        DENSE,
+        model=lambda: models.append(DENSE.model()) or models[-1],
+        rules=[Rule(".*", reduction=LocalSGD(2, outer=outer))],
+    )
+    local = Local(mirrored(2), case, "momentum")
+    assert local.step() == []
+    assert local.step() == [0]
+    own = local.own()
+    plain = cases.build(DENSE)
+    movements = [v.numpy() - np.mean(own[v.path], axis=0) for v in plain.trainable_variables]
+    outer(plain).apply([tf.constant(m) for m in movements], plain.trainable_variables)
+    local.exchanges[0]()
+    for variable in plain.trainable_variables:
+        for value in local.anchors()[variable.path]:
+            np.testing.assert_allclose(value, variable.numpy(), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("replicas", [3])

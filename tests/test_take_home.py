@@ -86,6 +86,20 @@ def test_before_the_first_checkpoint_a_folder_takes_another_configuration(tmp_pa
         run.run(told(rate=0.01, steps=8), tmp_path)
 
 
+def test_other_exclusions_from_weight_decay_are_another_run(tmp_path):
+    """No config of Keras's has them."""
+
+    def adamw():
+        optimizer = keras.optimizers.AdamW(0.05, weight_decay=0.1)
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+        return optimizer
+
+    run.run(told(optimizer=adamw), tmp_path)
+    run.run(told(optimizer=adamw), tmp_path)
+    with pytest.raises(UserError, match=r"is of another run: optimizers\.0\.exclude_from_weight_decay was .*'bias'"):
+        run.run(told(optimizer=lambda: keras.optimizers.AdamW(0.05, weight_decay=0.1)), tmp_path)
+
+
 def adapted() -> keras.Model:
     layers = [keras.layers.Dense(5, "relu", name="a"), keras.layers.Dense(3, name="d")]
     return keras.Sequential([keras.Input((6,)), *layers])
