@@ -113,7 +113,12 @@ def _run(
         with local_sgd.agreed(strategy, built.fragments):
             journal.evaluation(done, evaluate(), wire_bytes)
             if built.data.codec is not None and replicas.is_chief:
-                journal.samples(evaluation.samples(built.model, built.data, settings.sampling, done))
+                try:
+                    texts = evaluation.samples(built.model, built.data, settings.sampling, done)
+                except UserError as error:  # of the first worker alone; the others train on
+                    journal.say(f"step {done}: no sample: {error}")
+                else:
+                    journal.samples(texts)
 
     with (
         _written_folder(folder, built.identity, plan) if replicas.is_chief else contextlib.nullcontext(),

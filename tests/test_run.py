@@ -42,6 +42,14 @@ def letters(seed=0):
                    fingerprint(ids), Letters(), "byte")
 
 def small(width=16, dropout=0.1, heads=2): return byte_transformer(1, width, heads, dropout=dropout)
+
+def spoilt():
+    # The letters have good embeddings, the newline of the prompt has none.
+    model = small()
+    rows = model.embedding.embeddings.numpy()
+    rows[10] = np.nan
+    model.embedding.embeddings.assign(rows)
+    return model
 """
 
 GIN = """
@@ -245,6 +253,21 @@ def test_samples_are_the_same_on_any_number_of_replicas(letters, tmp_path):
         texts.append([r["text"] for r in rows(folder / "samples.jsonl")])
     assert texts[0] == texts[1] == texts[2]
     assert len(set(texts[0])) == 3
+
+
+def test_a_sample_that_fails_costs_no_training(letters, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert start(letters, folder, "run.model = @letters_module.spoilt") == 0
+    said = capsys.readouterr().out
+    for step in (6, 12):
+        assert f"step {step}: no sample: the model's logits are not finite" in said
+    metrics = rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in metrics if row["split"] == "eval"] == [6, 12]
+    assert not (folder / "samples.jsonl").exists()
+    assert sample.main([f"--run_dir={folder}", "--allow_imports"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the model's logits are not finite") and error.count("\n") == 1
+    assert sample.main([f"--run_dir={folder}", "--allow_imports", "--prompt=ab"]) == 0
 
 
 def test_sample_command(letters, tmp_path, capsys):
