@@ -91,6 +91,7 @@ def build(settings: Settings, replicas: Replicas) -> Built:
         batch_norms = batch_norm.layers(model)
         adapters = lora.enable(settings.rules, model)
         plan = selection.resolve(settings.rules, model, settings.reduction, adapters)
+        plan = dataclasses.replace(plan, workers=max(2, replicas.strategy.num_replicas_in_sync))
         plan, units = _divided(storage.lower(plan, model, settings.frozen), settings, batch_norms)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
         with _taking(data.name, x):
@@ -233,12 +234,11 @@ def _divided(
     for name, paths in parts:
         entries = [trained[path] for path in paths]
         variables = {id(entry.variable) for entry in entries}
-        sent = average_bytes([message for entry in entries for message in entry.messages])
+        messages = [message for entry in entries for message in entry.messages]
         # The statistics of a layer that trains travel, too.
         moving = [layer for layer in batch_norms if {id(layer.gamma), id(layer.beta)} & variables]
-        sent += sum(
-            math.prod(v.shape) * selection.itemsize(v.dtype) for v in batch_norm.unsynchronised_statistics(moving)
-        )
+        messages += reduction.averages(plan, batch_norm.unsynchronised_statistics(moving))
+        sent = average_bytes(messages, plan.workers)
         units.append(Unit(name, tuple(paths), math.ceil(sent), sum(entry.trained_parameters for entry in entries)))
     schedule.check(units, settings.steps)
     if not isinstance(schedule, Constant):

@@ -100,7 +100,8 @@ class Quantized:
     """Send each gradient in few bits a value, with error feedback, by gather.
 
     Values lie on evenly spaced levels, symmetric to zero, whose scale 256 values share. A gather hands every replica's
-    message to every other: with many replicas a sum costs less.
+    message to every other: among N workers each sends N/2 times what a sum of as many bytes would cost, so that 4 bits
+    are 1/8 of float32 between two workers, and more than float32 among 16.
 
     Attributes:
         bits: of each value: 8, 4, 2, 1.6 (three levels, five values a byte) or 1 (the sign); scales add 1/16 bit.
@@ -142,7 +143,8 @@ class TopK:
     """Send the largest values of each gradient and their places, with error feedback, by gather.
 
     Lin et al. 2018, "Deep Gradient Compression". The tensor is cut into blocks, of each of which the same share is
-    sent, so that a place takes one byte and no sort spans the tensor; `block=None` takes the largest of all.
+    sent, so that a place takes one byte and no sort spans the tensor; `block=None` takes the largest of all. Among N
+    workers a gather costs N/2 times what a sum of as many bytes would.
 
     Attributes:
         density: share of the values that is sent; at least one of each block is.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import agreement, batch_norm, local_sgd, prefix, step, traffic
+from dist_partial import agreement, batch_norm, local_sgd, prefix, reduction, step, traffic
 from dist_partial.build import Built, batches, order, train_step
 from dist_partial.data import train_indices
 from dist_partial.errors import UserError
@@ -118,7 +118,7 @@ class Course:
         """
         schedule, built = self._built.schedule, self._built
         mesh = built.replicas.mesh
-        if observes(schedule, done):
+        if observes(schedule, done) or self._overspends():
             squares = self._probed(done) if schedule.statistics == "probe" else self._squares
             if schedule.statistics == "norms" and mesh is not None:
                 # Workers on processors of another make could round their norms otherwise, and freeze something else.
@@ -155,6 +155,13 @@ class Course:
             for name, square in zip(self.leg.plan.units, squares, strict=True):
                 self._squares[places[name]] += square
         return result
+
+    def _overspends(self) -> bool:
+        """Whether what was chosen among fewer workers costs more than the budget among these."""
+        schedule, units = self._built.schedule, self._built.units
+        if not isinstance(schedule, ByteBudget):
+            return False
+        return sum(unit.bytes for unit in units if unit.name in self._state["trained"]) > schedule.bytes
 
     def _selected(self, done: int) -> tuple[frozenset[str], frozenset[str]]:
         """Names of the units that are trained at a step, and of those that may be trained from it on."""
@@ -227,14 +234,15 @@ class Course:
         inputs = self._batches(activations, done)
         traced = train.function.get_concrete_function(inputs, tf.constant(1))
         sent = traffic.in_step(traced)
-        exchanges = local_sgd.exchanges(strategy, wire, plan, built.fragments, train.without_gradient, built.averaged)
-        plan = plan.traced(train.without_gradient, [])
+        averaged = built.averaged
+        exchanges = local_sgd.exchanges(strategy, wire, plan, built.fragments, train.without_gradient, averaged)
+        plan = plan.traced(train.without_gradient, reduction.averages(plan, averaged))
         if strategy.num_replicas_in_sync > 1:  # or else nothing is sent
             plan = plan.traced(train.without_gradient, traffic.beyond(plan, sent, exchanges))
-        if isinstance(built.schedule, ByteBudget) and plan.wire_bytes > built.schedule.bytes:
+        if isinstance(built.schedule, ByteBudget) and plan.nic_bytes > built.schedule.bytes:
             raise UserError(
-                f"byte_budget.bytes is {built.schedule.bytes:,}, and {', '.join(plan.units)} send {plan.wire_bytes:,} "
-                "bytes with what synchronised BatchNorm layers add: bind more"
+                f"byte_budget.bytes is {built.schedule.bytes:,}, and {', '.join(plan.units)} send {plan.nic_bytes:,} "
+                f"bytes among {plan.workers} workers with what synchronised BatchNorm layers add: bind more"
             )
         if not isinstance(built.schedule, Constant):
             train.function(inputs, tf.constant(0))  # TensorFlow optimises a graph when it first runs

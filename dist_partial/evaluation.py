@@ -65,7 +65,7 @@ def samples(model: Any, data: Dataset, sampling: Sampling, step: int) -> list[di
         Rows of samples.jsonl: `{"step", "temperature", "prompt", "text"}`; the text goes on from the prompt.
 
     Raises:
-        UserError: the data set has no text to sample.
+        UserError: the data set has no text to sample, or see `sampling.generate`.
     """
     if data.codec is None:
         raise UserError(f"data set {data.name!r} has no text to sample: its codec is None")

@@ -4,6 +4,7 @@ Prints, without training, what each variable sends, which rules cost most, what 
 will take, for this plan and for training everything in float32 every step. The computation is measured here.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -11,12 +12,13 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from dist_partial import cli
+from dist_partial.selection import average_bytes, itemsize
 
 if TYPE_CHECKING:
     from dist_partial.selection import Plan
@@ -54,16 +56,16 @@ class Cost:
     Attributes:
         plan: the plan.
         payload: bytes that the replica hands over.
-        at_card: bytes that its network card sends.
+        nic_bytes: bytes that leave its network interface.
         memory: bytes of optimizer slots, and of what reductions keep.
         compute: the step without communication, measured, where the workers of a host share its cores.
-        wire: the least time that the bytes at the card take.
+        wire: the least time that the bytes at the interface take.
         step: what is expected.
     """
 
     plan: "Plan"
     payload: float
-    at_card: float
+    nic_bytes: float
     memory: int
     compute: float
     wire: float
@@ -72,11 +74,15 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """One worker's step without communication, in seconds: forward pass, whole step and CPU time of it."""
+    """One worker's step without communication, in seconds: forward pass, whole step and CPU time of it.
+
+    `sums` is how many sums over the workers its layers wait for, one after the other.
+    """
 
     forward: float
     step: float
     cpu: float
+    sums: int
 
 
 def bytes_per_second(rate: str) -> float:
@@ -97,10 +103,13 @@ def estimate(settings: "Settings", machine: Machine) -> Cost:
     The gradients of the last layers travel while those of the first are computed, pack by pack.
     """
     plan, computation, exchanges, memory = _measure(settings, max(1, settings.global_batch // machine.workers))
+    plan = dataclasses.replace(plan, workers=max(2, machine.workers))
     cores = os.cpu_count() or 1
     shared = [entry for entry in plan.trained if entry.reduction.shared]
-    sending = _at_card(shared, machine.workers)
-    periodic = _at_card(plan.trained, machine.workers) - sending
+    every_step = [message for entry in shared for message in entry.messages]
+    every_step += [message for message in plan.statistics if message.every == 1]
+    sending = average_bytes(every_step, machine.workers)
+    periodic = average_bytes(plan.messages, machine.workers) - sending
     # Workers that share a host's cores compute side by side until the cores are full; sockets want their share.
     crowded = machine.workers_per_host / cores
     transport = 2 * (sending + periodic) * CPU_NS_PER_BYTE * 1e-9
@@ -109,11 +118,11 @@ def estimate(settings: "Settings", machine: Machine) -> Cost:
     wire = (sending + periodic) / machine.bandwidth
     rate = machine.bandwidth * EFFICIENCY
     forward = computation.forward * slower
-    step = _travel(sum(entry.wire_bytes for entry in shared), sending / rate, forward, computation.step * slower)
+    step = _travel(average_bytes(every_step), sending / rate, forward, computation.step * slower)
     step += exchanges * slower + periodic / rate
     if machine.workers > 1:
         apart = [group.entries for group in plan.groups if not group.reduction.shared]
-        step += machine.latency * (_hops(shared) + sum(map(_hops, apart)))
+        step += machine.latency * (_hops(shared) + sum(map(_hops, apart)) + computation.sums)
         step = max(step, (computation.cpu + transport) * crowded)
     return Cost(plan, plan.wire_bytes, sending + periodic, memory, compute, wire, step)
 
@@ -131,14 +140,6 @@ def _travel(payload: float, wire: float, forward: float, computed: float) -> flo
     return max(arrived, computed)
 
 
-def _at_card(entries: Sequence[Any], workers: int) -> float:
-    """Bytes a step, on average."""
-    from dist_partial import traffic
-
-    messages = [message for entry in entries for message in entry.messages]
-    return sum(traffic.at_card(message, workers) / message.every for message in messages)
-
-
 def _hops(entries: Sequence[Any]) -> float:
     """Messages a step that wait for each other: a sum takes two hops, a gather one."""
     return max((sum((2 if m.kind == "sum" else 1) / m.every for m in e.messages) for e in entries), default=0.0)
@@ -147,7 +148,7 @@ def _hops(entries: Sequence[Any]) -> float:
 def _measure(settings: "Settings", batch: int) -> tuple["Plan", Computation, float, int]:
     import tensorflow as tf
 
-    from dist_partial import local_sgd, replicas, step
+    from dist_partial import local_sgd, reduction, replicas, step
     from dist_partial.build import batches, build, train_step
     from dist_partial.schedule import Constant
 
@@ -163,6 +164,9 @@ def _measure(settings: "Settings", batch: int) -> tuple["Plan", Computation, flo
     forward = step.evaluation_step(strategy, built.model, built.loss)
     again = iter(tf.data.Dataset.from_tensors(weighted).repeat())
     forward_time, _ = _time(lambda n: forward(again, tf.constant(n), tf.constant(n * batch)).numpy())
+    with _summed() as sums:
+        train.function.get_concrete_function(inputs, tf.constant(1))
+    averages = reduction.averages(built.plan, built.averaged)
     step_time, cpu = _time(lambda n: train.function(inputs, tf.constant(n))["loss"].numpy())
     exchanges = 0.0
     for exchange in local_sgd.exchanges(strategy, wire, built.plan, built.fragments, train.without_gradient, []):
@@ -170,7 +174,33 @@ def _measure(settings: "Settings", batch: int) -> tuple["Plan", Computation, flo
         exchanges += once / exchange.fragment.reduction.steps
     memory = sum(_bytes(v) for k, v in built.state().items() if k.startswith(("slots/", "outer/", "reductions/")))
     memory += sum(_bytes(anchor.variable) for fragment in built.fragments for anchor in fragment.outer.members)
-    return built.plan.traced(train.without_gradient, []), Computation(forward_time, step_time, cpu), exchanges, memory
+    plan = built.plan.traced(train.without_gradient, [*averages, *sums])
+    return plan, Computation(forward_time, step_time, cpu, len(sums)), exchanges, memory
+
+
+@contextlib.contextmanager
+def _summed() -> Iterator[list[Any]]:
+    """Notes what a model's own layers sum over the replicas while a step is traced, as synchronised BatchNorm does.
+
+    With one replica no such sum is in the graph.
+    """
+    import tensorflow as tf
+
+    from dist_partial.reduction import Message
+
+    found: list[Message] = []
+    all_reduce = tf.distribute.ReplicaContext.all_reduce
+
+    def noted(context: Any, reduce_op: Any, value: Any, options: Any = None) -> Any:
+        for tensor in map(tf.convert_to_tensor, tf.nest.flatten(value)):
+            found.append(Message("sum", tensor.shape.num_elements() * tensor.dtype.size))
+        return all_reduce(context, reduce_op, value, options)
+
+    tf.distribute.ReplicaContext.all_reduce = noted
+    try:
+        yield found
+    finally:
+        tf.distribute.ReplicaContext.all_reduce = all_reduce
 
 
 def _time(call: Any) -> tuple[float, float]:
@@ -189,8 +219,6 @@ def _time(call: Any) -> tuple[float, float]:
 
 
 def _bytes(variable: Any) -> int:
-    from dist_partial.selection import itemsize
-
     dtype = getattr(variable.dtype, "name", str(variable.dtype))
     return math.prod(variable.shape) * itemsize(dtype)
 
@@ -200,7 +228,7 @@ def report(cost: Cost, full: Cost, machine: Machine) -> str:
     rows = [
         ("trained parameters", *(f"{sum(e.trained_parameters for e in c.plan.entries):,}" for c in (cost, full))),
         ("payload a step and replica", *(_size(c.payload) for c in (cost, full))),
-        (f"at each card, {machine.workers} workers", *(_size(c.at_card) for c in (cost, full))),
+        (f"interface of each of {machine.workers}", *(_size(c.nic_bytes) for c in (cost, full))),
         ("slots, residuals, anchors", *(_size(c.memory) for c in (cost, full))),
         ("computation, measured here", *(_ms(c.compute) for c in (cost, full))),
         ("wire, lower bound", *(_ms(c.wire) for c in (cost, full))),
@@ -208,13 +236,13 @@ def report(cost: Cost, full: Cost, machine: Machine) -> str:
     ]
     lines = [f"{'':28}{'this plan':>16}{'all, float32':>16}"]
     lines += [f"{name:28}{one:>16}{other:>16}" for name, one, other in rows]
-    lines += ["", "rules by what they make each card send:"]
-    sent = {group: _at_card(group.entries, machine.workers) for group in cost.plan.groups}
-    for group, size in sorted(sent.items(), key=lambda item: -item[1]):
-        share = size / cost.at_card if cost.at_card else 0.0
-        lines.append(
-            f"  {share:7.2%}  {_size(size):>10}  {_ms(size / machine.bandwidth):>10}  {group.rule}: {group.reduction}"
-        )
+    lines += ["", "rules by what they make each worker send:"]
+    sent = [(f"{g.rule}: {g.reduction}", [m for e in g.entries for m in e.messages]) for g in cost.plan.groups]
+    sent += [("statistics of layers", list(cost.plan.statistics))] if cost.plan.statistics else []
+    sizes = [(average_bytes(messages, machine.workers), name) for name, messages in sent]
+    for size, name in sorted(sizes, key=lambda item: -item[0]):
+        share = size / cost.nic_bytes if cost.nic_bytes else 0.0
+        lines.append(f"  {share:7.2%}  {_size(size):>10}  {_ms(size / machine.bandwidth):>10}  {name}")
     return "\n".join(lines)
 
 
@@ -253,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = config.load(values.gin_file, values.gin_param).settings
         everything = dataclasses.replace(settings, rules=[("train", ".*")], reduction=EveryStep("float32"))
         cost = estimate(settings, machine)
-        print(plan_table(cost.plan))
+        print(plan_table(cost.plan, machine.workers))
         if settings.global_batch % machine.workers:
             print(f"run.global_batch = {settings.global_batch} does not divide among {machine.workers} workers")
         print(f"\n{machine.workers} workers at {values.bandwidth}\n")

@@ -247,6 +247,23 @@ def mean(value: tf.Tensor) -> Exchange:
     return (yield Sum(value / context.num_replicas_in_sync))
 
 
+def averages(plan: Plan, variables: Sequence[Any]) -> tuple[Message, ...]:
+    """How variables that are averaged over the replicas travel: with the shared gradients, or else with an exchange.
+
+    Args:
+        plan: what is trained.
+        variables: of layers in training mode, each of which its replicas would change by themselves.
+
+    Returns:
+        One message at most: none where nothing travels that would take them along.
+    """
+    size = sum(math.prod(variable.shape) * itemsize(variable.dtype) for variable in variables)
+    local = [group.reduction for group in plan.groups if isinstance(group.reduction, LocalSGD)]
+    if size and any(group.reduction.shared for group in plan.groups):
+        return (Message("sum", size),)
+    return (Message("sum", size, local[0].steps, local[0].offset),) if size and local else ()
+
+
 def check_dtype(name: str, dtype: str | None) -> None:
     """Raises UserError, which names the binding, if gradients cannot travel in this dtype."""
     if dtype not in (None, "float64", "float32", "bfloat16", "float16"):

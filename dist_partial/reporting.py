@@ -13,11 +13,16 @@ from tqdm import tqdm
 
 from dist_partial.errors import Fault
 from dist_partial.files import write_atomically, write_json, write_text, writing
-from dist_partial.selection import Plan
+from dist_partial.selection import Plan, average_bytes
 
 
-def plan_table(plan: Plan) -> str:
-    """The plan for people: a line a variable, then totals and the share of the whole."""
+def plan_table(plan: Plan, hosts: int) -> str:
+    """The plan for people: a line a variable, then totals and the share of the whole.
+
+    Args:
+        plan: the plan.
+        hosts: over how many processes with a network interface between them its replicas are spread.
+    """
     header = ("path", "shape", "trained", "rule", "reduction", "bytes a step")
     lines = [
         (
@@ -30,6 +35,9 @@ def plan_table(plan: Plan) -> str:
         )
         for entry in plan.entries
     ]
+    for message in plan.statistics:
+        often = f"every {message.every} steps" if message.every > 1 else "every step"
+        lines.append(("(statistics)", "", "", "", often, _count(average_bytes([message]))))
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
     table = [_row(header, widths), "  ".join("-" * width for width in widths), *[_row(line, widths) for line in lines]]
     trained = sum(entry.trained_parameters for entry in plan.entries)
@@ -38,10 +46,18 @@ def plan_table(plan: Plan) -> str:
         [
             *table,
             f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%})",
-            f"on the wire: {_count(plan.wire_bytes)} of {plan.full_wire_bytes:,} bytes a step and replica "
-            f"({plan.wire_bytes / plan.full_wire_bytes:.2%} of exchanging everything)",
+            f"payload: {_count(plan.wire_bytes)} of {plan.full_wire_bytes:,} bytes a step and replica",
+            f"{_interface(plan.workers, hosts)} {_count(plan.nic_bytes)} of {_count(plan.full_nic_bytes)} bytes a step "
+            f"({plan.nic_bytes / plan.full_nic_bytes:.2%} of exchanging everything)",
         ]
     )
+
+
+def _interface(workers: int, hosts: int) -> str:
+    """Begins a line of what leaves a machine, or would."""
+    if hosts > 1:
+        return f"at the network interface of each of {hosts} workers:"
+    return f"nothing leaves this machine; at the network interface of each of {workers} workers it would be"
 
 
 def _count(average: int | float) -> str:
@@ -65,22 +81,23 @@ class Journal:
     """Writes what happens in a run to its folder and to the terminal.
 
     Lines of steps after `step`, left by a run that was stopped after its last checkpoint, are removed: these
-    steps are about to be made again.
+    steps are about to be made again. Of a run that begins nothing is kept, and none of TensorBoard's events; else these
+    are only added to, so that of a step that is made again they have both values.
 
     Args:
         folder: the run folder.
         step: the step from which the run goes on.
         steps: the step at which it ends.
-        plan: for the bytes of a full exchange, with which the run's are compared.
+        sent: bytes until then, as `traffic.SENT`.
         active: whether this process writes; the others' calls do nothing.
 
     Raises:
         UserError, Fault: (from every method, too) the folder cannot be written, or is full.
     """
 
-    def __init__(self, folder: Path, step: int, steps: int, plan: Plan, active: bool) -> None:
+    def __init__(self, folder: Path, step: int, steps: int, sent: np.ndarray, active: bool) -> None:
         self._folder = folder
-        self._plan = plan
+        self._sent = sent
         self._steps = steps
         self._active = active
         self._board = tf.summary.create_noop_writer()
@@ -88,6 +105,8 @@ class Journal:
             with _writing(folder):
                 for name in ("metrics.jsonl", "samples.jsonl"):
                     _keep_until(folder / name, step)
+                for path in [] if step else (folder / "tensorboard").glob("events.out.tfevents.*"):
+                    path.unlink()
                 self._board = tf.summary.create_file_writer(str(folder / "tensorboard"))
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not active)
 
@@ -99,41 +118,32 @@ class Journal:
         with _writing(self._folder):
             self._board.close()
 
-    def train(self, step: int, losses: np.ndarray, norms: np.ndarray, wire_bytes: np.ndarray) -> None:
-        """Records consecutive steps, the first of which is `step`; all arrays have a value a step.
+    def train(self, step: int, losses: np.ndarray, norms: np.ndarray, sent: np.ndarray) -> None:
+        """Records consecutive steps, the first of which is `step`; all arrays have a value, or a row, a step.
 
         Args:
             step: number of the first of these updates, counted from 1.
             losses: mean loss over the global batch.
             norms: global norm of the summed gradient, before clipping.
-            wire_bytes: payload bytes that one replica has handed over since the run began.
+            sent: bytes since the run began, each row as `traffic.SENT`.
         """
-        columns = zip(losses.tolist(), norms.tolist(), wire_bytes.tolist(), strict=True)
+        columns = zip(losses.tolist(), norms.tolist(), sent, strict=True)
         rows = [
-            {
-                "step": step + i,
-                "split": "train",
-                "loss": loss,
-                "gradient_norm": norm,
-                "wire_bytes": sent,
-                "wire_share": self._share(step + i, sent),
-            }
-            for i, (loss, norm, sent) in enumerate(columns)
+            {"step": step + i, "split": "train", "loss": loss, "gradient_norm": norm, **_sent(row)}
+            for i, (loss, norm, row) in enumerate(columns)
         ]
         if not rows:
             return
         self._record(rows)
         self._bar.update(len(rows))
-        last = rows[-1]
-        self._bar.set_postfix_str(
-            f"loss {last['loss']:.3f}, {tqdm.format_sizeof(last['wire_bytes'] / last['step'], 'B')}/step on the wire "
-            f"({last['wire_share']:.2%})"
-        )
+        _, now, full = (sent[-1] - self._sent).tolist()
+        self._sent = sent[-1]
+        size = tqdm.format_sizeof(now / len(rows), "B")
+        self._bar.set_postfix_str(f"loss {losses[-1]:.3f}, {size}/step at the interface ({now / full:.2%})")
 
-    def evaluation(self, step: int, metrics: dict[str, float], wire_bytes: int) -> None:
-        """Records an evaluation after `step` updates."""
-        share = self._share(step, wire_bytes)
-        self._record([{"step": step, "split": "eval", **metrics, "wire_bytes": wire_bytes, "wire_share": share}])
+    def evaluation(self, step: int, metrics: dict[str, float], sent: np.ndarray) -> None:
+        """Records an evaluation after `step` updates; `sent` as for `train`, of one step."""
+        self._record([{"step": step, "split": "eval", **metrics, **_sent(sent)}])
         words = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items() if name != "examples"]
         self.say(f"step {step}: held-out {', '.join(words)} ({metrics['examples']} examples)")
 
@@ -141,10 +151,11 @@ class Journal:
         """Records that from `step` on, counted from 1, another selection is trained."""
         trained = sum(entry.trained_parameters for entry in plan.entries)
         row = {"step": step, "split": "plan", "digest": digest, "wire_bytes_per_step": plan.wire_bytes}
+        row |= {"nic_bytes_per_step": plan.nic_bytes}
         self._record([row | {"trained_parameters": trained, "units": list(plan.units)}])
         self.say(
-            f"step {step}: training {', '.join(plan.units)}: {trained:,} parameters, {_count(plan.wire_bytes)} bytes a "
-            "step on the wire"
+            f"step {step}: training {', '.join(plan.units)}: {trained:,} parameters, {_count(plan.nic_bytes)} bytes a "
+            f"step at the interface of each of {plan.workers} workers"
         )
 
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -174,16 +185,12 @@ class Journal:
         with _writing(self._folder):
             write_json(self._folder / "traffic.json", row)
         if row["workers"] > 1 and row["last_step"] == self._steps:
-            read = f"{row['card_bytes']:,} read from {row['card']}" if row["card"] else "no card to read"
+            read = f"{row['card_bytes']:,} read from {row['card']}" if row["card"] else "none to read"
             self.say(
                 f"bytes of steps {row['first_step']} to {row['last_step']}, this worker: {row['planned_bytes']:,} "
-                f"planned, {row['counted_bytes']:,} counted in the graph; at the network card "
+                f"planned, {row['counted_bytes']:,} counted in the graph; at the network interface "
                 f"{row['expected_card_bytes']:,} expected, {read}"
             )
-
-    def _share(self, step: int, wire_bytes: int) -> float:
-        """What was sent, as a share of exchanging all gradients whole in every step."""
-        return wire_bytes / (step * self._plan.full_wire_bytes) if step else 0.0
 
     def say(self, text: str) -> None:
         """Prints above the progress bar."""
@@ -217,18 +224,26 @@ def _writing(path: Path) -> Iterator[None]:
         raise Fault(f"cannot write {path}: {error.message}; free some space or choose another --run_dir") from None
 
 
+def _sent(sent: np.ndarray) -> dict[str, Any]:
+    """Bytes so far; the share is that of exchanging all gradients whole in every step."""
+    payload, at_interface, full = sent.tolist()
+    share = at_interface / full if full else 0.0
+    return {"wire_bytes": payload, "nic_bytes": at_interface, "wire_share": share}
+
+
 def _finite(value: Any) -> Any:
     # JSON has no infinity; under a loss scale the norm of a skipped step is one.
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _keep_until(path: Path, step: int) -> None:
+    """Removes the lines of what follows `step`; at 0, where an evaluation may come first, all of them."""
     if not path.exists():
         return
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] > step:
+            if not 0 <= json.loads(line)["step"] <= step or step == 0:
                 continue
         except (ValueError, KeyError, TypeError):
             continue  # the last line of a run that was killed while it wrote

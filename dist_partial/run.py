@@ -85,11 +85,12 @@ def _run(
         facts = {"versions": agreement.versions(), "bindings": dict(bindings)}
         start = {identity.START: built.identity[identity.START]}  # first, for all else that differs follows from it
         agreement.check(replicas.mesh, facts | start | built.identity)
-    say(plan_table(built.plan))
+    say(plan_table(built.plan, workers))
     for note in built.notes:
         say(note)
     checkpoint = restore(built, folder, say)
-    done, wire_bytes = (checkpoint.step, checkpoint.metadata["wire_bytes"]) if checkpoint else (0, 0)
+    done = checkpoint.step if checkpoint else 0
+    sent = np.array([checkpoint.metadata[name] if checkpoint else 0 for name in traffic.SENT])
     if done >= settings.steps:
         say(f"finished: {folder} is at step {done} of {settings.steps}; bind a larger run.steps to go on")
         return
@@ -109,7 +110,7 @@ def _run(
     switched = course.enter(done)
     constant = isinstance(built.schedule, Constant)
     plan = course.leg.plan if constant else built.plan
-    meter = traffic.Meter(workers, traffic.card(replicas.host) if replicas.host else None, done)
+    meter = traffic.Meter(workers, traffic.interface(replicas.host) if replicas.host else None, done)
     saved, first, kept = done, True, None
 
     # Between two exchanges replicas have statistics of their own, too; what is evaluated is one model.
@@ -120,13 +121,18 @@ def _run(
         # Nothing but a step moves a state: recurrent layers with dropout draw random numbers in inference, too.
         with local_sgd.agreed(strategy, built.fragments), untouched(strategy, built.layer_state.moving):
             average()
-            journal.evaluation(done, evaluate(), wire_bytes)
+            journal.evaluation(done, evaluate(), sent)
             if built.data.codec is not None and replicas.is_chief:
-                journal.samples(evaluation.samples(built.model, built.data, settings.sampling, done))
+                try:
+                    texts = evaluation.samples(built.model, built.data, settings.sampling, done)
+                except UserError as error:  # of the first worker alone; the others train on
+                    journal.say(f"step {done}: no sample: {error}")
+                else:
+                    journal.samples(texts)
 
     with (
-        _written_folder(folder, built.identity, plan) if replicas.is_chief else contextlib.nullcontext(),
-        Journal(folder, done, settings.steps, plan, replicas.is_chief) as journal,
+        _written_folder(folder, built.identity, plan, workers) if replicas.is_chief else contextlib.nullcontext(),
+        Journal(folder, done, settings.steps, sent, replicas.is_chief) as journal,
         _signals() as received,
     ):
         if course.leg.train.without_gradient:
@@ -142,7 +148,9 @@ def _run(
                     else f"{local}: run.steps = {settings.steps} ends before the first exchange"
                 )
         if plan.statistics:
-            journal.say(f"running statistics of layers add {average_bytes(plan.statistics):,} bytes a step to the wire")
+            journal.say(
+                f"running statistics of layers add {average_bytes(plan.statistics):,} bytes a step to the payload"
+            )
         if settings.eval_first and done == 0:
             evaluated()
         if settings.cache and course.leg.activations is None:
@@ -160,19 +168,20 @@ def _run(
             count = _steps_until_event(settings, done, course.leg.exchanges, course.next_switch(done))
             meter.start()
             result = course.advance(count)
-            sent = wire_bytes + traffic.total(course.leg.sent) * np.arange(1, count + 1)
+            each = traffic.sent_each(course.leg.sent, built.plan, steps=1)
+            by_step = sent + each * np.arange(1, count + 1)[:, np.newaxis]
             for exchange in course.leg.exchanges:
                 if exchange.fragment.reduction.due(done + count):
                     exchange.function()
-                    sent[-1] += traffic.total(exchange.sent)
+                    by_step[-1] += traffic.sent_each(exchange.sent, built.plan)
             # All workers stop after the same call, whichever of them was told to, and all hear of a norm that is not
             # finite on one of them alone, which trains by itself.
             told = np.array([number in received for number in (signal.SIGINT, signal.SIGTERM)], np.float32)
             sums = replicas.sum(np.concatenate([result["loss"], result["gradient_norm"], told]))
             losses, norms, (interrupted, terminated) = sums[:count], sums[count:-2] / workers, sums[-2:]
-            meter.stop(course.leg.plan, done, done + count, int(sent[-1]) - wire_bytes, sums.nbytes)
+            meter.stop(course.leg.plan, done, done + count, int(by_step[-1, 0] - sent[0]), sums.nbytes)
             good = _finite_steps(losses, norms, scaled=built.scale is not None)
-            journal.train(done + 1, losses[:good], norms[:good], sent[:good])
+            journal.train(done + 1, losses[:good], norms[:good], by_step[:good])
             if good < count:
                 raise _not_finite(done + good + 1, losses[good], norms[good], saved)
             if built.scale is not None and built.scale.exhausted(norms):
@@ -180,7 +189,7 @@ def _run(
                     f"the gradient overflowed in every step up to {done + count}, though the loss is no longer scaled: "
                     "bind run.precision = 'mixed_bfloat16'"
                 )
-            done, wire_bytes = done + count, int(sent[-1])
+            done, sent = done + count, by_step[-1]
             if first:
                 journal.configuration(operative(), unused())
                 first = False
@@ -194,7 +203,8 @@ def _run(
                     checkpoints.check_frozen(built.identity["frozen"], frozen, done)
                     arrays = checkpoints.read(built.state(), done, replicas.gather)
                     if replicas.is_chief:
-                        metadata = {"wire_bytes": wire_bytes, "frozen": built.identity["frozen"]}
+                        metadata = dict(zip(traffic.SENT, sent.tolist(), strict=True))
+                        metadata |= {"frozen": built.identity["frozen"]}
                         metadata |= {} if constant else {"course": course.to_json()}
                         checkpoints.save(folder / "checkpoints", done, arrays, metadata, settings.keep)
                     saved = done
@@ -212,12 +222,12 @@ def _run(
 
 
 @contextlib.contextmanager
-def _written_folder(folder: Path, content: dict[str, Any], plan: selection.Plan) -> Iterator[None]:
+def _written_folder(folder: Path, content: dict[str, Any], plan: selection.Plan, hosts: int) -> Iterator[None]:
     with locked(folder):
         with writing(folder):
             write_json(folder / identity.FILE, content)
             write_json(folder / "plan.json", plan.to_json())
-            write_text(folder / "plan.txt", plan_table(plan) + "\n")
+            write_text(folder / "plan.txt", plan_table(plan, hosts) + "\n")
         yield
 
 

@@ -11,6 +11,9 @@ import tensorflow as tf
 
 from dist_partial.errors import UserError
 
+NOT_FINITE = "logits are not finite"  # what the assertion in `draw` says
+_FLOAT32 = np.finfo(np.float32)
+
 
 def temper(logits: tf.Tensor, temperature: tf.Tensor | float) -> tf.Tensor:
     """Divides float32 logits [B, V] by the temperature; 0 leaves them as they are.
@@ -18,7 +21,9 @@ def temper(logits: tf.Tensor, temperature: tf.Tensor | float) -> tf.Tensor:
     The largest logit of a row is moved to 0 first, so that no small temperature overflows.
     """
     shifted = logits - tf.reduce_max(logits, axis=-1, keepdims=True)
-    return shifted / tf.where(temperature > 0.0, temperature, 1.0)
+    # Processors may take a number below `tiny` for 0, and -inf / inf is NaN.
+    divisor = tf.clip_by_value(tf.cast(temperature, tf.float32), _FLOAT32.tiny, _FLOAT32.max)
+    return shifted / tf.where(temperature > 0.0, divisor, 1.0)
 
 
 def truncate(logits: tf.Tensor, top_k: tf.Tensor | int, top_p: tf.Tensor | float) -> tf.Tensor:
@@ -27,7 +32,8 @@ def truncate(logits: tf.Tensor, top_k: tf.Tensor | int, top_p: tf.Tensor | float
     Args:
         logits: Float32 [B, V]. Of equal logits the lower id counts as the larger.
         top_k: How many ids stay at most, >= 1; V or more keeps all.
-        top_p: The fewest of the likeliest ids whose probabilities add up to it stay, in (0, 1]; 1 keeps all.
+        top_p: The fewest of the likeliest ids whose probabilities add up to it stay, in (0, 1]; 1 keeps all. The
+            likeliest one always stays.
 
     Returns:
         The logits [B, V], -inf where an id is dropped.
@@ -39,6 +45,7 @@ def truncate(logits: tf.Tensor, top_k: tf.Tensor | int, top_p: tf.Tensor | float
     mass_before = tf.cumsum(probabilities, axis=-1, exclusive=True)
     # The running sum may round up to 1 before the last id, which a top_p of 1 must not drop.
     in_nucleus = (mass_before < top_p) | (top_p >= 1.0)
+    in_nucleus |= tf.range(tf.shape(logits)[-1]) == 0  # a top_p that float32 takes for 0 would drop all
     return tf.where(tf.gather(in_nucleus, ranks, batch_dims=1), kept, -np.inf)
 
 
@@ -55,7 +62,7 @@ def draw(
     The noise depends on the seed, the position and the row alone: not on the device or the number of rows.
 
     Args:
-        logits: [B, V] of any float type.
+        logits: [B, V] of any float type; -inf forbids an id.
         temperature: >= 0; 0 takes the largest logit.
         top_k: See `truncate`.
         top_p: See `truncate`.
@@ -64,12 +71,18 @@ def draw(
 
     Returns:
         int32 ids [B].
+
+    Raises:
+        InvalidArgumentError: (when it runs) a logit is NaN or infinite, or all of a row are -inf: `NOT_FINITE`.
     """
-    likely = truncate(temper(tf.cast(logits, tf.float32), temperature), top_k, top_p)
+    logits = tf.cast(logits, tf.float32)
+    good = tf.reduce_all(logits < np.inf) & tf.reduce_all(tf.reduce_any(logits > -np.inf, axis=-1))
+    with tf.control_dependencies([tf.debugging.assert_equal(good, True, NOT_FINITE)]):
+        likely = truncate(temper(tf.identity(logits), temperature), top_k, top_p)
     key = tf.stack([tf.cast(seed, tf.int64), tf.cast(position, tf.int64)])
     # Philox by name: "auto_select" would take another generator on another kind of device.
-    tiny = np.finfo(np.float32).tiny  # log(0) would forbid an id.
-    uniform = tf.random.stateless_uniform(tf.shape(likely), key, minval=tiny, alg="philox")
+    # log(0) would forbid an id.
+    uniform = tf.random.stateless_uniform(tf.shape(likely), key, minval=_FLOAT32.tiny, alg="philox")
     noise = tf.where(temperature > 0.0, -tf.math.log(-tf.math.log(uniform)), 0.0)
     return tf.argmax(likely + noise, axis=-1, output_type=tf.int32)
 
@@ -110,7 +123,8 @@ def generate(
         int32 ids [count, length], without the prompt.
 
     Raises:
-        UserError: An argument is out of its range, or the prompt is empty or holds an unknown id.
+        UserError: An argument is out of its range, the prompt is empty or holds an unknown id, or the model's logits
+            are not finite (-inf forbids an id; not all may be).
     """
     _check(count, length, temperature, top_k, top_p)
     window = window or _window(model)
@@ -123,17 +137,25 @@ def generate(
         raise UserError(f"the prompt holds the id {unknown[0]}: {model.name} knows 0 to {vocabulary - 1}")
     if window and prompt.size < window:
         prompt = np.tile(prompt, -(-window // prompt.size))[-window:]
-    ids = writer(
-        tf.constant(prompt),
-        tf.constant(temperature, tf.float32),
-        tf.constant(min(top_k or vocabulary, vocabulary), tf.int32),
-        tf.constant(top_p or 1.0, tf.float32),
-        tf.constant(seed, tf.int64),
-        count=count,
-        length=length,
-        window=window,
-        cached=use_cache and hasattr(model, "decode"),
-    )
+    try:
+        ids = writer(
+            tf.constant(prompt),
+            tf.constant(temperature, tf.float32),
+            tf.constant(min(top_k or vocabulary, vocabulary), tf.int32),
+            tf.constant(top_p or 1.0, tf.float32),
+            tf.constant(seed, tf.int64),
+            count=count,
+            length=length,
+            window=window,
+            cached=use_cache and hasattr(model, "decode"),
+        )
+    except tf.errors.InvalidArgumentError as error:
+        if NOT_FINITE not in error.message:
+            raise
+        raise UserError(
+            f"the model's {NOT_FINITE} (NaN, infinity, or -inf for every id), so {model.name} can write nothing: take "
+            "weights from before they were spoilt, or a precision of more range"
+        ) from None
     return ids.numpy()
 
 

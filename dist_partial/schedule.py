@@ -29,7 +29,7 @@ class Unit:
     Attributes:
         name: by which schedules and logs call it.
         paths: of its variables.
-        bytes: what one replica sends for it in a step in which it is on.
+        bytes: what leaves a worker's network interface for it in a step in which it is on.
         parameters: how many of its parameters are trained.
     """
 
@@ -405,7 +405,8 @@ class ByteBudget(_Periodic):
     all others, the longest wait first: with n units, none is left out more than starve + n - 1 times in a row.
 
     Attributes:
-        bytes: what one replica may send in a step.
+        bytes: what may leave each worker's network interface in a step, among as many workers as there are replicas (of
+            one replica, as among two).
         every: steps until the next ranking.
         by: 'norm_per_byte' (of the gradient, per byte that the unit sends) or 'norm'.
         always: names of units, or regular expressions of whole names, that are always on, and charged first.

@@ -123,6 +123,7 @@ class Plan:
     rules: tuple[Rule, ...]
     entries: tuple[Entry, ...]
     statistics: tuple[Any, ...] = ()  # what BatchNorm layers in training mode send; known once the step is traced
+    workers: int = 2  # among which bytes at the network interface are counted, with one replica each
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -164,6 +165,16 @@ class Plan:
         """Bytes a step if everything were trained and sent in its own dtype."""
         return sum(entry.full_bytes for entry in self.entries)
 
+    @property
+    def nic_bytes(self) -> int | float:
+        """Bytes that leave the network interface of each of the workers in a step, on average."""
+        return average_bytes(self.messages, self.workers)
+
+    @property
+    def full_nic_bytes(self) -> int | float:
+        """The same if everything were trained and summed in its own dtype."""
+        return _number(nic_bytes("sum", self.full_wire_bytes, self.workers))
+
     def divided(self, units: Sequence[tuple[str, Sequence[str]]]) -> "Plan":
         """The same plan in units, each a name and paths, that `only` can switch."""
         names = {path: name for name, paths in units for path in paths}
@@ -191,7 +202,8 @@ class Plan:
         """The content of plan.json.
 
         Of a variable, `dtype` is the one in which its gradient would be exchanged whole, `stored_dtype` the one in
-        which it is kept (see `storage`), and `unit` what a schedule switches it with; None where none does.
+        which it is kept (see `storage`), and `unit` what a schedule switches it with; None where none does. Of bytes,
+        `wire` is the payload that one replica hands over, and `nic` what leaves each of the `workers`.
         """
         return {
             "variables": [
@@ -214,13 +226,39 @@ class Plan:
             "wire_bytes_per_step": self.wire_bytes,
             "statistics_wire_bytes_per_step": average_bytes(self.statistics),
             "full_wire_bytes_per_step": self.full_wire_bytes,
+            "workers": self.workers,
+            "nic_bytes_per_step": self.nic_bytes,
+            "full_nic_bytes_per_step": self.full_nic_bytes,
         }
 
 
-def average_bytes(messages: Sequence[Any]) -> int | float:
-    """Bytes a step of messages that travel every so many steps."""
-    average = sum(fractions.Fraction(message.bytes, message.every) for message in messages)
-    return int(average) if average == int(average) else float(average)
+def nic_bytes(kind: str, payload: int, workers: int) -> fractions.Fraction:
+    """Bytes that leave the network interface of each of N workers when each hands over a payload, without headers.
+
+    Of a sum 2 (N-1)/N of the payload, by a ring or by our own connections (Patarasuk & Yuan 2009, "Bandwidth optimal
+    all-reduce algorithms"); of a gather N-1 times the payload, which is N/2 times what a sum costs.
+
+    Args:
+        kind: 'sum' or 'gather'.
+        payload: bytes that one worker hands over.
+        workers: how many there are, with one replica each.
+
+    Example:
+        >>> [int(nic_bytes(kind, 100, workers=4)) for kind in ("sum", "gather")]
+        [150, 300]
+    """
+    factors = {"sum": fractions.Fraction(2 * (workers - 1), workers), "gather": fractions.Fraction(workers - 1)}
+    return factors[kind] * payload
+
+
+def average_bytes(messages: Sequence[Any], workers: int | None = None) -> int | float:
+    """Bytes a step of messages that travel every so many steps: payload, or at the interface of each of the workers."""
+    sizes = [m.bytes if workers is None else nic_bytes(m.kind, m.bytes, workers) for m in messages]
+    return _number(sum(fractions.Fraction(size, m.every) for size, m in zip(sizes, messages, strict=True)))
+
+
+def _number(value: fractions.Fraction | int) -> int | float:
+    return int(value) if value == int(value) else float(value)
 
 
 def itemsize(dtype: str) -> int:

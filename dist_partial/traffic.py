@@ -1,4 +1,4 @@
-"""Bytes on the wire: counted in a traced graph, expected at the network card, and read from it."""
+"""Bytes on the wire: counted in a traced graph, expected at the network interface, and read from it."""
 
 import dataclasses
 import fcntl
@@ -11,11 +11,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from dist_partial.mesh import GATHER_OP, SUM_OP
 from dist_partial.reduction import Message
-from dist_partial.selection import Plan
+from dist_partial.selection import Plan, nic_bytes
+
+# What a run adds up: payload of one replica, what leaves its worker's network interface, and what would if everything
+# were trained and summed in its own dtype.
+SENT = ("wire_bytes", "nic_bytes", "full_nic_bytes")
 
 _KINDS = {
     "CollectiveReduce": "sum",
@@ -69,6 +74,18 @@ def total(found: Sequence[Any]) -> int:
     return sum(each.bytes for each in found)
 
 
+def sent_each(found: Sequence[Collective], plan: Plan, steps: int = 0) -> np.ndarray:
+    """Bytes of collectives, as `SENT`, int64 [3]; those at the interface are whole numbers, so that sums stay exact.
+
+    Args:
+        found: what one replica hands over.
+        plan: for the number of workers, and for what everything would take.
+        steps: in which it does so.
+    """
+    at_interface = sum(nic_bytes(each.kind, each.bytes, plan.workers) for each in found)
+    return np.array([total(found), round(at_interface), round(plan.full_nic_bytes) * steps])
+
+
 def beyond(plan: Plan, sent_in_step: Sequence[Collective], exchanges: Sequence[Any]) -> list[Message]:
     """What traced graphs send besides the plan's gradients and movements: the statistics of BatchNorm layers.
 
@@ -95,39 +112,25 @@ def _difference(found: Sequence[Collective], planned: Sequence[Message]) -> list
     return messages
 
 
-def at_card(message: Message, workers: int) -> float:
-    """Bytes that one worker's network card has to send each time for a message, without headers.
-
-    Of a sum 2 (N-1)/N of the payload leaves each of N workers, by a ring or by our own connections (Patarasuk & Yuan
-    2009, "Bandwidth optimal all-reduce algorithms"); of a gather N-1 times the payload.
-
-    Args:
-        message: what one replica hands over.
-        workers: how many there are, with one replica each.
-    """
-    factors = {"sum": 2 * (workers - 1) / workers, "gather": workers - 1.0}
-    return factors[message.kind] * message.bytes
-
-
 @dataclasses.dataclass
 class Meter:
     """What one worker's replica has sent since this process began to train.
 
     Attributes:
         workers: how many there are.
-        card: the counter of this worker's network card, from `card`, or None.
+        interface: the counter of this worker's network interface, from `interface`, or None.
         first: the step before the first that is metered.
         planned: bytes by the plans of these steps.
-        expected: bytes at the card for them, without headers.
+        expected: bytes at the interface for them, without headers.
         full: bytes if everything were trained and sent in its own dtype.
         counted: bytes by the collectives of the graphs that ran.
         metrics: bytes of losses and norms that were summed over the workers, besides.
-        read: bytes that the card has sent meanwhile.
+        read: bytes that the interface has sent meanwhile.
         step_ms: time of the steps of each call, in milliseconds; the first call, which is still warming up, left out.
     """
 
     workers: int
-    card: Path | None
+    interface: Path | None
     first: int
     planned: int = 0
     expected: float = 0.0
@@ -141,7 +144,7 @@ class Meter:
 
     def start(self) -> None:
         """Begins a call of the step."""
-        self._start = time.perf_counter(), sent(self.card) if self.card else 0
+        self._start = time.perf_counter(), sent(self.interface) if self.interface else 0
 
     def stop(self, plan: Plan, first: int, last: int, counted: int, metrics: int) -> None:
         """Ends it, once all workers have what they were sent.
@@ -156,19 +159,19 @@ class Meter:
         steps = last - first
         for message in plan.messages:
             self.planned += message.times(first, last) * message.bytes
-            self.expected += message.times(first, last) * at_card(message, self.workers)
+            self.expected += message.times(first, last) * float(nic_bytes(message.kind, message.bytes, self.workers))
         self.full += plan.full_wire_bytes * steps
         assert self._start is not None
         began, before = self._start
         if self._calls:
             self.step_ms.append((time.perf_counter() - began) * 1e3 / steps)
         self._calls += 1
-        self.read += sent(self.card) - before if self.card else 0
+        self.read += sent(self.interface) - before if self.interface else 0
         self.counted += counted
         self.metrics += metrics if self.workers > 1 else 0
 
     def to_json(self, step: int) -> dict[str, Any]:
-        """The content of traffic.json after `step`: bytes planned, counted, expected at the card, and read there."""
+        """The content of traffic.json after `step`; `card` is the network interface."""
         return {
             "first_step": self.first + 1,
             "last_step": step,
@@ -177,15 +180,15 @@ class Meter:
             "counted_bytes": self.counted,
             "metrics_bytes": self.metrics,
             "full_bytes": self.full,
-            "expected_card_bytes": round(self.expected + at_card(Message("sum", self.metrics), self.workers)),
-            "card_bytes": self.read if self.card else None,
-            "card": self.card.parts[-3] if self.card else None,
+            "expected_card_bytes": round(self.expected + nic_bytes("sum", self.metrics, self.workers)),
+            "card_bytes": self.read if self.interface else None,
+            "card": self.interface.parts[-3] if self.interface else None,
             "step_ms": round(statistics.median(self.step_ms), 3) if self.step_ms else None,
         }
 
 
-def card(address: str) -> Path | None:
-    """The counter of bytes sent by the network card that has an address.
+def interface(address: str) -> Path | None:
+    """The counter of bytes sent by the network interface that has an address.
 
     Args:
         address: a host name or IPv4 address of this machine.
@@ -211,7 +214,7 @@ def card(address: str) -> Path | None:
 
 
 def sent(counter: Path) -> int:
-    """Bytes that a card has sent since it was set up."""
+    """Bytes that an interface has sent since it was set up."""
     return int(counter.read_text())
 
 

@@ -204,6 +204,26 @@ def test_what_is_recorded_and_sent(mirrored, tmp_path):
     assert traffic["planned_bytes"] == traffic["counted_bytes"] == sent
 
 
+def test_the_budget_holds_on_more_replicas(mirrored, tmp_path):
+    """What was chosen among two is too much among four, where a sum costs 1.5 times the payload: chosen anew."""
+    schedule = budget_for(SCHEDULES["byte_budget"], "float32")
+    schedule = dataclasses.replace(schedule, bytes=2 * schedule.bytes, every=100)
+    for steps, count in ((2, 2), (4, 4)):
+        keras.utils.clear_session(free_memory=False)
+        run.run(settings(schedule, Replicas(mirrored(count), Wire(), str(count)), steps), tmp_path)
+    lines = rows(tmp_path / "metrics.jsonl")
+    plans = [row for row in lines if row["split"] == "plan"]
+    assert [row["step"] for row in plans] == [1, 3]
+    assert 1.5 * plans[0]["nic_bytes_per_step"] > schedule.bytes
+    sent = 0
+    for row in lines:
+        if row["split"] == "train":
+            factor = 1 if row["step"] <= 2 else 1.5
+            current = plans[row["step"] > 2]
+            assert row["nic_bytes"] - sent == factor * 4 * current["trained_parameters"] <= schedule.bytes
+            sent = row["nic_bytes"]
+
+
 def _work(folder: Path) -> None:
     """One of two workers: every schedule, each in two pieces."""
     made = replicas.create("multi_worker")

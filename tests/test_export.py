@@ -338,6 +338,20 @@ def test_generate_refuses(arguments, words, folder):
         )
 
 
+def test_generate_refuses_logits_that_are_not_finite(folder):
+    loaded = tf.saved_model.load(folder / "tied.saved")
+    for variable in loaded.variables:
+        if variable.dtype.is_floating:
+            variable.assign(tf.fill(variable.shape, tf.cast(np.nan, variable.dtype)))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="logits are not finite"):
+        loaded.signatures["generate"](
+            prompt=tf.constant([[97, 98, 99]]),
+            length=tf.constant(2),
+            temperature=tf.constant(1.0),
+            seed=tf.constant(0, tf.int64),
+        )
+
+
 def test_a_keras_file_of_classes_of_our_own(folder, capsys):
     assert main(folder, "tied", "keras", "again.keras") == 0
     said = capsys.readouterr().out

@@ -136,6 +136,11 @@ HOSTILE = (
 )
 
 
+def bytes_of(payload: int) -> dict[str, Any]:
+    """Of sums among four workers."""
+    return {"wire_bytes": payload, "nic_bytes": 1.5 * payload}
+
+
 def write_run(folder: Path, steps: int = 60, every: int = 20, **change: Any) -> Path:
     """A folder as training writes it; `change` replaces a file's content by its name without the ending."""
     rng = np.random.default_rng(len(folder.name))
@@ -157,16 +162,18 @@ def write_run(folder: Path, steps: int = 60, every: int = 20, **change: Any) -> 
     ]
     sent = sum(entry["wire_bytes_per_step"] for entry in entries)
     full = 4 * sum(math.prod(entry["shape"]) for entry in entries)
-    plan = {"variables": entries, "wire_bytes_per_step": sent, "full_wire_bytes_per_step": full}
+    plan = {"variables": entries, "wire_bytes_per_step": sent, "full_wire_bytes_per_step": full, "workers": 4}
+    plan |= {"nic_bytes_per_step": 1.5 * sent, "full_nic_bytes_per_step": 1.5 * full}
     rows: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
         loss = 1 + 4 * math.exp(-step / 20) + 0.1 * rng.random()
-        rows.append({"step": step, "split": "train", "loss": loss, "gradient_norm": 1.0, "wire_bytes": sent * step})
+        rows.append({"step": step, "split": "train", "loss": loss, "gradient_norm": 1.0} | bytes_of(sent * step))
+        rows[-1]["wire_share"] = sent / full
         if step % every == 0:
-            more = {"examples": 11, "accuracy": 0.5, "bits_per_byte": loss / math.log(2), "wire_bytes": sent * step}
+            more = {"examples": 11, "accuracy": 0.5, "bits_per_byte": loss / math.log(2)} | bytes_of(sent * step)
             rows.append({"step": step, "split": "eval", "loss": loss} | more)
     texts = [{"step": step, "temperature": 0.6, "prompt": "\ndef ", "text": f"a{step}"} for step in (every, steps)]
-    traffic = {"workers": 2, "first_step": 1, "last_step": steps, "planned_bytes": sent * steps, "step_ms": 12.5}
+    traffic = {"workers": 4, "first_step": 1, "last_step": steps, "planned_bytes": sent * steps, "step_ms": 12.5}
     files = {
         "plan.json": json.dumps(plan),
         "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in change.pop("before", []) + rows),
@@ -214,12 +221,12 @@ def test_numbers_of_a_run(tmp_path):
     [run] = runs.read([write_run(tmp_path / "one")])
     train = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in train if row["split"] == "train"]
-    np.testing.assert_array_equal(run.train, [[i + 1, loss, 4 * 368 * (i + 1)] for i, loss in enumerate(losses)])
+    np.testing.assert_array_equal(run.train, [[i + 1, loss, 6 * 368 * (i + 1)] for i, loss in enumerate(losses)])
     assert [row["step"] for row in run.evaluations] == [20, 40, 60]
     assert (run.trained_parameters, run.parameters, run.last_step) == (368, 398, 60)
     cells = page.summary(run)
     assert cells["selected parameters"] == "368 (92.5%)"
-    assert cells["bytes on the wire"] == "88.3\u00a0kB"  # 4 * 368 * 60
+    assert cells["bytes on the wire"] == "132\u00a0kB"  # of sums among four, 1.5 * 4 * 368 * 60
     assert cells["of exchanging everything"] == "92.5%"
     assert cells["bits per byte"] == f"{losses[-1] / math.log(2):.4f}"
     [strip] = [strip for strip in run.strips() if strip.name == "block_0"]
@@ -343,7 +350,7 @@ def test_numbers_that_are_none(tmp_path):
     rows = [{"step": 61 + i, "split": "train", "loss": value} for i, value in enumerate([None, "x", True, 10**400])]
     one = write_run(tmp_path / "one", before=[*rows, {"step": 65, "split": "eval", "loss": None}])
     with open(one / "metrics.jsonl", "a") as file:
-        file.write('{"step": 66, "split": "train", "loss": NaN, "wire_bytes": Infinity}\n')
+        file.write('{"step": 66, "split": "train", "loss": NaN, "nic_bytes": Infinity}\n')
     assert "The loss of 5 steps is not finite and is left out of the plots." in Elements(report(tmp_path, one)).text
 
 
@@ -358,8 +365,8 @@ def test_a_run_without_metrics_has_its_plan(metrics, tmp_path):
 
 
 def test_one_replica_sends_nothing(tmp_path):
-    rows = [{"step": step, "split": "train", "loss": 1.0, "wire_bytes": 0} for step in (1, 2)]
-    rows.append({"step": 2, "split": "eval", "loss": 1.0, "wire_bytes": 0})
+    rows = [{"step": step, "split": "train", "loss": 1.0, "nic_bytes": 0} for step in (1, 2)]
+    rows.append({"step": 2, "split": "eval", "loss": 1.0, "nic_bytes": 0})
     alone = write_run(tmp_path / "alone", metrics="".join(json.dumps(row) + "\n" for row in rows))
     text = report(tmp_path, alone)
     assert "Nothing is on the wire" in text
@@ -464,7 +471,7 @@ ROWS = st.fixed_dictionaries(
         "step": st.one_of(st.integers(-2, 80), st.integers(), st.none(), st.text()),
         "split": st.sampled_from(["train", "eval", "plan", "x", 3]),
         "loss": st.one_of(st.floats(), st.integers(), st.none(), st.text()),
-        "wire_bytes": st.one_of(st.floats(), st.integers(), st.booleans()),
+        "nic_bytes": st.one_of(st.floats(), st.integers(), st.booleans()),
         "units": st.lists(st.one_of(st.sampled_from(["embedding", "head", "block_0"]), st.integers(), st.text())),
         "temperature": st.one_of(st.floats(), st.integers(), st.text()),
         "prompt": st.one_of(st.text(), st.integers()),

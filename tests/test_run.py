@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import run, sample, train
+from dist_partial import reporting, run, sample, train
 from dist_partial.build import build, restore
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.errors import AGAIN
@@ -42,6 +42,14 @@ def letters(seed=0):
                    fingerprint(ids), Letters(), "byte")
 
 def small(width=16, dropout=0.1, heads=2): return byte_transformer(1, width, heads, dropout=dropout)
+
+def spoilt():
+    # The letters have good embeddings, the newline of the prompt has none.
+    model = small()
+    rows = model.embedding.embeddings.numpy()
+    rows[10] = np.nan
+    model.embedding.embeddings.assign(rows)
+    return model
 """
 
 GIN = """
@@ -190,6 +198,51 @@ def test_what_was_done_after_the_last_checkpoint_is_done_again(letters, tmp_path
     assert_same_run(whole, killed, 12)
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(letters, tmp_path):
+    """What it had recorded, the evaluation and sample of step 0 among it, is there once and not twice."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    bound = ("run.eval_first = True", "run.steps = 6")
+    for folder in (whole, killed):
+        assert start(letters, folder, *bound) == 0
+    for checkpoint in (killed / "checkpoints").iterdir():
+        checkpoint.unlink()
+    assert start(letters, killed, *bound) == 0
+    assert_same_run(whole, killed, 6)
+    assert [row["step"] for row in rows(killed / "metrics.jsonl") if row["split"] == "eval"] == [0, 6]
+    assert [row["step"] for row in rows(killed / "samples.jsonl")] == [0, 6]
+    assert len(list((killed / "tensorboard").iterdir())) == 1
+
+
+@pytest.mark.parametrize("stop", [4, 8])
+def test_each_switch_is_recorded_once(stop, letters, tmp_path):
+    """Stopped where one is due, and killed after it: a line of the plan is of the step that follows."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    bound = ("run.schedule = @block_rotation()", "block_rotation.every = 4", "run.eval_first = True")
+    assert start(letters, whole, *bound) == 0
+    assert start(letters, killed, *bound) == 0
+    for checkpoint in (killed / "checkpoints").iterdir():
+        if int(checkpoint.stem[5:]) > stop:
+            checkpoint.unlink()
+    assert start(letters, killed, *bound) == 0
+    assert_same_run(whole, killed, 12)
+    assert [row["step"] for row in rows(killed / "metrics.jsonl") if row["split"] == "plan"] == [1, 5, 9]
+
+
+def test_the_bar_shows_what_the_last_call_sent(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(reporting.tqdm, "set_postfix_str", lambda self, text: shown.append(text))
+    sent = np.array([100, 4_000, 8_000])  # what came before: 50 %
+    with reporting.Journal(tmp_path, 2, 6, sent, True) as journal:
+        for step, (count, each) in zip((3, 5), ((2, 1_000), (2, 0)), strict=True):
+            sent = sent + np.array([1, each, 4_000]) * np.arange(1, count + 1)[:, np.newaxis]
+            journal.train(step, np.ones(count), np.ones(count), sent)
+            sent = sent[-1]
+    assert shown == [
+        f"loss 1.000, {text}"
+        for text in ("1.00kB/step at the interface (25.00%)", "0.00B/step at the interface (0.00%)")
+    ]
+
+
 def test_operative_configuration_alone_reproduces_the_run(letters, tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     assert start(letters, one) == 0
@@ -245,6 +298,21 @@ def test_samples_are_the_same_on_any_number_of_replicas(letters, tmp_path):
         texts.append([r["text"] for r in rows(folder / "samples.jsonl")])
     assert texts[0] == texts[1] == texts[2]
     assert len(set(texts[0])) == 3
+
+
+def test_a_sample_that_fails_costs_no_training(letters, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert start(letters, folder, "run.model = @letters_module.spoilt") == 0
+    said = capsys.readouterr().out
+    for step in (6, 12):
+        assert f"step {step}: no sample: the model's logits are not finite" in said
+    metrics = rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in metrics if row["split"] == "eval"] == [6, 12]
+    assert not (folder / "samples.jsonl").exists()
+    assert sample.main([f"--run_dir={folder}", "--allow_imports"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the model's logits are not finite") and error.count("\n") == 1
+    assert sample.main([f"--run_dir={folder}", "--allow_imports", "--prompt=ab"]) == 0
 
 
 def test_sample_command(letters, tmp_path, capsys):

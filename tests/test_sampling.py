@@ -55,7 +55,7 @@ def test_truncate_keeps_what_numpy_keeps(ties):
     logits = np.random.default_rng(0).normal(scale=2, size=(40, 12)).astype(np.float32)
     if ties:
         logits = np.round(logits)
-    for top_k, top_p in itertools.product([1, 3, 12, 50], [1e-6, 0.3, 0.9, 1.0]):
+    for top_k, top_p in itertools.product([1, 3, 12, 50], [1e-40, 1e-7, 0.3, 0.9, 1.0]):
         cut = truncate(tf.constant(logits), top_k, top_p).numpy()
         for row, cut_row in zip(logits, cut, strict=True):
             expected = np.full(12, -np.inf, np.float32)
@@ -100,14 +100,77 @@ def test_draws_at_other_positions_and_seeds_are_independent():
         assert abs((first == again).mean() - 0.25) < 0.03
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-30])
-def test_no_temperature_is_argmax(temperature):
+# Below 1.2e-38 a float32 is subnormal, which some kernels take for 0 and others do not.
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1e-38, 1e-40, 1e-46])
+def test_no_temperature_is_argmax(temperature, compiled):
     logits = np.random.default_rng(0).normal(scale=50, size=(64, 9)).astype(np.float32)
     logits[0] = 1.0
-    ids = draw(tf.constant(logits), temperature, 9, 1.0, seed=0, position=0).numpy()
+    function = tf.function(draw) if compiled else draw
+    given = tf.constant(temperature, tf.float32) if compiled else temperature
+    ids = function(tf.constant(logits), given, 9, 1.0, seed=0, position=0).numpy()
     # Equal logits stay a draw at any temperature above 0.
     rows = slice(1, None) if temperature else slice(None)
     np.testing.assert_array_equal(ids[rows], logits.argmax(-1)[rows])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("temperature", [1.0, 3e38, 1e39, float("inf")])
+def test_what_minus_infinity_forbids_is_never_drawn(dtype, temperature):
+    """However hot; at an endless temperature all others are equally likely."""
+    logits = tf.tile(tf.cast([[-np.inf, 2.0, -np.inf, 1.0, 3.0]], dtype), (3000, 1))
+    function = tf.function(draw)
+    for top_p in (1.0, 1e-40):
+        ids = function(logits, tf.constant(temperature, tf.float32), 5, tf.constant(top_p), seed=1, position=2).numpy()
+        expected = softmax(np.array([2.0, 1.0, 3.0]) / temperature) if top_p == 1 else [0, 0, 1]
+        counts = np.bincount(ids, minlength=5)
+        assert counts[[0, 2]].sum() == 0
+        if top_p == 1 or temperature == 1:
+            np.testing.assert_allclose(counts[[1, 3, 4]] / 3000, expected, atol=0.04)
+
+
+@pytest.mark.parametrize("top_p", [1e-40, 1e-38, 1e-7])
+def test_the_likeliest_id_always_stays(top_p):
+    logits = tf.constant([[0.0, 1.0, 3.0, 2.0], [0.0, 4.0, 4.0, 2.0]])
+    for function in (draw, tf.function(draw)):
+        for seed in range(5):
+            ids = function(logits, 1.0, 4, tf.constant(top_p, tf.float32), seed=seed, position=0).numpy()
+            assert ids.tolist() == [2, 1]  # of equal logits the lower id
+
+
+BAD_LOGITS = {
+    "nan": [0.0, np.nan, 1.0, 2.0],
+    "nan beside what is forbidden": [-np.inf, np.nan, -np.inf, -np.inf],
+    "infinity": [0.0, np.inf, 1.0, 2.0],
+    "nothing is allowed": [-np.inf] * 4,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", BAD_LOGITS)
+def test_logits_that_are_not_finite_draw_nothing(name, temperature):
+    logits = tf.constant([[0.0, 1.0, 2.0, 3.0], BAD_LOGITS[name]])
+    for function in (draw, tf.function(draw)):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="logits are not finite"):
+            function(logits, temperature, 4, 1.0, seed=0, position=0)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generate_says_in_one_line_that_logits_are_not_finite(use_cache):
+    model = small_model(layers=1)
+    model.head.kernel.assign(model.head.kernel * np.nan)
+    with pytest.raises(UserError, match=r"^the model's logits are not finite .* byte_transformer") as error:
+        generate(model, PROMPT, count=2, length=3, temperature=1.0, seed=0, use_cache=use_cache)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("temperature", [1e-46, 1e-40, 1e39])
+def test_generate_takes_every_positive_temperature(model, temperature):
+    arguments = dict(count=1, length=8, seed=0)
+    ids = generate(model, PROMPT, temperature=temperature, **arguments)
+    if temperature < 1:
+        np.testing.assert_array_equal(ids, generate(model, PROMPT, temperature=0.0, **arguments))
+    assert len(set(ids[0])) > 1
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

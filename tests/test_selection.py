@@ -1,5 +1,6 @@
 """Rules against models: what a table selects, what it costs, and every way in which it is wrong."""
 
+import dataclasses
 import json
 
 import keras
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 
 from dist_partial import optimizers
+from dist_partial.compression import Quantized
 from dist_partial.errors import UserError
-from dist_partial.reduction import EveryStep, Message
+from dist_partial.reduction import EveryStep, LocalSGD, Message
 from dist_partial.reporting import plan_table
 from dist_partial.selection import Rule, parse_rules, resolve
 from tests.user_module import Twins
@@ -229,14 +231,16 @@ def test_plan_json_and_table(name):
     assert content["wire_bytes_per_step"] == sum(wire)
     assert content["full_wire_bytes_per_step"] == 38 * 4
 
-    header, _, *lines, trained, total = plan_table(plan).splitlines()
+    header, _, *lines, trained, payload, total = plan_table(plan, hosts=1).splitlines()
     assert header.split()[:3] == ["path", "shape", "trained"]
     assert [line.split()[0] for line in lines] == PATHS
     assert [line.split()[1] for line in lines] == ["3x6", "6", "6x2", "2"]
     assert [int(line.split()[-1]) for line in lines] == wire
     assert trained == f"trained: {sum(parameters)} of 38 parameters ({sum(parameters) / 38:.2%})"
     share = f"({sum(wire) / 152:.2%} of exchanging everything)"
-    assert total == f"on the wire: {sum(wire)} of 152 bytes a step and replica {share}"
+    assert payload == f"payload: {sum(wire)} of 152 bytes a step and replica"
+    would = "nothing leaves this machine; at the network interface of each of 2 workers it would be"
+    assert total == f"{would} {sum(wire)} of 152 bytes a step {share}"
     rules = {v["path"]: v["rule"] for v in content["variables"]}
     assert all(rules[line.split()[0]] in line for line in lines)
 
@@ -253,4 +257,32 @@ def test_what_tracing_shows_is_in_the_plan():
     assert content["wire_bytes_per_step"] == (38 - 6) * 4 + 100
     assert content["statistics_wire_bytes_per_step"] == 100
     assert content["variables"][1]["wire_bytes_per_step"] == 0
-    assert "no gradient" in plan_table(plan).splitlines()[3]
+    table = plan_table(plan, hosts=2).splitlines()
+    assert "no gradient" in table[3]
+    assert table[6].split() == ["(statistics)", "every", "step", "100"]
+
+
+@pytest.mark.parametrize("workers", [2, 3, 16])
+def test_bytes_at_the_network_interface(workers):
+    """By arithmetic: of a sum 2 (N-1)/N of the payload leave each worker, of a gather N-1 times the payload."""
+    table = [Rule("dense1/kernel", reduction=Quantized(4)), Rule("dense1/bias", reduction=LocalSGD(3)), Rule(".*")]
+    plan = dataclasses.replace(plan_of(table), workers=workers)
+    gathered = 12  # 9 bytes of 18 values in 4 bits and 2 of a scale, in words of 4
+    summed = 6 * 4 / 3 + (12 + 2) * 4
+    of_sum = 2 * (workers - 1) / workers
+    content = plan.to_json()
+    assert content["wire_bytes_per_step"] == gathered + summed
+    assert content["workers"] == workers
+    assert content["nic_bytes_per_step"] == pytest.approx((workers - 1) * gathered + of_sum * summed, rel=1e-15)
+    assert content["full_nic_bytes_per_step"] == pytest.approx(of_sum * 152, rel=1e-15)
+    share = f"{content['nic_bytes_per_step'] / content['full_nic_bytes_per_step']:.2%} of exchanging everything"
+    last = plan_table(plan, hosts=workers).splitlines()[-1]
+    assert last.startswith(f"at the network interface of each of {workers} workers: ") and share in last
+
+
+@pytest.mark.parametrize(("workers", "share"), [(2, 12.7), (4, 25.4), (16, 101.6)])
+def test_four_bits_among_many_workers(workers, share):
+    """4 bits a value and 16 a scale for 256 of them, of 32 bits: a gather, against a sum of everything."""
+    model = keras.Sequential([keras.Input((256,)), keras.layers.Dense(1000, use_bias=False)])
+    plan = dataclasses.replace(resolve([("train", ".*")], model, Quantized(4)), workers=workers)
+    assert 100 * plan.nic_bytes / plan.full_nic_bytes == pytest.approx(share, abs=0.05)

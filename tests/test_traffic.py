@@ -1,4 +1,4 @@
-"""What a plan says, what the graphs hold and what the network card sends are the same bytes."""
+"""What a plan says, what the graphs hold and what the network interface sends are the same bytes."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ import pytest
 from dist_partial import traffic
 from dist_partial.plan import bytes_per_second
 from dist_partial.reduction import Message
+from dist_partial.selection import nic_bytes
 from tests import hosts
 from tests.cases import rows
 
@@ -58,8 +59,8 @@ sample.length = 1
         (Message("sum", 100), 1, 0),
     ],
 )
-def test_bytes_at_the_card(message, workers, expected):
-    assert traffic.at_card(message, workers) == expected
+def test_bytes_at_the_network_interface(message, workers, expected):
+    assert nic_bytes(message.kind, message.bytes, workers) == expected
 
 
 @pytest.mark.parametrize("every", [1, 3, 7])
@@ -72,9 +73,9 @@ def test_how_often_a_message_travels(every, offset):
             assert message.times(first, last) == expected
 
 
-def test_the_loopback_device_is_no_network_card():
-    assert traffic.card("127.0.0.1") is None
-    assert traffic.card("no-such-host.invalid") is None
+def test_the_loopback_device_leads_to_no_network():
+    assert traffic.interface("127.0.0.1") is None
+    assert traffic.interface("no-such-host.invalid") is None
 
 
 @pytest.mark.parametrize(("rate", "expected"), [("200mbit", 25e6), ("10gbit", 1.25e9), ("1.5Gbps", 187.5e6)])
@@ -83,8 +84,8 @@ def test_rates(rate, expected):
 
 
 @pytest.mark.skipif(hosts.available() is not None, reason=f"hosts on one machine: {hosts.available()}")
-def test_card_graph_and_plan_agree(tmp_path):
-    """Two hosts with a card each, whose counters are the kernel's; one test, as there is one set of hosts."""
+def test_interface_graph_and_plan_agree(tmp_path):
+    """Two hosts with an interface each, whose counters are the kernel's; one test, as there is one set of hosts."""
     config = tmp_path / "wide.gin"
     config.write_text(WIDE)
     with hosts.hosts(2, None):
@@ -99,7 +100,7 @@ def test_card_graph_and_plan_agree(tmp_path):
             # A call, after which losses, norms and two flags are summed.
             steps = {"mixed": 2, "byte_budget": 3}.get(name, 4)
             assert found["metrics_bytes"] == 12 // steps * 4 * (2 * steps + 2)
-            # With two workers as much as the payload leaves each card, of a sum and of a gather.
+            # With two workers as much as the payload leaves each interface, of a sum and of a gather.
             assert found["expected_card_bytes"] == found["planned_bytes"] + found["metrics_bytes"]
             assert found["card_bytes"] == pytest.approx(found["expected_card_bytes"], rel=0.02), name
             if name == "byte_budget":

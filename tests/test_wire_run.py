@@ -172,6 +172,43 @@ def test_the_number_of_replicas_may_change(mirrored, tmp_path):
     assert len({row["wire_bytes"] for row in lines[9:]}) == 1, "one replica sends nothing"
 
 
+def test_bytes_at_the_network_interface(mirrored, tmp_path):
+    """By arithmetic, among as many workers as there are replicas, in pieces, and when their number changes."""
+    rules = [
+        Rule("dense1/kernel", reduction=TopK(1 / 16, 64, 16)),
+        Rule("dense1/bias"),
+        Rule("dense2/kernel", reduction=LocalSGD(4, 0, nesterov, Quantized(8))),
+        ("freeze", ".*"),
+    ]
+    sums, gathers = 12 * 4, 120 * 3  # of 1920 values every 16th, a place and two bytes each
+    at_exchange = 120 + 4  # of 120 values a byte each, and a scale, in words of 4
+    full = 4 * (160 * 12 + 12 + 12 * 10 + 10)
+    sent = share_of = payload = 0
+    expected = []
+    for step in range(1, 9):
+        workers = 3 if step <= 5 else 4
+        gathered = gathers + (at_exchange if step % 4 == 0 else 0)
+        payload += sums + gathered
+        sent += 2 * (workers - 1) / workers * sums + (workers - 1) * gathered
+        share_of += 2 * (workers - 1) / workers * full
+        expected.append((payload, sent, sent / share_of))
+    for steps, count in ((2, 3), (5, 3), (8, 4)):
+        keras.utils.clear_session(free_memory=False)
+        run.run(settings(rules, Replicas(mirrored(count), Wire(), str(count)), steps), tmp_path)
+        plan = json.loads((tmp_path / "plan.json").read_text())
+        assert plan["workers"] == count
+        by_kind = 2 * (count - 1) / count * sums + (count - 1) * (gathers + at_exchange / 4)
+        assert plan["nic_bytes_per_step"] == pytest.approx(by_kind, rel=1e-12)
+        assert plan["full_nic_bytes_per_step"] == pytest.approx(2 * (count - 1) / count * full, rel=1e-12)
+    lines = rows(tmp_path / "metrics.jsonl")
+    for line in lines:
+        payload, sent, share = expected[line["step"] - 1]
+        assert line["wire_bytes"] == payload
+        assert line["nic_bytes"] == pytest.approx(sent, abs=line["step"])  # whole numbers in each step
+        assert line["wire_share"] == pytest.approx(share, rel=1e-3)
+    assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 9))
+
+
 WORKER_RULES = [
     Rule("dense1/kernel", reduction=TopK(1 / 16, 64, 32)),
     Rule("dense1/bias", reduction=EveryStep()),

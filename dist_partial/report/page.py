@@ -117,9 +117,9 @@ def summary(run: Run) -> dict[str, str]:
             cells[name.replace("_", " ")] = f"{end[name]:.4f}"
     share = percent(run.trained_parameters / run.parameters) if run.parameters else "-"
     cells["selected parameters"] = f"{run.trained_parameters:,} ({share})"
-    cells["bytes on the wire"] = bytes_text(run.wire_bytes)
-    if last and run.full_bytes:
-        cells["of exchanging everything"] = percent(run.wire_bytes / (run.full_bytes * last))
+    cells["bytes on the wire"] = bytes_text(run.nic_bytes)
+    if last:
+        cells["of exchanging everything"] = percent(run.share)
     milliseconds = run.traffic.get("step_ms")
     if isinstance(milliseconds, (int, float)):
         cells["time a step"] = f"{milliseconds:,.1f}\u00a0ms"
@@ -140,12 +140,12 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
     ends = "; ".join(
         f"{run.name}: {run.evaluations[0].get(name, math.nan):.3f} at step {run.evaluations[0]['step']:,.0f}, "
         f"{run.evaluations[-1].get(name, math.nan):.3f} at step {run.evaluations[-1]['step']:,.0f} after "
-        f"{bytes_text(run.evaluations[-1].get('wire_bytes', math.nan))}"
+        f"{bytes_text(run.evaluations[-1].get('nic_bytes', math.nan))}"
         for run in runs
         if run.evaluations
     )
     sent = "; ".join(
-        f"{run.name}: {bytes_text(run.wire_bytes)} of {bytes_text(run.full_bytes * run.last_step)}" for run in runs
+        f"{run.name}: {bytes_text(run.nic_bytes)} of {bytes_text(run.full_bytes * run.last_step)}" for run in runs
     )
     trained = "; ".join(
         f"{run.name}: {run.train[0, 1]:.3f} at step {run.train[0, 0]:,.0f}, {run.train[-1, 1]:.3f} at step "
@@ -164,7 +164,7 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
             f"Held-out {words} over bytes",
             "What a byte on the wire buys: lower and further left is better.",
             f"Held-out {words} over bytes on the wire. {ends}.",
-            plots.held_out(runs, "wire_bytes"),
+            plots.held_out(runs, "nic_bytes"),
         ),
         (
             f"Held-out {words} over steps",
@@ -174,7 +174,7 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
         ),
         (
             "Bytes on the wire",
-            "Payload of one replica so far. Dotted: if everything were trained and exchanged.",
+            "What has left each worker's network interface. Dotted: if everything were trained and exchanged.",
             f"Cumulative bytes on the wire over steps, against exchanging everything. {sent}.",
             plots.wire(runs),
         ),
@@ -274,7 +274,7 @@ def visible(text: str, limit: int | None = None) -> str:
 
 def _value_names(runs: Sequence[Run]) -> list[str]:
     names = dict.fromkeys(name for run in runs for row in run.evaluations for name in row)
-    return [name for name in names if name not in ("step", "wire_bytes", "wire_share")][:8]
+    return [name for name in names if name not in ("step", "wire_bytes", "nic_bytes", "wire_share")][:8]
 
 
 def _thinned(rows: Sequence[Any], count: int) -> list[Any]:
@@ -294,8 +294,13 @@ def _notes(run: Run) -> list[str]:
     notes = []
     if not run.last_step:
         notes.append("No step is recorded yet: the plan is known, the rest comes with the first steps.")
-    elif run.wire_bytes == 0:
+    elif run.nic_bytes == 0:
         notes.append("Nothing is on the wire: there is one replica, or what it trains is never sent.")
+    elif run.alone:
+        notes.append(
+            f"All replicas are in one process, and nothing leaves the machine: bytes are what would leave each of "
+            f"{run.workers} workers with one of them each."
+        )
     if run.last_step and not run.evaluations:
         notes.append("No evaluation is recorded yet.")
     lost = sum(map(math.isnan, run.train[:, 1].tolist()))

@@ -102,7 +102,7 @@ def loss(runs: Sequence[Run]) -> Plot | None:
 
 
 def held_out(runs: Sequence[Run], over: str) -> Plot | None:
-    """Held-out bits per byte, or loss where a run has none, over "step" or "wire_bytes"; None without any."""
+    """Held-out bits per byte, or loss where a run has none, over "step" or "nic_bytes"; None without any."""
     name = quality(runs)
 
     def draw(axes: Axes, wide: bool) -> None:
@@ -117,7 +117,7 @@ def held_out(runs: Sequence[Run], over: str) -> Plot | None:
         else:
             _bytes(axes.xaxis)
             axes.set_xlim(left=0)
-            axes.set_xlabel("bytes on the wire, one replica", loc="right")
+            axes.set_xlabel("bytes on the wire, each worker", loc="right")
 
     # With one replica nothing is sent, and bytes tell nothing.
     known = any((np.isfinite(column(run, name)) & (column(run, over) > 0)).any() for run in runs)
@@ -125,7 +125,7 @@ def held_out(runs: Sequence[Run], over: str) -> Plot | None:
 
 
 def wire(runs: Sequence[Run]) -> Plot | None:
-    """Cumulative bytes that one replica has handed over, and what exchanging everything would be; None without any."""
+    """Cumulative bytes that have left each worker, and what exchanging everything would be; None without any."""
 
     def draw(axes: Axes, wide: bool) -> None:
         ends: dict[float, int] = {}

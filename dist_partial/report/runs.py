@@ -86,9 +86,11 @@ class Run:
         name: that tells it from the others of the report.
         folder: where it is, as it was given.
         variables: of the model, in its order.
-        full_bytes: payload bytes of one replica a step if everything were trained and sent.
+        workers: among which bytes at the network interface are counted, with one replica each; 0 if it is not known.
+        full_bytes: bytes at the interface of each of them a step if everything were trained and sent.
         plan_bytes: the same for what the rules select.
-        train: [rows, 3]: step, loss, cumulative payload bytes; by step, NaN for what is missing.
+        train: [rows, 3]: step, loss, cumulative bytes at the interface; by step, NaN for what is missing.
+        share: of exchanging everything, up to the last step; NaN if it is not known.
         evaluations: rows of the split "eval", by step; numbers only.
         switches: (step, names of the units that are trained from it on); () if the selection never changes.
         samples: rows of samples.jsonl whose fields have the right types.
@@ -102,9 +104,11 @@ class Run:
     name: str
     folder: Path
     variables: tuple[Variable, ...]
+    workers: int
     full_bytes: float
     plan_bytes: float
     train: np.ndarray
+    share: float
     evaluations: tuple[dict[str, float], ...]
     switches: tuple[tuple[int, tuple[str, ...]], ...]
     samples: tuple[dict[str, Any], ...]
@@ -126,8 +130,13 @@ class Run:
         return int(text) if text.isdecimal() and len(text) < 16 else None
 
     @property
-    def wire_bytes(self) -> float:
-        """Payload bytes of one replica up to the last step that has them; NaN if none has."""
+    def alone(self) -> bool:
+        """Whether all its replicas are in one process, so that nothing leaves the machine."""
+        return self.traffic.get("workers") == 1
+
+    @property
+    def nic_bytes(self) -> float:
+        """Bytes at the network interface up to the last step that has them; NaN if none has."""
         sent = self.train[~np.isnan(self.train[:, 2]), 2]
         return float(sent[-1]) if len(sent) else math.nan
 
@@ -224,6 +233,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str) -> Run:
     plan = _plan(folder / "plan.json")
     train: dict[int, tuple[float, float, float]] = {}
+    shares: dict[int, float] = {}
     evaluations: dict[int, dict[str, float]] = {}
     switches: dict[int, tuple[str, ...]] = {}
     metrics, samples = _Lines(folder / "metrics.jsonl"), _Lines(folder / "samples.jsonl")
@@ -232,7 +242,8 @@ def _read(folder: Path, name: str) -> Run:
         if type(step) is not int or not 0 <= step < _STEPS or not isinstance(split, str):
             metrics.skipped += 1
         elif split == "train":
-            train[step] = (step, _number(row.get("loss")), _number(row.get("wire_bytes")))
+            train[step] = (step, _number(row.get("loss")), _number(row.get("nic_bytes")))
+            shares[step] = _number(row.get("wire_share"))
         elif split == "eval":
             evaluations[step] = {key: _number(value) for key, value in row.items() if key != "split"}
         elif split == "plan" and isinstance(row.get("units"), list):
@@ -250,9 +261,11 @@ def _read(folder: Path, name: str) -> Run:
         name=name,
         folder=folder,
         variables=_variables(plan["variables"]),
-        full_bytes=_number(plan.get("full_wire_bytes_per_step")),
-        plan_bytes=_number(plan.get("wire_bytes_per_step")),
+        workers=plan["workers"] if type(plan.get("workers")) is int else 0,
+        full_bytes=_number(plan.get("full_nic_bytes_per_step")),
+        plan_bytes=_number(plan.get("nic_bytes_per_step")),
         train=np.array([train[step] for step in sorted(train)], np.float64).reshape(-1, 3),
+        share=shares[max(shares)] if shares else math.nan,
         evaluations=tuple(evaluations[step] for step in sorted(evaluations)),
         switches=tuple((step, switches[step]) for step in sorted(switches)),
         samples=tuple(texts),

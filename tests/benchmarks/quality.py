@@ -243,7 +243,7 @@ def table(rows: list[dict[str, Any]], schedules: bool = False) -> str:
                 *seconds,
             ]
         )
-    header = ["policy", "held-out loss", "spread", "against full", "bytes a replica", "fewer bytes"]
+    header = ["policy", "held-out loss", "spread", "against full", "bytes, 2 replicas", "fewer bytes"]
     return readme.table([*header, "run"] if schedules else header, lines)
 
 
