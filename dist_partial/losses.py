@@ -92,12 +92,24 @@ def is_distribution(outputs: tf.Tensor, example: tf.Tensor) -> bool:
         outputs: in a traced graph.
         example: the outputs for some example, [1, ..., classes].
     """
-    if _activation(outputs, "Softmax") is not None:
-        return True
-    values = tf.cast(example, tf.float64)
+    return _activation(outputs, "Softmax") is not None or bool(_adds_up(example))
+
+
+def _adds_up(values: tf.Tensor) -> tf.Tensor:
+    """Whether all of `values` [..., classes] are distributions."""
+    if values.shape.rank < 2 or values.shape[-1] == 1:
+        return tf.constant(False)
     # Half precision rounds a sum of many; logits that are all positive and add up to 1 are not seen.
-    distribution = tf.reduce_all(values >= 0) & tf.reduce_all(tf.abs(tf.reduce_sum(values, -1) - 1) < 0.02)
-    return example.shape.rank > 1 and example.shape[-1] > 1 and bool(distribution)
+    sums = tf.reduce_sum(tf.cast(values, tf.float32), -1)
+    return tf.reduce_all(values >= 0) & tf.reduce_all(tf.abs(sums - 1) < 0.02)
+
+
+def as_logits(outputs: tf.Tensor) -> tf.Tensor:
+    """A model's outputs [..., classes] in a traced graph as logits, whether they are that or probabilities."""
+    outputs = full_precision(outputs)
+    if _activation(outputs, "Softmax") is not None:
+        return _logits(outputs, "Softmax")
+    return tf.where(_adds_up(outputs), _logits(outputs, "Softmax"), outputs)
 
 
 def _logits(probabilities: tf.Tensor, kind: str) -> tf.Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.errors import UserError
+from dist_partial.losses import as_logits
 
 NOT_FINITE = "logits are not finite"  # what the assertion in `draw` says
 _FLOAT32 = np.finfo(np.float32)
@@ -108,7 +109,7 @@ def generate(
     model, count, length and length of the prompt, whatever the other arguments.
 
     Args:
-        model: int ids [B, T] to logits [B, T, V] or [B, V] of the next id.
+        model: int ids [B, T] to logits, or probabilities, [B, T, V] or [B, V] of the next id.
         prompt_ids: At least one id, [P].
         count: How many continuations.
         length: Ids of each continuation.
@@ -232,6 +233,7 @@ def continued(
             logits = model(tf.reshape(recent, (batch, window)), training=False)
         else:
             logits = model(tf.transpose(text[: position + 1]), training=False)
+        logits = as_logits(logits)
         return tf.cast(logits if logits.shape.rank == 2 else logits[:, -1], tf.float32), cache
 
     def write(text: tf.Tensor, logits: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
@@ -244,7 +246,7 @@ def continued(
     text = tf.pad(tf.transpose(prompt), [(0, length), (0, 0)])  # [time, b], so that one position is one row
     if capacity is not None:
         logits, cache = model.decode(prompt, model.make_cache(batch, capacity), 0)
-        logits = tf.cast(logits[:, -1], tf.float32)
+        logits = tf.cast(as_logits(logits)[:, -1], tf.float32)
     else:
         logits, cache = read(text, (), start - 1)
     text, logits, _, last = tf.while_loop(

@@ -291,3 +291,22 @@ def test_window_of_a_model_that_does_not_tell_it():
     np.testing.assert_array_equal(
         generate(net, [1, 2, 3], window=4, **options), generate(net.inner, [1, 2, 3], **options)
     )
+
+
+@pytest.mark.parametrize("behind", ["softmax", "reshaped", "divided"])
+def test_a_model_that_gives_probabilities_writes_what_its_logits_would(behind):
+    """The softmax of a softmax would be nearly uniform."""
+    ids = keras.Input((None,), dtype="int32")
+    hidden = keras.layers.Dense(11, name="head", kernel_initializer=keras.initializers.RandomNormal(stddev=3.0))(
+        keras.layers.Embedding(11, 8, embeddings_initializer="normal")(ids)
+    )
+    keras.utils.set_random_seed(1)
+    plain = keras.Model(ids, hidden)
+    probabilities = keras.layers.Softmax()(hidden)
+    if behind == "reshaped":
+        probabilities = keras.layers.Reshape((-1, 11))(probabilities)
+    if behind == "divided":
+        probabilities = probabilities / keras.ops.sum(probabilities, -1, keepdims=True)
+    model = keras.Model(ids, probabilities)
+    wanted, found = (generate(each, PROMPT, count=3, length=20, temperature=0.7, seed=1) for each in (plain, model))
+    assert len(set(wanted.reshape(-1).tolist())) > 3 and np.array_equal(wanted, found)
