@@ -73,6 +73,8 @@ class Course:
         self._leg: Leg | None = None
         self._kept: dict[frozenset[str], prefix.Activations | None] = {}
         self._reading: prefix.Activations | None = None
+        # From which step on the activations up to which layer are read.
+        self._since: dict[str, int] = saved.get("since", {})
         self._inputs = batches(built, settings, done, settings.global_batch)
         self._indices: Iterator[tf.Tensor] | None = None
         self._probe: Any = None
@@ -84,6 +86,7 @@ class Course:
             "state": self._state,
             "active": None if self._active is None else sorted(self._active),
             "squares": self._squares.tolist(),
+            "since": self._since,
             "allocated": [number for number, group in enumerate(self._built.optimizers) if group.state],
         }
 
@@ -140,6 +143,7 @@ class Course:
                 del self._legs[known]  # what is frozen for good does not come back
             self._kept = {of: kept for of, kept in self._kept.items() if kept is not self._reading}
             self._reading, self._inputs = leg.activations, self._batches(leg.activations, done)
+            self._since = {leg.activations.name: self._begun(leg.activations.name, done)} if leg.activations else {}
             self._indices = iter(self._order(done))
         return switched
 
@@ -189,22 +193,39 @@ class Course:
             # The layers of what is frozen for good run in inference mode from here on.
             later = built.plan.only(remaining)
             batch_norm.set_modes(built.batch_norms, later, everywhere=settings.statistics == "all")
-            part = prefix.cut(built.model, [entry.variable for entry in later.trained])
             known = {kept.name: kept for kept in self._kept.values() if kept is not None}
-            if part is not None and part.name not in known:
-                context = input_context(built.replicas.strategy)
-                rows = settings.global_batch // context.num_replicas_in_sync // settings.accumulate
-                read = settings.global_batch // context.num_input_pipelines * (settings.steps - done)
-                expected = min(len(built.data.train), read)
-                try:
-                    known[part.name] = prefix.Activations(built.data.train, part, rows, expected, settings.cache)
-                except UserError as error:
-                    if self._leg is None:  # before the first step
-                        raise
-                    self.notes.append(f"{error}; going on without it")
-                    part = None
+            part = None
+            try:
+                part = prefix.cut(built.model, [entry.variable for entry in later.trained])
+                if part is not None and part.name not in known:
+                    known[part.name] = self._kept_from(part, settings.cache, done)
+            except UserError as error:
+                if not done:
+                    raise
+                self.notes.append(f"{error}; going on without it")
+                part = None
             self._kept[remaining] = None if part is None else known[part.name]
         return self._kept[remaining]
+
+    def _kept_from(self, part: prefix.Cut, where: str, done: int) -> prefix.Activations:
+        built, settings = self._built, self._settings
+        context = input_context(built.replicas.strategy)
+        rows = settings.global_batch // context.num_replicas_in_sync // settings.accumulate
+        begun = self._begun(part.name, done)
+        read = settings.global_batch // context.num_input_pipelines * (settings.steps - begun)
+        past = self._order(begun).take(done - begun)
+        return prefix.Activations(
+            built.data.train,
+            part,
+            rows,
+            expected=min(len(built.data.train), read),
+            where=where,
+            past=(batch for indices in past for batch in indices.numpy().reshape(-1, rows)),
+        )
+
+    def _begun(self, name: str, done: int) -> int:
+        """From which step on the activations up to a layer are read, `done` steps having been made."""
+        return 0 if isinstance(self._built.schedule, Constant) else self._since.get(name, done)
 
     def _batches(self, activations: prefix.Activations | None, done: int) -> Iterator[step.Batch]:
         # Not prefetched: what was read before it was asked for might not be there yet.

@@ -92,7 +92,7 @@ class Settings:
         leave: what becomes of the slots of a unit that the schedule leaves: 'keep', 'reset' or 'drop'.
         compiled_plans: how many selections of the schedule stay compiled.
         cache: where the activations of what is frozen for good, from the input up, are kept for when an example comes
-            again: 'memory', 'disk', or None to compute them each time.
+            again: 'memory', 'disk', or None to compute them each time, which is the same up to rounding.
         replicas: makes the strategy; bound under `replicas.`.
         sampling: bound under `sample.`.
     """
