@@ -68,6 +68,12 @@ class Built:
         )
 
     @property
+    def moving(self) -> list[Any]:
+        """What layers change in a step, in the modes that they are in now."""
+        asleep = {id(v) for layer in self.batch_norms if not layer.trainable for v in layer.variables}
+        return [variable for variable in self.layer_state.moving if id(variable) not in asleep]
+
+    @property
     def averaged(self) -> list[Any]:
         """Variables that layers change in a step and replicas average, in the modes that the layers are in now."""
         return [*batch_norm.local_statistics(self.model), *self.layer_state.averaged]

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import kernels, replicas
+from dist_partial import replicas
 from dist_partial.errors import UserError
 from dist_partial.files import write_atomically, writing
 from dist_partial.layer_state import is_generator
@@ -251,15 +251,6 @@ def restore(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
 def _listed(folder: Path) -> list[tuple[int, Path]]:
     names = [(match, path) for path in folder.glob("step-*.npz") if (match := _NAME.fullmatch(path.name))]
     return sorted((int(match[1]), path) for match, path in names)
-
-
-def moving(model: keras.Model) -> list[Any]:
-    """Variables that no optimizer updates and that a step may still change: generators and running statistics."""
-    # The latter have no statistics: what is not trainable there was left by LoRA, or by quantization.
-    plain = kernels.layers(model)
-    layers = [layer for layer in model._flatten_layers() if not layer.trainable]
-    still = {id(v) for layer in [*plain, *layers] for v in layer.variables}
-    return [v for v in model.non_trainable_variables if v.name == "seed_generator_state" or id(v) not in still]
 
 
 def digest(array: np.ndarray, digits: int = 16) -> str:

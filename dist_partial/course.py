@@ -196,7 +196,8 @@ class Course:
             known = {kept.name: kept for kept in self._kept.values() if kept is not None}
             part = None
             try:
-                part = prefix.cut(built.model, [entry.variable for entry in later.trained])
+                changing = [*(entry.variable for entry in later.trained), *built.moving]
+                part = prefix.cut(built.model, changing)
                 if part is not None and part.name not in known:
                     known[part.name] = self._kept_from(part, settings.cache, done)
             except UserError as error:

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.checkpoints import moving
+from dist_partial import traffic
 from dist_partial.data import Source, fetched
 from dist_partial.errors import UserError
 
@@ -55,7 +55,7 @@ class Cut:
         return UserError(f"run.cache: what is frozen up to {self.name!r} {why}: unbind it")
 
 
-def cut(model: keras.Model, trained: Collection[Any]) -> Cut | None:
+def cut(model: keras.Model, changing: Collection[Any]) -> Cut | None:
     """Cuts a model below everything that training may change; None if there is nothing to cut off.
 
     A functional or sequential model is cut along its graph, layer by layer. Another model is cut if it has a method
@@ -63,12 +63,11 @@ def cut(model: keras.Model, trained: Collection[Any]) -> Cut | None:
 
     Args:
         model: built.
-        trained: the variables that may still be trained.
+        changing: the variables that training may still change, those that layers change among them.
 
     Raises:
         UserError: it is neither, or has a `call` of its own beside its graph.
     """
-    changing = [*trained, *moving(model)]
     ids = {id(v) for v in changing}
 
     def fixed(layers: Sequence[Any]) -> bool:
@@ -352,7 +351,7 @@ def _rounding(model: keras.Model) -> float:
 
 def _stateful(function: Any) -> str:
     """An operation that may give something else, or change something, each time; empty if there is none."""
-    for operation in _operations(function.graph):
+    for operation in traffic.operations(function.graph):
         if operation.op_def.is_stateful and operation.type not in _HARMLESS and "Call" not in operation.type:
             return f"{operation.type} in {operation.name}"
     return ""
@@ -375,14 +374,6 @@ def _from_bytes(x: tf.Tensor, spec: tf.TensorSpec) -> tf.Tensor:
     if spec.dtype.size > 1:
         shape.append(spec.dtype.size)
     return tf.bitcast(tf.reshape(x, shape), spec.dtype)
-
-
-def _operations(graph: Any) -> list[Any]:
-    """Of a graph and of all functions that it may call."""
-    found = list(graph.get_operations())
-    for definition in graph.as_graph_def().library.function:
-        found += graph._get_function(definition.signature.name).graph.get_operations()
-    return found
 
 
 def _room(shape: tuple[int, int], needed: int, where: str) -> np.ndarray:

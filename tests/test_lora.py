@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import checkpoints, lora, run, selection, storage, traffic
+from dist_partial import layer_state, lora, run, selection, storage, traffic
 from dist_partial.build import batches, build, restore, train_step
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.errors import UserError
@@ -128,8 +128,8 @@ def test_embeddings_and_einsums_and_rules_of_their_own():
     assert [len(group.entries) for group in plan.groups] == [2, 8]
     assert plan.wire_bytes == 4 * (17 * 2 + 2 * 16) + 2 * 4 * (16 * 4 + 4 * 16)
     assert not next(e for e in plan.entries if e.path == "block_0/attention/query/kernel").trained
-    moving = {v.path for v in checkpoints.moving(model)}
-    assert not any("kernel" in path or "embeddings" in path for path in moving)
+    state, _ = layer_state.find(model, tf.TensorSpec([6], tf.int32), plan)
+    assert not state.moving and not state.averaged
 
 
 @pytest.mark.parametrize(
