@@ -289,16 +289,16 @@ def main() -> int:
         train(Path(folder, "alone"), None)
         expected = weights(Path(folder, "alone"))
         for kind in options.attacks.split(","):
-            proofs = good = 0
-            for number in range(options.tries):
-                attack, wrong = attempt(kind, Path(folder, f"{kind}-{number}"), expected)
-                proofs, good = proofs + attack.proofs, good + (not wrong and attack.proofs > 0)
+            attacked = missed = unharmed = proofs = 0
+            while attacked < options.tries and missed < 2 * options.tries:
+                attack, wrong = attempt(kind, Path(folder, f"{kind}-{attacked + missed}"), expected)
                 if wrong:
-                    print(f"{kind}, try {number + 1}: {wrong}", flush=True)
-            print(
-                f"{kind}: {good} of {options.tries} trainings attacked and unharmed; {proofs} proofs tried", flush=True
-            )
-            failures += options.tries - good
+                    print(f"{kind}: {wrong}", flush=True)
+                attacked, missed = (attacked + 1, missed) if attack.proofs or wrong else (attacked, missed + 1)
+                unharmed, proofs = unharmed + (not wrong and attack.proofs > 0), proofs + attack.proofs
+            words = f"of {attacked} trainings unharmed by {proofs} proofs; {missed} more had started before any"
+            print(f"{kind}: {unharmed} {words}", flush=True)
+            failures += options.tries - unharmed
     return bool(failures)
 
 
