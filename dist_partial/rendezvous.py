@@ -141,6 +141,7 @@ def _gather(meeting: _Meeting, links: dict[int, handshake.Link], seconds: float,
             where = workers[arrival.rank]
             raise UserError(f"worker {arrival.rank} ({where}) has been started twice: give each its own index")
         links[arrival.rank] = arrival
+        reasons.pop(arrival.rank, None)
 
 
 def _listen(rank: int, workers: Sequence[str], deadline: float) -> socket.socket:
@@ -208,11 +209,11 @@ def _take_in(server: socket.socket, meeting: _Meeting) -> None:
             arrival = error
         except (OSError, ValueError):
             pass  # a stranger; if it was a worker, it will call again
-        if arrival and not meeting.over.is_set():
-            meeting.found.put(arrival)
-        if not isinstance(arrival, handshake.Link) or meeting.over.is_set():
+        wanted = unproven.pop(connection, None) and not meeting.over.is_set()  # or it was dropped, or is too late
+        if not (wanted and isinstance(arrival, handshake.Link)):
             connection.close()
-        unproven.pop(connection, None)
+        if wanted and arrival:
+            meeting.found.put(arrival)
 
     while not meeting.over.is_set():
         try:

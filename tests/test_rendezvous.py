@@ -196,7 +196,7 @@ def test_no_attack_lets_a_stranger_in_or_keeps_a_worker_out(kind):
     attack = strangers.Attack(kind, workers)
 
     def come(rank):
-        time.sleep(0.8 * (rank == 2))
+        time.sleep(0.2 + 0.8 * (rank == 2))  # strangers were first
         return rendezvous.connect(rank, workers, 30, "secret")
 
     try:
