@@ -117,6 +117,7 @@ def _put(output: Path, write: Callable[[Path], str]) -> str:
     partial = output.with_name(f".{os.getpid()}.partial.{output.name}")  # Keras goes by the name's end
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)  # of a killed process that had this one's number, or put there as a link
         try:
             notes = write(partial)
             for path in [partial, *partial.rglob("*")]:

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dist_partial.errors import Fault, UserError
 
@@ -22,6 +22,7 @@ MISTAKES = (
     errno.EEXIST,
     errno.EISDIR,
     errno.ENAMETOOLONG,
+    errno.ELOOP,
 )
 
 
@@ -65,6 +66,21 @@ def writing(path: Path) -> Iterator[None]:
         raise Fault(f"cannot write {path}: {reason}; free some space or choose another --run_dir") from None
 
 
+def refuse_links(*paths: Path) -> None:
+    """Raises UserError if one is a symbolic link: a folder from elsewhere could have this process write anywhere."""
+    for path in paths:
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a link to {os.readlink(path)}, and nothing is written through a link in a run folder: "
+                "delete it, or choose another --run_dir, which may be a link itself"
+            )
+
+
+def open_lock(path: Path) -> BinaryIO:
+    """Opens a file to be locked, which keeps what it has and is no link; makes it if need be."""
+    return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb+")
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Makes the folder if need be, and keeps other processes of this machine from running in it.
@@ -76,7 +92,8 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115 (held beyond this block)
+        refuse_links(folder / ".lock")
+        file = open_lock(folder / ".lock")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,7 +106,8 @@ def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
     """Writes a file so that under its name there is the old content or the new, whatever happens meanwhile."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)  # of a killed process that had this one's number, or put there as a link
+        with open(partial, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

@@ -9,6 +9,7 @@ is. Workers that have nothing to say send a heartbeat; one that is silent for to
 import contextlib
 import dataclasses
 import functools
+import hmac
 import itertools
 import math
 import queue
@@ -23,6 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.errors import Fault, UserError
+from dist_partial.handshake import Link
 
 # Names of the graph ops that hand a tensor over; `traffic` counts bytes by them.
 SUM_OP = "dist_partial_sum"
@@ -38,6 +40,7 @@ _HEARTBEAT, _MISTAKE, _FAULT = 2, 3, 4  # no op's: a sign of life; why the worke
 _LONGEST_REASON = 2**16  # bytes
 _SLICE = 2**20  # bytes a socket call, after which progress is noted
 _PIECE = 2**19  # bytes of a tensor that are summed while others travel
+_MORE = getattr(socket, "MSG_MORE", 0)  # more follows: a packet need not be sent before it is full
 _BLOCK = 2**15  # elements that are widened at a time, so that they stay in the cache
 
 
@@ -85,7 +88,7 @@ class _Peer:
 
     rank: int
     address: str
-    connection: socket.socket
+    link: Link
     outbox: queue.SimpleQueue = dataclasses.field(default_factory=queue.SimpleQueue)
     lost: UserError | Fault | None = None  # why nothing more will come from it
     heard: float = math.inf  # when a byte last came; infinite while this worker itself is not listening
@@ -94,20 +97,37 @@ class _Peer:
         return f"worker {self.rank} ({self.address})"
 
     def send(self, header: bytes, data: Any) -> None:
-        view = memoryview(data)
-        self.connection.sendall(header, getattr(socket, "MSG_MORE", 0) if len(view) else 0)
-        for start in range(0, len(view), _SLICE):
-            self.connection.sendall(view[start : start + _SLICE])
+        seal = self.link.sending
+        records = [memoryview(each) for each in (header, data) if len(each)]
+        for view in records:
+            more = 0 if view is records[-1] else _MORE
+            for start in range(0, len(view), _SLICE):
+                seal.update(piece := view[start : start + _SLICE])
+                last = start + _SLICE >= len(view) and not seal.length
+                self.link.socket.sendall(piece, more if last else _MORE)
+            self.link.socket.sendall(seal.tag(), more)
 
     def receive(self, data: Any) -> None:
-        """Fills `data`; raises EOFError where the peer has closed."""
-        view = memoryview(data)
+        """Fills `data`; raises EOFError where the peer has closed, and `Fault` where this is not what it sent."""
         self.heard = time.monotonic()
+        if not len(data):
+            return
+        seal = self.link.receiving
+        self._fill(memoryview(data), seal.update)
+        self._fill(memoryview(tag := bytearray(seal.length)))
+        if not hmac.compare_digest(tag, seal.tag()):
+            raise Fault(
+                f"what comes from {self} is not what it has sent: something between the workers changes it, or adds to "
+                "it; see who can, and run the same command again"
+            )
+
+    def _fill(self, view: memoryview, also: Callable[[memoryview], Any] = lambda piece: None) -> None:
         while len(view):
-            count = self.connection.recv_into(view[:_SLICE], 0, socket.MSG_WAITALL)
+            count = self.link.socket.recv_into(view[:_SLICE], 0, socket.MSG_WAITALL)
             if not count:
                 raise EOFError("it closed the connection")
             self.heard = time.monotonic()
+            also(view[:count])
             view = view[count:]
 
 
@@ -125,7 +145,7 @@ class Mesh:
         self,
         rank: int,
         workers: Sequence[str],
-        connections: dict[int, socket.socket],
+        links: dict[int, Link],
         patience_seconds: float,
         on_loss: Callable[[str], None] = lambda reason: None,
     ) -> None:
@@ -134,7 +154,7 @@ class Mesh:
         Args:
             rank: this worker's.
             workers: 'host:port' of each, in rank order.
-            connections: from `rendezvous.connect`; closed by `close`.
+            links: from `rendezvous.connect`; closed by `close`.
             patience_seconds: how long another worker may be silent until it is given up.
             on_loss: called with the reason when a worker is lost, by a thread of the mesh.
         """
@@ -146,7 +166,7 @@ class Mesh:
         self._outside: dict[tuple[bool, str, int], _Tensor] = {}  # of what is exchanged outside of functions
         # Guards all ops, runs and `lost`; notified when an op is added, a run is done, or a peer is lost.
         self._changed = threading.Condition()
-        self._peers = {k: _Peer(k, workers[k], connection) for k, connection in sorted(connections.items())}
+        self._peers = {k: _Peer(k, workers[k], link) for k, link in sorted(links.items())}
         self._senders = []
         for peer in self._peers.values():
             sender = threading.Thread(target=self._send_all, args=(peer,), name=f"send to {peer}", daemon=True)
@@ -232,8 +252,8 @@ class Mesh:
             sender.join(max(0.0, deadline - time.monotonic()))
         for peer in self._peers.values():
             with contextlib.suppress(OSError):  # the peer was first
-                peer.connection.shutdown(socket.SHUT_RDWR)  # wakes the threads, which closing does not
-            peer.connection.close()
+                peer.link.socket.shutdown(socket.SHUT_RDWR)  # wakes the threads, which closing does not
+            peer.link.socket.close()
 
     def _once(self, gathers: bool, array: np.ndarray) -> np.ndarray:
         # One op serves all exchanges of a kind and size, or a long run would make one a step.
@@ -307,7 +327,7 @@ class Mesh:
                     )
                     self._lose(peer, Fault(text))
                     with contextlib.suppress(OSError):
-                        peer.connection.shutdown(socket.SHUT_RDWR)  # what is yet to be sent to it is dropped
+                        peer.link.socket.shutdown(socket.SHUT_RDWR)  # what is yet to be sent to it is dropped
 
     def _lose(self, peer: _Peer, reason: UserError | Fault) -> None:
         with self._changed:
@@ -404,6 +424,8 @@ class Mesh:
                 run, target = self._target(peer.rank, magic, kind, number, run_number, size)
                 peer.receive(target.view(np.uint8))
                 self._arrived(run, kind, peer.rank, target)
+        except Fault as fault:
+            self._lose(peer, fault)
         except (EOFError, OSError) as error:
             self._lose(peer, Fault(f"{peer} is gone ({error}): its own output says why; run the same command again"))
         except Exception as error:  # whatever it is, the thread that waits must hear of it

@@ -2,6 +2,8 @@
 
 Prints, without training, what each variable sends, which rules cost most, what optimizers hold, and how long a step
 will take, for this plan and for training everything in float32 every step. The computation is measured here.
+
+A gin file is a program: this imports the modules that it names, as training does. Read one that is not yours first.
 """
 
 import contextlib

@@ -1,38 +1,41 @@
 """How workers find each other: one TCP connection between every two of them, at the addresses of TF_CONFIG.
 
-Each worker listens on its own address alone. Two that meet prove to each other that they know the same secret (HMAC,
-RFC 2104) before either believes a word, so that a stranger can keep nobody waiting and pass for nobody.
+Each worker listens on its own address alone, and calls those of lower ranks. Two that meet prove to each other that
+they know the same secret before either believes a word (`handshake`). A stranger can keep nobody waiting: a handshake
+has a few seconds, only so many may be going on at a time, and the oldest makes room for the next. Nor can it end
+anybody: whoever does not prove what it says is named, and waited past.
 """
 
 import contextlib
+import dataclasses
 import errno
-import functools
-import hmac
 import ipaddress
-import json
 import queue
-import secrets
 import socket
-import struct
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
 
+from dist_partial import handshake
 from dist_partial.errors import Fault, UserError
 
-SECRET = "DIST_PARTIAL_SECRET"  # the environment variable; the launchers draw one
-
-_LENGTH = struct.Struct("<I")
-_LONGEST = 2**20  # bytes of a greeting; a stranger may not fill the memory
 _RETRY_SECONDS = 0.2
 _PATIENCE_SECONDS = 10.0  # until it is said who is waited for
+_UNPROVEN = 64  # connections that may be at it at a time, beside one of each worker
+_LINES = 4  # about those who do not prove to be a worker, for each worker
+_NO_MORE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_PAUSE_SECONDS = 0.05
 
 
 def connect(
-    rank: int, workers: Sequence[str], seconds: float, secret: str = "", congestion: str | None = None
-) -> dict[int, socket.socket]:
+    rank: int,
+    workers: Sequence[str],
+    seconds: float,
+    secret: str = "",
+    congestion: str | None = None,
+    sealed: bool = False,
+) -> dict[int, handshake.Link]:
     """Connects this worker to all others; all workers call it, in any order.
 
     Args:
@@ -42,6 +45,7 @@ def connect(
         secret: what all workers know and nobody else does.
         congestion: the kernel's congestion control for these connections, such as 'cubic'; where it is not to be had,
             or None, that of the system.
+        sealed: whether what travels over these connections is to have tags, by which any change is noticed.
 
     Returns:
         The connection to each other worker, by rank.
@@ -51,65 +55,93 @@ def connect(
         UserError: this address is not of this host, or another worker was started with another TF_CONFIG.
     """
     deadline = time.monotonic() + seconds
-    found: queue.SimpleQueue[tuple[int, socket.socket] | UserError] = queue.SimpleQueue()
-    reasons: dict[int, str] = {}
-    over = threading.Event()
-    greet = functools.partial(_greet, rank, list(workers), secret.encode(), deadline)
-    connections: dict[int, socket.socket] = {}
+    meeting = _Meeting(handshake.Worker(rank, workers, secret, sealed))
+    links: dict[int, handshake.Link] = {}
     server = _listen(rank, workers, deadline)
-    accepting = threading.Thread(target=_take_in, args=(server, greet, found, over), daemon=True)
-    calling = [
-        threading.Thread(target=_call, args=(k, workers[k], greet, found, reasons, over), daemon=True)
-        for k in range(rank)
-    ]
+    threads = [threading.Thread(target=_take_in, args=(server, meeting), daemon=True)]
+    threads += [threading.Thread(target=_call, args=(k, meeting), daemon=True) for k in range(rank)]
     try:
-        for thread in (accepting, *calling):
+        for thread in threads:
             thread.start()
-        silent_until = min(deadline, time.monotonic() + _PATIENCE_SECONDS)
-        # One that has come and ended may come again.
-        while missing := [k for k in range(len(workers)) if k != rank and _ended(connections.get(k))]:
-            try:
-                arrival = found.get(timeout=min(_RETRY_SECONDS, max(0.0, silent_until - time.monotonic())))
-            except queue.Empty:
-                if time.monotonic() < silent_until:
-                    continue
-                late = ", ".join(
-                    f"worker {k} ({workers[k]}{f': {reasons[k]}' if k in reasons else ''})" for k in missing
-                )
-                if silent_until == deadline:
-                    raise Fault(
-                        f"missing after {seconds:g} s: {late}; this is worker {rank} ({workers[rank]}); see their own "
-                        "output, and that TCP to these addresses is not blocked; replicas.start_seconds waits longer"
-                    ) from None
-                silent_until = deadline
-                print(f"worker {rank} waits for {late}", file=sys.stderr, flush=True)
-                continue
-            if isinstance(arrival, UserError):
-                raise arrival
-            other, connection = arrival
-            before = connections.get(other)
-            if not _ended(before):
-                connection.close()
-                raise UserError(f"worker {other} ({workers[other]}) has been started twice: give each its own index")
-            if before is not None:
-                before.close()
-            connections[other] = connection
-        for connection in connections.values():
-            _set_up(connection, congestion)
+        _gather(meeting, links, seconds, deadline)
+        for link in links.values():
+            _set_up(link.socket, congestion)
     except BaseException:
-        for connection in connections.values():
-            connection.close()
+        for link in links.values():
+            link.socket.close()
         raise
     finally:
-        over.set()
-        accepting.join()
-        server.close()
-        for thread in calling:
+        meeting.over.set()
+        for thread in threads:
             thread.join()
-        while not found.empty():  # who has come too late
-            if isinstance(late_arrival := found.get(), tuple):
-                late_arrival[1].close()
-    return connections
+        server.close()
+        while not meeting.found.empty():  # who has come too late
+            if isinstance(late := meeting.found.get(), handshake.Link):
+                late.socket.close()
+    return links
+
+
+def on_loopback(workers: Sequence[str]) -> bool:
+    """Whether all workers are on this machine, by their addresses, and nothing else can reach them."""
+    hosts = [_split(worker)[0] for worker in workers]
+    with contextlib.suppress(ValueError):  # a name
+        return all(host == "localhost" or ipaddress.ip_address(host).is_loopback for host in hosts)
+    return False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Meeting:
+    """What the threads of a worker that meets the others share."""
+
+    own: handshake.Worker
+    found: queue.SimpleQueue[handshake.Link | UserError] = dataclasses.field(default_factory=queue.SimpleQueue)
+    reasons: dict[int, str] = dataclasses.field(default_factory=dict)  # why one is still missing, by rank
+    said: set[tuple[int, str]] = dataclasses.field(default_factory=set)
+    over: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    def unproven(self, rank: int, reason: str) -> None:
+        """Says at once that somebody proves nothing; a few times, for strangers could have it said for ever."""
+        if not 0 <= rank < len(self.own.workers):
+            return
+        self.reasons[rank] = reason
+        if (rank, reason) not in self.said and sum(each == rank for each, _ in list(self.said)) < _LINES:
+            self.said.add((rank, reason))
+            print(f"worker {self.own.rank} waits for worker {rank}: {reason}", file=sys.stderr, flush=True)
+
+
+def _gather(meeting: _Meeting, links: dict[int, handshake.Link], seconds: float, deadline: float) -> None:
+    """Waits until there is a link to each other worker."""
+    rank, workers, reasons = meeting.own.rank, meeting.own.workers, meeting.reasons
+    silent_until = min(deadline, time.monotonic() + _PATIENCE_SECONDS)
+    # One that has come and ended may come again.
+    while missing := [k for k in range(len(workers)) if k != rank and (k not in links or _ended(links[k].socket))]:
+        try:
+            arrival = meeting.found.get(timeout=min(_RETRY_SECONDS, max(0.0, silent_until - time.monotonic())))
+        except queue.Empty:
+            if time.monotonic() < silent_until:
+                continue
+            late = ", ".join(f"worker {k} ({workers[k]}{f': {reasons[k]}' if k in reasons else ''})" for k in missing)
+            if silent_until == deadline:
+                raise Fault(
+                    f"missing after {seconds:g} s: {late}; this is worker {rank} ({workers[rank]}); see their own "
+                    "output, and that TCP to these addresses is not blocked; replicas.start_seconds waits longer"
+                ) from None
+            silent_until = deadline
+            print(f"worker {rank} waits for {late}", file=sys.stderr, flush=True)
+            continue
+        if isinstance(arrival, UserError):
+            raise arrival
+        before = links.pop(arrival.rank, None)
+        # Whoever stands between can make a worker call again, and keep its first connection open.
+        twice = before and before.process != arrival.process and not _ended(before.socket)
+        if before:
+            before.socket.close()
+        if twice:
+            arrival.socket.close()
+            where = workers[arrival.rank]
+            raise UserError(f"worker {arrival.rank} ({where}) has been started twice: give each its own index")
+        links[arrival.rank] = arrival
+        reasons.pop(arrival.rank, None)
 
 
 def _listen(rank: int, workers: Sequence[str], deadline: float) -> socket.socket:
@@ -123,7 +155,7 @@ def _listen(rank: int, workers: Sequence[str], deadline: float) -> socket.socket
                     f"worker {rank}: {host} is {own} on this host itself, where no other worker can reach it: mend "
                     "/etc/hosts, or name the workers by their addresses"
                 )
-            server = socket.create_server((own, port), family=family, backlog=len(workers) + 16)
+            server = socket.create_server((own, port), family=family, backlog=len(workers) + 128)
             server.settimeout(_RETRY_SECONDS)
             return server
         except OSError as error:
@@ -138,116 +170,90 @@ def _listen(rank: int, workers: Sequence[str], deadline: float) -> socket.socket
             time.sleep(_RETRY_SECONDS)
 
 
-def _call(other: int, address: str, greet: Any, found: Any, reasons: dict[int, str], over: threading.Event) -> None:
+def _call(other: int, meeting: _Meeting) -> None:
     """Calls a worker of a lower rank until it answers, and again if it ends before all have met."""
-    while not over.is_set():
+    address = meeting.own.workers[other]
+    while not meeting.over.is_set():
         try:
             connection = socket.create_connection(_split(address), timeout=2.0)
         except OSError as error:
-            reasons[other] = error.strerror or str(error)
+            meeting.reasons[other] = error.strerror or str(error)
         else:
             try:
-                if (answered := greet(connection)) != other:
-                    raise UserError(
-                        f"worker {answered} answers at {address}, the address of worker {other}: see the indices in "
-                        "TF_CONFIG"
-                    )
-                found.put((other, connection))
-                while not over.is_set() and not _ended(connection):
-                    over.wait(_RETRY_SECONDS)
+                meeting.found.put(handshake.call(connection, meeting.own, other))
+                while not meeting.over.is_set() and not _ended(connection):
+                    meeting.over.wait(_RETRY_SECONDS)
+            except handshake.Unproven as error:
+                connection.close()
+                meeting.unproven(error.rank, f"what answers at {address} {error}")
             except UserError as error:
                 connection.close()
-                return found.put(error)
+                return meeting.found.put(error)
             except (OSError, ValueError) as error:
                 connection.close()
-                reasons[other] = str(error)
-        over.wait(_RETRY_SECONDS)
+                meeting.reasons[other] = str(error)
+        meeting.over.wait(_RETRY_SECONDS)
 
 
-def _take_in(server: socket.socket, greet: Any, found: Any, over: threading.Event) -> None:
+def _take_in(server: socket.socket, meeting: _Meeting) -> None:
     """Answers whoever calls: in a thread each, as one that is silent must not keep the others waiting."""
+    unproven: dict[socket.socket, threading.Thread] = {}  # oldest first
 
-    def answer(connection: socket.socket) -> None:
+    def answer(connection: socket.socket, host: str) -> None:
+        arrival: handshake.Link | UserError | None = None
         try:
-            arrival = (greet(connection), connection)
-            if over.is_set():
-                raise OSError("too late")
-            found.put(arrival)
+            arrival = handshake.answer(connection, meeting.own)
+        except handshake.Unproven as error:
+            meeting.unproven(error.rank, f"who calls from {host} and says that it is worker {error.rank} {error}")
         except UserError as error:
-            connection.close()
-            found.put(error)
+            arrival = error
         except (OSError, ValueError):
-            connection.close()  # a stranger; if it was a worker, it will call again
+            pass  # a stranger; if it was a worker, it will call again
+        wanted = unproven.pop(connection, None) and not meeting.over.is_set()  # or it was dropped, or is too late
+        if not (wanted and isinstance(arrival, handshake.Link)):
+            connection.close()
+        if wanted and arrival:
+            meeting.found.put(arrival)
 
-    while not over.is_set():
-        with contextlib.suppress(OSError):  # nobody has called
-            connection, _ = server.accept()
-            threading.Thread(target=answer, args=(connection,), daemon=True).start()
-
-
-def _greet(rank: int, workers: list[str], secret: bytes, deadline: float, connection: socket.socket) -> int:
-    """Exchanges greetings and proofs; returns the other's rank.
-
-    Raises:
-        OSError, ValueError: it is no worker of this run, or gone.
-        UserError: it is, and was started with another TF_CONFIG.
-    """
-    connection.settimeout(max(0.1, deadline - time.monotonic()))
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    nonce = secrets.token_hex(16)
-    _send(connection, json.dumps({"rank": rank, "workers": workers, "nonce": nonce}).encode())
-    try:
-        theirs = json.loads(_receive(connection))
-        other, named, its_nonce = int(theirs["rank"]), list(theirs["workers"]), str(theirs["nonce"])
-    except (KeyError, TypeError, RecursionError):
-        raise ValueError("it does not speak as a worker does") from None
-
-    def proof(of: int, first: str, second: str) -> bytes:
-        return hmac.digest(secret, f"{of}:{first}:{second}".encode(), "sha256")
-
-    _send(connection, proof(rank, its_nonce, nonce))
-    if not hmac.compare_digest(_receive(connection), proof(other, nonce, its_nonce)):
-        raise ValueError(f"it knows another {SECRET}")
-    if named != workers:
-        raise UserError(
-            f"worker {other} was started with other workers in its TF_CONFIG than worker {rank}: "
-            f"{', '.join(map(str, named))} against {', '.join(workers)}"
-        )
-    if other == rank or not 0 <= other < len(workers):
-        raise UserError(f"another worker says that it is worker {other}, too: give each its own index in TF_CONFIG")
-    connection.settimeout(None)
-    return other
+    while not meeting.over.is_set():
+        try:
+            connection, address = server.accept()
+        except TimeoutError:  # nobody has called
+            continue
+        except OSError as error:
+            if error.errno in _NO_MORE:  # accept would fail again, at once
+                if oldest := _drop_oldest(unproven):
+                    oldest.join(_PAUSE_SECONDS)
+                else:
+                    meeting.over.wait(_PAUSE_SECONDS)
+            continue
+        unproven[connection] = threading.Thread(target=answer, args=(connection, address[0]), daemon=True)
+        unproven[connection].start()
+        # Not the newest: it may be the worker that is waited for, and needs but a moment.
+        if len(unproven) > _UNPROVEN + len(meeting.own.workers):
+            _drop_oldest(unproven)
+    while thread := _drop_oldest(unproven):
+        thread.join()
 
 
-def _ended(connection: socket.socket | None) -> bool:
-    """Whether there is no connection, or nobody at its other end any more."""
-    if connection is None:
-        return True
+def _drop_oldest(unproven: dict[socket.socket, threading.Thread]) -> threading.Thread | None:
+    """Ends a connection, and so its thread, which closes it."""
+    for connection in list(unproven):
+        if thread := unproven.pop(connection, None):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            return thread
+    return None
+
+
+def _ended(connection: socket.socket) -> bool:
+    """Whether there is nobody at its other end any more."""
     try:
         return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:  # it is there, and has not said anything yet
         return False
     except OSError:
         return True
-
-
-def _send(connection: socket.socket, data: bytes) -> None:
-    connection.sendall(_LENGTH.pack(len(data)) + data)
-
-
-def _receive(connection: socket.socket) -> bytes:
-    def exactly(count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            if not (received := connection.recv(count - len(data))):
-                raise OSError("it closed the connection")
-            data += received
-        return data
-
-    (length,) = _LENGTH.unpack(exactly(_LENGTH.size))
-    if length > _LONGEST:
-        raise ValueError("it does not speak as a worker does")
-    return exactly(length)
 
 
 def _split(address: str) -> tuple[str, int]:

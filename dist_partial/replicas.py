@@ -2,14 +2,16 @@
 
 import dataclasses
 import faulthandler
+import functools
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import rendezvous
+from dist_partial import handshake, rendezvous
 from dist_partial.cluster import read_tf_config
 from dist_partial.errors import UserError
 from dist_partial.mesh import Mesh
@@ -60,6 +62,8 @@ def create(
     congestion: str | None = "cubic",
     start_seconds: float = 300.0,
     patience_seconds: float = 60.0,
+    seal: bool | None = None,
+    allow_no_secret: bool = False,
 ) -> Replicas:
     """Makes the distribution strategy, and connects the workers.
 
@@ -77,9 +81,14 @@ def create(
             for the slowest exchange, and on a shaped link cubic's are the steadiest; a lossy one may need 'bbr'.
         start_seconds: in which all workers must have started.
         patience_seconds: how long another worker may be silent until it is given up.
+        seal: whether all that travels over the sockets has tags, by which a change on the way is noticed; it costs
+            about 1.6 ms of one core a MiB, half of it on each side. None: where the workers know a secret and are not
+            all on loopback addresses.
+        allow_no_secret: whether workers on other addresses may do without a secret, so that whoever reaches them
+            while they start can pass for one.
 
     Raises:
-        UserError: unknown kind, malformed TF_CONFIG, or devices that cannot be made.
+        UserError: unknown kind, malformed TF_CONFIG, no secret where one is needed, or devices that cannot be made.
         Fault: workers are missing when `start_seconds` are over.
     """
     if transport not in TRANSPORTS:
@@ -95,6 +104,12 @@ def create(
             raise UserError(f"replicas.{name} is {seconds!r}: write a number of seconds above 0")
     if type(cpu) is not int or cpu < 1:
         raise UserError(f"replicas.cpu is {cpu!r}: write how many simulated replicas, 1 or more")
+    for name, choice, choices in (
+        ("seal", seal, (True, False, None)),
+        ("allow_no_secret", allow_no_secret, (True, False)),
+    ):
+        if not any(choice is each for each in choices):
+            raise UserError(f"replicas.{name} is {choice!r}: write one of {', '.join(map(str, choices))}")
     cluster = read_tf_config(os.environ.get("TF_CONFIG", ""))
     gpus = len(tf.config.list_logical_devices("GPU")) if tf.config.list_physical_devices("GPU") else 0
     reason = ""
@@ -106,7 +121,8 @@ def create(
         else:
             kind, reason = "default", " (one GPU here)" if gpus else " (no GPU here, replicas.cpu = 1)"
     if kind == "multi_worker":
-        return _multi_worker(cluster, reason, transport, pack_bytes, congestion, start_seconds, patience_seconds)
+        connect = functools.partial(_connect, start_seconds, congestion, seal, allow_no_secret)
+        return _multi_worker(cluster, reason, transport, pack_bytes, patience_seconds, connect)
     if transport == "sockets":
         raise UserError("replicas.transport = 'sockets' connects the workers of TF_CONFIG; here there is one process")
     wire = Wire(pack_bytes=pack_bytes)
@@ -153,9 +169,8 @@ def _multi_worker(
     reason: str,
     transport: str,
     pack_bytes: int,
-    congestion: str | None,
-    start_seconds: float,
     patience_seconds: float,
+    connect: Callable[[int, list[str]], dict[int, handshake.Link]],
 ) -> Replicas:
     if cluster is None:
         raise UserError("replicas.kind is 'multi_worker', but TF_CONFIG names no cluster: set it on every worker")
@@ -166,9 +181,9 @@ def _multi_worker(
     if gpus and transport == "sockets":
         raise UserError("replicas.transport = 'sockets' is for workers without GPUs: bind 'auto' or 'tensorflow'")
     tensorflow = gpus or transport == "tensorflow"
-    secret = os.environ.get(rendezvous.SECRET, "")
-    connections = rendezvous.connect(rank, everyone, start_seconds, secret, congestion)
-    connected = Mesh(rank, everyone, connections, patience_seconds, _abort if tensorflow else lambda reason: None)
+    connected = Mesh(
+        rank, everyone, connect(rank, everyone), patience_seconds, _abort if tensorflow else lambda reason: None
+    )
     strategy = _tensorflow_strategy(patience_seconds) if tensorflow else MeshStrategy(connected)
     how = "TensorFlow's collectives" if tensorflow else "direct connections"
     return Replicas(
@@ -179,6 +194,29 @@ def _multi_worker(
         connected,
         everyone[rank].rpartition(":")[0].strip("[]"),
     )
+
+
+def _connect(
+    start_seconds: float,
+    congestion: str | None,
+    seal: bool | None,
+    allow_no_secret: bool,
+    rank: int,
+    workers: list[str],
+) -> dict[int, handshake.Link]:
+    """Connects by the secret in the environment; without one only on loopback, or where that is allowed."""
+    secret, loopback = os.environ.get(handshake.SECRET, ""), rendezvous.on_loopback(workers)
+    if not secret and len(workers) > 1:
+        what = (
+            f"no {handshake.SECRET}: whoever reaches {workers[rank]} while workers start can pass for one; set the "
+            "same on all, such as `openssl rand -hex 32` draws"
+        )
+        if not (loopback or allow_no_secret):
+            raise UserError(f"{what}, or bind replicas.allow_no_secret = True")
+        print(f"warning: {what}", file=sys.stderr, flush=True)
+    if seal is None:
+        seal = bool(secret) and not loopback
+    return rendezvous.connect(rank, workers, start_seconds, secret, congestion, seal)
 
 
 def _tensorflow_strategy(patience_seconds: float) -> tf.distribute.Strategy:

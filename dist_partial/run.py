@@ -15,7 +15,7 @@ from dist_partial import agreement, checkpoints, evaluation, identity, local_sgd
 from dist_partial.build import build, restore
 from dist_partial.course import Course
 from dist_partial.errors import AGAIN, INTERRUPTED, Fault, UserError
-from dist_partial.files import locked, write_json, write_text, writing
+from dist_partial.files import locked, refuse_links, write_json, write_text, writing
 from dist_partial.layer_state import untouched
 from dist_partial.replicas import Replicas
 from dist_partial.reporting import Journal, plan_table
@@ -224,6 +224,8 @@ def _run(
 @contextlib.contextmanager
 def _written_folder(folder: Path, content: dict[str, Any], plan: selection.Plan, hosts: int) -> Iterator[None]:
     with locked(folder):
+        # Whatever else is written there replaces what has its name.
+        refuse_links(*(folder / name for name in ("checkpoints", "tensorboard", "metrics.jsonl", "samples.jsonl")))
         with writing(folder):
             write_json(folder / identity.FILE, content)
             write_json(folder / "plan.json", plan.to_json())

@@ -1,6 +1,8 @@
 """python -m dist_partial.train --gin_file=F [--gin_file=G ...] [--gin_param='a.b=c' ...] [--run_dir=DIR]
 
 Trains the variables that the rules select, evaluates, samples and saves; the same command again goes on.
+
+A gin file is a program: this imports the modules that it names. Read one that is not yours first.
 """
 
 import sys

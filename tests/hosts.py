@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -93,12 +94,14 @@ def run(
         Exit code and output of each; -9 is the code of one that was killed.
     """
     workers = [f"{address(host)}:{PORT}" for host in range(1, count + 1)]
+    secret = secrets.token_hex(16)
     processes, outputs = [], []
     deadline = time.monotonic() + timeout
     try:
         for index in range(count):
             task = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}
-            variables = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "-1", **(environment or {})}
+            variables = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "-1", "DIST_PARTIAL_SECRET": secret}
+            variables |= environment or {}
             # A file and no pipe: a worker whose pipe is full would wait, and all others for it.
             outputs.append(tempfile.TemporaryFile("w+", errors="replace"))  # noqa: SIM115 - closed below
             processes.append(

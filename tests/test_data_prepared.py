@@ -1,5 +1,6 @@
 """tfds data sets by name, against the arrays that they were prepared from."""
 
+import json
 import shutil
 import sys
 
@@ -187,12 +188,55 @@ def test_says_nothing(folders, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_data_set_names_no_code(folders, tmp_path):
-    """tfds imports the classes that features.json names: nothing but its own is let in, at any depth."""
+IMAGE = "tensorflow_datasets.core.features.image_feature.Image"
+
+
+def foreign_class(file):
+    """features.json names a class of the data set's own."""
+    file.write_text(file.read_text().replace(IMAGE, "evil.Image"))
+
+
+def foreign_class_in_text(file):
+    """Content that is JSON within JSON, as older versions of tfds wrote it."""
+    inner = json.dumps({"image": {"type": "evil.Image", "content": {}}})
+    name = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+    file.write_text(json.dumps({"pythonClassName": name, "jsonFeature": {"json": inner}}))
+
+
+def foreign_class_in_info(file):
+    """The description of the data set may hold the features, too."""
+    features, info = json.loads(file.read_text()), file.with_name("dataset_info.json")
+    features["featuresDict"]["features"]["image"]["pythonClassName"] = "evil.Image"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"features": features}))
+
+
+def linked(file):
+    """A folder that is a link."""
+    foreign_class(file)
+    moved = file.parents[3] / "elsewhere"
+    shutil.move(file.parent, moved)
+    file.parent.symlink_to(moved, target_is_directory=True)
+
+
+@pytest.mark.parametrize("name", ["foreign_images", "ForeignImages"])
+@pytest.mark.parametrize("change", [foreign_class, foreign_class_in_text, foreign_class_in_info, linked])
+def test_a_data_set_names_no_code(folders, tmp_path, change, name, monkeypatch):
+    """tfds imports the classes that its files name: nothing but its own is let in, wherever it is named."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text("")
     folder = tmp_path / "data"
-    shutil.copytree(folders["tfrecord"], folder)
-    (file,) = (folder / "small_images").rglob("features.json")
-    file.write_text(file.read_text().replace('"tensorflow_datasets.core.features.image_feature.', '"evil.'))
-    with pytest.raises(UserError, match=r"features\.json names the class 'evil\.Image'"):
-        tfds_dataset("small_images", data_dir=folder)
+    shutil.copytree(folders["tfrecord"] / "small_images", folder / "foreign_images")  # a name without code of its own
+    info = folder / "foreign_images" / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("small_images", "foreign_images"))
+    change(info.with_name("features.json"))
+    with pytest.raises(UserError, match=r"names the class 'evil\.Image'"):
+        tfds_dataset(name, data_dir=folder)
     assert "evil" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "name", ["huggingface:mnist", "kaggle:small_images/1.0.0", "mnist/data_dir=x", "a/b/c", "..", ""]
+)
+def test_names_that_tfds_would_look_for_elsewhere(folders, name):
+    with pytest.raises(UserError, match=r"tfds_dataset\.name=.*without a namespace or arguments"):
+        tfds_dataset(name, data_dir=folders["tfrecord"])

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from dist_partial import rendezvous, train
+from tests import strangers
 from tests.cases import assert_equal, rows, state
 from tests.workers import ROOT, free_ports, listening, run_workers, tf_config
 
@@ -287,11 +288,8 @@ def test_a_worker_that_ends_while_others_are_awaited_may_start_again(monkeypatch
 
     threads = [threading.Thread(target=connect, args=(rank,), daemon=True) for rank in range(3)]
     threads[0].start()
-    while True:
-        with contextlib.suppress(ConnectionRefusedError):
-            early = socket.create_connection(rendezvous._split(where[0]))
-            break
-    rendezvous._greet(1, where, b"", time.monotonic() + 5, early)
+    early = strangers.await_call(where[0])
+    assert strangers.greet(early, 1, 0, where, b"")[0] == 1
     time.sleep(0.3)  # worker 0 has taken it in
     early.close()  # what the system does for a process that is killed
     for thread in threads[1:]:
@@ -299,12 +297,27 @@ def test_a_worker_that_ends_while_others_are_awaited_may_start_again(monkeypatch
     for thread in threads:
         thread.join(20)
     assert all(isinstance(found[rank], dict) for rank in range(3)), found
-    for connections in found.values():
-        for connection in connections.values():
-            connection.close()
+    for links in found.values():
+        for link in links.values():
+            link.socket.close()
 
 
-@pytest.mark.parametrize("greeting", [b"{}", b"[]", b"7", b'{"rank": 1, "workers": 3, "nonce": 5}', b"[" * 10**5])
+LABEL = b"dist_partial handshake 1"
+
+
+@pytest.mark.parametrize(
+    "greeting",
+    [
+        b"",
+        b'\x14\0\0\0{"rank": 1e999, "workers": NaN}',
+        b"[" * 10**5,
+        b"\xff" * 1000,
+        LABEL + b"C" + b"\xff" * 121,
+        LABEL + b"L" + b"\xff" * 122,
+        LABEL + b"L" + bytes(200) + b"\1" + bytes(100),
+        LABEL[:-1] + b"9" + b"C" + bytes(200),
+    ],
+)
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_strangers_that_greet_in_another_way(greeting):
     """Whatever is at a worker's address, or calls it, is passed over until the worker itself is there."""
@@ -322,24 +335,21 @@ def test_strangers_that_greet_in_another_way(greeting):
     threads[1].start()
     called, _ = stranger.accept()
     with contextlib.suppress(OSError):
-        rendezvous._send(called, greeting)
+        called.sendall(greeting)
     time.sleep(0.5)
     called.close()
     stranger.close()
     threads[0].start()
-    calling = None
-    while calling is None:
-        with contextlib.suppress(ConnectionRefusedError):
-            calling = socket.create_connection(rendezvous._split(where[0]))
+    calling = strangers.await_call(where[0])
     with contextlib.suppress(OSError):
-        rendezvous._send(calling, greeting)
+        calling.sendall(greeting)
     for thread in threads:
         thread.join(20)
     calling.close()
     assert all(isinstance(found[rank], dict) for rank in range(2)), found
-    for connections in found.values():
-        for connection in connections.values():
-            connection.close()
+    for links in found.values():
+        for link in links.values():
+            link.socket.close()
 
 
 # Workers that are lost.

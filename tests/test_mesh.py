@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import struct
 import threading
 import time
 
@@ -13,6 +14,7 @@ from dist_partial import mesh as mesh_lib
 from dist_partial import rendezvous, traffic
 from dist_partial.errors import Fault, UserError
 from dist_partial.mesh import Mesh
+from tests import strangers
 from tests.workers import free_ports
 
 BFLOAT16 = tf.bfloat16.as_numpy_dtype
@@ -45,9 +47,10 @@ def connected():
     """Makes `count` meshes, and closes them after the test."""
     made = []
 
-    def make(count, patience=60.0, on_loss=lambda reason: None):
+    def make(count, patience=60.0, on_loss=lambda reason: None, sealed=False):
         workers = [f"127.0.0.1:{port}" for port in free_ports(count)]
-        found = at_once([functools.partial(rendezvous.connect, k, workers, 10) for k in range(count)])
+        connect = functools.partial(rendezvous.connect, workers=workers, seconds=10, sealed=sealed)
+        found = at_once([functools.partial(connect, k) for k in range(count)])
         made.extend(Mesh(k, workers, sockets, patience, on_loss) for k, sockets in enumerate(found))
         return made[-count:]
 
@@ -89,10 +92,10 @@ def same_bits(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize(("count", "sealed"), [(1, False), (2, False), (2, True), (3, True), (4, False)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, BFLOAT16, np.float16, np.int32, np.int64, np.uint8])
-def test_sums_are_those_of_numpy(connected, count, dtype):
-    meshes = connected(count)
+def test_sums_are_those_of_numpy(connected, count, sealed, dtype):
+    meshes = connected(count, sealed=sealed)
     inputs = [[draw(100 * k + i, size, dtype) for i, size in enumerate(SIZES)] for k in range(count)]
     results = at_once([functools.partial(exchange, m, own) for m, own in zip(meshes, inputs, strict=True)])
     for i in range(len(SIZES)):
@@ -120,10 +123,10 @@ def test_what_is_not_finite_stays_so_and_warns_of_nothing(connected, recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize(("count", "sealed"), [(1, False), (2, True), (3, False), (4, True)])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, BFLOAT16, np.bool_, np.int64])
-def test_gathers_hold_every_worker_s_tensor_in_rank_order(connected, count, dtype):
-    meshes = connected(count)
+def test_gathers_hold_every_worker_s_tensor_in_rank_order(connected, count, sealed, dtype):
+    meshes = connected(count, sealed=sealed)
     inputs = [[draw(100 * k + i, size, np.uint8).astype(dtype) for i, size in enumerate(SIZES)] for k in range(count)]
     results = at_once([functools.partial(exchange, m, [], own) for m, own in zip(meshes, inputs, strict=True)])
     for i in range(len(SIZES)):
@@ -327,7 +330,7 @@ def test_a_silent_worker_is_given_up_and_one_that_only_has_nothing_to_say_is_not
 )
 def test_a_malformed_header_is_a_failure(connected, header):
     meshes = connected(2)
-    meshes[1]._peers[0].connection.sendall(header)
+    meshes[1]._peers[0].link.socket.sendall(header)
     with pytest.raises(UserError, match=r"worker 1 \(127\.0\.0\.1:\d+\) sent what does not fit"):
         exchange(meshes[0], [np.ones(4, np.float32)])
 
@@ -340,3 +343,60 @@ def test_programs_that_differ_are_told_apart_by_size(connected):
             exchange(mesh, [np.ones(4 + 4 * mesh.rank, np.float32)])
 
     at_once([functools.partial(work, m) for m in meshes])
+
+
+def spoken(text):
+    """A sign of life, and the last words of a worker that has made a mistake: a header, and the text."""
+    return [struct.pack("<4sBIQQ", b"dpm2", kind, 0, 0, size) for kind, size in ((2, 0), (3, len(text)))] + [text]
+
+
+CHANGES = {
+    "nothing": lambda life, header, words: [life, header, words],
+    "a byte of a header": lambda life, header, words: [life, flipped(header, 4), words],
+    "a byte of the words": lambda life, header, words: [life, header, flipped(words, 3)],
+    "a byte of a tag": lambda life, header, words: [life, header, flipped(words, -1)],
+    "one left out": lambda life, header, words: [header, words],
+    "one twice": lambda life, header, words: [life, life, header, words],
+    "another order": lambda life, header, words: [header, words, life],
+    "no tags": lambda life, header, words: [life[:-16], header[:-16], words[:-16]],
+}
+
+
+def flipped(data, place):
+    changed = bytearray(data)
+    changed[place] ^= 1
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("rank", [0, 1])  # of the worker: one listens, the other calls
+def test_what_is_sealed_and_changed_on_its_way_is_not_believed(rank, change):
+    """By an independent program, that is the other worker and then who stands between."""
+    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    thread = threading.Thread(
+        target=lambda: links.update(rendezvous.connect(rank, workers, 10, "secret", sealed=True)), daemon=True
+    )
+    links = {}
+    if rank == 0:
+        thread.start()
+        connection = strangers.await_call(workers[0])
+        verdict, transcript = strangers.greet(connection, 1, 0, workers, b"secret", sealed=True)
+        assert verdict == 1
+    else:
+        with strangers.listen(workers[0]) as server:
+            thread.start()
+            connection, _ = server.accept()
+        transcript = strangers.welcome(connection, 0, 1, workers, b"secret", sealed=True)
+    thread.join(10)
+    mesh = Mesh(rank, workers, links, 60.0)
+    key = strangers.key(b"secret", b"C" if rank == 0 else b"L", transcript)
+    records = [strangers.record(key, i, each) for i, each in enumerate(spoken(b"the disk is full"))]
+    with connection:
+        connection.sendall(b"".join(CHANGES[change](*records)) + bytes(200))
+        with pytest.raises((UserError, Fault)) as raised:
+            mesh.gather(b"x")
+        if change == "nothing":
+            assert raised.type is UserError and str(raised.value).endswith(": the disk is full")
+        else:
+            assert raised.type is Fault and "is not what it has sent: something between" in str(raised.value)
+        mesh.close()

@@ -180,6 +180,47 @@ def test_a_folder_has_one_run_at_a_time(letters, tmp_path, capsys):
     assert start(letters, tmp_path / "run", "run.steps = 2") == 0
 
 
+def contents(path):
+    return {file: file.read_bytes() for file in [path, *path.rglob("*")] if file.is_file()}
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard"])
+def test_nothing_in_a_run_folder_is_written_through_a_link(name, letters, tmp_path, capsys):
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    assert start(letters, run, "run.steps = 1") == 0
+    (run / name).rename(mine)
+    if name == ".lock":
+        mine.write_text("precious")
+    (run / name).symlink_to(mine)
+    before = contents(mine)
+    assert start(letters, run, "run.steps = 2") == 2
+    line = f"error: {run / name} is a link to {mine}, and nothing is written through a link in a run folder"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(line)
+    assert contents(mine) == before
+
+
+def test_what_has_a_name_that_is_to_be_written_is_replaced_and_not_written_to(letters, tmp_path):
+    """Files are written beside their names first, under names that can be guessed."""
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    assert start(letters, run, "run.steps = 1") == 0
+    mine.write_text("precious")
+    for name in ("plan.txt", "identity.json", "operative_config.gin", "metrics.jsonl"):
+        (run / f".{name}.{os.getpid()}.partial").symlink_to(mine)
+    (run / "plan.txt").unlink()
+    (run / "plan.txt").symlink_to(mine)
+    assert start(letters, run, "run.steps = 2") == 0
+    assert mine.read_text() == "precious"
+    assert not any(path.is_symlink() for path in run.iterdir())
+
+
+def test_a_lock_keeps_what_is_in_it(tmp_path):
+    from dist_partial.files import locked
+
+    (tmp_path / ".lock").write_text("precious")
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").read_text() == "precious"
+
+
 def test_a_model_of_the_same_shapes_is_another_model(letters, tmp_path, capsys):
     assert start(letters, tmp_path / "run", "run.steps = 1") == 0
     assert start(letters, tmp_path / "run", "run.steps = 2", "letters_module.small.heads = 1") == 2

@@ -58,6 +58,7 @@ def run_workers(
             # A file and no pipe: a worker whose pipe is full would wait, and all others for it.
             outputs.append(tempfile.TemporaryFile("w+", errors="replace"))  # noqa: SIM115 - closed below
             environment = {
+                "DIST_PARTIAL_SECRET": "of the tests",
                 **os.environ,
                 "TF_CONFIG": tf_config(addresses, index),
                 "PYTHONPATH": f"{pythonpath}{os.pathsep}{ROOT}",

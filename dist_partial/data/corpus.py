@@ -17,6 +17,7 @@ from dist_partial.data.codecs import SHAPE_OF_BYTE, ByteCodec, ShapeCodec
 from dist_partial.data.quiet import quiet_tfds
 from dist_partial.data.source import Dataset, fingerprint
 from dist_partial.errors import UserError
+from dist_partial.files import open_lock
 
 BLOCK = 4096
 """Symbols of text that go to training or to evaluation together, whatever the window, so that the losses of two
@@ -240,6 +241,6 @@ def _prepared(name: str, cache: Path, digest: str, files: dict[str, bytes]) -> d
 def _locked(path: Path) -> Iterator[None]:
     """Holds an exclusive lock between processes, which the system drops when its holder dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with open_lock(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -169,7 +169,7 @@ def dist_partial(worker: Worker, selected: str, names: list[str]) -> tuple[dict[
 
     from dist_partial import replicas
 
-    connected = replicas.create("multi_worker")
+    connected = replicas.create("multi_worker", seal=False)  # as the others
     variants = {name: dist_partial_variant(connected, worker, selected, name) for name in names}
     # Said in the results: without connections of its own it falls back on TensorFlow's.
     return variants, f"TensorFlow {tf.__version__}; {connected.description}"
