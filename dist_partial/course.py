@@ -291,7 +291,7 @@ class Course:
             parts = settings.accumulate
             self._probe = step.probe(built.replicas.strategy, built.model, built.loss, built.plan, parts)
         ahead: Iterator[step.Batch] = batches(built, settings, done, settings.global_batch)
-        with untouched(built.replicas.strategy, built.layer_state.moving):
+        with untouched(built.replicas.strategy, built.layer_state.states):
             local = self._probe(ahead).numpy()
         squares = dict(zip(built.plan.units, built.replicas.sum(local), strict=True))
         return np.array([squares[unit.name] for unit in built.units], np.float64)

@@ -37,14 +37,16 @@ class LayerState:
         moving: all of it that no optimizer updates: statistics, counters, states of generators.
         averaged: what replicas average after each step besides the statistics of BatchNorm layers, of which the mode
             of the layer decides.
+        states: all that moves, and the random generators that no training step uses: what nothing else may move.
     """
 
     moving: tuple[Any, ...] = ()
     averaged: tuple[Any, ...] = ()
+    states: tuple[Any, ...] = ()
 
     @property
     def generators(self) -> list[Any]:
-        """States of random generators: int [2], a seed and a counter."""
+        """States of the random generators that a step uses: int [2], a seed and a counter."""
         return [variable for variable in self.moving if is_generator(variable)]
 
 
@@ -85,9 +87,7 @@ def find(model: keras.Model, x: tf.TensorSpec, plan: Plan) -> tuple[LayerState, 
     of_batch_norm = {id(v) for layer in batch_norm.layers(model) for v in (layer.moving_mean, layer.moving_variance)}
     moving, averaged = [], []
     for variable in model.variables:
-        if is_generator(variable):
-            moving.append(variable)
-        if id(variable) not in new or is_generator(variable):
+        if id(variable) not in new:
             continue
         entry = entries.get(id(variable))
         if entry is None:
@@ -97,7 +97,7 @@ def find(model: keras.Model, x: tf.TensorSpec, plan: Plan) -> tuple[LayerState, 
                 f"{entry.path!r} is frozen ({entry.rule}), and its layer changes it in training: train it, or call "
                 "the layer with training=False where the model is built"
             )
-        if id(variable) in of_batch_norm:
+        if is_generator(variable) or id(variable) in of_batch_norm:
             continue
         seen, floats = _depends_on_data(new[id(variable)], graph.inputs[0]), tf.as_dtype(variable.dtype).is_floating
         if seen and not floats:
@@ -108,7 +108,8 @@ def find(model: keras.Model, x: tf.TensorSpec, plan: Plan) -> tuple[LayerState, 
         # What all replicas compute alike needs no bytes; between exchanges they compute with weights of their own.
         if seen or (floats and not shared):
             averaged.append(variable)
-    return LayerState(tuple(moving), tuple(averaged)), outputs[-1]
+    unused = [v for v in model.variables if is_generator(v) and id(v) not in new]
+    return LayerState(tuple(moving), tuple(averaged), (*moving, *unused)), outputs[-1]
 
 
 def _check_own(model: keras.Model, graph: Any, new: Mapping[int, tf.Tensor]) -> None:

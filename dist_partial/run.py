@@ -119,7 +119,7 @@ def _run(
 
     def evaluated() -> None:
         # Nothing but a step moves a state: recurrent layers with dropout draw random numbers in inference, too.
-        with local_sgd.agreed(strategy, built.fragments), untouched(strategy, built.layer_state.moving):
+        with local_sgd.agreed(strategy, built.fragments), untouched(strategy, built.layer_state.states):
             average()
             journal.evaluation(done, evaluate(), sent)
             if built.data.codec is not None and replicas.is_chief:
