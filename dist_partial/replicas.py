@@ -91,35 +91,24 @@ def create(
         UserError: unknown kind, malformed TF_CONFIG, no secret where one is needed, or devices that cannot be made.
         Fault: workers are missing when `start_seconds` are over.
     """
-    if transport not in TRANSPORTS:
-        raise UserError(f"replicas.transport is {transport!r}: write one of {', '.join(map(repr, TRANSPORTS))}")
+    _check_choice("kind", kind, KINDS)
+    _check_choice("transport", transport, TRANSPORTS)
+    _check_choice("seal", seal, (True, False, None))
+    _check_choice("allow_no_secret", allow_no_secret, (True, False))
     if congestion is not None and not isinstance(congestion, str):
         raise UserError(f"replicas.congestion is {congestion!r}: write a name that the kernel knows, such as 'cubic'")
     if type(pack_bytes) is not int or pack_bytes < 1:
         raise UserError(f"replicas.pack_bytes is {pack_bytes!r}: write a whole number of bytes, such as {PACK_BYTES}")
-    if kind not in KINDS:
-        raise UserError(f"replicas.kind is {kind!r}: write one of {', '.join(map(repr, KINDS))}")
     for name, seconds in (("start_seconds", start_seconds), ("patience_seconds", patience_seconds)):
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
             raise UserError(f"replicas.{name} is {seconds!r}: write a number of seconds above 0")
     if type(cpu) is not int or cpu < 1:
         raise UserError(f"replicas.cpu is {cpu!r}: write how many simulated replicas, 1 or more")
-    for name, choice, choices in (
-        ("seal", seal, (True, False, None)),
-        ("allow_no_secret", allow_no_secret, (True, False)),
-    ):
-        if not any(choice is each for each in choices):
-            raise UserError(f"replicas.{name} is {choice!r}: write one of {', '.join(map(str, choices))}")
     cluster = read_tf_config(os.environ.get("TF_CONFIG", ""))
     gpus = len(tf.config.list_logical_devices("GPU")) if tf.config.list_physical_devices("GPU") else 0
     reason = ""
     if kind == "auto":
-        if cluster:
-            kind, reason = "multi_worker", " (TF_CONFIG names a cluster)"
-        elif gpus > 1 or (gpus == 0 and cpu > 1):
-            kind, reason = "mirrored", f" ({gpus} GPUs here)" if gpus else f" (no GPU here, replicas.cpu = {cpu})"
-        else:
-            kind, reason = "default", " (one GPU here)" if gpus else " (no GPU here, replicas.cpu = 1)"
+        kind, reason = _chosen(bool(cluster), gpus, cpu)
     if kind == "multi_worker":
         connect = functools.partial(_connect, start_seconds, congestion, seal, allow_no_secret)
         return _multi_worker(cluster, reason, transport, pack_bytes, patience_seconds, connect)
@@ -132,6 +121,20 @@ def create(
     what = f"{gpus} GPUs" if gpus else f"{cpu} simulated on the CPU"
     description = f"replicas: {len(devices)}, MirroredStrategy over {what}{reason}"
     return Replicas(tf.distribute.MirroredStrategy(devices), wire, description)
+
+
+def _check_choice(name: str, choice: Any, choices: Sequence[Any]) -> None:
+    if not any(type(choice) is type(each) and choice == each for each in choices):  # 1 is True to Python
+        raise UserError(f"replicas.{name} is {choice!r}: write one of {', '.join(map(repr, choices))}")
+
+
+def _chosen(cluster: bool, gpus: int, cpu: int) -> tuple[str, str]:
+    """The kind that 'auto' means here, and why."""
+    if cluster:
+        return "multi_worker", " (TF_CONFIG names a cluster)"
+    if gpus > 1 or (gpus == 0 and cpu > 1):
+        return "mirrored", f" ({gpus} GPUs here)" if gpus else f" (no GPU here, replicas.cpu = {cpu})"
+    return "default", " (one GPU here)" if gpus else " (no GPU here, replicas.cpu = 1)"
 
 
 def local_count(strategy: tf.distribute.Strategy) -> int:
