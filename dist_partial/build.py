@@ -113,7 +113,7 @@ def build(settings: Settings, replicas: Replicas) -> Built:
                 f"rule {entry.rule.match!r} cannot: bind run.precision = 'mixed_bfloat16', or @every_step()"
             )
     parts = strategy.num_replicas_in_sync * settings.accumulate
-    loss, note = _loss(settings.loss(), data, outputs, example, max(1, settings.global_batch // parts))
+    loss, note = _loss(settings, data, outputs, example, parts)
     layer_state.spread(strategy, state.generators)
     notes = [note] if note else []
     if model.compiled and not type(model).__module__.startswith("keras_hub."):  # which compiles its tasks by itself
@@ -208,23 +208,28 @@ def _example(name: str, x: tf.TensorSpec) -> str:
     return f"one of {name}'s examples, {x.dtype.name} {list(x.shape)}"
 
 
-def _loss(loss: Any, data: Dataset, outputs: tf.Tensor, example: tf.Tensor, batch: int) -> tuple[losses.Loss, str]:
+def _loss(
+    settings: Settings, data: Dataset, outputs: tf.Tensor, example: tf.Tensor, parts: int
+) -> tuple[losses.Loss, str]:
     """What the loss makes of targets and the model's outputs, and a line to say of it, or ''.
 
     Args:
-        loss: what `run.loss` has made.
+        settings: with the loss.
         data: the data set.
         outputs: the model's, in a traced graph.
         example: the same for some example.
-        batch: examples that a replica reads at once.
+        parts: into how many a batch is divided.
 
     Raises:
         UserError: the loss does not go with the model or the data.
     """
+    loss, batch = settings.loss(), max(1, settings.global_batch // parts)
     unreduced = losses.unreduced(loss, weighted=len(data.train.spec) == 3)
     for source in (data.train, data.evaluation):
-        losses.check_class_ids(loss, data.name, some_targets(source), example.shape[-1])
+        targets = some_targets(source)
+        losses.check_class_ids(loss, data.name, targets, example.shape[-1])
         losses.check_shapes(unreduced, source.spec, example, batch)
+    losses.check_alone(unreduced, targets, example, parts)
     return losses.of_model(loss, unreduced, outputs, example)
 
 

@@ -1,5 +1,6 @@
 """Losses of examples: what one example counts, and in which precision."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import tensorflow as tf
 from dist_partial.errors import UserError, first_line, own_line
 
 Loss = Callable[[Any, Any], tf.Tensor]
+
+_TRIED = 2**20  # outputs of an example, up to which a loss is tried out
 
 
 def unreduced(loss: Any, weighted: bool = False) -> Loss:
@@ -35,8 +38,11 @@ def unreduced(loss: Any, weighted: bool = False) -> Loss:
             f"run.loss ignores the class {loss.ignore_class}, which would count as a loss of 0: unbind ignore_class, "
             "and have run.data give weights (x, y, weight) that are 0 there"
         )
-    if loss.reduction == "sum":
-        raise UserError("run.loss is a sum over the batch, and a run trains on the mean: unbind its reduction")
+    if loss.reduction in ("sum", "none", None):  # of the last two `fit` trains on the sum as well
+        raise UserError(
+            f"run.loss sums over the batch (reduction={loss.reduction!r}), and a run trains on the mean: unbind its "
+            "reduction"
+        )
     if loss.reduction == "mean_with_sample_weight" and weighted:  # whose sum differs from batch to batch
         raise UserError(
             "run.loss divides by the weights of a batch (reduction='mean_with_sample_weight'), and a run divides by "
@@ -155,6 +161,42 @@ def check_shapes(loss: Loss, spec: Sequence[tf.TensorSpec], outputs: tf.Tensor, 
             f"run.loss does not take run.data's targets {shapes} of run.model: {first_line(error)}{own_line(error)}; "
             "bind another loss, or a model of other outputs"
         ) from error
+
+
+def check_alone(loss: Loss, y: np.ndarray, outputs: tf.Tensor, parts: int) -> None:
+    """Looks whether the loss of an example stays the same beside others, as a batch that is divided needs.
+
+    Args:
+        loss: from `unreduced`.
+        y: some targets, [n, ...].
+        outputs: of one example, [1, ...], for its shape and dtype.
+        parts: into how many a batch is divided, among replicas and micro-batches.
+
+    Raises:
+        UserError: it does not (Keras's Circle, contrastive losses), and batches are divided.
+    """
+    if parts == 1 or math.prod(outputs.shape) > _TRIED:
+        return
+    rng = np.random.default_rng(0)
+    some = y[rng.integers(0, len(y), 12)]
+    shape = (12, *outputs.shape[1:])
+    for values in (
+        rng.uniform(0.05, 0.95, shape),
+        rng.normal(scale=0.1, size=shape),
+    ):  # as probabilities, as embeddings
+        found = []
+        for beside in (slice(4, 8), slice(8, 12)):
+            own = (tf.constant(np.concatenate([each[:4], each[beside]])) for each in (some, values))
+            try:
+                found.append(loss(next(own), full_precision(tf.cast(next(own), outputs.dtype)))[:4])
+            except (ValueError, TypeError, tf.errors.OpError):  # it takes no such values, or not so many examples
+                return
+        first, second = (keras.ops.convert_to_numpy(tf.cast(each, tf.float64)) for each in found)
+        if not np.allclose(first, second, rtol=1e-3, equal_nan=True):
+            raise UserError(
+                "run.loss makes of an example what depends on the others of its batch, and a batch is divided into "
+                f"{parts} parts: train it on one replica without run.accumulate, or bind another loss"
+            )
 
 
 def check_class_ids(loss: Any, name: str, y: np.ndarray, classes: int) -> None:

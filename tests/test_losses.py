@@ -292,3 +292,33 @@ def test_what_a_model_was_compiled_with_is_said_to_be_left_aside(tmp_path, capsy
 
     run.run(settings(compiled, (features(7), features(1)), keras.losses.MeanSquaredError, steps=1), tmp_path / "run")
     assert "run.model is compiled: run.loss and run.optimizer take the place" in capsys.readouterr().out
+
+
+class Contrast(keras.losses.Loss):
+    """Of each example against the others of its batch."""
+
+    def call(self, y, outputs):
+        return keras.ops.mean(keras.ops.square(outputs - keras.ops.mean(outputs, axis=0)), axis=-1) + 0.0 * y[:, 0]
+
+
+def circle():
+    return keras.losses.Circle()
+
+
+def test_a_loss_in_which_examples_meet_is_refused_where_batches_are_divided(tmp_path):
+    x = features(7)
+    data = (x, x[:, :1])
+    for more in ({"replicas": 2}, {"replicas": 1, "accumulate": 3}):
+        with pytest.raises(UserError, match="depends on the others of its batch, and a batch is divided into"):
+            run.run(settings(one_output, data, Contrast, **more), tmp_path / "run")
+    check_against_fit(tmp_path / "alone", one_output, data, Contrast, replicas=1)
+    y = np.random.default_rng(1).integers(0, 3, COUNT).astype(np.int32)
+    with pytest.raises(UserError, match="depends on the others of its batch"):
+        run.run(settings(classifier(activation=None), (features(10), y), circle), tmp_path / "circle")
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none", None])
+def test_a_loss_that_fit_sums_is_refused(tmp_path, reduction):
+    loss = lambda: keras.losses.MeanSquaredError(reduction=reduction)  # noqa: E731
+    with pytest.raises(UserError, match=f"sums over the batch .reduction={reduction!r}."):
+        run.run(settings(one_output, (features(7), features(1)), loss), tmp_path / "run")
