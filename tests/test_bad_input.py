@@ -101,7 +101,7 @@ PARAMS = {
     ),
     "a summed loss": (
         ["run.loss=@keras.losses.MeanSquaredError", "MeanSquaredError.reduction='sum'"],
-        ["is a sum over the batch"],
+        ["sums over the batch"],
     ),
     "one loss a batch": (["run.loss=@keras.losses.Dice", "user_module.model.outputs=1"], ["one number for a whole"]),
     "a mask": (["run.model=@user_module.masked"], ["mask", "(x, y, weight)"]),
