@@ -151,7 +151,13 @@ def check_shapes(loss: Loss, spec: Sequence[tf.TensorSpec], outputs: tf.Tensor, 
     outputs = tf.TensorSpec([batch, *outputs.shape[1:]], outputs.dtype)
 
     def traced(outputs: tf.Tensor, y: tf.Tensor, weight: tf.Tensor | None = None) -> tf.Tensor:
-        return example_losses(loss(y, full_precision(outputs)), weight)
+        losses = loss(y, full_precision(outputs))
+        if losses.shape.rank and losses.shape[0] not in (None, batch):
+            raise UserError(
+                f"run.loss gives losses of the shape {losses.shape.as_list()} for {batch} examples: it must give one "
+                "an example, the batch axis first"
+            )
+        return example_losses(losses, weight)
 
     try:
         tf.function(traced, autograph=False).get_concrete_function(outputs, *specs)

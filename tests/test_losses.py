@@ -322,3 +322,10 @@ def test_a_loss_that_fit_sums_is_refused(tmp_path, reduction):
     loss = lambda: keras.losses.MeanSquaredError(reduction=reduction)  # noqa: E731
     with pytest.raises(UserError, match=f"sums over the batch .reduction={reduction!r}."):
         run.run(settings(one_output, (features(7), features(1)), loss), tmp_path / "run")
+
+
+def test_losses_along_another_axis_are_refused(tmp_path):
+    loss = lambda: keras.losses.CosineSimilarity(axis=0)  # noqa: E731
+    two = lambda: keras.Sequential([keras.Input((7,)), keras.layers.Dense(2)])  # noqa: E731
+    with pytest.raises(UserError, match=r"gives losses of the shape \[2\] for 9 examples"):
+        run.run(settings(two, (features(7), features(2)), loss), tmp_path / "run")
