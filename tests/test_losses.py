@@ -72,7 +72,7 @@ def check_against_fit(folder, model, data, loss, **more):
         np.testing.assert_allclose(value, weights[name], rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize(("y_shape", "weight_shape"), [((), ()), ((1,), ()), ((1,), (1,))])
+@pytest.mark.parametrize(("y_shape", "weight_shape"), [((), ()), ((), (1,)), ((1,), ()), ((1,), (1,))])
 @pytest.mark.parametrize("loss", ["class", "function"])
 def test_weights_of_examples_in_any_shape_are_those_of_fit(tmp_path, y_shape, weight_shape, loss):
     x = features(7)
@@ -85,23 +85,17 @@ def test_weights_of_examples_in_any_shape_are_those_of_fit(tmp_path, y_shape, we
     check_against_fit(tmp_path / "run", one_output, (x, y, weight), makers[loss])
 
 
-@pytest.mark.parametrize("last", [(), (1,)])
-def test_weights_of_elements_in_any_shape(tmp_path, last):
+@pytest.mark.parametrize("y_last", [(), (1,)])
+@pytest.mark.parametrize("weight_last", [(), (1,)])
+def test_weights_of_elements_in_any_shape(tmp_path, y_last, weight_last):
     """An example's loss is the weighted mean over its own elements: NumPy counts it at the first step."""
     x = features(3, 7)
     y = x.sum(2, keepdims=True)
-    weight = np.random.default_rng(2).uniform(0, 3, (COUNT, 3, *last))
+    weight = np.random.default_rng(2).uniform(0, 3, (COUNT, 3, *weight_last))
     weight[0] = 0
-    run.run(
-        settings(
-            one_output_a_step,
-            (x, y if last else y[..., 0], weight),
-            keras.losses.MeanSquaredError if last else one_an_element,
-            steps=1,
-            eval_first=True,
-        ),
-        tmp_path / "run",
-    )
+    data = (x, y.reshape(COUNT, 3, *y_last), weight)
+    loss = keras.losses.MeanSquaredError if y_last else one_an_element
+    run.run(settings(one_output_a_step, data, loss, steps=1, eval_first=True), tmp_path / "run")
     keras.utils.set_random_seed(0)
     outputs = one_output_a_step()(x).numpy()
     squares, weight = ((outputs - y) ** 2)[..., 0], weight.reshape(COUNT, 3)

@@ -18,7 +18,7 @@ class Source(Protocol):
     def spec(self) -> tuple[tf.TensorSpec, ...]:
         """(x, y) or (x, y, weight) of one example, without a batch axis.
 
-        The weight is a float of shape (), or of the shape of y where each target has its own.
+        The weight is a float of shape (), or of the shape of the loss of y where each target has its own.
         """
 
     def __len__(self) -> int: ...
@@ -62,7 +62,8 @@ class ArraySource:
     Args:
         x: inputs [n, ...].
         y: targets [n, ...].
-        weight: float [n], or of the shape of y; None weighs all alike.
+        weight: float [n], or where each target has its own of the shape of y, or of its first axes; further axes of 1
+            at the end are as none. None weighs all alike.
 
     Raises:
         UserError: the arrays do not belong together.
@@ -76,10 +77,15 @@ class ArraySource:
         shapes = [array.shape for array in self._arrays]
         if len({shape[:1] for shape in shapes}) != 1 or shapes[0] == ():
             raise UserError(f"ArraySource got shapes {shapes}: axis 0 counts the examples, alike in all")
-        if self.weight is not None and self.weight.shape not in (self.y.shape[:1], self.y.shape):
+        if self.weight is None:
+            return
+        shape = self.weight.shape
+        while len(shape) > 1 and shape[-1] == 1:
+            shape = shape[:-1]
+        if shape != self.y.shape[: len(shape)]:
             raise UserError(
-                f"ArraySource got weight {self.weight.shape} for y {self.y.shape}: "
-                f"give one an example {self.y.shape[:1]} or one a target {self.y.shape}"
+                f"ArraySource got weight {self.weight.shape} for y {self.y.shape}: give one an example "
+                f"{self.y.shape[:1]}, or one a target {self.y.shape}, of which the last axes may be left out"
             )
 
     @property
