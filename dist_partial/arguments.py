@@ -61,8 +61,10 @@ def _check_missing(ours: Collection[str], bindable: Mapping[str, Callable[..., A
             if reference.evaluate or selector not in bindable or not (alone or {owner, selector} <= set(ours)):
                 continue
             if missing := [each for each in _required(bindable[selector]) if (selector, each) not in bound]:
-                own = reference.scoped_selector
-                raise UserError("not bound: " + ", ".join(f"{own}.{argument}" for argument in missing))
+                own, hint = reference.scoped_selector, ""
+                if name == "loss":
+                    hint = "; run.loss is a factory: bind a function that returns the loss"
+                raise UserError("not bound: " + ", ".join(f"{own}.{argument}" for argument in missing) + hint)
 
 
 def _misfit(function: Callable[..., Any], name: str, value: Any) -> str | None:

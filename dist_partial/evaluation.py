@@ -30,24 +30,25 @@ def evaluation(
         total: sums over the workers, from `Replicas.sum`.
         data: the data set.
         examples: how many examples.
-        global_batch: examples a step over all replicas; the last one is padded with weight 0.
+        global_batch: examples a step over all replicas.
 
     Returns:
         A function that makes one pass and returns `loss` (as in training: the mean over the examples, each weighted,
         and what layers add), `examples`, and, as weighted means over the targets, `accuracy` where they are classes and
         `bits_per_byte` where they are bytes.
     """
-    steps = tf.constant(-(-examples // global_batch))
     context = input_context(strategy)
-    # After a pass the batches start over, so one iterator serves them all. A mistake in the model or the loss shows
-    # when the pass is traced, now and not after the training.
-    batches = iter(evaluation_batches(data.evaluation, examples=examples, global_batch=global_batch, context=context))
-
-    count = tf.constant(examples)
-    step.get_concrete_function(batches, steps, count)
+    passes = []
+    for first, count, batch in _passes(examples, global_batch, context.num_replicas_in_sync):
+        batches = evaluation_batches(data.evaluation, first=first, examples=count, global_batch=batch, context=context)
+        # After a pass the batches start over, so one iterator serves them all.
+        arguments = iter(batches), tf.constant(-(-count // batch)), tf.constant(count)
+        step.get_concrete_function(*arguments)  # a mistake in the model or the loss shows now, not after the training
+        passes.append(arguments)
 
     def evaluate() -> dict[str, float]:
-        loss, added, elements, correct, weight = total(step(batches, steps, count)).tolist()
+        sums = tf.add_n([step(*arguments) for arguments in passes])
+        loss, added, elements, correct, weight = total(sums).tolist()
         metrics = {"loss": (loss + added) / examples, "examples": examples}
         if not math.isnan(correct):
             metrics["accuracy"] = correct / weight if weight else math.nan
@@ -56,6 +57,19 @@ def evaluation(
         return metrics
 
     return evaluate
+
+
+def _passes(examples: int, global_batch: int, replicas: int) -> list[tuple[int, int, int]]:
+    """The first example, the number of examples and the global batch of up to three passes.
+
+    No replica ever reads an example beside repetitions that fill its part up: layers would add to the loss what these
+    are to them. Those that are left over in the last pass read nothing but such.
+    """
+    whole = examples // global_batch * global_batch
+    even = (examples - whole) // replicas * replicas
+    rest = examples - whole - even
+    passes = [(0, whole, global_batch), (whole, even, even), (whole + even, rest, replicas)]
+    return [each for each in passes if each[1]]
 
 
 def samples(model: Any, data: Dataset, sampling: Sampling, step: int) -> list[dict[str, Any]]:

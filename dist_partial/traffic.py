@@ -258,7 +258,10 @@ def called(op: tf.Operation) -> list[Any]:
         names += [attribute.func.name] if attribute.func.name else []
         names += [function.name for function in attribute.list.func]
     functions = [op.graph._get_function(name) for name in names]
-    return [getattr(function, "graph", function) for function in functions]
+    graphs = [getattr(function, "graph", function) for function in functions]
+    return [
+        graph for graph in graphs if hasattr(graph, "get_operations")
+    ]  # those of the old kind have none to look into
 
 
 def operations(graph: Any) -> Iterator[tf.Operation]:

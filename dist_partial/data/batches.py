@@ -51,12 +51,13 @@ def train_indices(
 
 
 def evaluation_batches(
-    source: Source, *, examples: int, global_batch: int, context: tf.distribute.InputContext
+    source: Source, *, first: int = 0, examples: int, global_batch: int, context: tf.distribute.InputContext
 ) -> tf.data.Dataset:
-    """One worker's batches of the first `examples` examples, in order, each exactly once.
+    """One worker's batches of `examples` examples from the first on, in order, each exactly once.
 
     Args:
         source: the examples.
+        first: the place of the first of them.
         examples: how many of them.
         global_batch: examples of a step, over all replicas.
         context: which worker this is, and how many replicas there are.
@@ -70,13 +71,13 @@ def evaluation_batches(
         UserError: there are fewer examples, or as for `train_batches`.
     """
     _check(source)
-    if not 0 < examples <= len(source):
-        raise UserError(f"cannot evaluate {examples} examples: ask for 1 to {len(source)}, that is all")
+    if not 0 < first + examples <= len(source):
+        raise UserError(f"cannot evaluate {first + examples} examples: ask for 1 to {len(source)}, that is all")
     padded = -(-examples // global_batch) * global_batch
 
     def fetch(positions: tf.Tensor) -> tuple[tf.Tensor, ...]:
         positions %= padded
-        x, y, *weights = fetched(source, tf.minimum(positions, examples - 1))
+        x, y, *weights = fetched(source, first + tf.minimum(positions, examples - 1))
         weight = weights[0] if weights else tf.ones_like(positions, tf.float32)
         real = tf.reshape(positions < examples, [-1] + [1] * (weight.shape.rank - 1))
         return x, y, tf.where(real, weight, tf.zeros_like(weight))
