@@ -186,10 +186,8 @@ def check_alone(loss: Loss, y: np.ndarray, outputs: tf.Tensor, parts: int) -> No
     rng = np.random.default_rng(0)
     some = y[rng.integers(0, len(y), 12)]
     shape = (12, *outputs.shape[1:])
-    for values in (
-        rng.uniform(0.05, 0.95, shape),
-        rng.normal(scale=0.1, size=shape),
-    ):  # as probabilities, as embeddings
+    # As probabilities are, and as embeddings are.
+    for values in (rng.uniform(0.05, 0.95, shape), rng.normal(scale=0.1, size=shape)):
         found = []
         for beside in (slice(4, 8), slice(8, 12)):
             own = (tf.constant(np.concatenate([each[:4], each[beside]])) for each in (some, values))
