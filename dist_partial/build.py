@@ -25,7 +25,7 @@ from dist_partial import (
     step,
     storage,
 )
-from dist_partial.data import Dataset, some_targets, train_batches
+from dist_partial.data import Dataset, check_source, some_targets, train_batches
 from dist_partial.errors import UserError, first_line, own_line
 from dist_partial.loss_scale import LossScale, needs_loss_scale
 from dist_partial.replicas import Replicas, input_context
@@ -90,6 +90,8 @@ def build(settings: Settings, replicas: Replicas) -> Built:
     data = settings.data()
     if not isinstance(data, Dataset):
         raise UserError(f"run.data made a {type(data).__name__}: its factory must return a dist_partial.data.Dataset")
+    for name in ("train", "evaluation"):
+        check_source(f"{name} of {data.name}", getattr(data, name))
     strategy, x = replicas.strategy, data.train.spec[0]
     with strategy.scope():
         keras.utils.set_random_seed(settings.seed)

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ class Interrupted(Exception):
 
 def run(
     settings: Settings,
-    folder: Path,
+    folder: str | Path,
     operative: Callable[[], str] = lambda: "",
     unused: Callable[[], list[str]] = lambda: [],
     bindings: Mapping[str, str] | None = None,
@@ -59,7 +60,7 @@ def run(
     """
     replicas = settings.replicas()
     with _connected(replicas), _ids_explained():
-        _run(settings, folder, replicas, operative, unused, bindings or {})
+        _run(settings, Path(folder), replicas, operative, unused, bindings or {})
 
 
 def _run(
@@ -320,6 +321,9 @@ def _not_finite(at: int, loss: float, norm: float, saved: int) -> UserError:
 def _signals() -> Iterator[set[int]]:
     """Collects Ctrl-C and SIGTERM, for the loop to read between calls; a second Ctrl-C is not caught."""
     received: set[int] = set()
+    if threading.current_thread() is not threading.main_thread():  # to which alone Python hands signals
+        yield received
+        return
 
     def handler(number: int, frame: Any) -> None:
         received.add(number)

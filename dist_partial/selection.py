@@ -420,7 +420,7 @@ def resolve(
         sent_by = (rule.reduction or reduction) if rule.train else None
         entries.append(Entry(own_path, shape, variable.dtype, variable, rule, sent_by))
     for number in range(len(rules)):
-        if number not in used:
+        if number not in used and not _closes(number, rules, paths):
             raise UserError(_unused(number, rules, paths))
     plan = Plan(rules, tuple(entries))
     if not plan.trained:
@@ -436,6 +436,11 @@ def first_match(rules: Sequence[Rule], path: str) -> int | None:
 def matches(pattern: str, path: str) -> bool:
     """Whether a regular expression matches a whole path, which may be written with a trailing `:0`."""
     return any(re.fullmatch(pattern, name) is not None for name in (path, f"{path}:0"))
+
+
+def _closes(number: int, rules: Sequence[Rule], paths: Sequence[str]) -> bool:
+    """Whether a rule ends the table as ('freeze', r'.*') does: that nothing may be left for it is no mistake."""
+    return number == len(rules) - 1 and not rules[number].train and all(matches(rules[number].match, p) for p in paths)
 
 
 def _unused(number: int, rules: Sequence[Rule], paths: Sequence[str]) -> str:

@@ -209,17 +209,29 @@ def _clip(
 ) -> tuple[list[tf.Tensor | None], tf.Tensor]:
     """Clips what replicas share by its norm, the same everywhere, and the rest by its; returns the whole norm, too."""
     clipped: list[Any] = list(gradients)
-    squares = []
+    norms = []
     for kind in sorted(set(shared)):
-        places = [i for i, of_kind in enumerate(shared) if of_kind == kind]
-        part = [gradients[i] for i in places]
-        norm = tf.linalg.global_norm(part)
-        squares.append(norm**2)
-        if clip_norm is not None:
-            part, _ = tf.clip_by_global_norm(part, clip_norm, use_norm=norm)
-        for i, gradient in zip(places, part, strict=True):
-            clipped[i] = gradient
-    return clipped, norm if len(squares) == 1 else tf.sqrt(tf.add_n(squares))
+        # Variables may have dtypes of their own, as LoRA's factors do under float64.
+        places: dict[tf.DType, list[int]] = {}
+        for i, gradient in enumerate(gradients):
+            if gradient is not None and shared[i] == kind:
+                places.setdefault(gradient.dtype, []).append(i)
+        norm = _joint([tf.linalg.global_norm([gradients[i] for i in own]) for own in places.values()])
+        norms.append(norm)
+        for dtype, own in places.items() if clip_norm is not None else ():
+            part = [gradients[i] for i in own]
+            part, _ = tf.clip_by_global_norm(part, clip_norm, use_norm=tf.cast(norm, dtype))
+            for i, gradient in zip(own, part, strict=True):
+                clipped[i] = gradient
+    return clipped, _joint(norms)
+
+
+def _joint(norms: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The norm of parts from the norms of each, in the widest of their dtypes."""
+    if len(norms) < 2:
+        return norms[0] if norms else tf.zeros([])
+    widest = max((norm.dtype for norm in norms), key=lambda dtype: dtype.size)
+    return tf.sqrt(tf.add_n([tf.cast(norm, widest) ** 2 for norm in norms]))
 
 
 def _unit_squares(plan: Plan, gradients: Sequence[Any]) -> tf.Tensor:
@@ -288,7 +300,7 @@ def _selected_rows(gradient: Any, rows: tuple[int, int] | None) -> Any:
         return gradient if rows is None else gradient[rows[0] : rows[1]]
     # An embedding's gradient holds a row a lookup, the same row many times: summed here, what travels has a size
     # that does not depend on the batch. Indices outside [0, rows) are dropped.
-    start, stop = rows or (0, gradient.dense_shape[0])
+    start, stop = rows or (0, tf.cast(gradient.dense_shape[0], gradient.indices.dtype))  # of int64 ids, int64
     inside = (gradient.indices >= start) & (gradient.indices < stop)
     indices = tf.where(inside, gradient.indices - start, -1)
     return tf.math.unsorted_segment_sum(gradient.values, indices, stop - start)

@@ -1,5 +1,7 @@
 """What a loss is made of: runs on two replicas against plain Keras on one device, and NumPy."""
 
+import threading
+
 import keras
 import numpy as np
 import pytest
@@ -331,3 +333,79 @@ def test_losses_along_another_axis_are_refused(tmp_path):
     two = lambda: keras.Sequential([keras.Input((7,)), keras.layers.Dense(2)])  # noqa: E731
     with pytest.raises(UserError, match=r"gives losses of the shape \[2\] for 9 examples"):
         run.run(settings(two, (features(7), features(2)), loss), tmp_path / "run")
+
+
+def test_variables_of_two_dtypes_are_clipped_together(tmp_path):
+    """By the norm over both, in NumPy; without a bound they train as in Keras."""
+
+    def model():
+        half = keras.layers.Dense(1, dtype="float32", name="half")
+        return keras.Sequential([keras.Input((7,)), keras.layers.Dense(4, name="low"), half])
+
+    x = features(7)
+    data = (x, x[:, :1])
+    check_against_fit(tmp_path / "free", model, data, keras.losses.MeanSquaredError, tolerance=1e-5)
+    made = settings(model, data, keras.losses.MeanSquaredError, steps=1, clip_norm=0.01)
+    run.run(made, str(tmp_path / "clipped"))
+    keras.utils.set_random_seed(0)
+    before = [np.array(v, np.float64) for v in model().trainable_variables]
+    after = [np.array(value, np.float64) for value in trained(tmp_path / "clipped", 1).values()]
+    moved = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in zip(after, before, strict=True)))
+    assert moved == pytest.approx(0.05 * 0.01, rel=1e-4)
+
+
+def test_a_run_in_a_thread_trains(tmp_path):
+    made = settings(one_output, (features(7), features(1)), keras.losses.MeanSquaredError, steps=1, replicas=1)
+    thread = threading.Thread(target=run.run, args=(made, tmp_path / "run"))
+    thread.start()
+    thread.join()
+    assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        ({"a": np.zeros((3, 2))}, "ArraySource got x as a dict: give one array"),
+        ([[1.0], [2.0]], "ArraySource got x as a list"),
+    ],
+)
+def test_what_is_no_array_is_said(x, words):
+    with pytest.raises(UserError, match=words):
+        ArraySource(x, np.zeros(3))
+
+
+def test_what_is_no_source_is_said(tmp_path):
+    made = settings(one_output, (features(7), features(1)), keras.losses.MeanSquaredError)
+
+    class Two:
+        spec = ({"a": tf.TensorSpec([7], tf.float64)}, tf.TensorSpec([1], tf.float64))
+        __len__ = fetch = None
+
+    for source, words in (
+        (tf.data.Dataset.range(3), "train of d is a .*Dataset.*: a Dataset holds sources"),
+        (Two(), r"train of d has a spec of \(dict, TensorSpec\): write one tf.TensorSpec for x"),
+    ):
+        data = Dataset("d", source, source, "1")
+        with pytest.raises(UserError, match=words):
+            run.run(Settings(**{**vars(made), "data": lambda data=data: data}), tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", [object, "S3", "U3"])
+def test_text_is_a_models_input(tmp_path, kind):
+    texts = ["a b", "b", "c a"]
+    x = np.array([[texts[i % 3]] for i in range(COUNT)]).astype("S3" if kind is object else kind).astype(kind)
+    y = np.arange(COUNT, dtype=np.float32)[:, None] / COUNT
+
+    def model():
+        layers = [
+            keras.layers.TextVectorization(vocabulary=["a", "b"], output_sequence_length=4, name="text"),
+            keras.layers.Embedding(4, 3, name="embedding"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(1, name="d"),
+        ]
+        return keras.Sequential([keras.Input((1,), dtype="string"), *layers])
+
+    run.run(settings(model, (x, y), keras.losses.MeanSquaredError, precision="float32", steps=2), tmp_path / "run")
+    _, weights, _ = fitted(model, (tf.constant(x.tolist()), y), keras.losses.MeanSquaredError, 2, "float32")
+    for name, value in trained(tmp_path / "run", 2).items():
+        np.testing.assert_allclose(value, weights[name], rtol=1e-5, atol=1e-7)

@@ -286,3 +286,16 @@ def test_four_bits_among_many_workers(workers, share):
     model = keras.Sequential([keras.Input((256,)), keras.layers.Dense(1000, use_bias=False)])
     plan = dataclasses.replace(resolve([("train", ".*")], model, Quantized(4)), workers=workers)
     assert 100 * plan.nic_bytes / plan.full_nic_bytes == pytest.approx(share, abs=0.05)
+
+
+def test_a_last_line_that_freezes_the_rest_may_find_nothing_left():
+    """As where the factory has frozen the base already; any other line that never applies is a mistake."""
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(2, name="base"), keras.layers.Dense(1, name="head")]
+    )
+    model.layers[0].trainable = False
+    plan = plan_of([("train", r"head/.*"), ("freeze", r".*")], model)
+    assert [entry.path for entry in plan.trained] == ["head/kernel", "head/bias"]
+    for table in ([("train", r"head/.*"), ("freeze", r"head/bias")], [("train", ".*"), ("train", ".*")]):
+        with pytest.raises(UserError, match="never applies"):
+            plan_of(table, model)

@@ -4,7 +4,7 @@ from dist_partial.data.batches import evaluation_batches, fetched, some_targets,
 from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
 from dist_partial.data.prepared import tfds_dataset
-from dist_partial.data.source import ArraySource, Dataset, Source, fingerprint
+from dist_partial.data.source import ArraySource, Dataset, Source, check_source, fingerprint
 from dist_partial.data.tokens import stdlib_prose, tokenized_text
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Codec",
     "Dataset",
     "Source",
+    "check_source",
     "evaluation_batches",
     "fetched",
     "fingerprint",

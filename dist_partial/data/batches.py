@@ -161,10 +161,10 @@ def _check(source: Source) -> None:
     """Compares the first example with the spec: inside the pipeline the same error would be unreadable."""
     if len(source) == 0:
         raise UserError(f"{type(source).__name__} is empty: there is nothing to read")
-    want = [(spec.dtype.as_numpy_dtype, tuple(spec.shape)) for spec in source.spec]
-    have = [(array.dtype.type, array.shape[1:]) for array in source.fetch(np.zeros(1, np.int64))]
+    want = [(spec.dtype.name, tuple(spec.shape)) for spec in source.spec]
+    have = [(tf.as_dtype(array.dtype).name, array.shape[1:]) for array in source.fetch(np.zeros(1, np.int64))]
     if len(want) not in (2, 3) or want != have:
-        words = [", ".join(f"{dtype.__name__} {shape}" for dtype, shape in side) for side in (have, want)]
+        words = [", ".join(f"{dtype} {shape}" for dtype, shape in side) for side in (have, want)]
         raise UserError(
             f"{type(source).__name__}.fetch gives [{words[0]}], its spec says [{words[1]}]: "
             "both must be the same (x, y) or (x, y, weight)"

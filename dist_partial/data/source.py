@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -74,6 +74,13 @@ class ArraySource:
     weight: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        for name, array in (("x", self.x), ("y", self.y), ("weight", self.weight)):
+            optional = name == "weight" and array is None
+            if not optional and not (hasattr(array, "shape") and hasattr(array, "dtype")):
+                raise UserError(
+                    f"ArraySource got {name} as a {type(array).__name__}: give one array, such as np.asarray makes; a "
+                    "run feeds models of one input"
+                )
         shapes = [array.shape for array in self._arrays]
         if len({shape[:1] for shape in shapes}) != 1 or shapes[0] == ():
             raise UserError(f"ArraySource got shapes {shapes}: axis 0 counts the examples, alike in all")
@@ -103,6 +110,21 @@ class ArraySource:
     def fetch(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
         """Rows `indices`, int64 [b], of every array."""
         return tuple(array[indices] for array in self._arrays)
+
+
+def check_source(name: str, source: Any) -> None:
+    """Raises UserError unless `source` is one of one x, one y and perhaps one weight; `name` says what it is of."""
+    if not all(hasattr(source, each) for each in ("spec", "fetch", "__len__")):
+        raise UserError(
+            f"{name} is a {type(source).__name__}: a Dataset holds sources, with spec, fetch(indices) and a length, "
+            "such as dist_partial.ArraySource(x, y)"
+        )
+    spec = source.spec if isinstance(source.spec, (tuple, list)) else (source.spec,)
+    if not all(isinstance(each, tf.TensorSpec) for each in spec):
+        raise UserError(
+            f"{name} has a spec of ({', '.join(type(each).__name__ for each in spec)}): write one tf.TensorSpec for x, "
+            "one for y, and one for a weight; a run feeds models of one input"
+        )
 
 
 def fingerprint(*parts: np.ndarray | bytes | str | int | float) -> str:
