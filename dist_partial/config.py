@@ -8,6 +8,7 @@ import inspect
 import io
 import logging
 import re
+import sys
 import tokenize
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -204,7 +205,10 @@ def _prepare(file: Path, including: tuple[Path, ...], imports: bool) -> None:
             raise UserError(f"{file} imports {name}: {error}; run where Python finds it, or set PYTHONPATH") from error
         for attribute, value in vars(module).items():
             ours = getattr(value, "__module__", "").split(".")[0] == name.split(".")[0]
-            if ours and not attribute.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
+            if ours and attribute in _OURS:  # or `run.steps` could mean either
+                text = f"{name}.{attribute} cannot be bound: {attribute} is a name of dist_partial's own"
+                print(text, file=sys.stderr)
+            elif ours and not attribute.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
                 # gin makes a subclass, which some classes (enumerations) do not allow; they are no factories either.
                 with contextlib.suppress(AttributeError, TypeError, ValueError):
                     _make_bindable(value, attribute, name)

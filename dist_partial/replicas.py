@@ -120,7 +120,14 @@ def create(
     devices = [f"GPU:{i}" for i in range(gpus)] or _simulated(cpu)
     what = f"{gpus} GPUs" if gpus else f"{cpu} simulated on the CPU"
     description = f"replicas: {len(devices)}, MirroredStrategy over {what}{reason}"
-    return Replicas(tf.distribute.MirroredStrategy(devices), wire, description)
+    return Replicas(_mirrored(tuple(devices)), wire, description)
+
+
+@functools.cache
+def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
+    # TensorFlow 2.21 numbers the collectives of each new strategy from the same key on: with the graph of another run
+    # of this process they would meet under one key ("Shape mismatch in the collective instance").
+    return tf.distribute.MirroredStrategy(list(devices))
 
 
 def _check_choice(name: str, choice: Any, choices: Sequence[Any]) -> None:

@@ -366,3 +366,15 @@ def test_a_module_may_hold_what_cannot_be_bound(tmp_path, monkeypatch):
         "run.data = @stdlib_shapes\n"
     )
     assert config.load([file]).settings.model().units == 5
+
+
+def test_names_of_our_own_win_over_a_users(tmp_path, monkeypatch, capsys):
+    (tmp_path / "of_mine.py").write_text("def run(): return 1\ndef sample(): return 2\ndef model(): return 3\n")
+    (tmp_path / "c.gin").write_text(
+        "import of_mine\nrun.rules = [('train', '.*')]\nrun.model = @of_mine.model\nrun.data = @stdlib_corpus\n"
+        "run.steps = 7\nsample.length = 5\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = config.load([tmp_path / "c.gin"]).settings
+    assert (settings.steps, settings.sampling.length, settings.model()) == (7, 5, 3)
+    assert "of_mine.run cannot be bound: run is a name of dist_partial's own" in capsys.readouterr().err
