@@ -5,6 +5,7 @@ import faulthandler
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -191,10 +192,19 @@ def _multi_worker(
     if gpus and transport == "sockets":
         raise UserError("replicas.transport = 'sockets' is for workers without GPUs: bind 'auto' or 'tensorflow'")
     tensorflow = gpus or transport == "tensorflow"
+    started = threading.Event()  # before, TensorFlow has no collectives to abort, and would make others then
     connected = Mesh(
-        rank, everyone, connect(rank, everyone), patience_seconds, _abort if tensorflow else lambda reason: None
+        rank,
+        everyone,
+        connect(rank, everyone),
+        patience_seconds,
+        lambda reason: _abort(reason) if started.is_set() else None,
     )
     strategy = _tensorflow_strategy(patience_seconds) if tensorflow else MeshStrategy(connected)
+    if tensorflow:
+        started.set()
+        if lost := connected.lost():
+            _abort(str(lost))
     how = "TensorFlow's collectives" if tensorflow else "direct connections"
     return Replicas(
         strategy,
