@@ -171,12 +171,14 @@ def averages(strategy: tf.distribute.Strategy, wire: Wire, variables: Sequence[A
 @contextlib.contextmanager
 def agreed(strategy: tf.distribute.Strategy, fragments: Sequence[Fragment]) -> Iterator[None]:
     """Lets the model have the anchors, on which all replicas agree, and gives each replica its own back afterwards."""
-    with untouched(strategy, [member.variable for fragment in fragments for member in fragment.members]):
+    try:
+        with untouched(strategy, [member.variable for fragment in fragments for member in fragment.members]):
+            for fragment in fragments:
+                _go_to(strategy, fragment, _anchors(fragment))
+            yield
+    finally:
         for fragment in fragments:
-            _go_to(strategy, fragment, _anchors(fragment))
-        yield
-    for fragment in fragments:
-        optimizers.write_rows(strategy, fragment.members)
+            optimizers.write_rows(strategy, fragment.members)
 
 
 def _anchors(fragment: Fragment) -> list[Any]:
