@@ -210,13 +210,14 @@ def _run(
                     frozen = checkpoints.frozen_fingerprints(built.model, built.plan, built.layer_state.moving)
                     checkpoints.check_frozen(built.identity["frozen"], frozen, done)
                     arrays = checkpoints.read(built.state(), done, replicas.gather)
+                    # First, for a run that is killed once its last checkpoint is there has nothing left to do.
+                    journal.traffic(meter.to_json(done))
                     if replicas.is_chief:
                         metadata = dict(zip(traffic.SENT, sent.tolist(), strict=True))
                         metadata |= {"frozen": built.identity["frozen"]}
                         metadata |= {} if constant else {"course": course.to_json()}
                         checkpoints.save(folder / "checkpoints", done, arrays, metadata, settings.keep)
                     saved = done
-                    journal.traffic(meter.to_json(done))
             if stop:
                 break
             if done < settings.steps:

@@ -463,6 +463,21 @@ def test_two_workers_write_one_folder_and_go_on(letters, tmp_path):
     assert (last["step"], last["wire_bytes"]) == (12, 12 * plan["wire_bytes_per_step"])
 
 
+def test_a_run_that_is_killed_after_its_last_checkpoint_has_written_everything(letters, tmp_path, monkeypatch):
+    """tests/kills.py kills it after each call that writes; this is what it found."""
+    save = run.checkpoints.save
+
+    def and_die(*args):
+        save(*args)
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(run.checkpoints, "save", and_die)
+        start(letters, tmp_path / "run", "run.steps = 3", "run.save_every = None", "replicas.cpu = 1")
+    assert json.loads((tmp_path / "run" / "traffic.json").read_text())["last_step"] == 3
+    assert start(letters, tmp_path / "run", "run.steps = 3", "run.save_every = None", "replicas.cpu = 1") == 0
+
+
 def test_ctrl_c_on_one_worker_stops_both_at_one_step(letters, tmp_path):
     folder = tmp_path / "run"
     params = ["run.steps = 100000", "run.eval_every = None", "run.save_every = None"]
