@@ -85,6 +85,8 @@ def open_lock(path: Path) -> BinaryIO:
 def locked(folder: Path) -> Iterator[None]:
     """Makes the folder if need be, and keeps other processes of this machine from running in it.
 
+    What writes that were killed have left there is removed.
+
     The system takes the lock back when the process ends, however it ends.
 
     Raises:
@@ -99,6 +101,9 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another run is writing {folder}: wait for it, or choose another --run_dir") from None
+        with writing(folder):
+            for leftover in folder.glob(".*.partial"):
+                leftover.unlink()
         yield
 
 

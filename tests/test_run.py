@@ -475,7 +475,11 @@ def test_a_run_that_is_killed_after_its_last_checkpoint_has_written_everything(l
         patch.setattr(run.checkpoints, "save", and_die)
         start(letters, tmp_path / "run", "run.steps = 3", "run.save_every = None", "replicas.cpu = 1")
     assert json.loads((tmp_path / "run" / "traffic.json").read_text())["last_step"] == 3
-    assert start(letters, tmp_path / "run", "run.steps = 3", "run.save_every = None", "replicas.cpu = 1") == 0
+    leftover = tmp_path / "run" / ".plan.json.1.partial"
+    leftover.touch()
+    for steps in (3, 4):
+        assert start(letters, tmp_path / "run", f"run.steps = {steps}", "replicas.cpu = 1") == 0
+    assert not leftover.exists()
 
 
 def test_ctrl_c_on_one_worker_stops_both_at_one_step(letters, tmp_path):
