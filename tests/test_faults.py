@@ -41,6 +41,14 @@ if "LATE" in os.environ:  # TensorFlow hears of a loss before the mesh does
 
     replicas.Mesh = _Late
 
+if "LINGER" in os.environ:  # the others have long closed their connections, and ended
+    class _Linger(replicas.Mesh):
+        def close(self, *args):
+            time.sleep(float(os.environ["LINGER"]))
+            super().close(*args)
+
+    replicas.Mesh = _Linger
+
 class Source(ArraySource):
     def fetch(self, indices):
         time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
@@ -330,7 +338,7 @@ def test_strangers_that_greet_in_another_way(greeting):
         except Exception as reason:
             found[rank] = reason
 
-    stranger = socket.create_server(rendezvous._split(where[0]))
+    stranger = socket.create_server(rendezvous.split(where[0]))
     threads = [threading.Thread(target=connect, args=(rank,), daemon=True) for rank in range(2)]
     threads[1].start()
     called, _ = stranger.accept()
@@ -350,6 +358,20 @@ def test_strangers_that_greet_in_another_way(greeting):
     for links in found.values():
         for link in links.values():
             link.socket.close()
+
+
+# Workers that end well.
+
+
+def test_a_worker_that_has_ended_well_is_not_lost(bench):
+    """Of a run, and of one that finds nothing to do: TensorFlow has nothing to say, whichever worker is the last."""
+    for last in (1, 0):  # the first coordinates the others
+        errors = {rank: {"TF_CPP_MIN_LOG_LEVEL": "2", "LINGER": "2" if rank == last else "0"} for rank in range(2)}
+        results = bench.run("replicas.transport = 'tensorflow'", "run.steps = 2", environments=errors)
+        assert [code for code, _ in results] == [0, 0], results
+        for _, output in results:
+            assert not re.search("is gone|Abort|coordination|UNAVAILABLE", output), output
+    assert "finished: " in results[0][1]
 
 
 # Workers that are lost.
@@ -375,7 +397,6 @@ def lose(bench: Bench, number: signal.Signals, lost: int, seconds: float, *param
     return line
 
 
-# Of TensorFlow's workers the first is special: it coordinates them.
 @pytest.mark.parametrize(("transport", "lost"), [("sockets", 1), ("tensorflow", 1), ("tensorflow", 0)])
 def test_a_worker_that_is_killed(bench, transport, lost):
     late = {1 - lost: {"LATE": "1"}} if transport == "tensorflow" else {}
@@ -395,7 +416,7 @@ def test_a_worker_that_is_killed_when_they_have_just_met(bench):
     results = bench.run(*params, environments={1: {"DIE": "1"}}, timeout=40.0)
     assert results[1][0] == -signal.SIGKILL
     code, output = results[0]
-    assert code == 1 and "Timeout (0:00:04)!" in output
+    assert code == -signal.SIGALRM and "Timeout (0:00:04)!" in output  # not 1: launchers start all again
 
 
 def test_a_worker_that_has_nothing_to_say_is_not_silent(bench):
@@ -443,7 +464,7 @@ def test_sigterm_to_one_of_two(bench, whole):
     assert losses(bench.run_dir) == losses(whole)
     for address in where:  # nobody listens any more
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(rendezvous._split(address))
+            socket.create_connection(rendezvous.split(address))
 
 
 def test_a_worker_without_the_checkpoint(bench, whole):
