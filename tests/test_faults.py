@@ -192,6 +192,30 @@ def test_another_version_of_the_package(bench):
     assert not bench.run_dir.exists()
 
 
+# Loaded by each Python when it starts, as if the package had never been installed.
+NOT_INSTALLED = """
+import importlib.metadata
+
+def from_name(name, find=importlib.metadata.Distribution.from_name):
+    if name.replace("-", "_") == "dist_partial":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return find(name)
+
+importlib.metadata.Distribution.from_name = from_name
+"""
+
+
+def test_a_checkout_that_is_not_installed(bench):
+    copy = bench.folder / "copy"
+    shutil.copytree(ROOT / "dist_partial", copy / "dist_partial", ignore=shutil.ignore_patterns("__pycache__"))
+    (bench.folder / "sitecustomize.py").write_text(NOT_INSTALLED)
+    # PYTHONSAFEPATH, or the working directory's package would come first.
+    environment = {"PYTHONPATH": f"{bench.folder}{os.pathsep}{copy}", "PYTHONSAFEPATH": "1"}
+    results = bench.run("run.steps = 2", environments=dict.fromkeys(range(2), environment))
+    assert [code for code, _ in results] == [0, 0], results
+    assert [step for step, _ in losses(bench.run_dir)] == [1, 2]
+
+
 def test_other_data_under_the_same_bindings(bench):
     results = bench.run(environments={1: {"DATA_SEED": "1"}})
     for result in results:

@@ -72,6 +72,12 @@ def wait_for(name):
 """
 
 
+def heed_signals() -> None:
+    """As a terminal would have it, also where the tests run under nohup or in the background."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+
+
 class Launched:
     """A launcher that runs; what it prints goes to files, which never block it."""
 
@@ -80,7 +86,12 @@ class Launched:
         self._out, self._err = folder / "stdout", folder / "stderr"
         with open(self._out, "wb") as out, open(self._err, "wb") as err:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, stdout=out, stderr=err if stderr is None else stderr, start_new_session=True
+                command,
+                cwd=ROOT,
+                stdout=out,
+                stderr=err if stderr is None else stderr,
+                start_new_session=True,
+                preexec_fn=heed_signals,
             )
 
     @property
