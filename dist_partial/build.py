@@ -26,7 +26,7 @@ from dist_partial import (
     storage,
 )
 from dist_partial.data import Dataset, check_source, some_targets, train_batches
-from dist_partial.errors import UserError, first_line, own_line
+from dist_partial.errors import UserError, calling, first_line, own_line
 from dist_partial.loss_scale import LossScale, needs_loss_scale
 from dist_partial.replicas import Replicas, input_context
 from dist_partial.schedule import Constant, Schedule, Unit
@@ -87,7 +87,8 @@ def build(settings: Settings, replicas: Replicas) -> Built:
     """
     keras.config.set_floatx("float64" if settings.precision == "float64" else "float32")
     keras.config.set_dtype_policy(settings.precision)
-    data = settings.data()
+    with calling("run.data"):
+        data = settings.data()
     if not isinstance(data, Dataset):
         raise UserError(f"run.data made a {type(data).__name__}: its factory must return a dist_partial.data.Dataset")
     for name in ("train", "evaluation"):
@@ -95,16 +96,18 @@ def build(settings: Settings, replicas: Replicas) -> Built:
     strategy, x = replicas.strategy, data.train.spec[0]
     with strategy.scope():
         keras.utils.set_random_seed(settings.seed)
-        model, example = _model(settings, data, strategy)
+        with calling("run.model"):
+            model, example = _model(settings, data, strategy)
         batch_norms = batch_norm.layers(model)
         adapters = lora.enable(settings.rules, model)
         plan = selection.resolve(settings.rules, model, settings.reduction, adapters)
         plan = dataclasses.replace(plan, workers=max(2, replicas.strategy.num_replicas_in_sync))
         plan, units = _divided(storage.lower(plan, model, settings.frozen), settings, batch_norms)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
-        with _taking(data.name, x):
+        with calling("run.model"), _taking(data.name, x):
             state, outputs = layer_state.find(model, x, plan)
-        groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))
+        with calling("run.optimizer"):
+            groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))
         reductions = reduction.states(plan)
         fragments = local_sgd.build(plan, groups, reductions)
         scale = LossScale() if needs_loss_scale(model) else None
@@ -115,7 +118,8 @@ def build(settings: Settings, replicas: Replicas) -> Built:
                 f"rule {entry.rule.match!r} cannot: bind run.precision = 'mixed_bfloat16', or @every_step()"
             )
     parts = strategy.num_replicas_in_sync * settings.accumulate
-    loss, note = _loss(settings, data, outputs, example, parts)
+    with calling("run.loss"):
+        loss, note = _loss(settings, data, outputs, example, parts)
     layer_state.spread(strategy, state.generators)
     notes = [note] if note else []
     if model.compiled and not type(model).__module__.startswith("keras_hub."):  # which compiles its tasks by itself

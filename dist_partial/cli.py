@@ -2,12 +2,13 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
 
-from dist_partial.errors import AGAIN, INTERRUPTED, Fault, UserError
+from dist_partial.errors import INTERRUPTED, Fault, Raised, UserError, raised
 from dist_partial.files import MISTAKES
 
 __all__ = [
@@ -73,7 +74,8 @@ def call(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | None
         command: returns an exit code; reads `values`.
 
     Returns:
-        The command's exit code; 2 after an error in the flags or a `UserError`, 75 after a `Fault`, 130 after Ctrl-C.
+        The command's exit code; 2 after an error in the flags or a `UserError`, 75 after a `Fault`, 1 after any other
+        exception, 130 after Ctrl-C.
     """
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
     try:
@@ -92,7 +94,16 @@ def call(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | None
             raise
         print(f"error: {str(error.filename)[:300]}: {error.strerror}; name another file or folder", file=sys.stderr)
         return 2
-    except (Fault, UserError, flags.Error) as error:
-        # gin adds lines to whatever passes through it, with the names of its own functions.
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return AGAIN if isinstance(error, Fault) else 2
+    except (UserError, Fault, flags.Error) as error:
+        _say(error)
+        return error.code if isinstance(error, Fault) else 2
+    except Exception as error:
+        # To print it here and to return lets go of what it holds, see `run.run`.
+        _say(error if isinstance(error, Raised) else raised("", error))
+        traceback.print_exception(error.__cause__ or error)
+        return Raised.code
+
+
+def _say(error: Exception) -> None:
+    # gin adds lines to whatever passes through it, with the names of its own functions.
+    print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.errors import Fault, UserError
+from dist_partial.errors import Ending, Fault, Raised, UserError
 from dist_partial.handshake import Link
 
 # Names of the graph ops that hand a tensor over; `traffic` counts bytes by them.
@@ -36,7 +36,8 @@ _GOODBYE_SECONDS = 2.0  # for the last words to leave
 _HEADER = struct.Struct("<4sBIQQ")  # magic, kind, op, run, bytes that follow
 _MAGIC = b"dpm2"
 _PART, _FINAL = 0, 1  # a chunk yet to be summed; bytes of the result. In this order: what a sum waits for first
-_HEARTBEAT, _MISTAKE, _FAULT = 2, 3, 4  # no op's: a sign of life; why the worker ends, as text
+_HEARTBEAT = 2  # no op's: a sign of life
+_REASONS: dict[int, type[Ending]] = {3: UserError, 4: Fault, 5: Raised}  # no op's: why the worker ends, as text
 _LONGEST_REASON = 2**16  # bytes
 _SLICE = 2**20  # bytes a socket call, after which progress is noted
 _PIECE = 2**19  # bytes of a tensor that are summed while others travel
@@ -90,7 +91,7 @@ class _Peer:
     address: str
     link: Link
     outbox: queue.SimpleQueue = dataclasses.field(default_factory=queue.SimpleQueue)
-    lost: UserError | Fault | None = None  # why nothing more will come from it
+    lost: Ending | None = None  # why nothing more will come from it
     heard: float = math.inf  # when a byte last came; infinite while this worker itself is not listening
 
     def __str__(self) -> str:
@@ -159,7 +160,7 @@ class Mesh:
             on_loss: called with the reason when a worker is lost, by a thread of the mesh.
         """
         self.rank, self.size, self.workers = rank, len(workers), list(workers)
-        self.failure: UserError | Fault | None = None
+        self.failure: Ending | None = None
         self._patience, self._on_loss = patience_seconds, on_loss
         self._closed = False
         self._ops: list[_Op] = []
@@ -230,11 +231,11 @@ class Mesh:
         self._on_loss = lambda reason: None  # on all of them, before any can end
         self.sum(np.zeros(1, np.float32))
 
-    def lost(self) -> UserError | Fault | None:
+    def lost(self) -> Ending | None:
         """What has become of a worker that is gone, whether it was waited for or not, or None."""
         return self.failure or next((peer.lost for peer in self._peers.values() if peer.lost), None)
 
-    def close(self, reason: UserError | Fault | None = None) -> None:
+    def close(self, reason: Ending | None = None) -> None:
         """Closes the connections: what is waited for fails.
 
         Args:
@@ -247,7 +248,7 @@ class Mesh:
             self.failure = self.failure or Fault("this worker has closed its connections to the others")
             self._changed.notify_all()
         text = str(reason).encode()[:_LONGEST_REASON] if reason else b""
-        kind = _MISTAKE if isinstance(reason, UserError) else _FAULT
+        kind = next((number for number, of in _REASONS.items() if isinstance(reason, of)), _HEARTBEAT)
         for peer in self._peers.values():
             if reason:
                 peer.outbox.put((None, _HEADER.pack(_MAGIC, kind, 0, 0, len(text)), text))
@@ -334,7 +335,7 @@ class Mesh:
                     with contextlib.suppress(OSError):
                         peer.link.socket.shutdown(socket.SHUT_RDWR)  # what is yet to be sent to it is dropped
 
-    def _lose(self, peer: _Peer, reason: UserError | Fault) -> None:
+    def _lose(self, peer: _Peer, reason: Ending) -> None:
         with self._changed:
             if peer.lost or self._closed:
                 return
@@ -420,11 +421,11 @@ class Mesh:
                 magic, kind, number, run_number, size = _HEADER.unpack(header)
                 if kind == _HEARTBEAT:
                     continue
-                if kind in (_MISTAKE, _FAULT) and size <= _LONGEST_REASON:
+                if kind in _REASONS and size <= _LONGEST_REASON:
                     words = bytearray(size)
                     peer.receive(words)
                     ended = f"{peer}: {words.decode(errors='replace')}"
-                    return self._lose(peer, UserError(ended) if kind == _MISTAKE else Fault(ended))
+                    return self._lose(peer, _REASONS[kind](ended))
                 peer.heard = math.inf  # it may have to wait until this worker has traced what the peer has sent
                 run, target = self._target(peer.rank, magic, kind, number, run_number, size)
                 peer.receive(target.view(np.uint8))

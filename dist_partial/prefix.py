@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial import traffic
-from dist_partial.data import Source, fetched
+from dist_partial.data import Source, fetch, fetched
 from dist_partial.errors import UserError
 
 # What reads and changes nothing, though TensorFlow calls it stateful; the bodies of control flow are looked at, too.
@@ -218,7 +218,7 @@ class Activations:
         new, where = np.unique(batch, return_index=True)
         missing = (self._place[new] < 0) & (self._met[new] == number)
         if missing.any():
-            computed = self._computed(tf.constant(self._source.fetch(batch)[0])).numpy()
+            computed = self._computed(tf.constant(fetch(self._source, batch)[0])).numpy()
             new, where = new[missing], where[missing]
             self._place[new] = self._count + np.arange(len(new))
             self._kept[self._place[new]] = computed[where]
@@ -252,7 +252,7 @@ class Activations:
         first, half = some[:rows], rows // 2
         beside = np.roll(some, -half - rows)[:rows]  # half of the first, in other places, and half of the others
         repeated = np.repeat(first[[0, -1]], [rows - half, half])
-        x, *others = (tf.constant(self._source.fetch(batch)[0]) for batch in (first, beside, repeated))
+        x, *others = (tf.constant(fetch(self._source, batch)[0]) for batch in (first, beside, repeated))
         bytes_of_x = self._computed(x)
         known = dict(zip(first, range(rows), strict=True))
         limit = _rounding(part.model)

@@ -5,8 +5,10 @@ import re
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import tensorflow as tf
 from dist_partial import agreement, checkpoints, evaluation, identity, local_sgd, selection, step, traffic
 from dist_partial.build import build, restore
 from dist_partial.course import Course
-from dist_partial.errors import AGAIN, INTERRUPTED, Fault, UserError
+from dist_partial.errors import AGAIN, INTERRUPTED, Ending, Fault, UserError, of_graph, raised
 from dist_partial.files import locked, refuse_links, write_json, write_text, writing
 from dist_partial.layer_state import untouched
 from dist_partial.replicas import Replicas
@@ -56,11 +58,16 @@ def run(
     Raises:
         UserError: any mistake of the user's, on any of the workers; a damaged folder; a loss that is not finite.
         Fault: a worker is missing or lost, or the disk is full.
+        Raised: the user's own code raised something else, on any of the workers.
         Interrupted: Ctrl-C or SIGTERM on any of the workers; the state is saved.
     """
     replicas = settings.replicas()
-    with _connected(replicas), _ids_explained():
-        _run(settings, Path(folder), replicas, operative, unused, bindings or {})
+    try:
+        with _connected(replicas), _explained():
+            _run(settings, Path(folder), replicas, operative, unused, bindings or {})
+    except BaseException as error:
+        _let_go(error)
+        raise
 
 
 def _run(
@@ -258,19 +265,19 @@ def _connected(replicas: Replicas) -> Iterator[None]:
                     f"another worker is gone ({what}): its own output says why; run the same command again"
                 ) from error
             raise
-    except (UserError, Fault) as reason:
-        mesh.close(reason)
+    except Exception as error:
+        mesh.close(error if isinstance(error, Ending) else raised("", error))
         raise
     finally:
         mesh.close()
 
 
 @contextlib.contextmanager
-def _ids_explained() -> Iterator[None]:
-    """Turns what TensorFlow says of an id that is out of range, after many lines, into a mistake of the user's."""
+def _explained() -> Iterator[None]:
+    """Turns what TensorFlow says, after many lines, of an id out of range or of Python code in a graph into one."""
     try:
         yield
-    except tf.errors.InvalidArgumentError as error:
+    except tf.errors.OpError as error:
         ids = "run.data has the {} {}, and run.model has {} of them, from 0 on: bind sizes that fit each other"
         for pattern, what in (
             (r"label value of (-?\d+) which is outside the valid range of \[0, (\d+)\)", "class id"),
@@ -278,7 +285,26 @@ def _ids_explained() -> Iterator[None]:
         ):
             if found := re.search(pattern, error.message):
                 raise UserError(ids.format(what, found[1], found[2])) from error
+        if reason := of_graph(error.message):
+            raise reason from error
         raise
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Lets go of what the frames of an exception and of its causes hold: iterators, for one.
+
+    An iterator that is destroyed while Python shuts down waits for ever where its thread waits in Python code, as one
+    that fetches examples ahead does (TensorFlow 2.21).
+    """
+    while error is not None:
+        for called, _ in traceback.walk_tb(error.__traceback__):
+            frame: FrameType | None = called
+            # Of the frames that TensorFlow hides from a traceback, too; those that still run cannot be cleared.
+            with contextlib.suppress(RuntimeError):
+                while frame is not None:
+                    frame.clear()
+                    frame = frame.f_back
+        error = error.__cause__ or error.__context__
 
 
 def _steps_until_event(

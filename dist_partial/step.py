@@ -10,6 +10,7 @@ import tensorflow as tf
 from dist_partial import optimizers as optimizers_lib
 from dist_partial import replicas
 from dist_partial.batch_norm import local_statistics
+from dist_partial.errors import calling
 from dist_partial.loss_scale import LossScale
 from dist_partial.losses import Loss, class_ids, element_weights, example_losses, full_precision
 from dist_partial.optimizers import GroupOptimizer
@@ -86,7 +87,7 @@ def train_step(
         outputs: (x, training) -> the model's outputs, where x is something else than the model's input.
         averaged: variables that layers change in the step, besides BatchNorm's statistics, and replicas average.
     """
-    outputs = outputs or (lambda x, training: model(x, training=training))
+    outputs = outputs or (lambda x, training: _outputs(model, x, training))
     trained = plan.trained
     values = [entry.variable.value for entry in trained]
     without_gradient: list[str] = []
@@ -122,7 +123,8 @@ def train_step(
         return total, norm, squares, gradients, means
 
     def replica_update(gradients: list[Any]) -> None:
-        optimizers_lib.apply(optimizers, gradients)
+        with calling("run.optimizer"):
+            optimizers_lib.apply(optimizers, gradients)
 
     def replica_statistics(means: list[tf.Tensor]) -> None:
         for variable, mean in zip(statistics, means, strict=True):
@@ -171,8 +173,9 @@ def evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model, loss: 
 
     def replica_sums(batch: Batch, step: tf.Tensor, examples: tf.Tensor) -> tf.Tensor:
         x, y, weight = batch = _own_part(strategy, batch)
-        outputs = full_precision(model(x, training=False))
-        losses = tf.cast(loss(y, outputs), tf.float64)
+        outputs = full_precision(_outputs(model, x, False))
+        with calling("run.loss"):
+            losses = tf.cast(loss(y, outputs), tf.float64)
         weights = tf.cast(element_weights(weight, losses), tf.float64)
         right = tf.fill(tf.shape(losses), tf.constant(float("nan"), tf.float64))
         if (ids := class_ids(y, outputs)) is not None:
@@ -195,8 +198,15 @@ def evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model, loss: 
     return evaluate
 
 
+def _outputs(model: keras.Model, x: tf.Tensor, training: bool) -> tf.Tensor:
+    with calling("run.model"):
+        return model(x, training=training)
+
+
 def _example_losses(loss: Loss, batch: Batch, outputs: tf.Tensor) -> tf.Tensor:
-    return example_losses(loss(batch[1], full_precision(outputs)), batch[2] if len(batch) == 3 else None)
+    with calling("run.loss"):
+        losses = loss(batch[1], full_precision(outputs))
+    return example_losses(losses, batch[2] if len(batch) == 3 else None)
 
 
 def _added(model: keras.Model, dtype: tf.DType) -> tf.Tensor:
@@ -266,7 +276,7 @@ def probe(
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
             # In inference mode: dropout draws nothing and BatchNorm's statistics stay as they are.
-            losses = _example_losses(loss, batch, model(batch[0], training=False))
+            losses = _example_losses(loss, batch, _outputs(model, batch[0], False))
             total = tf.reduce_mean(losses) + _added(model, losses.dtype)
         gradients = tape.gradient(total, values)
         return _unit_squares(

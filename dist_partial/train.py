@@ -14,7 +14,11 @@ from dist_partial import cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C, 75 to try again."""
+    """Runs the command; returns its exit code.
+
+    Returns:
+        0; 1 after an exception of the user's own code, 2 after a mistake, 130 after Ctrl-C, 75 to try again.
+    """
     values = flags.FlagValues()
     cli.define_gin_flags(values)
     flags.DEFINE_string("run_dir", None, "run folder; default: runs/<name of the last gin file>", flag_values=values)

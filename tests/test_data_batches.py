@@ -149,7 +149,7 @@ class Liar(ArraySource):
         (lambda: train(numbered(0), 4)(contexts(1, 1)[0]), "empty"),
         (
             lambda: train(Liar(np.zeros((3, 2), np.float32), np.zeros(3)), 4)(contexts(1, 1)[0]),
-            r"float64 \(2,\)",
+            r"gives \[float64 \(1, 2\), .* says \[float32 \(1, 2\),",
         ),
         (lambda: evaluate(numbered(9), 4, 10)(contexts(1, 1)[0]), "10 examples: ask for 1 to 9"),
         (lambda: ArraySource(np.zeros(3), np.zeros(4)), "axis 0"),

@@ -1,6 +1,6 @@
 """Data sets with random access, and the pipeline that reads them by position."""
 
-from dist_partial.data.batches import evaluation_batches, fetched, some_targets, train_batches, train_indices
+from dist_partial.data.batches import evaluation_batches, fetch, fetched, some_targets, train_batches, train_indices
 from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
 from dist_partial.data.prepared import tfds_dataset
@@ -14,6 +14,7 @@ __all__ = [
     "Source",
     "check_source",
     "evaluation_batches",
+    "fetch",
     "fetched",
     "fingerprint",
     "some_targets",

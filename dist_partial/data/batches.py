@@ -4,6 +4,7 @@ The examples of a run have one global order, whatever the number of workers. Ste
 [s * global_batch, (s + 1) * global_batch), and replica i of n takes the i-th of n contiguous slices of them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.data.source import ArraySource, Source
-from dist_partial.errors import UserError
+from dist_partial.errors import UserError, calling
 
 PREFETCHED = 4  # batches
 
@@ -147,25 +148,42 @@ def some_targets(source: Source) -> np.ndarray:
     _check(source)
     if isinstance(source, ArraySource) and source.y.nbytes <= 2**30:
         return source.y
-    return source.fetch(np.unique(np.linspace(0, len(source) - 1, 64).astype(np.int64)))[1]
+    return fetch(source, np.unique(np.linspace(0, len(source) - 1, 64).astype(np.int64)))[1]
 
 
 def fetched(source: Source, indices: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """`source.fetch` as a TensorFlow op, with static shapes."""
+    """`fetch` as a TensorFlow op, with static shapes."""
     spec = source.spec
-    arrays = tf.numpy_function(source.fetch, [indices], [one.dtype for one in spec], stateful=False)
+    arrays = tf.numpy_function(
+        functools.partial(fetch, source), [indices], [one.dtype for one in spec], stateful=False, name="fetch"
+    )
     return tuple(tf.ensure_shape(a, indices.shape + one.shape) for a, one in zip(arrays, spec, strict=True))
 
 
+def fetch(source: Source, indices: np.ndarray) -> tuple[np.ndarray, ...]:
+    """`source.fetch`, held against the source's spec: a model's or TensorFlow's words on it would be unreadable.
+
+    Raises:
+        UserError: it gives something else.
+        Raised: it raises an exception.
+    """
+    with calling("run.data"):
+        arrays = source.fetch(indices)
+        spec = source.spec
+        want = [(one.dtype.name, (len(indices), *one.shape)) for one in spec]
+        have = [(tf.as_dtype(array.dtype).name, tuple(array.shape)) for array in arrays]
+    if len(want) in (2, 3) and want == have:
+        return arrays
+    words = [", ".join(f"{dtype} {shape}" for dtype, shape in side) for side in (have, want)]
+    some = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
+    raise UserError(
+        f"{type(source).__name__}.fetch gives [{words[0]}] for the examples {some}, and its spec says [{words[1]}]: "
+        "both must be the same (x, y) or (x, y, weight)"
+    )
+
+
 def _check(source: Source) -> None:
-    """Compares the first example with the spec: inside the pipeline the same error would be unreadable."""
+    """Compares the first example with the spec, before anything else is done."""
     if len(source) == 0:
         raise UserError(f"{type(source).__name__} is empty: there is nothing to read")
-    want = [(spec.dtype.name, tuple(spec.shape)) for spec in source.spec]
-    have = [(tf.as_dtype(array.dtype).name, array.shape[1:]) for array in source.fetch(np.zeros(1, np.int64))]
-    if len(want) not in (2, 3) or want != have:
-        words = [", ".join(f"{dtype} {shape}" for dtype, shape in side) for side in (have, want)]
-        raise UserError(
-            f"{type(source).__name__}.fetch gives [{words[0]}], its spec says [{words[1]}]: "
-            "both must be the same (x, y) or (x, y, weight)"
-        )
+    fetch(source, np.zeros(1, np.int64))

@@ -1,0 +1,226 @@
+"""An exception of the user's own code: who raised what and where, in one line; the process ends, with exit code 1."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dist_partial import train
+from dist_partial.errors import Raised, calling, first_line, of_graph
+from tests.workers import run_workers
+
+ROOT = Path(__file__).parents[1]
+
+# Who fails is a binding; each line that fails is marked with that name. SLOW keeps the thread that fetches ahead busy.
+MODULE = """
+import time
+import keras
+import numpy as np
+import tensorflow as tf
+from dist_partial import ArraySource, Dataset
+
+X = np.random.default_rng(1).normal(size=(64, 5)).astype("float32")
+Y = X.sum(1)
+
+
+def call(function, value):
+    return tf.ensure_shape(tf.numpy_function(function, [value], value.dtype), value.shape)
+
+
+class Source(ArraySource):
+    who, slow, calls = "", 0.0, 0
+
+    def fetch(self, indices):
+        type(self).calls += 1
+        time.sleep(self.slow)
+        x, y = super().fetch(indices)
+        if self.calls == 31:
+            if self.who == "fetch":
+                raise RuntimeError("cannot read\\nthe row")  # fetch
+            if self.who == "shape":
+                return x[:, :4], y
+            if self.who == "dtype":
+                return x.astype("float64"), y
+        return x, y
+
+
+def data(who="", slow=0.0):
+    Source.who, Source.slow, Source.calls = who, slow, 0
+    if who == "data":
+        raise LookupError  # data
+    return Dataset("d", Source(X, Y), ArraySource(X, Y), "1")
+
+
+class Layer(keras.layers.Layer):
+    def __init__(self, who):
+        super().__init__()
+        self.who = who
+
+    def call(self, x):
+        if self.who == "layer":
+            return undefined(x)  # layer
+        if self.who == "layer in the graph":
+            return call(self.failing, x)
+        return x
+
+    def failing(self, x):
+        if len(x) > 2:
+            raise RuntimeError("in the layer")  # layer in the graph
+        return x
+
+
+def model(who=""):
+    if who == "model":
+        undefined  # model
+    return keras.Sequential([keras.Input((5,)), keras.layers.Dense(4), Layer(who), keras.layers.Dense(1)])
+
+
+def failing(value):
+    if len(value) == 8:
+        {}["y"]  # loss in the graph
+    return value
+
+
+def loss(who=""):
+    if who == "loss":
+        undefined  # loss
+
+    def function(y, p):
+        if who == "loss's function":
+            undefined  # loss's function
+        if who == "loss in the graph":
+            y = call(failing, y)
+        return tf.square(y - p)[:, 0]
+
+    return function
+
+
+class FailingSGD(keras.optimizers.SGD):
+    def update_step(self, gradient, variable, learning_rate):
+        undefined  # update
+
+
+def optimizer(who="", learning_rate=1e-3):
+    if who == "optimizer":
+        undefined  # optimizer
+    return (FailingSGD if who == "update" else keras.optimizers.SGD)(learning_rate)
+"""
+GIN = """
+import own_code
+run.model = @own_code.model
+run.data = @own_code.data
+run.loss = @own_code.loss
+run.optimizer = @own_code.optimizer
+run.rules = [('train', r'.*')]
+run.steps = 60
+run.global_batch = 8
+"""
+UNDEFINED = "NameError: name 'undefined' is not defined"
+CASES = {  # what is bound, who fails, what the line says of it
+    "data": ("data", "run.data raised LookupError"),
+    "fetch": ("data", "run.data raised RuntimeError: cannot read"),
+    "model": ("model", f"run.model raised {UNDEFINED}"),
+    "layer": ("model", f"run.model raised {UNDEFINED}"),
+    "layer in the graph": ("model", "run.model or run.loss raised RuntimeError: in the layer"),
+    "loss": ("loss", f"run.loss raised {UNDEFINED}"),
+    "loss's function": ("loss", f"run.loss raised {UNDEFINED}"),
+    "loss in the graph": ("loss", "run.model or run.loss raised KeyError: 'y'"),
+    "optimizer": ("optimizer", f"run.optimizer raised {UNDEFINED}"),
+    "update": ("optimizer", f"run.optimizer raised {UNDEFINED}"),
+}
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory) -> Iterator[Path]:
+    """The folder of the user's module."""
+    folder = tmp_path_factory.mktemp("code")
+    (folder / "own_code.py").write_text(MODULE)
+    (folder / "own.gin").write_text(GIN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.delenv("TF_CONFIG", raising=False)
+        yield folder
+
+
+def arguments(code: Path, run_dir: Path, *params: str) -> list[str]:
+    bound = [f"--gin_param={param}" for param in params]
+    return [f"--gin_file={code / 'own.gin'}", f"--run_dir={run_dir}", *bound]
+
+
+def place(code: Path, who: str) -> str:
+    lines = MODULE.splitlines()
+    number = next(i for i, line in enumerate(lines, 1) if line.endswith(f"  # {who}"))
+    return f" ({code / 'own_code.py'}, line {number})"
+
+
+@pytest.mark.parametrize("who", CASES)
+def test_who_raised_what_and_where(who, code, tmp_path, capfd):
+    bound, words = CASES[who]
+    assert train.main(arguments(code, tmp_path / "run", f'own_code.{bound}.who = "{who}"')) == 1
+    lines = re.split(r"[\r\n]+", capfd.readouterr().err)
+    (error,) = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    assert lines[error] == f"error: {words}{place(code, who)}"
+    assert lines[error + 1] == "Traceback (most recent call last):"  # below what matters, and only once
+    assert not any("Traceback" in line for line in lines[:error])
+
+
+@pytest.mark.parametrize(("who", "gives"), [("shape", "float32 (8, 4)"), ("dtype", "float64 (8, 5)")])
+def test_one_batch_that_is_not_as_the_spec_says(who, gives, code, tmp_path, capfd):
+    assert train.main(arguments(code, tmp_path / "run", f"own_code.data.who = '{who}'")) == 2
+    error = re.split(r"[\r\n]+", capfd.readouterr().err.strip())[-1]
+    assert re.fullmatch(
+        rf"error: Source\.fetch gives \[{re.escape(gives)}, float32 \(8,\)\] for the examples (\d+, ){{7}}\d+, and its "
+        r"spec says \[float32 \(8, 5\), float32 \(8,\)\]: .*",
+        error,
+    ), error
+
+
+@pytest.mark.parametrize("program", ["command", "script"])
+def test_a_process_ends_though_examples_are_being_fetched(program, code, tmp_path):
+    """The thread that fetches ahead is in Python code when the exception comes: Python would wait for it for ever."""
+    params = ["own_code.data.who = 'fetch'", "own_code.data.slow = 0.05"]
+    script = f"""
+from dist_partial import config, run
+loaded = config.load(["{code / "own.gin"}"], {params})
+run.run(loaded.settings, "{tmp_path / "run"}")
+"""
+    command = ["-m", "dist_partial.train", *arguments(code, tmp_path / "run", *params)]
+    done = subprocess.run(
+        [sys.executable, *(command if program == "command" else ["-c", script])],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{code}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert f"run.data raised RuntimeError: cannot read{place(code, 'fetch')}" in done.stderr
+
+
+def test_the_other_workers_hear_of_it_and_end_with_the_same_code(code, tmp_path):
+    first_lines = "import json, os\nRANK = json.loads(os.environ['TF_CONFIG'])['task']['index']\n"
+    second_worker = MODULE.replace('if self.who == "fetch":', 'if self.who == "fetch" and RANK == 1:')
+    (tmp_path / "own_code.py").write_text(first_lines + second_worker)
+    command = ["-m", "dist_partial.train", *arguments(code, tmp_path / "run", "own_code.data.who = 'fetch'")]
+    results = run_workers(command, workers=2, timeout=120, pythonpath=tmp_path)
+    assert [code for code, _ in results] == [1, 1], results
+    first, second = ([x for x in re.split(r"[\r\n]+", out) if x.startswith("error: ")] for _, out in results)
+    words = re.escape(f"run.data raised RuntimeError: cannot read ({tmp_path / 'own_code.py'}, line ") + r"\d+\)"
+    assert len(first) == 1 and re.fullmatch(rf"error: worker 1 \([\w.:]+\): {words}", first[0]), first
+    assert len(second) == 1 and re.fullmatch(rf"error: {words}", second[0]), second
+
+
+def test_what_passes_through_calling():
+    inner = Raised("run.loss raised ValueError: one")
+    with pytest.raises(Raised) as found, calling("run.data"):
+        raise inner
+    assert found.value is inner
+
+
+def test_what_is_no_python_code_is_left_alone():
+    assert of_graph("OOM when allocating tensor with shape[1,2]\n\t [[{{node x}}]]") is None
+    assert first_line(KeyError()) == "KeyError"
