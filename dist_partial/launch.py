@@ -68,10 +68,10 @@ def _train(scheduler: str, argv: Sequence[str]) -> int:
     if scheduler == "slurm":
         return train.main(arguments)
     # Kubernetes judges a pod by its exit code alone.
-    ledger = _ledger(arguments, f"worker-{config['task']['index']}")
+    ledger, limit = _ledger(arguments, f"worker-{config['task']['index']}"), _limit()
     ledger.begin()
     code = train.main(arguments)
-    reason, _, _ = ledger.refusal(code, _limit())
+    reason, _, _ = ledger.refusal(code, limit)
     if reason and code not in (0, INTERRUPTED, *restarts.MISTAKES):
         raise UserError(f"exit code {code}, and no other pod: {reason}")
     return code
@@ -84,11 +84,10 @@ def _count(kind: str, argv: list[str]) -> int:
     mine, arguments = _divided(argv)
 
     def command() -> int:
-        ledger = _ledger(arguments, os.environ.get("SLURM_JOB_ID", ""))
+        ledger, limit, code = _ledger(arguments, os.environ.get("SLURM_JOB_ID", "")), _limit(), values.code
         if kind == "begin":
             ledger.begin()
             return 0
-        code, limit = values.code, _limit()
         if code in (INTERRUPTED, *restarts.MISTAKES):
             return code
         reason, count, done = ledger.refusal(code, limit, int(os.environ.get("SLURM_RESTART_COUNT") or 0))
@@ -131,7 +130,9 @@ def _launch(kind: str, argv: list[str], program: Sequence[str]) -> int:
         flags.DEFINE_string("ssh", "ssh -T", "reaches a host, without asking for anything", flag_values=values)
         flags.DEFINE_string("python", "python", "Python on the hosts", flag_values=values)
         flags.DEFINE_string("directory", os.getcwd(), "where workers run on the hosts", flag_values=values)
-    flags.DEFINE_integer("restarts", 10, "how often all may start again", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer(
+        "restarts", 10, "how often all may start again without a new checkpoint", lower_bound=0, flag_values=values
+    )
     flags.DEFINE_integer("grace_seconds", 30, "for workers to end on SIGTERM", lower_bound=0, flag_values=values)
     mine, arguments = _divided(argv)
     misplaced = [argument for argument in mine if re.match(r"--?(gin_|run_dir)", argument)]

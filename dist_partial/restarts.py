@@ -51,18 +51,16 @@ class Progress(NamedTuple):
 
 def look(folder: Path) -> Seen:
     """Looks at a run folder, which need not be there yet."""
-    names = [path.name for path in (folder / "checkpoints").glob("step-*.npz")]
-    checkpoints = [int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)\.npz", name))]
-    step, written = 0, [0]
-    try:
-        with open(folder / "metrics.jsonl", "rb") as file:
-            status = os.fstat(file.fileno())
-            file.seek(max(0, status.st_size - _TAIL))
-            lines = file.read().splitlines()
-    except OSError:
-        lines = []
-    else:
+    names, lines, written = [""], [b""], [0]
+    with contextlib.suppress(OSError):
+        names = os.listdir(folder / "checkpoints")
+    with contextlib.suppress(OSError), open(folder / "metrics.jsonl", "rb") as file:
+        status = os.fstat(file.fileno())
         written = [status.st_ino, status.st_size, status.st_mtime_ns]
+        file.seek(max(0, status.st_size - _TAIL))
+        lines = file.read().splitlines()
+    checkpoints = [int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)\.npz", name))]
+    step = 0
     for line in reversed(lines):
         try:
             row = json.loads(line)
@@ -122,7 +120,7 @@ class Restarts:
         if again and code not in _AROUND:
             return "it is the same failure as before, and the run has got no further in between"
         if self.count > limit:
-            return f"there were {limit} restarts without a new checkpoint"
+            return f"restarts without a new checkpoint have reached their limit of {limit}"
         return ""
 
 

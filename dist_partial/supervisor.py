@@ -212,8 +212,8 @@ def supervise(
 
     Args:
         commands: what to start, given the number of the attempt, from 0.
-        logs: folder for attempt-<n>/worker-<k>.log, whole; n goes on where an earlier launch ended. An attempt whose
-            logs cannot be kept, on a full disk, has none.
+        logs: folder for attempt-<n>/worker-<k>.log, whole; n goes on where an earlier launch ended. On a full disk an
+            attempt has none.
         restarts: how many there may be in a row without a new checkpoint.
         grace_seconds: what workers may take to end after SIGTERM.
         console: shows what they print.
@@ -221,15 +221,14 @@ def supervise(
         delay: seconds before a restart, counted from 1.
 
     Returns:
-        0; 2 after a mistake of the user's, which no restart mends (126, 127: no Python there); 130 after SIGINT, here
-        or at a worker; 75 after SIGTERM; else the code of what failed first.
+        0; 2 after a mistake of the user's; 130 after SIGINT, here or at a worker; 75 after SIGTERM; else the code of
+        what failed first.
 
     Raises:
-        UserError: the logs may not be written, or a command cannot be started.
+        UserError: the logs may not be written, a command cannot be started, or a host or a module is not there.
     """
-    told: list[int] = []
     counted = Restarts()
-    with _listening(told):
+    with _listening() as told:
         for attempt in itertools.count():
             folder = _new_folder(logs, attempt == 0, console)
             workers: list[Worker] = []
@@ -247,31 +246,35 @@ def supervise(
             if failure.code == INTERRUPTED:
                 return INTERRUPTED
             if mistake := _mistake(failure, attempt):
-                print(f"error: {mistake}", file=sys.stderr)
-                return 2
+                raise UserError(mistake)
             done = max(worker.output.progress for worker in workers)
             if reason := counted.refusal(failure.code, failure.line, done, restarts):
-                _sum_up(failure, reason)
+                print(_last_words(failure, reason), file=sys.stderr)
                 return failure.code
-            seconds = delay(counted.count)
-            console.say(f"restart {counted.count} of {restarts} in {seconds:g} s: {failure.text}")
-            until = time.monotonic() + seconds
-            while time.monotonic() < until and not told:
-                time.sleep(_POLL)
-            if told:
+            console.say(f"restart {counted.count} of {restarts} in {delay(counted.count):g} s: {failure.text}")
+            if _wait(delay(counted.count), told):
                 break
     return INTERRUPTED if told[0] == signal.SIGINT else AGAIN
 
 
+def _wait(seconds: float, told: list[int]) -> bool:
+    """Waits, unless told to end; returns whether it was."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not told:
+        time.sleep(_POLL)
+    return bool(told)
+
+
 @contextlib.contextmanager
-def _listening(told: list[int]) -> Iterator[None]:
+def _listening() -> Iterator[list[int]]:
     """Collects the signals that ask this process to end."""
+    told: list[int] = []
     before = {}
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # as nohup leaves it
             before[signum] = signal.signal(signum, lambda signum, frame: told.append(signum))
     try:
-        yield
+        yield told
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
@@ -328,7 +331,7 @@ def _mistake(failure: _Failure, attempt: int) -> str:
     if code == EXCEPTION and (found := re.search(r"No module named '?([\w.]+)", "\n".join(said))):
         return (
             f"{worker.name}: {worker.command.python} has no module {found[1]!r}: install it there, or name a Python "
-            "that has it (--python, or the variable PYTHON)"
+            f"that has it (--python, or the variable PYTHON); it said: {line.removeprefix('error: ')[:_LONGEST]}"
         )
     # Later the name may be known, and the resolver out of order.
     if code == 255 and attempt == 0 and (found := re.search(r"resolve hostname ([\w.-]+)", line)):
@@ -336,10 +339,10 @@ def _mistake(failure: _Failure, attempt: int) -> str:
     return ""
 
 
-def _sum_up(failure: _Failure, reason: str) -> None:
+def _last_words(failure: _Failure, reason: str) -> str:
     output = failure.worker.output
     where = f", of {output.path}" if output.path else ""
-    print(f"error: {failure.text} ({reason}); its last lines{where}:", *output.lines, sep="\n", file=sys.stderr)
+    return "\n".join([f"error: {failure.text}; not again: {reason}; its last lines{where}:", *output.lines])
 
 
 class _Output:

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_partial import rendezvous, train
+from dist_partial import rendezvous, restarts, train
 from tests import strangers
 from tests.cases import assert_equal, rows, state
-from tests.workers import ROOT, free_ports, listening, run_workers, tf_config
+from tests.workers import ROOT, free_ports, listening, run_workers, small_disk, tf_config
 
 TIMEOUT = 90.0  # seconds for whatever a test waits for, on a machine that does much else
 
@@ -489,6 +489,53 @@ def test_sigterm_to_one_of_two(bench, whole):
     for address in where:  # nobody listens any more
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(rendezvous.split(address))
+
+
+def test_a_disk_that_is_full_for_a_while(bench, whole, monkeypatch):
+    """The launcher, whose logs are there, too, starts the workers again until there is space: the same bits."""
+    monkeypatch.setenv("STEP_SECONDS", "0.1")
+    monkeypatch.setenv("PYTHONPATH", f"{bench.folder}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    said = bench.folder / "said"
+    with small_disk(bench.folder / "disk", "size=8m", "nr_inodes=100") as disk:
+        bench.run_dir = disk / "run"
+        command = [sys.executable, "-m", "dist_partial.launch", "local", "--workers=2", "--", *bench.arguments()]
+        with open(said, "wb") as out:
+            launcher = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+        try:
+            bench.wait_for_step(12, [launcher])
+            fill(disk)
+            wait_for_words(said, "restart 2 of 10", launcher)
+            shutil.rmtree(disk / "filled")
+            assert launcher.wait(TIMEOUT) == 0, said.read_text()
+        finally:
+            launcher.kill()  # its workers end with it
+            launcher.wait()
+        assert "No space left on device" in said.read_text()
+        assert "this attempt has no logs" in said.read_text()
+        assert restarts.look(bench.run_dir)[:2] == (40, 40)
+        assert_same_bits(bench.run_dir, whole, 40)
+        assert losses(bench.run_dir) == losses(whole)
+
+
+def fill(disk: Path) -> None:
+    """Leaves neither a byte nor a name on it."""
+    (disk / "filled").mkdir()
+    with contextlib.suppress(OSError), open(disk / "filled" / "bytes", "wb") as file:
+        while True:
+            file.write(bytes(4096))
+            file.flush()
+    with contextlib.suppress(OSError):
+        for i in range(10**6):
+            (disk / "filled" / str(i)).touch()
+
+
+def wait_for_words(path: Path, words: str, process: subprocess.Popen) -> None:
+    until = time.monotonic() + TIMEOUT
+    while words not in path.read_text(errors="replace"):
+        assert process.poll() is None and time.monotonic() < until, path.read_text(errors="replace")
+        time.sleep(0.05)
 
 
 def test_a_worker_without_the_checkpoint(bench, whole):

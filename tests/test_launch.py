@@ -134,7 +134,7 @@ def test_pods_that_are_not_to_be_replaced(monkeypatch, tmp_path, capsys):
     for expected in (75, 75, 2):
         assert pod(75) == expected
     assert (
-        "error: exit code 75, and no other pod: there were 2 restarts without a new checkpoint"
+        "error: exit code 75, and no other pod: restarts without a new checkpoint have reached their limit of 2"
         in capsys.readouterr().err
     )
     assert [pod(75, step) for step in (1, 2, 3, 4)] == [75] * 4

@@ -27,10 +27,10 @@ HISTORIES = {
     "another exception": [(1, "error: a", 0, 6, 1), (1, "error: b", 0, 6, 2), (1, "error: a", 0, 6, 3)],
     "another code": [(3, "", 0, 0, 1), (4, "", 0, 0, 2)],
     "a crash": [(139, "", 0, 0, 1), (139, "", 0, 0, "same failure")],
-    "what comes from around": [(75, "error: full", 0, 0, n) for n in (1, 2, 3)] + [(75, "", 0, 0, "were 3 restarts")],
-    "the same with steps": [(75, "error: full", 0, 9 * n, n) for n in (1, 2, 3)] + [(75, "", 0, 99, "were 3 restarts")],
-    "kills": [(137, "", 0, 0, 1), (137, "", 0, 0, 2), (143, "", 0, 0, 3), (137, "", 0, 0, "were 3 restarts")],
-    "a host that is away": [(255, "ssh: refused", 5, 0, n) for n in (1, 2, 3)] + [(255, "", 5, 0, "were 3 restarts")],
+    "what comes from around": [(75, "error: full", 0, 0, n) for n in (1, 2, 3)] + [(75, "", 0, 0, "limit of 3")],
+    "the same with steps": [(75, "error: full", 0, 9 * n, n) for n in (1, 2, 3)] + [(75, "", 0, 99, "limit of 3")],
+    "kills": [(137, "", 0, 0, 1), (137, "", 0, 0, 2), (143, "", 0, 0, 3), (137, "", 0, 0, "limit of 3")],
+    "a host that is away": [(255, "ssh: refused", 5, 0, n) for n in (1, 2, 3)] + [(255, "", 5, 0, "limit of 3")],
     "a long run": [(75, "error: full", n, n, 1) for n in range(1, 99)],
     "no checkpoint any more": [(75, "", 5, 5, 1), (75, "", 9, 9, 1), *((75, "", 9, 9, n) for n in (2, 3))],
     "nothing is known of an attempt": [(75, "", 5, 5, 1), (137, "", 0, 0, 2), (75, "", 7, 7, 1)],
@@ -49,7 +49,7 @@ def test_rules(name):
 
 
 def test_no_restart_is_allowed():
-    assert "were 0 restarts" in Restarts().refusal(75, "", Progress(), 0)
+    assert "limit of 0" in Restarts().refusal(75, "", Progress(), 0)
 
 
 def line(split: str, step: int) -> str:
@@ -104,7 +104,7 @@ def test_a_count_that_outlives_the_process(tmp_path):
     assert attempt(75) == ("", 1, (0, 0))
     assert attempt(75, checkpoint=10, step=12) == ("", 1, (10, 12))
     assert attempt(143) == ("", 2, (10, 0))
-    assert "were 2 restarts" in attempt(143)[0]
+    assert "limit of 2" in attempt(143)[0]
     assert attempt(1, step=13) == ("", 1, (10, 13))  # somebody has started it again
     assert "same failure" in attempt(1, step=13)[0]
     assert "before the first step" in attempt(1)[0]
@@ -116,7 +116,7 @@ def test_a_count_that_cannot_be_written(tmp_path):
     (tmp_path / "run" / "checkpoints" / "step-0000000010.npz").touch()
     (tmp_path / "run.logs").touch()
     ledger = Ledger(tmp_path / "run.logs" / "restarts.json", tmp_path / "run")
-    for earlier, expected in ((0, ""), (1, ""), (2, "were 2 restarts")):
+    for earlier, expected in ((0, ""), (1, ""), (2, "limit of 2")):
         ledger.begin()
         reason, count, _ = ledger.refusal(75, 2, earlier)
         assert count == earlier + 1 and (expected in reason if expected else not reason)
