@@ -1,12 +1,15 @@
 """Whether all workers run the same: compared before anything depends on it, so that a difference hangs nobody."""
 
 import hashlib
-import importlib.metadata
 import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
 
 from dist_partial.errors import UserError
 from dist_partial.identity import differences, shown
@@ -50,9 +53,9 @@ def names(mesh: Mesh | None, ranks: Sequence[int]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages whose numbers could differ; of this one also a digest of its source."""
+    """Of Python and the packages whose numbers could differ; of this one, which need not be installed, its source's."""
     source = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         source.update(path.read_bytes())
-    packages = {name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy", "dist_partial")}
+    packages = {module.__name__: module.__version__ for module in (tf, keras, np)}
     return {"python": platform.python_version(), **packages, "dist_partial's source": source.hexdigest()[:16]}

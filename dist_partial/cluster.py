@@ -1,8 +1,12 @@
 """Which workers there are and which of them this is: TF_CONFIG, read and checked, or made of what a scheduler says."""
 
+import difflib
 import json
 import os
+import re
+import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -151,3 +155,27 @@ def read_tf_config(text: str) -> dict[str, Any] | None:
 def _is_address(address: Any) -> bool:
     host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
     return bool(host) and port.isdecimal() and 0 < int(port) < 65536
+
+
+def unresolved(host: str) -> str:
+    """Why a host's name stands for no address on this machine, and which names are near; '' if it has one."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        return f"{error.strerror}{near(host)}"
+    return ""
+
+
+def near(host: str) -> str:
+    """The names like it in this machine's own lists, as the end of a message, or ''."""
+    names: set[str] = set()
+    for path in (Path("/etc/hosts"), Path("~/.ssh/config").expanduser()):
+        try:
+            lines = path.read_text(errors="replace").splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            if re.match(r"\s*(Host\s|[0-9a-fA-F.:]+\s)", line):
+                names.update(line.partition("#")[0].split()[1:])
+    found = difflib.get_close_matches(host, names)
+    return f"; near it there is {', '.join(found)}" if found else ""

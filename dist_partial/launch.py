@@ -6,6 +6,8 @@
 What workers print is kept in <run_dir>.logs. Where a scheduler starts the workers, each of them is
 
     python -m dist_partial.launch slurm -- --gin_file=F ...    (or kubernetes)
+
+and around all of Slurm's `begin` and `again --code=C` say by their exit codes whether the job is to start again.
 """
 
 import contextlib
@@ -14,15 +16,17 @@ import os
 import re
 import secrets
 import shlex
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
-from dist_partial import cli, supervisor
-from dist_partial.errors import UserError
+from dist_partial import cli, restarts, supervisor
+from dist_partial.errors import INTERRUPTED, UserError
 
 _PORTS = 100  # how many ports attempts on hosts take in turn
 _KEEP = ("-m", "dist_partial.launch", "keep")
@@ -43,6 +47,8 @@ def main(argv: Sequence[str] | None = None, program: Sequence[str] = ()) -> int:
         return supervisor.keep()
     if kind in ("local", "hosts"):
         return _launch(kind, rest, program)
+    if kind in ("begin", "again"):
+        return _count(kind, rest)
     if kind in ("slurm", "kubernetes"):
         return cli.call(None, flags.FlagValues(), [], lambda: _train(kind, rest))
 
@@ -56,8 +62,62 @@ def _train(scheduler: str, argv: Sequence[str]) -> int:
     from dist_partial import cluster, train
 
     cli.import_tensorflow_quietly()  # cluster reads Slurm's variables by it
-    os.environ["TF_CONFIG"] = json.dumps(cluster.tf_config(scheduler, os.environ))
-    return train.main(argv[1:] if argv[:1] == ["--"] else argv)
+    config = cluster.tf_config(scheduler, os.environ)
+    os.environ["TF_CONFIG"] = json.dumps(config)
+    arguments = argv[1:] if argv[:1] == ["--"] else argv
+    if scheduler == "slurm":
+        return train.main(arguments)
+    # Kubernetes judges a pod by its exit code alone.
+    ledger, limit = _ledger(arguments, f"worker-{config['task']['index']}"), _limit()
+    ledger.begin()
+    code = train.main(arguments)
+    reason, _, _ = ledger.refusal(code, limit)
+    if reason and code not in (0, INTERRUPTED, *restarts.MISTAKES):
+        raise UserError(f"exit code {code}, and no other pod: {reason}")
+    return code
+
+
+def _count(kind: str, argv: list[str]) -> int:
+    """Before and after an attempt of a Slurm job: 0 if it is to start again, else the code with which it has ended."""
+    values = flags.FlagValues()
+    flags.DEFINE_integer("code", 0, "with which the attempt has ended", flag_values=values)
+    mine, arguments = _divided(argv)
+
+    def command() -> int:
+        ledger, limit, code = _ledger(arguments, os.environ.get("SLURM_JOB_ID", "")), _limit(), values.code
+        if kind == "begin":
+            ledger.begin()
+            return 0
+        if code in (INTERRUPTED, *restarts.MISTAKES):
+            return code
+        reason, count, done = ledger.refusal(code, limit, int(os.environ.get("SLURM_RESTART_COUNT") or 0))
+        early = "stopped before the first step: a job's --time must be longer than its start; "
+        what = f"exit code {code}: {early if code == 128 + signal.SIGTERM and not done.step else ''}"
+        if reason:
+            print(f"{what}not again: {reason} (DIST_PARTIAL_RESTARTS={limit})", file=sys.stderr)
+            return code
+        print(f"{what}to go on from step {done.checkpoint}, restart {count} of {limit}", file=sys.stderr)
+        return 0
+
+    return cli.call(None, values, mine, command)
+
+
+def _limit() -> int:
+    text = os.environ.get("DIST_PARTIAL_RESTARTS") or "20"
+    if not text.isdecimal():
+        raise UserError(f"DIST_PARTIAL_RESTARTS is {text!r}: write how often a job may start again")
+    return int(text)
+
+
+def _ledger(arguments: Sequence[str], job: str) -> restarts.Ledger:
+    folder = _run_folder(arguments)
+    return restarts.Ledger(_logs(folder) / f"restarts-{job}.json", folder)
+
+
+def _divided(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The launcher's arguments, and those of dist_partial.train, which follow a "--"."""
+    mine = argv[: argv.index("--")] if "--" in argv else argv
+    return mine, argv[len(mine) + 1 :]
 
 
 def _launch(kind: str, argv: list[str], program: Sequence[str]) -> int:
@@ -70,10 +130,11 @@ def _launch(kind: str, argv: list[str], program: Sequence[str]) -> int:
         flags.DEFINE_string("ssh", "ssh -T", "reaches a host, without asking for anything", flag_values=values)
         flags.DEFINE_string("python", "python", "Python on the hosts", flag_values=values)
         flags.DEFINE_string("directory", os.getcwd(), "where workers run on the hosts", flag_values=values)
-    flags.DEFINE_integer("restarts", 10, "how often all may start again", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer(
+        "restarts", 10, "how often all may start again without a new checkpoint", lower_bound=0, flag_values=values
+    )
     flags.DEFINE_integer("grace_seconds", 30, "for workers to end on SIGTERM", lower_bound=0, flag_values=values)
-    mine = argv[: argv.index("--")] if "--" in argv else argv
-    arguments = argv[len(mine) + 1 :]
+    mine, arguments = _divided(argv)
     misplaced = [argument for argument in mine if re.match(r"--?(gin_|run_dir)", argument)]
 
     def command() -> int:
@@ -81,9 +142,18 @@ def _launch(kind: str, argv: list[str], program: Sequence[str]) -> int:
             what = misplaced[0] if misplaced else "arguments of dist_partial.train"
             raise UserError(f"write {what} after a --, as in: launch/{kind} {_EXAMPLES[kind]} -- --gin_file=F")
         places = _local(values) if kind == "local" else _hosts(values)
+        folder = _run_folder(arguments)
+        python = sys.executable if kind == "local" else values.python
+
+        def commands(attempt: int) -> list[supervisor.Command]:
+            # On hosts the names must be known from the first; later the resolver may be out of order.
+            names = [host.rpartition("@")[2] for host in values.hosts] if kind == "hosts" and attempt == 0 else []
+            order = {"run_dir": str(folder), "names": names, "program": list(program), "arguments": arguments}
+            return _commands(places(attempt), order, python)
+
         return supervisor.supervise(
-            lambda attempt: _commands(places(attempt), arguments, program),
-            logs=_logs(arguments),
+            commands,
+            logs=_logs(folder),
             restarts=values.restarts,
             grace_seconds=values.grace_seconds,
             console=supervisor.Console(),
@@ -92,26 +162,29 @@ def _launch(kind: str, argv: list[str], program: Sequence[str]) -> int:
     return cli.call(__doc__, values, [] if misplaced else mine, command)
 
 
-def _logs(arguments: Sequence[str]) -> Path:
+def _run_folder(arguments: Sequence[str]) -> Path:
     values = flags.FlagValues()
     cli.define_gin_flags(values)
     flags.DEFINE_string("run_dir", None, "", flag_values=values)
     values([sys.argv[0], *arguments], known_only=True)
     if not values.gin_file:
         raise UserError("no --gin_file after the --: try -- --gin_file=gin_configs/quickstart.gin")
-    folder = Path(os.path.abspath(cli.run_folder(values.run_dir, values.gin_file)))
+    return cli.run_folder(values.run_dir, values.gin_file)
+
+
+def _logs(folder: Path) -> Path:
+    folder = Path(os.path.abspath(folder))
     return folder.with_name(f"{folder.name}.logs")
 
 
-def _commands(places: Sequence[Place], arguments: Sequence[str], program: Sequence[str]) -> list[supervisor.Command]:
+def _commands(places: Sequence[Place], order: dict[str, Any], python: str) -> list[supervisor.Command]:
     cluster = {"worker": [address for _, _, address in places]}
     secret = secrets.token_hex(16)  # workers know each other by it, and those of an earlier attempt do not know it
     commands = []
     for index, (name, argv, _) in enumerate(places):
         config = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})
         environment = {"TF_CONFIG": config, "DIST_PARTIAL_SECRET": secret}
-        order = {"program": list(program), "arguments": list(arguments), "environment": environment}
-        commands.append(supervisor.Command(name, argv, order))
+        commands.append(supervisor.Command(name, argv, order | {"environment": environment}, python))
     return commands
 
 

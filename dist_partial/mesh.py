@@ -226,6 +226,11 @@ class Mesh:
         rows = self._once(True, np.frombuffer(data.ljust(int(lengths.max()), b"\0"), np.uint8))
         return [row[:count].tobytes() for row, count in zip(rows, lengths, strict=True)]
 
+    def finish(self) -> None:
+        """Waits until all workers call it; from then on one that is gone is not told to `on_loss`."""
+        self._on_loss = lambda reason: None  # on all of them, before any can end
+        self.sum(np.zeros(1, np.float32))
+
     def lost(self) -> Ending | None:
         """What has become of a worker that is gone, whether it was waited for or not, or None."""
         return self.failure or next((peer.lost for peer in self._peers.values() if peer.lost), None)

@@ -83,7 +83,7 @@ def connect(
 
 def on_loopback(workers: Sequence[str]) -> bool:
     """Whether all workers are on this machine, by their addresses, and nothing else can reach them."""
-    hosts = [_split(worker)[0] for worker in workers]
+    hosts = [split(worker)[0] for worker in workers]
     with contextlib.suppress(ValueError):  # a name
         return all(host == "localhost" or ipaddress.ip_address(host).is_loopback for host in hosts)
     return False
@@ -145,12 +145,12 @@ def _gather(meeting: _Meeting, links: dict[int, handshake.Link], seconds: float,
 
 
 def _listen(rank: int, workers: Sequence[str], deadline: float) -> socket.socket:
-    host, port = _split(workers[rank])
+    host, port = split(workers[rank])
     while True:
         try:
             family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             own = str(address[0])
-            if own != host and ipaddress.ip_address(own).is_loopback and {_split(w)[0] for w in workers} != {host}:
+            if own != host and ipaddress.ip_address(own).is_loopback and {split(w)[0] for w in workers} != {host}:
                 raise UserError(
                     f"worker {rank}: {host} is {own} on this host itself, where no other worker can reach it: mend "
                     "/etc/hosts, or name the workers by their addresses"
@@ -175,7 +175,7 @@ def _call(other: int, meeting: _Meeting) -> None:
     address = meeting.own.workers[other]
     while not meeting.over.is_set():
         try:
-            connection = socket.create_connection(_split(address), timeout=2.0)
+            connection = socket.create_connection(split(address), timeout=2.0)
         except OSError as error:
             meeting.reasons[other] = error.strerror or str(error)
         else:
@@ -256,7 +256,8 @@ def _ended(connection: socket.socket) -> bool:
         return True
 
 
-def _split(address: str) -> tuple[str, int]:
+def split(address: str) -> tuple[str, int]:
+    """Host and port of a worker's address; an IPv6 address without its brackets."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
 

@@ -1,11 +1,15 @@
 """Which replicas (one device, GPUs, simulated on the CPU, the workers of TF_CONFIG), and how they reach each other."""
 
+import contextlib
 import dataclasses
 import faulthandler
 import functools
 import os
+import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +25,7 @@ from dist_partial.workers import MeshStrategy
 
 KINDS = ("auto", "default", "mirrored", "multi_worker")
 TRANSPORTS = ("auto", "tensorflow", "sockets")
+_LAST_SECONDS = 5.0  # for which the first worker waits until the processes of the others have ended
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,6 +58,14 @@ class Replicas:
     def gather(self, data: bytes) -> list[bytes]:
         """Every worker's bytes, in rank order; all call it at the same point."""
         return [data] if self.mesh is None else self.mesh.gather(data)
+
+    def finish(self) -> None:
+        """Waits until all workers have done their part; all call it last, so that none takes another for lost."""
+        if self.mesh is None:
+            return
+        self.mesh.finish()
+        if self.is_chief and not isinstance(self.strategy, MeshStrategy):
+            _outlive(self.mesh.workers[1:])
 
 
 def create(
@@ -241,12 +254,25 @@ def _connect(
 
 def _tensorflow_strategy(patience_seconds: float) -> tf.distribute.Strategy:
     # Its servers wait for each other for ever and meanwhile hold Python's lock, so that no thread and no handler of a
-    # signal runs. The workers have just met: one that is missing now is lost, and this ends the process, with code 1.
-    faulthandler.dump_traceback_later(patience_seconds, exit=True)
+    # signal runs. The workers have just met: one that is missing now is lost, and SIGALRM ends the process: not with
+    # code 1, which says that its own code has failed.
+    faulthandler.dump_traceback_later(patience_seconds)
+    signal.setitimer(signal.ITIMER_REAL, patience_seconds + 0.5)
     try:
         return tf.distribute.MultiWorkerMirroredStrategy()
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
+
+
+def _outlive(workers: Sequence[str]) -> None:
+    """Waits until the servers of the others are gone: TensorFlow calls it an error if the first one ends before."""
+    until = time.monotonic() + _LAST_SECONDS
+    for worker in workers:
+        with contextlib.suppress(OSError):  # nobody listens there
+            while time.monotonic() < until:
+                socket.create_connection(rendezvous.split(worker), timeout=1.0).close()
+                time.sleep(0.05)
 
 
 def _abort(reason: str) -> None:

@@ -101,7 +101,7 @@ def _run(
     sent = np.array([checkpoint.metadata[name] if checkpoint else 0 for name in traffic.SENT])
     if done >= settings.steps:
         say(f"finished: {folder} is at step {done} of {settings.steps}; bind a larger run.steps to go on")
-        return
+        return replicas.finish()
     if checkpoint:
         say(f"going on from step {done} ({checkpoint.path})")
 
@@ -222,7 +222,7 @@ def _run(
                 break
             if done < settings.steps:
                 switched = course.enter(done)
-    replicas.sum(np.zeros(1, np.float32))  # none ends before the last checkpoint is written
+    replicas.finish()  # none ends before the last checkpoint is written
     if done < settings.steps:
         raise Interrupted(
             f"stopped at step {done} of {settings.steps}, saved in {folder}; run the same command again to go on",

@@ -307,6 +307,7 @@ RECORD = """#!/bin/bash
 """
 SRUN = f"""{RECORD}
 echo "$DIST_PARTIAL_SECRET" >> "$SLURM_TEST/secrets"
+eval "${{SLURM_TEST_TRAINS:-}}"
 [ "$SLURM_TEST_CODE" = sleeping ] || exit "$SLURM_TEST_CODE"
 trap 'exit 137' TERM
 trap 'exit 75' USR1
@@ -328,13 +329,8 @@ def slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_TEST", str(tmp_path))
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    for name in (
-        "SLURM_CPUS_PER_TASK",
-        "SLURM_RESTART_COUNT",
-        "DIST_PARTIAL_RESTARTS",
-        "DIST_PARTIAL_SECRET",
-        "PYTHON",
-    ):
+    monkeypatch.setenv("PYTHON", sys.executable)
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_RESTART_COUNT", "DIST_PARTIAL_RESTARTS", "DIST_PARTIAL_SECRET"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -345,7 +341,9 @@ def calls(folder: Path, command: str) -> list[str]:
 
 
 def run_batch(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", BATCH, *arguments], capture_output=True, text=True, timeout=60)
+    """Runs the script as one attempt of a job, on the run folder `run` beside the stand-ins."""
+    flags = ["--gin_file=a b.gin", f"--run_dir={os.environ['SLURM_TEST']}/run", *arguments]
+    return subprocess.run(["bash", BATCH, *flags], capture_output=True, text=True, timeout=60)
 
 
 REQUEUE = ["requeue Incomplete 4711"]
@@ -353,39 +351,90 @@ REQUEUE = ["requeue Incomplete 4711"]
 
 @pytest.mark.parametrize(
     ("code", "requeued"),
-    [("0", []), ("2", []), ("130", []), ("75", REQUEUE), ("1", REQUEUE), ("137", REQUEUE)],
+    [("0", []), ("2", []), ("126", []), ("127", []), ("130", []), ("1", []), ("75", REQUEUE), ("137", REQUEUE)],
 )
 def test_batch_exit_codes(code, requeued, slurm, monkeypatch):
     monkeypatch.setenv("SLURM_TEST_CODE", code)
-    done = run_batch("--gin_file=a b.gin", "--run_dir=runs/x")
+    done = run_batch("--gin_param=run.seed = 1")
     assert done.returncode == int(code)
     assert calls(slurm, "scontrol") == requeued
-    assert bool(done.stderr) == bool(requeued)
+    assert bool(done.stderr) == (code not in ("0", "2", "126", "127", "130"))
     (srun,) = calls(slurm, "srun")
-    assert srun.endswith(r"python -m dist_partial.launch slurm -- --gin_file=a\ b.gin --run_dir=runs/x")
+    arguments = rf"--gin_file=a\ b.gin --run_dir={slurm}/run --gin_param=run.seed\ =\ 1"
+    assert srun.endswith(f" -m dist_partial.launch slurm -- {arguments}")
     assert "--kill-on-bad-exit=0" in srun  # or else the others could not end by themselves
+
+
+def save(step: int) -> str:
+    """What a run does that saves, as a line for a shell."""
+    folder = "$SLURM_TEST/run/checkpoints"
+    return f"mkdir -p {folder}; touch {folder}/step-{step:010d}.npz"
+
+
+def train(step: int) -> str:
+    """A step."""
+    row = json.dumps({"step": step, "split": "train"})
+    return f"mkdir -p $SLURM_TEST/run; echo '{row}' >> $SLURM_TEST/run/metrics.jsonl"
+
+
+# Attempts of a job that may start again twice: what the workers do, their exit code, and whether the job is requeued.
+JOBS = {
+    "no progress": [("", 75, True), ("", 137, True), ("", 75, False)],
+    "some progress": [*((save(n), 75, True) for n in (1, 2, 3)), ("", 75, True), ("", 75, False)],
+    "no time for a step": [("", 143, True), ("", 143, True), ("", 143, False)],
+    "an exception": [(train(5), 1, True), (train(5), 1, False)],
+    "an exception before the first step": [(train(5), 75, True), ("", 1, False)],
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_batch_restarts_without_progress_are_bounded(name, slurm, monkeypatch):
+    monkeypatch.setenv("DIST_PARTIAL_RESTARTS", "2")
+    for attempt, (trains, code, requeued) in enumerate(JOBS[name]):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(attempt))
+        monkeypatch.setenv("SLURM_TEST_TRAINS", trains)
+        monkeypatch.setenv("SLURM_TEST_CODE", str(code))
+        done = run_batch()
+        assert done.returncode == code
+        assert ("not again: " not in done.stderr) == requeued, done.stderr
+        assert ("stopped before the first step: a job's --time must be longer" in done.stderr) == (code == 143)
+    assert calls(slurm, "scontrol") == REQUEUE * sum(requeued for _, _, requeued in JOBS[name])
+    # Another job counts for itself.
+    monkeypatch.setenv("SLURM_JOB_ID", "4712")
+    monkeypatch.setenv("SLURM_TEST_CODE", "75")
+    assert "restart 1 of 2" in run_batch().stderr
 
 
 @pytest.mark.parametrize(
     ("restarts", "limit", "requeued"),
     [
-        (None, None, REQUEUE),
-        ("19", None, REQUEUE),
-        ("20", None, []),
-        ("2", "3", REQUEUE),
-        ("3", "3", []),
-        (None, "0", []),
+        (None, None, True),
+        ("19", None, True),
+        ("20", None, False),
+        ("2", "3", True),
+        ("3", "3", False),
+        (None, "0", False),
     ],
 )
-def test_batch_restarts_are_bounded(restarts, limit, requeued, slurm, monkeypatch):
+def test_batch_restarts_are_bounded_on_a_full_disk(restarts, limit, requeued, slurm, monkeypatch):
+    """By Slurm's own count, where there can be no other."""
+    (slurm / "run.logs").touch()
     monkeypatch.setenv("SLURM_TEST_CODE", "75")
     for name, value in (("SLURM_RESTART_COUNT", restarts), ("DIST_PARTIAL_RESTARTS", limit)):
         if value is not None:
             monkeypatch.setenv(name, value)
     done = run_batch()
     assert done.returncode == 75
-    assert calls(slurm, "scontrol") == requeued
-    assert ("not again" in done.stderr) == (not requeued)
+    assert ("not again: " not in done.stderr) == requeued, done.stderr
+
+
+def test_batch_mistakes_reach_no_node(slurm, monkeypatch):
+    monkeypatch.setenv("PYTHON", "/no/such/python")
+    assert run_batch().returncode == 127
+    monkeypatch.setenv("PYTHON", sys.executable)
+    done = subprocess.run(["bash", BATCH], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: no --gin_file")
+    assert not (slurm / "calls").exists()
 
 
 def test_batch_draws_a_secret_that_no_command_line_shows(slurm, monkeypatch):
@@ -403,7 +452,8 @@ def test_batch_draws_a_secret_that_no_command_line_shows(slurm, monkeypatch):
 @pytest.mark.parametrize("times", [1, 2])
 def test_batch_hands_sigterm_to_the_workers_and_not_to_srun(times, slurm, monkeypatch):
     monkeypatch.setenv("SLURM_TEST_CODE", "sleeping")
-    process = subprocess.Popen(["bash", BATCH], stderr=subprocess.PIPE, text=True)
+    flags = ["--gin_file=F", f"--run_dir={slurm}/run"]
+    process = subprocess.Popen(["bash", BATCH, *flags], stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
         while not (slurm / "srun.pid").exists():

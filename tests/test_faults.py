@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_partial import rendezvous, train
+from dist_partial import rendezvous, restarts, train
 from tests import strangers
 from tests.cases import assert_equal, rows, state
-from tests.workers import ROOT, free_ports, listening, run_workers, tf_config
+from tests.workers import ROOT, free_ports, listening, run_workers, small_disk, tf_config
 
 TIMEOUT = 90.0  # seconds for whatever a test waits for, on a machine that does much else
 
@@ -40,6 +40,14 @@ if "LATE" in os.environ:  # TensorFlow hears of a loss before the mesh does
             super()._lose(*args)
 
     replicas.Mesh = _Late
+
+if "LINGER" in os.environ:  # the others have long closed their connections, and ended
+    class _Linger(replicas.Mesh):
+        def close(self, *args):
+            time.sleep(float(os.environ["LINGER"]))
+            super().close(*args)
+
+    replicas.Mesh = _Linger
 
 class Source(ArraySource):
     def fetch(self, indices):
@@ -182,6 +190,30 @@ def test_another_version_of_the_package(bench):
         line = error(result, 2)
         assert "worker 1 (127.0.0.1:" in line and "versions.dist_partial's source: '" in line
     assert not bench.run_dir.exists()
+
+
+# Loaded by each Python when it starts, as if the package had never been installed.
+NOT_INSTALLED = """
+import importlib.metadata
+
+def from_name(name, find=importlib.metadata.Distribution.from_name):
+    if name.replace("-", "_") == "dist_partial":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return find(name)
+
+importlib.metadata.Distribution.from_name = from_name
+"""
+
+
+def test_a_checkout_that_is_not_installed(bench):
+    copy = bench.folder / "copy"
+    shutil.copytree(ROOT / "dist_partial", copy / "dist_partial", ignore=shutil.ignore_patterns("__pycache__"))
+    (bench.folder / "sitecustomize.py").write_text(NOT_INSTALLED)
+    # PYTHONSAFEPATH, or the working directory's package would come first.
+    environment = {"PYTHONPATH": f"{bench.folder}{os.pathsep}{copy}", "PYTHONSAFEPATH": "1"}
+    results = bench.run("run.steps = 2", environments=dict.fromkeys(range(2), environment))
+    assert [code for code, _ in results] == [0, 0], results
+    assert [step for step, _ in losses(bench.run_dir)] == [1, 2]
 
 
 def test_other_data_under_the_same_bindings(bench):
@@ -330,7 +362,7 @@ def test_strangers_that_greet_in_another_way(greeting):
         except Exception as reason:
             found[rank] = reason
 
-    stranger = socket.create_server(rendezvous._split(where[0]))
+    stranger = socket.create_server(rendezvous.split(where[0]))
     threads = [threading.Thread(target=connect, args=(rank,), daemon=True) for rank in range(2)]
     threads[1].start()
     called, _ = stranger.accept()
@@ -350,6 +382,20 @@ def test_strangers_that_greet_in_another_way(greeting):
     for links in found.values():
         for link in links.values():
             link.socket.close()
+
+
+# Workers that end well.
+
+
+def test_a_worker_that_has_ended_well_is_not_lost(bench):
+    """Of a run, and of one that finds nothing to do: TensorFlow has nothing to say, whichever worker is the last."""
+    for last in (1, 0):  # the first coordinates the others
+        errors = {rank: {"TF_CPP_MIN_LOG_LEVEL": "2", "LINGER": "2" if rank == last else "0"} for rank in range(2)}
+        results = bench.run("replicas.transport = 'tensorflow'", "run.steps = 2", environments=errors)
+        assert [code for code, _ in results] == [0, 0], results
+        for _, output in results:
+            assert not re.search("is gone|Abort|coordination|UNAVAILABLE", output), output
+    assert "finished: " in results[0][1]
 
 
 # Workers that are lost.
@@ -375,7 +421,6 @@ def lose(bench: Bench, number: signal.Signals, lost: int, seconds: float, *param
     return line
 
 
-# Of TensorFlow's workers the first is special: it coordinates them.
 @pytest.mark.parametrize(("transport", "lost"), [("sockets", 1), ("tensorflow", 1), ("tensorflow", 0)])
 def test_a_worker_that_is_killed(bench, transport, lost):
     late = {1 - lost: {"LATE": "1"}} if transport == "tensorflow" else {}
@@ -395,7 +440,7 @@ def test_a_worker_that_is_killed_when_they_have_just_met(bench):
     results = bench.run(*params, environments={1: {"DIE": "1"}}, timeout=40.0)
     assert results[1][0] == -signal.SIGKILL
     code, output = results[0]
-    assert code == 1 and "Timeout (0:00:04)!" in output
+    assert code == -signal.SIGALRM and "Timeout (0:00:04)!" in output  # not 1: launchers start all again
 
 
 def test_a_worker_that_has_nothing_to_say_is_not_silent(bench):
@@ -443,7 +488,54 @@ def test_sigterm_to_one_of_two(bench, whole):
     assert losses(bench.run_dir) == losses(whole)
     for address in where:  # nobody listens any more
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(rendezvous._split(address))
+            socket.create_connection(rendezvous.split(address))
+
+
+def test_a_disk_that_is_full_for_a_while(bench, whole, monkeypatch):
+    """The launcher, whose logs are there, too, starts the workers again until there is space: the same bits."""
+    monkeypatch.setenv("STEP_SECONDS", "0.1")
+    monkeypatch.setenv("PYTHONPATH", f"{bench.folder}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    said = bench.folder / "said"
+    with small_disk(bench.folder / "disk", "size=8m", "nr_inodes=100") as disk:
+        bench.run_dir = disk / "run"
+        command = [sys.executable, "-m", "dist_partial.launch", "local", "--workers=2", "--", *bench.arguments()]
+        with open(said, "wb") as out:
+            launcher = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+        try:
+            bench.wait_for_step(12, [launcher])
+            fill(disk)
+            wait_for_words(said, "restart 2 of 10", launcher)
+            shutil.rmtree(disk / "filled")
+            assert launcher.wait(TIMEOUT) == 0, said.read_text()
+        finally:
+            launcher.kill()  # its workers end with it
+            launcher.wait()
+        assert "No space left on device" in said.read_text()
+        assert "this attempt has no logs" in said.read_text()
+        assert restarts.look(bench.run_dir)[:2] == (40, 40)
+        assert_same_bits(bench.run_dir, whole, 40)
+        assert losses(bench.run_dir) == losses(whole)
+
+
+def fill(disk: Path) -> None:
+    """Leaves neither a byte nor a name on it."""
+    (disk / "filled").mkdir()
+    with contextlib.suppress(OSError), open(disk / "filled" / "bytes", "wb") as file:
+        while True:
+            file.write(bytes(4096))
+            file.flush()
+    with contextlib.suppress(OSError):
+        for i in range(10**6):
+            (disk / "filled" / str(i)).touch()
+
+
+def wait_for_words(path: Path, words: str, process: subprocess.Popen) -> None:
+    until = time.monotonic() + TIMEOUT
+    while words not in path.read_text(errors="replace"):
+        assert process.poll() is None and time.monotonic() < until, path.read_text(errors="replace")
+        time.sleep(0.05)
 
 
 def test_a_worker_without_the_checkpoint(bench, whole):

@@ -103,7 +103,8 @@ def test_train_is_what_workers_run(tmp_path):
 
 @pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
 @pytest.mark.parametrize("dashes", [[], ["--"]])
-def test_within_a_scheduler(kind, dashes, monkeypatch):
+def test_within_a_scheduler(kind, dashes, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     config = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 1}}
     monkeypatch.setenv("TF_CONFIG", "")
     monkeypatch.setattr(cluster, "tf_config", lambda found, environ: config if found == kind else None, raising=False)
@@ -111,6 +112,35 @@ def test_within_a_scheduler(kind, dashes, monkeypatch):
     monkeypatch.setattr(train, "main", lambda argv: trained.append((list(argv), os.environ["TF_CONFIG"])) or 75)
     assert launch.main([kind, *dashes, "--gin_file=F", "--gin_param=run.steps=3"]) == 75
     assert trained == [(["--gin_file=F", "--gin_param=run.steps=3"], json.dumps(config))]
+
+
+def test_pods_that_are_not_to_be_replaced(monkeypatch, tmp_path, capsys):
+    """Kubernetes goes by the exit code, and takes 2 for the last."""
+    config = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", "")
+    monkeypatch.setenv("DIST_PARTIAL_RESTARTS", "2")
+    monkeypatch.setattr(cluster, "tf_config", lambda found, environ: config)
+
+    def pod(code: int, checkpoint: int = 0) -> int:
+        def main(argv):
+            if checkpoint:
+                (tmp_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
+                (tmp_path / "run" / "checkpoints" / f"step-{checkpoint:010d}.npz").touch()
+            return code
+
+        monkeypatch.setattr(train, "main", main)
+        return launch.main(["kubernetes", "--", "--gin_file=F", f"--run_dir={tmp_path}/run"])
+
+    for expected in (75, 75, 2):
+        assert pod(75) == expected
+    assert (
+        "error: exit code 75, and no other pod: restarts without a new checkpoint have reached their limit of 2"
+        in capsys.readouterr().err
+    )
+    assert [pod(75, step) for step in (1, 2, 3, 4)] == [75] * 4
+    assert pod(1) == 2
+    assert "an exception before the first step would come again" in capsys.readouterr().err
+    assert [pod(code) for code in (75, 75, 0, 75, 75, 2, 75, 75, 130)] == [75, 75, 0, 75, 75, 2, 75, 75, 130]
 
 
 def test_mistakes_within_a_scheduler(monkeypatch, capsys):
@@ -254,11 +284,11 @@ def test_hosts(tmp_path):
     directory.mkdir()
     arguments = ["--gin_file=F", f"--run_dir={tmp_path}/run", "--gin_param=run.rules = [('train', r'.*')]; $HOME"]
     flags = hosts_flags(tmp_path, directory)
-    with launching(tmp_path, *flags, "--hosts=one,me@10.0.0.2", "--port=3000", "--", *arguments) as launcher:
+    with launching(tmp_path, *flags, "--hosts=localhost,me@10.0.0.2", "--port=3000", "--", *arguments) as launcher:
         first = handed(tmp_path, 0, 2)
-        assert sorted((tmp_path / "reached").read_text().split()) == ["me@10.0.0.2", "one"]
+        assert sorted((tmp_path / "reached").read_text().split()) == ["localhost", "me@10.0.0.2"]
         for index, got in enumerate(first):
-            assert got["config"]["cluster"] == {"worker": ["one:3000", "10.0.0.2:3000"]}
+            assert got["config"]["cluster"] == {"worker": ["localhost:3000", "10.0.0.2:3000"]}
             assert got["config"]["task"] == {"type": "worker", "index": index}
             assert got["arguments"] == arguments
             assert got["cwd"] == str(directory)
@@ -272,7 +302,7 @@ def test_hosts(tmp_path):
         os.kill(connection, signal.SIGKILL)
         assert_gone(list(victims[1]))
         second = handed(tmp_path, 1, 2)
-        assert second[0]["config"]["cluster"] == {"worker": ["one:3001", "10.0.0.2:3001"]}
+        assert second[0]["config"]["cluster"] == {"worker": ["localhost:3001", "10.0.0.2:3001"]}
         assert second[0]["secret"] != first[0]["secret"]
 
         (tmp_path / "end 1").touch()
@@ -293,7 +323,9 @@ def test_ports_of_hosts_wrap():
 
 def test_stopping_workers_on_hosts(tmp_path):
     flags = hosts_flags(tmp_path, tmp_path)
-    with launching(tmp_path, *flags, "--hosts=one,two", "--", "--gin_file=F", f"--run_dir={tmp_path}/run") as launcher:
+    with launching(
+        tmp_path, *flags, "--hosts=127.0.0.1,127.0.0.2", "--", "--gin_file=F", f"--run_dir={tmp_path}/run"
+    ) as launcher:
         handed(tmp_path, 0, 2)
         os.killpg(launcher.process.pid, signal.SIGINT)  # as Ctrl-C does; ssh must not die of it
         assert launcher.wait() == 130
@@ -312,3 +344,51 @@ def test_mistakes_on_hosts_are_not_tried_again(tmp_path, flag, code, said):
         assert "restart" not in launcher.out
         assert launcher.err.startswith(f"error: worker 0 (one) ended with exit code {code}: ")
         assert said in launcher.err
+
+
+def on_hosts(folder: Path, hosts: str, *flags: str):
+    arguments = ["--gin_file=F", f"--run_dir={folder}/run"]
+    return launching(folder, *hosts_flags(folder, folder), *flags, f"--hosts={hosts}", "--", *arguments)
+
+
+def test_a_host_that_its_workers_do_not_know(tmp_path):
+    """ssh has another name for it, or the launcher's machine has."""
+    with on_hosts(tmp_path, "127.0.0.1,lokalhost") as launcher:
+        assert launcher.wait() == 2
+        assert "restart" not in launcher.out
+        assert re.search(r"no host 'lokalhost' is known here: .*; near it there is .*localhost", launcher.err)
+
+
+def test_a_host_that_ssh_does_not_know(tmp_path):
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/bin/sh\necho "ssh: Could not resolve hostname $1: Name or service not known" >&2\nexit 255\n')
+    ssh.chmod(0o755)
+    with on_hosts(tmp_path, "lokalhost", f"--ssh={ssh}") as launcher:
+        assert launcher.wait() == 2
+        assert "restart" not in launcher.out
+        assert launcher.err.startswith(
+            "error: worker 0 (lokalhost): ssh: Could not resolve hostname lokalhost: Name or"
+        )
+        assert "near it there is " in launcher.err and launcher.err.count("\n") == 1
+
+
+def test_a_host_that_cannot_be_reached_now(tmp_path):
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/bin/sh\necho "ssh: connect to host $1 port 22: No route to host" >&2\nexit 255\n')
+    ssh.chmod(0o755)
+    with on_hosts(tmp_path, "localhost", f"--ssh={ssh}", "--restarts=2") as launcher:
+        assert launcher.wait() == 255
+        assert launcher.out.count("restart") == 2
+        assert "No route to host" in launcher.err
+
+
+def test_a_host_without_the_package(tmp_path):
+    """Python says so before any code of the package has run."""
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -IS "$@"\n')
+    bare.chmod(0o755)
+    with on_hosts(tmp_path, "localhost", f"--python={bare}") as launcher:
+        assert launcher.wait() == 2
+        assert "restart" not in launcher.out
+        assert launcher.err.startswith(f"error: worker 0 (localhost): {bare} has no module 'dist_partial': install it ")
+        assert launcher.err.count("\n") == 1

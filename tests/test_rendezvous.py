@@ -53,7 +53,7 @@ def test_all_meet_whoever_comes_first():
             link.socket.close()
     for worker in workers:  # nobody listens any more
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(rendezvous._split(worker))
+            socket.create_connection(rendezvous.split(worker))
     at_once([functools.partial(come, k) for k in range(4)])  # and the ports serve again
 
 
@@ -67,9 +67,9 @@ def test_it_listens_on_its_own_address_alone():
     thread = threading.Thread(target=lambda: found.extend(outcomes([lambda: rendezvous.connect(0, workers, 1.5)])))
     thread.start()
     time.sleep(0.5)
-    socket.create_connection(rendezvous._split(workers[0])).close()
+    socket.create_connection(rendezvous.split(workers[0])).close()
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", rendezvous._split(workers[0])[1]))
+        socket.create_connection(("127.0.0.1", rendezvous.split(workers[0])[1]))
     thread.join()
     assert isinstance(found[0], Fault)
 
@@ -95,11 +95,11 @@ def test_who_is_waited_for_is_said(monkeypatch, capsys):
 
 def test_a_port_that_is_taken_is_waited_for():
     workers = addresses(2)
-    taken = socket.create_server(rendezvous._split(workers[0]))
+    taken = socket.create_server(rendezvous.split(workers[0]))
     threading.Timer(0.5, taken.close).start()
     for connections in at_once([functools.partial(rendezvous.connect, k, workers, 10) for k in range(2)]):
         next(iter(connections.values())).socket.close()
-    with socket.create_server(rendezvous._split(workers[0])):
+    with socket.create_server(rendezvous.split(workers[0])):
         (fault,) = outcomes([lambda: rendezvous.connect(0, workers, 0.5)])
     assert isinstance(fault, Fault) and f"worker 0 cannot listen on {workers[0]}" in str(fault)
 

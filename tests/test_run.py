@@ -300,7 +300,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(letters, tmp_path):
     )
     try:
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not list(folder.glob("checkpoints/*")):
+        while not list(folder.glob("checkpoints/*")):
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=30)
@@ -489,7 +490,8 @@ def test_ctrl_c_on_one_worker_stops_both_at_one_step(letters, tmp_path):
 
     def interrupt(processes):
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not (folder / "operative_config.gin").exists():
+        while not (folder / "operative_config.gin").exists():
+            assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
             time.sleep(0.05)
         processes[1].send_signal(signal.SIGINT)
 
@@ -508,7 +510,8 @@ def test_a_worker_that_dies_ends_the_other_with_one_line(reduction, letters, tmp
 
     def kill(processes):
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not (folder / "operative_config.gin").exists():
+        while not (folder / "operative_config.gin").exists():
+            assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
             time.sleep(0.05)
         processes[1].kill()
 

@@ -19,7 +19,7 @@ import pytest
 
 from dist_partial import supervisor
 from dist_partial.errors import UserError
-from tests.workers import ROOT
+from tests.workers import ROOT, small_disk
 
 TIMEOUT = 60  # seconds for whatever a test waits for, on a machine that does much else
 
@@ -27,7 +27,7 @@ TIMEOUT = 60  # seconds for whatever a test waits for, on a machine that does mu
 LAUNCHER = """
 import json, sys, threading, os
 from pathlib import Path
-from dist_partial import supervisor
+from dist_partial import errors, supervisor
 
 folder, script, workers, settings = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 delay = settings.pop("delay", 0.05)
@@ -38,7 +38,13 @@ def commands(attempt):
         supervisor.Command(
             f"worker {index}",
             [sys.executable, "-m", "dist_partial.launch", "keep"],
-            {"program": [sys.executable, "-u", script], "arguments": [str(index), str(attempt)], "environment": {}},
+            {
+                "program": [sys.executable, "-u", script],
+                "arguments": [str(index), str(attempt)],
+                "environment": {},
+                "run_dir": str(folder / "run"),
+                "names": [],
+            },
         )
         for index in range(workers)
     ]
@@ -48,7 +54,10 @@ def held():
 
 before = held() if sys.platform == "linux" else None
 options = {"restarts": 10, "grace_seconds": 30, "settle": 0.5, "delay": lambda restart: delay, **settings}
-code = supervisor.supervise(commands, logs=folder / "logs", console=supervisor.Console(), **options)
+try:
+    code = supervisor.supervise(commands, logs=folder / "logs", console=supervisor.Console(), **options)
+except errors.UserError as error:
+    code = f"error: {error}"
 assert before is None or held() == before, (before, held())
 sys.exit(code)
 """
@@ -69,7 +78,22 @@ def wait_for(name):
     while not (folder / name).exists():
         time.sleep(0.02)
 
+def train(step):
+    (folder / "run").mkdir(exist_ok=True)
+    with open(folder / "run" / "metrics.jsonl", "a") as file:
+        file.write('{{"step": %d, "split": "train", "loss": 1.0}}\\n' % step)
+
+def save(step):
+    (folder / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder / "run" / "checkpoints" / f"step-{{step:010d}}.npz").touch()
+
 """
+
+
+def heed_signals() -> None:
+    """As a terminal would have it, also where the tests run under nohup or in the background."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 class Launched:
@@ -80,7 +104,12 @@ class Launched:
         self._out, self._err = folder / "stdout", folder / "stderr"
         with open(self._out, "wb") as out, open(self._err, "wb") as err:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, stdout=out, stderr=err if stderr is None else stderr, start_new_session=True
+                command,
+                cwd=ROOT,
+                stdout=out,
+                stderr=err if stderr is None else stderr,
+                start_new_session=True,
+                preexec_fn=heed_signals,
             )
 
     @property
@@ -312,6 +341,122 @@ def test_restarts_run_out(tmp_path):
         assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == [f"attempt-{n}" for n in (1, 2, 3)]
 
 
+@pytest.mark.parametrize(("step", "restarts"), [(None, 0), (7, 1)])
+def test_an_exception_that_comes_again(tmp_path, step, restarts):
+    """Before the first step it is not tried again; after one, once, for the run gets no further."""
+    script = f"""
+        ready()
+        if index == 0 and {step}:
+            train({step})
+            (folder / f"{{attempt}} trained").touch()
+        if index == 1:
+            wait_for(f"{{attempt}} trained" if {step} else "0-0.pid")
+            print("error: run.loss raised NameError: name 'x' is not defined (loss.py, line 3)")
+            for i in range(30):
+                print("  line", i)
+            sys.exit(1)
+        wait_for("never")
+    """
+    with supervised(tmp_path, script, workers=2) as launcher:
+        assert launcher.wait() == 1
+        assert re.findall(r"restart (\d) of 10", launcher.out) == ["1"] * restarts
+        head, *last = launcher.err.splitlines()
+        raised = "error: run.loss raised NameError: name 'x' is not defined (loss.py, line 3)"
+        assert head.startswith(f"error: worker 1 ended with exit code 1: {raised}; not again: ")
+        assert last == [f"  line {i}" for i in range(10, 30)]
+
+
+def test_progress_resets_the_count_of_restarts(tmp_path):
+    """Any number of faults with a checkpoint in between, of which the workers' own folder tells, and then too many."""
+    script = """
+        ready()
+        if index == 0 and attempt < 5:
+            save(10 * attempt + 10)
+        sys.exit(75)
+    """
+    with supervised(tmp_path, script, workers=2, restarts=2) as launcher:
+        assert launcher.wait() == 75
+        assert re.findall(r"restart (\d) of 2", launcher.out) == ["1", "1", "1", "1", "1", "2"]
+        assert "limit of 2" in launcher.err
+        assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == [f"attempt-{n}" for n in range(1, 8)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills a child with its parent")
+def test_progress_is_known_though_keepers_are_killed(tmp_path):
+    """As where the connection to the only host breaks: the next keeper reports it."""
+    script = """
+        if attempt < 4:
+            save(10 * attempt + 10)
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(60)
+    """
+    with supervised(tmp_path, script, workers=1, restarts=2) as launcher:
+        assert launcher.wait() == 0
+        assert re.findall(r"restart (\d) of 2", launcher.out) == ["1", "1", "1", "1"]
+
+
+def test_the_worker_that_began_it_is_named(tmp_path):
+    """Though another one was the first to end, with a fault or with what it was told."""
+    script = """
+        ready()
+        if index == 1:
+            wait_for("0-0.pid"); wait_for("0-2.pid")
+            time.sleep(0.3)
+            print("error: run.data raised KeyError: 3")
+            sys.exit(1)
+        print("error: worker 1 (127.0.0.1:1) is gone" if index else "error: worker 1 (127.0.0.1:1): run.data raised")
+        sys.exit(75 if index else 1)
+    """
+    with supervised(tmp_path, script, settle=TIMEOUT) as launcher:
+        assert launcher.wait() == 1
+        assert launcher.err.startswith(
+            "error: worker 1 ended with exit code 1: error: run.data raised KeyError: 3; not again: "
+        )
+
+
+def test_a_module_that_is_not_installed(tmp_path):
+    with supervised(tmp_path, "ready()\nimport no_such_module.sub") as launcher:
+        launcher.wait()
+        assert "restart" not in launcher.out
+        assert re.fullmatch(
+            r"error: worker \d: its Python has no module 'no_such_module': install it there, or name a Python that has "
+            r"it \(--python, or the variable PYTHON\); it said: ModuleNotFoundError: .*\n",
+            launcher.err,
+        )
+
+
+def test_logs_on_a_full_disk(tmp_path):
+    """The run goes on without them, and with them when there is space again."""
+    script = """
+        ready()
+        print("attempt", attempt)
+        if attempt < 2:
+            wait_for(f"end {attempt}")
+            sys.exit(75)
+    """
+    with small_disk(tmp_path / "disk", "size=1m", "nr_inodes=16") as disk:
+        (tmp_path / "logs").symlink_to(disk / "logs")
+        (disk / "logs").mkdir()
+        with supervised(tmp_path, script, workers=2) as launcher:
+            launcher.pids(0, workers=2)
+            filled = []
+            with contextlib.suppress(OSError):
+                for i in range(16):
+                    (disk / f"{i}").touch()
+                    filled.append(disk / f"{i}")
+            (tmp_path / "end 0").touch()
+            launcher.pids(1, workers=2)
+            for path in filled:
+                path.unlink()
+            (tmp_path / "end 1").touch()
+            assert launcher.wait() == 0
+            assert launcher.out.count("this attempt has no logs: cannot write") == 1
+            assert "No space left on device" in launcher.out
+            for attempt in range(3):
+                assert f"[1] attempt {attempt}\n" in launcher.out
+            assert log(tmp_path, 1, 1) == b"attempt 0\n" and log(tmp_path, 2, 1) == b"attempt 2\n"
+
+
 def test_logs_of_an_earlier_launch_stay(tmp_path):
     for launch in (1, 2):
         with supervised(tmp_path, "print(time.monotonic_ns())", workers=1) as launcher:
@@ -423,7 +568,7 @@ def test_a_run_that_is_done_when_it_is_told_to_stop_is_done(tmp_path):
 
 
 def test_told_to_end_before_a_restart(tmp_path):
-    with supervised(tmp_path, "sys.exit(1)", delay=10 * TIMEOUT) as launcher:
+    with supervised(tmp_path, "sys.exit(75)", delay=10 * TIMEOUT) as launcher:
         wait_until(lambda: "restart 1 of 10" in launcher.out)
         os.kill(launcher.process.pid, signal.SIGTERM)
         assert launcher.wait() == 75
