@@ -314,6 +314,7 @@ def train_step(
     global_batch: int,
     norms: bool = False,
     outputs: Callable[[tf.Tensor, bool], tf.Tensor] | None = None,
+    loop: bool = True,
 ) -> step.TrainStep:
     """The compiled step of a plan, which is the whole one or a part of it.
 
@@ -324,6 +325,7 @@ def train_step(
         global_batch: examples in a step.
         norms: whether it is to return the squared gradient norms of the plan's units.
         outputs: for `step.train_step`.
+        loop: whether a call may make another number of steps than one.
     """
     numbers = {entry.path: number for number, group in enumerate(built.plan.groups) for entry in group.entries}
     states = {e.path: state for e, state in zip(built.plan.trained, built.reductions, strict=True)}
@@ -336,7 +338,7 @@ def train_step(
         plan,
         [built.optimizers[numbers[group.entries[0].path]] for group in plan.groups],
         [states[entry.path] for entry in plan.trained],
-        step.StepOptions(global_batch, settings.clip_norm, settings.accumulate, settings.jit_compile, norms),
+        step.StepOptions(global_batch, settings.clip_norm, settings.accumulate, settings.jit_compile, norms, loop),
         built.scale,
         outputs,
         built.layer_state.averaged,

@@ -245,6 +245,8 @@ class Course:
             for planned, group in zip(built.plan.groups, built.optimizers, strict=True):
                 if planned.entries[0].unit in units:
                     group.allocate()
+        constant = isinstance(built.schedule, Constant)
+        loop = settings.steps_per_loop > 1 or not constant  # a selection that comes later is compiled by no step
         train = train_step(
             built,
             settings,
@@ -252,10 +254,11 @@ class Course:
             settings.global_batch,
             built.schedule.statistics == "norms",
             activations.outputs if activations else None,
+            loop,
         )
         inputs = self._batches(activations, done)
         traced = train.function.get_concrete_function(inputs, tf.constant(1))
-        sent = traffic.in_step(traced)
+        sent = traffic.in_step(traced, loop)
         averaged = built.averaged
         exchanges = local_sgd.exchanges(strategy, wire, plan, built.fragments, train.without_gradient, averaged)
         plan = plan.traced(train.without_gradient, reduction.averages(plan, averaged))
@@ -266,7 +269,7 @@ class Course:
                 f"byte_budget.bytes is {built.schedule.bytes:,}, and {', '.join(plan.units)} send {plan.nic_bytes:,} "
                 f"bytes among {plan.workers} workers with what synchronised BatchNorm layers add: bind more"
             )
-        if not isinstance(built.schedule, Constant):
+        if not constant:
             train.function(inputs, tf.constant(0))  # TensorFlow optimises a graph when it first runs
         return Leg(units, plan, train, sent, exchanges, activations)
 

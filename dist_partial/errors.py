@@ -10,6 +10,9 @@ from typing import Any
 INTERRUPTED = 130  # the exit code after Ctrl-C: 128 + SIGINT, as shells report it
 AGAIN = 75  # the exit code after a fault or SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"
 
+# TensorFlow's errors of collectives between workers, which come wherever one is waited for.
+_LOST = ("UnavailableError", "AbortedError")
+
 
 class Ending(Exception):
     """Ends a run with one line, which the command prints, and an exit code.
@@ -75,6 +78,8 @@ def calling(what: str) -> Iterator[None]:
     except Ending:
         raise
     except Exception as error:
+        if type(error).__name__ in _LOST:
+            raise
         raise raised(what, error) from error
 
 

@@ -34,6 +34,7 @@ class StepOptions:
             reduced once.
         jit_compile: whether XLA compiles the gradient computation of a replica.
         unit_norms: whether the step also returns the squared gradient norm of each unit of the plan.
+        loop: whether a call may make another number of steps than one; without, it takes less time to compile.
     """
 
     global_batch: int
@@ -41,6 +42,7 @@ class StepOptions:
     accumulate: int = 1
     jit_compile: bool = False
     unit_norms: bool = False
+    loop: bool = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,7 +157,12 @@ def train_step(
 
         shapes = [[], [], [len(plan.units) if options.unit_norms else 0]]
         arrays = [tf.TensorArray(tf.float32, steps, element_shape=shape) for shape in shapes]
-        _, losses, norms, units = tf.while_loop(lambda i, *_: i < steps, one_step, [0, *arrays], parallel_iterations=1)
+        state = [0, *arrays]
+        if options.loop:
+            state = tf.while_loop(lambda i, *_: i < steps, one_step, state, parallel_iterations=1)
+        else:
+            state = one_step(*state)
+        _, losses, norms, units = state
         return {"loss": losses.stack(), "gradient_norm": norms.stack(), "unit_norms": units.stack()}
 
     return TrainStep(train, without_gradient)

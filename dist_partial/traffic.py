@@ -59,9 +59,9 @@ def collectives(function: Any) -> list[Collective]:
     return list(_walk(function.graph, in_loop=False))
 
 
-def in_step(function: Any) -> list[Collective]:
-    """What one replica's device hands over in one step, that is one turn of the loop of a train function."""
-    return _of_a_replica([c for c in collectives(function) if c.in_loop])
+def in_step(function: Any, loop: bool = True) -> list[Collective]:
+    """What one replica's device hands over in one step of a train function: in a turn of its loop, if it has one."""
+    return _of_a_replica([c for c in collectives(function) if c.in_loop or not loop])
 
 
 def in_call(function: Any) -> list[Collective]:

@@ -464,6 +464,16 @@ def test_two_workers_write_one_folder_and_go_on(letters, tmp_path):
     assert (last["step"], last["wire_bytes"]) == (12, 12 * plan["wire_bytes_per_step"])
 
 
+def test_one_step_a_call_is_the_same_as_several(letters, tmp_path):
+    """It is compiled without a loop. With micro-batches, for these are a loop of their own."""
+    params = ["run.steps = 6", "run.accumulate = 2", "run.eval_every = None", "run.save_every = None"]
+    for name, steps in (("one", 1), ("several", 3)):
+        assert start(letters, tmp_path / name, *params, f"run.steps_per_loop = {steps}") == 0
+    one, several = (json.loads((tmp_path / name / "traffic.json").read_text()) for name in ("one", "several"))
+    assert_same_run(tmp_path / "one", tmp_path / "several", 6)
+    assert one["counted_bytes"] == several["counted_bytes"] == one["planned_bytes"] > 0
+
+
 def test_a_run_that_is_killed_after_its_last_checkpoint_has_written_everything(letters, tmp_path, monkeypatch):
     """tests/kills.py kills it after each call that writes; this is what it found."""
     save = run.checkpoints.save
