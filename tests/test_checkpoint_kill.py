@@ -15,6 +15,7 @@ import pytest
 
 from dist_partial import checkpoints
 from dist_partial.files import write_text
+from tests.cases import durable
 from tests.workers import ROOT
 
 KILLS = 50
@@ -113,26 +114,12 @@ def test_a_run_that_is_killed_while_it_saves_always_goes_on(tmp_path):
 
 def test_what_a_name_leads_to_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     """Or a host that loses its power could keep the name, and nothing behind it."""
-    calls = []
-
-    def recorded(name, function, told):
-        def call(*arguments):
-            calls.append((name, told(*arguments)))
-            return function(*arguments)
-
-        monkeypatch.setattr(os, name, call)
-
-    def behind(descriptor):
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        return path.suffix or path.name, path.is_file() and path.read_bytes()
-
-    recorded("fsync", os.fsync, behind)
-    recorded("replace", os.replace, lambda old, new: Path(new).name)
+    calls = durable(monkeypatch)
     write_text(tmp_path / "name.json", "content")
     assert calls == [
-        ("fsync", (".partial", b"content")),
-        ("replace", "name.json"),
-        ("fsync", (tmp_path.name, False)),
+        ("fsync", f".name.json.{os.getpid()}.partial", b"content"),
+        ("replace", "name.json", b""),
+        ("fsync", tmp_path.name, b""),
     ]
 
 
