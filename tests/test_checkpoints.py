@@ -12,11 +12,14 @@ from dist_partial.errors import UserError
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_one_number_that_is_not_finite_is_enough_to_save_nothing(bad):
-    kept = tf.Variable([1.0, 2.0]), tf.Variable([1.0, bad])
-    read = {name: checkpoints.read({name: variable}, 7, lambda data: [data]) for name, variable in [("a", kept[0])]}
-    np.testing.assert_array_equal(read["a"]["a"], [1.0, 2.0])
+    good, spoilt = tf.Variable([1.0, 2.0]), tf.Variable([1.0, bad])
+
+    def read(**state):
+        return checkpoints.read(state, 7, lambda data: [data])
+
+    np.testing.assert_array_equal(read(a=good)["a"], [1.0, 2.0])
     with pytest.raises(UserError, match="b is not finite at step 7; nothing is saved of it"):
-        checkpoints.read({"a": kept[0], "b": kept[1]}, 7, lambda data: [data])
+        read(a=good, b=spoilt)
 
 
 @pytest.mark.parametrize(

@@ -141,10 +141,10 @@ def test_tensorboard_has_the_same_scalars(letters, tmp_path):
     assert len(events.Tensors("samples/0")) == 2
 
 
-@pytest.mark.parametrize(("precision", "stops"), [("mixed_float16", [4]), ("float32", [3, 8, 11])])
+@pytest.mark.parametrize(("precision", "stops"), [("mixed_float16", [3]), ("float32", [3, 8, 11])])
 def test_a_run_in_pieces_is_the_run_in_one(precision, stops, letters, tmp_path, capsys, monkeypatch):
     """Also where the first gradients overflow, for a scale that is halved then and doubled after three good steps."""
-    scale, good = 2.0**24, 0
+    scale, good = 2.0**19, 0
     monkeypatch.setattr(loss_scale, "FIRST_SCALE", scale)
     monkeypatch.setattr(loss_scale, "GROW_AFTER", 3)
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
@@ -158,7 +158,7 @@ def test_a_run_in_pieces_is_the_run_in_one(precision, stops, letters, tmp_path, 
     steps = [[r for r in rows(f / "metrics.jsonl") if r["split"] == "train"] for f in (whole, pieces)]
     assert steps[0] == steps[1]
     skipped = [row["gradient_norm"] is None for row in steps[0]]
-    assert any(skipped[:4]) == (precision == "mixed_float16") and not all(skipped)
+    assert any(skipped) == (precision == "mixed_float16") and not any(skipped[1:3])  # that it stops amid good steps
     for overflow in skipped:
         good = 0 if overflow else good + 1
         scale *= 0.5 if overflow else 2 if good % 3 == 0 else 1

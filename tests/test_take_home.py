@@ -123,6 +123,33 @@ def test_merged_lora_is_the_same_model_and_can_be_trained(tmp_path):
     assert [v.name for v in model.variables] == ["kernel", "bias"] * 2  # of what is loaded
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class Times(keras.layers.Layer):
+    """Whose config forgets its factor."""
+
+    def __init__(self, factor=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.factor = factor
+
+    def call(self, x):
+        return self.factor * x
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_a_file_that_loads_as_another_model_is_refused(factor, tmp_path):
+    layers = [keras.layers.Dense(3, name="d"), Times(factor)]
+    settings = told(model=lambda: keras.Sequential([keras.Input((6,)), *layers]), statistics="trained")
+    built = build.build(settings, replicas.create("default"))
+    if factor == 1:
+        assert export._write_keras(tmp_path / "whole.keras", built, None).endswith("before loading it")
+    else:
+        with pytest.raises(UserError, match=r"is another model when its \.keras file is loaded"):
+            export._write_keras(tmp_path / "whole.keras", built, None)
+
+
 def test_what_training_has_moved_is_not_rounded_away(tmp_path):
     """Beside a base in bfloat16 small factors would vanish in the kernels that they are merged into."""
     rules = [Rule("./kernel", lora=2), ("freeze", ".*")]
