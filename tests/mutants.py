@@ -251,6 +251,27 @@ MUTANTS = [
         "2",
         "test_plan.py::test_bytes_and_memory_are_exact",
     ),
+    changed(
+        "the first call timed",
+        "traffic.py",
+        "        if self._calls:\n",
+        "        if True:\n",
+        "test_traffic.py::test_a_step_takes_the_median_of_all_calls_but_the_first",
+    ),
+    changed(
+        "an offset that is forgotten",
+        "reduction.py",
+        "return done + 1 + (self.offset - done - 1) % self.steps",
+        "return done + 1 + (-done - 1) % self.steps",
+        "test_local_sgd.py::test_due_steps",
+    ),
+    changed(
+        "statistics in all exchanges",
+        "local_sgd.py",
+        "[] if together or i else statistics",
+        "[] if together else statistics",
+        "test_local_sgd.py::test_statistics_travel_with_the_first_exchange",
+    ),
     # What is frozen, stored and shared.
     changed(
         "int8 for a layer whose bias is trained",
@@ -432,6 +453,13 @@ MUTANTS = [
         "",
         "test_course.py::test_equals_one_device_that_trains_the_same[autofreeze-float32-counts1]",
     ),
+    changed(
+        "an optimizer that is reset but for its slots",
+        "optimizers.py",
+        "            self.state[name].assign(value)\n",
+        "            self.state[name].assign(value) if name.startswith('group_') else None\n",
+        "test_course.py::test_slots_of_what_is_left[reset]",
+    ),
     # Data, samples, what is exported and reported.
     changed(
         "an epoch like the other",
@@ -511,6 +539,13 @@ MUTANTS = [
         "bound = False and",
         "test_rendezvous.py::test_all_meet_whoever_comes_first",
         "test_rendezvous.py::test_a_caller_that_is_proved_must_be_one_of_the_list_and_mean_this_worker",
+    ),
+    changed(
+        "a worker lost while nothing is waited for",
+        "mesh.py",
+        "return self.failure or next((peer.lost for peer in self._peers.values() if peer.lost), None)",
+        "return self.failure",
+        "test_mesh.py::test_a_worker_that_is_gone_is_known_where_nothing_waits_for_it",
     ),
     changed(
         "results before a slow reader has them",

@@ -279,6 +279,14 @@ def test_a_worker_that_is_gone_is_named_at_once_and_ever_after(connected):
     assert len(losses) == 2 and all("worker 1" in loss for loss in losses)
 
 
+def test_a_worker_that_is_gone_is_known_where_nothing_waits_for_it(connected):
+    told = threading.Event()
+    meshes = connected(2, on_loss=lambda reason: told.set())
+    meshes[1].close()
+    assert told.wait(10)
+    assert meshes[0].failure is None and "worker 1" in str(meshes[0].lost())
+
+
 @pytest.mark.parametrize("reason", [UserError("run.steps is 'x'"), Fault("the disk is full")])
 def test_why_a_worker_ends_is_told_to_the_others(connected, reason):
     meshes = connected(3)
