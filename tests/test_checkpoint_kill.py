@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from dist_partial import checkpoints
+from dist_partial.files import write_text
+from tests.cases import durable
 from tests.workers import ROOT
 
 KILLS = 50
@@ -108,6 +110,17 @@ def test_a_run_that_is_killed_while_it_saves_always_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["in a write"] >= KILLS // 3 and counts["steps"] >= KILLS // 3, counts
+
+
+def test_what_a_name_leads_to_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    """Or a host that loses its power could keep the name, and nothing behind it."""
+    calls = durable(monkeypatch)
+    write_text(tmp_path / "name.json", "content")
+    assert calls == [
+        ("fsync", f".name.json.{os.getpid()}.partial", b"content"),
+        ("replace", "name.json", b""),
+        ("fsync", tmp_path.name, b""),
+    ]
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 4, 5, 10])

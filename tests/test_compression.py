@@ -279,6 +279,15 @@ def test_top_k_sends_the_largest_of_each_block(replicas, members, dtype, mirrore
     assert_follows(simulated, models, gradients, 1e-12 if dtype == "float64" else 1e-6)
 
 
+def test_a_block_of_more_than_a_byte_has_places_beyond_it(mirrored):
+    """What is sent is the last of 257 values, at place 256."""
+    gradient = np.zeros(257)
+    gradient[256] = 7
+    for block in (257, None):
+        (total,) = Simulated(mirrored(2), [(TopK(1 / 257, block=block, bits=32), (257,))]).step([[gradient, gradient]])
+        np.testing.assert_array_equal(total, 2 * gradient)
+
+
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 def test_every_step_sums_what_the_wire_carries(replicas, mirrored):
     members = [(EveryStep(name), shape) for name in (None, "float32", "bfloat16", "float16") for shape in SHAPES]

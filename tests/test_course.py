@@ -1,11 +1,13 @@
-"""Runs whose trained set changes, against plain Keras on one device that trains the same variables in each step."""
+"""Runs whose trained set changes, against plain Keras on one device that follows the schedule by rules of its own."""
 
 import dataclasses
 import functools
 import json
 import os
 import random
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
@@ -76,57 +78,141 @@ def budget_for(schedule, precision):
     return schedule
 
 
-def legs(folder: Path) -> dict[int, list[str]]:
+def legs(folder: Path) -> dict[int, set[str]]:
     """The paths that are trained from a step on, from 0, as the run has recorded them."""
-    units = {row["step"] - 1: row["units"] for row in rows(folder / "metrics.jsonl") if row["split"] == "plan"}
-    return {step: [path for unit in names for path in unit_paths(unit)] for step, names in units.items()}
+    units = {v["path"]: v["unit"] for v in json.loads((folder / "plan.json").read_text())["variables"]}
+    lines = [row for row in rows(folder / "metrics.jsonl") if row["split"] == "plan"]
+    return {row["step"] - 1: {path for path, unit in units.items() if unit in row["units"]} for row in lines}
 
 
-def unit_paths(unit: str) -> list[str]:
-    every = [f"{layer}/{name}" for layer in LAYERS for name in ("kernel", "bias")]
-    known = {path: path for path in every} | {layer: layer for layer in LAYERS}
-    return [path for path in every if unit in (path, path.split("/")[0])] if unit in known else PHASES[unit]
+PATHS = [f"{layer}/{name}" for layer in LAYERS for name in ("kernel", "bias")]
 
 
-def partition(schedule) -> dict[str, tuple[str, ...]]:
-    every = [f"{layer}/{name}" for layer in LAYERS for name in ("kernel", "bias")]
-    return dict(schedule.partition(every))
+def unit(schedule, path: str) -> object:
+    """What is switched together with a path."""
+    if isinstance(schedule, Phases):
+        return tuple(bool(re.fullmatch(pattern, path)) for _, pattern in schedule.table)
+    return path if isinstance(schedule, Gradual) and path.startswith("d/") else path.split("/")[0]
 
 
-PHASES = {name: list(paths) for name, paths in partition(SCHEDULES["phases"]).items()} | {
-    name: list(paths) for name, paths in partition(SCHEDULES["gradual"]).items()
-}
+def drawn(count: int, seed: int, number: int) -> list[int]:
+    return np.argsort(np.random.PCG64([seed, number]).random_raw(count), kind="stable").tolist()
 
 
-def reference(told: Settings, folder: Path, resets: bool = False) -> dict[str, np.ndarray]:
-    """Plain Keras, one device, one optimizer a unit; each leaves alone what its unit does not train at that step."""
+def by_step(schedule, step: int, seed: int) -> list[object]:
+    """The units that a schedule without a memory trains after so many steps."""
+    number = step // getattr(schedule, "every", 1)
+    if isinstance(schedule, Phases):
+        phase = max(n for n, (start, _) in enumerate(schedule.table) if start <= step)
+        return [each for each in {unit(schedule, path) for path in PATHS} if each[phase]]
+    if isinstance(schedule, Gradual):
+        return ["d/bias", "d/kernel", "c", "b", "a"][: number + 1]
+    if isinstance(schedule, Rotation):
+        return [LAYERS[drawn(4, seed, number // 4)[number % 4]]]
+    return ["a", "bc"[drawn(2, seed, number)[0]], "d"]  # LISA
+
+
+class Frozen:
+    """AutoFreeze of the layers, by the norms of the gradients of each interval."""
+
+    def __init__(self, schedule: AutoFreeze) -> None:
+        self.schedule, self.first, self.last, self.squares = schedule, 0, np.zeros(4), np.zeros(4)
+
+    def on(self, step: int) -> list[str]:
+        number, within = divmod(step, self.schedule.every)
+        if step and not within:
+            now, first, frozen = np.sqrt(self.squares), self.first, 0
+            if number > 1:
+                changes = np.abs(self.last - now)[first:] / self.last[first:]
+                moved = np.flatnonzero(changes >= np.percentile(changes, self.schedule.percentile))
+                frozen = min(first + moved[0], 3)
+            self.last, self.squares = np.where(now > 0, now, self.last), np.zeros(4)
+            self.first = 0 if number % self.schedule.retest == 0 else frozen
+        return list(LAYERS[self.first :])
+
+
+class Budget:
+    """ByteBudget of the layers, all of one size: those with the largest gradients on the next batch, as many as fit."""
+
+    def __init__(self, schedule: ByteBudget, replicas: int) -> None:
+        itemsize, workers = np.dtype(keras.config.floatx()).itemsize, max(2, replicas)
+        each = 2 * (workers - 1) / workers * itemsize * (WIDTH * WIDTH + WIDTH)
+        self.every, self.fit = schedule.every, int(schedule.bytes // each)
+        self.waits, self.taken = dict.fromkeys(LAYERS, 0), []
+
+    def on(self, step: int, probe: Callable[[], dict[str, float]]) -> list[str]:
+        if step % self.every == 0:
+            norms = probe()
+            late = {name: wait if wait >= len(LAYERS) else 0 for name, wait in self.waits.items()}
+            self.taken = sorted(LAYERS, key=lambda name: (-late[name], -norms[name]))[: self.fit]
+            self.waits = {name: 0 if name in self.taken else wait + 1 for name, wait in self.waits.items()}
+        return self.taken
+
+
+def reference(told: Settings, replicas: int, resets: bool = False) -> tuple[dict[str, np.ndarray], dict[int, set[str]]]:
+    """Plain Keras, one device, one optimizer a unit; each leaves alone what its unit does not train at that step.
+
+    Returns:
+        The weights, and the paths that were trained from a step on, as the schedule's own words have it.
+    """
     keras.utils.set_random_seed(told.seed)
-    model, data = mlp(), points()
-    variables = dict(zip([v.path.split("/", 1)[1] for v in model.variables], model.variables, strict=True))
-    units = {path: name for name, paths in partition(told.schedule).items() for path in paths}
-    optimizers = {}
+    model, schedule = mlp(), told.schedule
+    variables = dict(zip(PATHS, model.variables, strict=True))
+    frozen = Frozen(schedule) if isinstance(schedule, AutoFreeze) else None
+    budget = Budget(schedule, replicas) if isinstance(schedule, ByteBudget) else None
     context = tf.distribute.InputContext(1, 0, 1)
-    batches = iter(train_batches(data.train, first_step=0, global_batch=BATCH, seed=told.seed, context=context))
-    selected, before = legs(folder), []
-    for step in range(told.steps):
-        trained = selected.get(step, before)
-        if resets:
-            for unit in {units[path] for path in before} - {units[path] for path in trained}:
-                optimizers.pop(unit)
-        before = trained
-        x, y = next(batches)[:2]
-        values = [variables[path] for path in trained]
+    order = {"first_step": 0, "global_batch": BATCH, "seed": told.seed, "context": context}
+    batches, optimizers, found, before = iter(train_batches(points().train, **order)), {}, {}, []
+
+    def gradients(x, y, values):
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean(cases.loss(y, model(x, training=True)))
-        gradients = tape.gradient(loss, [v.value for v in values])
-        gradients, _ = tf.clip_by_global_norm(gradients, told.clip_norm)
-        for unit in dict.fromkeys(units[path] for path in trained):
-            own = [i for i, path in enumerate(trained) if units[path] == unit]
-            if unit not in optimizers:
-                optimizers[unit] = told.optimizer()
-                optimizers[unit].build([v for path, v in variables.items() if units[path] == unit])
-            optimizers[unit].apply([gradients[i] for i in own], [values[i] for i in own])
-    return {f"variables/{path}": keras.ops.convert_to_numpy(v) for path, v in variables.items()}
+        return tape.gradient(loss, [v.value for v in values])
+
+    def squares(gradients, paths):
+        sums = dict.fromkeys(LAYERS, 0.0)
+        for path, gradient in zip(paths, gradients, strict=True):
+            sums[path[0]] += float(tf.reduce_sum(gradient**2))
+        return sums
+
+    def probe(x, y):
+        parts = [
+            gradients(*part, model.variables) for part in zip(np.split(x, replicas), np.split(y, replicas), strict=True)
+        ]
+        return {name: sum(squares(part, PATHS)[name] for part in parts) for name in LAYERS}
+
+    for step in range(told.steps):
+        x, y = (each.numpy() for each in next(batches)[:2])
+        if frozen or budget:
+            on = frozen.on(step) if frozen else budget.on(step, lambda x=x, y=y: probe(x, y))
+        else:
+            on = by_step(schedule, step, told.seed)
+        if set(on) != set(before):
+            found[step] = {path for path in PATHS if unit(schedule, path) in on}
+        for left in set(before) - set(on) if resets else ():
+            optimizers.pop(left)
+        before = on
+        own = [path for path in PATHS if unit(schedule, path) in on]
+        summed = gradients(x, y, [variables[path] for path in own])
+        if frozen:
+            frozen.squares += list(squares(summed, own).values())
+        summed, _ = tf.clip_by_global_norm(summed, told.clip_norm)
+        for each in on:
+            if each not in optimizers:
+                optimizers[each] = told.optimizer()
+                optimizers[each].build([v for path, v in variables.items() if unit(schedule, path) == each])
+            pairs = [(g, variables[p]) for g, p in zip(summed, own, strict=True) if unit(schedule, p) == each]
+            optimizers[each].apply(*zip(*pairs, strict=True))
+    return {f"variables/{path}": keras.ops.convert_to_numpy(v) for path, v in variables.items()}, found
+
+
+def check(folder: Path, told: Settings, replicas: int, resets: bool = False) -> None:
+    """Whether a run has trained what the schedule says, to the weights of plain Keras."""
+    keras.utils.clear_session(free_memory=False)
+    cases.set_precision(told.precision)
+    weights, selections = reference(told, replicas, resets)
+    assert len(selections) > 4 and legs(folder) == selections
+    cases.assert_equal(trained(folder), weights, {"float64": 1e-10, "float32": 1e-5}[told.precision])
 
 
 def trained(folder: Path, steps: int = STEPS) -> dict[str, np.ndarray]:
@@ -143,10 +229,7 @@ def test_equals_one_device_that_trains_the_same(name, precision, counts, mirrore
         made = Replicas(mirrored(count), Wire(), str(count))
         told = settings(schedule, made, precision=precision)
         run.run(told, folder)
-        assert len(legs(folder)) > 4, legs(folder)
-        keras.utils.clear_session(free_memory=False)
-        cases.set_precision(precision)
-        cases.assert_equal(trained(folder), reference(told, folder), {"float64": 1e-10, "float32": 1e-5}[precision])
+        check(folder, told, count)
 
 
 @pytest.mark.parametrize("leave", ["reset", "drop"])
@@ -155,8 +238,7 @@ def test_slots_of_what_is_left(leave, mirrored, tmp_path):
     made = Replicas(mirrored(2), Wire(), "two")
     told = settings(SCHEDULES["rotation"], made, precision="float64", leave=leave)
     run.run(told, tmp_path / "run")
-    cases.set_precision("float64")
-    cases.assert_equal(trained(tmp_path / "run"), reference(told, tmp_path / "run", resets=True), 1e-10)
+    check(tmp_path / "run", told, 2, resets=True)
     last = {path.split("/")[0] for path in [*legs(tmp_path / "run").values()][-1]}
     slots = {name.split("/")[1] for name in state(tmp_path / "run", STEPS) if name.startswith("slots/")}
     assert {name for name in slots if name in LAYERS} == (last if leave == "drop" else set(LAYERS))
@@ -237,11 +319,7 @@ def test_two_workers(tmp_path):
     for code, output in run_workers(["-m", "tests.test_course", str(tmp_path)], workers=2, timeout=200):
         assert code == 0, output[-3000:]
     for name, schedule in SCHEDULES.items():
-        assert len(legs(tmp_path / name)) > 4
-        keras.utils.clear_session(free_memory=False)
-        cases.set_precision("float64")
-        told = settings(schedule, None, precision="float64")
-        cases.assert_equal(trained(tmp_path / name), reference(told, tmp_path / name), 1e-10)
+        check(tmp_path / name, settings(schedule, None, precision="float64"), 2)
 
 
 class Odd(Rotation):

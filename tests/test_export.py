@@ -14,7 +14,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 from dist_partial import Base, delta, export, sampling, train
 from dist_partial.errors import UserError
 from dist_partial.models import byte_transformer, two_dense
-from tests.cases import state
+from tests.cases import durable, state
 
 ROOT = Path(__file__).parents[1]
 
@@ -463,3 +463,19 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path):
     with pytest.raises(FileNotFoundError):
         export._replace(tmp_path / "old", tmp_path / "never written")
     assert contents(tmp_path) == {"old/saved_model.pb": b"old"}
+
+
+def test_what_is_exported_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    def write(path):
+        (path / "variables").mkdir(parents=True)
+        for name in ("saved_model.pb", "variables/data"):
+            (path / name).write_text(name)
+        return ""
+
+    calls = durable(monkeypatch)
+    export._put(tmp_path / "model", write)
+    *inside, renamed, folder = calls
+    partial = f".{os.getpid()}.partial.model"
+    files = [("fsync", "data", b"variables/data"), ("fsync", "saved_model.pb", b"saved_model.pb")]
+    assert sorted(inside) == sorted([*files, ("fsync", partial, b""), ("fsync", "variables", b"")])
+    assert (renamed, folder) == (("rename", "model", b""), ("fsync", tmp_path.name, b""))

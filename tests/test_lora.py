@@ -209,6 +209,16 @@ def test_training_beside_a_rounded_base_is_that_of_the_rounded_values():
     np.testing.assert_allclose(*results, rtol=1e-6)
 
 
+def test_a_layer_of_which_a_bias_is_trained_is_not_quantized():
+    built = build(settings([("train", r"dense1/bias"), ("freeze", ".*")], frozen="int8"), replicas())
+    assert {e.path: e.variable.dtype for e in built.plan.entries} == {
+        "dense1/kernel": "float32",
+        "dense1/bias": "float32",
+        "dense2/kernel": "int8",
+        "dense2/bias": "float32",
+    }
+
+
 def test_nothing_to_store_is_said():
     with pytest.raises(UserError, match="freeze nothing that can be stored so"):
         build(settings([("train", ".*")], frozen="int8"), replicas(1))

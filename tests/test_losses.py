@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from dist_partial import losses as losses_lib
 from dist_partial import run
 from dist_partial.data import ArraySource, Dataset
 from dist_partial.errors import UserError
 from dist_partial.replicas import Replicas
 from dist_partial.settings import Sampling, Settings
+from dist_partial.step import evaluation_step
 from dist_partial.wire import Wire
 from tests.cases import rows, state
 from tests.conftest import mirrored_strategy
@@ -240,6 +242,13 @@ def test_the_held_out_loss_is_the_training_loss_is_keras_val_loss(tmp_path, weig
     assert before == pytest.approx(step, rel=1e-6) and step == pytest.approx(losses[0], rel=1e-6)
 
 
+@pytest.mark.parametrize(("replicas", "accumulate"), [(1, 3), (2, 3)])
+def test_a_penalty_counts_once_however_a_batch_is_divided(tmp_path, replicas, accumulate):
+    made = {"replicas": replicas, "accumulate": accumulate}
+    data = (features(7), features(7).sum(1, keepdims=True))
+    check_against_fit(tmp_path / "run", penalised, data, keras.losses.MeanSquaredError, **made)
+
+
 @pytest.mark.parametrize(("replicas", "examples", "batch"), [(2, 13, 2), (1, 3, 8), (2, 3, 8), (3, 17, 6), (4, 18, 8)])
 def test_examples_beyond_the_last_whole_batch_weigh_as_much(tmp_path, replicas, examples, batch):
     """Held-out examples that do not fill the batches, and what layers add for them: Keras's evaluate, one at a time."""
@@ -269,6 +278,23 @@ def test_accuracy_of_class_ids_in_any_shape(tmp_path, shape):
     keras.utils.set_random_seed(0)
     right = classifier(activation=None)()(x).numpy().argmax(-1) == y.reshape(COUNT)
     assert rows(tmp_path / "run" / "metrics.jsonl")[0]["accuracy"] == pytest.approx(right.mean())
+
+
+def test_accuracy_is_weighted():
+    """By hand: right are the first two, of which the second weighs nothing."""
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, use_bias=False, kernel_initializer="identity")])
+    x = np.array([[1, 0], [0, 1], [1, 0], [0, 1]], np.float32)
+    y, weight = np.array([0, 1, 1, 0], np.int32), np.array([1, 0, 1, 1], np.float32)
+    evaluate = evaluation_step(tf.distribute.get_strategy(), model, losses_lib.unreduced(sparse()))
+    batches = iter(tf.data.Dataset.from_tensors((x, y, weight)))
+    *_, right, total = evaluate(batches, tf.constant(1), tf.constant(4)).numpy()
+    assert (right, total) == (1, 3)
+
+
+def test_class_ids_end_below_the_number_of_classes():
+    losses_lib.check_class_ids(sparse(), "d", np.array([0, 2]), 3)
+    with pytest.raises(UserError, match=r"d has targets up to 3 .* classes 0 to 2: bind a model of at least 4 classes"):
+        losses_lib.check_class_ids(sparse(), "d", np.array([0, 3]), 3)
 
 
 @pytest.mark.parametrize("name", ["train_step", "test_step", "compute_loss", "compute_metrics"])

@@ -233,6 +233,31 @@ def test_results_may_be_overwritten_at_once(connected):
         assert totals == [(3.0 * step + 3, 3.0 * step + 3) for step in range(5)]
 
 
+def test_a_result_is_not_given_before_a_slow_reader_has_it(connected, monkeypatch):
+    first, second, _ = meshes = connected(3)
+    opened, slow = threading.Event(), first._peers[2]
+    send = slow.send
+
+    def late(header, data):
+        """Sends a result, kind 1, only when the other one reads again."""
+        if header[4] == 1:
+            opened.wait(10)
+        send(header, data)
+
+    monkeypatch.setattr(slow, "send", late)
+
+    def work(mesh):
+        (result,) = exchange(mesh, [np.ones(9, np.float32)])
+        if mesh is second:  # by now the first has all that it waits for
+            threading.Timer(0.3, opened.set).start()
+        found = result.tolist()
+        result[:] = -1  # as TensorFlow does with memory of which it is told that it is free
+        return found, opened.is_set()
+
+    (_, had_waited), *_ = found = at_once([functools.partial(work, m) for m in meshes])
+    assert [result for result, _ in found] == [[3.0] * 9] * 3 and had_waited
+
+
 def test_a_worker_that_is_gone_is_named_at_once_and_ever_after(connected):
     losses = []
     meshes = connected(3, on_loss=losses.append)
@@ -252,6 +277,14 @@ def test_a_worker_that_is_gone_is_named_at_once_and_ever_after(connected):
         assert "worker 1" in str(failure)
     assert time.monotonic() - start < 5
     assert len(losses) == 2 and all("worker 1" in loss for loss in losses)
+
+
+def test_a_worker_that_is_gone_is_known_where_nothing_waits_for_it(connected):
+    told = threading.Event()
+    meshes = connected(2, on_loss=lambda reason: told.set())
+    meshes[1].close()
+    assert told.wait(10)
+    assert meshes[0].failure is None and "worker 1" in str(meshes[0].lost())
 
 
 @pytest.mark.parametrize("reason", [UserError("run.steps is 'x'"), Fault("the disk is full")])

@@ -41,7 +41,7 @@ def tiny(tmp_path):
 
 def test_bytes_and_memory_are_exact(tiny):
     settings = config.load([tiny]).settings
-    cost = estimate(settings, Machine(workers=4, bandwidth=25e6, latency=0.001))
+    cost = estimate(settings, Machine(workers=4, bandwidth=25e6, latency=1000.0))
     exchanged = (KERNEL1 + 2 * KERNEL1 // 256) / 4  # 8 bits and a scale for 256 values, every 4 steps
     every_step = 4 * (KERNEL2 + BIAS2)
     assert cost.payload == exchanged + every_step
@@ -51,6 +51,8 @@ def test_bytes_and_memory_are_exact(tiny):
     assert 0 <= scalars <= 64  # step counters and learning rates
     assert cost.wire == pytest.approx(cost.nic_bytes / 25e6)
     assert cost.step >= max(cost.compute, cost.wire)
+    # Of what waits for messages the rest is little: a sum takes two in each step, a gather one in every fourth.
+    assert cost.step == pytest.approx(1000 * (2 + 1 / 4), rel=0.01)
 
 
 def test_a_slower_link_takes_longer_and_one_worker_sends_nothing(tiny):

@@ -114,6 +114,12 @@ def test_a_name_that_means_loopback_here_and_not_elsewhere_is_a_mistake():
         rendezvous.connect(0, ["localhost:2222", "192.0.2.2:2222"], 5)
 
 
+def test_one_worker_elsewhere_is_enough_to_be_reached_from_elsewhere():
+    here = ["127.0.0.1:1", "localhost:2", "[::1]:3"]
+    assert rendezvous.on_loopback(here)
+    assert not any(rendezvous.on_loopback([*here, other]) for other in ("192.0.2.1:4", "[2001:db8::1]:4", "host:4"))
+
+
 def test_other_workers_in_tf_config_are_a_mistake_on_both():
     workers = addresses(3)
     found = outcomes([lambda: rendezvous.connect(0, workers[:2], 5), lambda: rendezvous.connect(1, workers, 5)])

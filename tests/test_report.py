@@ -270,6 +270,15 @@ def test_units_that_are_no_layers_are_those_of_the_plan(units, tmp_path):
     assert shares == {"embedding": [0, 1], "block_0": [0.8, 0.8], "block_1": [1, 1], "head": [1, 1]}
 
 
+def test_a_layer_of_two_units_is_trained_in_parts(tmp_path):
+    variables = [("block_0/kernel", [4, 30], True), ("block_0/bias", [30], True), ("head/kernel", [4, 16], False)]
+    rows = [switch(1, "kernel"), switch(31, "bias"), switch(46, "kernel", "bias")]
+    folder = write_run(tmp_path / "one", before=rows, variables=variables, units=lambda path: path.split("/")[1])
+    [run] = runs.read([folder])
+    shares = {strip.name: [share for _, _, share in strip.spans] for strip in run.strips()}
+    assert shares == {"block_0": [0.8, 0.2, 1], "head": [0, 0, 0]}
+
+
 def test_units_that_nobody_knows_have_strips_of_their_own(tmp_path):
     [run] = runs.read([write_run(tmp_path / "one", before=[switch(1, "left"), switch(31, "right")])])
     assert {strip.name: [share for *_, share in strip.spans] for strip in run.strips()} == {

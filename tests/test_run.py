@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import reporting, run, sample, train
+from dist_partial import checkpoints, loss_scale, reporting, run, sample, train
 from dist_partial.build import build, restore
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.errors import AGAIN
@@ -141,19 +141,30 @@ def test_tensorboard_has_the_same_scalars(letters, tmp_path):
     assert len(events.Tensors("samples/0")) == 2
 
 
-@pytest.mark.parametrize("stops", [[4], [3, 8, 11]])
-def test_a_run_in_pieces_is_the_run_in_one(stops, letters, tmp_path, capsys):
+@pytest.mark.parametrize(("precision", "stops"), [("mixed_float16", [3]), ("float32", [3, 8, 11])])
+def test_a_run_in_pieces_is_the_run_in_one(precision, stops, letters, tmp_path, capsys, monkeypatch):
+    """Also where the first gradients overflow, for a scale that is halved then and doubled after three good steps."""
+    scale, good = 2.0**19, 0
+    monkeypatch.setattr(loss_scale, "FIRST_SCALE", scale)
+    monkeypatch.setattr(loss_scale, "GROW_AFTER", 3)
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    assert start(letters, whole, "run.accumulate = 2") == 0
+    bound = ("run.accumulate = 2", f"run.precision = '{precision}'")
+    assert start(letters, whole, *bound) == 0
     for stop in [*stops, 12]:
-        assert start(letters, pieces, "run.accumulate = 2", f"run.steps = {stop}") == 0
+        assert start(letters, pieces, *bound, f"run.steps = {stop}") == 0
     left, right = state(whole, 12), state(pieces, 12)
     for name, value in left.items():
         assert value.tobytes() == right[name].tobytes(), name
     steps = [[r for r in rows(f / "metrics.jsonl") if r["split"] == "train"] for f in (whole, pieces)]
     assert steps[0] == steps[1]
+    skipped = [row["gradient_norm"] is None for row in steps[0]]
+    assert any(skipped) == (precision == "mixed_float16") and not any(skipped[1:3])  # that it stops amid good steps
+    for overflow in skipped:
+        good = 0 if overflow else good + 1
+        scale *= 0.5 if overflow else 2 if good % 3 == 0 else 1
+    assert left.get("loss_scale/scale", scale) == scale
     capsys.readouterr()
-    assert start(letters, pieces, "run.accumulate = 2") == 0
+    assert start(letters, pieces, *bound) == 0
     assert "finished" in capsys.readouterr().out
 
 
@@ -418,8 +429,8 @@ def test_evaluation_is_that_of_one_device_on_every_example(mirrored):
         assert metrics["accuracy"] == pytest.approx((correct * weight).sum() / weight.sum())
 
 
-def test_rows_are_saved_and_restored_alone(tmp_path):
-    settings = Settings(
+def _rows() -> Settings:
+    return Settings(
         rules=[Rule(r"embedding/.*", rows=(97, 101)), ("freeze", ".*")],
         model=lambda: byte_transformer(layers=1, width=8, heads=1),
         data=_letters,
@@ -428,6 +439,23 @@ def test_rows_are_saved_and_restored_alone(tmp_path):
         replicas=lambda: Replicas(mirrored_strategy(2), Wire(), "two replicas"),
         sampling=Sampling(length=3),
     )
+
+
+def test_rows_that_are_not_selected_are_frozen():
+    built = build(_rows(), create("default"))
+    variable = next(v for v in built.model.trainable_variables if "embeddings" in v.path)
+
+    def moved(row: int) -> list[str]:
+        variable.assign(variable.numpy() + np.eye(256)[row][:, np.newaxis])
+        now = checkpoints.frozen_fingerprints(built.model, built.plan, built.layer_state.moving)
+        return [path for path, found in now.items() if found != built.identity["frozen"][path]]
+
+    assert (moved(97), moved(100)) == ([], [])
+    assert moved(101) == ["embedding/embeddings[other rows]"]
+
+
+def test_rows_are_saved_and_restored_alone(tmp_path):
+    settings = _rows()
     run.run(settings, tmp_path / "run")
     saved = state(tmp_path / "run", 3)
     assert saved["variables/embedding/embeddings"].shape == (4, 8)

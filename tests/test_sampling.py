@@ -69,6 +69,11 @@ def test_top_p_of_1_drops_nothing_of_a_long_tail():
     np.testing.assert_array_equal(truncate(logits, 50_000, 1.0), logits)
 
 
+def test_the_nucleus_ends_where_its_mass_is_reached():
+    """Of two that are equally likely one alone has half of the mass."""
+    np.testing.assert_array_equal(truncate(tf.zeros((1, 2)), 2, 0.5), [[0.0, -np.inf]])
+
+
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
 def test_temperature_divides_the_logits(temperature):
     logits = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)

@@ -163,42 +163,96 @@ def test_mixed_precision_learns_and_keeps_float32_variables(policy, mirrored):
     cases.assert_replicas_agree(trained)
 
 
+def one_weight(strategy, optimizer, x, **options):
+    """A step on the loss w x, with a loss scale: what is trained, and a function that makes one more step."""
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, name="dense")])
+        plan = selection.resolve([("train", ".*")], model, reduction.EveryStep())
+        groups = optimizers.build(plan, optimizer)
+        scale = LossScale()
+    loss = lambda y, out: tf.reduce_sum(out, 1)  # noqa: E731
+    told = step.StepOptions(x.shape[1], **options)
+    function = step.train_step(strategy, Wire(), model, loss, plan, groups, [{}], told, scale).function
+    iterator = cases.worker_iterator(strategy, list(zip(x, x, strict=True)))
+    return model.weights[0], groups[0].optimizer, scale, lambda: function(iterator, tf.constant(1))
+
+
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_overflow_on_one_replica_skips_the_update_on_all(replicas, mirrored):
     """One example of the batch has an infinite loss: only the replica that has it sees the overflow itself."""
     strategy = mirrored(replicas)
-    with strategy.scope():
-        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, name="dense")])
-        plan = selection.resolve([("train", ".*")], model, reduction.EveryStep())
-        groups = optimizers.build(plan, lambda: keras.optimizers.SGD(0.1, momentum=0.9))
-        scale = LossScale()
-    loss = lambda y, out: tf.reduce_sum(out, 1)  # noqa: E731
-    options = step.StepOptions(global_batch=2)
-    train_step = step.train_step(strategy, Wire(), model, loss, plan, groups, [{}], options, scale)
     x = np.ones([4, 2, 1], np.float32)
     x[1, 1] = np.inf  # the second step, and there the last replica
-    iterator = cases.worker_iterator(strategy, list(zip(x, x, strict=True)))
+    weight, optimizer, scale, one_step = one_weight(strategy, lambda: keras.optimizers.SGD(0.1, momentum=0.9), x)
     weights, scales = [], []
     for _ in range(4):
-        train_step.function(iterator, tf.constant(1))
-        weights.append([float(np.squeeze(w)) for w in strategy.experimental_local_results(model.weights[0].value)])
+        one_step()
+        weights.append([float(np.squeeze(w)) for w in strategy.experimental_local_results(weight.value)])
         scales.append(float(scale.scale.numpy()))
     assert all(len(set(copies)) == 1 for copies in weights)
     moves = np.diff([w[0] for w in weights])
     # The gradient is 1: momentum SGD moves by 0.1, then (skipped) 0, then 0.19, then 0.271.
     np.testing.assert_allclose(moves, [0.0, -0.19, -0.271], atol=1e-6)
     assert scales == [FIRST_SCALE, FIRST_SCALE / 2, FIRST_SCALE / 2, FIRST_SCALE / 2]
-    assert int(groups[0].optimizer.iterations.numpy()) == 3
+    assert int(optimizer.iterations.numpy()) == 3
 
 
-def test_loss_scale_grows_after_a_row_of_good_steps(monkeypatch):
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_scaled_gradient_is_clipped_by_its_own_norm(replicas, mirrored):
+    """The gradient is 1, clipped to 0.5."""
+    x = np.ones([1, 2, 1], np.float32)
+    weight, _, _, one_step = one_weight(mirrored(replicas), lambda: keras.optimizers.SGD(0.1), x, clip_norm=0.5)
+    before = np.array(weight)
+    assert one_step()["gradient_norm"].numpy() == [1.0]
+    np.testing.assert_allclose(np.array(weight) - before, [[-0.05]], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("finite", "expected"), [([1, 1, 1, 0, 1, 1, 1], [1, 1, 2, 1, 1, 1, 2]), ([1] * 6, [1, 1, 2, 2, 2, 4])]
+)
+def test_loss_scale_grows_after_a_row_of_good_steps(finite, expected, monkeypatch):
     monkeypatch.setattr("dist_partial.loss_scale.GROW_AFTER", 3)
     scale = LossScale()
     values = []
-    for finite in [True, True, True, False, True, True, True]:
-        scale.adjust(tf.constant(finite))
+    for good in finite:
+        scale.adjust(tf.constant(bool(good)))
         values.append(float(scale.scale.numpy()) / FIRST_SCALE)
-    assert values == [1, 1, 2, 1, 1, 1, 2]
+    assert values == expected
+
+
+def test_loss_scale_ends_at_1():
+    scale = LossScale()
+    for _ in range(20):
+        scale.adjust(tf.constant(False))
+    assert scale.scale.numpy() == 1.0
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_probe_measures_in_inference_mode(replicas, mirrored):
+    """Each replica's first micro-batch, by plain Keras; statistics keep their bits."""
+    strategy = mirrored(replicas)
+    with strategy.scope():
+        keras.utils.set_random_seed(1)
+        layers = [keras.layers.Dense(4, name="a"), keras.layers.BatchNormalization(name="norm")]
+        layers += [keras.layers.Dropout(0.5), keras.layers.Dense(5, name="d")]
+        model = keras.Sequential([keras.Input((3,)), *layers])
+        plan = selection.resolve([("train", ".*")], model, reduction.EveryStep())
+        plan = plan.divided([(name, [e.path for e in plan.trained if e.path.startswith(name)]) for name in ("a", "d")])
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(2.0, size=(8, 3)).astype(np.float32), rng.integers(0, 5, 8).astype(np.int32)
+    before = cases.weights(model)
+    probed = step.probe(strategy, model, cases.loss, plan, 2)(cases.worker_iterator(strategy, [(x, y)]))
+    for name, value in cases.weights(model).items():
+        assert value.tobytes() == before[name].tobytes(), name
+    expected = dict.fromkeys(plan.units, 0.0)
+    for part in np.split(np.arange(8), replicas):
+        part = part[: len(part) // 2]
+        with tf.GradientTape() as tape:
+            total = tf.reduce_mean(cases.loss(y[part], model(x[part], training=False)))
+        gradients = tape.gradient(total, [entry.variable.value for entry in plan.trained])
+        for entry, gradient in zip(plan.trained, gradients, strict=True):
+            expected[entry.unit] += float(tf.reduce_sum(gradient**2))
+    np.testing.assert_allclose(probed, list(expected.values()), rtol=1e-5)
 
 
 def test_statistics_of_trained_layers_are_the_mean_over_replicas(mirrored):

@@ -464,6 +464,14 @@ def test_logs_of_an_earlier_launch_stay(tmp_path):
             assert log(tmp_path, launch, 0).decode() == launcher.out[4:]
 
 
+def test_an_attempt_follows_the_last_that_is_there(tmp_path):
+    for name in ("attempt-1", "attempt-3", "attempt-x"):
+        (tmp_path / "logs" / name).mkdir(parents=True)
+    with supervised(tmp_path, "print('here')", workers=1) as launcher:
+        assert launcher.wait() == 0
+    assert log(tmp_path, 4, 0) == b"here\n"
+
+
 def test_backoff_doubles_up_to_a_minute():
     assert [supervisor.backoff(restart) for restart in range(1, 10)] == [1, 2, 4, 8, 16, 32, 60, 60, 60]
     assert supervisor.backoff(1000) == 60

@@ -112,15 +112,42 @@ def test_merged_lora_is_the_same_model_and_can_be_trained(tmp_path):
     x = points().train.x
     before = built.model(x).numpy()
     lora.merge(built.model)
-    np.testing.assert_allclose(built.model(x), before, atol=1e-5)
     built.model.save(tmp_path / "whole.keras")
-    whole = keras_file(str(tmp_path / "whole.keras"))
-    np.testing.assert_allclose(whole(x), before, atol=1e-5)
-    assert [v.name for v in whole.trainable_variables] == ["kernel", "bias"] * 2
-    whole.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    kernel = np.array(whole.get_layer("a").kernel)
-    whole.fit(x, points().train.y, verbose=0)
-    assert np.abs(np.array(whole.get_layer("a").kernel) - kernel).max() > 0
+    for model in (built.model, keras_file(str(tmp_path / "whole.keras"))):
+        np.testing.assert_allclose(model(x), before, atol=1e-5)
+        assert [v.name for v in model.trainable_variables if "lora" not in v.name] == ["kernel", "bias"] * 2
+        model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        kernel = np.array(model.get_layer("a").kernel)
+        model.fit(x, points().train.y, verbose=0)
+        assert np.abs(np.array(model.get_layer("a").kernel) - kernel).max() > 0
+    assert [v.name for v in model.variables] == ["kernel", "bias"] * 2  # of what is loaded
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Times(keras.layers.Layer):
+    """Whose config forgets its factor."""
+
+    def __init__(self, factor=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.factor = factor
+
+    def call(self, x):
+        return self.factor * x
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_a_file_that_loads_as_another_model_is_refused(factor, tmp_path):
+    layers = [keras.layers.Dense(3, name="d"), Times(factor)]
+    settings = told(model=lambda: keras.Sequential([keras.Input((6,)), *layers]), statistics="trained")
+    built = build.build(settings, replicas.create("default"))
+    if factor == 1:
+        assert export._write_keras(tmp_path / "whole.keras", built, None).endswith("before loading it")
+    else:
+        with pytest.raises(UserError, match=r"is another model when its \.keras file is loaded"):
+            export._write_keras(tmp_path / "whole.keras", built, None)
 
 
 def test_what_training_has_moved_is_not_rounded_away(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from dist_partial import traffic
 from dist_partial.plan import bytes_per_second
 from dist_partial.reduction import Message
-from dist_partial.selection import nic_bytes
+from dist_partial.selection import Plan, nic_bytes
 from tests import hosts
 from tests.cases import rows
 
@@ -71,6 +71,18 @@ def test_how_often_a_message_travels(every, offset):
         for last in range(first, 25):
             expected = sum(step % every == offset % every for step in range(first + 1, last + 1))
             assert message.times(first, last) == expected
+
+
+def test_a_step_takes_the_median_of_all_calls_but_the_first(monkeypatch):
+    """Which is still warming up: calls of 9, 2, 1 and 4 seconds, of two steps each."""
+    now, meter, found = [0.0], traffic.Meter(2, None, 0), []
+    monkeypatch.setattr(traffic.time, "perf_counter", lambda: now[0])
+    for seconds in (9, 2, 1, 4):
+        meter.start()
+        now[0] += seconds
+        meter.stop(Plan((), ()), 0, 2, 0, 0)
+        found.append(meter.to_json(2)["step_ms"])
+    assert found == [None, 1000, 750, 1000]
 
 
 def test_the_loopback_device_leads_to_no_network():

@@ -217,6 +217,13 @@ WORKER_RULES = [
 ]
 
 
+def noisy() -> keras.Model:
+    """Of which each replica draws masks of its own."""
+    plain = two_dense(hidden=12)
+    dropped = keras.layers.Dropout(0.2, name="dropout")(plain.get_layer("dense1").output)
+    return keras.Model(plain.inputs, plain.get_layer("dense2")(dropped))
+
+
 def _train_worker(transport: str, folder: Path) -> None:
     """One of two workers: two runs; that in float64 by TensorFlow's collectives is made in pieces."""
     made = replicas.create("multi_worker", transport=transport)
@@ -225,7 +232,7 @@ def _train_worker(transport: str, folder: Path) -> None:
     stops = (STEPS,) if transport == "sockets" else (4, STEPS)
     for precision, steps in (*(("float64", steps) for steps in stops), ("float32", STEPS)):
         keras.utils.clear_session(free_memory=False)
-        run.run(settings(WORKER_RULES, made, steps, precision), folder / f"{transport}-{precision}")
+        run.run(settings(WORKER_RULES, made, steps, precision, model=noisy), folder / f"{transport}-{precision}")
 
 
 def test_workers_are_the_replicas_that_are_simulated(mirrored, tmp_path):
@@ -241,7 +248,8 @@ def test_workers_are_the_replicas_that_are_simulated(mirrored, tmp_path):
         assert_same_run(sockets, collectives)  # so what two workers saved at step 4 was all there was
         keras.utils.clear_session(free_memory=False)
         simulated = tmp_path / f"simulated-{precision}"
-        run.run(settings(WORKER_RULES, Replicas(mirrored(2), Wire(), "two"), precision=precision), simulated)
+        made = Replicas(mirrored(2), Wire(), "two")
+        run.run(settings(WORKER_RULES, made, precision=precision, model=noisy), simulated)
         left, right = state(sockets, STEPS), state(simulated, STEPS)
         assert left["own/dense2/kernel"].shape == (2, 12, 10) and not same_bits(left["own/dense2/kernel"])
         cases.assert_equal(left, right, tolerance)

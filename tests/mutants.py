@@ -1,0 +1,561 @@
+"""Small changes of the package, each of which a test must notice: by hand, for they take a quarter of an hour.
+
+    python -m tests.mutants [name ...]
+
+Each is made in a copy of the project, where the tests that ought to notice it run. Exit code 0: all were noticed. Add
+one for what could be broken unseen.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.workers import ROOT
+
+SECONDS = 300  # for the tests of one change: what hangs is noticed, too
+PASSED, FAILED = 0, 1  # pytest's exit codes; others say that no test could run
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """A change.
+
+    Attributes:
+        name: of the change.
+        file: in which it is made, below dist_partial.
+        before: what stands there, exactly once.
+        after: what takes its place.
+        tests: files of this folder, or tests in them, that ought to notice it.
+    """
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: tuple[str, ...]
+
+    def apply(self, project: Path) -> None:
+        path = project / "dist_partial" / self.file
+        text = path.read_text()
+        assert text.count(self.before) == 1, f"{self.name}: {self.before!r} is {text.count(self.before)} times there"
+        path.write_text(text.replace(self.before, self.after))
+
+
+def changed(name: str, file: str, before: str, after: str, *tests: str) -> Mutant:
+    return Mutant(name, file, before, after, tests)
+
+
+def run(tests: Sequence[str], mutant: Mutant | None = None) -> tuple[int, str]:
+    """Runs tests in a copy of the project; returns pytest's exit code and the first failure."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", *(f"tests/{test}" for test in tests)]
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as output:
+        project = Path(folder, "project")
+        shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info"))
+        if mutant:
+            mutant.apply(project)
+        process = subprocess.Popen(
+            command, cwd=project, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(SECONDS if mutant else None)
+        except subprocess.TimeoutExpired:
+            return FAILED, f"more than {SECONDS} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # what a test has started ends with it
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        return code, next((line for line in output if line.startswith(("FAILED", "ERROR"))), "").strip()
+
+
+def main(names: Sequence[str]) -> int:
+    chosen = [mutant for mutant in MUTANTS if mutant.name in names or not names]
+    if unknown := set(names) - {mutant.name for mutant in MUTANTS}:
+        print(f"no mutant is called {', '.join(sorted(unknown))}; there are: {', '.join(m.name for m in MUTANTS)}")
+        return 2
+    code, words = run(sorted({test for mutant in chosen for test in mutant.tests}))
+    if code != PASSED:  # what fails by itself notices nothing
+        print(f"without any change: {words or f'pytest ends with {code}'}")
+        return 2
+    noticed = 0
+    for mutant in chosen:
+        start = time.monotonic()
+        code, words = run(mutant.tests, mutant)
+        noticed += code == FAILED
+        verdict = {PASSED: "SURVIVED", FAILED: "noticed"}.get(code, f"BROKEN {code}")
+        print(f"{verdict:8} {time.monotonic() - start:4.0f} s  {mutant.name}  {words[:100]}", flush=True)
+    print(f"{noticed} of {len(chosen)} noticed")
+    return int(noticed < len(chosen))
+
+
+IDENTITY = "test_identity.py"
+MUTANTS = [
+    # Steps.
+    changed(
+        "clipping before unscaling",
+        "step.py",
+        """\
+        if scale is not None:
+            gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
+        squares = _unit_squares(plan, gradients) if options.unit_norms else tf.zeros([0])
+        gradients, norm = _clip(gradients, shared, options.clip_norm)
+""",
+        """\
+        squares = _unit_squares(plan, gradients) if options.unit_norms else tf.zeros([0])
+        gradients, norm = _clip(gradients, shared, options.clip_norm)
+        if scale is not None:
+            gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
+""",
+        "test_step.py::test_a_scaled_gradient_is_clipped_by_its_own_norm",
+    ),
+    changed(
+        "good steps not reset after growth",
+        "loss_scale.py",
+        "tf.where(grow, 0, good)",
+        "good",
+        "test_step.py::test_loss_scale_grows_after_a_row_of_good_steps",
+    ),
+    changed(
+        "loss scale without a floor",
+        "loss_scale.py",
+        "tf.maximum(self.scale * factor, 1.0)",
+        "self.scale * factor",
+        "test_step.py::test_loss_scale_ends_at_1",
+    ),
+    changed(
+        "penalty once a micro-batch",
+        "step.py",
+        "_added(model, losses.dtype) / parts",
+        "_added(model, losses.dtype) / strategy.num_replicas_in_sync",
+        "test_losses.py::test_a_penalty_counts_once_however_a_batch_is_divided",
+    ),
+    changed(
+        "clipped by the norm of all",
+        "step.py",
+        "use_norm=tf.cast(norm, dtype)",
+        "use_norm=tf.cast(_joint(norms), dtype)",
+        "test_local_sgd.py::test_what_is_shared_stays_so_beside_what_is_not",
+    ),
+    changed(
+        "a skipped step ends the run",
+        "run.py",
+        "bad = ~np.isfinite(losses) if scaled else",
+        "bad = ~np.isfinite(losses) if False else",
+        "test_run.py::test_a_run_in_pieces_is_the_run_in_one",
+    ),
+    changed(
+        "probe in training mode",
+        "step.py",
+        "losses = _example_losses(loss, batch, model(batch[0], training=False))",
+        "losses = _example_losses(loss, batch, model(batch[0], training=True))",
+        "test_step.py::test_a_probe_measures_in_inference_mode",
+    ),
+    # Losses and evaluation.
+    changed(
+        "accuracy without weights",
+        "step.py",
+        "losses * weights, right * weights, weights]",
+        "losses * weights, right, weights]",
+        "test_losses.py::test_accuracy_is_weighted",
+    ),
+    changed(
+        "penalty of the examples that fill a batch up",
+        "step.py",
+        "tf.cast(tf.clip_by_value(examples - first, 0, y.shape[0]), tf.float64)",
+        "tf.cast(y.shape[0], tf.float64)",
+        "test_losses.py::test_examples_beyond_the_last_whole_batch_weigh_as_much",
+    ),
+    changed(
+        "a target equal to the number of classes",
+        "losses.py",
+        "if high >= classes:",
+        "if high > classes:",
+        "test_losses.py::test_class_ids_end_below_the_number_of_classes",
+    ),
+    # What is sent.
+    changed(
+        "place 256 of top-k in one byte",
+        "compression.py",
+        "tf.uint8 if block <= 256 else",
+        "tf.uint8 if block <= 257 else",
+        "test_compression.py::test_a_block_of_more_than_a_byte_has_places_beyond_it",
+    ),
+    changed(
+        "a mean over the padding",
+        "compression.py",
+        "np.minimum(SCALED, count - SCALED * np.arange(groups))",
+        "np.full(groups, SCALED)",
+        "test_compression.py::test_quantized_takes_the_nearest_level",
+    ),
+    changed(
+        "no warm start",
+        "compression.py",
+        '        state["right"].assign(total)\n',
+        "",
+        "test_compression.py::test_power_sgd_is_the_papers",
+    ),
+    changed(
+        "what was kept back, divided by the replicas",
+        "local_sgd.py",
+        'start -= count * state["residual"]',
+        'start -= state["residual"]',
+        "test_local_sgd.py::test_what_an_exchange_leaves_out_is_trained_on_from",
+    ),
+    changed(
+        "the outer step by the sum",
+        "local_sgd.py",
+        "window.reduce(movement / count,",
+        "window.reduce(movement,",
+        "test_local_sgd.py::test_replicas_train_by_themselves_and_move_on_together",
+    ),
+    changed(
+        "rows not given back after an evaluation",
+        "local_sgd.py",
+        """\
+    finally:
+        for fragment in fragments:
+            optimizers.write_rows(strategy, fragment.members)
+""",
+        """\
+    finally:
+        pass
+""",
+        "test_local_sgd.py::test_rows_are_exchanged_alone",
+    ),
+    changed(
+        "residuals that grow with the replicas",
+        "replicas.py",
+        'count if self.when_fewer == "sum" else len(array)',
+        "len(array)",
+        "test_wire_run.py::test_the_number_of_replicas_may_change",
+    ),
+    changed(
+        "a gather that costs its own worker",
+        "selection.py",
+        "fractions.Fraction(workers - 1)}",
+        "fractions.Fraction(workers)}",
+        "test_selection.py::test_bytes_at_the_network_interface",
+    ),
+    changed(
+        "a gather of two hops",
+        "plan.py",
+        '(2 if m.kind == "sum" else 1)',
+        "2",
+        "test_plan.py::test_bytes_and_memory_are_exact",
+    ),
+    changed(
+        "the first call timed",
+        "traffic.py",
+        "        if self._calls:\n",
+        "        if True:\n",
+        "test_traffic.py::test_a_step_takes_the_median_of_all_calls_but_the_first",
+    ),
+    changed(
+        "an offset that is forgotten",
+        "reduction.py",
+        "return done + 1 + (self.offset - done - 1) % self.steps",
+        "return done + 1 + (-done - 1) % self.steps",
+        "test_local_sgd.py::test_due_steps",
+    ),
+    changed(
+        "statistics in all exchanges",
+        "local_sgd.py",
+        "[] if together or i else statistics",
+        "[] if together else statistics",
+        "test_local_sgd.py::test_statistics_travel_with_the_first_exchange",
+    ),
+    # What is frozen, stored and shared.
+    changed(
+        "int8 for a layer whose bias is trained",
+        "storage.py",
+        "if id(before) not in frozen or any(v.trainable and id(v) not in frozen for v in own):",
+        "if id(before) not in frozen:",
+        "test_lora.py::test_a_layer_of_which_a_bias_is_trained_is_not_quantized",
+    ),
+    changed(
+        "a merged kernel that stays frozen",
+        "lora.py",
+        "layer.lora_enabled, layer.lora_rank, kernel.trainable = False, None, True",
+        "layer.lora_enabled, layer.lora_rank = False, None",
+        "test_take_home.py::test_merged_lora_is_the_same_model_and_can_be_trained",
+    ),
+    changed(
+        "activations of another batch",
+        "prefix.py",
+        "& (self._met[new] == number)",
+        "",
+        "test_prefix.py::test_a_stopped_run_goes_on_with_the_same_bits[autofreeze]",
+    ),
+    changed(
+        "all workers draw the first one's masks",
+        "layer_state.py",
+        "enumerate(strategy.experimental_local_results(variable.value), first)",
+        "enumerate(strategy.experimental_local_results(variable.value))",
+        "test_wire_run.py::test_workers_are_the_replicas_that_are_simulated",
+    ),
+    changed(
+        "generators alike after a resume",
+        "build.py",
+        """\
+        checkpoints.restore(checkpoint, built.state())
+        layer_state.spread(built.replicas.strategy, built.layer_state.generators)
+""",
+        """\
+        checkpoints.restore(checkpoint, built.state())
+""",
+        "test_layer_state.py::test_masks_go_on_after_a_resume_on_any_number_of_replicas",
+    ),
+    changed(
+        "rows of before the loading",
+        "fit_optimizer.py",
+        "            context.merge_call(lambda strategy: _read_rows(strategy, rows))\n",
+        "            pass\n",
+        "test_fit.py::test_a_loaded_model_goes_on_with_the_same_bits",
+    ),
+    # Checkpoints and the identity.
+    changed(
+        "loss scale not in the checkpoint",
+        "checkpoints.py",
+        'state |= {"loss_scale/scale": scale.scale, "loss_scale/good_steps": scale.good_steps}',
+        "pass",
+        "test_run.py::test_a_run_in_pieces_is_the_run_in_one",
+    ),
+    changed(
+        "good steps not in the checkpoint",
+        "checkpoints.py",
+        '"loss_scale/scale": scale.scale, "loss_scale/good_steps": scale.good_steps',
+        '"loss_scale/scale": scale.scale',
+        "test_run.py::test_a_run_in_pieces_is_the_run_in_one",
+    ),
+    changed(
+        "other rows not in the fingerprints",
+        "checkpoints.py",
+        'prints[f"{entry.path}[other rows]"] = digest(np.delete(value, slice(start, stop), axis=0))',
+        "pass",
+        "test_run.py::test_rows_that_are_not_selected_are_frozen",
+    ),
+    changed(
+        "a checkpoint of [1, nan]",
+        "checkpoints.py",
+        "if not np.isfinite(array).all():",
+        "if not np.isfinite(array).any():",
+        "test_checkpoints.py::test_one_number_that_is_not_finite_is_enough_to_save_nothing",
+    ),
+    changed(
+        "a delta of [1, nan]",
+        "delta.py",
+        "if not np.isfinite(array).all():",
+        "if not np.isfinite(array).any():",
+        "test_delta.py::test_nothing_is_assigned_of_what_is_refused",
+    ),
+    changed(
+        "a second delta on top of the first",
+        "delta.py",
+        "for path in self._overwritten - paths}",
+        "for path in ()}",
+        "test_delta.py::test_swapped_and_back_bit_for_bit",
+    ),
+    changed(
+        "a delta whose metadata has no checksum",
+        "delta.py",
+        'rest = sorted((name, text) for name, text in metadata.items() if name != "sha256")',
+        "rest: list[str] = []",
+        "test_delta.py::test_hostile_bytes_are_refused_or_the_same_delta",
+    ),
+    changed(
+        "digest without shape and dtype",
+        "checkpoints.py",
+        "str((array.dtype, array.shape)).encode()",
+        'b""',
+        "test_checkpoints.py::test_a_digest_is_of_dtype_shape_and_values",
+    ),
+    changed(
+        "newer checkpoints stay",
+        "checkpoints.py",
+        "*damaged, *folder.glob",
+        "*folder.glob",
+        "test_checkpoints.py::test_a_damaged_checkpoint_of_a_later_step_goes_with_the_next_that_is_saved",
+    ),
+    changed(
+        "no fsync of a file",
+        "files.py",
+        "            os.fsync(file.fileno())\n",
+        "",
+        "test_checkpoint_kill.py::test_what_a_name_leads_to_is_on_the_disk_before_the_name_is",
+    ),
+    changed(
+        "no fsync of the folder",
+        "files.py",
+        "        os.fsync(folder)  #",
+        "        pass  #",
+        "test_checkpoint_kill.py::test_what_a_name_leads_to_is_on_the_disk_before_the_name_is",
+    ),
+    changed(
+        "an export that is not on the disk",
+        "export.py",
+        "                _sync(path)\n",
+        "                pass\n",
+        "test_export.py::test_what_is_exported_is_on_the_disk_before_its_name_is",
+    ),
+    changed(
+        "0 is False",
+        "identity.py",
+        "type(before) is type(now) and before == now",
+        "before == now",
+        "test_agreement.py::test_differences_that_look_equal_are_some_too",
+    ),
+    *(
+        changed(f"identity without {line.split(chr(34))[1]}", "identity.py", f"        {line},\n", "", IDENTITY)
+        for line in (
+            '"rules": [f"{rule}" + (f", {rule.reduction}" if rule.reduction else "") for rule in plan.rules]',
+            '"reduction": str(settings.reduction)',
+            '"seed": settings.seed',
+            '"global_batch": settings.global_batch',
+            '"precision": settings.precision',
+            '"clip_norm": settings.clip_norm',
+            '"statistics": settings.statistics',
+            '"loss": _loss(settings.loss())',
+            '"data": {"name": data.name, "fingerprint": data.fingerprint}',
+            '"model": {entry.path: f"{entry.dtype}{list(entry.shape)}" for entry in plan.entries}',
+            '"model_config": _model_config(model)',
+            '"optimizers": [_optimizer(group) for group in optimizers]',
+            '"frozen": checkpoints.frozen_fingerprints(model, plan, moving)',
+        )
+    ),
+    *(
+        changed(f"identity without {name}", "identity.py", before, after, IDENTITY)
+        for name, before, after in (
+            ("schedule", '{"schedule": str(settings.schedule), ', "{"),
+            ("leave", ', "leave": settings.leave}', "}"),
+            ("initial values", "    content[START] = checkpoints.fingerprints(model)\n", ""),
+        )
+    ),
+    # Schedules.
+    changed(
+        "one turn later for who has waited",
+        "schedule.py",
+        "waits[i] >= starve",
+        "waits[i] > starve",
+        "test_schedule.py::test_byte_budget_serves_who_has_waited",
+    ),
+    changed(
+        "norms of all intervals",
+        "course.py",
+        "            self._squares = np.zeros_like(self._squares)\n",
+        "",
+        "test_course.py::test_equals_one_device_that_trains_the_same[autofreeze-float32-counts1]",
+    ),
+    changed(
+        "an optimizer that is reset but for its slots",
+        "optimizers.py",
+        "            self.state[name].assign(value)\n",
+        "            self.state[name].assign(value) if name.startswith('group_') else None\n",
+        "test_course.py::test_slots_of_what_is_left[reset]",
+    ),
+    # Data, samples, what is exported and reported.
+    changed(
+        "an epoch like the other",
+        "data/batches.py",
+        "[seed, epoch], None",
+        "[seed, 0 * epoch], None",
+        "test_data_batches.py::test_epochs_and_seeds_have_orders_of_their_own",
+    ),
+    changed(
+        "repetitions that count",
+        "data/batches.py",
+        "return x, y, tf.where(real, weight, tf.zeros_like(weight))",
+        "return x, y, weight",
+        "test_data_batches.py::test_evaluation_neither_drops_nor_repeats",
+    ),
+    changed(
+        "boundary of top_p",
+        "sampling.py",
+        "(mass_before < top_p)",
+        "(mass_before <= top_p)",
+        "test_sampling.py::test_the_nucleus_ends_where_its_mass_is_reached",
+    ),
+    changed(
+        "one id more of top_k",
+        "sampling.py",
+        "ranks < top_k",
+        "ranks <= top_k",
+        "test_sampling.py::test_truncate_keeps_what_numpy_keeps",
+    ),
+    changed(
+        "an export that is not compared",
+        "export.py",
+        "return ours.shape == theirs.shape and",
+        "return True or",
+        "test_take_home.py::test_a_file_that_loads_as_another_model_is_refused",
+    ),
+    changed(
+        "a layer's share of another unit",
+        "report/runs.py",
+        "lambda v, unit=unit: v.unit == unit",
+        "lambda v, unit=unit: True",
+        "test_report.py::test_a_layer_of_two_units_is_trained_in_parts",
+    ),
+    # Workers.
+    changed(
+        "attempts by their number",
+        "supervisor.py",
+        "max(taken, default=0) + 1",
+        "len(taken) + 1",
+        "test_supervisor.py::test_an_attempt_follows_the_last_that_is_there",
+    ),
+    changed(
+        "the caller's rank not in what is proved",
+        "handshake.py",
+        "caller + listener + where",
+        "caller[:26] + caller[30:] + listener + where",
+        "test_rendezvous.py::test_a_caller_that_is_proved_must_be_one_of_the_list_and_mean_this_worker",
+    ),
+    changed(
+        "the listener's rank not in what is proved",
+        "handshake.py",
+        "caller + listener + where",
+        "caller + listener[:26] + listener[30:] + where",
+        "test_rendezvous.py::test_a_caller_that_is_proved_must_be_one_of_the_list_and_mean_this_worker",
+    ),
+    changed(
+        "loopback if one is",
+        "rendezvous.py",
+        'return all(host == "localhost"',
+        'return any(host == "localhost"',
+        "test_rendezvous.py::test_one_worker_elsewhere_is_enough_to_be_reached_from_elsewhere",
+    ),
+    changed(
+        "a proof that is not bound to its connection",
+        "handshake.py",
+        "bound = not (mine.sealed and theirs.sealed) and",
+        "bound = False and",
+        "test_rendezvous.py::test_all_meet_whoever_comes_first",
+        "test_rendezvous.py::test_a_caller_that_is_proved_must_be_one_of_the_list_and_mean_this_worker",
+    ),
+    changed(
+        "a worker lost while nothing is waited for",
+        "mesh.py",
+        "return self.failure or next((peer.lost for peer in self._peers.values() if peer.lost), None)",
+        "return self.failure",
+        "test_mesh.py::test_a_worker_that_is_gone_is_known_where_nothing_waits_for_it",
+    ),
+    changed(
+        "results before a slow reader has them",
+        "mesh.py",
+        "return not self.waiting and not self.unsent",
+        "return not self.waiting",
+        "test_mesh.py::test_a_result_is_not_given_before_a_slow_reader_has_it",
+    ),
+]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
