@@ -154,8 +154,8 @@ MUTANTS = [
     changed(
         "probe in training mode",
         "step.py",
-        "losses = _example_losses(loss, batch, model(batch[0], training=False))",
-        "losses = _example_losses(loss, batch, model(batch[0], training=True))",
+        "losses = _example_losses(loss, batch, _outputs(model, batch[0], False))",
+        "losses = _example_losses(loss, batch, _outputs(model, batch[0], True))",
         "test_step.py::test_a_probe_measures_in_inference_mode",
     ),
     # Losses and evaluation.
