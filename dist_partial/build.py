@@ -22,6 +22,7 @@ from dist_partial import (
     optimizers,
     reduction,
     selection,
+    session,
     step,
     storage,
 )
@@ -82,11 +83,18 @@ class Built:
 def build(settings: Settings, replicas: Replicas) -> Built:
     """Builds data, model, plan and optimizers; reads and writes nothing of the run folder.
 
+    Sets Keras's precision and all random seeds to the run's; `session.put_back` around it undoes the former.
+
     Raises:
         UserError: every mistake in the rules, the factories or the data.
     """
     keras.config.set_floatx("float64" if settings.precision == "float64" else "float32")
     keras.config.set_dtype_policy(settings.precision)
+    with session.numbered_afresh(settings.data, settings.model):
+        return _build(settings, replicas)
+
+
+def _build(settings: Settings, replicas: Replicas) -> Built:
     data = settings.data()
     if not isinstance(data, Dataset):
         raise UserError(f"run.data made a {type(data).__name__}: its factory must return a dist_partial.data.Dataset")

@@ -17,7 +17,7 @@ from typing import Any
 
 import gin
 
-from dist_partial import arguments, data, models, replicas, schedule, settings
+from dist_partial import arguments, data, models, replicas, schedule, session, settings
 from dist_partial.compression import PowerSGD, Quantized, TopK
 from dist_partial.errors import UserError
 from dist_partial.reduction import EveryStep, LocalSGD, Never, nesterov
@@ -101,11 +101,9 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
     while _of_users:
         gin.config._REGISTRY.pop(_of_users.pop())
     _register()
-    for file in files:
-        if not Path(file).is_file():
-            near = difflib.get_close_matches(Path(file).name, [p.name for p in Path(file).parent.glob("*.gin")])
-            raise UserError(f"no gin file {file}" + (f"; in that folder there is {', '.join(near)}" if near else ""))
-        _prepare(Path(file), (), imports)
+    with session.numbered_afresh():  # modules may make layers, too
+        for file in files:
+            _prepare(Path(file), (), imports)
     place = ""
     logging.disable(logging.ERROR)  # gin's readers log an error for each file that another of them opens
     try:
@@ -183,6 +181,9 @@ def _prepare(file: Path, including: tuple[Path, ...], imports: bool) -> None:
         including: the files that led to this one.
         imports: whether it may import modules.
     """
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.gin")])
+        raise UserError(f"no gin file {file}" + (f"; in that folder there is {', '.join(near)}" if near else ""))
     if file.resolve() in including:
         raise UserError(f"{file} includes itself: remove the include")
     try:

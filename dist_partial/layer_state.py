@@ -22,7 +22,7 @@ import tensorflow as tf
 from dist_partial import batch_norm, traffic
 from dist_partial.errors import UserError
 from dist_partial.replicas import input_context, local_count
-from dist_partial.selection import Plan
+from dist_partial.selection import Plan, paths_of
 
 # Far apart for neighbouring replicas, and from what people choose as the seeds of neighbouring layers.
 _SEED_STRIDE, _SEEDS = 0x9E3779B9, 2**31 - 1
@@ -102,8 +102,8 @@ def find(model: keras.Model, x: tf.TensorSpec, plan: Plan) -> tuple[LayerState, 
         seen, floats = _depends_on_data(new[id(variable)], graph.inputs[0]), tf.as_dtype(variable.dtype).is_floating
         if seen and not floats:
             raise UserError(
-                f"{variable.path!r} is {variable.dtype} and a layer changes it by what each replica sees: replicas can "
-                "average floats alone; give it a float dtype"
+                f"{paths_of(model, [variable])[0]!r} is {variable.dtype} and a layer changes it by what each replica "
+                "sees: replicas can average floats alone; give it a float dtype"
             )
         # What all replicas compute alike needs no bytes; between exchanges they compute with weights of their own.
         if seen or (floats and not shared):

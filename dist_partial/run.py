@@ -22,6 +22,7 @@ from dist_partial.replicas import Replicas
 from dist_partial.reporting import Journal, plan_table
 from dist_partial.schedule import Constant
 from dist_partial.selection import average_bytes
+from dist_partial.session import put_back
 from dist_partial.settings import Settings
 
 
@@ -59,7 +60,7 @@ def run(
         Interrupted: Ctrl-C or SIGTERM on any of the workers; the state is saved.
     """
     replicas = settings.replicas()
-    with _connected(replicas), _ids_explained():
+    with put_back(), _connected(replicas), _ids_explained():
         _run(settings, Path(folder), replicas, operative, unused, bindings or {})
 
 

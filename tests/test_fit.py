@@ -469,6 +469,37 @@ def test_an_optimizer_from_outside_the_strategy_is_refused(mirrored):
             partial(optimizer, [("train", ".*")], model)
 
 
+def towers():
+    def tower(name):
+        x = keras.Input((3,))
+        return keras.Model(x, keras.layers.Dense(2, "tanh", name="hidden")(x), name=name)
+
+    keras.utils.set_random_seed(3)
+    x = keras.Input((3,))
+    return keras.Model(x, keras.layers.Dense(2, name="head")(keras.layers.Add()([tower("left")(x), tower("right")(x)])))
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_one_of_two_towers_trains_as_in_plain_keras(policy, tmp_path):
+    """Their layers have the same paths in Keras, by which a saved optimizer cannot tell them apart."""
+    x, y = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32), np.arange(16) % 2
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    keras.config.set_dtype_policy(policy)
+    ours, theirs = towers(), towers()
+    ours.compile(partial(keras.optimizers.Adam(0.05), [("train", r"right/.*"), ("freeze", ".*")], ours), loss)
+    for layer in (theirs.get_layer("left"), theirs.get_layer("head")):
+        layer.trainable = False
+    theirs.compile(keras.optimizers.Adam(0.05), loss)
+    for model in (ours, theirs):
+        model.fit(x, y, batch_size=8, epochs=3, shuffle=False, verbose=0)
+    for one, other in zip(ours.variables, theirs.variables, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6 if policy == "float32" else 1e-3)
+    ours.save(tmp_path / "ours.keras")
+    keras.saving.load_model(tmp_path / "ours.keras", compile=False)
+    with pytest.raises(UserError, match=r"trains 'right/hidden/kernel', .*: load it with compile=False"):
+        keras.saving.load_model(tmp_path / "ours.keras")
+
+
 def built(optimizer):
     optimizer.build(small().trainable_variables)
     return optimizer
