@@ -412,7 +412,8 @@ def resolve(
     check_reduction("all rules that name none", reduction)
     paths = variable_paths(model)
     if not paths:
-        raise UserError(f"model {model.name!r} has no trainable variables: nothing can be selected")
+        why = "; its own code has set trainable = False, which is for the rules to do" if model.weights else ""
+        raise UserError(f"model {model.name!r} has no trainable variables: nothing can be selected{why}")
     for path in paths:
         if paths.count(path) > 1:
             raise UserError(f"{paths.count(path)} variables have the path {path!r}: name the layers apart")
@@ -443,7 +444,7 @@ def resolve(
         entries.append(Entry(own_path, shape, variable.dtype, variable, rule, sent_by))
     for number in range(len(rules)):
         if number not in used and not _closes(number, rules, paths):
-            raise UserError(_unused(number, rules, paths))
+            _check_unused(number, rules, paths, model)
     plan = Plan(rules, tuple(entries))
     if not plan.trained:
         raise UserError(f"the rules train nothing: all {len(paths)} variables are frozen; add ('train', pattern)")
@@ -465,16 +466,33 @@ def _closes(number: int, rules: Sequence[Rule], paths: Sequence[str]) -> bool:
     return number == len(rules) - 1 and not rules[number].train and all(matches(rules[number].match, p) for p in paths)
 
 
-def _unused(number: int, rules: Sequence[Rule], paths: Sequence[str]) -> str:
+def _check_unused(number: int, rules: Sequence[Rule], paths: Sequence[str], model: Any) -> None:
+    """Raises UserError of a rule that covers none of the paths, unless it freezes what is frozen already."""
     rule = rules[number]
     taken = [path for path in paths if matches(rule.match, path)]
+    frozen = [path for path in _frozen_by_code(model) if matches(rule.match, path)]
     if taken:
         first = next(n for n, r in enumerate(rules) if matches(r.match, taken[0]))
-        return (
+        raise UserError(
             f"rule {number + 1} ({rule.match!r}) never applies: rule {first + 1} ({rules[first].match!r}) stands "
             f"before it and takes {taken[0]!r}; the first match wins, so move it up"
         )
-    return f"rule {number + 1} ({rule.match!r}) matches no variable; nearest paths: {_nearest(rule.match, paths)}"
+    if not frozen:
+        near = _nearest(rule.match, paths)
+        raise UserError(f"rule {number + 1} ({rule.match!r}) matches no variable; nearest paths: {near}")
+    if rule.train:
+        raise UserError(
+            f"rule {number + 1} ({rule.match!r}) would train {frozen[0]!r}, which the model's own code has frozen by "
+            "trainable = False (or enable_lora): take that out of the code and let the rules decide, or take out the "
+            "rule"
+        )
+
+
+def _frozen_by_code(model: Any) -> list[str]:
+    """Paths of the weights that are out of the rules' reach because of `trainable = False`; no statistics."""
+    trainable = {id(variable) for variable in model.trainable_variables}
+    weights = {id(v): v for layer in model._flatten_layers() for v in layer._trainable_variables}
+    return paths_of(model, [variable for key, variable in weights.items() if key not in trainable])
 
 
 def _nearest(word: str, names: Sequence[str], count: int = 3) -> str:

@@ -333,3 +333,19 @@ def test_two_towers_of_functional_layers_are_told_apart():
 def test_variables_that_no_path_tells_apart_are_numbered():
     model = called(Twins())
     assert own_names(model, model.variables) == ["same/kernel", "same/bias", "same/kernel (2)", "same/bias (2)"]
+
+
+def test_rules_about_what_the_models_own_code_has_frozen():
+    model = sequential()
+    model.get_layer("dense1").trainable = False
+    head = ("train", r"dense2/.*")
+    for freezes in (("freeze", r"dense1/.*"), ("freeze", r"dense1/kernel")):  # it is
+        assert trained_paths([freezes, head], model) == {"dense2/kernel", "dense2/bias"}
+    words = r"rule 1 \('dense1/.\*'\) would train 'dense1/kernel', .* by trainable = False .*: take that out"
+    with pytest.raises(UserError, match=words):
+        plan_of([("train", r"dense1/.*"), ("freeze", ".*")], model)
+    with pytest.raises(UserError, match="matches no variable; nearest paths: 'dense2/bias'"):
+        plan_of([("freeze", r"dense3/.*"), head], model)
+    model.trainable = False
+    with pytest.raises(UserError, match=r"no trainable variables: .*; its own code has set trainable = False"):
+        plan_of([head], model)
