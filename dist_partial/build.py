@@ -108,7 +108,7 @@ def _build(settings: Settings, replicas: Replicas) -> Built:
         adapters = lora.enable(settings.rules, model)
         plan = selection.resolve(settings.rules, model, settings.reduction, adapters)
         plan = dataclasses.replace(plan, workers=max(2, replicas.strategy.num_replicas_in_sync))
-        plan, units = _divided(storage.lower(plan, model, settings.frozen), settings, batch_norms)
+        plan, units, notes = _divided(storage.lower(plan, model, settings.frozen), settings, batch_norms)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
         with _taking(data.name, x):
             state, outputs = layer_state.find(model, x, plan)
@@ -125,7 +125,7 @@ def _build(settings: Settings, replicas: Replicas) -> Built:
     parts = strategy.num_replicas_in_sync * settings.accumulate
     loss, note = _loss(settings, data, outputs, example, parts)
     layer_state.spread(strategy, state.generators)
-    notes = [note] if note else []
+    notes += [note] if note else []
     if model.compiled and not type(model).__module__.startswith("keras_hub."):  # which compiles its tasks by itself
         notes.append("run.model is compiled: run.loss and run.optimizer take the place of its own loss and optimizer")
     optimizers_ = [*groups, *[fragment.outer for fragment in fragments]]
@@ -245,8 +245,8 @@ def _loss(
 
 def _divided(
     plan: selection.Plan, settings: Settings, batch_norms: Sequence[keras.layers.BatchNormalization]
-) -> tuple[selection.Plan, tuple[Unit, ...]]:
-    """The plan in the units of the schedule."""
+) -> tuple[selection.Plan, tuple[Unit, ...], list[str]]:
+    """The plan in the units of the schedule, and lines to say of it."""
     schedule = settings.schedule
     trained = {entry.path: entry for entry in plan.entries if entry.trained}
     parts = schedule.partition(list(trained))
@@ -261,7 +261,7 @@ def _divided(
         messages += reduction.averages(plan, batch_norm.unsynchronised_statistics(moving))
         sent = average_bytes(messages, plan.workers)
         units.append(Unit(name, tuple(paths), math.ceil(sent), sum(entry.trained_parameters for entry in entries)))
-    schedule.check(units, settings.steps)
+    notes = schedule.check(units, settings.steps)
     if not isinstance(schedule, Constant):
         for entry in trained.values():
             if any(message.every > 1 for message in entry.messages) or not entry.reduction.shared:
@@ -269,7 +269,7 @@ def _divided(
                     f"run.schedule switches what is reduced in every step, and {entry.reduction} of rule "
                     f"{entry.rule.match!r} is not: bind @every_step(), @power_sgd(), @top_k() or @quantized()"
                 )
-    return plan, tuple(units)
+    return plan, tuple(units), notes
 
 
 def restore(
