@@ -481,11 +481,13 @@ def _check_unused(number: int, rules: Sequence[Rule], paths: Sequence[str], mode
         near = _nearest(rule.match, paths)
         raise UserError(f"rule {number + 1} ({rule.match!r}) matches no variable; nearest paths: {near}")
     if rule.train:
-        raise UserError(
-            f"rule {number + 1} ({rule.match!r}) would train {frozen[0]!r}, which the model's own code has frozen by "
-            "trainable = False (or enable_lora): take that out of the code and let the rules decide, or take out the "
-            "rule"
-        )
+        layer = frozen[0].rpartition("/")[0]
+        factors = [path for path in paths if path.startswith(f"{layer}/lora_")]
+        what = "trainable = False: take that out of the code and let the rules decide, or take out the rule"
+        if factors:
+            what = f"enable_lora: match its factors, such as {factors[0]!r}, or take that out of the code"
+        where = f"rule {number + 1} ({rule.match!r})"
+        raise UserError(f"{where} would train {frozen[0]!r}, which the model's own code has frozen by {what}")
 
 
 def _frozen_by_code(model: Any) -> list[str]:
