@@ -104,6 +104,8 @@ def _build(settings: Settings, replicas: Replicas) -> Built:
     with strategy.scope():
         keras.utils.set_random_seed(settings.seed)
         model, example = _model(settings, data, strategy)
+        if fixed := layer_state.batch_size(model):
+            _check_batch(fixed, model, settings, data, strategy)
         batch_norms = batch_norm.layers(model)
         adapters = lora.enable(settings.rules, model)
         plan = selection.resolve(settings.rules, model, settings.reduction, adapters)
@@ -166,6 +168,7 @@ def _model(settings: Settings, data: Dataset, strategy: tf.distribute.Strategy) 
             )
     x = data.train.spec[0]
     generators = [variable for variable in model.variables if layer_state.is_generator(variable)]
+    generators += layer_state.recurrent(model)
     # A subclassed model has its variables only once it has been called.
     with _taking(data.name, x), layer_state.untouched(strategy, generators):
         wanted = model.inputs[0].dtype if getattr(model, "inputs", None) else x.dtype.name
@@ -174,7 +177,7 @@ def _model(settings: Settings, data: Dataset, strategy: tf.distribute.Strategy) 
                 f"run.model reads ids ({wanted}) and not {_example(data.name, x)}: bind a model of features, or other "
                 "data"
             )
-        outputs = model(tf.zeros([1, *x.shape], x.dtype))
+        outputs = model(tf.zeros([layer_state.batch_size(model) or 1, *x.shape], x.dtype))
     if not isinstance(outputs, tf.Tensor):
         raise UserError(f"run.model gives a {type(outputs).__name__} of outputs: its model must give one tensor")
     if getattr(outputs, "_keras_mask", None) is not None:  # which Keras's `fit` would apply to the loss
@@ -185,6 +188,30 @@ def _model(settings: Settings, data: Dataset, strategy: tf.distribute.Strategy) 
     if data.codec is not None:
         _check_symbols(model, data.name, data.codec.size, outputs.shape[-1])
     return model, outputs
+
+
+def _check_batch(
+    fixed: int, model: keras.Model, settings: Settings, data: Dataset, strategy: tf.distribute.Strategy
+) -> None:
+    """Raises UserError unless training and evaluation read as many examples at a time as the model takes."""
+    batch, parts = settings.global_batch, settings.accumulate
+    where = f"run.model has a stateful recurrent layer, built for {fixed:,} examples at a time"
+    if strategy.num_replicas_in_sync > 1:
+        raise UserError(
+            f"{where}, and replicas agree on what layers change, where each has examples of its own: train it on one "
+            "replica, or make the layer without stateful=True"
+        )
+    if parts > 1 or batch != fixed:
+        raise UserError(
+            f"{where}, and reads {batch} / {parts} (run.global_batch, run.accumulate): bind run.global_batch = {fixed} "
+            "and no run.accumulate, or build it for others (keras.Input(batch_shape=...))"
+        )
+    held_out = len(data.evaluation)
+    if (examples := min(settings.eval_examples or held_out, held_out)) % batch:
+        raise UserError(
+            f"{where}, and an evaluation of {examples:,} does not divide into such batches: bind run.eval_examples = "
+            f"{examples // batch * batch or batch}"
+        )
 
 
 def _check_symbols(model: keras.Model, name: str, symbols: int, outputs: int) -> None:
