@@ -85,11 +85,11 @@ def _misfit(function: Callable[..., Any], name: str, value: Any) -> str | None:
 
 
 def _required(function: Callable[..., Any]) -> list[str]:
-    """Names of the arguments without a default."""
+    """Names of the arguments without a default, or with gin's mark in its place."""
     return [
         p.name
         for p in inspect.signature(function).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        if (p.default is p.empty or p.default is gin.REQUIRED) and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
 
 

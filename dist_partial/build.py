@@ -22,6 +22,7 @@ from dist_partial import (
     optimizers,
     reduction,
     selection,
+    session,
     step,
     storage,
 )
@@ -82,11 +83,18 @@ class Built:
 def build(settings: Settings, replicas: Replicas) -> Built:
     """Builds data, model, plan and optimizers; reads and writes nothing of the run folder.
 
+    Sets Keras's precision and all random seeds to the run's; `session.put_back` around it undoes the former.
+
     Raises:
         UserError: every mistake in the rules, the factories or the data.
     """
     keras.config.set_floatx("float64" if settings.precision == "float64" else "float32")
     keras.config.set_dtype_policy(settings.precision)
+    with session.numbered_afresh(settings.data, settings.model):
+        return _build(settings, replicas)
+
+
+def _build(settings: Settings, replicas: Replicas) -> Built:
     with calling("run.data"):
         data = settings.data()
     if not isinstance(data, Dataset):
@@ -98,11 +106,13 @@ def build(settings: Settings, replicas: Replicas) -> Built:
         keras.utils.set_random_seed(settings.seed)
         with calling("run.model"):
             model, example = _model(settings, data, strategy)
+            if fixed := layer_state.batch_size(model):
+                _check_batch(fixed, model, settings, data, strategy)
         batch_norms = batch_norm.layers(model)
         adapters = lora.enable(settings.rules, model)
         plan = selection.resolve(settings.rules, model, settings.reduction, adapters)
         plan = dataclasses.replace(plan, workers=max(2, replicas.strategy.num_replicas_in_sync))
-        plan, units = _divided(storage.lower(plan, model, settings.frozen), settings, batch_norms)
+        plan, units, notes = _divided(storage.lower(plan, model, settings.frozen), settings, batch_norms)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
         with calling("run.model"), _taking(data.name, x):
             state, outputs = layer_state.find(model, x, plan)
@@ -121,7 +131,7 @@ def build(settings: Settings, replicas: Replicas) -> Built:
     with calling("run.loss"):
         loss, note = _loss(settings, data, outputs, example, parts)
     layer_state.spread(strategy, state.generators)
-    notes = [note] if note else []
+    notes += [note] if note else []
     if model.compiled and not type(model).__module__.startswith("keras_hub."):  # which compiles its tasks by itself
         notes.append("run.model is compiled: run.loss and run.optimizer take the place of its own loss and optimizer")
     optimizers_ = [*groups, *[fragment.outer for fragment in fragments]]
@@ -162,6 +172,7 @@ def _model(settings: Settings, data: Dataset, strategy: tf.distribute.Strategy) 
             )
     x = data.train.spec[0]
     generators = [variable for variable in model.variables if layer_state.is_generator(variable)]
+    generators += layer_state.recurrent(model)
     # A subclassed model has its variables only once it has been called.
     with _taking(data.name, x), layer_state.untouched(strategy, generators):
         wanted = model.inputs[0].dtype if getattr(model, "inputs", None) else x.dtype.name
@@ -170,7 +181,7 @@ def _model(settings: Settings, data: Dataset, strategy: tf.distribute.Strategy) 
                 f"run.model reads ids ({wanted}) and not {_example(data.name, x)}: bind a model of features, or other "
                 "data"
             )
-        outputs = model(tf.zeros([1, *x.shape], x.dtype))
+        outputs = model(tf.zeros([layer_state.batch_size(model) or 1, *x.shape], x.dtype))
     if not isinstance(outputs, tf.Tensor):
         raise UserError(f"run.model gives a {type(outputs).__name__} of outputs: its model must give one tensor")
     if getattr(outputs, "_keras_mask", None) is not None:  # which Keras's `fit` would apply to the loss
@@ -181,6 +192,30 @@ def _model(settings: Settings, data: Dataset, strategy: tf.distribute.Strategy) 
     if data.codec is not None:
         _check_symbols(model, data.name, data.codec.size, outputs.shape[-1])
     return model, outputs
+
+
+def _check_batch(
+    fixed: int, model: keras.Model, settings: Settings, data: Dataset, strategy: tf.distribute.Strategy
+) -> None:
+    """Raises UserError unless training and evaluation read as many examples at a time as the model takes."""
+    batch, parts = settings.global_batch, settings.accumulate
+    where = f"run.model has a stateful recurrent layer, built for {fixed:,} examples at a time"
+    if strategy.num_replicas_in_sync > 1:
+        raise UserError(
+            f"{where}, and replicas agree on what layers change, where each has examples of its own: train it on one "
+            "replica, or make the layer without stateful=True"
+        )
+    if parts > 1 or batch != fixed:
+        raise UserError(
+            f"{where}, and reads {batch} / {parts} (run.global_batch, run.accumulate): bind run.global_batch = {fixed} "
+            "and no run.accumulate, or build it for others (keras.Input(batch_shape=...))"
+        )
+    held_out = len(data.evaluation)
+    if (examples := min(settings.eval_examples or held_out, held_out)) % batch:
+        raise UserError(
+            f"{where}, and an evaluation of {examples:,} does not divide into such batches: bind run.eval_examples = "
+            f"{examples // batch * batch or batch}"
+        )
 
 
 def _check_symbols(model: keras.Model, name: str, symbols: int, outputs: int) -> None:
@@ -241,8 +276,8 @@ def _loss(
 
 def _divided(
     plan: selection.Plan, settings: Settings, batch_norms: Sequence[keras.layers.BatchNormalization]
-) -> tuple[selection.Plan, tuple[Unit, ...]]:
-    """The plan in the units of the schedule."""
+) -> tuple[selection.Plan, tuple[Unit, ...], list[str]]:
+    """The plan in the units of the schedule, and lines to say of it."""
     schedule = settings.schedule
     trained = {entry.path: entry for entry in plan.entries if entry.trained}
     parts = schedule.partition(list(trained))
@@ -257,7 +292,7 @@ def _divided(
         messages += reduction.averages(plan, batch_norm.unsynchronised_statistics(moving))
         sent = average_bytes(messages, plan.workers)
         units.append(Unit(name, tuple(paths), math.ceil(sent), sum(entry.trained_parameters for entry in entries)))
-    schedule.check(units, settings.steps)
+    notes = schedule.check(units, settings.steps)
     if not isinstance(schedule, Constant):
         for entry in trained.values():
             if any(message.every > 1 for message in entry.messages) or not entry.reduction.shared:
@@ -265,7 +300,7 @@ def _divided(
                     f"run.schedule switches what is reduced in every step, and {entry.reduction} of rule "
                     f"{entry.rule.match!r} is not: bind @every_step(), @power_sgd(), @top_k() or @quantized()"
                 )
-    return plan, tuple(units)
+    return plan, tuple(units), notes
 
 
 def restore(

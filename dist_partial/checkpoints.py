@@ -90,7 +90,7 @@ def resumable_state(
     generators = [v for v in moving if is_generator(v)]
     state |= {f"generators/{i}": variable for i, variable in enumerate(generators)}
     statistics = [v for v in moving if not is_generator(v)]
-    names = own_names(model.name, [v.path for v in statistics])
+    names = own_names(model, statistics)
     averaged = any(group.reduction.shared for group in plan.groups)
     for name, variable in zip(names, statistics, strict=True):
         state[f"statistics/{name}"] = variable if averaged else PerReplica(strategy, variable.value, "mean")
@@ -117,7 +117,7 @@ def frozen_fingerprints(model: keras.Model, plan: Plan, moving: Sequence[Any]) -
             prints[entry.path] = digest(value)
     known = {id(v) for v in [*moving, *(entry.variable for entry in plan.entries)]}
     others = [v for v in model.variables if id(v) not in known]
-    names = own_names(model.name, [v.path for v in others])
+    names = own_names(model, others)
     return prints | {n: digest(keras.ops.convert_to_numpy(v)) for n, v in zip(names, others, strict=True)}
 
 
@@ -136,7 +136,7 @@ def variables(model: keras.Model) -> dict[str, Any]:
     Where several have one path, those after the first are called `path (2)`, `path (3)` and so on.
     """
     kept = [v for v in model.variables if not is_generator(v)]
-    return dict(zip(own_names(model.name, [v.path for v in kept]), kept, strict=True))
+    return dict(zip(own_names(model, kept), kept, strict=True))
 
 
 def fingerprints(model: keras.Model) -> dict[str, str]:

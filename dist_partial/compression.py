@@ -82,7 +82,8 @@ class PowerSGD:
         whole = tf.reshape(value + state["residual"], matrix)
         left = yield Sum(tf.cast(whole @ state["right"], wire))
         # Householder's QR gives orthonormal columns even where the product has lost rank.
-        left = tf.linalg.qr(tf.cast(left, value.dtype))[0]
+        precise = tf.float32 if value.dtype == tf.bfloat16 else value.dtype  # in which TensorFlow 2.21 has it
+        left = tf.cast(tf.linalg.qr(tf.cast(left, precise))[0], value.dtype)
         right = tf.cast(tf.matmul(whole, left, transpose_a=True), wire)
         state["residual"].assign(
             tf.reshape(whole - tf.matmul(left, tf.cast(right, value.dtype), transpose_b=True), value.shape)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import io
@@ -16,7 +17,7 @@ from typing import Any
 
 import gin
 
-from dist_partial import arguments, data, models, replicas, schedule, settings
+from dist_partial import arguments, data, models, replicas, schedule, session, settings
 from dist_partial.compression import PowerSGD, Quantized, TopK
 from dist_partial.errors import UserError
 from dist_partial.reduction import EveryStep, LocalSGD, Never, nesterov
@@ -53,11 +54,13 @@ _OURS: dict[str, Callable[..., Any]] = {
     "tfds_dataset": data.tfds_dataset,
     "tokenized_text": data.tokenized_text,
 }
-# What was made bindable and gin's wrapper of it, by selector; like gin's own registry, for the whole process.
-_bindable: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+# Selectors of what users' modules hold. gin's registry is of the whole process, in which a notebook loads an edited
+# module again, and the next file may import another one with functions of the same names.
+_of_users: list[str] = []
 _OPENED = "dist_partial:"  # before a path, so that gin leaves opening it to `_open`
 _INCLUDE = re.compile(r"^(\s*include\s+)['\"](.+?)['\"]", re.MULTILINE)
 _IMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+)?import\s+([\w.]+)", re.MULTILINE)
+_REQUIRED = re.compile(r"Required bindings for `([\w.]+)` not provided in config: \[(.*?)\]")
 # Bound before any file is read, so that `Adam.learning_rate` or `every_step.dtype` alone have their effect.
 _DEFAULTS = ("run.optimizer = @keras.optimizers.Adam", "run.reduction = @every_step()")
 _KERAS = ("optimizers", "optimizers.schedules", "losses", "applications", "initializers", "regularizers")
@@ -95,12 +98,12 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
         UserError: a missing file, a syntax error, an unknown or misspelt name, a bad value.
     """
     gin.clear_config()
+    while _of_users:
+        gin.config._REGISTRY.pop(_of_users.pop())
     _register()
-    for file in files:
-        if not Path(file).is_file():
-            near = difflib.get_close_matches(Path(file).name, [p.name for p in Path(file).parent.glob("*.gin")])
-            raise UserError(f"no gin file {file}" + (f"; in that folder there is {', '.join(near)}" if near else ""))
-        _prepare(Path(file), (), imports)
+    with session.numbered_afresh():  # modules may make layers, too
+        for file in files:
+            _prepare(Path(file), (), imports)
     place = ""
     logging.disable(logging.ERROR)  # gin's readers log an error for each file that another of them opens
     try:
@@ -114,11 +117,13 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
                 raise UserError(f"{param!r} binds nothing: write run.{near[0] if near else 'steps'} = ..., with a dot")
             gin.parse_config(param)
         place = ""
-        arguments.check(
-            {f"dist_partial.{name}" for name in _OURS}, {name: each for name, (each, _) in _bindable.items()}
-        )
-        run, sample, replicas_factory = (_bindable[f"dist_partial.{name}"][1] for name in ("run", "sample", "replicas"))
-        bound = run(replicas=replicas_factory, sampling=sample())
+        gin.config.find_missing_overrides_hook(gin.config._CONFIG)  # what is bound to %gin.REQUIRED
+        known = {name: each.wrapped for name, each in gin.config._REGISTRY.items()}
+        arguments.check({f"dist_partial.{name}" for name in _OURS}, known)
+        run, sample, replicas = (gin.get_configurable(f"dist_partial.{name}") for name in ("run", "sample", "replicas"))
+        bound = run(replicas=replicas, sampling=sample())
+        factories = {name: _explained(getattr(bound, name)) for name in ("model", "data", "loss", "optimizer")}
+        bound = dataclasses.replace(bound, **factories)
     except UserError as error:  # to which gin adds lines with the names of its own functions
         raise UserError(str(error).splitlines()[0]) from error
     except Exception as error:  # gin raises whatever the file's mistake leads to
@@ -141,9 +146,12 @@ def _register() -> None:
                 _make_bindable(value, name, f"keras.{package}")
 
 
-def _make_bindable(value: Callable[..., Any], name: str, module: str) -> None:
-    if f"{module}.{name}" not in _bindable:
-        _bindable[f"{module}.{name}"] = value, gin.external_configurable(value, name=name, module=module)
+def _make_bindable(value: Callable[..., Any], name: str, module: str) -> bool:
+    """Returns whether it was not bindable before, by an earlier call or by gin's own decorator."""
+    if f"{module}.{name}" in gin.config._REGISTRY:
+        return False
+    gin.external_configurable(value, name=name, module=module)
+    return True
 
 
 class _Text(io.StringIO):
@@ -173,6 +181,9 @@ def _prepare(file: Path, including: tuple[Path, ...], imports: bool) -> None:
         including: the files that led to this one.
         imports: whether it may import modules.
     """
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.gin")])
+        raise UserError(f"no gin file {file}" + (f"; in that folder there is {', '.join(near)}" if near else ""))
     if file.resolve() in including:
         raise UserError(f"{file} includes itself: remove the include")
     try:
@@ -211,7 +222,23 @@ def _prepare(file: Path, including: tuple[Path, ...], imports: bool) -> None:
             elif ours and not attribute.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
                 # gin makes a subclass, which some classes (enumerations) do not allow; they are no factories either.
                 with contextlib.suppress(AttributeError, TypeError, ValueError):
-                    _make_bindable(value, attribute, name)
+                    if _make_bindable(value, attribute, name):
+                        _of_users.append(f"{name}.{attribute}")
+
+
+def _explained(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """The same factory; what gin misses when it is called, such as in a function that it calls, is a UserError."""
+
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return factory(*args, **kwargs)
+        except RuntimeError as error:
+            if _REQUIRED.search(str(error)) is None:
+                raise
+            raise UserError(_explain(error, "")) from error
+
+    return call
 
 
 def _explain(error: Exception, place: str) -> str:
@@ -229,16 +256,18 @@ def _explain(error: Exception, place: str) -> str:
         first = "a binding refers to itself, as in local_sgd.exchange = @local_sgd()"
     elif match := re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
         name = match[1].split("/")[-1]
-        short = {selector.split(".")[-1]: selector.removeprefix("dist_partial.") for selector in _bindable}
+        names = [selector for selector, _ in gin.config._REGISTRY.items() if not selector.startswith("gin.")]
+        short = {selector.split(".")[-1]: selector.removeprefix("dist_partial.") for selector in names}
         near = difflib.get_close_matches(name.split(".")[-1], list(short), cutoff=0.5)
         first = f"nothing is called {name!r}; nearest: {', '.join(short[n] for n in near) or 'none'}"
     elif match := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text):
-        value = next(v for selector, (v, _) in _bindable.items() if f".{selector}".endswith(f".{match[1]}"))
-        parameters = list(inspect.signature(value).parameters)
+        parameters = list(inspect.signature(gin.config._REGISTRY.get_match(match[1]).wrapped).parameters)
         near = difflib.get_close_matches(match[2], parameters, cutoff=0.5) or parameters
         first = f"{match[1]} has no parameter {match[2]!r}; nearest: {', '.join(near)}"
     elif match := re.search(r"In call to configurable 'macro' .* in scope '([\w./]+)'", text):
         first = f"%{match[1]} is not defined: bind {match[1]} = ..."
+    elif match := _REQUIRED.search(text):
+        first = "not bound: " + ", ".join(f"{match[1]}.{name}" for name in re.findall(r"'(\w+)'", match[2]))
     elif match := re.search(r"missing \d+ required positional arguments?: (.*)", text):
         missing = re.findall(r"'(\w+)'", match[1])
         # The innermost call stands first.

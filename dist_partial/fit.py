@@ -71,6 +71,7 @@ def partial(
         ]
         asleep = {id(variable) for layer in _freeze_rest(model, plan) for variable in layer.variables}
         wrapped = Partial(used, shares, [e.path for e in plan.entries if id(e.variable) in asleep])
+        wrapped.build(model.trainable_variables, {e.path: e.variable for e in plan.entries})
         outer = PartialLossScale(wrapped) if model.dtype_policy.name == "mixed_float16" else wrapped
         outer.build(model.trainable_variables)
         return outer

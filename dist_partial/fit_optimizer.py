@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -75,12 +75,17 @@ class Partial(keras.optimizers.Optimizer):
         self._shares, self._inference, self._excluded = tuple(shares), tuple(inference), tuple(excluded)
         self._reduces = True
 
-    def build(self, variables: Sequence[Any]) -> None:
-        """Makes the slots of the selection, and freezes the rest of `variables`, which a loaded model has trainable."""
+    def build(self, variables: Sequence[Any], by_path: Mapping[str, Any] | None = None) -> None:
+        """Makes the slots of the selection, and freezes the rest of `variables`, which a loaded model has trainable.
+
+        Args:
+            variables: the model's that may be trained.
+            by_path: these and others by the paths that rules read; None, as in `load_model`, goes by Keras's paths.
+        """
         if self.built:
             return
         with self._distribution_strategy.scope():
-            self.plan = plan = _plan(self._shares, self._inner, variables)
+            self.plan = plan = _plan(self._shares, self._inner, by_path or _by_path(variables, self._shares))
             groups: dict[int, optimizers_lib.GroupOptimizer] = {}
             for group in optimizers_lib.build(plan, lambda: None, slots=False):  # each rule names its own
                 same = groups.setdefault(id(group.optimizer), dataclasses.replace(group, members=()))
@@ -244,7 +249,8 @@ class PartialLossScale(keras.optimizers.LossScaleOptimizer):
         return self.inner_optimizer.optimizers
 
 
-def _plan(shares: Sequence[Share], inner: Sequence[Any], variables: Sequence[Any]) -> Plan:
+def _by_path(variables: Sequence[Any], shares: Sequence[Share]) -> dict[str, Any]:
+    """The variables by the paths that the shares have of them; without the model they are known by Keras's alone."""
     wanted = [path for share in shares for path in share.paths]
     # With the model's name in front or not, as Keras does it for the kind of model.
     by_path = {variable.path: variable for variable in variables}
@@ -252,7 +258,14 @@ def _plan(shares: Sequence[Share], inner: Sequence[Any], variables: Sequence[Any
         by_path = {path.split("/", 1)[-1]: variable for path, variable in by_path.items()}
     for path in wanted:
         if path not in by_path:
-            raise UserError(f"the optimizer trains {path!r}, which the model does not have or has frozen")
+            raise UserError(
+                f"the optimizer trains {path!r}, which the model does not have or has frozen, or in which Keras calls "
+                "several variables the same: load it with compile=False, then call partial and model.compile again"
+            )
+    return by_path
+
+
+def _plan(shares: Sequence[Share], inner: Sequence[Any], by_path: Mapping[str, Any]) -> Plan:
     rules, entries = [], []
     for share in shares:
         optimizer = inner[share.optimizer]

@@ -20,3 +20,9 @@ def raw(layer: Any) -> Any:
 def merged(layer: Any) -> Any:
     """The value with which one computes: with LoRA's factors."""
     return layer.embeddings if isinstance(layer, keras.layers.Embedding) else layer.kernel
+
+
+def factors(layer: Any) -> tuple[Any, Any]:
+    """The variables of LoRA of a layer that has it."""
+    name = "lora_embeddings" if isinstance(layer, keras.layers.Embedding) else "lora_kernel"
+    return getattr(layer, f"{name}_a"), getattr(layer, f"{name}_b")

@@ -22,7 +22,7 @@ import tensorflow as tf
 from dist_partial import batch_norm, traffic
 from dist_partial.errors import UserError
 from dist_partial.replicas import input_context, local_count
-from dist_partial.selection import Plan
+from dist_partial.selection import Plan, paths_of
 
 # Far apart for neighbouring replicas, and from what people choose as the seeds of neighbouring layers.
 _SEED_STRIDE, _SEEDS = 0x9E3779B9, 2**31 - 1
@@ -55,6 +55,17 @@ def is_generator(variable: Any) -> bool:
     return variable.name == "seed_generator_state"
 
 
+def recurrent(model: keras.Model) -> list[Any]:
+    """States of stateful recurrent layers, [examples, units]; Keras has them in no `variables` and saves none."""
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.RNN) and layer.stateful]
+    return [state for layer in layers if layer.built for state in tf.nest.flatten(layer.states)]
+
+
+def batch_size(model: keras.Model) -> int | None:
+    """The number of examples that a model takes at a time, if a stateful layer has fixed it."""
+    return next((state.shape[0] for state in recurrent(model)), None)
+
+
 def find(model: keras.Model, x: tf.TensorSpec, plan: Plan) -> tuple[LayerState, tf.Tensor]:
     """Traces the model in training mode to see which variables it assigns; runs and changes nothing.
 
@@ -79,14 +90,14 @@ def find(model: keras.Model, x: tf.TensorSpec, plan: Plan) -> tuple[LayerState, 
         new.update(scope.state_mapping)
 
     new: dict[int, tf.Tensor] = {}  # values by the identity of the variable
-    spec = tf.TensorSpec([2, *x.shape], x.dtype)
+    spec = tf.TensorSpec([batch_size(model) or 2, *x.shape], x.dtype)
     graph = tf.function(traced, autograph=False).get_concrete_function(spec).graph
     _check_own(model, graph, new)
     entries = {id(entry.variable): entry for entry in plan.entries}
     shared = all(group.reduction.shared for group in plan.groups)
     of_batch_norm = {id(v) for layer in batch_norm.layers(model) for v in (layer.moving_mean, layer.moving_variance)}
     moving, averaged = [], []
-    for variable in model.variables:
+    for variable in [*model.variables, *recurrent(model)]:
         if id(variable) not in new:
             continue
         entry = entries.get(id(variable))
@@ -102,8 +113,8 @@ def find(model: keras.Model, x: tf.TensorSpec, plan: Plan) -> tuple[LayerState, 
         seen, floats = _depends_on_data(new[id(variable)], graph.inputs[0]), tf.as_dtype(variable.dtype).is_floating
         if seen and not floats:
             raise UserError(
-                f"{variable.path!r} is {variable.dtype} and a layer changes it by what each replica sees: replicas can "
-                "average floats alone; give it a float dtype"
+                f"{paths_of(model, [variable])[0]!r} is {variable.dtype} and a layer changes it by what each replica "
+                "sees: replicas can average floats alone; give it a float dtype"
             )
         # What all replicas compute alike needs no bytes; between exchanges they compute with weights of their own.
         if seen or (floats and not shared):
@@ -121,7 +132,7 @@ def _check_own(model: keras.Model, graph: Any, new: Mapping[int, tf.Tensor]) -> 
             handle = handles.get(id(operation.inputs[0]))
             names = [variable.name for variable in graph.variables if variable.handle is handle]
             raise UserError(f"run.model changes the tf.Variable {''.join(names[:1]) or operation.name!r}: {hint}")
-    own = {id(variable) for variable in [*model.variables, *model.metrics_variables]}
+    own = {id(variable) for variable in [*model.variables, *model.metrics_variables, *recurrent(model)]}
     if not set(new) <= own:
         raise UserError(
             "run.model changes a variable that is none of its own, such as Keras's global random generator: give "

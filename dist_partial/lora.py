@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from dist_partial import kernels, selection
+from dist_partial import kernels, selection, storage
 from dist_partial.errors import UserError
 
 
@@ -14,6 +14,9 @@ def enable(table: Sequence[Any], model: keras.Model) -> dict[str, selection.Adap
 
     `keras.Layer.enable_lora` is called for the layers of these kernels alone: a backbone's own `enable_lora` leaves
     biases trainable beside the factors, and here the rules decide on them.
+
+    A layer that the model's own code has given factors of the same rank keeps them. Factors are float32, as Keras makes
+    them, or as wide as the kernel if that is float64.
 
     Args:
         table: the rules, short or full form.
@@ -24,33 +27,54 @@ def enable(table: Sequence[Any], model: keras.Model) -> dict[str, selection.Adap
 
     Raises:
         UserError: a rule with `lora` covers a variable that is no kernel of a Dense, EinsumDense or Embedding layer,
-            or one that cannot have it.
+            one that cannot have it, or one that has factors of another rank.
     """
     rules = selection.parse_rules(table)
     if all(rule.lora is None for rule in rules):
         return {}
-    owners = {id(kernels.raw(layer)): layer for layer in kernels.layers(model)}
-    wanted = []
-    # All are looked at before the first is changed.
-    for path, variable in zip(selection.variable_paths(model), list(model.trainable_variables), strict=True):
-        number = selection.first_match(rules, path)
-        if number is None or rules[number].lora is None:
-            continue
-        if id(variable) not in owners:
-            raise UserError(
-                f"rule {number + 1} ({rules[number].match!r}) asks for LoRA of {path!r}, which is no kernel of a "
-                "Dense, EinsumDense or Embedding layer: match kernels only, as in r'.*/(query|value)/kernel'"
-            )
-        wanted.append((number, path, variable, owners[id(variable)]))
     adapters = {}
-    for number, path, variable, layer in wanted:
-        before = {id(v) for v in layer.variables}
+    for path, (number, layer) in _covered(rules, model).items():
+        rule = rules[number]
         try:
-            layer.enable_lora(rules[number].lora)
+            if not layer.lora_enabled:
+                layer.enable_lora(rule.lora)
         except (ValueError, NotImplementedError) as error:
-            raise UserError(f"rule {number + 1} ({rules[number].match!r}): no LoRA for {path!r}: {error}") from error
-        adapters[path] = selection.Adapter(variable, tuple(v for v in layer.variables if id(v) not in before))
+            raise UserError(f"rule {number + 1} ({rule.match!r}): no LoRA for {path!r}: {error}") from error
+        kernel, factors = kernels.raw(layer), kernels.factors(layer)
+        for factor in factors if kernel.dtype == "float64" else ():
+            storage.store(factor, kernel.dtype)  # Keras 3.15 makes them float32 beside any kernel
+        adapters[path] = selection.Adapter(kernel, factors)
     return adapters
+
+
+def _covered(rules: Sequence[selection.Rule], model: keras.Model) -> dict[str, tuple[int, Any]]:
+    """By the kernel's path, the number of the rule with `lora` that covers it, and its layer; changes nothing yet."""
+    owners = {id(kernels.raw(layer)): layer for layer in kernels.layers(model)}
+    given = {id(v): layer for layer in owners.values() if layer.lora_enabled for v in kernels.factors(layer)}
+    covered = {}
+    for own_path, variable in zip(selection.variable_paths(model), model.trainable_variables, strict=True):
+        path, layer = own_path, owners.get(id(variable))
+        if id(variable) in given:  # the kernel's path, unless a rule of their own trains the factors
+            number = selection.first_match(rules, own_path)
+            if number is None or not rules[number].train or rules[number].lora:
+                layer = given[id(variable)]
+                path = selection.paths_of(model, [*model.trainable_variables, kernels.raw(layer)])[-1]
+        number = selection.first_match(rules, path)
+        if number is None or not (rank := rules[number].lora):
+            continue
+        where = f"rule {number + 1} ({rules[number].match!r}) asks for LoRA of"
+        if layer is None:
+            raise UserError(
+                f"{where} {path!r}, which is no kernel of a Dense, EinsumDense or Embedding layer: match kernels only, "
+                "as in r'.*/(query|value)/kernel'"
+            )
+        if layer.lora_enabled and layer.lora_rank != rank:
+            raise UserError(
+                f"{where} rank {rank} of {path!r}, and the model's own code has given it rank {layer.lora_rank} by "
+                f"enable_lora: write lora = {layer.lora_rank}, or take that out of the code"
+            )
+        covered[path] = number, layer
+    return covered
 
 
 def merge(model: keras.Model) -> None:

@@ -104,7 +104,10 @@ def estimate(settings: "Settings", machine: Machine) -> Cost:
 
     The gradients of the last layers travel while those of the first are computed, pack by pack.
     """
-    plan, computation, exchanges, memory = _measure(settings, max(1, settings.global_batch // machine.workers))
+    from dist_partial.session import put_back
+
+    with put_back():
+        plan, computation, exchanges, memory = _measure(settings, max(1, settings.global_batch // machine.workers))
     plan = dataclasses.replace(plan, workers=max(2, machine.workers))
     cores = os.cpu_count() or 1
     shared = [entry for entry in plan.trained if entry.reduction.shared]

@@ -24,6 +24,7 @@ from dist_partial.replicas import Replicas
 from dist_partial.reporting import Journal, plan_table
 from dist_partial.schedule import Constant
 from dist_partial.selection import average_bytes
+from dist_partial.session import put_back
 from dist_partial.settings import Settings
 
 
@@ -48,6 +49,9 @@ def run(
 ) -> None:
     """Trains, evaluates and samples; goes on from what is in the folder.
 
+    Keras's floatx and dtype policy are put back at the end; the random seeds of Python, NumPy, TensorFlow and Keras,
+    which `run.seed` sets, stay as they are then.
+
     Args:
         settings: what to do.
         folder: the run folder, made if absent.
@@ -63,7 +67,7 @@ def run(
     """
     replicas = settings.replicas()
     try:
-        with _connected(replicas), _explained():
+        with put_back(), _connected(replicas), _explained():
             _run(settings, Path(folder), replicas, operative, unused, bindings or {})
     except BaseException as error:
         _let_go(error)

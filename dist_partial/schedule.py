@@ -57,8 +57,8 @@ class Schedule(Protocol):
     def partition(self, paths: Sequence[str]) -> Partition:
         """Names of the units and their paths; `paths` are of all that the rules train, in the model's order."""
 
-    def check(self, units: Sequence[Unit], steps: int) -> None:
-        """Raises UserError if the schedule does not fit these units, or a run of so many steps."""
+    def check(self, units: Sequence[Unit], steps: int) -> list[str]:
+        """Lines to say of what a run of so many steps does not reach; raises UserError if it does not fit the units."""
 
     def initial(self, units: Sequence[Unit]) -> State:
         """What is remembered before the first `observe`."""
@@ -105,8 +105,8 @@ class Constant(_Stateless):
     def partition(self, paths: Sequence[str]) -> Partition:
         return [("", tuple(paths))]
 
-    def check(self, units: Sequence[Unit], steps: int) -> None:
-        pass
+    def check(self, units: Sequence[Unit], steps: int) -> list[str]:
+        return []
 
     def select(self, step: int, units: Sequence[Unit], seed: int, state: State) -> frozenset[str]:
         return frozenset(unit.name for unit in units)
@@ -165,9 +165,14 @@ class Phases(_Stateless):
             for phases, members in classes.items()
         ]
 
-    def check(self, units: Sequence[Unit], steps: int) -> None:
-        for number, start in enumerate(self._starts, 1):
-            _check_reached(f"phases.table, phase {number} starts", start, steps)
+    def check(self, units: Sequence[Unit], steps: int) -> list[str]:
+        number = self._number(steps - 1) + 1
+        later = self._starts[number:]
+        return (
+            _unreached(f"phases.table, phase {number + 1} of {len(self.table)} starts", later[0], steps)
+            if later
+            else []
+        )
 
     def select(self, step: int, units: Sequence[Unit], seed: int, state: State) -> frozenset[str]:
         return self._matched(units, slice(self._number(step), self._number(step) + 1))
@@ -237,7 +242,7 @@ class Gradual(_Periodic):
     binding: ClassVar[str] = "gradual_unfreezing"
     count: int = 1
 
-    def check(self, units: Sequence[Unit], steps: int) -> None:
+    def check(self, units: Sequence[Unit], steps: int) -> list[str]:
         if self.count >= len(units):
             names = _names(unit.name for unit in units)
             raise UserError(
@@ -245,7 +250,7 @@ class Gradual(_Periodic):
             )
         last = self.every * ((len(units) - 1) // self.count)
         missed = _names(unit.name for unit in units[: -self._reached(steps - 1)])
-        _check_reached(f"gradual_unfreezing.every is {self.every}: {missed} would stay frozen; all are on", last, steps)
+        return _unreached(f"gradual_unfreezing.every is {self.every}: {missed} stay frozen; all are on", last, steps)
 
     def select(self, step: int, units: Sequence[Unit], seed: int, state: State) -> frozenset[str]:
         return frozenset(unit.name for unit in units[-self._reached(step) :])
@@ -268,7 +273,7 @@ class Rotation(_Periodic):
     order: str = "random"
     always: Sequence[str] = ()
 
-    def check(self, units: Sequence[Unit], steps: int) -> None:
+    def check(self, units: Sequence[Unit], steps: int) -> list[str]:
         _, others = _split("block_rotation.always", self.always, units)
         if len(others) < 2:
             raise UserError(
@@ -277,7 +282,7 @@ class Rotation(_Periodic):
             )
         last = self.every * (len(others) - 1)
         what = f"block_rotation.every is {self.every}: the last of {len(others)} units has its first turn"
-        _check_reached(what, last, steps)
+        return _unreached(what, last, steps)
 
     def select(self, step: int, units: Sequence[Unit], seed: int, state: State) -> frozenset[str]:
         always, others = _split("block_rotation.always", self.always, units)
@@ -305,14 +310,14 @@ class Lisa(_Periodic):
     count: int = 2
     always: Sequence[str] | None = None
 
-    def check(self, units: Sequence[Unit], steps: int) -> None:
+    def check(self, units: Sequence[Unit], steps: int) -> list[str]:
         always, others = self._split(units)
         if self.count > len(others):
             raise UserError(
                 f"lisa.count is {self.count}: there are {len(others)} units to draw from, {_names(others)}, beside "
                 f"those that are always on, {_names(always)}"
             )
-        _check_reached(f"lisa.every is {self.every}: the second draw comes", self.every, steps)
+        return _unreached(f"lisa.every is {self.every}: the second draw comes", self.every, steps)
 
     def select(self, step: int, units: Sequence[Unit], seed: int, state: State) -> frozenset[str]:
         always, others = self._split(units)
@@ -354,14 +359,15 @@ class AutoFreeze(_Periodic):
         if type(self.percentile) not in (int, float) or not 0 < self.percentile <= 100:
             raise UserError(f"autofreeze.percentile is {self.percentile!r}: it must be above 0 and at most 100")
 
-    def check(self, units: Sequence[Unit], steps: int) -> None:
+    def check(self, units: Sequence[Unit], steps: int) -> list[str]:
         if self.keep >= len(units):
             names = _names(unit.name for unit in units)
             raise UserError(f"autofreeze.keep is {self.keep}: nothing could be frozen of the units {names}")
-        _check_reached(f"autofreeze.every is {self.every}: the first unit can be frozen", 2 * self.every, steps)
-        if self.retest is not None:
-            what = f"autofreeze.retest is {self.retest}: the first test would be"
-            _check_reached(what, self.retest * self.every, steps)
+        lines = _unreached(f"autofreeze.every is {self.every}: the first unit can be frozen", 2 * self.every, steps)
+        if self.retest is not None and not lines:
+            what = f"autofreeze.retest is {self.retest}: the first test is"
+            lines += _unreached(what, self.retest * self.every, steps)
+        return lines
 
     def initial(self, units: Sequence[Unit]) -> State:
         return {"frozen": 0, "norms": [0.0] * len(units)}
@@ -420,7 +426,7 @@ class ByteBudget(_Periodic):
     always: Sequence[str] = ()
     starve: int | None = None
 
-    def check(self, units: Sequence[Unit], steps: int) -> None:
+    def check(self, units: Sequence[Unit], steps: int) -> list[str]:
         always, others = _split("byte_budget.always", self.always, units)
         size = {unit.name: unit.bytes for unit in units}
         least = min(units, key=lambda unit: unit.bytes)
@@ -439,6 +445,7 @@ class ByteBudget(_Periodic):
                 f"{max(size[name] for name in large):,} bytes a step{beside}: bind more, divide it by "
                 "byte_budget.units, or freeze it in run.rules"
             )
+        return []
 
     def initial(self, units: Sequence[Unit]) -> State:
         waits = [0] * len(units)
@@ -527,9 +534,9 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-def _check_reached(what: str, start: int, steps: int) -> None:
-    if start >= steps:
-        raise UserError(f"{what} after {start} steps, but run.steps is {steps}: bind fewer, or a longer run")
+def _unreached(what: str, start: int, steps: int) -> list[str]:
+    # No mistake: the schedule of a long run is tried for a few steps, and goes on when run.steps is more.
+    return [f"{what} after {start} steps, and run.steps is {steps}"] if start >= steps else []
 
 
 def _check_pattern(where: str, pattern: Any) -> None:

@@ -4,6 +4,7 @@ Rules are ordered and the first match wins, like a router's. Everything here is 
 from names and shapes, and reading it changes nothing.
 """
 
+import collections
 import dataclasses
 import difflib
 import fractions
@@ -345,10 +346,32 @@ def check_reduction(where: str, reduction: Any) -> None:
 
 def variable_paths(model: Any) -> list[str]:
     """Paths of the model's trainable variables without the model's own leading name."""
-    return strip_root(model.name, [variable.path for variable in model.trainable_variables])
+    return paths_of(model, model.trainable_variables)
 
 
-def strip_root(root: str, paths: Sequence[str]) -> list[str]:
+def paths_of(model: Any, variables: Sequence[Any]) -> list[str]:
+    """Paths of some of a model's variables without the model's own leading name: what they are called everywhere.
+
+    They are Keras's, `variable.path`. Functional submodels are missing from these, so that those of two towers may be
+    the same: then all are made of the names of the layers, one inside the other, as `left/hidden/kernel`.
+    """
+    weights = {id(v): v.path for layer in model._flatten_layers() for v in layer._trainable_variables}
+    if len(set(weights.values())) == len(weights):
+        return _strip_root(model.name, [variable.path for variable in variables])
+    placed: dict[int, str] = {}
+    _place(model, "", placed)
+    return [placed.get(id(variable), variable.path) for variable in variables]
+
+
+def _place(layer: Any, prefix: str, placed: dict[int, str]) -> None:
+    """Notes the paths of a layer's variables, and of those of the layers in it, by the names of the layers."""
+    for variable in (*layer._trainable_variables, *layer._non_trainable_variables):
+        placed.setdefault(id(variable), f"{prefix}{variable.name}")
+    for inner in layer._flatten_layers(include_self=False, recursive=False):
+        _place(inner, f"{prefix}{inner.name}/", placed)
+
+
+def _strip_root(root: str, paths: Sequence[str]) -> list[str]:
     # Keras puts the model's name before some models' paths (subclassed, Sequential) and not before others'
     # (functional); a layer may bear the model's name, so it is stripped only where all paths begin with it.
     if all(path.startswith(f"{root}/") for path in paths):
@@ -356,10 +379,10 @@ def strip_root(root: str, paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-def own_names(root: str, paths: Sequence[str]) -> list[str]:
-    """Paths without the model's own name; of several that are the same all but the first end in ` (2)`, ` (3)`, ..."""
+def own_names(model: Any, variables: Sequence[Any]) -> list[str]:
+    """`paths_of`; of several that are the same all but the first end in ` (2)`, ` (3)`, ..."""
     names: dict[str, None] = {}
-    for path in strip_root(root, paths):
+    for path in paths_of(model, variables):
         name, number = path, 1
         while name in names:
             number += 1
@@ -390,10 +413,11 @@ def resolve(
     check_reduction("all rules that name none", reduction)
     paths = variable_paths(model)
     if not paths:
-        raise UserError(f"model {model.name!r} has no trainable variables: nothing can be selected")
-    for path in paths:
-        if paths.count(path) > 1:
-            raise UserError(f"{paths.count(path)} variables have the path {path!r}: name the layers apart")
+        why = "; its own code has set trainable = False, which is for the rules to do" if model.weights else ""
+        raise UserError(f"model {model.name!r} has no trainable variables: nothing can be selected{why}")
+    for path, count in collections.Counter(paths).items():
+        if count > 1:
+            raise UserError(f"{count} variables have the path {path!r}: name the layers apart")
     kernels = {id(factor): path for path, adapter in adapters.items() for factor in adapter.factors}
     entries, used, frozen = [], set(), set()
     for own_path, variable in zip(paths, model.trainable_variables, strict=True):
@@ -421,7 +445,7 @@ def resolve(
         entries.append(Entry(own_path, shape, variable.dtype, variable, rule, sent_by))
     for number in range(len(rules)):
         if number not in used and not _closes(number, rules, paths):
-            raise UserError(_unused(number, rules, paths))
+            _check_unused(number, rules, paths, model)
     plan = Plan(rules, tuple(entries))
     if not plan.trained:
         raise UserError(f"the rules train nothing: all {len(paths)} variables are frozen; add ('train', pattern)")
@@ -443,16 +467,35 @@ def _closes(number: int, rules: Sequence[Rule], paths: Sequence[str]) -> bool:
     return number == len(rules) - 1 and not rules[number].train and all(matches(rules[number].match, p) for p in paths)
 
 
-def _unused(number: int, rules: Sequence[Rule], paths: Sequence[str]) -> str:
+def _check_unused(number: int, rules: Sequence[Rule], paths: Sequence[str], model: Any) -> None:
+    """Raises UserError of a rule that covers none of the paths, unless it freezes what is frozen already."""
     rule = rules[number]
     taken = [path for path in paths if matches(rule.match, path)]
+    frozen = [path for path in _frozen_by_code(model) if matches(rule.match, path)]
     if taken:
         first = next(n for n, r in enumerate(rules) if matches(r.match, taken[0]))
-        return (
+        raise UserError(
             f"rule {number + 1} ({rule.match!r}) never applies: rule {first + 1} ({rules[first].match!r}) stands "
             f"before it and takes {taken[0]!r}; the first match wins, so move it up"
         )
-    return f"rule {number + 1} ({rule.match!r}) matches no variable; nearest paths: {_nearest(rule.match, paths)}"
+    if not frozen:
+        near = _nearest(rule.match, paths)
+        raise UserError(f"rule {number + 1} ({rule.match!r}) matches no variable; nearest paths: {near}")
+    if rule.train:
+        layer = frozen[0].rpartition("/")[0]
+        factors = [path for path in paths if path.startswith(f"{layer}/lora_")]
+        what = "trainable = False: take that out of the code and let the rules decide, or take out the rule"
+        if factors:
+            what = f"enable_lora: match its factors, such as {factors[0]!r}, or take that out of the code"
+        where = f"rule {number + 1} ({rule.match!r})"
+        raise UserError(f"{where} would train {frozen[0]!r}, which the model's own code has frozen by {what}")
+
+
+def _frozen_by_code(model: Any) -> list[str]:
+    """Paths of the weights that are out of the rules' reach because of `trainable = False`; no statistics."""
+    trainable = {id(variable) for variable in model.trainable_variables}
+    weights = {id(v): v for layer in model._flatten_layers() for v in layer._trainable_variables}
+    return paths_of(model, [variable for key, variable in weights.items() if key not in trainable])
 
 
 def _nearest(word: str, names: Sequence[str], count: int = 3) -> str:

@@ -37,7 +37,7 @@ def lower(plan: Plan, model: keras.Model, precision: str | None) -> Plan:
     if precision == "bfloat16":
         lowered = [e.variable for e in plan.entries if id(e.variable) in frozen and e.variable.dtype == "float32"]
         for variable in lowered:
-            _store(variable, precision)
+            store(variable, precision)
         replaced: dict[int, Any] = {}
     else:
         replaced = _quantize(model, frozen)
@@ -55,11 +55,11 @@ def widen(plan: Plan) -> None:
     """Stores what `lower` has rounded to bfloat16 as wide as it was before; the values stay what they are."""
     for entry in plan.entries:
         if entry.variable.dtype == "bfloat16":
-            _store(entry.variable, entry.dtype)
+            store(entry.variable, entry.dtype)
 
 
-def _store(variable: Any, dtype: str) -> None:
-    """Puts a variable of another dtype in the place of a Keras variable's value."""
+def store(variable: Any, dtype: str) -> None:
+    """Puts a variable of another dtype in the place of a Keras variable's value, in the strategy's scope."""
     # Keras 3.15 has no public way to change a variable's dtype, and a dtype policy must be known before it is built,
     # when no rule has been resolved yet. Within a layer's call Keras casts what is read to the compute dtype.
     value = keras.ops.convert_to_numpy(variable).astype(dtype)

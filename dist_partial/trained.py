@@ -10,6 +10,7 @@ from dist_partial.build import Built, build, restore
 from dist_partial.delta import Base
 from dist_partial.errors import UserError
 from dist_partial.reduction import Never
+from dist_partial.session import put_back
 from dist_partial.settings import Settings
 
 
@@ -34,20 +35,21 @@ def newest(folder: Path, imports: bool) -> Iterator[tuple[Settings, Built, int]]
         print(line, file=sys.stderr)
 
     settings = config.load([folder / "operative_config.gin"], imports=imports).settings
-    built = build(settings, replicas.create("default"))
-    checkpoint = restore(built, folder, say, may_differ=("data",))
-    if checkpoint is None:
-        raise UserError(f"{folder} has no checkpoint yet: let the run save one first")
-    if alone := [entry.path for entry in built.plan.trained if isinstance(entry.reduction, Never)]:
-        say(f"{alone[0]!r} and what else @never() trains differs between replicas: this is the first one's")
-    with local_sgd.agreed(built.replicas.strategy, built.fragments):
-        yield settings, built, checkpoint.step
+    with put_back():
+        built = build(settings, replicas.create("default"))
+        checkpoint = restore(built, folder, say, may_differ=("data",))
+        if checkpoint is None:
+            raise UserError(f"{folder} has no checkpoint yet: let the run save one first")
+        if alone := [entry.path for entry in built.plan.trained if isinstance(entry.reduction, Never)]:
+            say(f"{alone[0]!r} and what else @never() trains differs between replicas: this is the first one's")
+        with local_sgd.agreed(built.replicas.strategy, built.fragments):
+            yield settings, built, checkpoint.step
 
 
 def base(gin_file: str | Path, imports: bool = False) -> Base:
     """The base of the deltas of a run: its model as it was before the run, with LoRA's factors and what is stored low.
 
-    Sets Keras's precision and random seed to the run's, as the run itself does.
+    Sets all random seeds to the run's, as the run itself does.
 
     Args:
         gin_file: such as the `operative_config.gin` of its folder, or the file that it was started with.
@@ -56,4 +58,5 @@ def base(gin_file: str | Path, imports: bool = False) -> Base:
     Raises:
         UserError: every mistake in the file, and data or weights that it reads and that are gone.
     """
-    return Base(build(config.load([gin_file], imports=imports).settings, replicas.create("default")).model)
+    with put_back():
+        return Base(build(config.load([gin_file], imports=imports).settings, replicas.create("default")).model)

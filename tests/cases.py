@@ -214,7 +214,7 @@ def reference(case: Case, name: str, options: Options, dtype: str) -> dict[str, 
 
 def weights(model: keras.Model) -> dict[str, np.ndarray]:
     kept = [v for v in model.variables if v.name != "seed_generator_state"]
-    names = selection.strip_root(model.name, [v.path for v in kept])
+    names = selection.paths_of(model, kept)
     return {name: keras.ops.convert_to_numpy(v) for name, v in zip(names, kept, strict=True)}
 
 

@@ -1,6 +1,8 @@
 """gin files: includes, references, a user's own module, mistakes and what was never used."""
 
+import importlib
 import json
+import sys
 import textwrap
 from pathlib import Path
 
@@ -23,6 +25,7 @@ BASE = """
     run.steps = 3
     run.global_batch = 4
 """
+BASE_WITHOUT_MODEL = "run.data = @stdlib_shapes\nrun.rules = [('train', '.*')]\n"
 
 
 def write(path: Path, text: str) -> Path:
@@ -378,3 +381,37 @@ def test_names_of_our_own_win_over_a_users(tmp_path, monkeypatch, capsys):
     settings = config.load([tmp_path / "c.gin"]).settings
     assert (settings.steps, settings.sampling.length, settings.model()) == (7, 5, 3)
     assert "of_mine.run cannot be bound: run is a name of dist_partial's own" in capsys.readouterr().err
+
+
+def test_functions_with_gins_own_decorator(tmp_path, monkeypatch):
+    (tmp_path / "decorated.py").write_text(
+        "import gin\n"
+        "@gin.configurable\n"
+        "def inner(units=gin.REQUIRED): return units\n"
+        "@gin.configurable\n"
+        "def build(units=4, head=gin.REQUIRED): return units, head\n"
+        "@gin.register\n"
+        "def calls(): return inner()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    file = write(tmp_path / "c.gin", "import decorated\nrun.model = @decorated.build\n" + BASE_WITHOUT_MODEL)
+    assert config.load([file], ["build.head = 2"]).settings.model() == (4, 2)
+    assert config.load([file], ["run.model = @calls", "inner.units = 3"]).settings.model() == 3
+    for params, words in (
+        (["build.unitz = 3"], r"build has no parameter 'unitz'; nearest: units"),
+        ([], r"not bound: decorated\.build\.head"),
+        (["build.head = %gin.REQUIRED"], r"build\.head set to `%gin\.REQUIRED`"),
+        (["run.model = @calls"], r"not bound: inner\.units"),
+    ):
+        with pytest.raises(UserError, match=words):
+            config.load([file], params).settings.model()
+
+
+def test_a_module_that_was_loaded_again_has_its_new_functions(tmp_path, monkeypatch):
+    module = write(tmp_path / "edited.py", "def model(units=1): return units\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = write(tmp_path / "c.gin", "import edited\nrun.model = @edited.model\n" + BASE_WITHOUT_MODEL)
+    assert config.load([file]).settings.model() == 1
+    module.write_text("def model(layers=2): return 10 * layers  # is longer than the old one\n")
+    importlib.reload(sys.modules["edited"])
+    assert config.load([file], ["model.layers = 3"]).settings.model() == 30

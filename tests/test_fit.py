@@ -1,5 +1,6 @@
 """`model.fit` with a wrapped optimizer against plain Keras on one device, the trainer, and the traced graph."""
 
+import functools
 import re
 
 import keras
@@ -467,6 +468,91 @@ def test_an_optimizer_from_outside_the_strategy_is_refused(mirrored):
         model = small()
         with pytest.raises(UserError, match="make both inside the same strategy"):
             partial(optimizer, [("train", ".*")], model)
+
+
+def towers():
+    def tower(name):
+        x = keras.Input((3,))
+        return keras.Model(x, keras.layers.Dense(2, "tanh", name="hidden")(x), name=name)
+
+    keras.utils.set_random_seed(3)
+    x = keras.Input((3,))
+    return keras.Model(x, keras.layers.Dense(2, name="head")(keras.layers.Add()([tower("left")(x), tower("right")(x)])))
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_one_of_two_towers_trains_as_in_plain_keras(policy, tmp_path):
+    """Their layers have the same paths in Keras, by which a saved optimizer cannot tell them apart."""
+    x, y = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32), np.arange(16) % 2
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    keras.config.set_dtype_policy(policy)
+    ours, theirs = towers(), towers()
+    ours.compile(partial(keras.optimizers.Adam(0.05), [("train", r"right/.*"), ("freeze", ".*")], ours), loss)
+    for layer in (theirs.get_layer("left"), theirs.get_layer("head")):
+        layer.trainable = False
+    theirs.compile(keras.optimizers.Adam(0.05), loss)
+    for model in (ours, theirs):
+        model.fit(x, y, batch_size=8, epochs=3, shuffle=False, verbose=0)
+    for one, other in zip(ours.variables, theirs.variables, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6 if policy == "float32" else 1e-3)
+    ours.save(tmp_path / "ours.keras")
+    keras.saving.load_model(tmp_path / "ours.keras", compile=False)
+    with pytest.raises(UserError, match=r"trains 'right/hidden/kernel', .*: load it with compile=False"):
+        keras.saving.load_model(tmp_path / "ours.keras")
+
+
+def looked_up():
+    keras.utils.set_random_seed(3)
+    layers = [keras.layers.Embedding(6, 2, name="embedding"), keras.layers.Flatten(), keras.layers.Dense(1, name="d")]
+    return keras.Sequential([keras.Input((2,), dtype="int32"), *layers])
+
+
+@pytest.mark.parametrize("name", ["adam", "momentum"])
+@pytest.mark.parametrize("ids", [[[0, 1], [2, 3], [4, 5], [1, 2]], [[0, 0], [2, 0], [4, 5], [1, 1]]])
+def test_gradients_of_ids_that_a_batch_repeats_are_added_before_they_are_squared(ids, name, mirrored):
+    """Where none is repeated, and for optimizers that square nothing, this is plain Keras, also for rows left out."""
+    cases.set_precision("float64")
+    x, y = np.array(ids), np.arange(4.0)[:, None]
+    optimizer = functools.partial(cases.optimizer, name, OPTIONS["plain"])
+    with mirrored(2).scope():
+        ours = looked_up()
+        ours.compile(partial(optimizer(), [("train", ".*")], ours), "mse")
+    plain, dense = looked_up(), looked_up()
+    plain.compile(optimizer(), "mse")
+    for model in (ours, plain):
+        model.fit(x, y, batch_size=2, epochs=3, shuffle=False, verbose=0)
+    weights, summed = dense.trainable_variables, optimizer()
+    for first in [0, 2] * 3:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((dense(x[first : first + 2]) - y[first : first + 2]) ** 2)
+        gradients = tape.gradient(loss, [v.value for v in weights])
+        summed.apply([tf.convert_to_tensor(gradient) for gradient in gradients], weights)
+    tables = [np.array(model.get_layer("embedding").embeddings) for model in (ours, dense, plain)]
+    np.testing.assert_allclose(tables[0], tables[1], rtol=1e-9)
+    alike = name == "momentum" or all(len(set(pair)) == 4 for pair in np.reshape(ids, (2, 4)).tolist())
+    assert np.allclose(tables[0], tables[2], rtol=1e-9) == alike
+
+
+@pytest.mark.parametrize("count", [16, 17])
+def test_a_last_batch_that_replicas_do_not_share_evenly_is_that_of_plain_keras_on_as_many(count, mirrored):
+    """Keras divides by each replica's own examples, so that those of the smaller part weigh more."""
+    cases.set_precision("float64")
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(count, 3)), rng.normal(size=(count, 1))
+
+    def trained(replicas, wrapped):
+        with scope(mirrored, replicas).scope():
+            keras.utils.set_random_seed(3)
+            layers = [keras.layers.Dense(4, "tanh", name="low"), keras.layers.Dense(1, name="top")]
+            model = keras.Sequential([keras.Input((3,)), *layers])
+            optimizer = keras.optimizers.Adam(0.05)
+            model.compile(partial(optimizer, [("train", ".*")], model) if wrapped else optimizer, "mse")
+        model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
+        return [np.array(v) for v in model.trainable_variables]
+
+    ours, alike, one = trained(2, True), trained(2, False), trained(0, False)
+    assert all(np.allclose(a, b, rtol=1e-9) for a, b in zip(ours, alike, strict=True))
+    assert all(np.allclose(a, b, rtol=1e-9) for a, b in zip(ours, one, strict=True)) == (count == 16)
 
 
 def built(optimizer):

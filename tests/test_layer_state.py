@@ -1,18 +1,21 @@
 """What layers change in a training step: the same as on one device, saved, agreed; and nothing else moves a state."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import run
+from dist_partial import run, selection
 from dist_partial.build import build, restore
-from dist_partial.data import ArraySource, Dataset
+from dist_partial.data import ArraySource, Dataset, train_batches
 from dist_partial.errors import UserError
 from dist_partial.reduction import LocalSGD
 from dist_partial.replicas import Replicas, create
 from dist_partial.settings import Sampling, Settings
 from dist_partial.wire import Wire
+from tests import cases
 from tests.cases import copies, rows, same_bits, state
 from tests.conftest import mirrored_strategy
 from tests.test_losses import COUNT, check_against_fit, features, settings
@@ -73,7 +76,7 @@ def test_state_of_a_users_layer_is_that_of_one_device_and_goes_on_bit_for_bit(tm
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("count", "'sequential.*/run/steps' is int32 and a layer changes it by what each replica sees"),
+        ("count", "'run/steps' is int32 and a layer changes it by what each replica sees"),
         ("raw", "run.model changes the tf.Variable '.+': make it by self.add_weight"),
         ("random", "such as Keras's global random generator"),
     ],
@@ -183,6 +186,59 @@ def test_nothing_but_a_step_moves_a_random_state(tmp_path):
     for name in ("often", "long"):
         for key, value in state(tmp_path / name, 6).items():
             assert same_bits([value, never[key]]), (name, key)
+
+
+def stateful(count):
+    layers = [keras.layers.LSTM(5, stateful=True, name="lstm"), keras.layers.Dense(1, name="d")]
+    return lambda: keras.Sequential([keras.Input(batch_shape=(count, 4, 3)), *layers])
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_a_stateful_layer_trains_as_in_keras_and_goes_on_bit_for_bit(count, tmp_path):
+    """In the batches of the run, which Keras is given; no evaluation between them moves the state."""
+    x = features(4, 3)
+    data, steps = (x, x.sum((1, 2))[:, None]), 6
+    told = settings(
+        lambda: stateful(count)(), data, keras.losses.MeanSquaredError, replicas=1, steps=steps, eval_every=2
+    )
+    told = dataclasses.replace(told, global_batch=count)
+    run.run(told, tmp_path / "whole")
+    run.run(dataclasses.replace(told, steps=3), tmp_path / "parts")
+    run.run(told, tmp_path / "parts")
+    whole, parts = (state(tmp_path / name, steps) for name in ("whole", "parts"))
+    assert all(same_bits([value, parts[name]]) for name, value in whole.items())
+    cases.set_precision("float64")
+    keras.utils.set_random_seed(0)
+    model = stateful(count)()
+    model.compile(keras.optimizers.SGD(0.05), "mse")
+    order = train_batches(
+        ArraySource(*data), first_step=0, global_batch=count, seed=0, context=tf.distribute.InputContext()
+    )
+    for batch in order.take(steps):
+        model.train_on_batch(*batch)
+    for path, variable in zip(selection.variable_paths(model), model.trainable_variables, strict=True):
+        np.testing.assert_allclose(whole[f"variables/{path}"], variable, rtol=1e-9, err_msg=path)
+    states = [value for name, value in whole.items() if name.startswith("statistics/")]
+    for found, expected in zip(states, model.layers[0].states, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({}, "built for 6 examples at a time, and reads 18 / 1 .*: bind run.global_batch = 6"),
+        ({"global_batch": 6, "replicas": 2}, "train it on one replica"),
+        ({"global_batch": 6, "eval_examples": 8}, "evaluation of 8 does not divide .*: bind run.eval_examples = 6"),
+        ({"global_batch": 6, "accumulate": 2}, "reads 6 / 2 .*no run.accumulate"),
+    ],
+)
+def test_a_stateful_layer_of_another_batch_is_one_line(more, words, tmp_path):
+    x = features(4, 3)
+    replicas = more.get("replicas", 1)
+    made = settings(stateful(6), (x, x[:, 0, :1]), keras.losses.MeanSquaredError, replicas=replicas)
+    more = {name: value for name, value in more.items() if name != "replicas"}
+    with pytest.raises(UserError, match=words):
+        run.run(dataclasses.replace(made, **more), tmp_path)
 
 
 def noisy():

@@ -225,3 +225,42 @@ def test_nothing_to_store_is_said():
     with pytest.raises(UserError, match=r"run\.frozen is 'int4'"):
         settings(frozen="int4")
     assert storage.PRECISIONS == (None, "bfloat16", "int8")
+
+
+def given(rank=3):
+    """A model whose factory has given a layer its factors by itself."""
+    model = two_dense()
+    model.get_layer("dense1").enable_lora(rank)
+    return model
+
+
+def test_factors_that_the_factory_has_made_are_those_of_the_rule(tmp_path):
+    for name, model in (("ours", two_dense), ("given", given)):
+        run.run(settings(model=model), tmp_path / name)
+    # With the kernel's seed between them the factors begin elsewhere; what is trained, sent and saved is the same.
+    assert (tmp_path / "ours" / "plan.json").read_text() == (tmp_path / "given" / "plan.json").read_text()
+    factors = {name for name in state(tmp_path / "given", STEPS) if name.startswith("variables/")}
+    assert factors == {f"variables/{n}" for n in ("dense1/lora_kernel_a", "dense1/lora_kernel_b", "dense2/bias")}
+    with pytest.raises(
+        UserError, match=r"rule 1 .* of rank 3 of 'dense1/kernel', .* rank 4 by enable_lora: write lora = 4"
+    ):
+        lora.enable(RULES, given(4))
+    model = given()
+    with pytest.raises(
+        UserError, match=r"would train 'dense1/kernel', .* by enable_lora: match its factors, such as 'dense1/lora"
+    ):
+        selection.resolve([("train", "dense1/kernel"), ("freeze", ".*")], model, EveryStep())
+    # A rule for the factors themselves stands, whatever else asks for LoRA.
+    rules = [("train", r".*/lora_.*"), Rule(r".*/kernel", lora=4), ("freeze", ".*")]
+    plan = selection.resolve(rules, model, EveryStep(), lora.enable(rules, model))
+    assert {e.path: e.rule.match for e in plan.trained} == {
+        f"dense{n}/lora_kernel_{x}": {1: r".*/lora_.*", 2: r".*/kernel"}[n] for n in (1, 2) for x in "ab"
+    }
+
+
+@pytest.mark.parametrize("model", [two_dense, given])
+def test_factors_are_as_wide_as_a_kernel_of_float64(model, tmp_path):
+    run.run(settings(model=model, precision="float64", replicas=lambda: replicas(1)), tmp_path)
+    assert {v["dtype"] for v in json.loads((tmp_path / "plan.json").read_text())["variables"]} == {"float64"}
+    saved = state(tmp_path, STEPS)
+    assert {value.dtype for name, value in saved.items() if "lora_kernel" in name} == {np.dtype("float64")}

@@ -9,8 +9,10 @@ import tensorflow as tf
 
 from dist_partial import losses as losses_lib
 from dist_partial import run
+from dist_partial.compression import PowerSGD, Quantized, TopK
 from dist_partial.data import ArraySource, Dataset
 from dist_partial.errors import UserError
+from dist_partial.reduction import LocalSGD
 from dist_partial.replicas import Replicas
 from dist_partial.settings import Sampling, Settings
 from dist_partial.step import evaluation_step
@@ -378,6 +380,60 @@ def test_variables_of_two_dtypes_are_clipped_together(tmp_path):
     after = [np.array(value, np.float64) for value in trained(tmp_path / "clipped", 1).values()]
     moved = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in zip(after, before, strict=True)))
     assert moved == pytest.approx(0.05 * 0.01, rel=1e-4)
+
+
+def mixed():
+    layers = [
+        keras.layers.Dense(4, "tanh", name="low"),
+        keras.layers.Dense(6, "tanh", name="half", dtype="bfloat16"),
+        keras.layers.Dense(2, name="top", dtype="float32"),
+    ]
+    return keras.Sequential([keras.Input((7,)), *layers])
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.05])
+def test_a_layer_in_bfloat16_trains_beside_others(clip_norm, tmp_path):
+    """As in plain Keras on one device, where the sum is clipped by the norm over both dtypes."""
+    x = features(7).astype(np.float32)
+    y = np.stack([x[:, 0], x[:, 1] - x[:, 2]], axis=1)
+    keras.utils.set_random_seed(0)
+    model, optimizer = mixed(), keras.optimizers.SGD(0.05)
+    optimizer.build(model.trainable_variables)
+    start = np.array(model.layers[0].kernel)
+
+    @tf.function(autograph=False)
+    def step():
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(keras.losses.mean_squared_error(y, model(x, training=True)))
+        gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+        norm = tf.sqrt(tf.add_n([tf.reduce_sum(tf.cast(g, tf.float32) ** 2) for g in gradients]))
+        scale = tf.minimum(1.0, (clip_norm or np.inf) / norm)
+        optimizer.apply(
+            [tf.cast(tf.cast(g, tf.float32) * scale, g.dtype) for g in gradients], model.trainable_variables
+        )
+
+    for _ in range(4):
+        step()
+    told = settings(mixed, (x, y), keras.losses.MeanSquaredError, precision="float32", steps=4, clip_norm=clip_norm)
+    run.run(told, tmp_path / "run")
+    found = trained(tmp_path / "run", 4)
+    for layer in model.layers:
+        for variable in layer.variables:
+            ours, theirs = found[f"{layer.name}/{variable.name}"], keras.ops.convert_to_numpy(variable)
+            ours = ours.view(theirs.dtype).astype(np.float32)
+            # One bit of bfloat16, which passes on to the layers beside it.
+            np.testing.assert_allclose(ours, theirs.astype(np.float32), rtol=2**-7, atol=1e-3)
+    ours, theirs = (kernel - start for kernel in (found["low/kernel"], np.array(model.layers[0].kernel)))
+    assert np.abs(ours - theirs).max() < 0.05 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("reduction", [PowerSGD(1), TopK(1 / 4, block=4), Quantized(4), LocalSGD(2)], ids=str)
+def test_a_layer_in_bfloat16_travels_by_any_reduction(reduction, tmp_path):
+    x = features(7).astype(np.float32)
+    told = settings(mixed, (x, x[:, :2]), keras.losses.MeanSquaredError, precision="float32", reduction=reduction)
+    run.run(told, tmp_path / "run")
+    losses = [row["loss"] for row in rows(tmp_path / "run" / "metrics.jsonl") if row["split"] == "train"]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_a_run_in_a_thread_trains(tmp_path):

@@ -181,10 +181,7 @@ def trained(folder, mirrored, cache, case, *stops):
     given["replicas"] = lambda: made
     for steps in stops:
         keras.utils.clear_session(free_memory=False)
-        with pytest.MonkeyPatch.context() as patch:  # a run that is stopped has the schedule of the whole
-            patch.setattr(Phases, "check", lambda *_: None)
-            patch.setattr(AutoFreeze, "check", lambda *_: None)
-            run.run(Settings(**given, cache=cache, steps=steps), folder)
+        run.run(Settings(**given, cache=cache, steps=steps), folder)
     return state(folder, stops[-1]), [r for r in rows(folder / "metrics.jsonl") if r["split"] != "eval"]
 
 

@@ -12,7 +12,7 @@ from dist_partial.compression import Quantized
 from dist_partial.errors import UserError
 from dist_partial.reduction import EveryStep, LocalSGD, Message
 from dist_partial.reporting import plan_table
-from dist_partial.selection import Rule, parse_rules, resolve
+from dist_partial.selection import Rule, own_names, parse_rules, paths_of, resolve
 from tests.user_module import Twins
 
 PATHS = ["dense1/kernel", "dense1/bias", "dense2/kernel", "dense2/bias"]
@@ -299,3 +299,53 @@ def test_a_last_line_that_freezes_the_rest_may_find_nothing_left():
     for table in ([("train", r"head/.*"), ("freeze", r"head/bias")], [("train", ".*"), ("train", ".*")]):
         with pytest.raises(UserError, match="never applies"):
             plan_of(table, model)
+
+
+def tower(name: str, inner: str | None = None) -> keras.Model:
+    x = keras.Input((3,))
+    y = tower(inner)(x) if inner else keras.layers.BatchNormalization(name="norm")(x)
+    return keras.Model(x, keras.layers.Dense(3, name="out")(y), name=name)
+
+
+def towers(*made: keras.Model) -> keras.Model:
+    x = keras.Input((3,))
+    return keras.Model(x, keras.layers.Dense(1, name="head")(keras.layers.Add()([each(x) for each in made])))
+
+
+def test_two_towers_of_functional_layers_are_told_apart():
+    """Keras gives both the same paths; one tower alone keeps those that it has always had."""
+    alone = towers(tower("left"), keras.Sequential([keras.layers.Dense(3, name="out")], name="right"))
+    assert [entry.path for entry in plan_of([("train", ".*")], alone).entries] == [
+        *("norm/gamma", "norm/beta", "out/kernel", "out/bias"),
+        *("right/out/kernel", "right/out/bias", "head/kernel", "head/bias"),
+    ]
+    model = towers(tower("left"), tower("right", inner="deep"))
+    assert trained_paths([("train", r"right/deep/.*"), ("freeze", r".*")], model) == {
+        f"right/deep/{name}" for name in ("norm/gamma", "norm/beta", "out/kernel", "out/bias")
+    }
+    means = [v for v in model.variables if v.name == "moving_mean"]
+    assert paths_of(model, means) == ["left/norm/moving_mean", "right/deep/norm/moving_mean"]
+    model.get_layer("left").trainable = False  # changes no name
+    assert plan_of([("train", ".*")], model).entries[-1].path == "head/bias"
+    assert paths_of(model, means) == ["left/norm/moving_mean", "right/deep/norm/moving_mean"]
+
+
+def test_variables_that_no_path_tells_apart_are_numbered():
+    model = called(Twins())
+    assert own_names(model, model.variables) == ["same/kernel", "same/bias", "same/kernel (2)", "same/bias (2)"]
+
+
+def test_rules_about_what_the_models_own_code_has_frozen():
+    model = sequential()
+    model.get_layer("dense1").trainable = False
+    head = ("train", r"dense2/.*")
+    for freezes in (("freeze", r"dense1/.*"), ("freeze", r"dense1/kernel")):  # it is
+        assert trained_paths([freezes, head], model) == {"dense2/kernel", "dense2/bias"}
+    words = r"rule 1 \('dense1/.\*'\) would train 'dense1/kernel', .* by trainable = False: take that out"
+    with pytest.raises(UserError, match=words):
+        plan_of([("train", r"dense1/.*"), ("freeze", ".*")], model)
+    with pytest.raises(UserError, match="matches no variable; nearest paths: 'dense2/bias'"):
+        plan_of([("freeze", r"dense3/.*"), head], model)
+    model.trainable = False
+    with pytest.raises(UserError, match=r"no trainable variables: .*; its own code has set trainable = False"):
+        plan_of([head], model)

@@ -1,5 +1,6 @@
 """Run folders whose models are unusual: what comes back out of them is what was trained."""
 
+import dataclasses
 import functools
 
 import keras
@@ -13,9 +14,10 @@ from dist_partial.data.codecs import ByteCodec
 from dist_partial.errors import UserError
 from dist_partial.models import keras_file
 from dist_partial.replicas import Replicas
-from dist_partial.selection import Rule, own_names
+from dist_partial.selection import Rule
 from dist_partial.settings import Settings
 from dist_partial.wire import Wire
+from tests.cases import state
 
 
 def towers() -> keras.Model:
@@ -59,10 +61,6 @@ def restored(settings, folder):
     return built, base, found
 
 
-def test_names():
-    assert own_names("m", ["m/a/k", "m/a/k", "m/b/k", "m/a/k"]) == ["a/k", "a/k (2)", "b/k", "a/k (3)"]
-
-
 def test_variables_of_one_path_are_kept_apart(tmp_path):
     run.run(told(), tmp_path)
     built, base, found = restored(told(), tmp_path)
@@ -73,7 +71,45 @@ def test_variables_of_one_path_are_kept_apart(tmp_path):
     assert all(np.abs(mean).min() > 0 for mean in means) and not np.allclose(*means)
     assert len(built.identity["frozen"]) == 4  # kernels and biases of both towers
     changed = delta.of(built.model, built.plan, base, 4)
-    assert sum(key.startswith("bn/moving_mean") for key in changed.arrays) == 2
+    assert {key.split("/")[0] for key in changed.arrays if key.endswith("bn/moving_mean")} == {
+        "functional",
+        "functional_1",
+    }
+
+
+def named_towers(frozen: str = "") -> keras.Model:
+    def tower(name):
+        x = keras.Input((6,))
+        return keras.Model(x, keras.layers.Dense(4, "tanh", name="hidden")(x), name=name, trainable=name != frozen)
+
+    x = keras.Input((6,))
+    both = keras.layers.Concatenate()([tower("left")(x), tower("right")(x[:, ::-1])])
+    return keras.Model(x, keras.layers.Dense(3, name="head")(both))
+
+
+@pytest.mark.parametrize("frozen", ["", "left"])
+def test_a_tower_is_trained_resumed_and_taken_home(frozen, tmp_path):
+    """Its layers have the names, and in Keras the paths, of the other tower's."""
+    rules = [("train", r"right/.*"), ("freeze", ".*")]
+    settings = told(model=functools.partial(named_towers, frozen), rules=rules, statistics="trained")
+    run.run(settings, tmp_path / "whole")
+    run.run(dataclasses.replace(settings, steps=2), tmp_path / "parts")
+    run.run(settings, tmp_path / "parts")
+    whole, parts = (state(tmp_path / name, 4) for name in ("whole", "parts"))
+    assert {name for name in whole if name.startswith("variables/")} == {
+        "variables/right/hidden/kernel",
+        "variables/right/hidden/bias",
+    }
+    assert all(value.tobytes() == parts[name].tobytes() for name, value in whole.items())
+    built, base, _ = restored(settings, tmp_path / "whole")
+    changed = delta.of(built.model, built.plan, base, 4)
+    keras.utils.set_random_seed(0)
+    mine = Base(named_towers())
+    before = np.array(mine.model.get_layer("left").get_layer("hidden").kernel)
+    mine.use(changed)
+    assert np.array(mine.model.get_layer("left").get_layer("hidden").kernel).tobytes() == before.tobytes()
+    kernel = np.array(mine.model.get_layer("right").get_layer("hidden").kernel)
+    assert kernel.tobytes() == whole["variables/right/hidden/kernel"].tobytes()
 
 
 def test_before_the_first_checkpoint_a_folder_takes_another_configuration(tmp_path):

@@ -1,0 +1,72 @@
+"""What Keras keeps for a whole process: a run begins as in a new one, and leaves it as it was."""
+
+import collections
+import contextlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+from keras.src.backend.common import global_state
+
+_NUMBERED = re.compile(r"(.+?)(?:_(\d+))?")
+
+
+@contextlib.contextmanager
+def put_back() -> Iterator[None]:
+    """Puts Keras's floatx and dtype policy back, also after an error; random seeds stay as they are then."""
+    floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(floatx)
+        keras.config.set_dtype_policy(policy)
+
+
+@contextlib.contextmanager
+def numbered_afresh(*factories: Callable[..., Any]) -> Iterator[None]:
+    """Has layers without a name called as in a new process (`dense`, `dense_1`), whatever this one has made before.
+
+    Keras counts them through the process, and rules, run folders and deltas go by these names. What the process counts
+    itself goes on afterwards as if nothing had been made.
+
+    Args:
+        factories: what makes the layers; those that their modules and they themselves hold already keep their numbers.
+    """
+    # Keras 3.15 has no public name for its counts, and its clear_session() forgets more, for good.
+    before = global_state.get_global_attribute("object_name_uids")
+    counts: dict[str, int] = collections.defaultdict(int)
+    for layer in _found_made(factories):
+        name, number = _NUMBERED.fullmatch(layer.name).groups()  # type: ignore[union-attr]
+        counts[name] = max(counts[name], int(number or 0) + 1)
+    global_state.set_global_attribute("object_name_uids", counts)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("object_name_uids", before)
+
+
+def _found_made(factories: Sequence[Callable[..., Any]]) -> Iterator[keras.Layer]:
+    """Layers, and those in them, that functions, others that they call, and the modules of these have made before.
+
+    What a notebook or a script has made beside its functions is no module's: only what these name counts.
+    """
+    waiting: list[Any] = [inspect.unwrap(factory) for factory in factories]
+    seen = set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, keras.Layer):
+            yield from value._flatten_layers()
+        elif inspect.ismodule(value) and value.__name__ != "__main__":
+            waiting += [held for held in vars(value).values() if isinstance(held, keras.Layer)]
+        elif inspect.isclass(value) or inspect.isfunction(value):
+            waiting.append(sys.modules.get(value.__module__))
+        if inspect.isfunction(value):
+            with contextlib.suppress(ValueError):  # a variable of a function around it that is not set yet
+                found = inspect.getclosurevars(value)
+                waiting += [*found.nonlocals.values(), *found.globals.values()]
