@@ -47,6 +47,9 @@ def run(
 ) -> None:
     """Trains, evaluates and samples; goes on from what is in the folder.
 
+    Keras's floatx and dtype policy are put back at the end; the random seeds of Python, NumPy, TensorFlow and Keras,
+    which `run.seed` sets, stay as they are then.
+
     Args:
         settings: what to do.
         folder: the run folder, made if absent.

@@ -1,5 +1,6 @@
 """`model.fit` with a wrapped optimizer against plain Keras on one device, the trainer, and the traced graph."""
 
+import functools
 import re
 
 import keras
@@ -498,6 +499,60 @@ def test_one_of_two_towers_trains_as_in_plain_keras(policy, tmp_path):
     keras.saving.load_model(tmp_path / "ours.keras", compile=False)
     with pytest.raises(UserError, match=r"trains 'right/hidden/kernel', .*: load it with compile=False"):
         keras.saving.load_model(tmp_path / "ours.keras")
+
+
+def looked_up():
+    keras.utils.set_random_seed(3)
+    layers = [keras.layers.Embedding(6, 2, name="embedding"), keras.layers.Flatten(), keras.layers.Dense(1, name="d")]
+    return keras.Sequential([keras.Input((2,), dtype="int32"), *layers])
+
+
+@pytest.mark.parametrize("name", ["adam", "momentum"])
+@pytest.mark.parametrize("ids", [[[0, 1], [2, 3], [4, 5], [1, 2]], [[0, 0], [2, 0], [4, 5], [1, 1]]])
+def test_gradients_of_ids_that_a_batch_repeats_are_added_before_they_are_squared(ids, name, mirrored):
+    """Where none is repeated, and for optimizers that square nothing, this is plain Keras, also for rows left out."""
+    cases.set_precision("float64")
+    x, y = np.array(ids), np.arange(4.0)[:, None]
+    optimizer = functools.partial(cases.optimizer, name, OPTIONS["plain"])
+    with mirrored(2).scope():
+        ours = looked_up()
+        ours.compile(partial(optimizer(), [("train", ".*")], ours), "mse")
+    plain, dense = looked_up(), looked_up()
+    plain.compile(optimizer(), "mse")
+    for model in (ours, plain):
+        model.fit(x, y, batch_size=2, epochs=3, shuffle=False, verbose=0)
+    weights, summed = dense.trainable_variables, optimizer()
+    for first in [0, 2] * 3:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((dense(x[first : first + 2]) - y[first : first + 2]) ** 2)
+        gradients = tape.gradient(loss, [v.value for v in weights])
+        summed.apply([tf.convert_to_tensor(gradient) for gradient in gradients], weights)
+    tables = [np.array(model.get_layer("embedding").embeddings) for model in (ours, dense, plain)]
+    np.testing.assert_allclose(tables[0], tables[1], rtol=1e-9)
+    alike = name == "momentum" or all(len(set(pair)) == 4 for pair in np.reshape(ids, (2, 4)).tolist())
+    assert np.allclose(tables[0], tables[2], rtol=1e-9) == alike
+
+
+@pytest.mark.parametrize("count", [16, 17])
+def test_a_last_batch_that_replicas_do_not_share_evenly_is_that_of_plain_keras_on_as_many(count, mirrored):
+    """Keras divides by each replica's own examples, so that those of the smaller part weigh more."""
+    cases.set_precision("float64")
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(count, 3)), rng.normal(size=(count, 1))
+
+    def trained(replicas, wrapped):
+        with scope(mirrored, replicas).scope():
+            keras.utils.set_random_seed(3)
+            layers = [keras.layers.Dense(4, "tanh", name="low"), keras.layers.Dense(1, name="top")]
+            model = keras.Sequential([keras.Input((3,)), *layers])
+            optimizer = keras.optimizers.Adam(0.05)
+            model.compile(partial(optimizer, [("train", ".*")], model) if wrapped else optimizer, "mse")
+        model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
+        return [np.array(v) for v in model.trainable_variables]
+
+    ours, alike, one = trained(2, True), trained(2, False), trained(0, False)
+    assert all(np.allclose(a, b, rtol=1e-9) for a, b in zip(ours, alike, strict=True))
+    assert all(np.allclose(a, b, rtol=1e-9) for a, b in zip(ours, one, strict=True)) == (count == 16)
 
 
 def built(optimizer):
