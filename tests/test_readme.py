@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gin
 import pytest
 
 from dist_partial import config
@@ -60,7 +61,7 @@ def test_configurations_and_bindings_exist():
     for name in set(re.findall(r"`(\w+\.gin)`", TEXT)) - {"operative_config.gin"}:
         assert (ROOT / "gin_configs" / name).is_file(), name
     config._register()
-    known = {name.split(".")[-1] for name in config._bindable}
+    known = {name.split(".")[-1] for name, _ in gin.config._REGISTRY.items()}
     for name in re.findall(r"`@([a-z_]+)(?:\(\))?`", TEXT):
         assert name in known, name
     fields = {field.name for field in __import__("dataclasses").fields(__import__("dist_partial").Settings)}
