@@ -1,10 +1,11 @@
 """Kills a run after each of its system calls that write to the run folder, and lets the same command go on.
 
-    python -m tests.kills [--torn] [--every=1]
+    python -m tests.kills [--torn] [--first=1] [--every=1]
 
 Whenever it was killed, the run that goes on must leave what a run in one piece leaves: the same bits in its last
-checkpoint, each step, evaluation and sample once, and no other files. `--torn` kills in the middle of each write
-instead, `--every=7` after every seventh call. By hand, with a C compiler: about 3 s a call on one core.
+checkpoint, each step, evaluation and sample once, and no other files but a checkpoint that was yet to be removed.
+`--torn` kills in the middle of each write instead, `--first=9 --every=7` after the ninth call and every seventh from
+there. By hand, with a C compiler: about 5 s a call.
 
 A library that is loaded before the C library counts the calls. Runs are forks of a process that has imported
 everything and has no threads yet.
@@ -126,10 +127,14 @@ def run(command: list[str], folder: Path, kill_after: int = -1, torn: bool = Fal
 
 def left(folder: Path) -> dict[str, object]:
     """What a run leaves that depends on nothing but its configuration."""
-    (last,) = (folder / "checkpoints").glob("*")
+    *older, last = sorted((folder / "checkpoints").glob("step-*"))
     with np.load(last) as file:
         arrays = {name: (file[name].dtype.str, file[name].shape, file[name].tobytes()) for name in file.files}
-    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.parent.name != "tensorboard"]
+    files = [
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.parent.name != "tensorboard" and path not in older
+    ]
     lines = {
         name: [json.loads(line) for line in (folder / name).read_text().splitlines()]
         for name in ("metrics.jsonl", "samples.jsonl")
@@ -139,7 +144,7 @@ def left(folder: Path) -> dict[str, object]:
     return {"arrays": arrays, "files": sorted(files), **lines, **whole, "traffic": counted}
 
 
-def main(torn: bool, every: int) -> int:
+def main(torn: bool, first: int, every: int) -> int:
     """Kills, compares and says what differed; returns an exit code."""
     from tests.test_run import GIN, USER_MODULE
 
@@ -154,7 +159,7 @@ def main(torn: bool, every: int) -> int:
         assert run(command, place / "whole", log=place / "calls") == 0
         expected, calls = left(place / "whole"), (place / "calls").read_text().split()
         print(f"{len(calls)} calls: {dict(collections.Counter(calls))}", flush=True)
-        tried = [n for n in range(1, len(calls) + 1, every) if not torn or calls[n - 1] == "write"]
+        tried = [n for n in range(first, len(calls) + 1, every) if not torn or calls[n - 1] == "write"]
         bad = 0
         for number in tried:
             folder = place / "run"
@@ -173,6 +178,7 @@ def main(torn: bool, every: int) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--torn", action="store_true")
+    parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--every", type=int, default=1)
     options = parser.parse_args()
     if "DIST_PARTIAL_KILLS" not in os.environ:
@@ -182,4 +188,4 @@ if __name__ == "__main__":
             subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, f"{name}/calls.c", "-ldl"], check=True)
             environment = {**os.environ, "LD_PRELOAD": library, "DIST_PARTIAL_KILLS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
             sys.exit(subprocess.run([sys.executable, "-m", "tests.kills", *sys.argv[1:]], env=environment).returncode)
-    sys.exit(main(options.torn, options.every))
+    sys.exit(main(options.torn, options.first, options.every))
