@@ -266,7 +266,7 @@ def _connected(replicas: Replicas) -> Iterator[None]:
                     f"another worker is gone ({what}): its own output says why; run the same command again"
                 ) from error
             raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         mesh.close(error if isinstance(error, Ending) else raised("", error))
         raise
     finally:
