@@ -14,7 +14,9 @@ AGAIN = 75  # the exit code after a fault or SIGTERM: EX_TEMPFAIL of sysexits.h,
 _LOST = ("UnavailableError", "AbortedError")
 _LONGEST = 500  # characters of what another library says, in a line
 # What TensorFlow says before the reason, with the stack of the op and not of the call.
-_PREAMBLE = re.compile(r'Graph execution error:|Detected at node .*|File ".+", line \d+.*|<stack traces unavailable>')
+_PREAMBLE = re.compile(
+    r'Graph execution error:|Detected at node .*|File ".+", line \d+.*|<stack traces unavailable>|\d+ root error.*'
+)
 
 
 class Ending(Exception):
@@ -110,7 +112,7 @@ def first_line(error: BaseException) -> str:
     text, *_ = str(error).split("\n  In call to configurable")  # which gin adds to whatever passes through it
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if lines[:1] == ["Graph execution error:"]:
-        lines = [line for line in lines if not _PREAMBLE.fullmatch(line)]
+        lines = [re.sub(r"^\(0\) \w+: +", "", line) for line in lines if not _PREAMBLE.fullmatch(line)]
     lines = lines or [type(error).__name__]
     # Keras names the layer first, and gives the reason in the next paragraph.
     while len(lines) > 1 and (lines[0].startswith("Exception encountered") or lines[0].endswith("encountered:")):

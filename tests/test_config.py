@@ -9,7 +9,7 @@ import pytest
 
 from dist_partial import config, run, selection
 from dist_partial.build import build
-from dist_partial.errors import UserError
+from dist_partial.errors import Raised, UserError
 from dist_partial.reduction import EveryStep
 from dist_partial.replicas import create
 from dist_partial.settings import Settings
@@ -378,3 +378,12 @@ def test_names_of_our_own_win_over_a_users(tmp_path, monkeypatch, capsys):
     settings = config.load([tmp_path / "c.gin"]).settings
     assert (settings.steps, settings.sampling.length, settings.model()) == (7, 5, 3)
     assert "of_mine.run cannot be bound: run is a name of dist_partial's own" in capsys.readouterr().err
+
+
+def test_a_function_of_the_users_whose_result_is_bound_raises_its_own(load):
+    line = user_module.spoilt_rules.__code__.co_firstlineno + 1
+    with pytest.raises(Raised) as found:
+        load("run.rules = @tests.user_module.spoilt_rules()")
+    assert str(found.value) == f"KeyError: '' ({user_module.__file__}, line {line})"
+    with pytest.raises(UserError):
+        load("run.rules = @tests.user_module.spoilt_rules()\nspoilt_rules.knd = 1")

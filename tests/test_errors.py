@@ -273,6 +273,10 @@ def test_the_reason_of_a_graph_follows_where_its_op_was_made():
 
     with pytest.raises(tf.errors.InvalidArgumentError) as found:
         function(tf.constant(3.0))
+    several = (
+        f"{found.value.message.partition('assertion')[0]}2 root error(s) found.\n  (0) INVALID_ARGUMENT:  two replicas"
+    )
+    assert first_line(tf.errors.InvalidArgumentError(None, None, several)) == "two replicas"
     line = function.python_function.__code__.co_firstlineno + 2
     assert first_line(found.value).startswith("assertion failed: [too large]")
     assert own_line(found.value) == f" ({__file__}, line {line})"
