@@ -427,7 +427,7 @@ def test_a_traceback_may_have_lines_like_the_one_above_it(tmp_path):
         sys.exit(1)
     """
     with supervised(tmp_path, script, workers=2) as launcher:
-        assert launcher.result == 1
+        assert launcher.wait() == 1
         assert launcher.err.startswith(
             "error: worker 1 ended with exit code 1: error: run.data raised RuntimeError: cannot compile; not again: "
         )
