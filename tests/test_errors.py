@@ -232,6 +232,32 @@ def test_the_other_workers_hear_of_it_and_end_with_the_same_code(code, tmp_path)
     assert len(second) == 1 and re.fullmatch(rf"error: {words}", second[0]), second
 
 
+def test_an_evaluation_that_fails_on_one_worker_keeps_no_other_waiting(code, tmp_path):
+    """Though a checkpoint is due, for which each worker has to send what it has of its own."""
+    held = """
+import json, os
+RANK = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+
+
+class Held(ArraySource):
+    calls = 0
+
+    def fetch(self, indices):
+        self.__dict__["calls"] = self.calls + 1
+        if self.calls == 20 and RANK == 1:
+            raise RuntimeError("in the second evaluation")
+        return super().fetch(indices)
+"""
+    (tmp_path / "own_code.py").write_text(MODULE.replace('ArraySource(X, Y), "1"', 'Held(X, Y), "1"') + held)
+    params = ["run.reduction = @never()", "run.steps = 90", "run.eval_every = 30", "run.save_every = 30"]
+    command = ["-m", "dist_partial.train", *arguments(code, tmp_path / "run", *params)]
+    results = run_workers(command, workers=2, timeout=60, pythonpath=tmp_path)
+    assert [code for code, _ in results] == [1, 1], results
+    assert all("run.data raised RuntimeError: in the second evaluation" in out for _, out in results), results
+    steps = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert steps and f"step-{90:010d}.npz" not in steps
+
+
 def test_what_passes_through_calling():
     inner = Raised("run.loss raised ValueError: one")
     with pytest.raises(Raised) as found, calling("run.data"):
