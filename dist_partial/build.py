@@ -99,8 +99,9 @@ def _build(settings: Settings, replicas: Replicas) -> Built:
         data = settings.data()
     if not isinstance(data, Dataset):
         raise UserError(f"run.data made a {type(data).__name__}: its factory must return a dist_partial.data.Dataset")
-    for name in ("train", "evaluation"):
-        check_source(f"{name} of {data.name}", getattr(data, name))
+    with calling("run.data"):
+        for name in ("train", "evaluation"):
+            check_source(f"{name} of {data.name}", getattr(data, name))
     strategy, x = replicas.strategy, data.train.spec[0]
     with strategy.scope():
         keras.utils.set_random_seed(settings.seed)

@@ -97,13 +97,13 @@ def call(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | None
     except (UserError, Fault, flags.Error) as error:
         _say(error)
         return error.code if isinstance(error, Fault) else 2
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # whose code would say what has not happened
         # To print it here and to return lets go of what it holds, see `run.run`.
         _say(error if isinstance(error, Raised) else raised("", error))
         traceback.print_exception(error.__cause__ or error)
         return Raised.code
 
 
-def _say(error: Exception) -> None:
+def _say(error: BaseException) -> None:
     # gin adds lines to whatever passes through it, with the names of its own functions.
     print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -11,6 +11,7 @@ import logging
 import re
 import sys
 import tokenize
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import gin
 
 from dist_partial import arguments, data, models, replicas, schedule, session, settings
 from dist_partial.compression import PowerSGD, Quantized, TopK
-from dist_partial.errors import UserError
+from dist_partial.errors import UserError, own_line, raised
 from dist_partial.reduction import EveryStep, LocalSGD, Never, nesterov
 from dist_partial.selection import Rule
 
@@ -96,6 +97,7 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
 
     Raises:
         UserError: a missing file, a syntax error, an unknown or misspelt name, a bad value.
+        Raised: a function of the user's own, whose result is bound, raised an exception.
     """
     gin.clear_config()
     while _of_users:
@@ -127,6 +129,9 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
     except UserError as error:  # to which gin adds lines with the names of its own functions
         raise UserError(str(error).splitlines()[0]) from error
     except Exception as error:  # gin raises whatever the file's mistake leads to
+        innermost = traceback.extract_tb(error.__traceback__)[-1]
+        if own_line(error) and not innermost.filename.startswith(str(Path(gin.__file__).parent)):
+            raise raised("", error) from error  # of a function of the user's, such as @mine.rules()
         raise UserError(_explain(error, place)) from error
     finally:
         logging.disable(logging.NOTSET)

@@ -3,7 +3,7 @@
 import contextlib
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,11 @@ AGAIN = 75  # the exit code after a fault or SIGTERM: EX_TEMPFAIL of sysexits.h,
 
 # TensorFlow's errors of collectives between workers, which come wherever one is waited for.
 _LOST = ("UnavailableError", "AbortedError")
+_LONGEST = 500  # characters of what another library says, in a line
+# What TensorFlow says before the reason, with the stack of the op and not of the call.
+_PREAMBLE = re.compile(
+    r'Graph execution error:|Detected at node .*|File ".+", line \d+.*|<stack traces unavailable>|\d+ root error.*'
+)
 
 
 class Ending(Exception):
@@ -54,7 +59,7 @@ class Raised(Ending):
     code = 1
 
 
-def raised(what: str, error: Exception) -> Raised:
+def raised(what: str, error: BaseException) -> Raised:
     """The exception as what ends a run; `what` has raised it, such as 'run.loss', or '' if nobody knows."""
     name, line = type(error).__name__, first_line(error)
     words = name if line == name else f"{name}: {line}"
@@ -77,8 +82,8 @@ def calling(what: str) -> Iterator[None]:
         yield
     except Ending:
         raise
-    except Exception as error:
-        if type(error).__name__ in _LOST:
+    except (Exception, SystemExit) as error:  # an exit with code 0 would say that the run is done
+        if type(error).__name__ in _LOST and what != "run.data":  # which waits for no other worker
             raise
         raise raised(what, error) from error
 
@@ -90,37 +95,51 @@ def of_graph(message: str) -> Ending | None:
         message: of a `tf.errors.OpError`.
     """
     kinds = {kind.__name__: kind for kind in (UserError, Fault, Raised)}
-    if found := re.search(rf"\b({'|'.join(kinds)}): (.+)", message):
+    # As a traceback has it: the user's classes may have the same names.
+    if found := re.search(rf"^{re.escape(__name__)}\.({'|'.join(kinds)}): (.+)", message, re.MULTILINE):
         return kinds[found[1]](found[2])
-    # A function of the user's, in a model or a loss. Unlike code, what was raised is not indented.
+    # A function of the user's, in what steps call. Unlike code, what was raised is not indented.
     _, mark, last = message.rpartition("Traceback (most recent call last):")
     words = [line for line in last.splitlines() if line and not line[0].isspace()]
     if not mark or not words:
         return None
-    frames = [frame for frame in re.findall(r'File "(.+?)", line (\d+)', last) if _own(frame[0])]
-    return Raised(f"run.model or run.loss raised {words[0]}{_place(*frames[-1]) if frames else ''}")
+    what = _readable(words[0].rstrip(": "))
+    return Raised(f"run.model, run.loss or run.optimizer raised {what}{_place(_frames(last))}")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line; its type where it says nothing."""
     text, *_ = str(error).split("\n  In call to configurable")  # which gin adds to whatever passes through it
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if lines[:1] == ["Graph execution error:"]:
+        lines = [re.sub(r"^\(0\) \w+: +", "", line) for line in lines if not _PREAMBLE.fullmatch(line)]
+    lines = lines or [type(error).__name__]
     # Keras names the layer first, and gives the reason in the next paragraph.
     while len(lines) > 1 and (lines[0].startswith("Exception encountered") or lines[0].endswith("encountered:")):
         lines.pop(0)
-    return re.sub(r"\x1b\[\d*m|\{\{.*?\}\} ?", "", lines[0])  # colours, and TensorFlow's names of nodes
+    return _readable(re.sub(r"\x1b\[\d*m|\{\{.*?\}\} ?", "", lines[0]))  # colours, and TensorFlow's names of nodes
 
 
-def own_line(error: Exception) -> str:
+def own_line(error: BaseException) -> str:
     """Where in the user's own code an error was raised, as " (file, line n)"; nothing where no such code was called."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if _own(frame.filename):
-            return _place(frame.filename, frame.lineno)
-    return ""
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    return _place([*frames, *_frames(str(error))])  # an op of a graph was made there
 
 
-def _place(filename: str, line: Any) -> str:
-    return f" ({filename}, line {line})"
+def _readable(line: str) -> str:
+    """The line as any terminal, file and worker takes it."""
+    line = re.sub(r"[\x00-\x1f\ud800-\udfff]", lambda found: found[0].encode("unicode_escape").decode(), line)
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+
+
+def _frames(text: str) -> list[tuple[str, str]]:
+    return re.findall(r'File "(.+?)", line (\d+)', text)
+
+
+def _place(frames: Sequence[tuple[str, Any]]) -> str:
+    """The last of a traceback's frames that is the user's."""
+    own = [f" ({filename}, line {line})" for filename, line in frames if _own(filename)]
+    return own[-1] if own else ""
 
 
 def _own(filename: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from dist_partial.data import Dataset, evaluation_batches
-from dist_partial.errors import UserError
+from dist_partial.errors import UserError, calling
 from dist_partial.replicas import input_context
 from dist_partial.sampling import generate
 from dist_partial.settings import Sampling
@@ -80,13 +80,16 @@ def samples(model: Any, data: Dataset, sampling: Sampling, step: int) -> list[di
 
     Raises:
         UserError: the data set has no text to sample, or see `sampling.generate`.
+        Raised: its codec raised an exception.
     """
     if data.codec is None:
         raise UserError(f"data set {data.name!r} has no text to sample: its codec is None")
     x, y = data.train.spec[:2]
+    with calling("run.data"):
+        prompt = data.codec.encode(sampling.prompt)
     ids = generate(
         model,
-        data.codec.encode(sampling.prompt),
+        prompt,
         count=sampling.count,
         length=sampling.length,
         temperature=sampling.temperature,
@@ -96,4 +99,5 @@ def samples(model: Any, data: Dataset, sampling: Sampling, step: int) -> list[di
         window=x.shape[0] if y.shape.rank < x.shape.rank else None,  # one target for a whole window
     )
     row = {"step": step, "temperature": sampling.temperature, "prompt": sampling.prompt}
-    return [{**row, "text": data.codec.decode(text)} for text in ids]
+    with calling("run.data"):
+        return [{**row, "text": data.codec.decode(text)} for text in ids]

@@ -247,7 +247,7 @@ class Mesh:
             self._closed = True
             self.failure = self.failure or Fault("this worker has closed its connections to the others")
             self._changed.notify_all()
-        text = str(reason).encode()[:_LONGEST_REASON] if reason else b""
+        text = str(reason).encode(errors="replace")[:_LONGEST_REASON] if reason else b""
         kind = next((number for number, of in _REASONS.items() if isinstance(reason, of)), _HEARTBEAT)
         for peer in self._peers.values():
             if reason:

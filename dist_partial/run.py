@@ -67,7 +67,8 @@ def run(
     """
     replicas = settings.replicas()
     try:
-        with put_back(), _connected(replicas), _explained():
+        mesh = contextlib.closing(replicas.mesh) if replicas.mesh else contextlib.nullcontext()
+        with put_back(), mesh, _connected(replicas), _explained():
             _run(settings, Path(folder), replicas, operative, unused, bindings or {})
     except BaseException as error:
         _let_go(error)
@@ -133,7 +134,9 @@ def _run(
         # Nothing but a step moves a state: recurrent layers with dropout draw random numbers in inference, too.
         with local_sgd.agreed(strategy, built.fragments), untouched(strategy, built.layer_state.states):
             average()
-            journal.evaluation(done, evaluate(), sent)
+            with _connected(replicas), _explained():  # the others wait here, and what fails must not wait for them
+                metrics = evaluate()
+            journal.evaluation(done, metrics, sent)
             if built.data.codec is not None and replicas.is_chief:
                 try:
                     texts = evaluation.samples(built.model, built.data, settings.sampling, done)
@@ -141,6 +144,18 @@ def _run(
                     journal.say(f"step {done}: no sample: {error}")
                 else:
                     journal.samples(texts)
+
+    def save() -> None:
+        frozen = checkpoints.frozen_fingerprints(built.model, built.plan, built.layer_state.moving)
+        checkpoints.check_frozen(built.identity["frozen"], frozen, done)
+        arrays = checkpoints.read(built.state(), done, replicas.gather)
+        # First, for a run that is killed once its last checkpoint is there has nothing left to do.
+        journal.traffic(meter.to_json(done))
+        if replicas.is_chief:
+            metadata = dict(zip(traffic.SENT, sent.tolist(), strict=True))
+            metadata |= {"frozen": built.identity["frozen"]}
+            metadata |= {} if constant else {"course": course.to_json()}
+            checkpoints.save(folder / "checkpoints", done, arrays, metadata, settings.keep)
 
     with (
         _written_folder(folder, built.identity, plan, workers) if replicas.is_chief else contextlib.nullcontext(),
@@ -206,22 +221,18 @@ def _run(
                 journal.configuration(operative(), unused())
                 first = False
             stop = interrupted + terminated > 0 and done < settings.steps
+            to_save = stop or _due(settings, done, settings.save_every)
             try:
                 if _due(settings, done, settings.eval_every):
                     evaluated()
-            finally:  # what fails in an evaluation must not cost the training
-                if stop or _due(settings, done, settings.save_every):
-                    frozen = checkpoints.frozen_fingerprints(built.model, built.plan, built.layer_state.moving)
-                    checkpoints.check_frozen(built.identity["frozen"], frozen, done)
-                    arrays = checkpoints.read(built.state(), done, replicas.gather)
-                    # First, for a run that is killed once its last checkpoint is there has nothing left to do.
-                    journal.traffic(meter.to_json(done))
-                    if replicas.is_chief:
-                        metadata = dict(zip(traffic.SENT, sent.tolist(), strict=True))
-                        metadata |= {"frozen": built.identity["frozen"]}
-                        metadata |= {} if constant else {"course": course.to_json()}
-                        checkpoints.save(folder / "checkpoints", done, arrays, metadata, settings.keep)
-                    saved = done
+            except BaseException:  # which must not cost the training
+                if to_save:
+                    with contextlib.suppress(Ending):  # what differs between workers cannot be had without the others
+                        save()
+                raise
+            if to_save:
+                save()
+                saved = done
             if stop:
                 break
             if done < settings.steps:
@@ -270,11 +281,9 @@ def _connected(replicas: Replicas) -> Iterator[None]:
                     f"another worker is gone ({what}): its own output says why; run the same command again"
                 ) from error
             raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         mesh.close(error if isinstance(error, Ending) else raised("", error))
         raise
-    finally:
-        mesh.close()
 
 
 @contextlib.contextmanager

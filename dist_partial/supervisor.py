@@ -351,7 +351,8 @@ class _Output:
     Attributes:
         path: of the log, or None.
         lines: the last.
-        error: the last that begins with "error:", which a traceback may follow.
+        error: the last that begins with "error:" and has a traceback below it, in which there may be others; where
+            there is none, the last that begins so.
         progress: what the keeper has reported.
     """
 
@@ -359,6 +360,7 @@ class _Output:
         self.path = folder / f"worker-{index}.log" if folder else None
         self.lines: collections.deque[str] = collections.deque(maxlen=20)
         self.error = ""
+        self._traced = False
         self.progress = Progress()
         self._index, self._console = index, console
         self._log: IO[bytes] | None = None
@@ -403,9 +405,11 @@ class _Output:
     def _keep(self, lines: Sequence[bytes]) -> None:
         for line in lines:
             if (text := line.decode(errors="replace")).strip():
-                self.lines.append(text)
-                if text.startswith("error:"):
+                if text.startswith("Traceback (") and self.lines and self.lines[-1].startswith("error:"):
+                    self.error, self._traced = self.lines[-1], True
+                elif text.startswith("error:") and not self._traced:
                     self.error = text
+                self.lines.append(text)
 
 
 def _start(index: int, command: Command, folder: Path | None, console: Console) -> Worker:

@@ -11,7 +11,7 @@ import pytest
 
 from dist_partial import config, run, selection
 from dist_partial.build import build
-from dist_partial.errors import UserError
+from dist_partial.errors import Raised, UserError
 from dist_partial.reduction import EveryStep
 from dist_partial.replicas import create
 from dist_partial.settings import Settings
@@ -415,3 +415,12 @@ def test_a_module_that_was_loaded_again_has_its_new_functions(tmp_path, monkeypa
     module.write_text("def model(layers=2): return 10 * layers  # is longer than the old one\n")
     importlib.reload(sys.modules["edited"])
     assert config.load([file], ["model.layers = 3"]).settings.model() == 30
+
+
+def test_a_function_of_the_users_whose_result_is_bound_raises_its_own(load):
+    line = user_module.spoilt_rules.__code__.co_firstlineno + 1
+    with pytest.raises(Raised) as found:
+        load("run.rules = @tests.user_module.spoilt_rules()")
+    assert str(found.value) == f"KeyError: '' ({user_module.__file__}, line {line})"
+    with pytest.raises(UserError):
+        load("run.rules = @tests.user_module.spoilt_rules()\nspoilt_rules.knd = 1")

@@ -1,10 +1,12 @@
 """The order of examples: over steps, epochs, replicas and workers."""
 
+import re
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial.data import ArraySource, evaluation_batches, train_batches
+from dist_partial.data import ArraySource, evaluation_batches, fetch, train_batches
 from dist_partial.errors import UserError
 
 
@@ -160,3 +162,24 @@ def test_mistakes_are_named_in_one_line(make, words):
     with pytest.raises(UserError, match=words) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("gives", "words"),
+    [
+        (lambda x, y: None, "NoneType"),
+        (lambda x, y: x, "float32 (2, 3)"),
+        (lambda x, y: {"x": x, "y": y}, "dict"),
+        (lambda x, y: (each for each in (x, y)), "generator"),
+        (lambda x, y: (x.tolist(), y), "list, int64 (2,)"),
+        (lambda x, y: (x, y.astype("datetime64[s]")), "float32 (2, 3), ndarray"),
+    ],
+)
+def test_what_is_no_array_is_named(gives, words):
+    class Other(ArraySource):
+        def fetch(self, indices):
+            return gives(*super().fetch(indices))
+
+    source = Other(np.zeros((5, 3), np.float32), np.zeros(5, np.int64))
+    with pytest.raises(UserError, match=re.escape(f"Other.fetch gives [{words}] for the examples 1, 4, and its spec ")):
+        fetch(source, np.array([1, 4]))

@@ -1,5 +1,6 @@
 """An exception of the user's own code: who raised what and where, in one line; the process ends, with exit code 1."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -8,9 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tensorflow as tf
+from absl import flags
 
-from dist_partial import train
-from dist_partial.errors import Raised, calling, first_line, of_graph
+from dist_partial import cli, evaluation, train
+from dist_partial.data import some_targets
+from dist_partial.errors import Raised, calling, first_line, of_graph, own_line
+from dist_partial.settings import Sampling
 from tests.workers import run_workers
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +113,19 @@ def optimizer(who="", learning_rate=1e-3):
     if who == "optimizer":
         undefined  # optimizer
     return (FailingSGD if who == "update" else keras.optimizers.SGD)(learning_rate)
+
+
+class Failing:
+    def __len__(self):
+        undefined  # length
+
+    def encode(self, text):
+        if text == "e":
+            undefined  # encode
+        return [0]
+
+    def decode(self, ids):
+        undefined  # decode
 """
 GIN = """
 import own_code
@@ -125,10 +143,10 @@ CASES = {  # what is bound, who fails, what the line says of it
     "fetch": ("data", "run.data raised RuntimeError: cannot read"),
     "model": ("model", f"run.model raised {UNDEFINED}"),
     "layer": ("model", f"run.model raised {UNDEFINED}"),
-    "layer in the graph": ("model", "run.model or run.loss raised RuntimeError: in the layer"),
+    "layer in the graph": ("model", "run.model, run.loss or run.optimizer raised RuntimeError: in the layer"),
     "loss": ("loss", f"run.loss raised {UNDEFINED}"),
     "loss's function": ("loss", f"run.loss raised {UNDEFINED}"),
-    "loss in the graph": ("loss", "run.model or run.loss raised KeyError: 'y'"),
+    "loss in the graph": ("loss", "run.model, run.loss or run.optimizer raised KeyError: 'y'"),
     "optimizer": ("optimizer", f"run.optimizer raised {UNDEFINED}"),
     "update": ("optimizer", f"run.optimizer raised {UNDEFINED}"),
 }
@@ -214,11 +232,100 @@ def test_the_other_workers_hear_of_it_and_end_with_the_same_code(code, tmp_path)
     assert len(second) == 1 and re.fullmatch(rf"error: {words}", second[0]), second
 
 
+def test_an_evaluation_that_fails_on_one_worker_keeps_no_other_waiting(code, tmp_path):
+    """Though a checkpoint is due, for which each worker has to send what it has of its own."""
+    held = """
+import json, os
+RANK = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+
+
+class Held(ArraySource):
+    calls = 0
+
+    def fetch(self, indices):
+        self.__dict__["calls"] = self.calls + 1
+        if self.calls == 20 and RANK == 1:
+            raise RuntimeError("in the second evaluation")
+        return super().fetch(indices)
+"""
+    (tmp_path / "own_code.py").write_text(MODULE.replace('ArraySource(X, Y), "1"', 'Held(X, Y), "1"') + held)
+    params = ["run.reduction = @never()", "run.steps = 90", "run.eval_every = 30", "run.save_every = 30"]
+    command = ["-m", "dist_partial.train", *arguments(code, tmp_path / "run", *params)]
+    results = run_workers(command, workers=2, timeout=60, pythonpath=tmp_path)
+    assert [code for code, _ in results] == [1, 1], results
+    assert all("run.data raised RuntimeError: in the second evaluation" in out for _, out in results), results
+    steps = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert steps and f"step-{90:010d}.npz" not in steps
+
+
 def test_what_passes_through_calling():
     inner = Raised("run.loss raised ValueError: one")
     with pytest.raises(Raised) as found, calling("run.data"):
         raise inner
     assert found.value is inner
+
+
+@pytest.mark.parametrize("code", [0, 3, None, "no such file"])
+def test_an_exit_is_an_exception_like_others_and_does_not_say_that_all_is_done(code, capsys):
+    with pytest.raises(Raised, match=r"^run\.data raised SystemExit"), calling("run.data"):
+        sys.exit(code)
+    assert cli.call(None, flags.FlagValues(), [], lambda: sys.exit(code)) == 1
+    assert capsys.readouterr().err.startswith("error: SystemExit")
+
+
+def test_a_lost_worker_is_waited_for_by_no_data():
+    away = tf.errors.UnavailableError(None, None, "the bucket is away")
+    with pytest.raises(Raised, match=r"^run\.data raised UnavailableError: the bucket is away"), calling("run.data"):
+        raise away
+    with pytest.raises(tf.errors.UnavailableError), calling("run.model"):
+        raise away
+
+
+@pytest.mark.parametrize("name", ["UserError", "Fault", "Raised"])
+def test_an_exception_of_the_users_with_a_name_of_ours(name):
+    message = (
+        f'{name}: one\nTraceback (most recent call last):\n\n  File "/a/own.py", line 3, in f\n\nown.{name}: one\n'
+    )
+    found = of_graph(f"{message}\n\n\t [[{{{{node PyFunc}}}}]]")
+    assert type(found) is Raised
+    assert str(found) == f"run.model, run.loss or run.optimizer raised own.{name}: one (/a/own.py, line 3)"
+
+
+def test_the_reason_of_a_graph_follows_where_its_op_was_made():
+    @tf.function(autograph=False)
+    def function(x):
+        tf.debugging.assert_less(x, 2.0, message="too large")
+        return x
+
+    with pytest.raises(tf.errors.InvalidArgumentError) as found:
+        function(tf.constant(3.0))
+    several = (
+        f"{found.value.message.partition('assertion')[0]}2 root error(s) found.\n  (0) INVALID_ARGUMENT:  two replicas"
+    )
+    assert first_line(tf.errors.InvalidArgumentError(None, None, several)) == "two replicas"
+    line = function.python_function.__code__.co_firstlineno + 2
+    assert first_line(found.value).startswith("assertion failed: [too large]")
+    assert own_line(found.value) == f" ({__file__}, line {line})"
+
+
+def test_a_line_that_every_terminal_and_worker_takes():
+    assert first_line(ValueError("a\0b \udcff Größe\u2028c")) == r"a\x00b \udcff Größe"
+    assert first_line(ValueError("x" * 501)) == "x" * 500 + "..."
+    assert str(of_graph("Traceback (most recent call last):\nRuntimeError: ")).endswith("raised RuntimeError")
+
+
+@pytest.mark.parametrize("who", ["length", "encode", "decode"])
+def test_what_else_is_asked_of_data(who, code, monkeypatch):
+    import own_code
+
+    failing = own_code.Failing()
+    data = dataclasses.replace(own_code.data(), codec=failing)
+    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: [[0]])
+    with pytest.raises(Raised) as found:
+        if who == "length":
+            some_targets(failing)
+        evaluation.samples(None, data, Sampling(prompt=who[0]), 0)
+    assert str(found.value) == f"run.data raised {UNDEFINED}{place(code, who)}"
 
 
 def test_what_is_no_python_code_is_left_alone():

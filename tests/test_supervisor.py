@@ -414,6 +414,25 @@ def test_the_worker_that_began_it_is_named(tmp_path):
         )
 
 
+def test_a_traceback_may_have_lines_like_the_one_above_it(tmp_path):
+    script = """
+        if index:
+            print("error: an earlier one, of which nothing came")
+            print("error: run.data raised RuntimeError: cannot compile")
+            print("Traceback (most recent call last):")
+            print("RuntimeError: cannot compile")
+            print("error: worker 9 has no such file")
+            sys.exit(1)
+        print("error: worker 1 (127.0.0.1:1): run.data raised RuntimeError: cannot compile")
+        sys.exit(1)
+    """
+    with supervised(tmp_path, script, workers=2) as launcher:
+        assert launcher.wait() == 1
+        assert launcher.err.startswith(
+            "error: worker 1 ended with exit code 1: error: run.data raised RuntimeError: cannot compile; not again: "
+        )
+
+
 def test_a_module_that_is_not_installed(tmp_path):
     with supervised(tmp_path, "ready()\nimport no_such_module.sub") as launcher:
         launcher.wait()

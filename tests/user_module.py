@@ -121,3 +121,7 @@ def never_finite() -> keras.losses.Loss:
 
 def nothing() -> None:
     """A factory that forgets to return what it makes."""
+
+
+def spoilt_rules(kind: str = "") -> list[tuple[str, str]]:
+    return [("train", {}[kind])]

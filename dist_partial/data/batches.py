@@ -169,21 +169,28 @@ def fetch(source: Source, indices: np.ndarray) -> tuple[np.ndarray, ...]:
     """
     with calling("run.data"):
         arrays = source.fetch(indices)
-        spec = source.spec
-        want = [(one.dtype.name, (len(indices), *one.shape)) for one in spec]
-        have = [(tf.as_dtype(array.dtype).name, tuple(array.shape)) for array in arrays]
+        want = [f"{one.dtype.name} {(len(indices), *one.shape)}" for one in source.spec]
+    have = [_described(array) for array in (arrays if isinstance(arrays, (tuple, list)) else [arrays])]
     if len(want) in (2, 3) and want == have:
-        return arrays
-    words = [", ".join(f"{dtype} {shape}" for dtype, shape in side) for side in (have, want)]
+        return tuple(arrays)
     some = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
     raise UserError(
-        f"{type(source).__name__}.fetch gives [{words[0]}] for the examples {some}, and its spec says [{words[1]}]: "
-        "both must be the same (x, y) or (x, y, weight)"
+        f"{type(source).__name__}.fetch gives [{', '.join(have)}] for the examples {some}, and its spec says "
+        f"[{', '.join(want)}]: both must be the same (x, y) or (x, y, weight)"
     )
+
+
+def _described(array: Any) -> str:
+    try:
+        return f"{tf.as_dtype(array.dtype).name} {tuple(array.shape)}"
+    except (AttributeError, TypeError):  # no array, or none that TensorFlow knows
+        return type(array).__name__
 
 
 def _check(source: Source) -> None:
     """Compares the first example with the spec, before anything else is done."""
-    if len(source) == 0:
+    with calling("run.data"):
+        count = len(source)
+    if count == 0:
         raise UserError(f"{type(source).__name__} is empty: there is nothing to read")
     fetch(source, np.zeros(1, np.int64))
