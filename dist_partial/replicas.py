@@ -25,6 +25,7 @@ from dist_partial.workers import MeshStrategy
 
 KINDS = ("auto", "default", "mirrored", "multi_worker")
 TRANSPORTS = ("auto", "tensorflow", "sockets")
+_KEYS = 100_000  # collectives of one strategy
 _LAST_SECONDS = 5.0  # for which the first worker waits until the processes of the others have ended
 
 
@@ -139,8 +140,10 @@ def create(
 
 @functools.cache
 def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
-    # TensorFlow 2.21 numbers the collectives of each new strategy from the same key on: with the graph of another run
-    # of this process they would meet under one key ("Shape mismatch in the collective instance").
+    # TensorFlow 2.21 numbers the collectives of each new strategy from the same key on: with those of another run of
+    # this process, or of the user's own strategy, they would meet under one key ("Shape mismatch in the collective
+    # instance", "joining a group with size"), after which the process can make no collective any more.
+    tf.distribute.MirroredStrategy._collective_key_base += _KEYS
     return tf.distribute.MirroredStrategy(list(devices))
 
 

@@ -17,7 +17,7 @@ from dist_partial.replicas import Replicas
 from dist_partial.settings import Sampling, Settings
 from dist_partial.step import evaluation_step
 from dist_partial.wire import Wire
-from tests.cases import rows, state
+from tests.cases import rows, set_precision, state
 from tests.conftest import mirrored_strategy
 
 COUNT, STEPS = 18, 20  # examples, all of them in each step
@@ -102,6 +102,7 @@ def test_weights_of_elements_in_any_shape(tmp_path, y_last, weight_last):
     data = (x, y.reshape(COUNT, 3, *y_last), weight)
     loss = keras.losses.MeanSquaredError if y_last else one_an_element
     run.run(settings(one_output_a_step, data, loss, steps=1, eval_first=True), tmp_path / "run")
+    set_precision("float64")
     keras.utils.set_random_seed(0)
     outputs = one_output_a_step()(x).numpy()
     squares, weight = ((outputs - y) ** 2)[..., 0], weight.reshape(COUNT, 3)
@@ -277,6 +278,7 @@ def test_accuracy_of_class_ids_in_any_shape(tmp_path, shape):
     y = np.random.default_rng(1).integers(0, 10, (COUNT, *shape)).astype(np.int32)
     x = features(10)
     run.run(settings(classifier(activation=None), (x, y), sparse, steps=1, eval_first=True), tmp_path / "run")
+    set_precision("float64")
     keras.utils.set_random_seed(0)
     right = classifier(activation=None)()(x).numpy().argmax(-1) == y.reshape(COUNT)
     assert rows(tmp_path / "run" / "metrics.jsonl")[0]["accuracy"] == pytest.approx(right.mean())

@@ -12,7 +12,7 @@ from dist_partial import build, config, run, sample, selection, session, train, 
 from dist_partial.data import ArraySource, Dataset
 from dist_partial.errors import UserError
 from dist_partial.plan import Machine, estimate
-from dist_partial.replicas import Replicas
+from dist_partial.replicas import Replicas, create
 from dist_partial.settings import Settings
 from dist_partial.wire import Wire
 
@@ -50,6 +50,14 @@ def test_names_do_not_depend_on_what_the_process_has_made(tmp_path):
     assert contents[0] == contents[1]
     paths = [each["path"] for each in json.loads(contents[0])["variables"]]
     assert paths == ["dense/kernel", "dense/bias", "dense_1/kernel", "dense_1/bias"]
+
+
+def test_runs_on_other_numbers_of_replicas(tmp_path):
+    """TensorFlow would have the collectives of all of them meet under one key."""
+    for number in (2, 4, 2):
+        run.run(settings(replicas=lambda: create("mirrored", cpu=number)), tmp_path / f"of {number}")  # noqa: B023
+        plan = json.loads((tmp_path / f"of {number}" / "plan.json").read_text())
+        assert plan["workers"] == number
 
 
 def test_the_process_counts_on_as_if_nothing_had_been_made():
