@@ -506,11 +506,14 @@ def test_a_run_that_is_killed_after_its_last_checkpoint_has_written_everything(l
     """tests/kills.py kills it after each call that writes; this is what it found."""
     save = run.checkpoints.save
 
+    class Killed(BaseException):
+        pass
+
     def and_die(*args):
         save(*args)
-        raise SystemExit
+        raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(run.checkpoints, "save", and_die)
         start(letters, tmp_path / "run", "run.steps = 3", "run.save_every = None", "replicas.cpu = 1")
     assert json.loads((tmp_path / "run" / "traffic.json").read_text())["last_step"] == 3
