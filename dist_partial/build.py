@@ -31,7 +31,7 @@ from dist_partial.errors import UserError, calling, first_line, own_line
 from dist_partial.loss_scale import LossScale, needs_loss_scale
 from dist_partial.replicas import Replicas, input_context
 from dist_partial.schedule import Constant, Schedule, Unit
-from dist_partial.selection import average_bytes
+from dist_partial.selection.payload import average_bytes
 from dist_partial.settings import Settings
 
 

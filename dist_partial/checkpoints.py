@@ -25,7 +25,8 @@ from dist_partial.loss_scale import LossScale
 from dist_partial.optimizers import GroupOptimizer
 from dist_partial.reduction import LocalSGD, Never
 from dist_partial.replicas import PerReplica
-from dist_partial.selection import Plan, own_names
+from dist_partial.selection.paths import own_names
+from dist_partial.selection.plan import Plan
 
 _NAME = re.compile(r"step-(\d{10})\.npz")
 

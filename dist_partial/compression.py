@@ -14,8 +14,8 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.errors import UserError
-from dist_partial.reduction import EveryStep, Exchange, Message, check_dtype
-from dist_partial.selection import itemsize
+from dist_partial.reduction import EveryStep, Exchange, check_dtype
+from dist_partial.selection.payload import Message, itemsize
 from dist_partial.wire import Gather, Sum
 
 SCALED = 256  # values that share a scale

@@ -22,7 +22,7 @@ from dist_partial import arguments, data, models, replicas, schedule, session, s
 from dist_partial.compression import PowerSGD, Quantized, TopK
 from dist_partial.errors import UserError, own_line, raised
 from dist_partial.reduction import EveryStep, LocalSGD, Never, nesterov
-from dist_partial.selection import Rule
+from dist_partial.selection.rules import Rule
 
 _OURS: dict[str, Callable[..., Any]] = {
     "run": settings.Settings,

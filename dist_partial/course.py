@@ -18,7 +18,7 @@ from dist_partial.errors import UserError
 from dist_partial.layer_state import untouched
 from dist_partial.replicas import input_context
 from dist_partial.schedule import ByteBudget, Constant, observes
-from dist_partial.selection import Plan
+from dist_partial.selection.plan import Plan
 from dist_partial.settings import Settings
 
 

@@ -28,7 +28,7 @@ from dist_partial import agreement
 from dist_partial.checkpoints import digest, fingerprints, variables
 from dist_partial.errors import UserError, first_line
 from dist_partial.files import existing, write_atomically
-from dist_partial.selection import Plan
+from dist_partial.selection.plan import Plan
 
 FORMAT = "1"
 _FIELDS = ("base", "rules", "rows", "step", "versions")

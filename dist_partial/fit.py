@@ -21,7 +21,8 @@ from dist_partial.errors import UserError
 from dist_partial.fit_optimizer import FROZEN, REDUCTIONS, Partial, PartialLossScale, Share, freeze
 from dist_partial.reduction import EveryStep
 from dist_partial.replicas import local_count
-from dist_partial.selection import Plan, resolve
+from dist_partial.selection.plan import Plan
+from dist_partial.selection.resolve import resolve
 
 
 def partial(

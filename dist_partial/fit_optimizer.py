@@ -12,7 +12,8 @@ from dist_partial import compression, reduction
 from dist_partial import optimizers as optimizers_lib
 from dist_partial.errors import UserError
 from dist_partial.reduction import EveryStep
-from dist_partial.selection import Entry, Plan, Rule
+from dist_partial.selection.plan import Entry, Plan
+from dist_partial.selection.rules import Rule
 from dist_partial.wire import Wire
 
 REDUCTIONS = {

@@ -12,7 +12,7 @@ from dist_partial import optimizers, traffic
 from dist_partial.layer_state import untouched
 from dist_partial.optimizers import GroupOptimizer, Trained
 from dist_partial.reduction import LocalSGD, mean
-from dist_partial.selection import Entry, Plan
+from dist_partial.selection.plan import Entry, Plan
 from dist_partial.wire import Wire, together
 
 

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from dist_partial import cli
-from dist_partial.selection import average_bytes, itemsize
+from dist_partial.selection.payload import average_bytes, itemsize
 
 if TYPE_CHECKING:
-    from dist_partial.selection import Plan
+    from dist_partial.selection.plan import Plan
     from dist_partial.settings import Settings
 
 # Of the bits on a wire, those that are payload: a frame of 1514 bytes carries 1448, and a few are acknowledgements.
@@ -191,7 +191,7 @@ def _summed() -> Iterator[list[Any]]:
     """
     import tensorflow as tf
 
-    from dist_partial.reduction import Message
+    from dist_partial.selection.payload import Message
 
     found: list[Message] = []
     all_reduce = tf.distribute.ReplicaContext.all_reduce
@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cli.import_tensorflow_quietly()
         from dist_partial import config
         from dist_partial.reduction import EveryStep
-        from dist_partial.reporting import plan_table
+        from dist_partial.selection.table import plan_table
 
         settings = config.load(values.gin_file, values.gin_param).settings
         everything = dataclasses.replace(settings, rules=[("train", ".*")], reduction=EveryStep("float32"))

@@ -7,30 +7,18 @@ generator that yields the requests of `wire` and returns the result). Those that
 import dataclasses
 import math
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from dist_partial.errors import UserError
-from dist_partial.selection import Plan, itemsize
+from dist_partial.selection.payload import Message, itemsize
+from dist_partial.selection.plan import Plan
 from dist_partial.wire import Gather, Sum, Wire, together
 
 Exchange = Generator[Sum | Gather, tf.Tensor, tf.Tensor]
-
-
-class Message(NamedTuple):
-    """What one replica hands over to a 'sum' or a 'gather': `bytes` after the steps s, s % every == offset % every."""
-
-    kind: str
-    bytes: int
-    every: int = 1
-    offset: int = 0
-
-    def times(self, first: int, last: int) -> int:
-        """How often it travels after the steps first + 1 to last."""
-        return (last - self.offset) // self.every - (first - self.offset) // self.every
 
 
 class Reduction(Protocol):

@@ -21,9 +21,10 @@ from dist_partial.errors import AGAIN, INTERRUPTED, Ending, Fault, UserError, of
 from dist_partial.files import locked, refuse_links, write_json, write_text, writing
 from dist_partial.layer_state import untouched
 from dist_partial.replicas import Replicas
-from dist_partial.reporting import Journal, plan_table
+from dist_partial.reporting import Journal
 from dist_partial.schedule import Constant
-from dist_partial.selection import average_bytes
+from dist_partial.selection.payload import average_bytes
+from dist_partial.selection.table import plan_table
 from dist_partial.session import put_back
 from dist_partial.settings import Settings
 

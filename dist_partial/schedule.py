@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from dist_partial.errors import UserError
-from dist_partial.selection import matches
+from dist_partial.selection.rules import matches
 
 State = dict[str, Any]  # JSON values
 Partition = list[tuple[str, tuple[str, ...]]]

@@ -10,7 +10,7 @@ from dist_partial import replicas, storage
 from dist_partial.errors import UserError
 from dist_partial.reduction import EveryStep
 from dist_partial.schedule import Constant
-from dist_partial.selection import check_reduction
+from dist_partial.selection.rules import check_reduction
 
 _FACTORIES = {  # each with an example
     "model": "@byte_transformer",

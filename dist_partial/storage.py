@@ -7,7 +7,7 @@ import keras
 
 from dist_partial import kernels
 from dist_partial.errors import UserError
-from dist_partial.selection import Plan
+from dist_partial.selection.plan import Plan
 
 PRECISIONS = (None, "bfloat16", "int8")
 

@@ -15,8 +15,8 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.mesh import GATHER_OP, SUM_OP
-from dist_partial.reduction import Message
-from dist_partial.selection import Plan, nic_bytes
+from dist_partial.selection.payload import Message, nic_bytes
+from dist_partial.selection.plan import Plan
 
 # What a run adds up: payload of one replica, what leaves its worker's network interface, and what would if everything
 # were trained and summed in its own dtype.

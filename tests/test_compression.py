@@ -10,8 +10,9 @@ import tensorflow as tf
 
 from dist_partial import reduction, selection, traffic
 from dist_partial.compression import PowerSGD, Quantized, TopK
-from dist_partial.reduction import EveryStep, Message, Never
-from dist_partial.selection import Rule
+from dist_partial.reduction import EveryStep, Never
+from dist_partial.selection.payload import Message
+from dist_partial.selection.rules import Rule
 from dist_partial.wire import Wire
 from tests import cases
 from tests.cases import same_bits

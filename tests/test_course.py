@@ -20,7 +20,7 @@ from dist_partial.data import ArraySource, Dataset, fingerprint, train_batches
 from dist_partial.errors import UserError
 from dist_partial.replicas import Replicas
 from dist_partial.schedule import AutoFreeze, ByteBudget, Gradual, Lisa, Phases, Rotation
-from dist_partial.selection import Rule
+from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
 from dist_partial.wire import Wire
 from tests import cases

@@ -18,7 +18,7 @@ from dist_partial.models import two_dense
 from dist_partial.reduction import EveryStep
 from dist_partial.replicas import Replicas
 from dist_partial.schedule import Constant, Rotation
-from dist_partial.selection import Rule
+from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
 from dist_partial.wire import Wire
 

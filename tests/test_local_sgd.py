@@ -14,7 +14,7 @@ from dist_partial.compression import PowerSGD, Quantized, TopK
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.reduction import EveryStep, LocalSGD, Never, nesterov
 from dist_partial.replicas import Replicas
-from dist_partial.selection import Rule
+from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
 from dist_partial.wire import Wire
 from tests import cases
@@ -428,7 +428,7 @@ def test_rows_are_exchanged_alone(mirrored):
         for member in (*local.fragments[0].members, *local.fragments[0].outer.members):
             assert tuple(member.variable.shape) == (7, 6)
         assert same_bits(local.own()["head/kernel"])
-    assert entry.messages == (reduction.Message("sum", 7 * 6 * 8, every=3),)
+    assert entry.messages == (selection.Message("sum", 7 * 6 * 8, every=3),)
     anchor = local.anchors()[entry.path][0]
     own = local.own()[entry.path]
     with local_sgd.agreed(local.strategy, local.fragments):
@@ -551,7 +551,7 @@ def test_statistics_travel_with_the_first_exchange(mirrored):
         assert same_bits(after)
         np.testing.assert_allclose(after[0], np.mean(values, axis=0), rtol=1e-12)
     plan = built.plan.traced([], traffic.beyond(built.plan, [], exchanges))
-    assert plan.statistics == (reduction.Message("sum", 2 * 6 * 8, every=2),)
+    assert plan.statistics == (selection.Message("sum", 2 * 6 * 8, every=2),)
     assert plan.wire_bytes == built.plan.wire_bytes + 6 * 8
 
 

@@ -12,7 +12,7 @@ from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.plan import Machine, estimate
 from dist_partial.reduction import EveryStep, LocalSGD, Never
 from dist_partial.replicas import Replicas
-from dist_partial.selection import Rule
+from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
 from dist_partial.wire import Wire
 from tests.cases import convolutional, rows

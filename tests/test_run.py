@@ -19,7 +19,7 @@ from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.errors import AGAIN
 from dist_partial.models import byte_transformer
 from dist_partial.replicas import Replicas, create
-from dist_partial.selection import Rule
+from dist_partial.selection.rules import Rule
 from dist_partial.settings import Sampling, Settings
 from dist_partial.wire import Wire
 from tests.cases import rows, same_bits, state

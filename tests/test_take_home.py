@@ -14,7 +14,7 @@ from dist_partial.data.codecs import ByteCodec
 from dist_partial.errors import UserError
 from dist_partial.models import keras_file
 from dist_partial.replicas import Replicas
-from dist_partial.selection import Rule
+from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
 from dist_partial.wire import Wire
 from tests.cases import state

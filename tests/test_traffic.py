@@ -8,8 +8,8 @@ import pytest
 
 from dist_partial import traffic
 from dist_partial.plan import bytes_per_second
-from dist_partial.reduction import Message
-from dist_partial.selection import Plan, nic_bytes
+from dist_partial.selection.payload import Message, nic_bytes
+from dist_partial.selection.plan import Plan
 from tests import hosts
 from tests.cases import rows
 

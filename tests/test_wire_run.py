@@ -19,7 +19,7 @@ from dist_partial.errors import UserError
 from dist_partial.models import two_dense
 from dist_partial.reduction import EveryStep, LocalSGD, Never, nesterov
 from dist_partial.replicas import Replicas
-from dist_partial.selection import Rule
+from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
 from dist_partial.wire import Wire
 from tests import cases
