@@ -17,15 +17,14 @@ from dist_partial import (
     identity,
     layer_state,
     local_sgd,
-    lora,
     losses,
     optimizers,
     reduction,
     selection,
     session,
     step,
-    storage,
 )
+from dist_partial.adapters import lora, quantization
 from dist_partial.data import Dataset, check_source, some_targets, train_batches
 from dist_partial.errors import UserError, calling, first_line, own_line
 from dist_partial.loss_scale import LossScale, needs_loss_scale
@@ -113,7 +112,7 @@ def _build(settings: Settings, replicas: Replicas) -> Built:
         adapters = lora.enable(settings.rules, model)
         plan = selection.resolve(settings.rules, model, settings.reduction, adapters)
         plan = dataclasses.replace(plan, workers=max(2, replicas.strategy.num_replicas_in_sync))
-        plan, units, notes = _divided(storage.lower(plan, model, settings.frozen), settings, batch_norms)
+        plan, units, notes = _divided(quantization.lower(plan, model, settings.frozen), settings, batch_norms)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
         with calling("run.model"), _taking(data.name, x):
             state, outputs = layer_state.find(model, x, plan)

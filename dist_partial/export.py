@@ -173,13 +173,13 @@ def _write_keras(path: Path, built: "Built", _: int | None) -> str:
     """
     import keras
 
-    from dist_partial import lora, storage
+    from dist_partial.adapters import lora, quantization
 
     def policies(model: Any) -> list[str]:
         return [layer.dtype_policy.name for layer in model._flatten_layers()]
 
     model, policy, floatx = built.model, keras.config.dtype_policy(), keras.config.floatx()
-    storage.widen(built.plan)  # or else what training has moved would be rounded away in the kernels
+    quantization.widen(built.plan)  # or else what training has moved would be rounded away in the kernels
     lora.merge(model)  # or else the file would have factors of zero beside kernels that stay frozen
     hint = "give its classes get_config and keras.saving.register_keras_serializable, or write --format=savedmodel"
     if any(getattr(layer, "quantization_mode", None) for layer in model._flatten_layers()):

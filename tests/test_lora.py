@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import layer_state, lora, run, selection, storage, traffic
+from dist_partial import layer_state, run, selection, traffic
+from dist_partial.adapters import lora, quantization
 from dist_partial.build import batches, build, restore, train_step
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.errors import UserError
@@ -224,7 +225,7 @@ def test_nothing_to_store_is_said():
         build(settings([("train", ".*")], frozen="int8"), replicas(1))
     with pytest.raises(UserError, match=r"run\.frozen is 'int4'"):
         settings(frozen="int4")
-    assert storage.PRECISIONS == (None, "bfloat16", "int8")
+    assert quantization.PRECISIONS == (None, "bfloat16", "int8")
 
 
 def given(rank=3):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import Base, build, delta, export, lora, replicas, run, sample, train, trained
+from dist_partial import Base, build, delta, export, replicas, run, sample, train, trained
+from dist_partial.adapters import lora
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.data.codecs import ByteCodec
 from dist_partial.errors import UserError

@@ -38,8 +38,8 @@ def plan_table(plan: Plan, hosts: int) -> str:
             *table,
             f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%})",
             f"payload: {grouped(plan.wire_bytes)} of {plan.full_wire_bytes:,} bytes a step and replica",
-            f"{_interface(plan.workers, hosts)} {grouped(plan.nic_bytes)} of {grouped(plan.full_nic_bytes)} bytes a step "
-            f"({plan.nic_bytes / plan.full_nic_bytes:.2%} of exchanging everything)",
+            f"{_interface(plan.workers, hosts)} {grouped(plan.nic_bytes)} of {grouped(plan.full_nic_bytes)} bytes a "
+            f"step ({plan.nic_bytes / plan.full_nic_bytes:.2%} of exchanging everything)",
         ]
     )
 
