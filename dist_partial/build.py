@@ -11,7 +11,6 @@ import keras
 import tensorflow as tf
 
 from dist_partial import (
-    agreement,
     batch_norm,
     checkpoints,
     identity,
@@ -26,9 +25,11 @@ from dist_partial import (
 )
 from dist_partial.adapters import lora, quantization
 from dist_partial.data import Dataset, check_source, some_targets, train_batches
+from dist_partial.distributed import consistency
+from dist_partial.distributed.per_replica import input_context
+from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError, calling, first_line, own_line
 from dist_partial.loss_scale import LossScale, needs_loss_scale
-from dist_partial.replicas import Replicas, input_context
 from dist_partial.schedule import Constant, Schedule, Unit
 from dist_partial.selection.payload import average_bytes
 from dist_partial.settings import Settings
@@ -319,10 +320,10 @@ def restore(
     """
     known = identity.check(folder, built.identity, may_differ)
     checkpoint = checkpoints.newest(folder / "checkpoints", say) if known else None
-    while len(set(steps := agreement.everyone(built.replicas.mesh, checkpoint.step if checkpoint else 0))) > 1:
+    while len(set(steps := consistency.everyone(built.replicas.mesh, checkpoint.step if checkpoint else 0))) > 1:
         least = min(steps)
         if not least:
-            names = agreement.names(built.replicas.mesh, [k for k, found in enumerate(steps) if not found])
+            names = consistency.names(built.replicas.mesh, [k for k, found in enumerate(steps) if not found])
             raise UserError(
                 f"{names} cannot see the checkpoint of step {max(steps)} in {folder}: all workers need the same run "
                 "folder, on a disk that they share"

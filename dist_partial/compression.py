@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from dist_partial.distributed.collectives import Gather, Sum
 from dist_partial.errors import UserError
 from dist_partial.reduction import EveryStep, Exchange, check_dtype
 from dist_partial.selection.payload import Message, itemsize
-from dist_partial.wire import Gather, Sum
 
 SCALED = 256  # values that share a scale
 _FLOATS = {32: tf.float32, 16: tf.bfloat16}

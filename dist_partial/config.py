@@ -18,8 +18,9 @@ from typing import Any
 
 import gin
 
-from dist_partial import arguments, data, models, replicas, schedule, session, settings
+from dist_partial import arguments, data, models, schedule, session, settings
 from dist_partial.compression import PowerSGD, Quantized, TopK
+from dist_partial.distributed import replicas
 from dist_partial.errors import UserError, own_line, raised
 from dist_partial.reduction import EveryStep, LocalSGD, Never, nesterov
 from dist_partial.selection.rules import Rule

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import agreement, batch_norm, local_sgd, prefix, reduction, step, traffic
+from dist_partial import batch_norm, local_sgd, prefix, reduction, step
 from dist_partial.build import Built, batches, order, train_step
 from dist_partial.data import train_indices
+from dist_partial.distributed import consistency, traffic
+from dist_partial.distributed.per_replica import input_context
 from dist_partial.errors import UserError
 from dist_partial.layer_state import untouched
-from dist_partial.replicas import input_context
 from dist_partial.schedule import ByteBudget, Constant, observes
 from dist_partial.selection.plan import Plan
 from dist_partial.settings import Settings
@@ -132,7 +133,7 @@ class Course:
         switched = units != self._active
         if mesh is not None and (self._leg is None or schedule.next_switch(done - 1) == done):
             # Before anything is traced: workers that disagree would wait for each other in different functions.
-            agreement.check(mesh, {f"what is trained from step {done + 1} on": sorted(units)})
+            consistency.check(mesh, {f"what is trained from step {done + 1} on": sorted(units)})
         activations = self._activations(remaining, done)
         if self._active is not None and switched:
             self._leave(self._active - units)

@@ -100,10 +100,10 @@ def _base(folder: Path, built: "Built") -> dict[str, str]:
     Raises:
         UserError: the factories make others by now, so that no base would be known by them.
     """
-    from dist_partial import identity
+    from dist_partial import identity, validation
 
     began = json.loads((folder / identity.FILE).read_text()).get(identity.START, {})
-    if changed := identity.differences(began, built.identity[identity.START]):
+    if changed := validation.differences(began, built.identity[identity.START]):
         names = ", ".join(repr(name) for name, _, _ in changed[:3])
         raise cli.UserError(
             f"run.model does not make the weights that {folder} began with: {names} differ, so that no base would be "

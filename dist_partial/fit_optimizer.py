@@ -10,11 +10,11 @@ import tensorflow as tf
 
 from dist_partial import compression, reduction
 from dist_partial import optimizers as optimizers_lib
+from dist_partial.distributed.collectives import Wire
 from dist_partial.errors import UserError
 from dist_partial.reduction import EveryStep
 from dist_partial.selection.plan import Entry, Plan
 from dist_partial.selection.rules import Rule
-from dist_partial.wire import Wire
 
 REDUCTIONS = {
     each.__name__: each for each in (EveryStep, compression.Quantized, compression.TopK, compression.PowerSGD)

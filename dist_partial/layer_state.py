@@ -19,9 +19,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_partial import batch_norm, traffic
+from dist_partial import batch_norm
+from dist_partial.distributed import traffic
+from dist_partial.distributed.per_replica import input_context, local_count
 from dist_partial.errors import UserError
-from dist_partial.replicas import input_context, local_count
 from dist_partial.selection.paths import paths_of
 from dist_partial.selection.plan import Plan
 

@@ -134,7 +134,7 @@ def estimate(settings: "Settings", machine: Machine) -> Cost:
 
 def _travel(payload: float, wire: float, forward: float, computed: float) -> float:
     """When the last pack has arrived; gradients appear evenly through the backward pass, a pack leaves when full."""
-    from dist_partial.wire import PACK_BYTES
+    from dist_partial.distributed.collectives import PACK_BYTES
 
     arrived = filled = 0.0
     while filled < payload:
@@ -153,8 +153,9 @@ def _hops(entries: Sequence[Any]) -> float:
 def _measure(settings: "Settings", batch: int) -> tuple["Plan", Computation, float, int]:
     import tensorflow as tf
 
-    from dist_partial import local_sgd, reduction, replicas, step
+    from dist_partial import local_sgd, reduction, step
     from dist_partial.build import batches, build, train_step
+    from dist_partial.distributed import replicas
     from dist_partial.schedule import Constant
 
     # Of a schedule the costliest case: everything that it may train, at once.

@@ -13,10 +13,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from dist_partial.distributed.collectives import Gather, Sum, Wire, together
 from dist_partial.errors import UserError
 from dist_partial.selection.payload import Message, itemsize
 from dist_partial.selection.plan import Plan
-from dist_partial.wire import Gather, Sum, Wire, together
 
 Exchange = Generator[Sum | Gather, tf.Tensor, tf.Tensor]
 

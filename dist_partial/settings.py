@@ -6,8 +6,8 @@ from typing import Any
 
 import keras
 
-from dist_partial import replicas
 from dist_partial.adapters import quantization
+from dist_partial.distributed import replicas
 from dist_partial.errors import UserError
 from dist_partial.reduction import EveryStep
 from dist_partial.schedule import Constant

@@ -11,9 +11,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import batch_norm, optimizers, reduction, replicas, selection, step, traffic
+from dist_partial import batch_norm, optimizers, reduction, selection, step
+from dist_partial.distributed import per_replica, traffic
+from dist_partial.distributed.collectives import Wire
 from dist_partial.models import byte_transformer, two_dense
-from dist_partial.wire import Wire
 
 STEPS = 20
 GLOBAL_BATCH = 24
@@ -287,7 +288,7 @@ def train(
 
 def worker_iterator(strategy: tf.distribute.Strategy, data: list[tuple[np.ndarray, np.ndarray]]) -> Any:
     """This worker's part of each batch, over and over."""
-    context = replicas.input_context(strategy)
+    context = per_replica.input_context(strategy)
     parts = [[np.split(column, context.num_input_pipelines)[context.input_pipeline_id] for column in b] for b in data]
     return iter(tf.data.Dataset.from_tensor_slices(tuple(np.stack(c) for c in zip(*parts, strict=True))).repeat())
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import reduction, selection, traffic
+from dist_partial import reduction, selection
 from dist_partial.compression import PowerSGD, Quantized, TopK
+from dist_partial.distributed import traffic
+from dist_partial.distributed.collectives import Wire
 from dist_partial.reduction import EveryStep, Never
 from dist_partial.selection.payload import Message
 from dist_partial.selection.rules import Rule
-from dist_partial.wire import Wire
 from tests import cases
 from tests.cases import same_bits
 

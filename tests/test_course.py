@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import replicas, run
+from dist_partial import run
 from dist_partial.data import ArraySource, Dataset, fingerprint, train_batches
+from dist_partial.distributed import replicas
+from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
-from dist_partial.replicas import Replicas
 from dist_partial.schedule import AutoFreeze, ByteBudget, Gradual, Lisa, Phases, Rotation
 from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
-from dist_partial.wire import Wire
 from tests import cases
 from tests.cases import rows, same_bits, state
 from tests.workers import run_workers

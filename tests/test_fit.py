@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import UserError, fit, partial, selection, traffic
+from dist_partial import UserError, fit, partial, selection
 from dist_partial.compression import PowerSGD, TopK
+from dist_partial.distributed import traffic
 from dist_partial.reduction import EveryStep, LocalSGD, Never
 from tests import cases
 from tests.cases import CASES, GLOBAL_BATCH, OPTIONS

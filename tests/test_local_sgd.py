@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import batch_norm, checkpoints, local_sgd, optimizers, reduction, selection, step, traffic
+from dist_partial import batch_norm, checkpoints, local_sgd, optimizers, reduction, selection, step
 from dist_partial.build import build
 from dist_partial.compression import PowerSGD, Quantized, TopK
 from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.distributed import traffic
+from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.replicas import Replicas
 from dist_partial.reduction import EveryStep, LocalSGD, Never, nesterov
-from dist_partial.replicas import Replicas
 from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
-from dist_partial.wire import Wire
 from tests import cases
 from tests.cases import CASES, GLOBAL_BATCH, copies, same_bits
 

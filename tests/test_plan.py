@@ -9,12 +9,12 @@ import pytest
 from dist_partial import config, plan, run
 from dist_partial.compression import PowerSGD, Quantized, TopK
 from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.replicas import Replicas
 from dist_partial.plan import Machine, estimate
 from dist_partial.reduction import EveryStep, LocalSGD, Never
-from dist_partial.replicas import Replicas
 from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
-from dist_partial.wire import Wire
 from tests.cases import convolutional, rows
 
 TINY = """

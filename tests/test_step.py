@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import batch_norm, optimizers, reduction, selection, step, wire
+from dist_partial import batch_norm, optimizers, reduction, selection, step
 from dist_partial import losses as losses_lib
+from dist_partial.distributed import collectives
+from dist_partial.distributed.collectives import Wire
 from dist_partial.errors import UserError
 from dist_partial.loss_scale import FIRST_SCALE, LossScale
-from dist_partial.wire import Wire
 from tests import cases
 from tests.cases import CASES, OPTIMIZERS, OPTIONS, STEPS
 
@@ -121,7 +122,7 @@ def test_packs_hold_one_dtype_and_no_more_than_their_size():
         tf.zeros([n], dtype)
         for n, dtype in [(400_000, "float32"), (9, "float16"), (200_000, "float32"), (5, "float32")]
     ]
-    assert wire._packs(range(4), tensors, 2 * 2**20) == [[0], [1], [2, 3]]
+    assert collectives._packs(range(4), tensors, 2 * 2**20) == [[0], [1], [2, 3]]
 
 
 def test_a_variable_without_gradient_is_not_sent(mirrored):

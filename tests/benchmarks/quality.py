@@ -147,8 +147,9 @@ def child(which: str, name: str, seeds: int) -> None:
 
     import keras
 
-    from dist_partial import compression, reduction, replicas, run, schedule
+    from dist_partial import compression, reduction, run, schedule
     from dist_partial.data import stdlib_corpus
+    from dist_partial.distributed import replicas
     from dist_partial.models import byte_transformer
     from dist_partial.settings import Sampling, Settings
 

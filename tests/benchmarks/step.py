@@ -18,9 +18,9 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial import optimizers, reduction, selection, step
+from dist_partial.distributed.collectives import Wire
 from dist_partial.models import byte_transformer
 from dist_partial.settings import cross_entropy
-from dist_partial.wire import Wire
 from tests.benchmarks import readme
 
 COMMAND = "python -m tests.benchmarks.step"

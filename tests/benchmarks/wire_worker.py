@@ -167,7 +167,7 @@ def dist_partial(worker: Worker, selected: str, names: list[str]) -> tuple[dict[
     """This package, which connects its workers by itself."""
     import tensorflow as tf
 
-    from dist_partial import replicas
+    from dist_partial.distributed import replicas
 
     connected = replicas.create("multi_worker", seal=False)  # as the others
     variants = {name: dist_partial_variant(connected, worker, selected, name) for name in names}
