@@ -18,7 +18,7 @@ from dist_partial import (
     local_sgd,
     losses,
     optimizers,
-    reduction,
+    reductions,
     selection,
     session,
     step,
@@ -30,7 +30,8 @@ from dist_partial.distributed.per_replica import input_context
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError, calling, first_line, own_line
 from dist_partial.loss_scale import LossScale, needs_loss_scale
-from dist_partial.schedule import Constant, Schedule, Unit
+from dist_partial.schedules.base import Schedule, Unit
+from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.payload import average_bytes
 from dist_partial.settings import Settings
 
@@ -45,7 +46,7 @@ class Built:
     loss: Callable[[Any, Any], tf.Tensor]
     plan: selection.Plan
     optimizers: tuple[optimizers.GroupOptimizer, ...]
-    reductions: list[dict[str, tf.Variable]]
+    reduction_states: list[dict[str, tf.Variable]]
     fragments: tuple[local_sgd.Fragment, ...]
     scale: LossScale | None
     schedule: Schedule
@@ -62,7 +63,7 @@ class Built:
             self.model,
             self.plan,
             self.optimizers,
-            self.reductions,
+            self.reduction_states,
             self.fragments,
             self.layer_state.moving,
             self.scale,
@@ -119,10 +120,10 @@ def _build(settings: Settings, replicas: Replicas) -> Built:
             state, outputs = layer_state.find(model, x, plan)
         with calling("run.optimizer"):
             groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))
-        reductions = reduction.states(plan)
-        fragments = local_sgd.build(plan, groups, reductions)
+        reduction_states = reductions.states(plan)
+        fragments = local_sgd.build(plan, groups, reduction_states)
         scale = LossScale() if needs_loss_scale(model) else None
-    for entry, kept in zip(plan.trained, reductions, strict=True):
+    for entry, kept in zip(plan.trained, reduction_states, strict=True):
         if scale is not None and (kept or not entry.reduction.shared):
             raise UserError(
                 f"float16 scales the loss and skips the steps that overflow on any replica, which {entry.reduction} of "
@@ -143,7 +144,7 @@ def _build(settings: Settings, replicas: Replicas) -> Built:
         loss=loss,
         plan=plan,
         optimizers=groups,
-        reductions=reductions,
+        reduction_states=reduction_states,
         fragments=fragments,
         scale=scale,
         schedule=settings.schedule,
@@ -290,7 +291,7 @@ def _divided(
         messages = [message for entry in entries for message in entry.messages]
         # The statistics of a layer that trains travel, too.
         moving = [layer for layer in batch_norms if {id(layer.gamma), id(layer.beta)} & variables]
-        messages += reduction.averages(plan, batch_norm.unsynchronised_statistics(moving))
+        messages += reductions.averages(plan, batch_norm.unsynchronised_statistics(moving))
         sent = average_bytes(messages, plan.workers)
         units.append(Unit(name, tuple(paths), math.ceil(sent), sum(entry.trained_parameters for entry in entries)))
     notes = schedule.check(units, settings.steps)
@@ -364,7 +365,7 @@ def train_step(
         loop: whether a call may make another number of steps than one.
     """
     numbers = {entry.path: number for number, group in enumerate(built.plan.groups) for entry in group.entries}
-    states = {e.path: state for e, state in zip(built.plan.trained, built.reductions, strict=True)}
+    states = {e.path: state for e, state in zip(built.plan.trained, built.reduction_states, strict=True)}
     batch_norm.set_modes(built.batch_norms, plan, everywhere=settings.statistics == "all")
     return step.train_step(
         built.replicas.strategy,

@@ -24,7 +24,8 @@ from dist_partial.layer_state import is_generator
 from dist_partial.local_sgd import Fragment
 from dist_partial.loss_scale import LossScale
 from dist_partial.optimizers import GroupOptimizer
-from dist_partial.reduction import LocalSGD, Never
+from dist_partial.reductions.local_only import Never
+from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.selection.paths import own_names
 from dist_partial.selection.plan import Plan
 

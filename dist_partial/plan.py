@@ -153,10 +153,10 @@ def _hops(entries: Sequence[Any]) -> float:
 def _measure(settings: "Settings", batch: int) -> tuple["Plan", Computation, float, int]:
     import tensorflow as tf
 
-    from dist_partial import local_sgd, reduction, step
+    from dist_partial import local_sgd, reductions, step
     from dist_partial.build import batches, build, train_step
     from dist_partial.distributed import replicas
-    from dist_partial.schedule import Constant
+    from dist_partial.schedules.fixed import Constant
 
     # Of a schedule the costliest case: everything that it may train, at once.
     if not isinstance(settings.schedule, Constant):
@@ -172,7 +172,7 @@ def _measure(settings: "Settings", batch: int) -> tuple["Plan", Computation, flo
     forward_time, _ = _time(lambda n: forward(again, tf.constant(n), tf.constant(n * batch)).numpy())
     with _summed() as sums:
         train.function.get_concrete_function(inputs, tf.constant(1))
-    averages = reduction.averages(built.plan, built.averaged)
+    averages = reductions.averages(built.plan, built.averaged)
     step_time, cpu = _time(lambda n: train.function(inputs, tf.constant(n))["loss"].numpy())
     exchanges = 0.0
     for exchange in local_sgd.exchanges(strategy, wire, built.plan, built.fragments, train.without_gradient, []):
@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         machine = Machine(values.workers, bandwidth, values.latency_ms / 1e3, values.workers_per_host)
         cli.import_tensorflow_quietly()
         from dist_partial import config
-        from dist_partial.reduction import EveryStep
+        from dist_partial.reductions.all_reduce import EveryStep
         from dist_partial.selection.table import plan_table
 
         settings = config.load(values.gin_file, values.gin_param).settings

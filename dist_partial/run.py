@@ -23,7 +23,7 @@ from dist_partial.errors import AGAIN, INTERRUPTED, Ending, Fault, UserError, of
 from dist_partial.files import locked, refuse_links, write_json, write_text, writing
 from dist_partial.layer_state import untouched
 from dist_partial.reporting import Journal
-from dist_partial.schedule import Constant
+from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.payload import average_bytes
 from dist_partial.selection.table import plan_table
 from dist_partial.session import put_back

@@ -9,8 +9,8 @@ import keras
 from dist_partial.adapters import quantization
 from dist_partial.distributed import replicas
 from dist_partial.errors import UserError
-from dist_partial.reduction import EveryStep
-from dist_partial.schedule import Constant
+from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.rules import check_reduction
 
 _FACTORIES = {  # each with an example

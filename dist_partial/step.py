@@ -15,7 +15,7 @@ from dist_partial.errors import calling
 from dist_partial.loss_scale import LossScale
 from dist_partial.losses import Loss, class_ids, element_weights, example_losses, full_precision
 from dist_partial.optimizers import GroupOptimizer
-from dist_partial.reduction import reduce
+from dist_partial.reductions.base import reduce
 from dist_partial.selection.plan import Plan
 
 # (x, y) or (x, y, weight), each with the batch axis first.

@@ -16,7 +16,7 @@ from dist_partial.distributed.collectives import Wire
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.models import byte_transformer, two_dense
-from dist_partial.reduction import EveryStep
+from dist_partial.reductions.all_reduce import EveryStep
 from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
 from tests.cases import state

@@ -13,7 +13,8 @@ from dist_partial.distributed.collectives import Wire
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.models import byte_transformer
-from dist_partial.schedule import AutoFreeze, Phases
+from dist_partial.schedules.adaptive import AutoFreeze
+from dist_partial.schedules.fixed import Phases
 from dist_partial.settings import Sampling, Settings
 from tests.cases import rows, same_bits, state
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from dist_partial import optimizers
-from dist_partial.compression import Quantized
 from dist_partial.errors import UserError
-from dist_partial.reduction import EveryStep, LocalSGD
+from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.reductions.local_sgd import LocalSGD
+from dist_partial.reductions.quantized import Quantized
 from dist_partial.selection.paths import own_names, paths_of
 from dist_partial.selection.payload import Message
 from dist_partial.selection.resolve import resolve

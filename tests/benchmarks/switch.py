@@ -25,7 +25,7 @@ from dist_partial.course import Course
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed import replicas
 from dist_partial.models import byte_transformer
-from dist_partial.schedule import Rotation
+from dist_partial.schedules.fixed import Rotation
 from dist_partial.settings import Settings
 from tests.benchmarks import readme
 
