@@ -10,30 +10,21 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_partial import (
-    batch_norm,
-    checkpoints,
-    identity,
-    layer_state,
-    local_sgd,
-    losses,
-    optimizers,
-    reductions,
-    selection,
-    session,
-    step,
-)
+from dist_partial import checkpoints, identity, reductions, selection, session
 from dist_partial.adapters import lora, quantization
 from dist_partial.data import Dataset, check_source, some_targets, train_batches
 from dist_partial.distributed import consistency
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError, calling, first_line, own_line
-from dist_partial.loss_scale import LossScale, needs_loss_scale
 from dist_partial.schedules.base import Schedule, Unit
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.payload import average_bytes
 from dist_partial.settings import Settings
+from dist_partial.step import batch_norm, layer_state, losses, optimizers, outer_step
+from dist_partial.step.gradients import Batch
+from dist_partial.step.loss_scale import LossScale, needs_loss_scale
+from dist_partial.step.train_step import StepOptions, TrainStep, train_step
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +38,7 @@ class Built:
     plan: selection.Plan
     optimizers: tuple[optimizers.GroupOptimizer, ...]
     reduction_states: list[dict[str, tf.Variable]]
-    fragments: tuple[local_sgd.Fragment, ...]
+    fragments: tuple[outer_step.Fragment, ...]
     scale: LossScale | None
     schedule: Schedule
     units: tuple[Unit, ...]
@@ -121,7 +112,7 @@ def _build(settings: Settings, replicas: Replicas) -> Built:
         with calling("run.optimizer"):
             groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))
         reduction_states = reductions.states(plan)
-        fragments = local_sgd.build(plan, groups, reduction_states)
+        fragments = outer_step.build(plan, groups, reduction_states)
         scale = LossScale() if needs_loss_scale(model) else None
     for entry, kept in zip(plan.trained, reduction_states, strict=True):
         if scale is not None and (kept or not entry.reduction.shared):
@@ -344,7 +335,7 @@ def restore(
     return checkpoint
 
 
-def train_step(
+def compiled_step(
     built: Built,
     settings: Settings,
     plan: selection.Plan,
@@ -352,7 +343,7 @@ def train_step(
     norms: bool = False,
     outputs: Callable[[tf.Tensor, bool], tf.Tensor] | None = None,
     loop: bool = True,
-) -> step.TrainStep:
+) -> TrainStep:
     """The compiled step of a plan, which is the whole one or a part of it.
 
     Args:
@@ -367,7 +358,7 @@ def train_step(
     numbers = {entry.path: number for number, group in enumerate(built.plan.groups) for entry in group.entries}
     states = {e.path: state for e, state in zip(built.plan.trained, built.reduction_states, strict=True)}
     batch_norm.set_modes(built.batch_norms, plan, everywhere=settings.statistics == "all")
-    return step.train_step(
+    return train_step(
         built.replicas.strategy,
         built.replicas.wire,
         built.model,
@@ -375,14 +366,14 @@ def train_step(
         plan,
         [built.optimizers[numbers[group.entries[0].path]] for group in plan.groups],
         [states[entry.path] for entry in plan.trained],
-        step.StepOptions(global_batch, settings.clip_norm, settings.accumulate, settings.jit_compile, norms, loop),
+        StepOptions(global_batch, settings.clip_norm, settings.accumulate, settings.jit_compile, norms, loop),
         built.scale,
         outputs,
         built.layer_state.averaged,
     )
 
 
-def batches(built: Built, settings: Settings, first_step: int, global_batch: int) -> Iterator[step.Batch]:
+def batches(built: Built, settings: Settings, first_step: int, global_batch: int) -> Iterator[Batch]:
     """This worker's batches from `first_step` on."""
     return iter(train_batches(built.data.train, **order(built, settings, first_step, global_batch)))
 

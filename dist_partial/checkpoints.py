@@ -20,14 +20,14 @@ from dist_partial.distributed import per_replica
 from dist_partial.distributed.per_replica import PerReplica
 from dist_partial.errors import UserError
 from dist_partial.files import write_atomically, writing
-from dist_partial.layer_state import is_generator
-from dist_partial.local_sgd import Fragment
-from dist_partial.loss_scale import LossScale
-from dist_partial.optimizers import GroupOptimizer
 from dist_partial.reductions.local_only import Never
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.selection.paths import own_names
 from dist_partial.selection.plan import Plan
+from dist_partial.step.layer_state import is_generator
+from dist_partial.step.loss_scale import LossScale
+from dist_partial.step.optimizers import GroupOptimizer
+from dist_partial.step.outer_step import Fragment
 
 _NAME = re.compile(r"step-(\d{10})\.npz")
 

@@ -11,18 +11,22 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import batch_norm, local_sgd, prefix, reductions, step
-from dist_partial.build import Built, batches, order, train_step
+from dist_partial import prefix, reductions
+from dist_partial.build import Built, batches, compiled_step, order
 from dist_partial.data import train_indices
 from dist_partial.distributed import consistency, traffic
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.errors import UserError
-from dist_partial.layer_state import untouched
 from dist_partial.schedules.adaptive import ByteBudget
 from dist_partial.schedules.base import observes
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.plan import Plan
 from dist_partial.settings import Settings
+from dist_partial.step import batch_norm, outer_step
+from dist_partial.step.gradients import Batch
+from dist_partial.step.layer_state import untouched
+from dist_partial.step.probe import probe
+from dist_partial.step.train_step import TrainStep
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,9 +44,9 @@ class Leg:
 
     units: frozenset[str]
     plan: Plan
-    train: step.TrainStep
+    train: TrainStep
     sent: list[traffic.Collective]
-    exchanges: list[local_sgd.Exchange]
+    exchanges: list[outer_step.Exchange]
     activations: prefix.Activations | None
 
     @property
@@ -231,7 +235,7 @@ class Course:
         """From which step on the activations up to a layer are read, `done` steps having been made."""
         return 0 if isinstance(self._built.schedule, Constant) else self._since.get(name, done)
 
-    def _batches(self, activations: prefix.Activations | None, done: int) -> Iterator[step.Batch]:
+    def _batches(self, activations: prefix.Activations | None, done: int) -> Iterator[Batch]:
         # Not prefetched: what was read before it was asked for might not be there yet.
         return iter(self._order(done).map(activations.read)) if activations else self._inputs
 
@@ -250,7 +254,7 @@ class Course:
                     group.allocate()
         constant = isinstance(built.schedule, Constant)
         loop = settings.steps_per_loop > 1 or not constant  # a selection that comes later is compiled by no step
-        train = train_step(
+        train = compiled_step(
             built,
             settings,
             plan,
@@ -263,7 +267,7 @@ class Course:
         traced = train.function.get_concrete_function(inputs, tf.constant(1))
         sent = traffic.in_step(traced, loop)
         averaged = built.averaged
-        exchanges = local_sgd.exchanges(strategy, wire, plan, built.fragments, train.without_gradient, averaged)
+        exchanges = outer_step.exchanges(strategy, wire, plan, built.fragments, train.without_gradient, averaged)
         plan = plan.traced(train.without_gradient, reductions.averages(plan, averaged))
         if strategy.num_replicas_in_sync > 1:  # or else nothing is sent
             plan = plan.traced(train.without_gradient, traffic.beyond(plan, sent, exchanges))
@@ -295,8 +299,8 @@ class Course:
         built, settings = self._built, self._settings
         if self._probe is None:
             parts = settings.accumulate
-            self._probe = step.probe(built.replicas.strategy, built.model, built.loss, built.plan, parts)
-        ahead: Iterator[step.Batch] = batches(built, settings, done, settings.global_batch)
+            self._probe = probe(built.replicas.strategy, built.model, built.loss, built.plan, parts)
+        ahead: Iterator[Batch] = batches(built, settings, done, settings.global_batch)
         with untouched(built.replicas.strategy, built.layer_state.states):
             local = self._probe(ahead).numpy()
         squares = dict(zip(built.plan.units, built.replicas.sum(local), strict=True))

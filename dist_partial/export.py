@@ -219,7 +219,7 @@ def _same_outputs(built: "Built", loaded: Any) -> bool:
     """Whether two models give the same on held-out examples."""
     import numpy as np
 
-    from dist_partial import layer_state
+    from dist_partial.step import layer_state
 
     for state in layer_state.recurrent(built.model):  # Keras saves none
         state.assign(np.zeros(state.shape))

@@ -8,13 +8,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_partial import optimizers as optimizers_lib
 from dist_partial import reductions
 from dist_partial.distributed.collectives import Wire
 from dist_partial.errors import UserError
 from dist_partial.reductions.all_reduce import EveryStep
 from dist_partial.selection.plan import Entry, Plan
 from dist_partial.selection.rules import Rule
+from dist_partial.step import optimizers
 
 REDUCTIONS = {each.__name__: each for each in (EveryStep, reductions.Quantized, reductions.TopK, reductions.PowerSGD)}
 FROZEN = "_frozen_by_partial"  # a mark on the variables and layers that `partial` has frozen
@@ -85,8 +85,8 @@ class Partial(keras.optimizers.Optimizer):
             return
         with self._distribution_strategy.scope():
             self.plan = plan = _plan(self._shares, self._inner, by_path or _by_path(variables, self._shares))
-            groups: dict[int, optimizers_lib.GroupOptimizer] = {}
-            for group in optimizers_lib.build(plan, lambda: None, slots=False):  # each rule names its own
+            groups: dict[int, optimizers.GroupOptimizer] = {}
+            for group in optimizers.build(plan, lambda: None, slots=False):  # each rule names its own
                 same = groups.setdefault(id(group.optimizer), dataclasses.replace(group, members=()))
                 same.members += group.members
             variable_at = {entry.path: entry.variable for entry in plan.trained}
@@ -158,9 +158,9 @@ class Partial(keras.optimizers.Optimizer):
         rows = [member for member in members if member.entry.rule.rows is not None]
         if rows:  # the model's weights may have been loaded since
             context.merge_call(lambda strategy: _read_rows(strategy, rows))
-        optimizers_lib.apply(self._groups, [sums[id(member.entry)] for member in members])
+        optimizers.apply(self._groups, [sums[id(member.entry)] for member in members])
         if rows:
-            context.merge_call(lambda strategy: optimizers_lib.write_rows(strategy, rows))
+            context.merge_call(lambda strategy: optimizers.write_rows(strategy, rows))
         self._iterations.assign_add(1)
 
     @property
@@ -209,7 +209,7 @@ class Partial(keras.optimizers.Optimizer):
         inner = [keras.optimizers.serialize(each) for each in self._inner]
         excluded = list(self._excluded)
         if self.built:
-            excluded = [optimizers_lib.exclusions(group.optimizer, group.members) for group in self._groups]
+            excluded = [optimizers.exclusions(group.optimizer, group.members) for group in self._groups]
         content = {"name": self.name, "inner": inner, "shares": shares, "inference": list(self._inference)}
         return content | {"excluded": excluded}
 
@@ -275,7 +275,7 @@ def _plan(shares: Sequence[Share], inner: Sequence[Any], by_path: Mapping[str, A
     return Plan(tuple(rules), tuple(entries))
 
 
-def _read_rows(strategy: tf.distribute.Strategy, members: Sequence[optimizers_lib.Trained]) -> None:
+def _read_rows(strategy: tf.distribute.Strategy, members: Sequence[optimizers.Trained]) -> None:
     for member in members:
         strategy.extended.update(
             member.variable.value,

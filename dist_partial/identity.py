@@ -10,10 +10,10 @@ import keras
 from dist_partial import checkpoints
 from dist_partial.data import Dataset
 from dist_partial.errors import UserError
-from dist_partial.optimizers import GroupOptimizer, exclusions
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.plan import Plan
 from dist_partial.settings import Settings
+from dist_partial.step.optimizers import GroupOptimizer, exclusions
 from dist_partial.validation import differences, shown
 
 FILE = "identity.json"

@@ -153,10 +153,12 @@ def _hops(entries: Sequence[Any]) -> float:
 def _measure(settings: "Settings", batch: int) -> tuple["Plan", Computation, float, int]:
     import tensorflow as tf
 
-    from dist_partial import local_sgd, reductions, step
-    from dist_partial.build import batches, build, train_step
+    from dist_partial import reductions
+    from dist_partial.build import batches, build, compiled_step
     from dist_partial.distributed import replicas
     from dist_partial.schedules.fixed import Constant
+    from dist_partial.step import outer_step
+    from dist_partial.step.evaluation_step import evaluation_step
 
     # Of a schedule the costliest case: everything that it may train, at once.
     if not isinstance(settings.schedule, Constant):
@@ -164,10 +166,10 @@ def _measure(settings: "Settings", batch: int) -> tuple["Plan", Computation, flo
     built = build(dataclasses.replace(settings, schedule=Constant()), replicas.create("default"))
     strategy, wire = built.replicas.strategy, built.replicas.wire
     batch = -(-batch // settings.accumulate) * settings.accumulate
-    train, inputs = train_step(built, settings, built.plan, batch), batches(built, settings, 0, batch)
+    train, inputs = compiled_step(built, settings, built.plan, batch), batches(built, settings, 0, batch)
     one = next(inputs)
     weighted = (*one[:2], tf.ones(one[1].shape[:1]))
-    forward = step.evaluation_step(strategy, built.model, built.loss)
+    forward = evaluation_step(strategy, built.model, built.loss)
     again = iter(tf.data.Dataset.from_tensors(weighted).repeat())
     forward_time, _ = _time(lambda n: forward(again, tf.constant(n), tf.constant(n * batch)).numpy())
     with _summed() as sums:
@@ -175,7 +177,7 @@ def _measure(settings: "Settings", batch: int) -> tuple["Plan", Computation, flo
     averages = reductions.averages(built.plan, built.averaged)
     step_time, cpu = _time(lambda n: train.function(inputs, tf.constant(n))["loss"].numpy())
     exchanges = 0.0
-    for exchange in local_sgd.exchanges(strategy, wire, built.plan, built.fragments, train.without_gradient, []):
+    for exchange in outer_step.exchanges(strategy, wire, built.plan, built.fragments, train.without_gradient, []):
         once, _ = _time(lambda n, exchange=exchange: [exchange.function() for _ in range(n)])
         exchanges += once / exchange.fragment.reduction.steps
     memory = sum(_bytes(v) for k, v in built.state().items() if k.startswith(("slots/", "outer/", "reductions/")))

@@ -14,20 +14,22 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import checkpoints, evaluation, identity, local_sgd, selection, step
+from dist_partial import checkpoints, evaluation, identity, selection
 from dist_partial.build import build, restore
 from dist_partial.course import Course
 from dist_partial.distributed import consistency, network, traffic
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import AGAIN, INTERRUPTED, Ending, Fault, UserError, of_graph, raised
 from dist_partial.files import locked, refuse_links, write_json, write_text, writing
-from dist_partial.layer_state import untouched
 from dist_partial.reporting import Journal
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.payload import average_bytes
 from dist_partial.selection.table import plan_table
 from dist_partial.session import put_back
 from dist_partial.settings import Settings
+from dist_partial.step import outer_step
+from dist_partial.step.evaluation_step import evaluation_step
+from dist_partial.step.layer_state import untouched
 
 
 class Interrupted(Exception):
@@ -115,7 +117,7 @@ def _run(
     course = Course(built, settings, done, checkpoint.metadata.get("course") if checkpoint else None)
     evaluate = evaluation.evaluation(
         strategy,
-        step.evaluation_step(strategy, built.model, built.loss),
+        evaluation_step(strategy, built.model, built.loss),
         replicas.sum,
         built.data,
         examples=min(settings.eval_examples or len(built.data.evaluation), len(built.data.evaluation)),
@@ -130,11 +132,11 @@ def _run(
 
     # Between two exchanges replicas have statistics of their own, too; what is evaluated is one model.
     apart = bool(built.fragments) and not any(group.reduction.shared for group in built.plan.groups)
-    average = local_sgd.averages(strategy, replicas.wire, built.averaged) if apart and built.averaged else lambda: None
+    average = outer_step.averages(strategy, replicas.wire, built.averaged) if apart and built.averaged else lambda: None
 
     def evaluated() -> None:
         # Nothing but a step moves a state: recurrent layers with dropout draw random numbers in inference, too.
-        with local_sgd.agreed(strategy, built.fragments), untouched(strategy, built.layer_state.states):
+        with outer_step.agreed(strategy, built.fragments), untouched(strategy, built.layer_state.states):
             average()
             with _connected(replicas), _explained():  # the others wait here, and what fails must not wait for them
                 metrics = evaluate()
@@ -324,7 +326,7 @@ def _let_go(error: BaseException | None) -> None:
 
 
 def _steps_until_event(
-    settings: Settings, done: int, exchanges: Sequence[local_sgd.Exchange], switch: int | None
+    settings: Settings, done: int, exchanges: Sequence[outer_step.Exchange], switch: int | None
 ) -> int:
     """How many steps the next call may make: up to the next switch, exchange, evaluation, checkpoint or the end."""
     intervals = [every for every in (settings.eval_every, settings.save_every) if every]

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from dist_partial import config, local_sgd
+from dist_partial import config
 from dist_partial.build import Built, build, restore
 from dist_partial.delta import Base
 from dist_partial.distributed import replicas
@@ -13,6 +13,7 @@ from dist_partial.errors import UserError
 from dist_partial.reductions.local_only import Never
 from dist_partial.session import put_back
 from dist_partial.settings import Settings
+from dist_partial.step import outer_step
 
 
 @contextlib.contextmanager
@@ -43,7 +44,7 @@ def newest(folder: Path, imports: bool) -> Iterator[tuple[Settings, Built, int]]
             raise UserError(f"{folder} has no checkpoint yet: let the run save one first")
         if alone := [entry.path for entry in built.plan.trained if isinstance(entry.reduction, Never)]:
             say(f"{alone[0]!r} and what else @never() trains differs between replicas: this is the first one's")
-        with local_sgd.agreed(built.replicas.strategy, built.fragments):
+        with outer_step.agreed(built.replicas.strategy, built.fragments):
             yield settings, built, checkpoint.step
 
 

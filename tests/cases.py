@@ -11,10 +11,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import batch_norm, optimizers, reductions, selection, step
+from dist_partial import reductions, selection
 from dist_partial.distributed import per_replica, traffic
 from dist_partial.distributed.collectives import Wire
 from dist_partial.models import byte_transformer, two_dense
+from dist_partial.step import batch_norm, optimizers
+from dist_partial.step.train_step import StepOptions, train_step
 
 STEPS = 20
 GLOBAL_BATCH = 24
@@ -255,7 +257,7 @@ def train(
         groups = optimizers.build(plan, lambda: optimizer(name, options))
         states = reductions.states(plan)
     before = weights(model)
-    train_step = step.train_step(
+    compiled = train_step(
         strategy,
         wire or Wire(),
         model,
@@ -263,14 +265,14 @@ def train(
         plan,
         groups,
         states,
-        step.StepOptions(GLOBAL_BATCH, options.clip_norm, options.accumulate, jit_compile),
+        StepOptions(GLOBAL_BATCH, options.clip_norm, options.accumulate, jit_compile),
     )
 
     iterator = worker_iterator(strategy, data)
-    traced = train_step.function.get_concrete_function(iterator, tf.constant(1))
+    traced = compiled.function.get_concrete_function(iterator, tf.constant(1))
     losses = []
     for done in range(0, len(data), steps_per_call):
-        result = train_step.function(iterator, tf.constant(min(steps_per_call, len(data) - done)))
+        result = compiled.function(iterator, tf.constant(min(steps_per_call, len(data) - done)))
         losses.append(total(result["loss"]))
     return Trained(
         strategy,

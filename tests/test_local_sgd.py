@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import batch_norm, checkpoints, local_sgd, optimizers, reductions, selection, step
+from dist_partial import checkpoints, reductions, selection
 from dist_partial.build import build
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed import traffic
@@ -22,6 +22,8 @@ from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
+from dist_partial.step import batch_norm, optimizers, outer_step
+from dist_partial.step.train_step import StepOptions, train_step
 from tests import cases
 from tests.cases import CASES, GLOBAL_BATCH, copies, same_bits
 
@@ -40,12 +42,12 @@ class Local:
             batch_norm.set_modes(batch_norm.layers(self.model), self.plan, everywhere=False)
             self.groups = optimizers.build(self.plan, lambda: cases.optimizer(inner, cases.Options()))
             self.states = reductions.states(self.plan)
-            self.fragments = local_sgd.build(self.plan, self.groups, self.states)
-        options = step.StepOptions(GLOBAL_BATCH, clip_norm)
-        self.train = step.train_step(
+            self.fragments = outer_step.build(self.plan, self.groups, self.states)
+        options = StepOptions(GLOBAL_BATCH, clip_norm)
+        self.train = train_step(
             strategy, Wire(), self.model, cases.loss, self.plan, self.groups, self.states, options
         ).function
-        compiled = local_sgd.exchanges(strategy, Wire(), self.plan, self.fragments, [], [])
+        compiled = outer_step.exchanges(strategy, Wire(), self.plan, self.fragments, [], [])
         self.exchanges = [each.function for each in compiled]
         self.data = cases.batches(case, dtype, STEPS)
         self.iterator = cases.worker_iterator(strategy, self.data)
@@ -436,7 +438,7 @@ def test_rows_are_exchanged_alone(mirrored):
     assert entry.messages == (selection.Message("sum", 7 * 6 * 8, every=3),)
     anchor = local.anchors()[entry.path][0]
     own = local.own()[entry.path]
-    with local_sgd.agreed(local.strategy, local.fragments):
+    with outer_step.agreed(local.strategy, local.fragments):
         for value in local.own()[entry.path]:
             assert same_bits([value[2:9], anchor])
     assert all(same_bits(pair) for pair in zip(own, local.own()[entry.path], strict=True))
@@ -461,10 +463,10 @@ def test_agreed_lends_the_anchors_and_gives_all_back(mirrored):
         assert all(same_bits([*anchors[path], *values]) for path, values in local.anchors().items())
 
     assert not same_bits(own["dense2/kernel"])
-    with local_sgd.agreed(local.strategy, local.fragments):
+    with outer_step.agreed(local.strategy, local.fragments):
         inside()
     assert_given_back()
-    with pytest.raises(ZeroDivisionError), local_sgd.agreed(local.strategy, local.fragments):
+    with pytest.raises(ZeroDivisionError), outer_step.agreed(local.strategy, local.fragments):
         inside()
         raise ZeroDivisionError
     assert_given_back()
@@ -528,7 +530,7 @@ def test_statistics_travel_with_the_first_exchange(mirrored):
     )
     strategy = mirrored(2)
     built = build(settings, Replicas(strategy, Wire(), "two"))
-    train = step.train_step(
+    train = train_step(
         strategy,
         Wire(),
         built.model,
@@ -536,13 +538,13 @@ def test_statistics_travel_with_the_first_exchange(mirrored):
         built.plan,
         built.optimizers,
         built.reduction_states,
-        step.StepOptions(GLOBAL_BATCH),
+        StepOptions(GLOBAL_BATCH),
     ).function
     x, y = built.data.train.fetch(np.arange(24))
     iterator = cases.worker_iterator(strategy, [(x, y)])
     assert traffic.collectives(train.get_concrete_function(iterator, tf.constant(1))) == []
     statistics = batch_norm.local_statistics(built.model)
-    exchanges = local_sgd.exchanges(strategy, Wire(), built.plan, built.fragments, [], statistics)
+    exchanges = outer_step.exchanges(strategy, Wire(), built.plan, built.fragments, [], statistics)
     first, second = exchanges
     train(iterator, tf.constant(3))
     assert len(statistics) == 2

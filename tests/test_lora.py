@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import layer_state, run, selection
+from dist_partial import run, selection
 from dist_partial.adapters import lora, quantization
-from dist_partial.build import batches, build, restore, train_step
+from dist_partial.build import batches, build, compiled_step, restore
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed import traffic
 from dist_partial.distributed.collectives import Wire
@@ -19,6 +19,7 @@ from dist_partial.models import byte_transformer, two_dense
 from dist_partial.reductions.all_reduce import EveryStep
 from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
+from dist_partial.step import layer_state
 from tests.cases import state
 from tests.conftest import mirrored_strategy
 
@@ -55,7 +56,7 @@ def test_factors_train_as_the_sum_written_out(count):
     made = replicas(count)
     built = build(told, made)
     start = values(built.model)
-    step = train_step(built, told, built.plan, told.global_batch)
+    step = compiled_step(built, told, built.plan, told.global_batch)
     iterator = batches(built, told, 0, told.global_batch)
     traced = step.function.get_concrete_function(iterator, tf.constant(1))
     step.function(iterator, tf.constant(STEPS))
@@ -205,7 +206,7 @@ def test_training_beside_a_rounded_base_is_that_of_the_rounded_values():
     results = []
     for told in (settings(rules, frozen="bfloat16"), settings(rules, model=rounded)):
         built = build(told, replicas())
-        step = train_step(built, told, built.plan, told.global_batch)
+        step = compiled_step(built, told, built.plan, told.global_batch)
         step.function(batches(built, told, 0, told.global_batch), tf.constant(STEPS))
         results.append(values(built.model)["dense2/kernel"])
     np.testing.assert_allclose(*results, rtol=1e-6)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import losses as losses_lib
 from dist_partial import run
 from dist_partial.data import ArraySource, Dataset
 from dist_partial.distributed.collectives import Wire
@@ -18,7 +17,8 @@ from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.settings import Sampling, Settings
-from dist_partial.step import evaluation_step
+from dist_partial.step import losses
+from dist_partial.step.evaluation_step import evaluation_step
 from tests.cases import rows, set_precision, state
 from tests.conftest import mirrored_strategy
 
@@ -291,16 +291,16 @@ def test_accuracy_is_weighted():
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, use_bias=False, kernel_initializer="identity")])
     x = np.array([[1, 0], [0, 1], [1, 0], [0, 1]], np.float32)
     y, weight = np.array([0, 1, 1, 0], np.int32), np.array([1, 0, 1, 1], np.float32)
-    evaluate = evaluation_step(tf.distribute.get_strategy(), model, losses_lib.unreduced(sparse()))
+    evaluate = evaluation_step(tf.distribute.get_strategy(), model, losses.unreduced(sparse()))
     batches = iter(tf.data.Dataset.from_tensors((x, y, weight)))
     *_, right, total = evaluate(batches, tf.constant(1), tf.constant(4)).numpy()
     assert (right, total) == (1, 3)
 
 
 def test_class_ids_end_below_the_number_of_classes():
-    losses_lib.check_class_ids(sparse(), "d", np.array([0, 2]), 3)
+    losses.check_class_ids(sparse(), "d", np.array([0, 2]), 3)
     with pytest.raises(UserError, match=r"d has targets up to 3 .* classes 0 to 2: bind a model of at least 4 classes"):
-        losses_lib.check_class_ids(sparse(), "d", np.array([0, 3]), 3)
+        losses.check_class_ids(sparse(), "d", np.array([0, 3]), 3)
 
 
 @pytest.mark.parametrize("name", ["train_step", "test_step", "compute_loss", "compute_metrics"])

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import UserError, optimizers, partial, selection
+from dist_partial import UserError, partial, selection
 from dist_partial.reductions.all_reduce import EveryStep
 from dist_partial.selection.rules import Rule
+from dist_partial.step import optimizers
 from tests import cases
 from tests.cases import GLOBAL_BATCH
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import checkpoints, loss_scale, reporting, run, sample, train
+from dist_partial import checkpoints, reporting, run, sample, train
 from dist_partial.build import build, restore
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed.collectives import Wire
@@ -22,6 +22,7 @@ from dist_partial.errors import AGAIN
 from dist_partial.models import byte_transformer
 from dist_partial.selection.rules import Rule
 from dist_partial.settings import Sampling, Settings
+from dist_partial.step import loss_scale
 from tests.cases import rows, same_bits, state
 from tests.conftest import mirrored_strategy
 from tests.workers import ROOT, run_workers
@@ -405,7 +406,8 @@ def test_evaluation_is_that_of_one_device_on_every_example(mirrored):
     x, y = rng.integers(0, 256, (11, 6)).astype(np.int32), rng.integers(0, 256, (11, 6)).astype(np.int32)
     weight = rng.integers(0, 2, (11, 6)).astype(np.float32)
     source = ArraySource(x, y, weight)
-    from dist_partial import evaluation, step
+    from dist_partial import evaluation
+    from dist_partial.step.evaluation_step import evaluation_step
 
     for replicas in (1, 2, 4):
         strategy = mirrored(replicas)
@@ -416,7 +418,7 @@ def test_evaluation_is_that_of_one_device_on_every_example(mirrored):
         logits -= logits.max(-1, keepdims=True)
         losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, y[..., None], -1)[..., 0]
         correct = (logits.argmax(-1) == y).astype(float)
-        compiled = step.evaluation_step(
+        compiled = evaluation_step(
             strategy, model, lambda y, o: keras.losses.sparse_categorical_crossentropy(y, o, from_logits=True)
         )
         data = Dataset("random", source, source, fingerprint(x), None, "byte")

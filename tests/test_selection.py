@@ -7,7 +7,6 @@ import keras
 import numpy as np
 import pytest
 
-from dist_partial import optimizers
 from dist_partial.errors import UserError
 from dist_partial.reductions.all_reduce import EveryStep
 from dist_partial.reductions.local_sgd import LocalSGD
@@ -17,6 +16,7 @@ from dist_partial.selection.payload import Message
 from dist_partial.selection.resolve import resolve
 from dist_partial.selection.rules import Rule, parse_rules
 from dist_partial.selection.table import plan_table
+from dist_partial.step import optimizers
 from tests.user_module import Twins
 
 PATHS = ["dense1/kernel", "dense1/bias", "dense2/kernel", "dense2/bias"]

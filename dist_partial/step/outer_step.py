@@ -8,14 +8,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_partial import optimizers
 from dist_partial.distributed import traffic
 from dist_partial.distributed.collectives import Wire, together
-from dist_partial.layer_state import untouched
-from dist_partial.optimizers import GroupOptimizer, Trained
 from dist_partial.reductions.base import mean
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.selection.plan import Entry, Plan
+from dist_partial.step import optimizers
+from dist_partial.step.layer_state import untouched
+from dist_partial.step.optimizers import GroupOptimizer, Trained
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
