@@ -10,8 +10,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_partial import checkpoints, identity, reductions, selection, session
+from dist_partial import checkpoints, compat, reductions, selection, session
 from dist_partial.adapters import lora, quantization
+from dist_partial.checkpoints import fingerprints
+from dist_partial.config.settings import Settings
 from dist_partial.data import Dataset, check_source, some_targets, train_batches
 from dist_partial.distributed import consistency
 from dist_partial.distributed.per_replica import input_context
@@ -20,11 +22,11 @@ from dist_partial.errors import UserError, calling, first_line, own_line
 from dist_partial.schedules.base import Schedule, Unit
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.payload import average_bytes
-from dist_partial.settings import Settings
 from dist_partial.step import batch_norm, layer_state, losses, optimizers, outer_step
 from dist_partial.step.gradients import Batch
 from dist_partial.step.loss_scale import LossScale, needs_loss_scale
 from dist_partial.step.train_step import StepOptions, TrainStep, train_step
+from dist_partial.training import run_fingerprint, state
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,12 +46,12 @@ class Built:
     units: tuple[Unit, ...]
     batch_norms: list[keras.layers.BatchNormalization]
     layer_state: layer_state.LayerState
-    identity: dict[str, Any]
+    fingerprint: dict[str, Any]
     notes: tuple[str, ...] = ()  # what the user should hear of, in lines
 
     def state(self) -> dict[str, Any]:
         """All variables that training changes, as they are now: see `checkpoints.resumable_state`."""
-        return checkpoints.resumable_state(
+        return state.resumable_state(
             self.replicas.strategy,
             self.model,
             self.plan,
@@ -142,7 +144,7 @@ def _build(settings: Settings, replicas: Replicas) -> Built:
         units=units,
         batch_norms=batch_norms,
         layer_state=state,
-        identity=identity.of_run(settings, data, model, plan, state.moving, optimizers_),
+        fingerprint=run_fingerprint.of_run(settings, data, model, plan, state.moving, optimizers_),
         notes=tuple(notes),
     )
 
@@ -164,7 +166,7 @@ def _model(settings: Settings, data: Dataset, strategy: tf.distribute.Strategy) 
                 "model.fit with dist_partial.partial, or bind a model without it and its loss as run.loss"
             )
     x = data.train.spec[0]
-    generators = [variable for variable in model.variables if layer_state.is_generator(variable)]
+    generators = [variable for variable in model.variables if compat.is_generator(variable)]
     generators += layer_state.recurrent(model)
     # A subclassed model has its variables only once it has been called.
     with _taking(data.name, x), layer_state.untouched(strategy, generators):
@@ -310,7 +312,7 @@ def restore(
     Raises:
         UserError: the folder is of another run, or damaged.
     """
-    known = identity.check(folder, built.identity, may_differ)
+    known = fingerprints.check_run(folder, built.fingerprint, may_differ)
     checkpoint = checkpoints.newest(folder / "checkpoints", say) if known else None
     while len(set(steps := consistency.everyone(built.replicas.mesh, checkpoint.step if checkpoint else 0))) > 1:
         least = min(steps)
@@ -323,7 +325,7 @@ def restore(
         if checkpoint is not None and checkpoint.step > least:  # another worker cannot read it
             checkpoint = checkpoints.newest(folder / "checkpoints", say, least)
     if checkpoint is not None:
-        if checkpoint.metadata["frozen"] != built.identity["frozen"]:
+        if checkpoint.metadata["frozen"] != built.fingerprint["frozen"]:
             raise UserError(f"{checkpoint.path} was saved beside other frozen variables: it is of another run")
         with built.replicas.strategy.scope():
             for number in checkpoint.metadata.get("course", {}).get("allocated", ()):

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from dist_partial import prefix, reductions
 from dist_partial.build import Built, batches, compiled_step, order
+from dist_partial.config.settings import Settings
 from dist_partial.data import train_indices
 from dist_partial.distributed import consistency, traffic
 from dist_partial.distributed.per_replica import input_context
@@ -21,7 +22,6 @@ from dist_partial.schedules.adaptive import ByteBudget
 from dist_partial.schedules.base import observes
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.plan import Plan
-from dist_partial.settings import Settings
 from dist_partial.step import batch_norm, outer_step
 from dist_partial.step.gradients import Batch
 from dist_partial.step.layer_state import untouched

@@ -24,7 +24,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dist_partial.checkpoints import digest, fingerprints, variables
+from dist_partial.checkpoints.fingerprints import digest, model_fingerprints, variables
 from dist_partial.distributed import consistency
 from dist_partial.errors import UserError, first_line
 from dist_partial.files import existing, write_atomically
@@ -70,7 +70,7 @@ def of(model: keras.Model, plan: Plan, base: Mapping[str, str], step: int) -> De
     Args:
         model: as it is now.
         plan: all that is ever trained.
-        base: `fingerprints` of the model before the training.
+        base: `model_fingerprints` of the model before the training.
         step: updates since then.
 
     Returns:
@@ -175,7 +175,7 @@ class Base:
         self._variables = variables(model)
         if not self._variables:
             raise UserError(f"model {model.name!r} has no variables yet: build it, or call it once, before Base(model)")
-        self._digests = fingerprints(model)
+        self._digests = model_fingerprints(model)
         self._values: dict[str, np.ndarray] = {}  # base values of what has ever been overwritten
         self._overwritten: set[str] = set()
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import tensorflow as tf
 
+from dist_partial.config.settings import Sampling
 from dist_partial.data import Dataset, evaluation_batches
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.errors import UserError, calling
-from dist_partial.sampling import generate
-from dist_partial.settings import Sampling
+from dist_partial.models.sampling import generate
 
 
 def evaluation(

@@ -100,10 +100,11 @@ def _base(folder: Path, built: "Built") -> dict[str, str]:
     Raises:
         UserError: the factories make others by now, so that no base would be known by them.
     """
-    from dist_partial import identity, validation
+    from dist_partial import validation
+    from dist_partial.checkpoints import fingerprints
 
-    began = json.loads((folder / identity.FILE).read_text()).get(identity.START, {})
-    if changed := validation.differences(began, built.identity[identity.START]):
+    began = json.loads((folder / fingerprints.RUN_FILE).read_text()).get(fingerprints.INITIAL, {})
+    if changed := validation.differences(began, built.fingerprint[fingerprints.INITIAL]):
         names = ", ".join(repr(name) for name, _, _ in changed[:3])
         raise cli.UserError(
             f"run.model does not make the weights that {folder} began with: {names} differ, so that no base would be "
@@ -331,7 +332,7 @@ def _generator(model: Any, window: int | None, capacity: int | None) -> Callable
     """
     import tensorflow as tf
 
-    from dist_partial import sampling
+    from dist_partial.models import sampling
 
     window = window or sampling._window(model)
 

@@ -23,8 +23,8 @@ from dist_partial import cli
 from dist_partial.selection.payload import average_bytes, itemsize
 
 if TYPE_CHECKING:
+    from dist_partial.config.settings import Settings
     from dist_partial.selection.plan import Plan
-    from dist_partial.settings import Settings
 
 # Of the bits on a wire, those that are payload: a frame of 1514 bytes carries 1448, and a few are acknowledgements.
 EFFICIENCY = 0.95
@@ -282,11 +282,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         bandwidth = bytes_per_second(values.bandwidth)
         machine = Machine(values.workers, bandwidth, values.latency_ms / 1e3, values.workers_per_host)
         cli.import_tensorflow_quietly()
-        from dist_partial import config
+        from dist_partial.config import gin_files
         from dist_partial.reductions.all_reduce import EveryStep
         from dist_partial.selection.table import plan_table
 
-        settings = config.load(values.gin_file, values.gin_param).settings
+        settings = gin_files.load(values.gin_file, values.gin_param).settings
         everything = dataclasses.replace(settings, rules=[("train", ".*")], reduction=EveryStep("float32"))
         cost = estimate(settings, machine)
         print(plan_table(cost.plan, machine.workers))

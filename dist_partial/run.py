@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import checkpoints, evaluation, identity, selection
+from dist_partial import checkpoints, evaluation, selection
 from dist_partial.build import build, restore
+from dist_partial.checkpoints import fingerprints
+from dist_partial.config.settings import Settings
 from dist_partial.course import Course
 from dist_partial.distributed import consistency, network, traffic
 from dist_partial.distributed.replicas import Replicas
@@ -26,7 +28,6 @@ from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.payload import average_bytes
 from dist_partial.selection.table import plan_table
 from dist_partial.session import put_back
-from dist_partial.settings import Settings
 from dist_partial.step import outer_step
 from dist_partial.step.evaluation_step import evaluation_step
 from dist_partial.step.layer_state import untouched
@@ -100,8 +101,10 @@ def _run(
     built = build(settings, replicas)
     if replicas.mesh is not None:
         facts = {"versions": consistency.versions(), "bindings": dict(bindings)}
-        start = {identity.START: built.identity[identity.START]}  # first, for all else that differs follows from it
-        consistency.check(replicas.mesh, facts | start | built.identity)
+        start = {
+            fingerprints.INITIAL: built.fingerprint[fingerprints.INITIAL]
+        }  # first, for all else that differs follows from it
+        consistency.check(replicas.mesh, facts | start | built.fingerprint)
     say(plan_table(built.plan, workers))
     for note in built.notes:
         say(note)
@@ -151,18 +154,18 @@ def _run(
 
     def save() -> None:
         frozen = checkpoints.frozen_fingerprints(built.model, built.plan, built.layer_state.moving)
-        checkpoints.check_frozen(built.identity["frozen"], frozen, done)
+        checkpoints.check_frozen(built.fingerprint["frozen"], frozen, done)
         arrays = checkpoints.read(built.state(), done, replicas.gather)
         # First, for a run that is killed once its last checkpoint is there has nothing left to do.
         journal.traffic(meter.to_json(done))
         if replicas.is_chief:
             metadata = dict(zip(traffic.SENT, sent.tolist(), strict=True))
-            metadata |= {"frozen": built.identity["frozen"]}
+            metadata |= {"frozen": built.fingerprint["frozen"]}
             metadata |= {} if constant else {"course": course.to_json()}
             checkpoints.save(folder / "checkpoints", done, arrays, metadata, settings.keep)
 
     with (
-        _written_folder(folder, built.identity, plan, workers) if replicas.is_chief else contextlib.nullcontext(),
+        _written_folder(folder, built.fingerprint, plan, workers) if replicas.is_chief else contextlib.nullcontext(),
         Journal(folder, done, settings.steps, sent, replicas.is_chief) as journal,
         _signals() as received,
     ):
@@ -255,7 +258,7 @@ def _written_folder(folder: Path, content: dict[str, Any], plan: selection.Plan,
         # Whatever else is written there replaces what has its name.
         refuse_links(*(folder / name for name in ("checkpoints", "tensorboard", "metrics.jsonl", "samples.jsonl")))
         with writing(folder):
-            write_json(folder / identity.FILE, content)
+            write_json(folder / fingerprints.RUN_FILE, content)
             write_json(folder / "plan.json", plan.to_json())
             write_text(folder / "plan.txt", plan_table(plan, hosts) + "\n")
         yield

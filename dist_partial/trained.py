@@ -5,14 +5,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from dist_partial import config
 from dist_partial.build import Built, build, restore
+from dist_partial.config import gin_files
+from dist_partial.config.settings import Settings
 from dist_partial.delta import Base
 from dist_partial.distributed import replicas
 from dist_partial.errors import UserError
 from dist_partial.reductions.local_only import Never
 from dist_partial.session import put_back
-from dist_partial.settings import Settings
 from dist_partial.step import outer_step
 
 
@@ -36,7 +36,7 @@ def newest(folder: Path, imports: bool) -> Iterator[tuple[Settings, Built, int]]
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    settings = config.load([folder / "operative_config.gin"], imports=imports).settings
+    settings = gin_files.load([folder / "operative_config.gin"], imports=imports).settings
     with put_back():
         built = build(settings, replicas.create("default"))
         checkpoint = restore(built, folder, say, may_differ=("data",))
@@ -61,4 +61,4 @@ def base(gin_file: str | Path, imports: bool = False) -> Base:
         UserError: every mistake in the file, and data or weights that it reads and that are gone.
     """
     with put_back():
-        return Base(build(config.load([gin_file], imports=imports).settings, replicas.create("default")).model)
+        return Base(build(gin_files.load([gin_file], imports=imports).settings, replicas.create("default")).model)

@@ -139,7 +139,9 @@ def left(folder: Path) -> dict[str, object]:
         name: [json.loads(line) for line in (folder / name).read_text().splitlines()]
         for name in ("metrics.jsonl", "samples.jsonl")
     }
-    whole = {name: (folder / name).read_text() for name in ("plan.json", "operative_config.gin", "identity.json")}
+    whole = {
+        name: (folder / name).read_text() for name in ("plan.json", "operative_config.gin", "run_fingerprint.json")
+    }
     counted = json.loads((folder / "traffic.json").read_text())["last_step"]
     return {"arrays": arrays, "files": sorted(files), **lines, **whole, "traffic": counted}
 

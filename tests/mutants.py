@@ -435,7 +435,7 @@ MUTANTS = [
         for name, before, after in (
             ("schedule", '{"schedule": str(settings.schedule), ', "{"),
             ("leave", ', "leave": settings.leave}', "}"),
-            ("initial values", "    content[START] = checkpoints.fingerprints(model)\n", ""),
+            ("initial values", "    content[START] = checkpoints.model_fingerprints(model)\n", ""),
         )
     ),
     # Schedules.

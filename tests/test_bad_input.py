@@ -272,7 +272,7 @@ def test_what_is_not_a_run_folder(kind, train_main, tmp_path, capsys):
         (folder / "thesis.txt").write_text("three years")
     elif kind == "damaged":
         folder.mkdir()
-        (folder / "identity.json").write_text("{")
+        (folder / "run_fingerprint.json").write_text("{")
     else:
         folder.write_text("three years")
         folder = folder / "run" if kind == "below a file" else folder
@@ -502,7 +502,7 @@ def test_a_full_disk(gin_file, run_dir, train_main, tmp_path, capsys):
     assert f"cannot write {run_dir}/checkpoints/step-0000000006.npz: File too large" in errors[1]
     after = contents(run_dir)
     assert not [name for name in after if "partial" in name]
-    for name in [n for n in before if n.startswith("checkpoints") or n == "identity.json"]:
+    for name in [n for n in before if n.startswith("checkpoints") or n == "run_fingerprint.json"]:
         assert after[name] == before[name], name
     assert after.keys() - before.keys() == {n for n in after if n.startswith("tensorboard/") and n not in before}
     # With room again the same command goes on as if nothing had happened.

@@ -9,12 +9,13 @@ from pathlib import Path
 import keras
 import pytest
 
-from dist_partial import config, run, selection
+from dist_partial import run, selection
 from dist_partial.build import build
+from dist_partial.config import gin_files
+from dist_partial.config.settings import Settings
 from dist_partial.distributed.replicas import create
 from dist_partial.errors import Raised, UserError
 from dist_partial.reductions.all_reduce import EveryStep
-from dist_partial.settings import Settings
 from tests import user_module
 
 BASE = """
@@ -38,8 +39,8 @@ def write(path: Path, text: str) -> Path:
 def load(tmp_path):
     """Loads a file of the given text on top of the base, with `params` over it."""
 
-    def loader(text: str = "", *params: str) -> config.Configuration:
-        return config.load([write(tmp_path / "user.gin", textwrap.dedent(BASE) + textwrap.dedent(text))], params)
+    def loader(text: str = "", *params: str) -> gin_files.Configuration:
+        return gin_files.load([write(tmp_path / "user.gin", textwrap.dedent(BASE) + textwrap.dedent(text))], params)
 
     return loader
 
@@ -59,9 +60,9 @@ def test_bindings_reach_the_settings(load):
 def test_later_files_and_params_win(tmp_path):
     first = write(tmp_path / "first.gin", BASE)
     second = write(tmp_path / "second.gin", "run.steps = 7\nrun.seed = 8\n")
-    settings = config.load([first, second], ["run.seed = 9"]).settings
+    settings = gin_files.load([first, second], ["run.seed = 9"]).settings
     assert (settings.steps, settings.seed, settings.global_batch) == (7, 9, 4)
-    assert config.load([first]).settings.seed == 0  # nothing is left of an earlier call
+    assert gin_files.load([first]).settings.seed == 0  # nothing is left of an earlier call
 
 
 def test_an_include_is_relative_to_its_file(tmp_path, monkeypatch):
@@ -70,7 +71,7 @@ def test_an_include_is_relative_to_its_file(tmp_path, monkeypatch):
     outer = write(tmp_path / "configs" / "outer.gin", "include 'more/inner.gin'\nrun.steps = 11\n")
     monkeypatch.chdir(tmp_path)
     for file in (outer, outer.relative_to(tmp_path)):
-        settings = config.load([file]).settings
+        settings = gin_files.load([file]).settings
         assert (settings.steps, settings.seed, settings.global_batch) == (11, 5, 4)
 
 
@@ -82,15 +83,15 @@ def test_each_file_includes_its_own_neighbour(tmp_path, monkeypatch, caplog):
     for i, name in enumerate(["it's one", "two"]):
         write(tmp_path / name / "base.gin", BASE + f"    run.steps = {10 + i}\n")
         files.append(write(tmp_path / name / "user.gin", "include 'base.gin'\n"))
-    assert config.load(files).settings.steps == 11
-    assert config.load(files[::-1]).settings.steps == 10
+    assert gin_files.load(files).settings.steps == 11
+    assert gin_files.load(files[::-1]).settings.steps == 10
     assert not caplog.records  # gin logs errors about files that it finds in the end
 
 
 @pytest.mark.parametrize("line", ["import tests.user_module", "from tests import user_module"])
 def test_ways_to_import(line, tmp_path):
     base = textwrap.dedent(BASE).replace("import tests.user_module", line)
-    assert config.load([write(tmp_path / "user.gin", base)]).settings.data().name == "points"
+    assert gin_files.load([write(tmp_path / "user.gin", base)]).settings.data().name == "points"
 
 
 def test_scoped_references_to_a_users_module(load):
@@ -212,24 +213,24 @@ def test_mistakes_in_a_param(param, words, load):
 def test_a_missing_file_shows_its_neighbours(tmp_path):
     write(tmp_path / "quickstart.gin", BASE)
     with pytest.raises(UserError, match=r"no gin file .*quikstart\.gin; in that folder there is quickstart\.gin"):
-        config.load([tmp_path / "quikstart.gin"])
+        gin_files.load([tmp_path / "quikstart.gin"])
     with pytest.raises(UserError, match="no gin file"):
-        config.load([tmp_path])
+        gin_files.load([tmp_path])
     with pytest.raises(UserError, match="no gin file"):
-        config.load([tmp_path / "absent" / "quickstart.gin"])
+        gin_files.load([tmp_path / "absent" / "quickstart.gin"])
 
 
 def test_a_file_that_is_not_text(tmp_path):
     (tmp_path / "binary.gin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"binary\.gin is not text in UTF-8"):
-        config.load([tmp_path / "binary.gin"])
+        gin_files.load([tmp_path / "binary.gin"])
 
 
 @pytest.mark.parametrize("missing", ["rules", "model", "data"])
 def test_what_must_be_bound(missing, tmp_path):
     lines = [line for line in textwrap.dedent(BASE).splitlines() if not line.startswith(f"run.{missing} ")]
     with pytest.raises(UserError, match=f"not bound: run.{missing}"):
-        config.load([write(tmp_path / "user.gin", "\n".join(lines))])
+        gin_files.load([write(tmp_path / "user.gin", "\n".join(lines))])
 
 
 def test_a_module_is_found_on_the_path_and_its_imports_stay_private(tmp_path, monkeypatch):
@@ -249,10 +250,10 @@ def test_a_module_is_found_on_the_path_and_its_imports_stay_private(tmp_path, mo
     monkeypatch.syspath_prepend(str(tmp_path / "code"))
     base = textwrap.dedent(BASE).replace("@tests.user_module.model", "@my_models.small")
     file = write(tmp_path / "user.gin", "import my_models\n" + base + "my_models.small.units = 3\n")
-    assert config.load([file]).settings.model().get_layer("body").units == 3
+    assert gin_files.load([file]).settings.model().get_layer("body").units == 3
     for reference in ("my_models._hidden", "my_models.Dense"):
         with pytest.raises(UserError, match="nothing is called"):
-            config.load([file], [f"run.model = @{reference}"])
+            gin_files.load([file], [f"run.model = @{reference}"])
 
 
 def test_unused_bindings(load):
@@ -302,12 +303,12 @@ def test_the_operative_configuration_alone_reproduces_the_run(load, tmp_path, ca
     )
     first, second = tmp_path / "first", tmp_path / "second"
     run.run(configuration.settings, first, configuration.operative, configuration.unused)
-    replay = config.load([first / "operative_config.gin"])
+    replay = gin_files.load([first / "operative_config.gin"])
     run.run(replay.settings, second, replay.operative, replay.unused)
     assert "never used" not in capsys.readouterr().out
-    for name in ("metrics.jsonl", "plan.json", "identity.json", "operative_config.gin"):
+    for name in ("metrics.jsonl", "plan.json", "run_fingerprint.json", "operative_config.gin"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
-    assert json.loads((first / "identity.json").read_text())["optimizers"][0]["momentum"] == 0.9
+    assert json.loads((first / "run_fingerprint.json").read_text())["optimizers"][0]["momentum"] == 0.9
 
 
 def test_an_unused_binding_is_reported_after_the_first_step(load, tmp_path, capsys):
@@ -322,7 +323,7 @@ SCHEDULES = ["phases", "gradual", "rotation", "lisa", "autofreeze", "byte_budget
 @pytest.mark.parametrize("name", ["quickstart", "two_dense", "full", "local_sgd", *SCHEDULES])
 def test_the_configurations_that_come_along_load(name):
     file = Path(__file__).parents[1] / "gin_configs" / f"{name}.gin"
-    settings = config.load([file]).settings
+    settings = gin_files.load([file]).settings
     assert selection.parse_rules(settings.rules)
     if name in SCHEDULES:
         built = build(settings, create("default"))
@@ -338,7 +339,7 @@ def test_defaults_heed_their_bindings(tmp_path):
     """Neither run.optimizer nor run.reduction is bound here; their parts are."""
     file = tmp_path / "own.gin"
     file.write_text("run.rules = [('train', '.*')]\nrun.model = @two_dense\nrun.data = @stdlib_shapes\n")
-    loaded = config.load([file], ["Adam.learning_rate = 0.5", "every_step.dtype = 'bfloat16'"]).settings
+    loaded = gin_files.load([file], ["Adam.learning_rate = 0.5", "every_step.dtype = 'bfloat16'"]).settings
     assert float(loaded.optimizer().learning_rate) == 0.5
     assert loaded.reduction.dtype == "bfloat16"
 
@@ -347,8 +348,8 @@ def test_a_param_without_a_dot_is_an_error(tmp_path):
     file = tmp_path / "own.gin"
     file.write_text("rate = 0.1\nrun.rules = [('train', '.*')]\nrun.model = @two_dense\nrun.data = @stdlib_shapes\n")
     with pytest.raises(UserError, match=r"'step = 3' binds nothing: write run\.steps"):
-        config.load([file], ["step = 3"])
-    config.load([file], ["rate = 0.2"])  # a macro of the file's
+        gin_files.load([file], ["step = 3"])
+    gin_files.load([file], ["rate = 0.2"])  # a macro of the file's
 
 
 def test_a_module_may_hold_what_cannot_be_bound(tmp_path, monkeypatch):
@@ -368,7 +369,7 @@ def test_a_module_may_hold_what_cannot_be_bound(tmp_path, monkeypatch):
         "import mixed_module\nrun.rules = [('train', '.*')]\nrun.model = @mixed_module.Net\nNet.units = 5\n"
         "run.data = @stdlib_shapes\n"
     )
-    assert config.load([file]).settings.model().units == 5
+    assert gin_files.load([file]).settings.model().units == 5
 
 
 def test_names_of_our_own_win_over_a_users(tmp_path, monkeypatch, capsys):
@@ -378,7 +379,7 @@ def test_names_of_our_own_win_over_a_users(tmp_path, monkeypatch, capsys):
         "run.steps = 7\nsample.length = 5\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    settings = config.load([tmp_path / "c.gin"]).settings
+    settings = gin_files.load([tmp_path / "c.gin"]).settings
     assert (settings.steps, settings.sampling.length, settings.model()) == (7, 5, 3)
     assert "of_mine.run cannot be bound: run is a name of dist_partial's own" in capsys.readouterr().err
 
@@ -395,8 +396,8 @@ def test_functions_with_gins_own_decorator(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     file = write(tmp_path / "c.gin", "import decorated\nrun.model = @decorated.build\n" + BASE_WITHOUT_MODEL)
-    assert config.load([file], ["build.head = 2"]).settings.model() == (4, 2)
-    assert config.load([file], ["run.model = @calls", "inner.units = 3"]).settings.model() == 3
+    assert gin_files.load([file], ["build.head = 2"]).settings.model() == (4, 2)
+    assert gin_files.load([file], ["run.model = @calls", "inner.units = 3"]).settings.model() == 3
     for params, words in (
         (["build.unitz = 3"], r"build has no parameter 'unitz'; nearest: units"),
         ([], r"not bound: decorated\.build\.head"),
@@ -404,17 +405,17 @@ def test_functions_with_gins_own_decorator(tmp_path, monkeypatch):
         (["run.model = @calls"], r"not bound: inner\.units"),
     ):
         with pytest.raises(UserError, match=words):
-            config.load([file], params).settings.model()
+            gin_files.load([file], params).settings.model()
 
 
 def test_a_module_that_was_loaded_again_has_its_new_functions(tmp_path, monkeypatch):
     module = write(tmp_path / "edited.py", "def model(units=1): return units\n")
     monkeypatch.syspath_prepend(tmp_path)
     file = write(tmp_path / "c.gin", "import edited\nrun.model = @edited.model\n" + BASE_WITHOUT_MODEL)
-    assert config.load([file]).settings.model() == 1
+    assert gin_files.load([file]).settings.model() == 1
     module.write_text("def model(layers=2): return 10 * layers  # is longer than the old one\n")
     importlib.reload(sys.modules["edited"])
-    assert config.load([file], ["model.layers = 3"]).settings.model() == 30
+    assert gin_files.load([file], ["model.layers = 3"]).settings.model() == 30
 
 
 def test_a_function_of_the_users_whose_result_is_bound_raises_its_own(load):

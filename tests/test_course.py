@@ -16,6 +16,7 @@ import pytest
 import tensorflow as tf
 
 from dist_partial import run
+from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint, train_batches
 from dist_partial.distributed import replicas
 from dist_partial.distributed.collectives import Wire
@@ -24,7 +25,6 @@ from dist_partial.errors import UserError
 from dist_partial.schedules.adaptive import AutoFreeze, ByteBudget
 from dist_partial.schedules.fixed import Gradual, Lisa, Phases, Rotation
 from dist_partial.selection.rules import Rule
-from dist_partial.settings import Settings
 from tests import cases
 from tests.cases import rows, same_bits, state
 from tests.workers import run_workers

@@ -51,7 +51,7 @@ def values(model: keras.Model) -> dict[str, np.ndarray]:
 def trained(seed: int, rules=RULES) -> tuple[Delta, dict[str, np.ndarray]]:
     """A delta of the model after some training, and all of the model's values then."""
     model = small()
-    base = delta.fingerprints(model)
+    base = delta.model_fingerprints(model)
     plan = resolve(rules, model, EveryStep())
     rng = np.random.default_rng(seed)
     variables = {v.path.removeprefix("small/"): v for v in model.variables}
@@ -106,7 +106,7 @@ def test_a_file_holds_what_was_trained_and_nothing_else(first, content):
 def test_a_hundredth_of_a_model_is_a_hundredth_of_its_bytes(tmp_path):
     layers = [keras.Input((400,)), *(keras.layers.Dense(400, name=f"body_{i}") for i in range(4))]
     model = keras.Sequential([*layers, keras.layers.Dense(10, name="head")])
-    base = delta.fingerprints(model)
+    base = delta.model_fingerprints(model)
     plan = resolve([("train", "head/.*"), ("freeze", ".*")], model, EveryStep())
     delta.write(tmp_path / "a.safetensors", delta.of(model, plan, base, 1))
     assert (tmp_path / "a.safetensors").stat().st_size < 4 * model.count_params() / 100
@@ -248,7 +248,7 @@ def test_paths_that_repeat_are_told_apart():
 
 def test_moving_statistics_of_a_frozen_layer_are_left_out():
     model = convolutional(synchronized=False)
-    base = delta.fingerprints(model)
+    base = delta.model_fingerprints(model)
     plan = resolve([("train", "head/.*"), ("freeze", ".*")], model, EveryStep())
     model(np.ones((2, 8, 8, 3)), training=False)
     assert delta.of(model, plan, base, 1).arrays.keys() == {"head/kernel", "head/bias"}

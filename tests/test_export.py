@@ -11,9 +11,9 @@ import pytest
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-from dist_partial import Base, delta, export, sampling, train
+from dist_partial import Base, delta, export, train
 from dist_partial.errors import UserError
-from dist_partial.models import byte_transformer, two_dense
+from dist_partial.models import byte_transformer, sampling, two_dense
 from tests.cases import durable, state
 
 ROOT = Path(__file__).parents[1]

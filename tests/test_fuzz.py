@@ -10,7 +10,9 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from dist_partial import checkpoints, config, identity
+from dist_partial import checkpoints
+from dist_partial.checkpoints import fingerprints
+from dist_partial.config import gin_files
 from dist_partial.errors import UserError
 from tests.test_readme import ROOT
 
@@ -85,11 +87,11 @@ def test_identities(tmp_path):
     @hypothesis.settings(max_examples=2000, **SETTINGS)
     @hypothesis.given(EDITS)
     def fuzz(edits):
-        (tmp_path / identity.FILE).write_bytes(edited(text, edits))
+        (tmp_path / fingerprints.RUN_FILE).write_bytes(edited(text, edits))
 
         def outcome():
-            assert identity.check(tmp_path, content)
-            assert json.loads((tmp_path / identity.FILE).read_bytes()) == content
+            assert fingerprints.check_run(tmp_path, content)
+            assert json.loads((tmp_path / fingerprints.RUN_FILE).read_bytes()) == content
 
         check(outcome, counts)
 
@@ -112,7 +114,7 @@ def test_gin_files(tmp_path):
         file.write_bytes(edited(text, edits))
 
         def outcome():
-            settings = config.load([file], imports=False).settings
+            settings = gin_files.load([file], imports=False).settings
             assert settings.steps >= 1 and callable(settings.model)
 
         check(outcome, counts)

@@ -6,13 +6,13 @@ import keras
 import numpy as np
 import pytest
 
-from dist_partial import config
+from dist_partial.config import gin_files
 from dist_partial.data import tokenized_text
 from dist_partial.errors import UserError
 from dist_partial.models import hub_model, hub_tokenizer
 from dist_partial.models.hub import single_input
+from dist_partial.models.sampling import generate
 from dist_partial.prefix import cut
-from dist_partial.sampling import generate
 from tests import cases
 from tests.cases import Case, Options
 
@@ -230,11 +230,11 @@ def test_gin_binds_models_of_both(tmp_path):
         "run.rules = [('train', '.*')]\nrun.data = @stdlib_corpus\nrun.model = @keras.applications.MobileNetV3Small\n"
         "MobileNetV3Small.weights = None\nMobileNetV3Small.classes = 5\nMobileNetV3Small.input_shape = (32, 32, 3)\n"
     )
-    model = config.load([tmp_path / "a.gin"]).settings.model()
+    model = gin_files.load([tmp_path / "a.gin"]).settings.model()
     assert model.output_shape == (None, 5)
     params = ["run.model = @hub_model", "hub_model.architecture = 'GPT2'", f"hub_model.arguments = {ARGUMENTS['GPT2']}"]
     pytest.importorskip("keras_hub")
-    assert config.load([tmp_path / "a.gin"], params).settings.model().name == "hub_model"
+    assert gin_files.load([tmp_path / "a.gin"], params).settings.model().name == "hub_model"
 
 
 class Shifted:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import identity
 from dist_partial.build import build
+from dist_partial.checkpoints import fingerprints
+from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed.collectives import Wire
 from dist_partial.distributed.replicas import Replicas
@@ -20,7 +21,6 @@ from dist_partial.models import two_dense
 from dist_partial.reductions.all_reduce import EveryStep
 from dist_partial.schedules.fixed import Constant, Rotation
 from dist_partial.selection.rules import Rule
-from dist_partial.settings import Settings
 
 RULES = [("train", "dense1/.*"), ("train", "dense2/kernel"), ("freeze", "dense2/bias")]
 
@@ -87,7 +87,7 @@ def of(**more):
     """The identity of a run in which all that there is has a value."""
     given = {"rules": RULES, "model": model, "data": ids, "optimizer": adam, "steps": 20, "global_batch": 4}
     made = Replicas(tf.distribute.get_strategy(), Wire(), "one")
-    return build(Settings(**{**given, "schedule": Rotation(every=2), **more}), made).identity
+    return build(Settings(**{**given, "schedule": Rotation(every=2), **more}), made).fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +104,15 @@ def test_there_is_a_case_for_every_key_and_every_setting(base):
 @pytest.mark.parametrize(("key", "more"), CASES)
 def test_another_value_of_it_is_another_run(key, more, base, tmp_path):
     """Which the difference in this key alone tells; but of the initial values a checkpoint takes the place."""
-    (tmp_path / identity.FILE).write_text(json.dumps(base))
+    (tmp_path / fingerprints.RUN_FILE).write_text(json.dumps(base))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-0000000001.npz").touch()
-    assert identity.check(tmp_path, of())
+    assert fingerprints.check_run(tmp_path, of())
     other = of(**more)
     assert other[key] != base[key]
     only = base | {key: other[key]}
     if key == "initial values":
-        assert identity.check(tmp_path, only)
+        assert fingerprints.check_run(tmp_path, only)
     else:
         with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))} is of another run: {key}\b"):
-            identity.check(tmp_path, only)
+            fingerprints.check_run(tmp_path, only)

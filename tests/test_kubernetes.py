@@ -224,10 +224,10 @@ def test_the_two_kinds_of_pods_differ_only_in_what_starts_them():
 
 
 def test_the_arguments_are_the_trainers():
-    from dist_partial import config
+    from dist_partial.config import gin_files
 
     for template in PODS.values():
         arguments = dict(argument.removeprefix("--").split("=", 1) for argument in container(template)["args"])
         assert arguments.keys() == {"gin_file", "run_dir", "gin_param"}
-        loaded = config.load([str(ROOT / arguments["gin_file"])], [arguments["gin_param"]])
+        loaded = gin_files.load([str(ROOT / arguments["gin_file"])], [arguments["gin_param"]])
         assert loaded.settings.steps

@@ -9,12 +9,12 @@ import tensorflow as tf
 
 from dist_partial import run, selection
 from dist_partial.build import build, restore
+from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, train_batches
 from dist_partial.distributed.collectives import Wire
 from dist_partial.distributed.replicas import Replicas, create
 from dist_partial.errors import UserError
 from dist_partial.reductions.local_sgd import LocalSGD
-from dist_partial.settings import Sampling, Settings
 from tests import cases
 from tests.cases import copies, rows, same_bits, state
 from tests.conftest import mirrored_strategy

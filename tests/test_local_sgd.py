@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import checkpoints, reductions, selection
+from dist_partial import reductions, selection
 from dist_partial.build import build
+from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed import traffic
 from dist_partial.distributed.collectives import Wire
@@ -21,9 +22,9 @@ from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
-from dist_partial.settings import Settings
 from dist_partial.step import batch_norm, optimizers, outer_step
 from dist_partial.step.train_step import StepOptions, train_step
+from dist_partial.training.state import resumable_state
 from tests import cases
 from tests.cases import CASES, GLOBAL_BATCH, copies, same_bits
 
@@ -292,9 +293,7 @@ def test_another_number_of_replicas_starts_where_the_constraints_allow(mirrored)
     found = np.stack([PROJECTIONS["dense1/kernel"](w) for w in rng.normal(size=(3, 160, 64))])
     case = dataclasses.replace(DENSE, model=constrained, rules=[Rule(".*", reduction=LocalSGD(3))])
     local = Local(mirrored(2), case, "adam")
-    state = checkpoints.resumable_state(
-        local.strategy, local.model, local.plan, local.groups, local.states, local.fragments, []
-    )
+    state = resumable_state(local.strategy, local.model, local.plan, local.groups, local.states, local.fragments, [])
     state["own/dense1/kernel"].assign(found)
     expected = PROJECTIONS["dense1/kernel"](found.mean(axis=0))
     for value in local.own()["dense1/kernel"]:

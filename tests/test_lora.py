@@ -10,6 +10,7 @@ import tensorflow as tf
 from dist_partial import run, selection
 from dist_partial.adapters import lora, quantization
 from dist_partial.build import batches, build, compiled_step, restore
+from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed import traffic
 from dist_partial.distributed.collectives import Wire
@@ -18,7 +19,6 @@ from dist_partial.errors import UserError
 from dist_partial.models import byte_transformer, two_dense
 from dist_partial.reductions.all_reduce import EveryStep
 from dist_partial.selection.rules import Rule
-from dist_partial.settings import Settings
 from dist_partial.step import layer_state
 from tests.cases import state
 from tests.conftest import mirrored_strategy

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from dist_partial import run
+from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset
 from dist_partial.distributed.collectives import Wire
 from dist_partial.distributed.replicas import Replicas
@@ -16,7 +17,6 @@ from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
-from dist_partial.settings import Sampling, Settings
 from dist_partial.step import losses
 from dist_partial.step.evaluation_step import evaluation_step
 from tests.cases import rows, set_precision, state

@@ -6,7 +6,9 @@ import keras
 import numpy as np
 import pytest
 
-from dist_partial import config, plan, run
+from dist_partial import plan, run
+from dist_partial.config import gin_files
+from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed.collectives import Wire
 from dist_partial.distributed.replicas import Replicas
@@ -18,7 +20,6 @@ from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
-from dist_partial.settings import Settings
 from tests.cases import convolutional, rows
 
 TINY = """
@@ -44,7 +45,7 @@ def tiny(tmp_path):
 
 
 def test_bytes_and_memory_are_exact(tiny):
-    settings = config.load([tiny]).settings
+    settings = gin_files.load([tiny]).settings
     cost = estimate(settings, Machine(workers=4, bandwidth=25e6, latency=1000.0))
     exchanged = (KERNEL1 + 2 * KERNEL1 // 256) / 4  # 8 bits and a scale for 256 values, every 4 steps
     every_step = 4 * (KERNEL2 + BIAS2)
@@ -60,7 +61,7 @@ def test_bytes_and_memory_are_exact(tiny):
 
 
 def test_a_slower_link_takes_longer_and_one_worker_sends_nothing(tiny):
-    settings = config.load([tiny]).settings
+    settings = gin_files.load([tiny]).settings
     slow, alone = (estimate(settings, Machine(workers, 1e4)) for workers in (2, 1))
     assert slow.step > 0.9 * slow.nic_bytes / 1e4
     assert (alone.nic_bytes, alone.wire) == (0, 0)

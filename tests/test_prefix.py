@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from dist_partial import prefix, run
+from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed.collectives import Wire
 from dist_partial.distributed.replicas import Replicas
@@ -15,7 +16,6 @@ from dist_partial.errors import UserError
 from dist_partial.models import byte_transformer
 from dist_partial.schedules.adaptive import AutoFreeze
 from dist_partial.schedules.fixed import Phases
-from dist_partial.settings import Sampling, Settings
 from tests.cases import rows, same_bits, state
 
 LAYERS = ("a", "b", "c", "d")

@@ -9,7 +9,7 @@ from pathlib import Path
 import gin
 import pytest
 
-from dist_partial import config
+from dist_partial.config import gin_files
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -60,7 +60,7 @@ def test_commands_run(tmp_path):
 def test_configurations_and_bindings_exist():
     for name in set(re.findall(r"`(\w+\.gin)`", TEXT)) - {"operative_config.gin"}:
         assert (ROOT / "gin_configs" / name).is_file(), name
-    config._register()
+    gin_files._register()
     known = {name.split(".")[-1] for name, _ in gin.config._REGISTRY.items()}
     for name in re.findall(r"`@([a-z_]+)(?:\(\))?`", TEXT):
         assert name in known, name

@@ -179,7 +179,7 @@ def write_run(folder: Path, steps: int = 60, every: int = 20, **change: Any) -> 
         "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in change.pop("before", []) + rows),
         "samples.jsonl": "".join(json.dumps(row) + "\n" for row in texts),
         "traffic.json": json.dumps(traffic),
-        "identity.json": json.dumps({"data": {"name": "letters"}, "seed": 1}),
+        "run_fingerprint.json": json.dumps({"data": {"name": "letters"}, "seed": 1}),
         "operative_config.gin": f"# Parameters for run:\nrun.model = @small\nrun.steps = {steps}\n",
     }
     for name, content in files.items():
@@ -390,7 +390,7 @@ def hostile_run(tmp_path: Path) -> Path:
         variables=variables,
         before=[switch(1, HOSTILE), switch(5, "b")],
         samples="".join(json.dumps(row) + "\n" for row in rows),
-        identity=json.dumps({"data": {"name": HOSTILE}, "schedule": HOSTILE}),
+        fingerprint=json.dumps({"data": {"name": HOSTILE}, "schedule": HOSTILE}),
         operative_config=f"run.model = @{HOSTILE}\n{HOSTILE}\n",
         traffic=json.dumps({"workers": 2, "first_step": HOSTILE, "step_ms": HOSTILE}),
     )

@@ -15,13 +15,13 @@ import tensorflow as tf
 
 from dist_partial import checkpoints, reporting, run, sample, train
 from dist_partial.build import build, restore
+from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed.collectives import Wire
 from dist_partial.distributed.replicas import Replicas, create
 from dist_partial.errors import AGAIN
 from dist_partial.models import byte_transformer
 from dist_partial.selection.rules import Rule
-from dist_partial.settings import Sampling, Settings
 from dist_partial.step import loss_scale
 from tests.cases import rows, same_bits, state
 from tests.conftest import mirrored_strategy
@@ -216,7 +216,7 @@ def test_what_has_a_name_that_is_to_be_written_is_replaced_and_not_written_to(le
     run, mine = tmp_path / "run", tmp_path / "mine"
     assert start(letters, run, "run.steps = 1") == 0
     mine.write_text("precious")
-    for name in ("plan.txt", "identity.json", "operative_config.gin", "metrics.jsonl"):
+    for name in ("plan.txt", "run_fingerprint.json", "operative_config.gin", "metrics.jsonl"):
         (run / f".{name}.{os.getpid()}.partial").symlink_to(mine)
     (run / "plan.txt").unlink()
     (run / "plan.txt").symlink_to(mine)
@@ -450,7 +450,7 @@ def test_rows_that_are_not_selected_are_frozen():
     def moved(row: int) -> list[str]:
         variable.assign(variable.numpy() + np.eye(256)[row][:, np.newaxis])
         now = checkpoints.frozen_fingerprints(built.model, built.plan, built.layer_state.moving)
-        return [path for path, found in now.items() if found != built.identity["frozen"][path]]
+        return [path for path, found in now.items() if found != built.fingerprint["frozen"][path]]
 
     assert (moved(97), moved(100)) == ([], [])
     assert moved(101) == ["embedding/embeddings[other rows]"]

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import sampling
 from dist_partial.errors import UserError
-from dist_partial.models import byte_transformer, two_dense
-from dist_partial.sampling import draw, generate, temper, truncate
+from dist_partial.models import byte_transformer, sampling, two_dense
+from dist_partial.models.sampling import draw, generate, temper, truncate
 
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import build, config, run, sample, selection, session, train, trained
+from dist_partial import build, run, sample, selection, session, train, trained
+from dist_partial.config import gin_files
+from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset
 from dist_partial.distributed.collectives import Wire
 from dist_partial.distributed.replicas import Replicas, create
 from dist_partial.errors import UserError
 from dist_partial.plan import Machine, estimate
-from dist_partial.settings import Settings
 
 X = np.random.default_rng(0).normal(size=(8, 3))
 
@@ -80,7 +81,7 @@ def test_layers_that_a_module_holds_keep_their_numbers(tmp_path, monkeypatch):
     file.write_text("import holding\nrun.model = @holding.model\nrun.data = @stdlib_shapes\nrun.rules = []\n")
     keras.layers.Dense(1)
     for _ in range(2):
-        factory = config.load([file]).settings.model
+        factory = gin_files.load([file]).settings.model
         with session.numbered_afresh(factory):
             assert selection.variable_paths(factory())[::2] == ["sequential/dense/kernel", "dense_1/kernel"]
     named = keras.layers.Dense(3, name="dense")

@@ -7,7 +7,7 @@ import pytest
 
 from dist_partial.errors import UserError
 from dist_partial.models import smollm2, smollm2_tokenizer
-from dist_partial.sampling import generate
+from dist_partial.models.sampling import generate
 
 WIDTH, HEADS, KV_HEADS, HIDDEN, BLOCKS, BASE, EPSILON = 16, 4, 2, 24, 2, 100.0, 1e-5
 TOKENS = ["<|endoftext|>", "<|im_start|>", *"abcdef12", "Ġ", "ab", "Ġab"]

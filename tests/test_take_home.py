@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from dist_partial import Base, build, delta, export, run, sample, train, trained
 from dist_partial.adapters import lora
+from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.data.codecs import ByteCodec
 from dist_partial.distributed import replicas
@@ -18,7 +19,6 @@ from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.models import keras_file
 from dist_partial.selection.rules import Rule
-from dist_partial.settings import Settings
 from tests.cases import state
 
 
@@ -58,7 +58,7 @@ def told(rate: float = 0.05, **more) -> Settings:
 def restored(settings, folder):
     keras.utils.clear_session(free_memory=False)
     built = build.build(settings, replicas.create("default"))
-    base = delta.fingerprints(built.model)
+    base = delta.model_fingerprints(built.model)
     found = build.restore(built, folder, lambda _: None)
     return built, base, found
 
@@ -71,7 +71,7 @@ def test_variables_of_one_path_are_kept_apart(tmp_path):
     norms = [layer for layer in built.model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
     means = [np.array(layer.moving_mean) for layer in norms]
     assert all(np.abs(mean).min() > 0 for mean in means) and not np.allclose(*means)
-    assert len(built.identity["frozen"]) == 4  # kernels and biases of both towers
+    assert len(built.fingerprint["frozen"]) == 4  # kernels and biases of both towers
     changed = delta.of(built.model, built.plan, base, 4)
     assert {key.split("/")[0] for key in changed.arrays if key.endswith("bn/moving_mean")} == {
         "functional",

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import checkpoints, config, run
+from dist_partial import checkpoints, run
 from dist_partial.build import build, restore
+from dist_partial.config import gin_files
+from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed import replicas
 from dist_partial.distributed.collectives import Wire
@@ -26,7 +28,6 @@ from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
-from dist_partial.settings import Settings
 from tests import cases
 from tests.cases import rows, same_bits, state
 
@@ -327,7 +328,7 @@ def test_bad_bindings(name, tmp_path):
     file = tmp_path / "base.gin"
     file.write_text(BASE)
     with pytest.raises(UserError) as raised:
-        loaded = config.load([file], params).settings
+        loaded = gin_files.load([file], params).settings
         build(loaded, Replicas(tf.distribute.get_strategy(), Wire(), "one"))
     message = str(raised.value).splitlines()[0]  # gin adds lines of its own, which the command leaves out
     assert all(word in message for word in words), message
@@ -338,7 +339,7 @@ def test_an_exchange_without_brackets(tmp_path):
     file.write_text(BASE)
     with pytest.raises(UserError, match=r"local_sgd\.exchange"):
         params = ["run.reduction = @local_sgd()", "local_sgd.steps = 2", "local_sgd.exchange = @quantized"]
-        loaded = config.load([file], params)
+        loaded = gin_files.load([file], params)
         build(loaded.settings, Replicas(tf.distribute.get_strategy(), Wire(), "one"))
 
 

@@ -95,7 +95,7 @@ class Run:
         switches: (step, names of the units that are trained from it on); () if the selection never changes.
         samples: rows of samples.jsonl whose fields have the right types.
         traffic: traffic.json, {} if there is none.
-        identity: identity.json, {} if there is none.
+        fingerprint: run_fingerprint.json, {} if there is none.
         bindings: operative_config.gin as name and text.
         configuration: its text.
         skipped: lines that could not be read, by file; the unfinished last line of a running run is none of them.
@@ -113,7 +113,7 @@ class Run:
     switches: tuple[tuple[int, tuple[str, ...]], ...]
     samples: tuple[dict[str, Any], ...]
     traffic: dict[str, Any]
-    identity: dict[str, Any]
+    fingerprint: dict[str, Any]
     bindings: dict[str, str]
     configuration: str
     skipped: dict[str, int]
@@ -270,7 +270,7 @@ def _read(folder: Path, name: str) -> Run:
         switches=tuple((step, switches[step]) for step in sorted(switches)),
         samples=tuple(texts),
         traffic=_json(folder / "traffic.json"),
-        identity=_json(folder / "identity.json"),
+        fingerprint=_json(folder / "run_fingerprint.json"),
         bindings=bindings(configuration),
         configuration=configuration,
         skipped=skipped,

@@ -8,8 +8,9 @@ import tensorflow as tf
 
 from dist_partial.distributed import per_replica
 from dist_partial.errors import calling
+from dist_partial.models.logits import full_precision
 from dist_partial.selection.plan import Plan
-from dist_partial.step.losses import Loss, example_losses, full_precision
+from dist_partial.step.losses import Loss, example_losses
 
 # (x, y) or (x, y, weight), each with the batch axis first.
 Batch = tuple[tf.Tensor, ...]

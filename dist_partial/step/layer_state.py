@@ -19,6 +19,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from dist_partial.compat import is_generator
 from dist_partial.distributed import traffic
 from dist_partial.distributed.per_replica import input_context, local_count
 from dist_partial.errors import UserError
@@ -50,11 +51,6 @@ class LayerState:
     def generators(self) -> list[Any]:
         """States of the random generators that a step uses: int [2], a seed and a counter."""
         return [variable for variable in self.moving if is_generator(variable)]
-
-
-def is_generator(variable: Any) -> bool:
-    """Whether it is the state of a random generator."""
-    return variable.name == "seed_generator_state"
 
 
 def recurrent(model: keras.Model) -> list[Any]:

@@ -9,9 +9,9 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.errors import UserError, first_line, own_line
+from dist_partial.models.logits import activation_op, full_precision, is_distribution, logits_behind
 
 Loss = Callable[[Any, Any], tf.Tensor]
-
 _TRIED = 2**20  # outputs of an example, up to which a loss is tried out
 
 
@@ -82,57 +82,13 @@ def of_model(loss: Any, function: Loss, outputs: tf.Tensor, example: tf.Tensor) 
     if not getattr(loss, "from_logits", False):
         return function, ""
     if isinstance(loss, (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)):
-        kind, found = "Sigmoid", _activation(outputs, "Sigmoid") is not None
+        kind, found = "Sigmoid", activation_op(outputs, "Sigmoid") is not None
     else:
         kind, found = "Softmax", is_distribution(outputs, example)
     if not found:
         return function, ""
     line = f"run.model gives probabilities ({kind.lower()}), and run.loss takes logits: it is given those behind them"
-    return lambda y, outputs: function(y, _logits(outputs, kind)), line
-
-
-def is_distribution(outputs: tf.Tensor, example: tf.Tensor) -> bool:
-    """Whether a model's outputs are probabilities of classes: a softmax by the graph, or a distribution by value.
-
-    Args:
-        outputs: in a traced graph.
-        example: the outputs for some example, [1, ..., classes].
-    """
-    return _activation(outputs, "Softmax") is not None or bool(_adds_up(example))
-
-
-def _adds_up(values: tf.Tensor) -> tf.Tensor:
-    """Whether all of `values` [..., classes] are distributions."""
-    if values.shape.rank < 2 or values.shape[-1] == 1:
-        return tf.constant(False)
-    # Half precision rounds a sum of many; logits that are all positive and add up to 1 are not seen.
-    sums = tf.reduce_sum(tf.cast(values, tf.float32), -1)
-    return tf.reduce_all(values >= 0) & tf.reduce_all(tf.abs(sums - 1) < 0.02)
-
-
-def as_logits(outputs: tf.Tensor) -> tf.Tensor:
-    """A model's outputs [..., classes] in a traced graph as logits, whether they are that or probabilities."""
-    outputs = full_precision(outputs)
-    if _activation(outputs, "Softmax") is not None:
-        return _logits(outputs, "Softmax")
-    return tf.where(_adds_up(outputs), _logits(outputs, "Softmax"), outputs)
-
-
-def _logits(probabilities: tf.Tensor, kind: str) -> tf.Tensor:
-    """The logits behind probabilities: those in the graph, or else logarithms, of which the softmax is the same."""
-    if (activation := _activation(probabilities, kind)) is not None:
-        return tf.reshape(tf.cast(activation.inputs[0], probabilities.dtype), tf.shape(probabilities))
-    return tf.math.log(tf.maximum(probabilities, np.finfo(np.float32).tiny))
-
-
-def _activation(outputs: tf.Tensor, kind: str) -> tf.Operation | None:
-    """The op of that kind that gives a tensor of a graph, if only dtype and shape are changed after it."""
-    operation = outputs.op if tf.is_symbolic_tensor(outputs) else None
-    while operation is not None and operation.type in ("Cast", "Reshape", "Identity", "Squeeze", "ExpandDims"):
-        operation = operation.inputs[0].op
-    if operation is None or operation.type != kind or operation.outputs[0].shape[-1:] != outputs.shape[-1:]:
-        return None
-    return operation
+    return lambda y, outputs: function(y, logits_behind(outputs, kind)), line
 
 
 def check_shapes(loss: Loss, spec: Sequence[tf.TensorSpec], outputs: tf.Tensor, batch: int) -> None:
@@ -288,11 +244,6 @@ def element_weights(weight: tf.Tensor, losses: tf.Tensor) -> tf.Tensor:
             f"{wanted[1:]}: give one weight an example, or one a loss"
         )
     return tf.broadcast_to(tf.reshape(weight, [tf.shape(losses)[0], *shape[1:]]), tf.shape(losses))
-
-
-def full_precision(outputs: tf.Tensor) -> tf.Tensor:
-    """Casts half-precision outputs to float32: a softmax over them loses too much."""
-    return tf.cast(outputs, tf.float32) if outputs.dtype in (tf.float16, tf.bfloat16) else outputs
 
 
 def class_ids(y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor | None:

@@ -44,8 +44,8 @@ def foretold(config: Path, count: int) -> list[float]:
 
 
 def child(config: str, count: str) -> None:
-    from dist_partial import config as configuration
     from dist_partial import plan
+    from dist_partial.config import gin_files as configuration
 
     settings = configuration.load([config]).settings
     machines = [plan.Machine(int(count), plan.bytes_per_second(rate), workers_per_host=int(count)) for rate in RATES]

@@ -148,10 +148,10 @@ def child(which: str, name: str, seeds: int) -> None:
     import keras
 
     from dist_partial import reductions, run, schedules
+    from dist_partial.config.settings import Sampling, Settings
     from dist_partial.data import stdlib_corpus
     from dist_partial.distributed import replicas
     from dist_partial.models import byte_transformer
-    from dist_partial.settings import Sampling, Settings
 
     policy = TABLES[which][name]
     made = replicas.create("mirrored", 2)

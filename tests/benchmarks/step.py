@@ -18,9 +18,9 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial import reductions, selection
+from dist_partial.config.settings import cross_entropy
 from dist_partial.distributed.collectives import Wire
 from dist_partial.models import byte_transformer
-from dist_partial.settings import cross_entropy
 from dist_partial.step import optimizers
 from dist_partial.step.train_step import StepOptions, train_step
 from tests.benchmarks import readme

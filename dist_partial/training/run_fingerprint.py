@@ -1,23 +1,18 @@
-"""What must not change under a run folder: another value of any of it would be another run."""
+"""What must not change under a run folder, collected from a run that has been built."""
 
 import json
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 
 from dist_partial import checkpoints
+from dist_partial.checkpoints.fingerprints import INITIAL
+from dist_partial.config.settings import Settings
 from dist_partial.data import Dataset
-from dist_partial.errors import UserError
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.plan import Plan
-from dist_partial.settings import Settings
 from dist_partial.step.optimizers import GroupOptimizer, exclusions
-from dist_partial.validation import differences, shown
-
-FILE = "identity.json"
-START = "initial values"  # the digests of all of them
 
 
 def of_run(
@@ -45,47 +40,10 @@ def of_run(
         "frozen": checkpoints.frozen_fingerprints(model, plan, moving),
     }
     # For what is exported later; a checkpoint takes the place of these values, so that `check` leaves them alone.
-    content[START] = checkpoints.fingerprints(model)
+    content[INITIAL] = checkpoints.model_fingerprints(model)
     if not isinstance(settings.schedule, Constant):
         content |= {"schedule": str(settings.schedule), "leave": settings.leave}
     return _plain(content)
-
-
-def check(folder: Path, identity: dict[str, Any], may_differ: Collection[str] = ()) -> bool:
-    """Compares with the identity that the folder was made with.
-
-    Args:
-        folder: which may be absent.
-        identity: from `of_run`.
-        may_differ: what of it is not compared.
-
-    Returns:
-        Whether the folder is a run folder; False if it is absent or empty.
-
-    Raises:
-        UserError: it is of another run (the differences are shown), damaged, or something else.
-    """
-    path = folder / FILE
-    if not path.exists():
-        # Hidden files are the lock, and what a killed write left.
-        if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(".") for p in folder.iterdir())):
-            raise UserError(f"{folder} is there and is not a run folder: choose another --run_dir")
-        return False
-    try:
-        before = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): choose another --run_dir") from None
-    if isinstance(before, dict):
-        if not any((folder / "checkpoints").glob("step-*")):
-            return True  # it has not come far enough to be another run
-        before |= {name: value for name, value in identity.items() if name == START or name in may_differ}
-    if changed := differences(before, identity):
-        first = "; ".join(f"{name} was {shown(old)} and is now {shown(new)}" for name, old, new in changed[:3])
-        more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UserError(
-            f"{folder} is of another run: {first}{more}; choose another --run_dir, or restore the configuration"
-        )
-    return True
 
 
 def _optimizer(group: GroupOptimizer) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.errors import UserError
-from dist_partial.step.losses import as_logits
+from dist_partial.models.logits import as_logits
 
 NOT_FINITE = "logits are not finite"  # what the assertion in `draw` says
 _FLOAT32 = np.finfo(np.float32)
