@@ -19,7 +19,7 @@ from dist_partial import cli
 from dist_partial.errors import first_line
 
 if TYPE_CHECKING:
-    from dist_partial.build import Built
+    from dist_partial.training.build import Built
 
 FORMATS = {"safetensors": ".safetensors", "keras": ".keras", "savedmodel": ""}
 # What `generate` takes: shape, dtype and name.

@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = ("prompt", "temperature", "top_k", "top_p", "seed", "length", "count")
         given: dict[str, Any] = {name: values[name].value for name in names if values[name].value is not None}
         cli.import_tensorflow_quietly()
-        from dist_partial import evaluation, trained
+        from dist_partial import trained
+        from dist_partial.training import evaluation
 
         with trained.newest(folder, values.allow_imports) as (settings, built, step):
             sampling = dataclasses.replace(settings.sampling, **given)

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from dist_partial.build import Built, build, restore
 from dist_partial.config import gin_files
 from dist_partial.config.settings import Settings
 from dist_partial.delta import Base
@@ -14,6 +13,7 @@ from dist_partial.errors import UserError
 from dist_partial.reductions.local_only import Never
 from dist_partial.session import put_back
 from dist_partial.step import outer_step
+from dist_partial.training.build import Built, build, restore
 
 
 @contextlib.contextmanager

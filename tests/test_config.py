@@ -9,13 +9,14 @@ from pathlib import Path
 import keras
 import pytest
 
-from dist_partial import run, selection
-from dist_partial.build import build
+from dist_partial import selection
 from dist_partial.config import gin_files
 from dist_partial.config.settings import Settings
 from dist_partial.distributed.replicas import create
 from dist_partial.errors import Raised, UserError
 from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.training import loop
+from dist_partial.training.build import build
 from tests import user_module
 
 BASE = """
@@ -302,9 +303,9 @@ def test_the_operative_configuration_alone_reproduces_the_run(load, tmp_path, ca
         "run.seed = 4",
     )
     first, second = tmp_path / "first", tmp_path / "second"
-    run.run(configuration.settings, first, configuration.operative, configuration.unused)
+    loop.run(configuration.settings, first, configuration.operative, configuration.unused)
     replay = gin_files.load([first / "operative_config.gin"])
-    run.run(replay.settings, second, replay.operative, replay.unused)
+    loop.run(replay.settings, second, replay.operative, replay.unused)
     assert "never used" not in capsys.readouterr().out
     for name in ("metrics.jsonl", "plan.json", "run_fingerprint.json", "operative_config.gin"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
@@ -313,7 +314,7 @@ def test_the_operative_configuration_alone_reproduces_the_run(load, tmp_path, ca
 
 def test_an_unused_binding_is_reported_after_the_first_step(load, tmp_path, capsys):
     configuration = load("SGD.momentum = 0.9")
-    run.run(configuration.settings, tmp_path / "run", configuration.operative, configuration.unused)
+    loop.run(configuration.settings, tmp_path / "run", configuration.operative, configuration.unused)
     assert "bound but never used: keras.optimizers.SGD.momentum" in capsys.readouterr().out
 
 

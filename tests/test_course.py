@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import run
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint, train_batches
 from dist_partial.distributed import replicas
@@ -25,6 +24,7 @@ from dist_partial.errors import UserError
 from dist_partial.schedules.adaptive import AutoFreeze, ByteBudget
 from dist_partial.schedules.fixed import Gradual, Lisa, Phases, Rotation
 from dist_partial.selection.rules import Rule
+from dist_partial.training import loop
 from tests import cases
 from tests.cases import rows, same_bits, state
 from tests.workers import run_workers
@@ -230,7 +230,7 @@ def test_equals_one_device_that_trains_the_same(name, precision, counts, mirrore
         folder = tmp_path / str(count)
         made = Replicas(mirrored(count), Wire(), str(count))
         told = settings(schedule, made, precision=precision)
-        run.run(told, folder)
+        loop.run(told, folder)
         check(folder, told, count)
 
 
@@ -239,7 +239,7 @@ def test_slots_of_what_is_left(leave, mirrored, tmp_path):
     """Reset and dropped slots begin anew; dropped ones are not in the checkpoint either."""
     made = Replicas(mirrored(2), Wire(), "two")
     told = settings(SCHEDULES["rotation"], made, precision="float64", leave=leave)
-    run.run(told, tmp_path / "run")
+    loop.run(told, tmp_path / "run")
     check(tmp_path / "run", told, 2, resets=True)
     last = {path.split("/")[0] for path in [*legs(tmp_path / "run").values()][-1]}
     slots = {name.split("/")[1] for name in state(tmp_path / "run", STEPS) if name.startswith("slots/")}
@@ -253,11 +253,11 @@ def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, leave, mirrored, t
     made = Replicas(mirrored(2), Wire(), "two")
     schedule = budget_for(SCHEDULES[name], "float32")
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    run.run(settings(schedule, made, leave=leave, compiled_plans=2), whole)  # so few that some are compiled again
+    loop.run(settings(schedule, made, leave=leave, compiled_plans=2), whole)  # so few that some are compiled again
     stops = sorted(random.Random(f"{name} {leave}").sample(range(1, STEPS), 5))
     for steps in [*stops, STEPS]:
         keras.utils.clear_session(free_memory=False)
-        run.run(settings(schedule, made, steps, leave=leave, compiled_plans=2), pieces)
+        loop.run(settings(schedule, made, steps, leave=leave, compiled_plans=2), pieces)
     assert name != "phases" or "phase 4 of 6 starts after 12 steps, and run.steps is 12" in capsys.readouterr().out
     left, right = state(whole, STEPS), state(pieces, STEPS)
     assert left.keys() == right.keys()
@@ -270,7 +270,7 @@ def test_what_is_recorded_and_sent(mirrored, tmp_path):
     """A line a switch; between two of them each step sends what the line says, counted in the graph."""
     made = Replicas(mirrored(2), Wire(), "two")
     schedule = budget_for(SCHEDULES["byte_budget"], "float32")
-    run.run(settings(schedule, made), tmp_path)
+    loop.run(settings(schedule, made), tmp_path)
     found = rows(tmp_path / "metrics.jsonl")
     plans = [row for row in found if row["split"] == "plan"]
     assert plans[0]["step"] == 1 and len({row["digest"] for row in plans}) > 1
@@ -292,7 +292,7 @@ def test_the_budget_holds_on_more_replicas(mirrored, tmp_path):
     schedule = dataclasses.replace(schedule, bytes=2 * schedule.bytes, every=100)
     for steps, count in ((2, 2), (4, 4)):
         keras.utils.clear_session(free_memory=False)
-        run.run(settings(schedule, Replicas(mirrored(count), Wire(), str(count)), steps), tmp_path)
+        loop.run(settings(schedule, Replicas(mirrored(count), Wire(), str(count)), steps), tmp_path)
     lines = rows(tmp_path / "metrics.jsonl")
     plans = [row for row in lines if row["split"] == "plan"]
     assert [row["step"] for row in plans] == [1, 3]
@@ -312,7 +312,7 @@ def _work(folder: Path) -> None:
     made.mesh.close = lambda reason=None: None  # which a run calls at its end; the next one here goes on with it
     for name, schedule in SCHEDULES.items():
         keras.utils.clear_session(free_memory=False)
-        run.run(settings(schedule, made, precision="float64", cache="memory"), folder / name)
+        loop.run(settings(schedule, made, precision="float64", cache="memory"), folder / name)
 
 
 def test_two_workers(tmp_path):
@@ -333,7 +333,7 @@ class Odd(Rotation):
 def _disagree(folder: Path) -> None:
     made = replicas.create("multi_worker")
     try:
-        run.run(settings(Odd(every=3, order="ascending"), made), folder)
+        loop.run(settings(Odd(every=3, order="ascending"), made), folder)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -347,8 +347,8 @@ def test_workers_that_disagree_both_stop_before_the_switch(tmp_path):
 
 
 def test_what_is_not_reduced_in_every_step_cannot_be_switched():
-    from dist_partial.build import build
     from dist_partial.reductions.local_sgd import LocalSGD
+    from dist_partial.training.build import build
 
     made = Replicas(tf.distribute.get_strategy(), Wire(), "one")
     told = settings(SCHEDULES["lisa"], made, rules=[Rule(".*", reduction=LocalSGD(4))])

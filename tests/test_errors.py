@@ -12,10 +12,11 @@ import pytest
 import tensorflow as tf
 from absl import flags
 
-from dist_partial import cli, evaluation, train
+from dist_partial import cli, train
 from dist_partial.config.settings import Sampling
 from dist_partial.data import some_targets
 from dist_partial.errors import Raised, calling, first_line, of_graph, own_line
+from dist_partial.training import evaluation
 from tests.workers import run_workers
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from dist_partial.errors import UserError
 from dist_partial.models import hub_model, hub_tokenizer
 from dist_partial.models.hub import single_input
 from dist_partial.models.sampling import generate
-from dist_partial.prefix import cut
+from dist_partial.training.split_model import cut
 from tests import cases
 from tests.cases import Case, Options
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial.build import build
 from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
@@ -21,6 +20,7 @@ from dist_partial.models import two_dense
 from dist_partial.reductions.all_reduce import EveryStep
 from dist_partial.schedules.fixed import Constant, Rotation
 from dist_partial.selection.rules import Rule
+from dist_partial.training.build import build
 
 RULES = [("train", "dense1/.*"), ("train", "dense2/kernel"), ("freeze", "dense2/bias")]
 

@@ -6,11 +6,11 @@ import keras
 import numpy as np
 import pytest
 
-from dist_partial import run
 from dist_partial.config import gin_files
 from dist_partial.data import stdlib_prose
 from dist_partial.errors import UserError
 from dist_partial.models import byte_transformer, keras_file
+from dist_partial.training import loop
 
 
 def test_a_saved_model_is_the_same_model(tmp_path):
@@ -59,7 +59,7 @@ run.cache = 'memory'
 sample.length = 4
 """)
     for _ in range(2):  # the second finds it finished, and adds nothing
-        run.run(gin_files.load([file]).settings, tmp_path / "run")
+        loop.run(gin_files.load([file]).settings, tmp_path / "run")
     found = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [(row["split"], row["step"]) for row in found][:2] == [("eval", 0), ("train", 1)]
     assert [row["step"] for row in found if row["split"] == "eval"] == [0, 4]

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import run, selection
-from dist_partial.build import build, restore
+from dist_partial import selection
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, train_batches
 from dist_partial.distributed.collectives import Wire
 from dist_partial.distributed.replicas import Replicas, create
 from dist_partial.errors import UserError
 from dist_partial.reductions.local_sgd import LocalSGD
+from dist_partial.training import loop
+from dist_partial.training.build import build, restore
 from tests import cases
 from tests.cases import copies, rows, same_bits, state
 from tests.conftest import mirrored_strategy
@@ -66,7 +67,7 @@ def test_state_of_a_users_layer_is_that_of_one_device_and_goes_on_bit_for_bit(tm
         mean = 0.5 * mean + 0.5 * data[0].mean(0)
     np.testing.assert_allclose(saved["statistics/run/running_mean"], mean, rtol=1e-12)
     for steps in (9, 20):
-        run.run(settings(running(), data, loss, steps=steps), tmp_path / "parts")
+        loop.run(settings(running(), data, loss, steps=steps), tmp_path / "parts")
     for name, value in state(tmp_path / "parts", 20).items():
         assert same_bits([value, saved[name]]), name
     step = rows(tmp_path / "run" / "metrics.jsonl")[0]
@@ -83,7 +84,7 @@ def test_state_of_a_users_layer_is_that_of_one_device_and_goes_on_bit_for_bit(tm
 )
 def test_state_on_which_replicas_could_not_agree_is_refused(tmp_path, kind, words):
     with pytest.raises(UserError, match=words):
-        run.run(settings(running(kind), numbers(), keras.losses.MeanSquaredError), tmp_path / "run")
+        loop.run(settings(running(kind), numbers(), keras.losses.MeanSquaredError), tmp_path / "run")
 
 
 def spectral():
@@ -102,7 +103,7 @@ def test_a_layer_that_assigns_what_is_frozen_is_refused(tmp_path):
     rules = [("train", r"top/.*"), ("freeze", ".*")]
     made = settings(spectral, numbers(), keras.losses.MeanSquaredError, rules=rules)
     with pytest.raises(UserError, match=r"'sn/low/kernel' is frozen \(freeze \.\*\), and its layer changes it"):
-        run.run(made, tmp_path / "run")
+        loop.run(made, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -112,7 +113,7 @@ def test_what_the_factory_froze_and_a_layer_changes_is_saved(tmp_path):
         model.layers[0].trainable = False
         return model
 
-    run.run(settings(frozen, numbers(), keras.losses.MeanSquaredError, steps=3), tmp_path / "run")
+    loop.run(settings(frozen, numbers(), keras.losses.MeanSquaredError, steps=3), tmp_path / "run")
     loss = rows(tmp_path / "run" / "metrics.jsonl")[-1]["loss"]
     saved = state(tmp_path / "run", 3)
     low = np.tanh(numbers()[0] @ saved["statistics/sn/low/kernel"])
@@ -136,7 +137,7 @@ def test_what_is_frozen_is_looked_at_before_each_save(tmp_path):
 
     rules = [("freeze", r"low/.*"), ("train", ".*")]
     with pytest.raises(UserError, match="'low/kernel' is frozen and has changed by step 2; nothing is saved of it"):
-        run.run(settings(model, numbers(), loss, rules=rules, steps=2), tmp_path / "run")
+        loop.run(settings(model, numbers(), loss, rules=rules, steps=2), tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
@@ -169,7 +170,7 @@ def test_nothing_but_a_step_moves_a_random_state(tmp_path):
         "often": {"eval_every": 1, "eval_first": True, "eval_examples": 5},
         "long": {"eval_every": 2, "sampling": Sampling(prompt="abc", length=12, count=2)},
     }.items():
-        run.run(
+        loop.run(
             Settings(
                 rules=[("train", ".*")],
                 model=recurrent,
@@ -202,9 +203,9 @@ def test_a_stateful_layer_trains_as_in_keras_and_goes_on_bit_for_bit(count, tmp_
         lambda: stateful(count)(), data, keras.losses.MeanSquaredError, replicas=1, steps=steps, eval_every=2
     )
     told = dataclasses.replace(told, global_batch=count)
-    run.run(told, tmp_path / "whole")
-    run.run(dataclasses.replace(told, steps=3), tmp_path / "parts")
-    run.run(told, tmp_path / "parts")
+    loop.run(told, tmp_path / "whole")
+    loop.run(dataclasses.replace(told, steps=3), tmp_path / "parts")
+    loop.run(told, tmp_path / "parts")
     whole, parts = (state(tmp_path / name, steps) for name in ("whole", "parts"))
     assert all(same_bits([value, parts[name]]) for name, value in whole.items())
     cases.set_precision("float64")
@@ -238,7 +239,7 @@ def test_a_stateful_layer_of_another_batch_is_one_line(more, words, tmp_path):
     made = settings(stateful(6), (x, x[:, 0, :1]), keras.losses.MeanSquaredError, replicas=replicas)
     more = {name: value for name, value in more.items() if name != "replicas"}
     with pytest.raises(UserError, match=words):
-        run.run(dataclasses.replace(made, **more), tmp_path)
+        loop.run(dataclasses.replace(made, **more), tmp_path)
 
 
 def noisy():
@@ -270,7 +271,7 @@ def test_each_replica_draws_masks_of_its_own_and_the_first_those_of_keras():
 
 def test_masks_go_on_after_a_resume_on_any_number_of_replicas(tmp_path):
     data = numbers()
-    run.run(settings(noisy, data, keras.losses.MeanSquaredError, steps=2), tmp_path / "run")
+    loop.run(settings(noisy, data, keras.losses.MeanSquaredError, steps=2), tmp_path / "run")
     for replicas in (2, 3):
         made = settings(noisy, data, keras.losses.MeanSquaredError, replicas=replicas)
         built = build(made, made.replicas())
@@ -293,7 +294,7 @@ def test_an_evaluation_between_two_exchanges_is_of_the_model_that_is_saved(tmp_p
         normalised, tuple(each[order] for each in data), keras.losses.MeanSquaredError, steps=3,
         reduction=LocalSGD(steps=5), replicas=2, eval_every=1,
     )  # fmt: skip
-    run.run(made, tmp_path / "run")
+    loop.run(made, tmp_path / "run")
     alone = build(made, create("default"))
     restore(alone, tmp_path / "run", print)
     statistics = state(tmp_path / "run", 3)["statistics/norm/moving_mean"]

@@ -9,7 +9,6 @@ import pytest
 import tensorflow as tf
 
 from dist_partial import reductions, selection
-from dist_partial.build import build
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed import traffic
@@ -24,6 +23,7 @@ from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
 from dist_partial.step import batch_norm, optimizers, outer_step
 from dist_partial.step.train_step import StepOptions, train_step
+from dist_partial.training.build import build
 from dist_partial.training.state import resumable_state
 from tests import cases
 from tests.cases import CASES, GLOBAL_BATCH, copies, same_bits

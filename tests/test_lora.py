@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import run, selection
+from dist_partial import selection
 from dist_partial.adapters import lora, quantization
-from dist_partial.build import batches, build, compiled_step, restore
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed import traffic
@@ -20,6 +19,8 @@ from dist_partial.models import byte_transformer, two_dense
 from dist_partial.reductions.all_reduce import EveryStep
 from dist_partial.selection.rules import Rule
 from dist_partial.step import layer_state
+from dist_partial.training import loop
+from dist_partial.training.build import batches, build, compiled_step, restore
 from tests.cases import state
 from tests.conftest import mirrored_strategy
 
@@ -88,9 +89,9 @@ def test_factors_train_as_the_sum_written_out(count):
 
 
 def test_a_run_saves_the_factors_alone_and_resumes_bit_for_bit(tmp_path):
-    run.run(settings(), tmp_path / "whole")
-    run.run(settings(steps=4), tmp_path / "parts")
-    run.run(settings(), tmp_path / "parts")
+    loop.run(settings(), tmp_path / "whole")
+    loop.run(settings(steps=4), tmp_path / "parts")
+    loop.run(settings(), tmp_path / "parts")
     whole, parts = (state(tmp_path / name, STEPS) for name in ("whole", "parts"))
     names = {"dense1/lora_kernel_a", "dense1/lora_kernel_b", "dense2/bias"}
     assert {n.removeprefix("variables/") for n in whole if n.startswith("variables/")} == names
@@ -103,7 +104,7 @@ def test_a_run_saves_the_factors_alone_and_resumes_bit_for_bit(tmp_path):
     assert trained == {name: name in names for name in ["dense1/kernel", "dense1/bias", "dense2/kernel", *names]}
     # The frozen kernel is a part of what the run is of.
     with pytest.raises(UserError, match=r"frozen\.dense1/kernel"):
-        run.run(settings(model=lambda: _other_kernel()), tmp_path / "whole")
+        loop.run(settings(model=lambda: _other_kernel()), tmp_path / "whole")
 
 
 def _other_kernel():
@@ -181,7 +182,7 @@ def test_what_is_frozen_is_stored_in_fewer_bits(precision, rules, tmp_path):
     x = data().train.x
     np.testing.assert_allclose(built.model(x), plain.model(x), atol=0.05)
     assert built.plan.wire_bytes == plain.plan.wire_bytes
-    run.run(told, tmp_path / "run")
+    loop.run(told, tmp_path / "run")
     planned = {v["path"]: v for v in json.loads((tmp_path / "run" / "plan.json").read_text())["variables"]}
     assert (planned["dense1/kernel"]["dtype"], planned["dense1/kernel"]["stored_dtype"]) == ("float32", precision)
     assert {v["stored_dtype"] for v in planned.values() if v["trained"]} == {"float32"}
@@ -239,7 +240,7 @@ def given(rank=3):
 
 def test_factors_that_the_factory_has_made_are_those_of_the_rule(tmp_path):
     for name, model in (("ours", two_dense), ("given", given)):
-        run.run(settings(model=model), tmp_path / name)
+        loop.run(settings(model=model), tmp_path / name)
     # With the kernel's seed between them the factors begin elsewhere; what is trained, sent and saved is the same.
     assert (tmp_path / "ours" / "plan.json").read_text() == (tmp_path / "given" / "plan.json").read_text()
     factors = {name for name in state(tmp_path / "given", STEPS) if name.startswith("variables/")}
@@ -263,7 +264,7 @@ def test_factors_that_the_factory_has_made_are_those_of_the_rule(tmp_path):
 
 @pytest.mark.parametrize("model", [two_dense, given])
 def test_factors_are_as_wide_as_a_kernel_of_float64(model, tmp_path):
-    run.run(settings(model=model, precision="float64", replicas=lambda: replicas(1)), tmp_path)
+    loop.run(settings(model=model, precision="float64", replicas=lambda: replicas(1)), tmp_path)
     assert {v["dtype"] for v in json.loads((tmp_path / "plan.json").read_text())["variables"]} == {"float64"}
     saved = state(tmp_path, STEPS)
     assert {value.dtype for name, value in saved.items() if "lora_kernel" in name} == {np.dtype("float64")}

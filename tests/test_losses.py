@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import run
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset
 from dist_partial.distributed.collectives import Wire
@@ -19,6 +18,7 @@ from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.step import losses
 from dist_partial.step.evaluation_step import evaluation_step
+from dist_partial.training import loop
 from tests.cases import rows, set_precision, state
 from tests.conftest import mirrored_strategy
 
@@ -73,7 +73,7 @@ def one_output():
 
 def check_against_fit(folder, model, data, loss, tolerance=1e-9, **more):
     losses, weights, _ = fitted(model, data, loss)
-    run.run(settings(model, data, loss, **more), folder)
+    loop.run(settings(model, data, loss, **more), folder)
     found = rows(folder / "metrics.jsonl")
     np.testing.assert_allclose([row["loss"] for row in found if row["split"] == "train"], losses, rtol=1e-6)
     for name, value in trained(folder).items():
@@ -103,7 +103,7 @@ def test_weights_of_elements_in_any_shape(tmp_path, y_last, weight_last):
     weight[0] = 0
     data = (x, y.reshape(COUNT, 3, *y_last), weight)
     loss = keras.losses.MeanSquaredError if y_last else one_an_element
-    run.run(settings(one_output_a_step, data, loss, steps=1, eval_first=True), tmp_path / "run")
+    loop.run(settings(one_output_a_step, data, loss, steps=1, eval_first=True), tmp_path / "run")
     set_precision("float64")
     keras.utils.set_random_seed(0)
     outputs = one_output_a_step()(x).numpy()
@@ -139,7 +139,9 @@ def test_weights_that_fit_nothing_are_refused(tmp_path, shape):
 
     made = settings(one_output, (features(7), features(1)), keras.losses.MeanSquaredError)
     with pytest.raises(UserError, match="give one weight an example"):
-        run.run(Settings(**{**vars(made), "data": lambda: Dataset("w", Weighted(), Weighted(), "1")}), tmp_path / "run")
+        loop.run(
+            Settings(**{**vars(made), "data": lambda: Dataset("w", Weighted(), Weighted(), "1")}), tmp_path / "run"
+        )
 
 
 def test_a_plain_function_is_brought_to_one_rank_as_keras_does(tmp_path):
@@ -157,7 +159,7 @@ def test_targets_of_another_dtype_are_cast(tmp_path):
         precision="float32",
         steps=1,
     )
-    run.run(made, tmp_path / "run")
+    loop.run(made, tmp_path / "run")
     assert rows(tmp_path / "run" / "metrics.jsonl")[0]["loss"] < 100
 
 
@@ -174,7 +176,7 @@ def sparse():
 def test_a_softmax_head_is_not_doubled(tmp_path, capsys, precision, behind):
     y = np.random.default_rng(1).integers(0, 10, COUNT).astype(np.int32)
     x = (5 * np.eye(10))[y].astype(np.float32)
-    run.run(settings(classifier(*behind), (x, y), sparse, precision=precision, steps=1), tmp_path / "run")
+    loop.run(settings(classifier(*behind), (x, y), sparse, precision=precision, steps=1), tmp_path / "run")
     assert "run.model gives probabilities (softmax), and run.loss takes logits" in capsys.readouterr().out
     keras.config.set_dtype_policy("float32")
     keras.utils.set_random_seed(0)
@@ -191,7 +193,7 @@ def test_a_sigmoid_head_is_not_doubled(tmp_path, precision):
     y = (x[:, :1] > 0).astype(np.float32)
     model = classifier(activation="sigmoid", units=1)
     loss = lambda: keras.losses.BinaryCrossentropy(from_logits=True)  # noqa: E731
-    run.run(settings(model, (x, y), loss, precision=precision, steps=1), tmp_path / "run")
+    loop.run(settings(model, (x, y), loss, precision=precision, steps=1), tmp_path / "run")
     keras.config.set_dtype_policy("float32")
     keras.utils.set_random_seed(0)
     p = model()(x).numpy().astype(np.float64)
@@ -204,9 +206,9 @@ def test_logits_that_look_like_little_are_logits(tmp_path, capsys):
     y = np.random.default_rng(1).integers(0, 10, COUNT).astype(np.int32)
     x = features(10)
     zeros = lambda: keras.Sequential([keras.Input((10,)), keras.layers.Dense(10, kernel_initializer="zeros")])  # noqa: E731
-    run.run(settings(zeros, (x, y), sparse, steps=1), tmp_path / "zeros")
+    loop.run(settings(zeros, (x, y), sparse, steps=1), tmp_path / "zeros")
     assert rows(tmp_path / "zeros" / "metrics.jsonl")[0]["loss"] == pytest.approx(np.log(10))
-    run.run(settings(classifier(activation="sigmoid"), (x, y), sparse, steps=1), tmp_path / "sigmoid")
+    loop.run(settings(classifier(activation="sigmoid"), (x, y), sparse, steps=1), tmp_path / "sigmoid")
     losses, *_ = fitted(classifier(activation="sigmoid"), (x, y), sparse, steps=1)
     assert rows(tmp_path / "sigmoid" / "metrics.jsonl")[0]["loss"] == pytest.approx(losses[0])
     assert "probabilities" not in capsys.readouterr().out
@@ -216,7 +218,7 @@ def test_a_mean_by_weights_is_refused_where_there_are_weights(tmp_path):
     x = features(7)
     loss = lambda: keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")  # noqa: E731
     with pytest.raises(UserError, match=r"divides by the weights of a batch \(reduction='mean_with_sample_weight'\)"):
-        run.run(settings(one_output, (x, x[:, :1], np.ones(COUNT)), loss), tmp_path / "weighted")
+        loop.run(settings(one_output, (x, x[:, :1], np.ones(COUNT)), loss), tmp_path / "weighted")
     check_against_fit(tmp_path / "run", one_output, (x, x[:, :1]), loss)
 
 
@@ -241,7 +243,7 @@ def test_the_held_out_loss_is_the_training_loss_is_keras_val_loss(tmp_path, weig
     x = features(7)
     data = (x, x.sum(1, keepdims=True), *([np.random.default_rng(2).uniform(0, 3, COUNT)] if weighted else []))
     made = settings(penalised, data, keras.losses.MeanSquaredError, replicas=replicas, eval_first=True, steps=1)
-    run.run(made, tmp_path / "run")
+    loop.run(made, tmp_path / "run")
     before, step, _ = (row["loss"] for row in rows(tmp_path / "run" / "metrics.jsonl"))
     losses, _, _ = fitted(penalised, data, keras.losses.MeanSquaredError, steps=1)
     assert before == pytest.approx(step, rel=1e-6) and step == pytest.approx(losses[0], rel=1e-6)
@@ -262,7 +264,7 @@ def test_examples_beyond_the_last_whole_batch_weigh_as_much(tmp_path, replicas, 
     loss = keras.losses.MeanSquaredError
     made = settings(penalised, (x, y), loss, replicas=replicas, eval_first=True, steps=1)
     data = Dataset("numbers", ArraySource(x, y), ArraySource(x[:examples], y[:examples]), "1")
-    run.run(Settings(**{**vars(made), "data": lambda: data, "global_batch": batch}), tmp_path / "run")
+    loop.run(Settings(**{**vars(made), "data": lambda: data, "global_batch": batch}), tmp_path / "run")
     _, _, model = fitted(penalised, (x, y), loss, steps=0)
     expected = model.evaluate(x[:examples], y[:examples], batch_size=1, verbose=0)
     assert rows(tmp_path / "run" / "metrics.jsonl")[0]["loss"] == pytest.approx(expected, rel=1e-6)
@@ -279,7 +281,7 @@ def test_ctc_is_that_of_fit(tmp_path):
 def test_accuracy_of_class_ids_in_any_shape(tmp_path, shape):
     y = np.random.default_rng(1).integers(0, 10, (COUNT, *shape)).astype(np.int32)
     x = features(10)
-    run.run(settings(classifier(activation=None), (x, y), sparse, steps=1, eval_first=True), tmp_path / "run")
+    loop.run(settings(classifier(activation=None), (x, y), sparse, steps=1, eval_first=True), tmp_path / "run")
     set_precision("float64")
     keras.utils.set_random_seed(0)
     right = classifier(activation=None)()(x).numpy().argmax(-1) == y.reshape(COUNT)
@@ -317,7 +319,7 @@ def test_a_model_with_a_training_of_its_own_is_refused(tmp_path, name):
 
     for model in (own, patched):
         with pytest.raises(UserError, match=f"run.model has a {name} of its own"):
-            run.run(settings(model, (features(7), features(1)), keras.losses.MeanSquaredError), tmp_path / "run")
+            loop.run(settings(model, (features(7), features(1)), keras.losses.MeanSquaredError), tmp_path / "run")
 
 
 def test_what_a_model_was_compiled_with_is_said_to_be_left_aside(tmp_path, capsys):
@@ -326,7 +328,7 @@ def test_what_a_model_was_compiled_with_is_said_to_be_left_aside(tmp_path, capsy
         model.compile("adam", loss="mae")
         return model
 
-    run.run(settings(compiled, (features(7), features(1)), keras.losses.MeanSquaredError, steps=1), tmp_path / "run")
+    loop.run(settings(compiled, (features(7), features(1)), keras.losses.MeanSquaredError, steps=1), tmp_path / "run")
     assert "run.model is compiled: run.loss and run.optimizer take the place" in capsys.readouterr().out
 
 
@@ -346,25 +348,25 @@ def test_a_loss_in_which_examples_meet_is_refused_where_batches_are_divided(tmp_
     data = (x, x[:, :1])
     for more in ({"replicas": 2}, {"replicas": 1, "accumulate": 3}):
         with pytest.raises(UserError, match="depends on the others of its batch, and a batch is divided into"):
-            run.run(settings(one_output, data, Contrast, **more), tmp_path / "run")
+            loop.run(settings(one_output, data, Contrast, **more), tmp_path / "run")
     check_against_fit(tmp_path / "alone", one_output, data, Contrast, replicas=1)
     y = np.random.default_rng(1).integers(0, 3, COUNT).astype(np.int32)
     with pytest.raises(UserError, match="depends on the others of its batch"):
-        run.run(settings(classifier(activation=None), (features(10), y), circle), tmp_path / "circle")
+        loop.run(settings(classifier(activation=None), (features(10), y), circle), tmp_path / "circle")
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none", None])
 def test_a_loss_that_fit_sums_is_refused(tmp_path, reduction):
     loss = lambda: keras.losses.MeanSquaredError(reduction=reduction)  # noqa: E731
     with pytest.raises(UserError, match=f"sums over the batch .reduction={reduction!r}."):
-        run.run(settings(one_output, (features(7), features(1)), loss), tmp_path / "run")
+        loop.run(settings(one_output, (features(7), features(1)), loss), tmp_path / "run")
 
 
 def test_losses_along_another_axis_are_refused(tmp_path):
     loss = lambda: keras.losses.CosineSimilarity(axis=0)  # noqa: E731
     two = lambda: keras.Sequential([keras.Input((7,)), keras.layers.Dense(2)])  # noqa: E731
     with pytest.raises(UserError, match=r"gives losses of the shape \[2\] for 9 examples"):
-        run.run(settings(two, (features(7), features(2)), loss), tmp_path / "run")
+        loop.run(settings(two, (features(7), features(2)), loss), tmp_path / "run")
 
 
 def test_variables_of_two_dtypes_are_clipped_together(tmp_path):
@@ -378,7 +380,7 @@ def test_variables_of_two_dtypes_are_clipped_together(tmp_path):
     data = (x, x[:, :1])
     check_against_fit(tmp_path / "free", model, data, keras.losses.MeanSquaredError, tolerance=1e-5)
     made = settings(model, data, keras.losses.MeanSquaredError, steps=1, clip_norm=0.01)
-    run.run(made, str(tmp_path / "clipped"))
+    loop.run(made, str(tmp_path / "clipped"))
     keras.utils.set_random_seed(0)
     before = [np.array(v, np.float64) for v in model().trainable_variables]
     after = [np.array(value, np.float64) for value in trained(tmp_path / "clipped", 1).values()]
@@ -419,7 +421,7 @@ def test_a_layer_in_bfloat16_trains_beside_others(clip_norm, tmp_path):
     for _ in range(4):
         step()
     told = settings(mixed, (x, y), keras.losses.MeanSquaredError, precision="float32", steps=4, clip_norm=clip_norm)
-    run.run(told, tmp_path / "run")
+    loop.run(told, tmp_path / "run")
     found = trained(tmp_path / "run", 4)
     for layer in model.layers:
         for variable in layer.variables:
@@ -435,14 +437,14 @@ def test_a_layer_in_bfloat16_trains_beside_others(clip_norm, tmp_path):
 def test_a_layer_in_bfloat16_travels_by_any_reduction(reduction, tmp_path):
     x = features(7).astype(np.float32)
     told = settings(mixed, (x, x[:, :2]), keras.losses.MeanSquaredError, precision="float32", reduction=reduction)
-    run.run(told, tmp_path / "run")
+    loop.run(told, tmp_path / "run")
     losses = [row["loss"] for row in rows(tmp_path / "run" / "metrics.jsonl") if row["split"] == "train"]
     assert losses[-1] < 0.9 * losses[0]
 
 
 def test_a_run_in_a_thread_trains(tmp_path):
     made = settings(one_output, (features(7), features(1)), keras.losses.MeanSquaredError, steps=1, replicas=1)
-    thread = threading.Thread(target=run.run, args=(made, tmp_path / "run"))
+    thread = threading.Thread(target=loop.run, args=(made, tmp_path / "run"))
     thread.start()
     thread.join()
     assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 2
@@ -473,7 +475,7 @@ def test_what_is_no_source_is_said(tmp_path):
     ):
         data = Dataset("d", source, source, "1")
         with pytest.raises(UserError, match=words):
-            run.run(Settings(**{**vars(made), "data": lambda data=data: data}), tmp_path / "run")
+            loop.run(Settings(**{**vars(made), "data": lambda data=data: data}), tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", [object, "S3", "U3"])
@@ -491,7 +493,7 @@ def test_text_is_a_models_input(tmp_path, kind):
         ]
         return keras.Sequential([keras.Input((1,), dtype="string"), *layers])
 
-    run.run(settings(model, (x, y), keras.losses.MeanSquaredError, precision="float32", steps=2), tmp_path / "run")
+    loop.run(settings(model, (x, y), keras.losses.MeanSquaredError, precision="float32", steps=2), tmp_path / "run")
     _, weights, _ = fitted(model, (tf.constant(x.tolist()), y), keras.losses.MeanSquaredError, 2, "float32")
     for name, value in trained(tmp_path / "run", 2).items():
         np.testing.assert_allclose(value, weights[name], rtol=1e-5, atol=1e-7)

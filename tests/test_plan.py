@@ -6,13 +6,12 @@ import keras
 import numpy as np
 import pytest
 
-from dist_partial import plan, run
+from dist_partial import plan
 from dist_partial.config import gin_files
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed.collectives import Wire
 from dist_partial.distributed.replicas import Replicas
-from dist_partial.plan import Machine, estimate
 from dist_partial.reductions.all_reduce import EveryStep
 from dist_partial.reductions.local_only import Never
 from dist_partial.reductions.local_sgd import LocalSGD
@@ -20,6 +19,8 @@ from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
+from dist_partial.training import loop
+from dist_partial.training.cost_model import Machine, estimate
 from tests.cases import convolutional, rows
 
 TINY = """
@@ -118,7 +119,7 @@ def test_statistics_are_foretold_as_a_run_counts_them(name, mirrored, tmp_path):
     """The moving mean and variance of 6 channels: with the gradients, or else with an exchange, or else not at all."""
     rules = [Rule("head/.*")] if name == "top-k" else []  # a sum beside the gathers
     settings = with_norms([*rules, Rule(".*", reduction=KINDS[name])], False, mirrored(3))
-    run.run(settings, tmp_path)
+    loop.run(settings, tmp_path)
     found = json.loads((tmp_path / "plan.json").read_text())
     cost = estimate(settings, Machine(workers=3, bandwidth=1e9))
     assert cost.plan.to_json() == found
@@ -138,7 +139,7 @@ def test_statistics_are_foretold_as_a_run_counts_them(name, mirrored, tmp_path):
 def test_what_synchronised_layers_sum_is_foretold(rules, more, mirrored, tmp_path):
     """Forward and backward, each micro-batch, as far back as gradients go; NumPy would not know how Keras sums."""
     settings = with_norms(rules, True, mirrored(2), **more)
-    run.run(settings, tmp_path)
+    loop.run(settings, tmp_path)
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["statistics_wire_bytes_per_step"] >= 3 * 6 * 4
     assert estimate(settings, Machine(workers=2, bandwidth=1e9)).plan.to_json() == found

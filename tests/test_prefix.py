@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import prefix, run
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed.collectives import Wire
@@ -16,6 +15,7 @@ from dist_partial.errors import UserError
 from dist_partial.models import byte_transformer
 from dist_partial.schedules.adaptive import AutoFreeze
 from dist_partial.schedules.fixed import Phases
+from dist_partial.training import activation_cache, loop, split_model
 from tests.cases import rows, same_bits, state
 
 LAYERS = ("a", "b", "c", "d")
@@ -74,7 +74,7 @@ def test_a_graph_is_cut_below_what_is_trained(make, trained, name, tensors):
     for layer in model.layers:  # as a run does with layers of which nothing is trained
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.trainable = "b" in trained
-    part = prefix.cut(model, variables(model, set(trained)))
+    part = split_model.cut(model, variables(model, set(trained)))
     assert (part and part.name) == name
     if part:
         x = tf.constant(np.random.default_rng(0).normal(size=(5, 6)), tf.float32)
@@ -86,18 +86,18 @@ def test_a_graph_is_cut_below_what_is_trained(make, trained, name, tensors):
 def test_stages_are_cut():
     model = transformer(tied=True)
     ids = tf.constant(text().train.fetch(np.arange(4))[0])
-    part = prefix.cut(model, [v for v in model.trainable_variables if "block_2" in v.path])
+    part = split_model.cut(model, [v for v in model.trainable_variables if "block_2" in v.path])
     assert part.name == "block_1"
     np.testing.assert_array_equal(part.suffix(part.prefix(ids), False), model(ids))
-    assert prefix.cut(model, [model.embedding.embeddings]) is None
+    assert split_model.cut(model, [model.embedding.embeddings]) is None
     noisy = transformer(dropout=0.1)
-    assert prefix.cut(noisy, [v for v in noisy.variables if v.name == "seed_generator_state"]) is None
+    assert split_model.cut(noisy, [v for v in noisy.variables if v.name == "seed_generator_state"]) is None
 
 
 def activations(model, trained="d", **more):
     source = numbers().train
     given = {"rows": 5, "expected": 20, "where": "memory"} | more
-    return prefix.Activations(source, prefix.cut(model, variables(model, trained)), **given)
+    return activation_cache.Activations(source, split_model.cut(model, variables(model, trained)), **given)
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
@@ -133,16 +133,16 @@ def placed():
 
 def test_after_a_stop_an_example_is_computed_where_it_was_met_first():
     source, model = numbers().train, placed()
-    part = prefix.cut(model, variables(model, "d"))
+    part = split_model.cut(model, variables(model, "d"))
     rng = np.random.default_rng(2)
     batches = [rng.integers(0, 20, 10) for _ in range(9)]  # of two replicas; an example comes twice in some
     assert len(set(np.concatenate(batches[:4]))) < 20
-    whole = prefix.Activations(source, part, 5, 20, "memory")
+    whole = activation_cache.Activations(source, part, 5, 20, "memory")
     for batch in batches:
         whole.fill(batch)
     for stop in (1, 4, 8):
         past = (piece for batch in batches[:stop] for piece in batch.reshape(2, 5))
-        again = prefix.Activations(source, part, 5, 20, "memory", past)
+        again = activation_cache.Activations(source, part, 5, 20, "memory", past)
         for batch in batches[stop:]:
             again.fill(batch)
             assert same_bits([kept.read(tf.constant(batch))[0].numpy() for kept in (whole, again)])
@@ -182,15 +182,15 @@ def trained(folder, mirrored, cache, case, *stops):
     given["replicas"] = lambda: made
     for steps in stops:
         keras.utils.clear_session(free_memory=False)
-        run.run(Settings(**given, cache=cache, steps=steps), folder)
+        loop.run(Settings(**given, cache=cache, steps=steps), folder)
     return state(folder, stops[-1]), [r for r in rows(folder / "metrics.jsonl") if r["split"] != "eval"]
 
 
 @pytest.mark.parametrize(("name", "where"), [*((name, "memory") for name in CASES), ("phases", "disk")])
 def test_the_run_is_the_same_up_to_rounding(name, where, mirrored, tmp_path, monkeypatch):
     filled = []
-    fill = prefix.Activations.fill
-    monkeypatch.setattr(prefix.Activations, "fill", lambda self, i: (filled.append(self.name), fill(self, i)))
+    fill = activation_cache.Activations.fill
+    monkeypatch.setattr(activation_cache.Activations, "fill", lambda self, i: (filled.append(self.name), fill(self, i)))
     want, want_rows = trained(tmp_path / "computed", mirrored, None, CASES[name], 18)
     assert not filled
     have, have_rows = trained(tmp_path / "kept", mirrored, where, CASES[name], 18)
@@ -252,7 +252,7 @@ def test_a_model_that_is_more_than_its_graph_is_not_cut(kind):
     with pytest.raises(
         UserError, match=r"run\.cache cuts .*, and \w+ has a call\(\) of its own: give it a method stages"
     ):
-        prefix.cut(model, variables(model, "d"))
+        split_model.cut(model, variables(model, "d"))
 
 
 def test_a_subclass_with_keras_own_call_is_cut():
@@ -260,7 +260,7 @@ def test_a_subclass_with_keras_own_call_is_cut():
         pass
 
     model = mlp()
-    assert prefix.cut(Named(model.inputs, model.outputs), variables(model, "d")).name == "c"
+    assert split_model.cut(Named(model.inputs, model.outputs), variables(model, "d")).name == "c"
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -380,7 +380,9 @@ def test_what_is_kept_is_what_the_model_computes(make, policy):
 def test_an_example_that_is_no_number_is_kept_like_the_others():
     model, x = mlp(), numbers().train.x.copy()
     x[0], x[1, 2], x[2] = np.nan, np.inf, 0
-    kept = prefix.Activations(ArraySource(x, x), prefix.cut(model, variables(model, "d")), 5, 20, "memory")
+    kept = activation_cache.Activations(
+        ArraySource(x, x), split_model.cut(model, variables(model, "d")), 5, 20, "memory"
+    )
     kept.fill(np.arange(5))
     outputs = kept.outputs(kept.read(tf.constant(np.arange(5)))[0], False)
     np.testing.assert_array_equal(np.isnan(outputs).all(axis=1), [True, False, False, False, False])
@@ -401,14 +403,14 @@ def test_what_cannot_be_kept_is_an_error(monkeypatch):
     masked.add(keras.layers.LSTM(3, name="d"))
     with pytest.raises(UserError, match=r"run\.cache: .*words' makes a mask"):
         activations(masked)
-    monkeypatch.setattr(prefix, "_free_memory", lambda: 479)
+    monkeypatch.setattr(activation_cache, "_free_memory", lambda: 479)
     with pytest.raises(UserError, match=r"needs up to 480 bytes, and 479 are free: bind run.cache = 'disk'"):
         activations(mlp())
 
 
 def test_what_cannot_be_kept_at_a_switch_does_not_end_the_run(mirrored, tmp_path, monkeypatch, capsys):
     """A selection that resets the slots of what it leaves has a run behind it, too, that must not be lost."""
-    monkeypatch.setattr(prefix, "_free_memory", lambda: 0)
+    monkeypatch.setattr(activation_cache, "_free_memory", lambda: 0)
     made = Replicas(mirrored(2), Wire(), "two")
     settings = Settings(
         rules=[("train", ".*")],
@@ -421,7 +423,7 @@ def test_what_cannot_be_kept_at_a_switch_does_not_end_the_run(mirrored, tmp_path
         cache="memory",
         replicas=lambda: made,
     )
-    run.run(settings, tmp_path)
+    loop.run(settings, tmp_path)
     said = capsys.readouterr()
     assert "0 are free: bind run.cache = 'disk', or unbind it; going on without it" in said.out + said.err
 

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import checkpoints, reporting, run, sample, train
-from dist_partial.build import build, restore
+from dist_partial import checkpoints, sample, train
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed.collectives import Wire
@@ -23,6 +22,8 @@ from dist_partial.errors import AGAIN
 from dist_partial.models import byte_transformer
 from dist_partial.selection.rules import Rule
 from dist_partial.step import loss_scale
+from dist_partial.training import loop, metric_writer
+from dist_partial.training.build import build, restore
 from tests.cases import rows, same_bits, state
 from tests.conftest import mirrored_strategy
 from tests.workers import ROOT, run_workers
@@ -283,9 +284,9 @@ def test_each_switch_is_recorded_once(stop, letters, tmp_path):
 
 def test_the_bar_shows_what_the_last_call_sent(tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(reporting.tqdm, "set_postfix_str", lambda self, text: shown.append(text))
+    monkeypatch.setattr(metric_writer.tqdm, "set_postfix_str", lambda self, text: shown.append(text))
     sent = np.array([100, 4_000, 8_000])  # what came before: 50 %
-    with reporting.Journal(tmp_path, 2, 6, sent, True) as journal:
+    with metric_writer.Journal(tmp_path, 2, 6, sent, True) as journal:
         for step, (count, each) in zip((3, 5), ((2, 1_000), (2, 0)), strict=True):
             sent = sent + np.array([1, each, 4_000]) * np.arange(1, count + 1)[:, np.newaxis]
             journal.train(step, np.ones(count), np.ones(count), sent)
@@ -406,8 +407,8 @@ def test_evaluation_is_that_of_one_device_on_every_example(mirrored):
     x, y = rng.integers(0, 256, (11, 6)).astype(np.int32), rng.integers(0, 256, (11, 6)).astype(np.int32)
     weight = rng.integers(0, 2, (11, 6)).astype(np.float32)
     source = ArraySource(x, y, weight)
-    from dist_partial import evaluation
     from dist_partial.step.evaluation_step import evaluation_step
+    from dist_partial.training import evaluation
 
     for replicas in (1, 2, 4):
         strategy = mirrored(replicas)
@@ -458,7 +459,7 @@ def test_rows_that_are_not_selected_are_frozen():
 
 def test_rows_are_saved_and_restored_alone(tmp_path):
     settings = _rows()
-    run.run(settings, tmp_path / "run")
+    loop.run(settings, tmp_path / "run")
     saved = state(tmp_path / "run", 3)
     assert saved["variables/embedding/embeddings"].shape == (4, 8)
     assert saved["slots/embedding/embeddings/momentum"].shape == (4, 8)
@@ -506,7 +507,7 @@ def test_one_step_a_call_is_the_same_as_several(letters, tmp_path):
 
 def test_a_run_that_is_killed_after_its_last_checkpoint_has_written_everything(letters, tmp_path, monkeypatch):
     """tests/kills.py kills it after each call that writes; this is what it found."""
-    save = run.checkpoints.save
+    save = checkpoints.save
 
     class Killed(BaseException):
         pass
@@ -516,7 +517,7 @@ def test_a_run_that_is_killed_after_its_last_checkpoint_has_written_everything(l
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run.checkpoints, "save", and_die)
+        patch.setattr(checkpoints, "save", and_die)
         start(letters, tmp_path / "run", "run.steps = 3", "run.save_every = None", "replicas.cpu = 1")
     assert json.loads((tmp_path / "run" / "traffic.json").read_text())["last_step"] == 3
     leftover = tmp_path / "run" / ".plan.json.1.partial"

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import build, run, sample, selection, session, train, trained
+from dist_partial import sample, selection, session, train, trained
 from dist_partial.config import gin_files
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset
 from dist_partial.distributed.collectives import Wire
 from dist_partial.distributed.replicas import Replicas, create
 from dist_partial.errors import UserError
-from dist_partial.plan import Machine, estimate
+from dist_partial.training import build, loop
+from dist_partial.training.cost_model import Machine, estimate
 
 X = np.random.default_rng(0).normal(size=(8, 3))
 
@@ -45,8 +46,8 @@ def settings(**more) -> Settings:
 def test_names_do_not_depend_on_what_the_process_has_made(tmp_path):
     for folder in ("one", "two"):
         keras.layers.Dense(1), unnamed()
-        run.run(settings(), tmp_path / folder)
-    run.run(settings(steps=3), tmp_path / "one")
+        loop.run(settings(), tmp_path / folder)
+    loop.run(settings(steps=3), tmp_path / "one")
     contents = [(tmp_path / folder / "plan.json").read_text() for folder in ("one", "two")]
     assert contents[0] == contents[1]
     paths = [each["path"] for each in json.loads(contents[0])["variables"]]
@@ -56,7 +57,7 @@ def test_names_do_not_depend_on_what_the_process_has_made(tmp_path):
 def test_runs_on_other_numbers_of_replicas(tmp_path):
     """TensorFlow would have the collectives of all of them meet under one key."""
     for number in (2, 4, 2):
-        run.run(settings(replicas=lambda: create("mirrored", cpu=number)), tmp_path / f"of {number}")  # noqa: B023
+        loop.run(settings(replicas=lambda: create("mirrored", cpu=number)), tmp_path / f"of {number}")  # noqa: B023
         plan = json.loads((tmp_path / f"of {number}" / "plan.json").read_text())
         assert plan["workers"] == number
 
@@ -98,10 +99,10 @@ def test_precision_is_put_back(tmp_path):
     keras.config.set_dtype_policy("mixed_bfloat16")
     before = other()
     told = settings(precision="float64")
-    run.run(told, tmp_path / "run")
+    loop.run(told, tmp_path / "run")
     assert other() == before
     with pytest.raises(UserError):
-        run.run(settings(precision="float64", rules=[("train", "absent")]), tmp_path / "other")
+        loop.run(settings(precision="float64", rules=[("train", "absent")]), tmp_path / "other")
     assert other() == before
     estimate(told, Machine(2, 1e9))
     assert other() == before

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import Base, build, delta, export, run, sample, train, trained
+from dist_partial import Base, delta, export, sample, train, trained
 from dist_partial.adapters import lora
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
@@ -19,6 +19,7 @@ from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.models import keras_file
 from dist_partial.selection.rules import Rule
+from dist_partial.training import build, loop
 from tests.cases import state
 
 
@@ -64,7 +65,7 @@ def restored(settings, folder):
 
 
 def test_variables_of_one_path_are_kept_apart(tmp_path):
-    run.run(told(), tmp_path)
+    loop.run(told(), tmp_path)
     built, base, found = restored(told(), tmp_path)
     statistics = [name for name in found.arrays if name.startswith("statistics/")]
     assert len(statistics) == 4
@@ -94,9 +95,9 @@ def test_a_tower_is_trained_resumed_and_taken_home(frozen, tmp_path):
     """Its layers have the names, and in Keras the paths, of the other tower's."""
     rules = [("train", r"right/.*"), ("freeze", ".*")]
     settings = told(model=functools.partial(named_towers, frozen), rules=rules, statistics="trained")
-    run.run(settings, tmp_path / "whole")
-    run.run(dataclasses.replace(settings, steps=2), tmp_path / "parts")
-    run.run(settings, tmp_path / "parts")
+    loop.run(settings, tmp_path / "whole")
+    loop.run(dataclasses.replace(settings, steps=2), tmp_path / "parts")
+    loop.run(settings, tmp_path / "parts")
     whole, parts = (state(tmp_path / name, 4) for name in ("whole", "parts"))
     assert {name for name in whole if name.startswith("variables/")} == {
         "variables/right/hidden/kernel",
@@ -116,12 +117,12 @@ def test_a_tower_is_trained_resumed_and_taken_home(frozen, tmp_path):
 
 def test_before_the_first_checkpoint_a_folder_takes_another_configuration(tmp_path):
     with pytest.raises(UserError, match="is not finite"):
-        run.run(told(rate=1e38, steps=40), tmp_path)
+        loop.run(told(rate=1e38, steps=40), tmp_path)
     assert not list(tmp_path.glob("checkpoints/step-*"))
     keras.utils.clear_session(free_memory=False)
-    run.run(told(), tmp_path)
+    loop.run(told(), tmp_path)
     with pytest.raises(UserError, match=r"is of another run: optimizers\.0\.learning_rate was 0\.05"):
-        run.run(told(rate=0.01, steps=8), tmp_path)
+        loop.run(told(rate=0.01, steps=8), tmp_path)
 
 
 def test_other_exclusions_from_weight_decay_are_another_run(tmp_path):
@@ -132,10 +133,10 @@ def test_other_exclusions_from_weight_decay_are_another_run(tmp_path):
         optimizer.exclude_from_weight_decay(var_names=["bias"])
         return optimizer
 
-    run.run(told(optimizer=adamw), tmp_path)
-    run.run(told(optimizer=adamw), tmp_path)
+    loop.run(told(optimizer=adamw), tmp_path)
+    loop.run(told(optimizer=adamw), tmp_path)
     with pytest.raises(UserError, match=r"is of another run: optimizers\.0\.exclude_from_weight_decay was .*'bias'"):
-        run.run(told(optimizer=lambda: keras.optimizers.AdamW(0.05, weight_decay=0.1)), tmp_path)
+        loop.run(told(optimizer=lambda: keras.optimizers.AdamW(0.05, weight_decay=0.1)), tmp_path)
 
 
 def adapted() -> keras.Model:
@@ -145,7 +146,7 @@ def adapted() -> keras.Model:
 
 def test_merged_lora_is_the_same_model_and_can_be_trained(tmp_path):
     settings = told(model=adapted, rules=[Rule("./kernel", lora=2), ("freeze", ".*")], steps=20, statistics="trained")
-    run.run(settings, tmp_path / "run")
+    loop.run(settings, tmp_path / "run")
     built, _, _ = restored(settings, tmp_path / "run")
     x = points().train.x
     before = built.model(x).numpy()
@@ -193,7 +194,7 @@ def test_what_training_has_moved_is_not_rounded_away(tmp_path):
     rules = [Rule("./kernel", lora=2), ("freeze", ".*")]
     settings = told(rate=1e-4, model=adapted, rules=rules, steps=20, statistics="trained", frozen="bfloat16")
     keras.utils.set_random_seed(0)
-    run.run(settings, tmp_path / "run")
+    loop.run(settings, tmp_path / "run")
     keras.utils.clear_session(free_memory=False)
     built = build.build(settings, replicas.create("default"))
     x = points().train.x
@@ -209,7 +210,7 @@ def test_what_training_has_moved_is_not_rounded_away(tmp_path):
 def test_a_delta_with_factors_says_what_its_base_lacks(tmp_path):
     rules = [Rule("./kernel", lora=2), ("freeze", ".*")]
     settings = told(model=adapted, rules=rules, statistics="trained")
-    run.run(settings, tmp_path)
+    loop.run(settings, tmp_path)
     built, base, _ = restored(settings, tmp_path)
     changed = delta.of(built.model, built.plan, base, 4)
 
@@ -230,7 +231,7 @@ def test_a_delta_of_weights_that_have_been_replaced_is_refused(tmp_path):
     adapted().save(tmp_path / "base.keras")
     model = functools.partial(keras_file, str(tmp_path / "base.keras"))
     settings = told(model=model, rules=[("train", "d/.*"), ("freeze", ".*")], statistics="trained")
-    run.run(settings, tmp_path / "run")
+    loop.run(settings, tmp_path / "run")
     built, _, _ = restored(settings, tmp_path / "run")
     export._base(tmp_path / "run", built)
     other = keras_file(str(tmp_path / "base.keras"))

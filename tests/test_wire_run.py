@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import checkpoints, run
-from dist_partial.build import build, restore
+from dist_partial import checkpoints
 from dist_partial.config import gin_files
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
@@ -28,6 +27,8 @@ from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
+from dist_partial.training import loop
+from dist_partial.training.build import build, restore
 from tests import cases
 from tests.cases import rows, same_bits, state
 
@@ -118,10 +119,10 @@ def test_a_run_in_pieces_is_the_run_at_once(name, mirrored, tmp_path):
     """Residuals, factors, anchors, outer slots and each replica's own come back to the bit."""
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     # Checkpoints and evaluations cut the calls of a run, too, and change nothing in it.
-    run.run(settings(name, Replicas(mirrored(2), Wire(), "two")), whole)
+    loop.run(settings(name, Replicas(mirrored(2), Wire(), "two")), whole)
     for steps in (*STOPS.get(name, (2,)), STEPS):
         keras.utils.clear_session(free_memory=False)
-        run.run(settings(name, Replicas(mirrored(2), Wire(), "two"), steps), pieces)
+        loop.run(settings(name, Replicas(mirrored(2), Wire(), "two"), steps), pieces)
     assert_same_run(whole, pieces)
     # The bytes are counted at the step in which they are sent.
     assert [row["wire_bytes"] for row in rows(whole / "metrics.jsonl") if row["split"] == "train"] == [
@@ -169,7 +170,7 @@ def test_the_number_of_replicas_may_change(mirrored, tmp_path):
                     assert same_bits([value, old]), name
         steps += 5
         keras.utils.clear_session(free_memory=False)
-        run.run(told, folder)
+        loop.run(told, folder)
         before = state(folder, steps)
         assert before["own/dense2/kernel"].shape == (count, 12, 10)
         assert before["reductions/dense1/kernel/residual"].shape == (count, 160, 12)
@@ -200,7 +201,7 @@ def test_bytes_at_the_network_interface(mirrored, tmp_path):
         expected.append((payload, sent, sent / share_of))
     for steps, count in ((2, 3), (5, 3), (8, 4)):
         keras.utils.clear_session(free_memory=False)
-        run.run(settings(rules, Replicas(mirrored(count), Wire(), str(count)), steps), tmp_path)
+        loop.run(settings(rules, Replicas(mirrored(count), Wire(), str(count)), steps), tmp_path)
         plan = json.loads((tmp_path / "plan.json").read_text())
         assert plan["workers"] == count
         by_kind = 2 * (count - 1) / count * sums + (count - 1) * (gathers + at_exchange / 4)
@@ -238,7 +239,7 @@ def _train_worker(transport: str, folder: Path) -> None:
     stops = (STEPS,) if transport == "sockets" else (4, STEPS)
     for precision, steps in (*(("float64", steps) for steps in stops), ("float32", STEPS)):
         keras.utils.clear_session(free_memory=False)
-        run.run(settings(WORKER_RULES, made, steps, precision, model=noisy), folder / f"{transport}-{precision}")
+        loop.run(settings(WORKER_RULES, made, steps, precision, model=noisy), folder / f"{transport}-{precision}")
 
 
 def test_workers_are_the_replicas_that_are_simulated(mirrored, tmp_path):
@@ -255,7 +256,7 @@ def test_workers_are_the_replicas_that_are_simulated(mirrored, tmp_path):
         keras.utils.clear_session(free_memory=False)
         simulated = tmp_path / f"simulated-{precision}"
         made = Replicas(mirrored(2), Wire(), "two")
-        run.run(settings(WORKER_RULES, made, precision=precision, model=noisy), simulated)
+        loop.run(settings(WORKER_RULES, made, precision=precision, model=noisy), simulated)
         left, right = state(sockets, STEPS), state(simulated, STEPS)
         assert left["own/dense2/kernel"].shape == (2, 12, 10) and not same_bits(left["own/dense2/kernel"])
         cases.assert_equal(left, right, tolerance)

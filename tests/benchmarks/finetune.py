@@ -36,8 +36,8 @@ ROWS: dict[str, tuple[str, list[str], float]] = {
 def child(name: str) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     file, bindings, rate = ROWS[name]
-    from dist_partial import run
     from dist_partial.config import gin_files
+    from dist_partial.training import loop
 
     params = [
         f"run.steps = {STEPS}",
@@ -51,7 +51,7 @@ def child(name: str) -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
-        run.run(gin_files.load([CONFIGS / file], params).settings, Path(folder))
+        loop.run(gin_files.load([CONFIGS / file], params).settings, Path(folder))
         took = time.perf_counter() - begun
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         traffic = json.loads((Path(folder) / "traffic.json").read_text())

@@ -46,10 +46,13 @@ def foretold(config: Path, count: int) -> list[float]:
 def child(config: str, count: str) -> None:
     from dist_partial import plan
     from dist_partial.config import gin_files as configuration
+    from dist_partial.training import cost_model
 
     settings = configuration.load([config]).settings
-    machines = [plan.Machine(int(count), plan.bytes_per_second(rate), workers_per_host=int(count)) for rate in RATES]
-    print([plan.estimate(settings, machine).step * 1e3 for machine in machines])
+    machines = [
+        cost_model.Machine(int(count), plan.bytes_per_second(rate), workers_per_host=int(count)) for rate in RATES
+    ]
+    print([cost_model.estimate(settings, machine).step * 1e3 for machine in machines])
 
 
 def measured(config: Path, count: int, rate: str) -> dict[str, Any]:

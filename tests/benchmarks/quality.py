@@ -147,11 +147,12 @@ def child(which: str, name: str, seeds: int) -> None:
 
     import keras
 
-    from dist_partial import reductions, run, schedules
+    from dist_partial import reductions, schedules
     from dist_partial.config.settings import Sampling, Settings
     from dist_partial.data import stdlib_corpus
     from dist_partial.distributed import replicas
     from dist_partial.models import byte_transformer
+    from dist_partial.training import loop
 
     policy = TABLES[which][name]
     made = replicas.create("mirrored", 2)
@@ -190,7 +191,7 @@ def child(which: str, name: str, seeds: int) -> None:
         )
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            run.run(settings, Path(folder))
+            loop.run(settings, Path(folder))
             rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         last = next(row for row in reversed(rows) if row["split"] == "eval")
         found = {"seed": seed, "loss": last["loss"], "wire_bytes": last["wire_bytes"]}

@@ -1,6 +1,5 @@
 """Everything that a run computes with: built from its settings, and restored from its folder."""
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -10,23 +9,24 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_partial import checkpoints, compat, reductions, selection, session
+from dist_partial import checkpoints, reductions, selection, session
 from dist_partial.adapters import lora, quantization
 from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
-from dist_partial.data import Dataset, check_source, some_targets, train_batches
+from dist_partial.data import Dataset, check_source, train_batches
 from dist_partial.distributed import consistency
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.distributed.replicas import Replicas
-from dist_partial.errors import UserError, calling, first_line, own_line
+from dist_partial.errors import UserError, calling
 from dist_partial.schedules.base import Schedule, Unit
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.payload import average_bytes
-from dist_partial.step import batch_norm, layer_state, losses, optimizers, outer_step
+from dist_partial.step import batch_norm, layer_state, optimizers, outer_step
 from dist_partial.step.gradients import Batch
 from dist_partial.step.loss_scale import LossScale, needs_loss_scale
 from dist_partial.step.train_step import StepOptions, TrainStep, train_step
 from dist_partial.training import run_fingerprint, state
+from dist_partial.training.checks import check_batch, make_loss, make_model, taking
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,16 +100,16 @@ def _build(settings: Settings, replicas: Replicas) -> Built:
     with strategy.scope():
         keras.utils.set_random_seed(settings.seed)
         with calling("run.model"):
-            model, example = _model(settings, data, strategy)
+            model, example = make_model(settings, data, strategy)
             if fixed := layer_state.batch_size(model):
-                _check_batch(fixed, model, settings, data, strategy)
+                check_batch(fixed, model, settings, data, strategy)
         batch_norms = batch_norm.layers(model)
         adapters = lora.enable(settings.rules, model)
         plan = selection.resolve(settings.rules, model, settings.reduction, adapters)
         plan = dataclasses.replace(plan, workers=max(2, replicas.strategy.num_replicas_in_sync))
         plan, units, notes = _divided(quantization.lower(plan, model, settings.frozen), settings, batch_norms)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
-        with calling("run.model"), _taking(data.name, x):
+        with calling("run.model"), taking(data.name, x):
             state, outputs = layer_state.find(model, x, plan)
         with calling("run.optimizer"):
             groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))
@@ -124,7 +124,7 @@ def _build(settings: Settings, replicas: Replicas) -> Built:
             )
     parts = strategy.num_replicas_in_sync * settings.accumulate
     with calling("run.loss"):
-        loss, note = _loss(settings, data, outputs, example, parts)
+        loss, note = make_loss(settings, data, outputs, example, parts)
     layer_state.spread(strategy, state.generators)
     notes += [note] if note else []
     if model.compiled and not type(model).__module__.startswith("keras_hub."):  # which compiles its tasks by itself
@@ -147,126 +147,6 @@ def _build(settings: Settings, replicas: Replicas) -> Built:
         fingerprint=run_fingerprint.of_run(settings, data, model, plan, state.moving, optimizers_),
         notes=tuple(notes),
     )
-
-
-def _model(settings: Settings, data: Dataset, strategy: tf.distribute.Strategy) -> tuple[keras.Model, tf.Tensor]:
-    """Makes the model, with its variables, and what it gives for one example of zeros; in the strategy's scope.
-
-    Raises:
-        UserError: it is none, or not one that a run trains as Keras would, or it does not fit the data.
-    """
-    model = settings.model()
-    if not isinstance(model, keras.Model):
-        raise UserError(f"run.model made a {type(model).__name__}: its factory must return a keras.Model")
-    for name in ("train_step", "test_step", "compute_loss", "compute_metrics"):
-        own = getattr(getattr(model, name), "__func__", None)
-        if own is not getattr(keras.Model, name):
-            raise UserError(
-                f"run.model has a {name} of its own ({type(model).__name__}), which a run does not call: train it by "
-                "model.fit with dist_partial.partial, or bind a model without it and its loss as run.loss"
-            )
-    x = data.train.spec[0]
-    generators = [variable for variable in model.variables if compat.is_generator(variable)]
-    generators += layer_state.recurrent(model)
-    # A subclassed model has its variables only once it has been called.
-    with _taking(data.name, x), layer_state.untouched(strategy, generators):
-        wanted = model.inputs[0].dtype if getattr(model, "inputs", None) else x.dtype.name
-        if x.dtype.is_floating and "int" in wanted:  # Keras would cut the fractions off
-            raise UserError(
-                f"run.model reads ids ({wanted}) and not {_example(data.name, x)}: bind a model of features, or other "
-                "data"
-            )
-        outputs = model(tf.zeros([layer_state.batch_size(model) or 1, *x.shape], x.dtype))
-    if not isinstance(outputs, tf.Tensor):
-        raise UserError(f"run.model gives a {type(outputs).__name__} of outputs: its model must give one tensor")
-    if getattr(outputs, "_keras_mask", None) is not None:  # which Keras's `fit` would apply to the loss
-        raise UserError(
-            "run.model's outputs have a mask of Keras's (mask_zero, Masking), and here weights mask a loss: have "
-            "run.data give (x, y, weight) with 0 where it pads, and take the mask out of the model"
-        )
-    if data.codec is not None:
-        _check_symbols(model, data.name, data.codec.size, outputs.shape[-1])
-    return model, outputs
-
-
-def _check_batch(
-    fixed: int, model: keras.Model, settings: Settings, data: Dataset, strategy: tf.distribute.Strategy
-) -> None:
-    """Raises UserError unless training and evaluation read as many examples at a time as the model takes."""
-    batch, parts = settings.global_batch, settings.accumulate
-    where = f"run.model has a stateful recurrent layer, built for {fixed:,} examples at a time"
-    if strategy.num_replicas_in_sync > 1:
-        raise UserError(
-            f"{where}, and replicas agree on what layers change, where each has examples of its own: train it on one "
-            "replica, or make the layer without stateful=True"
-        )
-    if parts > 1 or batch != fixed:
-        raise UserError(
-            f"{where}, and reads {batch} / {parts} (run.global_batch, run.accumulate): bind run.global_batch = {fixed} "
-            "and no run.accumulate, or build it for others (keras.Input(batch_shape=...))"
-        )
-    held_out = len(data.evaluation)
-    if (examples := min(settings.eval_examples or held_out, held_out)) % batch:
-        raise UserError(
-            f"{where}, and an evaluation of {examples:,} does not divide into such batches: bind run.eval_examples = "
-            f"{examples // batch * batch or batch}"
-        )
-
-
-def _check_symbols(model: keras.Model, name: str, symbols: int, outputs: int) -> None:
-    """Raises UserError unless a model reads and writes all symbols of the data set of that name."""
-    if outputs < symbols:
-        raise UserError(
-            f"{name} has {symbols:,} symbols and run.model gives logits for {outputs:,}: bind a tokenizer of the "
-            "model's own, or a model of that size"
-        )
-    for layer in model._flatten_layers():  # Keras encodes an id beyond its tokens as nothing, without a word
-        if isinstance(layer, keras.layers.CategoryEncoding) and layer.num_tokens < symbols:
-            raise UserError(
-                f"{name} has {symbols:,} symbols and {layer.name!r} of run.model encodes {layer.num_tokens:,}: bind a "
-                "model that reads all of them"
-            )
-
-
-@contextlib.contextmanager
-def _taking(name: str, x: tf.TensorSpec) -> Iterator[None]:
-    """Turns what a model says of the examples of the data set of that name into a mistake of the user's."""
-    try:
-        yield
-    except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
-        raise UserError(
-            f"run.model does not take {_example(name, x)}: {first_line(error)}{own_line(error)}; bind sizes that fit "
-            "each other"
-        ) from error
-
-
-def _example(name: str, x: tf.TensorSpec) -> str:
-    return f"one of {name}'s examples, {x.dtype.name} {list(x.shape)}"
-
-
-def _loss(
-    settings: Settings, data: Dataset, outputs: tf.Tensor, example: tf.Tensor, parts: int
-) -> tuple[losses.Loss, str]:
-    """What the loss makes of targets and the model's outputs, and a line to say of it, or ''.
-
-    Args:
-        settings: with the loss.
-        data: the data set.
-        outputs: the model's, in a traced graph.
-        example: the same for some example.
-        parts: into how many a batch is divided.
-
-    Raises:
-        UserError: the loss does not go with the model or the data.
-    """
-    loss, batch = settings.loss(), max(1, settings.global_batch // parts)
-    unreduced = losses.unreduced(loss, weighted=len(data.train.spec) == 3)
-    for source in (data.train, data.evaluation):
-        targets = some_targets(source)
-        losses.check_class_ids(loss, data.name, targets, example.shape[-1])
-        losses.check_shapes(unreduced, source.spec, example, batch)
-    losses.check_alone(unreduced, targets, example, parts)
-    return losses.of_model(loss, unreduced, outputs, example)
 
 
 def _divided(

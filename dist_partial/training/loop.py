@@ -1,29 +1,21 @@
-"""The one orchestration: build, restore, loop, evaluate, sample, save."""
+"""The training loop: build, restore, train, evaluate, sample, save."""
 
 import contextlib
-import re
 import signal
 import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
-from dist_partial import checkpoints, evaluation, selection
-from dist_partial.build import build, restore
+from dist_partial import checkpoints, selection
 from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
-from dist_partial.course import Course
 from dist_partial.distributed import consistency, network, traffic
 from dist_partial.distributed.replicas import Replicas
-from dist_partial.errors import AGAIN, INTERRUPTED, Ending, Fault, UserError, of_graph, raised
+from dist_partial.errors import AGAIN, INTERRUPTED, Ending, UserError
 from dist_partial.files import locked, refuse_links, write_json, write_text, writing
-from dist_partial.reporting import Journal
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.payload import average_bytes
 from dist_partial.selection.table import plan_table
@@ -31,18 +23,11 @@ from dist_partial.session import put_back
 from dist_partial.step import outer_step
 from dist_partial.step.evaluation_step import evaluation_step
 from dist_partial.step.layer_state import untouched
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM stopped the run; everything is saved, and the message says how to go on.
-
-    Attributes:
-        code: the exit code of the process.
-    """
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
+from dist_partial.training import evaluation
+from dist_partial.training.build import build, restore
+from dist_partial.training.failures import Interrupted, connected, explained, let_go
+from dist_partial.training.metric_writer import Journal
+from dist_partial.training.schedule_runner import Course
 
 
 def run(
@@ -73,10 +58,10 @@ def run(
     replicas = settings.replicas()
     try:
         mesh = contextlib.closing(replicas.mesh) if replicas.mesh else contextlib.nullcontext()
-        with put_back(), mesh, _connected(replicas), _explained():
+        with put_back(), mesh, connected(replicas), explained():
             _run(settings, Path(folder), replicas, operative, unused, bindings or {})
     except BaseException as error:
-        _let_go(error)
+        let_go(error)
         raise
 
 
@@ -141,7 +126,7 @@ def _run(
         # Nothing but a step moves a state: recurrent layers with dropout draw random numbers in inference, too.
         with outer_step.agreed(strategy, built.fragments), untouched(strategy, built.layer_state.states):
             average()
-            with _connected(replicas), _explained():  # the others wait here, and what fails must not wait for them
+            with connected(replicas), explained():  # the others wait here, and what fails must not wait for them
                 metrics = evaluate()
             journal.evaluation(done, metrics, sent)
             if built.data.codec is not None and replicas.is_chief:
@@ -262,70 +247,6 @@ def _written_folder(folder: Path, content: dict[str, Any], plan: selection.Plan,
             write_json(folder / "plan.json", plan.to_json())
             write_text(folder / "plan.txt", plan_table(plan, hosts) + "\n")
         yield
-
-
-@contextlib.contextmanager
-def _connected(replicas: Replicas) -> Iterator[None]:
-    """Turns what a lost worker leads to into what has become of it, and tells the others why this one ends."""
-    mesh = replicas.mesh
-    if mesh is None:
-        yield
-        return
-    try:
-        try:
-            yield
-        except tf.errors.OpError as error:
-            # TensorFlow's own collectives may hear of it first.
-            until = time.monotonic() + 2.0
-            while not mesh.lost() and time.monotonic() < until:
-                time.sleep(0.05)
-            if lost := mesh.lost():
-                raise lost from error
-            # TensorFlow's collectives end like this on the workers that are left.
-            if isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError)):
-                what = error.message.splitlines()[0]
-                raise Fault(
-                    f"another worker is gone ({what}): its own output says why; run the same command again"
-                ) from error
-            raise
-    except (Exception, SystemExit) as error:
-        mesh.close(error if isinstance(error, Ending) else raised("", error))
-        raise
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Turns what TensorFlow says, after many lines, of an id out of range or of Python code in a graph into one."""
-    try:
-        yield
-    except tf.errors.OpError as error:
-        ids = "run.data has the {} {}, and run.model has {} of them, from 0 on: bind sizes that fit each other"
-        for pattern, what in (
-            (r"label value of (-?\d+) which is outside the valid range of \[0, (\d+)\)", "class id"),
-            (r"indices\[[\d,]+\] = (-?\d+) is not in \[0, (\d+)\)", "id"),
-        ):
-            if found := re.search(pattern, error.message):
-                raise UserError(ids.format(what, found[1], found[2])) from error
-        if reason := of_graph(error.message):
-            raise reason from error
-        raise
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Lets go of what the frames of an exception and of its causes hold: iterators, for one.
-
-    An iterator that is destroyed while Python shuts down waits for ever where its thread waits in Python code, as one
-    that fetches examples ahead does (TensorFlow 2.21).
-    """
-    while error is not None:
-        for called, _ in traceback.walk_tb(error.__traceback__):
-            frame: FrameType | None = called
-            # Of the frames that TensorFlow hides from a traceback, too; those that still run cannot be cleared.
-            with contextlib.suppress(RuntimeError):
-                while frame is not None:
-                    frame.clear()
-                    frame = frame.f_back
-        error = error.__cause__ or error.__context__
 
 
 def _steps_until_event(

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import prefix, reductions
-from dist_partial.build import Built, batches, compiled_step, order
+from dist_partial import reductions
 from dist_partial.config.settings import Settings
 from dist_partial.data import train_indices
 from dist_partial.distributed import consistency, traffic
@@ -27,6 +26,8 @@ from dist_partial.step.gradients import Batch
 from dist_partial.step.layer_state import untouched
 from dist_partial.step.probe import probe
 from dist_partial.step.train_step import TrainStep
+from dist_partial.training import activation_cache, split_model
+from dist_partial.training.build import Built, batches, compiled_step, order
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ class Leg:
     train: TrainStep
     sent: list[traffic.Collective]
     exchanges: list[outer_step.Exchange]
-    activations: prefix.Activations | None
+    activations: activation_cache.Activations | None
 
     @property
     def digest(self) -> str:
@@ -75,11 +76,11 @@ class Course:
         self._state = saved.get("state", built.schedule.initial(built.units))
         self._active = frozenset(saved["active"]) if saved.get("active") is not None else None
         self._squares = np.array(saved.get("squares", [0.0] * len(built.units)))
-        self._legs: collections.OrderedDict[tuple[frozenset[str], prefix.Activations | None], Leg]
+        self._legs: collections.OrderedDict[tuple[frozenset[str], activation_cache.Activations | None], Leg]
         self._legs = collections.OrderedDict()
         self._leg: Leg | None = None
-        self._kept: dict[frozenset[str], prefix.Activations | None] = {}
-        self._reading: prefix.Activations | None = None
+        self._kept: dict[frozenset[str], activation_cache.Activations | None] = {}
+        self._reading: activation_cache.Activations | None = None
         # From which step on the activations up to which layer are read.
         self._since: dict[str, int] = saved.get("since", {})
         self._inputs = batches(built, settings, done, settings.global_batch)
@@ -182,7 +183,7 @@ class Course:
             schedule.remaining(done, units, self._state),
         )
 
-    def _found(self, units: frozenset[str], activations: prefix.Activations | None, done: int) -> Leg:
+    def _found(self, units: frozenset[str], activations: activation_cache.Activations | None, done: int) -> Leg:
         key = units, activations
         if key not in self._legs:
             self._legs[key] = self._compiled(units, activations, done)
@@ -191,7 +192,7 @@ class Course:
             self._legs.popitem(last=False)
         return self._legs[key]
 
-    def _activations(self, remaining: frozenset[str], done: int) -> prefix.Activations | None:
+    def _activations(self, remaining: frozenset[str], done: int) -> activation_cache.Activations | None:
         """Of what lies below all that may still be trained; None if they are not to be kept."""
         built, settings = self._built, self._settings
         if settings.cache is None:
@@ -204,7 +205,7 @@ class Course:
             part = None
             try:
                 changing = [*(entry.variable for entry in later.trained), *built.moving]
-                part = prefix.cut(built.model, changing)
+                part = split_model.cut(built.model, changing)
                 if part is not None and part.name not in known:
                     known[part.name] = self._kept_from(part, settings.cache, done)
             except UserError as error:
@@ -215,14 +216,14 @@ class Course:
             self._kept[remaining] = None if part is None else known[part.name]
         return self._kept[remaining]
 
-    def _kept_from(self, part: prefix.Cut, where: str, done: int) -> prefix.Activations:
+    def _kept_from(self, part: split_model.Cut, where: str, done: int) -> activation_cache.Activations:
         built, settings = self._built, self._settings
         context = input_context(built.replicas.strategy)
         rows = settings.global_batch // context.num_replicas_in_sync // settings.accumulate
         begun = self._begun(part.name, done)
         read = settings.global_batch // context.num_input_pipelines * (settings.steps - begun)
         past = self._order(begun).take(done - begun)
-        return prefix.Activations(
+        return activation_cache.Activations(
             built.data.train,
             part,
             rows,
@@ -235,7 +236,7 @@ class Course:
         """From which step on the activations up to a layer are read, `done` steps having been made."""
         return 0 if isinstance(self._built.schedule, Constant) else self._since.get(name, done)
 
-    def _batches(self, activations: prefix.Activations | None, done: int) -> Iterator[Batch]:
+    def _batches(self, activations: activation_cache.Activations | None, done: int) -> Iterator[Batch]:
         # Not prefetched: what was read before it was asked for might not be there yet.
         return iter(self._order(done).map(activations.read)) if activations else self._inputs
 
@@ -244,7 +245,7 @@ class Course:
         at = order(self._built, self._settings, done, self._settings.global_batch)
         return train_indices(len(self._built.data.train), **at)
 
-    def _compiled(self, units: frozenset[str], activations: prefix.Activations | None, done: int) -> Leg:
+    def _compiled(self, units: frozenset[str], activations: activation_cache.Activations | None, done: int) -> Leg:
         built, settings = self._built, self._settings
         strategy, wire = built.replicas.strategy, built.replicas.wire
         plan = built.plan.only(units)
