@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dist_partial import Base, Delta, Rule, delta
+from dist_partial import Base, Delta, Rule
 from dist_partial.errors import UserError
+from dist_partial.export import delta
 from dist_partial.reductions.all_reduce import EveryStep
 from dist_partial.selection.resolve import resolve
 from tests import user_module

@@ -11,8 +11,10 @@ import pytest
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-from dist_partial import Base, delta, export, train
+from dist_partial import Base, train
 from dist_partial.errors import UserError
+from dist_partial.export import __main__ as export
+from dist_partial.export import delta, saved_model
 from dist_partial.models import byte_transformer, sampling, two_dense
 from tests.cases import durable, state
 
@@ -451,10 +453,10 @@ class Reads:
 
 
 def test_a_cache_holds_what_the_model_can():
-    assert [export._capacity(Reads(most), None) for most in (5000, 1024, 512, 100)] == [1024, 1024, 512, 64]
-    assert export._capacity(Reads(100), 90) == 90 and export._capacity(object(), 90) is None
+    assert [saved_model._capacity(Reads(most), None) for most in (5000, 1024, 512, 100)] == [1024, 1024, 512, 64]
+    assert saved_model._capacity(Reads(100), 90) == 90 and saved_model._capacity(object(), 90) is None
     with pytest.raises(UserError, match="reads 100 ids"):
-        export._capacity(Reads(100), 200)
+        saved_model._capacity(Reads(100), 200)
 
 
 def test_a_folder_that_cannot_be_replaced_stays(tmp_path):

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_partial import restarts, train
+from dist_partial import train
 from dist_partial.distributed import rendezvous
+from dist_partial.launch import restarts
 from tests import strangers
 from tests.cases import assert_equal, rows, state
 from tests.workers import ROOT, free_ports, listening, run_workers, small_disk, tf_config

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_partial import launch, train
+from dist_partial import train
 from dist_partial.distributed import cluster
+from dist_partial.launch import __main__ as launch
 from tests.test_supervisor import TIMEOUT, assert_gone, launched, wait_until
 from tests.workers import ROOT
 

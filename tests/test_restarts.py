@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dist_partial.restarts import Ledger, Progress, Restarts, look, progress
+from dist_partial.launch.restarts import Ledger, Progress, Restarts, look, progress
 
 # Failures one after the other: exit code, error line, newest checkpoint, last step of the attempt; and what becomes of
 # each: which restart it is of three, or a word of why there is none.

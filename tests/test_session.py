@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import sample, selection, session, train, trained
+from dist_partial import sample, selection, session, train
 from dist_partial.config import gin_files
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset
 from dist_partial.distributed.collectives import Wire
 from dist_partial.distributed.replicas import Replicas, create
 from dist_partial.errors import UserError
+from dist_partial.export import restore
 from dist_partial.training import build, loop
 from dist_partial.training.cost_model import Machine, estimate
 
@@ -131,6 +132,6 @@ def test_commands_put_precision_back(tmp_path, monkeypatch):
     assert other() == ("float32", "float32")
     assert sample.main([folder]) == 0
     assert other() == ("float32", "float32")
-    base = trained.base(file)
+    base = restore.base(file)
     assert other() == ("float32", "float32") and {v.dtype for v in base.model.trainable_variables} == {"float64"}
     assert selection.variable_paths(base.model)[0] == "embedding/embeddings"

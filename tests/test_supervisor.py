@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_partial import supervisor
 from dist_partial.errors import UserError
+from dist_partial.launch import supervisor
 from tests.workers import ROOT, small_disk
 
 TIMEOUT = 60  # seconds for whatever a test waits for, on a machine that does much else

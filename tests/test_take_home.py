@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import Base, delta, export, sample, train, trained
+from dist_partial import Base, sample, train
 from dist_partial.adapters import lora
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
@@ -17,6 +17,9 @@ from dist_partial.distributed import replicas
 from dist_partial.distributed.collectives import Wire
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
+from dist_partial.export import __main__ as export
+from dist_partial.export import delta, restore
+from dist_partial.export import keras_file as keras_export
 from dist_partial.models import keras_file
 from dist_partial.selection.rules import Rule
 from dist_partial.training import build, loop
@@ -183,10 +186,10 @@ def test_a_file_that_loads_as_another_model_is_refused(factor, tmp_path):
     settings = told(model=lambda: keras.Sequential([keras.Input((6,)), *layers]), statistics="trained")
     built = build.build(settings, replicas.create("default"))
     if factor == 1:
-        assert export._write_keras(tmp_path / "whole.keras", built, None).endswith("before loading it")
+        assert keras_export.write_keras(tmp_path / "whole.keras", built, None).endswith("before loading it")
     else:
         with pytest.raises(UserError, match=r"is another model when its \.keras file is loaded"):
-            export._write_keras(tmp_path / "whole.keras", built, None)
+            keras_export.write_keras(tmp_path / "whole.keras", built, None)
 
 
 def test_what_training_has_moved_is_not_rounded_away(tmp_path):
@@ -201,7 +204,7 @@ def test_what_training_has_moved_is_not_rounded_away(tmp_path):
     before = built.model(x).numpy()
     build.restore(built, tmp_path / "run", lambda _: None)
     after = built.model(x).numpy()
-    assert export._write_keras(tmp_path / "whole.keras", built, None) == ""
+    assert keras_export.write_keras(tmp_path / "whole.keras", built, None) == ""
     whole = keras.saving.load_model(tmp_path / "whole.keras")
     assert np.abs(whole(x) - after).max() < 0.01 * np.abs(after - before).max()
     assert {v.dtype for v in whole.variables} == {"float32"}
@@ -312,7 +315,7 @@ sample.length = 5
     assert export.main([f"--run_dir={folder}", "--format=safetensors", f"--output={output}", "--allow_imports"]) == 0
     changed = delta.read(output)
     assert list(changed.arrays) == ["head/kernel"]
-    base = trained.base(folder / "operative_config.gin", imports=True)
+    base = restore.base(folder / "operative_config.gin", imports=True)
     before = np.array(base.model.get_layer("head").kernel)
     base.use(changed)
     np.testing.assert_array_equal(base.model.get_layer("head").kernel, changed.arrays["head/kernel"])

@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from dist_partial.distributed.per_replica import local_count
 from dist_partial.errors import UserError
-from dist_partial.fit_optimizer import FROZEN, REDUCTIONS, Partial, PartialLossScale, Share, freeze
+from dist_partial.fit.optimizer import FROZEN, REDUCTIONS, Partial, PartialLossScale, Share, freeze
 from dist_partial.reductions.all_reduce import EveryStep
 from dist_partial.selection.plan import Plan
 from dist_partial.selection.resolve import resolve

@@ -25,8 +25,9 @@ from typing import Any
 
 from absl import flags
 
-from dist_partial import cli, restarts, supervisor
+from dist_partial import cli
 from dist_partial.errors import INTERRUPTED, UserError
+from dist_partial.launch import restarts, supervisor
 
 _PORTS = 100  # how many ports attempts on hosts take in turn
 _KEEP = ("-m", "dist_partial.launch", "keep")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from dist_partial.config import gin_files
 from dist_partial.config.settings import Settings
-from dist_partial.delta import Base
 from dist_partial.distributed import replicas
 from dist_partial.errors import UserError
+from dist_partial.export.delta import Base
 from dist_partial.reductions.local_only import Never
 from dist_partial.session import put_back
 from dist_partial.step import outer_step

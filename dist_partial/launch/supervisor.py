@@ -28,7 +28,7 @@ from dist_partial.cli import INTERRUPTED
 from dist_partial.distributed.cluster import near, unresolved
 from dist_partial.errors import AGAIN, Fault, UserError
 from dist_partial.files import writing
-from dist_partial.restarts import EXCEPTION, MISTAKES, Progress, Restarts, look, progress
+from dist_partial.launch.restarts import EXCEPTION, MISTAKES, Progress, Restarts, look, progress
 
 _REPORT = b"dist_partial keeper: "  # begins a keeper's report, a line of JSON
 _FINISH = 60.0  # seconds in which the others may end after one has ended well; the first worker still saves
