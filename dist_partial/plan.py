@@ -47,9 +47,9 @@ def report(cost: "Cost", full: "Cost", machine: "Machine") -> str:
     lines = [f"{'':28}{'this plan':>16}{'all, float32':>16}"]
     lines += [f"{name:28}{one:>16}{other:>16}" for name, one, other in rows]
     lines += ["", "rules by what they make each worker send:"]
-    sent = [(f"{g.rule}: {g.reduction}", [m for e in g.entries for m in e.messages]) for g in cost.plan.groups]
+    sent = [(f"{g.rule}: {g.reduction}", [m for e in g.entries for m in e.payloads]) for g in cost.plan.groups]
     sent += [("statistics of layers", list(cost.plan.statistics))] if cost.plan.statistics else []
-    sizes = [(average_bytes(messages, machine.workers), name) for name, messages in sent]
+    sizes = [(average_bytes(payloads, machine.workers), name) for name, payloads in sent]
     for size, name in sorted(sizes, key=lambda item: -item[0]):
         share = size / cost.nic_bytes if cost.nic_bytes else 0.0
         lines.append(f"  {share:7.2%}  {_size(size):>10}  {_ms(size / machine.bandwidth):>10}  {name}")
@@ -84,13 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         bandwidth = bytes_per_second(values.bandwidth)
         cli.import_tensorflow_quietly()
         from dist_partial.config import gin_files
-        from dist_partial.reductions.all_reduce import EveryStep
+        from dist_partial.reductions.all_reduce import AllReduce
         from dist_partial.selection.table import plan_table
         from dist_partial.training.cost_model import Machine, estimate
 
         machine = Machine(values.workers, bandwidth, values.latency_ms / 1e3, values.workers_per_host)
         settings = gin_files.load(values.gin_file, values.gin_param).settings
-        everything = dataclasses.replace(settings, rules=[("train", ".*")], reduction=EveryStep("float32"))
+        everything = dataclasses.replace(settings, rules=[("train", ".*")], reduction=AllReduce("float32"))
         cost = estimate(settings, machine)
         print(plan_table(cost.plan, machine.workers))
         if settings.global_batch % machine.workers:

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from dist_partial import reductions, selection
 from dist_partial.distributed import per_replica, traffic
-from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.collectives import Collectives
 from dist_partial.models import byte_transformer, two_dense
 from dist_partial.step import batch_norm, optimizers
 from dist_partial.step.train_step import StepOptions, train_step
@@ -242,24 +242,24 @@ def train(
     options: Options = Options(),
     dtype: str = "float64",
     steps_per_call: int = 7,
-    every_step: reductions.EveryStep = reductions.EveryStep(),  # noqa: B008 (frozen)
+    all_reduce: reductions.AllReduce = reductions.AllReduce(),  # noqa: B008 (frozen)
     jit_compile: bool = False,
     data: list[tuple[np.ndarray, np.ndarray]] | None = None,
-    wire: Wire | None = None,
+    collectives: Collectives | None = None,
     total: Callable[[Any], np.ndarray] = np.asarray,
 ) -> Trained:
     """Trains under the strategy with the package's own step; `total` sums over the workers."""
     data = batches(case, dtype) if data is None else data
     with strategy.scope():
         model = build(case)
-        plan = selection.resolve(case.rules, model, every_step)
+        plan = selection.resolve(case.rules, model, all_reduce)
         batch_norm.set_modes(batch_norm.layers(model), plan, everywhere=False)
         groups = optimizers.build(plan, lambda: optimizer(name, options))
         states = reductions.states(plan)
     before = weights(model)
     compiled = train_step(
         strategy,
-        wire or Wire(),
+        collectives or Collectives(),
         model,
         loss,
         plan,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dist_partial.distributed import consistency, rendezvous
-from dist_partial.distributed.tcp_backend import Mesh
+from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.errors import Fault, UserError
 from tests.test_mesh import at_once
 from tests.workers import ROOT, free_ports
@@ -32,18 +32,18 @@ def outcomes():
         workers = [f"127.0.0.1:{port}" for port in free_ports(len(facts))]
 
         def work(rank):
-            mesh = Mesh(rank, workers, rendezvous.connect(rank, workers, 20), 60.0)
-            made.append(mesh)
+            backend = TCPBackend(rank, workers, rendezvous.connect(rank, workers, 20), 60.0)
+            made.append(backend)
             try:
-                return consistency.check(mesh, facts[rank])
+                return consistency.check(backend, facts[rank])
             except UserError as error:
                 return str(error)
 
         return workers, at_once([functools.partial(work, rank) for rank in range(len(facts))])
 
     yield check
-    for mesh in made:
-        mesh.close()
+    for backend in made:
+        backend.close()
 
 
 def copied(facts, *place_and_value):
@@ -136,15 +136,15 @@ def test_what_ends_a_worker_before_it_compares_is_told_to_the_others():
     workers = [f"127.0.0.1:{port}" for port in free_ports(3)]
 
     def work(rank):
-        mesh = Mesh(rank, workers, rendezvous.connect(rank, workers, 20), 60.0)
+        backend = TCPBackend(rank, workers, rendezvous.connect(rank, workers, 20), 60.0)
         if rank == 1:
-            return mesh.close(UserError("run.rules match nothing"))
+            return backend.close(UserError("run.rules match nothing"))
         try:
             with pytest.raises(UserError) as raised:
-                consistency.check(mesh, FACTS)
+                consistency.check(backend, FACTS)
             return str(raised.value)
         finally:
-            mesh.close()
+            backend.close()
 
     expected = f"worker 1 ({workers[1]}): run.rules match nothing"
     assert at_once([functools.partial(work, rank) for rank in range(3)]) == [expected, None, expected]
@@ -154,11 +154,11 @@ def test_everyone_s_value_in_rank_order():
     workers = [f"127.0.0.1:{port}" for port in free_ports(3)]
 
     def work(rank):
-        mesh = Mesh(rank, workers, rendezvous.connect(rank, workers, 20), 60.0)
+        backend = TCPBackend(rank, workers, rendezvous.connect(rank, workers, 20), 60.0)
         try:
-            return consistency.everyone(mesh, (-1, 10**12, 0)[rank]), consistency.names(mesh, [0, 2])
+            return consistency.everyone(backend, (-1, 10**12, 0)[rank]), consistency.names(backend, [0, 2])
         finally:
-            mesh.close()
+            backend.close()
 
     named = f"worker 0 ({workers[0]}), worker 2 ({workers[2]})"
     assert at_once([functools.partial(work, rank) for rank in range(3)]) == [([-1, 10**12, 0], named)] * 3
@@ -169,16 +169,16 @@ def test_what_workers_swap_in_every_step_is_not_kept():
     workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
 
     def work(rank):
-        mesh = Mesh(rank, workers, rendezvous.connect(rank, workers, 20), 60.0)
+        backend = TCPBackend(rank, workers, rendezvous.connect(rank, workers, 20), 60.0)
         try:
             sizes = []
             for step in range(200):
-                consistency.everyone(mesh, step)
-                mesh.sum(np.ones(4, np.float32))
-                sizes.append(len(mesh._ops))
+                consistency.everyone(backend, step)
+                backend.sum(np.ones(4, np.float32))
+                sizes.append(len(backend._ops))
             return sizes[100], sizes[-1]
         finally:
-            mesh.close()
+            backend.close()
 
     for before, after in at_once([functools.partial(work, rank) for rank in range(2)]):
         assert after <= before + 10  # the values' lengths may differ
@@ -188,13 +188,13 @@ def test_a_worker_that_is_lost_meanwhile_is_a_fault():
     workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
 
     def work(rank):
-        mesh = Mesh(rank, workers, rendezvous.connect(rank, workers, 20), 60.0)
+        backend = TCPBackend(rank, workers, rendezvous.connect(rank, workers, 20), 60.0)
         try:
             if rank == 0:
                 with pytest.raises(Fault, match=r"worker 1 \(127\.0\.0\.1:\d+\) is gone"):
-                    consistency.check(mesh, FACTS)
+                    consistency.check(backend, FACTS)
         finally:
-            mesh.close()
+            backend.close()
 
     at_once([functools.partial(work, rank) for rank in range(2)])
 

@@ -185,7 +185,7 @@ def test_what_is_no_mistake(train_main, tmp_path, capsys):
         ["run.loss=@user_module.Whole", "user_module.data.lowest=-1", "user_module.model.outputs=1"],
         ["run.loss=@user_module.pairs", "run.global_batch=8"],
         ["run.loss=@user_module.own_loss", "user_module.data.lowest=-1"],
-        ["unused/hub_model.preset=None", "Rule.rows=[0, 2]", "local_sgd.outer=@nesterov"],
+        ["unused/hub_model.preset=None", "Rule.rows=[0, 2]", "local_sgd.outer_optimizer=@nesterov"],
     ):
         assert train_main(*params, "run.steps=1", folder=tmp_path / str(len(list(tmp_path.iterdir())))) == 0, params
         assert "error" not in capsys.readouterr().err
@@ -251,7 +251,7 @@ def test_a_folder_of_another_run_is_refused(finished, train_main, capsys):
         ("run.optimizer=@keras.optimizers.SGD", ["optimizers.0.class", "'Adam'", "'SGD'"]),
         ("Adam.learning_rate=0.5", ["optimizers.0.learning_rate", "0.5"]),
         ("run.precision='float64'", ["precision", "'float32'", "'float64'"]),
-        ("run.reduction=@half/every_step()\nhalf/every_step.dtype='bfloat16'", ["reduction", "bfloat16"]),
+        ("run.reduction=@half/all_reduce()\nhalf/all_reduce.dtype='bfloat16'", ["reduction", "bfloat16"]),
     ]
     for param, words in others:
         assert train_main(param, "run.steps=6") == 2, param

@@ -10,13 +10,13 @@ import tensorflow as tf
 
 from dist_partial import reductions, selection
 from dist_partial.distributed import traffic
-from dist_partial.distributed.collectives import Wire
-from dist_partial.reductions.all_reduce import EveryStep
-from dist_partial.reductions.local_only import Never
+from dist_partial.distributed.collectives import Collectives
+from dist_partial.reductions.all_reduce import AllReduce
+from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
-from dist_partial.selection.payload import Message
+from dist_partial.selection.payload import Payload
 from dist_partial.selection.rules import Rule
 from tests import cases
 from tests.cases import same_bits
@@ -36,10 +36,10 @@ class Simulated:
         wire: how the replicas reach each other.
     """
 
-    def __init__(self, strategy, members, dtype="float64", wire=Wire()):  # noqa: B008 (frozen)
+    def __init__(self, strategy, members, dtype="float64", collectives=Collectives()):  # noqa: B008 (frozen)
         rules = tuple(Rule(f"v{i}") for i in range(len(members)))
         entries = tuple(
-            selection.Entry(rule.match, shape, dtype, None, rule, each)
+            selection.VariablePlan(rule.match, shape, dtype, None, rule, each)
             for rule, (each, shape) in zip(rules, members, strict=True)
         )
         self.strategy, self.dtype = strategy, dtype
@@ -51,7 +51,7 @@ class Simulated:
         def reduced(stacked):
             def on_replica():
                 index = tf.distribute.get_replica_context().replica_id_in_sync_group
-                return reductions.reduce(wire, self.plan, [each[index] for each in stacked], self.states)[0]
+                return reductions.reduce(collectives, self.plan, [each[index] for each in stacked], self.states)[0]
 
             return [strategy.experimental_local_results(each) for each in strategy.run(on_replica)]
 
@@ -106,18 +106,22 @@ def gram_schmidt(matrix):
 class PowerModel:
     """Algorithms 1 and 2 of the paper; the signs of columns do not change the result."""
 
-    def __init__(self, rank, wire, shape, replicas, dtype, right):
+    def __init__(self, rank, collectives, shape, replicas, dtype, right):
         rows, columns = {(12, 20): (12, 20), (3, 4, 10): (12, 10), (1000, 3): (1000, 3)}.get(shape, (0, 0))
-        self.wire, self.shape, self.dense = wire or dtype, shape, rank * (rows + columns) >= rows * columns
+        self.collectives, self.shape, self.dense = (
+            collectives or dtype,
+            shape,
+            rank * (rows + columns) >= rows * columns,
+        )
         self.error, self.right, self.matrix = np.zeros((replicas, *shape), dtype), right, (rows, columns)
 
     def step(self, gradients):
         dtype = gradients.dtype
         if self.dense:
-            return sum(rounded(g, self.wire) for g in gradients).astype(dtype)
+            return sum(rounded(g, self.collectives) for g in gradients).astype(dtype)
         wholes = [(g + e).reshape(self.matrix) for g, e in zip(gradients, self.error, strict=True)]
-        left = gram_schmidt(sum(rounded(whole @ self.right, self.wire) for whole in wholes).astype(dtype))
-        rights = [rounded(whole.T @ left, self.wire) for whole in wholes]
+        left = gram_schmidt(sum(rounded(whole @ self.right, self.collectives) for whole in wholes).astype(dtype))
+        rights = [rounded(whole.T @ left, self.collectives) for whole in wholes]
         for error, whole, right in zip(self.error, wholes, rights, strict=True):
             error[:] = (whole - left @ right.astype(dtype).T).reshape(self.shape)
         self.right = sum(rights).astype(dtype)
@@ -226,14 +230,14 @@ def assert_nothing_lost(simulated, i, sent, gradients, tolerance=1e-10):
         (2, "bfloat16", "float64", 1e-10),
     ],
 )
-def test_power_sgd_is_the_papers(replicas, wire, dtype, tolerance, mirrored):
-    members = [(PowerSGD(rank, wire), shape) for rank in (1, 2, 4) for shape in SHAPES]
+def test_power_sgd_is_the_papers(replicas, collectives, dtype, tolerance, mirrored):
+    members = [(PowerSGD(rank, collectives), shape) for rank in (1, 2, 4) for shape in SHAPES]
     simulated = Simulated(mirrored(replicas), members, dtype)
     models = []
     for (each, shape), state in zip(members, simulated.states, strict=True):
         rights = cases.copies(simulated.strategy, state["right"]) if state else [None]
         assert state == {} or same_bits(rights)
-        models.append(PowerModel(each.rank, wire, shape, replicas, dtype, rights[0]))
+        models.append(PowerModel(each.rank, collectives, shape, replicas, dtype, rights[0]))
         assert models[-1].dense == (state == {})
     assert_follows(simulated, models, [draw(replicas, shape, dtype) for _, shape in members], tolerance)
 
@@ -295,7 +299,7 @@ def test_a_block_of_more_than_a_byte_has_places_beyond_it(mirrored):
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 def test_every_step_sums_what_the_wire_carries(replicas, mirrored):
-    members = [(EveryStep(name), shape) for name in (None, "float32", "bfloat16", "float16") for shape in SHAPES]
+    members = [(AllReduce(name), shape) for name in (None, "float32", "bfloat16", "float16") for shape in SHAPES]
     simulated = Simulated(mirrored(replicas), members)
     gradients = [draw(replicas, shape, steps=10) for _, shape in members]
     for t in range(10):
@@ -378,7 +382,7 @@ def test_power_sgd_does_not_depend_on_who_has_which_gradient(mirrored):
 
 def test_gradients_of_zero_are_no_nan_and_end_nothing(mirrored):
     members = [
-        *[(each, (12, 20)) for each in (PowerSGD(2), PowerSGD(2, "bfloat16"), EveryStep("float16"))],
+        *[(each, (12, 20)) for each in (PowerSGD(2), PowerSGD(2, "bfloat16"), AllReduce("float16"))],
         *[(Quantized(bits), (300,)) for bits in (1, 1.6)],
         *[(TopK(1 / 16, 16, bits), (300,)) for bits in (16, 4)],
     ]
@@ -419,7 +423,7 @@ def test_what_gains_nothing_is_sent_whole(each, shape, mirrored):
     simulated = Simulated(mirrored(2), [(each, shape)], "float32")
     assert simulated.states == [{}]
     size = 2 if getattr(each, "dtype", None) else 4
-    assert each.messages(shape, "float32") == (Message("sum", size * int(np.prod(shape))),)
+    assert each.payloads(shape, "float32") == (Payload("sum", size * int(np.prod(shape))),)
     gradient = np.random.default_rng(0).normal(size=(2, *shape)).astype("float32")
     np.testing.assert_allclose(simulated.step([gradient])[0], gradient.sum(axis=0), rtol=0.05 if size == 2 else 1e-6)
 
@@ -441,16 +445,16 @@ MESSAGES = [
     (TopK(1 / 16, 256, 1.6), (12, 20), [("gather", 15 + 2 + 3)]),
     (PowerSGD(2), (12, 20), [("sum", 2 * 12 * 8), ("sum", 2 * 20 * 8)]),
     (PowerSGD(2, "bfloat16"), (3, 4, 10), [("sum", 2 * 12 * 2), ("sum", 2 * 10 * 2)]),
-    (EveryStep("float16"), (3, 4, 10), [("sum", 120 * 2)]),
-    (EveryStep(), (7,), [("sum", 7 * 8)]),
-    (Never(), (7,), []),
+    (AllReduce("float16"), (3, 4, 10), [("sum", 120 * 2)]),
+    (AllReduce(), (7,), [("sum", 7 * 8)]),
+    (LocalOnly(), (7,), []),
 ]
 
 
 @pytest.mark.parametrize("i", range(len(MESSAGES)))
 def test_messages_are_as_long_as_said(i, mirrored):
     each, shape, expected = MESSAGES[i]
-    assert each.messages(shape, "float64") == tuple(Message(*pair) for pair in expected)
+    assert each.payloads(shape, "float64") == tuple(Payload(*pair) for pair in expected)
     found = traffic.in_call(Simulated(mirrored(2), [(each, shape)]).traced())
     assert [(c.kind, c.bytes) for c in found] == expected
 
@@ -461,16 +465,16 @@ def mixed():
         "a/kernel": PowerSGD(2),
         "a/bias": Quantized(4),
         "b/kernel": PowerSGD(3, "bfloat16"),
-        "b/bias": EveryStep("bfloat16"),
+        "b/bias": AllReduce("bfloat16"),
         "c/kernel": TopK(1 / 16, 256, 8),
-        "c/bias": Never(),
-        "d/kernel": EveryStep(),
+        "c/bias": LocalOnly(),
+        "d/kernel": AllReduce(),
         "d/bias": PowerSGD(2),  # sent whole
     }
     sizes = zip("abcd", (40, 50, 60, 5), strict=True)
     layers = [keras.layers.Dense(n, name=name) for name, n in sizes]
     model = keras.Sequential([keras.Input((30,)), *layers], name="mixed")
-    return selection.resolve([Rule(path, reduction=each) for path, each in reductions.items()], model, EveryStep())
+    return selection.resolve([Rule(path, reduction=each) for path, each in reductions.items()], model, AllReduce())
 
 
 # Round one: sums in float32 (PowerSGD's left factor, d) and in bfloat16 (left factor, b/bias), one gather (a/bias and
@@ -484,8 +488,8 @@ ROUNDS = [
 ]
 
 
-def _of_plan(plan, strategy, wire=Wire()):  # noqa: B008 (frozen)
-    return Simulated(strategy, [(e.reduction, e.shape) for e in plan.trained], "float32", wire)
+def _of_plan(plan, strategy, collectives=Collectives()):  # noqa: B008 (frozen)
+    return Simulated(strategy, [(e.reduction, e.shape) for e in plan.trained], "float32", collectives)
 
 
 def test_a_mixed_plan_shares_rounds_and_sends_what_it_predicts(mirrored):
@@ -495,11 +499,11 @@ def test_a_mixed_plan_shares_rounds_and_sends_what_it_predicts(mirrored):
     found = traffic.in_call(_of_plan(plan, strategy).traced())
     assert sorted((c.kind, c.bytes) for c in found) == sorted(ROUNDS)
     for kind in ("sum", "gather"):
-        predicted = [m for m in plan.messages if m.kind == kind]
+        predicted = [m for m in plan.payloads if m.kind == kind]
         assert traffic.total(predicted) == traffic.total([c for c in found if c.kind == kind])
     # A pack that holds nothing more: one collective a message.
-    alone = traffic.in_call(_of_plan(plan, strategy, Wire(pack_bytes=1)).traced())
-    assert sorted((c.kind, c.bytes) for c in alone) == sorted((m.kind, m.bytes) for m in plan.messages)
+    alone = traffic.in_call(_of_plan(plan, strategy, Collectives(pack_bytes=1)).traced())
+    assert sorted((c.kind, c.bytes) for c in alone) == sorted((m.kind, m.bytes) for m in plan.payloads)
     assert traffic.in_call(_of_plan(plan, mirrored(1)).traced()) == []
 
 
@@ -509,7 +513,7 @@ def test_packs_change_no_bit(mirrored):
     gradients = [draw(2, entry.shape, "float32") for entry in plan.trained]
     outcomes = []
     for pack_bytes in (300, 2**21):
-        simulated = _of_plan(plan, strategy, Wire(pack_bytes=pack_bytes))
+        simulated = _of_plan(plan, strategy, Collectives(pack_bytes=pack_bytes))
         outcomes.append([simulated.step([g[t] for g in gradients]) for t in range(5)])
     for other in outcomes[1:]:
         for left, right in zip(outcomes[0], other, strict=True):
@@ -524,7 +528,7 @@ def test_a_gradient_that_is_none_sends_nothing(mirrored):
     def reduced():
         gradients = [None, tf.ones([12, 20], tf.float64)]
         results, _ = strategy.run(
-            lambda: reductions.reduce(Wire(), simulated.plan, gradients, simulated.states),
+            lambda: reductions.reduce(Collectives(), simulated.plan, gradients, simulated.states),
         )
         assert results[0] is None
         return results[1]

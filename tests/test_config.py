@@ -14,7 +14,7 @@ from dist_partial.config import gin_files
 from dist_partial.config.settings import Settings
 from dist_partial.distributed.replicas import create
 from dist_partial.errors import Raised, UserError
-from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.training import loop
 from dist_partial.training.build import build
 from tests import user_module
@@ -117,8 +117,8 @@ def test_rules_in_full_form(load):
         head/Rule.optimizer = @head/keras.optimizers.SGD
         head/keras.optimizers.SGD.momentum = 0.5
         head/Rule.learning_rate = 0.25
-        head/Rule.reduction = @half/every_step()
-        half/every_step.dtype = 'bfloat16'
+        head/Rule.reduction = @half/all_reduce()
+        half/all_reduce.dtype = 'bfloat16'
         body/Rule.match = r'body/kernel'
         body/Rule.rows = (1, 3)
         run.optimizer = @keras.optimizers.Adam
@@ -131,7 +131,7 @@ def test_rules_in_full_form(load):
     assert (head.match, head.train, head.rows) == ("head/.*", True, None)
     assert (body.match, body.rows, body.optimizer) == ("body/kernel", (1, 3), None)
     assert (rest.match, rest.train) == (".*", False)
-    assert head.reduction == EveryStep("bfloat16")
+    assert head.reduction == AllReduce("bfloat16")
     built = build(settings, settings.replicas())
     first, second = (group.optimizer for group in built.optimizers)
     assert isinstance(first, keras.optimizers.SGD) and first.momentum == 0.5 and float(first.learning_rate) == 0.25
@@ -160,7 +160,7 @@ def test_factories_by_name(text, attribute, kind, load):
         ("run.stepz = 3", ["run has no parameter 'stepz'", "steps", "user.gin", "line 8"]),
         ("runn.steps = 3", ["'runn'", "nearest: run", "line 8"]),
         ("sample.temprature = 3", ["sample has no parameter 'temprature'", "temperature"]),
-        ("every_step.dtypes = 'x'", ["every_step has no parameter 'dtypes'", "dtype"]),
+        ("all_reduce.dtypes = 'x'", ["all_reduce has no parameter 'dtypes'", "dtype"]),
         ("model.unit = 3", ["model has no parameter 'unit'", "units"]),
         ("run.model = @two_dens", ["'two_dens'", "two_dense"]),
         ("run.optimizer = @keras.optimizers.Adm", ["'keras.optimizers.Adm'", "keras.optimizers.Adam"]),
@@ -180,7 +180,7 @@ def test_factories_by_name(text, attribute, kind, load):
         ("run.precision = 'float8'", ["run.precision is 'float8'", "'mixed_bfloat16'"]),
         ("run.statistics = 'none'", ["run.statistics is 'none'", "'trained'"]),
         ("run.clip_norm = -1.0", ["run.clip_norm is -1.0"]),
-        ("run.reduction = @every_step()\nevery_step.dtype = 'int8'", ["every_step.dtype is 'int8'"]),
+        ("run.reduction = @all_reduce()\nevery_step.dtype = 'int8'", ["all_reduce.dtype is 'int8'"]),
         ("include 'absent.gin'", ["user.gin includes 'absent.gin'", "beside it"]),
         ("include 'user.gin'", ["user.gin", "includes itself"]),
         ("import no_such_module", ["user.gin", "no_such_module"]),
@@ -330,7 +330,7 @@ def test_the_configurations_that_come_along_load(name):
         built = build(settings, create("default"))
         assert len(built.units) > 2 and built.schedule.next_switch(0)
     if name == "two_dense":
-        plan = selection.resolve(settings.rules, settings.model(), EveryStep())
+        plan = selection.resolve(settings.rules, settings.model(), AllReduce())
         assert {entry.path for entry in plan.trained} == {"dense1/kernel", "dense2/kernel"}
         assert settings.sampling.temperature == 0.6
         assert float(settings.optimizer().learning_rate) == pytest.approx(1e-3)
@@ -340,7 +340,7 @@ def test_defaults_heed_their_bindings(tmp_path):
     """Neither run.optimizer nor run.reduction is bound here; their parts are."""
     file = tmp_path / "own.gin"
     file.write_text("run.rules = [('train', '.*')]\nrun.model = @two_dense\nrun.data = @stdlib_shapes\n")
-    loaded = gin_files.load([file], ["Adam.learning_rate = 0.5", "every_step.dtype = 'bfloat16'"]).settings
+    loaded = gin_files.load([file], ["Adam.learning_rate = 0.5", "all_reduce.dtype = 'bfloat16'"]).settings
     assert float(loaded.optimizer().learning_rate) == 0.5
     assert loaded.reduction.dtype == "bfloat16"
 

@@ -18,7 +18,7 @@ import tensorflow as tf
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint, train_batches
 from dist_partial.distributed import replicas
-from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.collectives import Collectives
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.schedules.adaptive import AutoFreeze, ByteBudget
@@ -80,7 +80,7 @@ def budget_for(schedule, precision):
     return schedule
 
 
-def legs(folder: Path) -> dict[int, set[str]]:
+def phases(folder: Path) -> dict[int, set[str]]:
     """The paths that are trained from a step on, from 0, as the run has recorded them."""
     units = {v["path"]: v["unit"] for v in json.loads((folder / "plan.json").read_text())["variables"]}
     lines = [row for row in rows(folder / "metrics.jsonl") if row["split"] == "plan"]
@@ -213,7 +213,7 @@ def check(folder: Path, told: Settings, replicas: int, resets: bool = False) -> 
     keras.utils.clear_session(free_memory=False)
     cases.set_precision(told.precision)
     weights, selections = reference(told, replicas, resets)
-    assert len(selections) > 4 and legs(folder) == selections
+    assert len(selections) > 4 and phases(folder) == selections
     cases.assert_equal(trained(folder), weights, {"float64": 1e-10, "float32": 1e-5}[told.precision])
 
 
@@ -228,7 +228,7 @@ def test_equals_one_device_that_trains_the_same(name, precision, counts, mirrore
     for count in counts:
         keras.utils.clear_session(free_memory=False)
         folder = tmp_path / str(count)
-        made = Replicas(mirrored(count), Wire(), str(count))
+        made = Replicas(mirrored(count), Collectives(), str(count))
         told = settings(schedule, made, precision=precision)
         loop.run(told, folder)
         check(folder, told, count)
@@ -237,11 +237,11 @@ def test_equals_one_device_that_trains_the_same(name, precision, counts, mirrore
 @pytest.mark.parametrize("leave", ["reset", "drop"])
 def test_slots_of_what_is_left(leave, mirrored, tmp_path):
     """Reset and dropped slots begin anew; dropped ones are not in the checkpoint either."""
-    made = Replicas(mirrored(2), Wire(), "two")
+    made = Replicas(mirrored(2), Collectives(), "two")
     told = settings(SCHEDULES["rotation"], made, precision="float64", leave=leave)
     loop.run(told, tmp_path / "run")
     check(tmp_path / "run", told, 2, resets=True)
-    last = {path.split("/")[0] for path in [*legs(tmp_path / "run").values()][-1]}
+    last = {path.split("/")[0] for path in [*phases(tmp_path / "run").values()][-1]}
     slots = {name.split("/")[1] for name in state(tmp_path / "run", STEPS) if name.startswith("slots/")}
     assert {name for name in slots if name in LAYERS} == (last if leave == "drop" else set(LAYERS))
 
@@ -250,7 +250,7 @@ def test_slots_of_what_is_left(leave, mirrored, tmp_path):
     ("name", "leave"), [*((name, "keep") for name in SCHEDULES), ("rotation", "reset"), ("rotation", "drop")]
 )
 def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, leave, mirrored, tmp_path, capsys):
-    made = Replicas(mirrored(2), Wire(), "two")
+    made = Replicas(mirrored(2), Collectives(), "two")
     schedule = budget_for(SCHEDULES[name], "float32")
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     loop.run(settings(schedule, made, leave=leave, compiled_plans=2), whole)  # so few that some are compiled again
@@ -268,7 +268,7 @@ def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, leave, mirrored, t
 
 def test_what_is_recorded_and_sent(mirrored, tmp_path):
     """A line a switch; between two of them each step sends what the line says, counted in the graph."""
-    made = Replicas(mirrored(2), Wire(), "two")
+    made = Replicas(mirrored(2), Collectives(), "two")
     schedule = budget_for(SCHEDULES["byte_budget"], "float32")
     loop.run(settings(schedule, made), tmp_path)
     found = rows(tmp_path / "metrics.jsonl")
@@ -292,7 +292,7 @@ def test_the_budget_holds_on_more_replicas(mirrored, tmp_path):
     schedule = dataclasses.replace(schedule, bytes=2 * schedule.bytes, every=100)
     for steps, count in ((2, 2), (4, 4)):
         keras.utils.clear_session(free_memory=False)
-        loop.run(settings(schedule, Replicas(mirrored(count), Wire(), str(count)), steps), tmp_path)
+        loop.run(settings(schedule, Replicas(mirrored(count), Collectives(), str(count)), steps), tmp_path)
     lines = rows(tmp_path / "metrics.jsonl")
     plans = [row for row in lines if row["split"] == "plan"]
     assert [row["step"] for row in plans] == [1, 3]
@@ -309,10 +309,10 @@ def test_the_budget_holds_on_more_replicas(mirrored, tmp_path):
 def _work(folder: Path) -> None:
     """One of two workers: every schedule, each in two pieces."""
     made = replicas.create("multi_worker")
-    made.mesh.close = lambda reason=None: None  # which a run calls at its end; the next one here goes on with it
+    made.backend.close = lambda reason=None: None  # which a run calls at its end; the next one here goes on with it
     for name, schedule in SCHEDULES.items():
         keras.utils.clear_session(free_memory=False)
-        loop.run(settings(schedule, made, precision="float64", cache="memory"), folder / name)
+        loop.run(settings(schedule, made, precision="float64", activation_cache="memory"), folder / name)
 
 
 def test_two_workers(tmp_path):
@@ -350,7 +350,7 @@ def test_what_is_not_reduced_in_every_step_cannot_be_switched():
     from dist_partial.reductions.local_sgd import LocalSGD
     from dist_partial.training.build import build
 
-    made = Replicas(tf.distribute.get_strategy(), Wire(), "one")
+    made = Replicas(tf.distribute.get_strategy(), Collectives(), "one")
     told = settings(SCHEDULES["lisa"], made, rules=[Rule(".*", reduction=LocalSGD(4))])
     with pytest.raises(UserError, match=r"run\.schedule switches .*every 4 steps.* of rule '\.\*'"):
         build(told, made)

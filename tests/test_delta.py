@@ -15,7 +15,7 @@ import safetensors.numpy
 from dist_partial import Base, Delta, Rule
 from dist_partial.errors import UserError
 from dist_partial.export import delta
-from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.selection.resolve import resolve
 from tests import user_module
 from tests.cases import convolutional
@@ -53,7 +53,7 @@ def trained(seed: int, rules=RULES) -> tuple[Delta, dict[str, np.ndarray]]:
     """A delta of the model after some training, and all of the model's values then."""
     model = small()
     base = delta.model_fingerprints(model)
-    plan = resolve(rules, model, EveryStep())
+    plan = resolve(rules, model, AllReduce())
     rng = np.random.default_rng(seed)
     variables = {v.path.removeprefix("small/"): v for v in model.variables}
     for path in ("half/kernel", "norm/gamma", "norm/beta", "norm/moving_mean"):
@@ -108,7 +108,7 @@ def test_a_hundredth_of_a_model_is_a_hundredth_of_its_bytes(tmp_path):
     layers = [keras.Input((400,)), *(keras.layers.Dense(400, name=f"body_{i}") for i in range(4))]
     model = keras.Sequential([*layers, keras.layers.Dense(10, name="head")])
     base = delta.model_fingerprints(model)
-    plan = resolve([("train", "head/.*"), ("freeze", ".*")], model, EveryStep())
+    plan = resolve([("train", "head/.*"), ("freeze", ".*")], model, AllReduce())
     delta.write(tmp_path / "a.safetensors", delta.of(model, plan, base, 1))
     assert (tmp_path / "a.safetensors").stat().st_size < 4 * model.count_params() / 100
 
@@ -250,7 +250,7 @@ def test_paths_that_repeat_are_told_apart():
 def test_moving_statistics_of_a_frozen_layer_are_left_out():
     model = convolutional(synchronized=False)
     base = delta.model_fingerprints(model)
-    plan = resolve([("train", "head/.*"), ("freeze", ".*")], model, EveryStep())
+    plan = resolve([("train", "head/.*"), ("freeze", ".*")], model, AllReduce())
     model(np.ones((2, 8, 8, 3)), training=False)
     assert delta.of(model, plan, base, 1).arrays.keys() == {"head/kernel", "head/bias"}
 

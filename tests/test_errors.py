@@ -250,7 +250,7 @@ class Held(ArraySource):
         return super().fetch(indices)
 """
     (tmp_path / "own_code.py").write_text(MODULE.replace('ArraySource(X, Y), "1"', 'Held(X, Y), "1"') + held)
-    params = ["run.reduction = @never()", "run.steps = 90", "run.eval_every = 30", "run.save_every = 30"]
+    params = ["run.reduction = @local_only()", "run.steps = 90", "run.eval_every = 30", "run.save_every = 30"]
     command = ["-m", "dist_partial.train", *arguments(code, tmp_path / "run", *params)]
     results = run_workers(command, workers=2, timeout=60, pythonpath=tmp_path)
     assert [code for code, _ in results] == [1, 1], results

@@ -95,7 +95,7 @@ two_dense.classes = 3
 run.data = @export_module.digits
 run.rules = [('train', r'dense2/.*'), ('freeze', r'.*')]
 run.reduction = @local_sgd()
-local_sgd.steps = 4
+local_sgd.sync_every = 4
 run.precision = 'float64'
 """,
     "tied": """

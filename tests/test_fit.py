@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from dist_partial import UserError, fit, partial, selection
 from dist_partial.distributed import traffic
-from dist_partial.reductions.all_reduce import EveryStep
-from dist_partial.reductions.local_only import Never
+from dist_partial.reductions.all_reduce import AllReduce
+from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.top_k import TopK
@@ -30,7 +30,7 @@ def scope(mirrored, replicas):
     return mirrored(replicas) if replicas else tf.distribute.get_strategy()
 
 
-def compiled(strategy, case, rules=None, optimizer=None, reduction=EveryStep(), policy=None, **options):  # noqa: B008
+def compiled(strategy, case, rules=None, optimizer=None, reduction=AllReduce(), policy=None, **options):  # noqa: B008
     with strategy.scope():
         if policy:
             keras.config.set_dtype_policy(policy)
@@ -61,7 +61,7 @@ def sent(model, x, y):
     return traffic.total(traffic._of_a_replica(found))
 
 
-def planned(case, rules=None, reduction=EveryStep()):  # noqa: B008
+def planned(case, rules=None, reduction=AllReduce()):  # noqa: B008
     return selection.resolve(rules or case.rules, cases.build(case), reduction).wire_bytes
 
 
@@ -126,7 +126,7 @@ def test_float32_is_as_far_from_one_device_as_plain_keras_is(mirrored):
         assert ours <= 2 * keras_own, name
 
 
-@pytest.mark.parametrize("reduction", [EveryStep(), EveryStep("bfloat16"), TopK(0.1), PowerSGD(2)], ids=str)
+@pytest.mark.parametrize("reduction", [AllReduce(), AllReduce("bfloat16"), TopK(0.1), PowerSGD(2)], ids=str)
 def test_reductions_equal_the_trainer(reduction, mirrored, tmp_path):
     """Also when it was saved in between, with what the replicas had not sent yet."""
     cases.set_precision("float64")
@@ -138,7 +138,7 @@ def test_reductions_equal_the_trainer(reduction, mirrored, tmp_path):
     with strategy.scope():
         model = keras.saving.load_model(tmp_path / "model.keras")
     train(model, *arrays(case, "float64", first=10))
-    expected = cases.train(mirrored(2), case, every_step=reduction)
+    expected = cases.train(mirrored(2), case, all_reduce=reduction)
     cases.assert_equal(cases.weights(model), expected.after, 1e-9)
     assert sent(model, *arrays(case, "float64")) == expected.bytes_per_step == planned(case, reduction=reduction)
 
@@ -431,8 +431,8 @@ def test_what_is_thawed_after_it_is_refused():
             "give what makes one, such as keras.optimizers.SGD (in a gin file @keras.optimizers.SGD) without ()",
         ),
         ({"rules": [selection.Rule(".*", optimizer=dict)]}, "is {}: give a factory, such as keras.optimizers.Adam"),
-        ({"rules": [selection.Rule(".*", reduction=Never())]}, "rule '.*': model.fit cannot reduce by never"),
-        ({"rules": [selection.Rule(".*", reduction="sum")]}, "reduction is 'sum': give one such as EveryStep()"),
+        ({"rules": [selection.Rule(".*", reduction=LocalOnly())]}, "rule '.*': model.fit cannot reduce by local only"),
+        ({"rules": [selection.Rule(".*", reduction="sum")]}, "reduction is 'sum': give one such as AllReduce()"),
         ({"optimizer": None}, "partial was given None: pass a Keras optimizer such as keras.optimizers.Adam(1e-3)"),
         ({"optimizer": "adamm"}, "'adamm': pass a Keras optimizer"),
         ({"optimizer": keras.optimizers.Adam}, "pass a Keras optimizer"),
@@ -445,9 +445,9 @@ def test_what_is_thawed_after_it_is_refused():
             "scales the loss by itself",
         ),
         ({"optimizer": lambda: built(keras.optimizers.SGD())}, "has slots for other variables already"),
-        ({"reduction": Never()}, "cannot reduce by never: take one of EveryStep, Quantized, TopK, PowerSGD"),
+        ({"reduction": LocalOnly()}, "cannot reduce by local only: take one of AllReduce, Quantized, TopK, PowerSGD"),
         ({"reduction": LocalSGD(4)}, "cannot reduce by every 4 steps"),
-        ({"reduction": EveryStep}, "with the ()"),
+        ({"reduction": AllReduce}, "with the ()"),
         ({"model": keras.Sequential([keras.layers.Dense(2)], name="empty")}, "'empty' has no variables yet"),
         ({"model": "small"}, "'small': the third argument is the Keras model"),
     ],
@@ -458,7 +458,7 @@ def test_bad_input(arguments, message):
         optimizer = optimizer()
     rules = arguments.get("rules", [("train", "head/.*"), ("freeze", ".*")])
     with pytest.raises(UserError, match=re.escape(message)) as error:
-        partial(optimizer, rules, arguments.get("model", small()), arguments.get("reduction", EveryStep()))
+        partial(optimizer, rules, arguments.get("model", small()), arguments.get("reduction", AllReduce()))
     assert "\n" not in str(error.value)
     # What only a gin file has is named as such, beside what Python has.
     assert not re.search(

@@ -12,7 +12,7 @@ from dist_partial.errors import UserError
 from dist_partial.models import hub_model, hub_tokenizer
 from dist_partial.models.hub import single_input
 from dist_partial.models.sampling import generate
-from dist_partial.training.split_model import cut
+from dist_partial.training.split_model import split
 from tests import cases
 from tests.cases import Case, Options
 
@@ -113,7 +113,7 @@ def test_the_model_is_the_task_with_its_own_paths(name):
     assert [v.path for v in model.variables] == [v.path for v in task.variables]
     # The graph is flat, so that what is frozen from the input up can be cut off.
     trained = [v for v in model.variables if "_1/" in v.path]
-    part = cut(model, trained)
+    part = split(model, trained)
     assert part is not None and 8 in [tensor.shape[-1] for tensor in keras.tree.flatten(part.prefix(ids))]
 
 

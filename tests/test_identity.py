@@ -13,11 +13,11 @@ import tensorflow as tf
 from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
-from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.collectives import Collectives
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.models import two_dense
-from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.schedules.fixed import Constant, Rotation
 from dist_partial.selection.rules import Rule
 from dist_partial.training.build import build
@@ -56,8 +56,8 @@ def a_function():
 
 CASES = [
     ("rules", {"rules": [("train", "dense1/kernel"), ("train", "dense2/kernel"), ("freeze", ".*bias")]}),
-    ("rules", {"rules": [Rule("dense1/.*", reduction=EveryStep("bfloat16")), *RULES[1:]]}),
-    ("reduction", {"reduction": EveryStep("bfloat16")}),
+    ("rules", {"rules": [Rule("dense1/.*", reduction=AllReduce("bfloat16")), *RULES[1:]]}),
+    ("reduction", {"reduction": AllReduce("bfloat16")}),
     ("seed", {"seed": 1}),
     ("global_batch", {"global_batch": 8}),
     ("precision", {"precision": "float64"}),
@@ -73,7 +73,7 @@ CASES = [
     ("optimizers", {"optimizer": functools.partial(adam, 0.2)}),
     ("optimizers", {"optimizer": functools.partial(adam, excluded=["kernel"])}),
     ("frozen", {"model": functools.partial(model, dense2="bias")}),
-    ("frozen", {"frozen": "bfloat16"}),
+    ("frozen", {"frozen_dtype": "bfloat16"}),
     ("initial values", {"model": functools.partial(model, dense1="bias")}),
     ("schedule", {"schedule": Rotation(every=3)}),
     ("leave", {"leave": "drop"}),
@@ -86,7 +86,7 @@ FREE |= {"jit_compile", "compiled_plans", "cache", "replicas", "sampling"}
 def of(**more):
     """The identity of a run in which all that there is has a value."""
     given = {"rules": RULES, "model": model, "data": ids, "optimizer": adam, "steps": 20, "global_batch": 4}
-    made = Replicas(tf.distribute.get_strategy(), Wire(), "one")
+    made = Replicas(tf.distribute.get_strategy(), Collectives(), "one")
     return build(Settings(**{**given, "schedule": Rotation(every=2), **more}), made).fingerprint
 
 

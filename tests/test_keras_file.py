@@ -55,7 +55,7 @@ run.steps = 4
 run.global_batch = 8
 run.eval_first = True
 run.eval_examples = 40
-run.cache = 'memory'
+run.activation_cache = 'memory'
 sample.length = 4
 """)
     for _ in range(2):  # the second finds it finished, and adds nothing

@@ -10,7 +10,7 @@ import tensorflow as tf
 from dist_partial import selection
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, train_batches
-from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.collectives import Collectives
 from dist_partial.distributed.replicas import Replicas, create
 from dist_partial.errors import UserError
 from dist_partial.reductions.local_sgd import LocalSGD
@@ -177,7 +177,7 @@ def test_nothing_but_a_step_moves_a_random_state(tmp_path):
                 data=letters,
                 steps=6,
                 global_batch=6,
-                replicas=lambda: Replicas(mirrored_strategy(2), Wire(), "2 replicas"),
+                replicas=lambda: Replicas(mirrored_strategy(2), Collectives(), "2 replicas"),
                 **{"sampling": Sampling(prompt="abc", length=4), **more},
             ),
             tmp_path / name,
@@ -292,7 +292,7 @@ def test_an_evaluation_between_two_exchanges_is_of_the_model_that_is_saved(tmp_p
     order = np.argsort(data[0].sum(1))  # so that replicas see unlike parts, whatever the order of the run
     made = settings(
         normalised, tuple(each[order] for each in data), keras.losses.MeanSquaredError, steps=3,
-        reduction=LocalSGD(steps=5), replicas=2, eval_every=1,
+        reduction=LocalSGD(sync_every=5), replicas=2, eval_every=1,
     )  # fmt: skip
     loop.run(made, tmp_path / "run")
     alone = build(made, create("default"))

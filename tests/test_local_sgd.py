@@ -12,10 +12,10 @@ from dist_partial import reductions, selection
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed import traffic
-from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.collectives import Collectives
 from dist_partial.distributed.replicas import Replicas
-from dist_partial.reductions.all_reduce import EveryStep
-from dist_partial.reductions.local_only import Never
+from dist_partial.reductions.all_reduce import AllReduce
+from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.local_sgd import LocalSGD, nesterov
 from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
@@ -39,16 +39,16 @@ class Local:
         self.strategy = strategy
         with strategy.scope():
             self.model = cases.build(case)
-            self.plan = selection.resolve(case.rules, self.model, EveryStep())
+            self.plan = selection.resolve(case.rules, self.model, AllReduce())
             batch_norm.set_modes(batch_norm.layers(self.model), self.plan, everywhere=False)
             self.groups = optimizers.build(self.plan, lambda: cases.optimizer(inner, cases.Options()))
             self.states = reductions.states(self.plan)
             self.fragments = outer_step.build(self.plan, self.groups, self.states)
         options = StepOptions(GLOBAL_BATCH, clip_norm)
         self.train = train_step(
-            strategy, Wire(), self.model, cases.loss, self.plan, self.groups, self.states, options
+            strategy, Collectives(), self.model, cases.loss, self.plan, self.groups, self.states, options
         ).function
-        compiled = outer_step.exchanges(strategy, Wire(), self.plan, self.fragments, [], [])
+        compiled = outer_step.exchanges(strategy, Collectives(), self.plan, self.fragments, [], [])
         self.exchanges = [each.function for each in compiled]
         self.data = cases.batches(case, dtype, STEPS)
         self.iterator = cases.worker_iterator(strategy, self.data)
@@ -127,7 +127,7 @@ class Reference:
             for path, variable in zip(selection.variable_paths(model), model.trainable_variables, strict=True):
                 rule = rules[selection.first_match(rules, path)]
                 if rule.train:
-                    chosen[path], self.kinds[path] = variable, rule.reduction or EveryStep()
+                    chosen[path], self.kinds[path] = variable, rule.reduction or AllReduce()
                     self.masks[path] = np.ones(variable.shape)
                     if rule.rows is not None:
                         self.masks[path][: rule.rows[0]] = self.masks[path][rule.rows[1] :] = 0
@@ -170,7 +170,7 @@ class Reference:
             }
             for function, chosen, (own_x, own_y) in zip(self.gradient_functions, self.variables, parts, strict=True)
         ]
-        shared = [path for path, kind in self.kinds.items() if isinstance(kind, EveryStep)]
+        shared = [path for path, kind in self.kinds.items() if isinstance(kind, AllReduce)]
         mean = self._clipped({path: np.mean([g[path] for g in gradients], axis=0) for path in shared})
         for each, chosen, own in zip(self.optimizers, self.variables, gradients, strict=True):
             own = mean | self._clipped({path: g for path, g in own.items() if path not in shared})
@@ -273,7 +273,7 @@ def test_anchors_satisfy_the_constraints(outer, mirrored):
 
 def test_what_is_kept_back_satisfies_the_constraints(mirrored):
     cases.set_precision("float64")
-    kind = LocalSGD(3, exchange=TopK(1 / 16, 64, 32), keep=True)
+    kind = LocalSGD(3, compressor=TopK(1 / 16, 64, 32), keep_residual_local=True)
     local = Local(
         mirrored(2), dataclasses.replace(DENSE, model=constrained, rules=[Rule(".*", reduction=kind)]), "adam"
     )
@@ -315,7 +315,7 @@ def test_an_outer_optimizer_finds_the_names_of_the_variables(mirrored):
     case = dataclasses.replace(
         DENSE,
         model=lambda: models.append(DENSE.model()) or models[-1],
-        rules=[Rule(".*", reduction=LocalSGD(2, outer=outer))],
+        rules=[Rule(".*", reduction=LocalSGD(2, outer_optimizer=outer))],
     )
     local = Local(mirrored(2), case, "momentum")
     assert local.step() == []
@@ -336,7 +336,7 @@ def test_every_single_step_with_a_plain_outer_is_every_step(replicas, mirrored):
     cases.set_precision("float64")
     plain = lambda: keras.optimizers.SGD(0.05)  # noqa: E731
     found = []
-    for each in (EveryStep(), LocalSGD(1)):
+    for each in (AllReduce(), LocalSGD(1)):
         case = _with([Rule(".*", optimizer=plain, reduction=each)])
         local = Local(mirrored(replicas), case, "momentum")
         local.go(STEPS)
@@ -357,7 +357,7 @@ def _dense_anchors():
 @pytest.mark.parametrize(
     ("exchange", "tolerance"),
     [
-        (EveryStep("bfloat16"), 0.01),
+        (AllReduce("bfloat16"), 0.01),
         (Quantized(8), 0.05),
         (Quantized(2), 0.6),
         (TopK(1 / 4, 16, 8), 0.7),
@@ -367,7 +367,7 @@ def _dense_anchors():
 def test_movements_are_compressed_and_none_is_lost(exchange, tolerance, mirrored):
     cases.set_precision("float64")
     before, dense = _dense_anchors()
-    local = Local(mirrored(2), _with([Rule("dense.*", reduction=LocalSGD(3, exchange=exchange))]), "momentum")
+    local = Local(mirrored(2), _with([Rule("dense.*", reduction=LocalSGD(3, compressor=exchange))]), "momentum")
     moved = {path: 0.0 for path in local.own()}
     for _ in range(STEPS):
         for i in local.step():
@@ -381,7 +381,7 @@ def test_movements_are_compressed_and_none_is_lost(exchange, tolerance, mirrored
         anchor = local.anchors()[entry.path][0]
         gone = before[entry.path] - anchor
         left = sum(copies(local.strategy, state["residual"])) if "residual" in state else 0
-        if exchange != EveryStep("bfloat16"):
+        if exchange != AllReduce("bfloat16"):
             np.testing.assert_allclose(gone + left, moved[entry.path], rtol=0, atol=1e-10)
         # They go where they would go uncompressed.
         whole = before[entry.path] - dense[entry.path]
@@ -389,8 +389,8 @@ def test_movements_are_compressed_and_none_is_lost(exchange, tolerance, mirrored
 
 
 MIXED = [
-    Rule("dense1/kernel", reduction=EveryStep()),
-    Rule("dense1/bias", reduction=Never()),
+    Rule("dense1/kernel", reduction=AllReduce()),
+    Rule("dense1/bias", reduction=LocalOnly()),
     Rule("dense2/kernel", reduction=LocalSGD(4)),
     Rule("dense2/bias", reduction=LocalSGD(2, 1, nesterov)),
 ]
@@ -434,7 +434,7 @@ def test_rows_are_exchanged_alone(mirrored):
         for member in (*local.fragments[0].members, *local.fragments[0].outer.members):
             assert tuple(member.variable.shape) == (7, 6)
         assert same_bits(local.own()["head/kernel"])
-    assert entry.messages == (selection.Message("sum", 7 * 6 * 8, every=3),)
+    assert entry.payloads == (selection.Payload("sum", 7 * 6 * 8, every=3),)
     anchor = local.anchors()[entry.path][0]
     own = local.own()[entry.path]
     with outer_step.agreed(local.strategy, local.fragments):
@@ -488,9 +488,12 @@ def test_due_steps(steps, offset):
 @pytest.mark.parametrize(
     "rules",
     [
-        [Rule("dense1/.*", reduction=LocalSGD(3)), Rule("dense2/.*", reduction=LocalSGD(2, 1, exchange=Quantized(4)))],
-        [Rule("dense1/.*", reduction=Never()), Rule("dense2/.*", reduction=LocalSGD(2))],
-        [Rule("dense.*", reduction=Never())],
+        [
+            Rule("dense1/.*", reduction=LocalSGD(3)),
+            Rule("dense2/.*", reduction=LocalSGD(2, 1, compressor=Quantized(4))),
+        ],
+        [Rule("dense1/.*", reduction=LocalOnly()), Rule("dense2/.*", reduction=LocalSGD(2))],
+        [Rule("dense.*", reduction=LocalOnly())],
     ],
 )
 def test_nothing_is_sent_in_a_step(rules, mirrored):
@@ -501,10 +504,10 @@ def test_nothing_is_sent_in_a_step(rules, mirrored):
     groups = [group for group in local.plan.groups if isinstance(group.reduction, LocalSGD)]
     for group, exchange in zip(groups, local.exchanges, strict=True):
         found = traffic.in_call(exchange.get_concrete_function())
-        messages = [m for entry in group.entries for m in entry.messages]
-        assert traffic.total(found) == traffic.total(messages) > 0
-        assert {c.kind for c in found} == {m.kind for m in messages}
-        assert {m.every for m in messages} == {group.reduction.steps}
+        payloads = [m for entry in group.entries for m in entry.payloads]
+        assert traffic.total(found) == traffic.total(payloads) > 0
+        assert {c.kind for c in found} == {m.kind for m in payloads}
+        assert {m.every for m in payloads} == {group.reduction.steps}
     if len(groups) == 2:  # 640 values in three scales and a half byte each, and 10 more of them in a message of words
         assert traffic.total(traffic.in_call(local.exchanges[1].get_concrete_function())) == 6 + 320 + 2 + (2 + 5 + 1)
 
@@ -528,10 +531,10 @@ def test_statistics_travel_with_the_first_exchange(mirrored):
         precision="float64",
     )
     strategy = mirrored(2)
-    built = build(settings, Replicas(strategy, Wire(), "two"))
+    built = build(settings, Replicas(strategy, Collectives(), "two"))
     train = train_step(
         strategy,
-        Wire(),
+        Collectives(),
         built.model,
         built.loss,
         built.plan,
@@ -543,7 +546,7 @@ def test_statistics_travel_with_the_first_exchange(mirrored):
     iterator = cases.worker_iterator(strategy, [(x, y)])
     assert traffic.collectives(train.get_concrete_function(iterator, tf.constant(1))) == []
     statistics = batch_norm.local_statistics(built.model)
-    exchanges = outer_step.exchanges(strategy, Wire(), built.plan, built.fragments, [], statistics)
+    exchanges = outer_step.exchanges(strategy, Collectives(), built.plan, built.fragments, [], statistics)
     first, second = exchanges
     train(iterator, tf.constant(3))
     assert len(statistics) == 2
@@ -557,14 +560,14 @@ def test_statistics_travel_with_the_first_exchange(mirrored):
         assert same_bits(after)
         np.testing.assert_allclose(after[0], np.mean(values, axis=0), rtol=1e-12)
     plan = built.plan.traced([], traffic.beyond(built.plan, [], exchanges))
-    assert plan.statistics == (selection.Message("sum", 2 * 6 * 8, every=2),)
+    assert plan.statistics == (selection.Payload("sum", 2 * 6 * 8, every=2),)
     assert plan.wire_bytes == built.plan.wire_bytes + 6 * 8
 
 
 def test_statistics_follow_every_step_where_a_group_does(mirrored):
     """Then they are equal everywhere after each step, whatever else the replicas do by themselves."""
     cases.set_precision("float64")
-    rules = [Rule("(conv1|norm1)/.*", reduction=LocalSGD(3)), Rule(".*", reduction=EveryStep())]
+    rules = [Rule("(conv1|norm1)/.*", reduction=LocalSGD(3)), Rule(".*", reduction=AllReduce())]
     case = dataclasses.replace(CASES["batch_norm_untrained"], rules=rules)
     local = Local(mirrored(2), case, "momentum")
     local.go(2)
@@ -586,7 +589,7 @@ def test_one_replica_exchanges_with_itself(mirrored):
 def test_what_an_exchange_leaves_out_is_trained_on_from(mirrored):
     """With `keep`, anchor minus variable is what was not sent yet: nothing is lost, and nothing waits elsewhere."""
     cases.set_precision("float64")
-    kind = LocalSGD(3, exchange=TopK(1 / 16, 64, 32), keep=True)
+    kind = LocalSGD(3, compressor=TopK(1 / 16, 64, 32), keep_residual_local=True)
     local = Local(mirrored(2), _with([Rule(r"dense[12]/kernel", reduction=kind), ("freeze", r".*")]), "momentum")
     for _ in range(4):
         local.go(2)

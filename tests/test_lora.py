@@ -12,11 +12,11 @@ from dist_partial.adapters import lora, quantization
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed import traffic
-from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.collectives import Collectives
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.models import byte_transformer, two_dense
-from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.selection.rules import Rule
 from dist_partial.step import layer_state
 from dist_partial.training import loop
@@ -35,7 +35,7 @@ def data(window=16, symbols=10):
 
 
 def replicas(count=2):
-    return Replicas(mirrored_strategy(count), Wire(), f"{count} replicas")
+    return Replicas(mirrored_strategy(count), Collectives(), f"{count} replicas")
 
 
 def settings(rules=RULES, **more):
@@ -66,7 +66,7 @@ def test_factors_train_as_the_sum_written_out(count):
     a, b = (start[f"dense1/lora_kernel_{letter}"].astype(np.float64) for letter in "ab")
     assert a.shape == (160, 3) and b.shape == (3, 64) and a.any() and not b.any()
     bias = start["dense2/bias"].astype(np.float64)
-    one = build(told, Replicas(tf.distribute.get_strategy(), Wire(), "one"))
+    one = build(told, Replicas(tf.distribute.get_strategy(), Collectives(), "one"))
     for (x, y), _ in zip(batches(one, told, 0, told.global_batch), range(STEPS), strict=False):
         features = np.eye(10)[x.numpy()].reshape(8, -1)
         before = features @ (start["dense1/kernel"] + a @ b) + start["dense1/bias"]
@@ -116,11 +116,11 @@ def _other_kernel():
 def test_embeddings_and_einsums_and_rules_of_their_own():
     rules = [
         Rule(r"embedding/.*", lora=2),
-        Rule(r".*/(query|value)/kernel", lora=4, learning_rate=0.1, reduction=EveryStep(dtype="bfloat16")),
+        Rule(r".*/(query|value)/kernel", lora=4, learning_rate=0.1, reduction=AllReduce(dtype="bfloat16")),
         ("freeze", r".*"),
     ]
     model = byte_transformer(2, 16, 2, vocabulary=17)
-    plan = selection.resolve(rules, model, EveryStep(), lora.enable(rules, model))
+    plan = selection.resolve(rules, model, AllReduce(), lora.enable(rules, model))
     trained = [entry.path for entry in plan.trained]
     assert trained[:2] == ["embedding/lora_embeddings_a", "embedding/lora_embeddings_b"]
     assert trained[2:] == [
@@ -156,13 +156,13 @@ def test_mistakes(rule, words):
 
 def test_a_rule_that_nothing_has_enabled_is_refused():
     with pytest.raises(UserError, match="nothing has enabled it"):
-        selection.resolve(RULES, two_dense(), EveryStep())
+        selection.resolve(RULES, two_dense(), AllReduce())
 
 
 @pytest.mark.parametrize("rules", [RULES, [("train", r"dense2/.*"), ("freeze", ".*")]], ids=["lora", "layers"])
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 def test_what_is_frozen_is_stored_in_fewer_bits(precision, rules, tmp_path):
-    told = settings(rules, frozen=precision)
+    told = settings(rules, frozen_dtype=precision)
     made = replicas()
     built = build(told, made)
     plain = build(settings(rules), replicas())
@@ -205,7 +205,7 @@ def test_training_beside_a_rounded_base_is_that_of_the_rounded_values():
         return model
 
     results = []
-    for told in (settings(rules, frozen="bfloat16"), settings(rules, model=rounded)):
+    for told in (settings(rules, frozen_dtype="bfloat16"), settings(rules, model=rounded)):
         built = build(told, replicas())
         step = compiled_step(built, told, built.plan, told.global_batch)
         step.function(batches(built, told, 0, told.global_batch), tf.constant(STEPS))
@@ -214,7 +214,7 @@ def test_training_beside_a_rounded_base_is_that_of_the_rounded_values():
 
 
 def test_a_layer_of_which_a_bias_is_trained_is_not_quantized():
-    built = build(settings([("train", r"dense1/bias"), ("freeze", ".*")], frozen="int8"), replicas())
+    built = build(settings([("train", r"dense1/bias"), ("freeze", ".*")], frozen_dtype="int8"), replicas())
     assert {e.path: e.variable.dtype for e in built.plan.entries} == {
         "dense1/kernel": "float32",
         "dense1/bias": "float32",
@@ -225,9 +225,9 @@ def test_a_layer_of_which_a_bias_is_trained_is_not_quantized():
 
 def test_nothing_to_store_is_said():
     with pytest.raises(UserError, match="freeze nothing that can be stored so"):
-        build(settings([("train", ".*")], frozen="int8"), replicas(1))
+        build(settings([("train", ".*")], frozen_dtype="int8"), replicas(1))
     with pytest.raises(UserError, match=r"run\.frozen is 'int4'"):
-        settings(frozen="int4")
+        settings(frozen_dtype="int4")
     assert quantization.PRECISIONS == (None, "bfloat16", "int8")
 
 
@@ -253,10 +253,10 @@ def test_factors_that_the_factory_has_made_are_those_of_the_rule(tmp_path):
     with pytest.raises(
         UserError, match=r"would train 'dense1/kernel', .* by enable_lora: match its factors, such as 'dense1/lora"
     ):
-        selection.resolve([("train", "dense1/kernel"), ("freeze", ".*")], model, EveryStep())
+        selection.resolve([("train", "dense1/kernel"), ("freeze", ".*")], model, AllReduce())
     # A rule for the factors themselves stands, whatever else asks for LoRA.
     rules = [("train", r".*/lora_.*"), Rule(r".*/kernel", lora=4), ("freeze", ".*")]
-    plan = selection.resolve(rules, model, EveryStep(), lora.enable(rules, model))
+    plan = selection.resolve(rules, model, AllReduce(), lora.enable(rules, model))
     assert {e.path: e.rule.match for e in plan.trained} == {
         f"dense{n}/lora_kernel_{x}": {1: r".*/lora_.*", 2: r".*/kernel"}[n] for n in (1, 2) for x in "ab"
     }

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset
-from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.collectives import Collectives
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.reductions.local_sgd import LocalSGD
@@ -37,7 +37,7 @@ def settings(model, data, loss, *, replicas=2, steps=STEPS, rules=(("train", ".*
         loss=loss,
         steps=steps,
         global_batch=len(data[0]),
-        replicas=lambda: Replicas(strategy, Wire(), f"{replicas} replicas"),
+        replicas=lambda: Replicas(strategy, Collectives(), f"{replicas} replicas"),
         sampling=Sampling(length=1),
         **more,
     )

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from dist_partial.distributed import rendezvous, tcp_backend, traffic
-from dist_partial.distributed.tcp_backend import Mesh
+from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.errors import Fault, UserError
 from tests import strangers
 from tests.workers import free_ports
@@ -50,26 +50,26 @@ def connected():
         workers = [f"127.0.0.1:{port}" for port in free_ports(count)]
         connect = functools.partial(rendezvous.connect, workers=workers, seconds=10, sealed=sealed)
         found = at_once([functools.partial(connect, k) for k in range(count)])
-        made.extend(Mesh(k, workers, sockets, patience, on_loss) for k, sockets in enumerate(found))
+        made.extend(TCPBackend(k, workers, sockets, patience, on_loss) for k, sockets in enumerate(found))
         return made[-count:]
 
     yield make
-    for mesh in made:
-        mesh.close()
+    for backend in made:
+        backend.close()
 
 
-def exchange(mesh, sums, gathers=(), order=None):
+def exchange(backend, sums, gathers=(), order=None):
     """One exchange of NumPy arrays, whose tensors become ready in `order`."""
     arrays = [*sums, *gathers]
-    ops = [mesh._add(i >= len(sums), a.dtype, a.size) for i, a in enumerate(arrays)]
-    return run(mesh, ops, arrays, order)
+    ops = [backend._add(i >= len(sums), a.dtype, a.size) for i, a in enumerate(arrays)]
+    return run(backend, ops, arrays, order)
 
 
-def run(mesh, ops, arrays, order=None):
+def run(backend, ops, arrays, order=None):
     tickets = [0] * len(ops)
     for i in order if order is not None else range(len(ops)):
-        tickets[i] = mesh._begin(ops[i], arrays[i])
-    return [mesh._end(op, ticket) for op, ticket in zip(ops, tickets, strict=True)]
+        tickets[i] = backend._begin(ops[i], arrays[i])
+    return [backend._end(op, ticket) for op, ticket in zip(ops, tickets, strict=True)]
 
 
 def draw(seed, size, dtype):
@@ -137,13 +137,13 @@ def test_gathers_hold_every_worker_s_tensor_in_rank_order(connected, count, seal
 def test_tensors_become_ready_in_another_order_on_each_worker(connected):
     meshes, tensors, runs = connected(3), 6, 30
 
-    def work(mesh):
-        shuffled = np.random.default_rng(mesh.rank)
-        ops = [mesh._add(i == 0, np.float32, 1000 + i) for i in range(tensors)]
+    def work(backend):
+        shuffled = np.random.default_rng(backend.rank)
+        ops = [backend._add(i == 0, np.float32, 1000 + i) for i in range(tensors)]
         history = []
         for step in range(runs):
-            arrays = [draw(1000 * step + 10 * i + mesh.rank, 1000 + i, np.float32) for i in range(tensors)]
-            history.append(run(mesh, ops, arrays, shuffled.permutation(tensors)))
+            arrays = [draw(1000 * step + 10 * i + backend.rank, 1000 + i, np.float32) for i in range(tensors)]
+            history.append(run(backend, ops, arrays, shuffled.permutation(tensors)))
         return history
 
     histories = at_once([functools.partial(work, m) for m in meshes])
@@ -159,9 +159,9 @@ def test_tensors_become_ready_in_another_order_on_each_worker(connected):
 def test_a_worker_that_traces_later_finds_what_has_arrived(connected):
     meshes = connected(2)
 
-    def work(mesh):
-        time.sleep(0.3 * mesh.rank)
-        return exchange(mesh, [np.arange(9, dtype=np.float32)])
+    def work(backend):
+        time.sleep(0.3 * backend.rank)
+        return exchange(backend, [np.arange(9, dtype=np.float32)])
 
     for (result,) in at_once([functools.partial(work, m) for m in meshes]):
         assert result.tolist() == (2.0 * np.arange(9)).tolist()
@@ -170,20 +170,20 @@ def test_a_worker_that_traces_later_finds_what_has_arrived(connected):
 def test_in_a_loop_of_a_traced_function(connected):
     meshes = connected(2)
 
-    def work(mesh):
+    def work(backend):
         @tf.function(autograph=False)
         def loop(x, y):
             def body(i, x, y):
-                (total, half), (rows, twin) = mesh.exchange([x, tf.cast(x, tf.bfloat16)], [y, y])
+                (total, half), (rows, twin) = backend.exchange([x, tf.cast(x, tf.bfloat16)], [y, y])
                 return i + 1, total + tf.cast(half, tf.float32), tf.reduce_sum(rows + twin, axis=0)
 
             return tf.while_loop(lambda i, *_: i < 3, body, [0, x, y], parallel_iterations=1)
 
         def two():  # a second function, and a second trace of the first
-            x = tf.constant([1.0, 2.0, 3.0]) * (mesh.rank + 1)
+            x = tf.constant([1.0, 2.0, 3.0]) * (backend.rank + 1)
             first = loop(x, tf.constant([1, 2], tf.int32))
             second = loop(x[:2], tf.constant([1, 2, 3], tf.int32))
-            again = tf.function(lambda: mesh.exchange([x], [])[0][0])()
+            again = tf.function(lambda: backend.exchange([x], [])[0][0])()
             return [t.numpy().tolist() for t in (*first[1:], *second[1:], again)]
 
         traced = loop.get_concrete_function(tf.zeros([3]), tf.zeros([2], tf.int32))
@@ -219,11 +219,11 @@ def test_results_may_be_overwritten_at_once(connected):
     # TensorFlow reuses the memory of results. A slow reader must not get what was written there since.
     meshes = connected(3)
 
-    def work(mesh):
-        op = mesh._add(False, np.float32, 3 * 10**6)
+    def work(backend):
+        op = backend._add(False, np.float32, 3 * 10**6)
         totals = []
         for step in range(5):
-            (result,) = run(mesh, [op], [np.full(3 * 10**6, step + mesh.rank, np.float32)])
+            (result,) = run(backend, [op], [np.full(3 * 10**6, step + backend.rank, np.float32)])
             totals.append((result.min(), result.max()))
             result[:] = -1
         return totals
@@ -245,9 +245,9 @@ def test_a_result_is_not_given_before_a_slow_reader_has_it(connected, monkeypatc
 
     monkeypatch.setattr(slow, "send", late)
 
-    def work(mesh):
-        (result,) = exchange(mesh, [np.ones(9, np.float32)])
-        if mesh is second:  # by now the first has all that it waits for
+    def work(backend):
+        (result,) = exchange(backend, [np.ones(9, np.float32)])
+        if backend is second:  # by now the first has all that it waits for
             threading.Timer(0.3, opened.set).start()
         found = result.tolist()
         result[:] = -1  # as TensorFlow does with memory of which it is told that it is free
@@ -266,11 +266,11 @@ def test_a_worker_that_is_gone_is_named_at_once_and_ever_after(connected):
     timer = threading.Timer(0.2, meshes[1].close)
     timer.start()
 
-    def work(mesh):
+    def work(backend):
         for _ in range(2):
             with pytest.raises(Fault, match=r"worker 1 \(127\.0\.0\.1:\d+\) is gone"):
-                exchange(mesh, [np.ones(4, np.float32)])
-        return mesh.failure
+                exchange(backend, [np.ones(4, np.float32)])
+        return backend.failure
 
     for failure in at_once([functools.partial(work, meshes[k]) for k in (0, 2)]):
         assert "worker 1" in str(failure)
@@ -291,9 +291,9 @@ def test_why_a_worker_ends_is_told_to_the_others(connected, reason):
     meshes = connected(3)
     threading.Timer(0.2, meshes[1].close, [reason]).start()
 
-    def work(mesh):
+    def work(backend):
         with pytest.raises(type(reason), match=rf"worker 1 \(127\.0\.0\.1:\d+\): {reason}$"):
-            mesh.gather(b"x")
+            backend.gather(b"x")
 
     at_once([functools.partial(work, meshes[k]) for k in (0, 2)])
 
@@ -309,8 +309,12 @@ def test_the_function_that_waits_for_a_lost_worker_fails_with_the_reason(connect
 def test_what_is_swapped_outside_of_functions(connected):
     meshes = connected(3)
 
-    def work(mesh):
-        return mesh.gather(b"ab" * mesh.rank), mesh.gather(b""), mesh.sum(np.float32([1, mesh.rank])).tolist()
+    def work(backend):
+        return (
+            backend.gather(b"ab" * backend.rank),
+            backend.gather(b""),
+            backend.sum(np.float32([1, backend.rank])).tolist(),
+        )
 
     for lengths, nothing, total in at_once([functools.partial(work, m) for m in meshes]):
         assert (lengths, nothing, total) == ([b"", b"ab", b"abab"], [b""] * 3, [3, 3])
@@ -320,9 +324,9 @@ def test_a_worker_that_closes_after_its_last_op_disturbs_nobody(connected):
     meshes = connected(3)
     for _ in range(5):
 
-        def work(mesh):
-            result = exchange(mesh, [np.ones(10**6, np.float32)], [np.ones(10**5, np.float32)])
-            mesh.close()
+        def work(backend):
+            result = exchange(backend, [np.ones(10**6, np.float32)], [np.ones(10**5, np.float32)])
+            backend.close()
             return result[0].sum(), result[1].sum()
 
         for total, rows in at_once([functools.partial(work, m) for m in meshes]):
@@ -334,9 +338,9 @@ def test_a_silent_worker_is_given_up_and_one_that_only_has_nothing_to_say_is_not
     monkeypatch.setattr(tcp_backend, "HEARTBEAT_SECONDS", 0.1)
     meshes = connected(2, patience=0.5)
 
-    def work(mesh):
-        time.sleep(1.5 * mesh.rank)
-        return exchange(mesh, [np.ones(4, np.float32)])
+    def work(backend):
+        time.sleep(1.5 * backend.rank)
+        return exchange(backend, [np.ones(4, np.float32)])
 
     for (result,) in at_once([functools.partial(work, m) for m in meshes]):
         assert result.tolist() == [2.0] * 4
@@ -367,9 +371,9 @@ def test_a_malformed_header_is_a_failure(connected, header):
 def test_programs_that_differ_are_told_apart_by_size(connected):
     meshes = connected(2)
 
-    def work(mesh):
+    def work(backend):
         with pytest.raises(UserError, match="same program"):
-            exchange(mesh, [np.ones(4 + 4 * mesh.rank, np.float32)])
+            exchange(backend, [np.ones(4 + 4 * backend.rank, np.float32)])
 
     at_once([functools.partial(work, m) for m in meshes])
 
@@ -417,15 +421,15 @@ def test_what_is_sealed_and_changed_on_its_way_is_not_believed(rank, change):
             connection, _ = server.accept()
         transcript = strangers.welcome(connection, 0, 1, workers, b"secret", sealed=True)
     thread.join(10)
-    mesh = Mesh(rank, workers, links, 60.0)
+    backend = TCPBackend(rank, workers, links, 60.0)
     key = strangers.key(b"secret", b"C" if rank == 0 else b"L", transcript)
     records = [strangers.record(key, i, each) for i, each in enumerate(spoken(b"the disk is full"))]
     with connection:
         connection.sendall(b"".join(CHANGES[change](*records)) + bytes(200))
         with pytest.raises((UserError, Fault)) as raised:
-            mesh.gather(b"x")
+            backend.gather(b"x")
         if change == "nothing":
             assert raised.type is UserError and str(raised.value).endswith(": the disk is full")
         else:
             assert raised.type is Fault and "is not what it has sent: something between" in str(raised.value)
-        mesh.close()
+        backend.close()

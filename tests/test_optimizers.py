@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from dist_partial import UserError, partial, selection
-from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.selection.rules import Rule
 from dist_partial.step import optimizers
 from tests import cases
@@ -154,14 +154,14 @@ def test_a_constraint_in_which_other_rows_count_is_refused(constraint, name):
     model = looked_up(constraint)
     rules = [Rule("words/.*", rows=(1, 9)), ("train", ".*")]
     with pytest.raises(UserError, match=message):
-        optimizers.build(selection.resolve(rules, model, EveryStep()), keras.optimizers.SGD)
+        optimizers.build(selection.resolve(rules, model, AllReduce()), keras.optimizers.SGD)
     with pytest.raises(UserError, match=message):
         partial("sgd", rules, model)
 
 
 def test_a_constraint_of_the_first_row_holds_for_the_first_rows():
     rules = [Rule("words/.*", rows=(0, 9)), ("train", ".*")]
-    optimizers.build(selection.resolve(rules, looked_up(padding), EveryStep()), keras.optimizers.SGD)
+    optimizers.build(selection.resolve(rules, looked_up(padding), AllReduce()), keras.optimizers.SGD)
 
 
 class Scaled(keras.optimizers.AdamW):
@@ -248,6 +248,6 @@ def test_one_that_hands_gradients_on_is_refused(make):
     message = r"hands gradients to other optimizers: name those in the rules"
     model = looked_up()
     with pytest.raises(UserError, match=message):
-        optimizers.build(selection.resolve([("train", ".*")], model, EveryStep()), make)
+        optimizers.build(selection.resolve([("train", ".*")], model, AllReduce()), make)
     with pytest.raises(UserError, match=message):
         partial(make(), [("train", ".*")], model)

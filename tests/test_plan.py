@@ -10,10 +10,10 @@ from dist_partial import plan
 from dist_partial.config import gin_files
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
-from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.collectives import Collectives
 from dist_partial.distributed.replicas import Replicas
-from dist_partial.reductions.all_reduce import EveryStep
-from dist_partial.reductions.local_only import Never
+from dist_partial.reductions.all_reduce import AllReduce
+from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
@@ -30,9 +30,9 @@ run.data = @stdlib_shapes
 run.rules = [@kernels/Rule(), ('train', r'dense2/.*'), ('freeze', r'.*')]
 kernels/Rule.match = r'dense1/kernel'
 kernels/Rule.reduction = @local_sgd()
-local_sgd.steps = 4
-local_sgd.outer = @nesterov
-local_sgd.exchange = @quantized()
+local_sgd.sync_every = 4
+local_sgd.outer_optimizer = @nesterov
+local_sgd.compressor = @quantized()
 run.global_batch = 16
 """
 KERNEL1, KERNEL2, BIAS2 = 160 * 32, 32 * 10, 10
@@ -49,9 +49,9 @@ def test_bytes_and_memory_are_exact(tiny):
     settings = gin_files.load([tiny]).settings
     cost = estimate(settings, Machine(workers=4, bandwidth=25e6, latency=1000.0))
     exchanged = (KERNEL1 + 2 * KERNEL1 // 256) / 4  # 8 bits and a scale for 256 values, every 4 steps
-    every_step = 4 * (KERNEL2 + BIAS2)
-    assert cost.payload == exchanged + every_step
-    assert cost.nic_bytes == 3 * exchanged + 1.5 * every_step  # a gather goes to all others
+    all_reduce = 4 * (KERNEL2 + BIAS2)
+    assert cost.payload == exchanged + all_reduce
+    assert cost.nic_bytes == 3 * exchanged + 1.5 * all_reduce  # a gather goes to all others
     adam = 2 * 4 * (KERNEL1 + KERNEL2 + BIAS2)
     scalars = cost.memory - adam - 3 * 4 * KERNEL1  # residual, anchor and momentum of the outer optimizer
     assert 0 <= scalars <= 64  # step counters and learning rates
@@ -81,14 +81,14 @@ def test_the_command_prints_plan_comparison_and_rules(tiny, capsys):
 
 
 KINDS = {
-    "every step": EveryStep(),
-    "bfloat16": EveryStep("bfloat16"),
+    "every step": AllReduce(),
+    "bfloat16": AllReduce("bfloat16"),
     "PowerSGD": PowerSGD(1),
     "top-k": TopK(1 / 16),
     "quantized": Quantized(4),
     "local SGD": LocalSGD(3, 1),
-    "local SGD, quantized": LocalSGD(2, exchange=Quantized(8)),
-    "never": Never(),
+    "local SGD, quantized": LocalSGD(2, compressor=Quantized(8)),
+    "never": LocalOnly(),
 }
 
 
@@ -109,7 +109,7 @@ def with_norms(rules, synchronized, replicas, **more) -> Settings:
         data=images,
         steps=6,
         global_batch=12,
-        replicas=lambda: Replicas(replicas, Wire(), "replicas"),
+        replicas=lambda: Replicas(replicas, Collectives(), "replicas"),
         **more,
     )
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
-from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.collectives import Collectives
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.models import byte_transformer
@@ -157,7 +157,7 @@ CASES = {
         "rules": [("train", "[cd]/.*"), ("freeze", ".*")],
         "precision": "mixed_bfloat16",
     },
-    "int8": {"model": mlp, "rules": [("train", "d/.*"), ("freeze", ".*")], "frozen": "int8"},
+    "int8": {"model": mlp, "rules": [("train", "d/.*"), ("freeze", ".*")], "frozen_dtype": "int8"},
     "accumulated": {"model": mlp, "rules": [("train", "d/.*"), ("freeze", ".*")], "accumulate": 2, "global_batch": 8},
     "transformer": {"model": transformer, "data": text, "rules": [("train", "(block_2|head)/.*"), ("freeze", ".*")]},
     "phases": {"model": mlp, "schedule": Phases([(0, ".*"), (5, "[bcd]/.*"), (9, "d/.*"), (13, "[cd]/.*")])},
@@ -178,11 +178,11 @@ def trained(folder, mirrored, cache, case, *stops):
         "sampling": Sampling(length=1),
     }
     given |= case
-    made = Replicas(mirrored(2) if given["replicas"] == 2 else tf.distribute.get_strategy(), Wire(), "some")
+    made = Replicas(mirrored(2) if given["replicas"] == 2 else tf.distribute.get_strategy(), Collectives(), "some")
     given["replicas"] = lambda: made
     for steps in stops:
         keras.utils.clear_session(free_memory=False)
-        loop.run(Settings(**given, cache=cache, steps=steps), folder)
+        loop.run(Settings(**given, activation_cache=cache, steps=steps), folder)
     return state(folder, stops[-1]), [r for r in rows(folder / "metrics.jsonl") if r["split"] != "eval"]
 
 
@@ -404,14 +404,14 @@ def test_what_cannot_be_kept_is_an_error(monkeypatch):
     with pytest.raises(UserError, match=r"run\.cache: .*words' makes a mask"):
         activations(masked)
     monkeypatch.setattr(activation_cache, "_free_memory", lambda: 479)
-    with pytest.raises(UserError, match=r"needs up to 480 bytes, and 479 are free: bind run.cache = 'disk'"):
+    with pytest.raises(UserError, match=r"needs up to 480 bytes, and 479 are free: bind run.activation_cache = 'disk'"):
         activations(mlp())
 
 
 def test_what_cannot_be_kept_at_a_switch_does_not_end_the_run(mirrored, tmp_path, monkeypatch, capsys):
     """A selection that resets the slots of what it leaves has a run behind it, too, that must not be lost."""
     monkeypatch.setattr(activation_cache, "_free_memory", lambda: 0)
-    made = Replicas(mirrored(2), Wire(), "two")
+    made = Replicas(mirrored(2), Collectives(), "two")
     settings = Settings(
         rules=[("train", ".*")],
         model=mlp,
@@ -420,17 +420,17 @@ def test_what_cannot_be_kept_at_a_switch_does_not_end_the_run(mirrored, tmp_path
         steps=12,
         global_batch=4,
         leave="reset",
-        cache="memory",
+        activation_cache="memory",
         replicas=lambda: made,
     )
     loop.run(settings, tmp_path)
     said = capsys.readouterr()
-    assert "0 are free: bind run.cache = 'disk', or unbind it; going on without it" in said.out + said.err
+    assert "0 are free: bind run.activation_cache = 'disk', or unbind it; going on without it" in said.out + said.err
 
 
 def test_bad_settings():
     given = {"rules": [("train", ".*")], "model": mlp, "data": numbers}
     with pytest.raises(UserError, match=r"run\.cache is 'ram': write 'memory', 'disk' or None"):
-        Settings(**given, cache="ram")
+        Settings(**given, activation_cache="ram")
     with pytest.raises(UserError, match=r"run\.cache beside run\.jit_compile"):
-        Settings(**given, cache="disk", jit_compile=True)
+        Settings(**given, activation_cache="disk", jit_compile=True)

@@ -125,7 +125,7 @@ def test_what_is_sealed(addresses, secret, seal, sealed, monkeypatch):
     monkeypatch.setattr(rendezvous, "connect", lambda *arguments: called.append(arguments) or {})
     monkeypatch.setenv("TF_CONFIG", tf_config(addresses, 1))
     monkeypatch.setenv("DIST_PARTIAL_SECRET", secret)
-    create("multi_worker", seal=seal, allow_no_secret=True, start_seconds=7).mesh.close()
+    create("multi_worker", seal=seal, allow_no_secret=True, start_seconds=7).backend.close()
     assert called == [(1, addresses, 7, secret, "cubic", sealed)]
 
 

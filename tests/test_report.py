@@ -155,7 +155,7 @@ def write_run(folder: Path, steps: int = 60, every: int = 20, **change: Any) -> 
             "unit": units(path) if trained else None,
             "rule": "train .*" if trained else "freeze .*/bias",
             "rows": None,
-            "reduction": "every step" if trained else None,
+            "reduction": "all-reduce" if trained else None,
             "wire_bytes_per_step": 4 * math.prod(shape) * trained,
         }
         for path, shape, trained in change.pop("variables", VARIABLES)
@@ -253,9 +253,9 @@ def test_what_was_trained_when_follows_the_switches(tmp_path):
     rows = [switch(1, "embedding", "block_0"), switch(11, "block_1"), switch(41, "block_0", "head"), switch(90, "head")]
     [run] = runs.read([write_run(tmp_path / "one", before=rows)])
     shares = {strip.name: strip.spans for strip in run.strips()}
-    legs = [(0, 10), (10, 40), (40, 60)]
+    phases = [(0, 10), (10, 40), (40, 60)]
     for name, on in {"embedding": [1, 0, 0], "block_0": [0.8, 0, 0.8], "block_1": [0, 1, 0], "head": [0, 0, 1]}.items():
-        assert shares[name] == tuple((*leg, share) for leg, share in zip(legs, on, strict=True)), name
+        assert shares[name] == tuple((*phase, share) for phase, share in zip(phases, on, strict=True)), name
     block = next(strip for strip in run.strips() if strip.name == "block_0")
     assert block.total == pytest.approx(0.8 * 30 / 60)
     assert plots.cells(block, 60, 100) == [(0, 10, 0.875), (40, 60, 0.875)]  # eighths, rounded up

@@ -16,7 +16,7 @@ import tensorflow as tf
 from dist_partial import checkpoints, sample, train
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
-from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.collectives import Collectives
 from dist_partial.distributed.replicas import Replicas, create
 from dist_partial.errors import AGAIN
 from dist_partial.models import byte_transformer
@@ -286,10 +286,10 @@ def test_the_bar_shows_what_the_last_call_sent(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(metric_writer.tqdm, "set_postfix_str", lambda self, text: shown.append(text))
     sent = np.array([100, 4_000, 8_000])  # what came before: 50 %
-    with metric_writer.Journal(tmp_path, 2, 6, sent, True) as journal:
+    with metric_writer.MetricWriter(tmp_path, 2, 6, sent, True) as writer:
         for step, (count, each) in zip((3, 5), ((2, 1_000), (2, 0)), strict=True):
             sent = sent + np.array([1, each, 4_000]) * np.arange(1, count + 1)[:, np.newaxis]
-            journal.train(step, np.ones(count), np.ones(count), sent)
+            writer.train(step, np.ones(count), np.ones(count), sent)
             sent = sent[-1]
     assert shown == [
         f"loss 1.000, {text}"
@@ -388,8 +388,8 @@ def test_sample_command(letters, tmp_path, capsys):
 def test_sample_takes_the_anchors_of_a_run_folder(letters, tmp_path, capsys):
     """Between two exchanges: the text is the one that the run itself has sampled, from what all replicas agree on."""
     folder = tmp_path / "run"
-    params = ["run.rules = [('train', '.*')]", "run.reduction = @local_sgd()", "local_sgd.steps = 5"]
-    params += ["local_sgd.outer = @nesterov", "nesterov.learning_rate = 0.5", "Adam.learning_rate = 0.05"]
+    params = ["run.rules = [('train', '.*')]", "run.reduction = @local_sgd()", "local_sgd.sync_every = 5"]
+    params += ["local_sgd.outer_optimizer = @nesterov", "nesterov.learning_rate = 0.5", "Adam.learning_rate = 0.05"]
     assert start(letters, folder, *params, "run.steps = 8", "sample.length = 12") == 0
     saved = state(folder, 8)
     own = saved["own/head/kernel"]
@@ -439,7 +439,7 @@ def _rows() -> Settings:
         data=_letters,
         steps=3,
         global_batch=4,
-        replicas=lambda: Replicas(mirrored_strategy(2), Wire(), "two replicas"),
+        replicas=lambda: Replicas(mirrored_strategy(2), Collectives(), "two replicas"),
         sampling=Sampling(length=3),
     )
 
@@ -545,11 +545,11 @@ def test_ctrl_c_on_one_worker_stops_both_at_one_step(letters, tmp_path):
     assert len(list(folder.glob("checkpoints/*.npz"))) == 1
 
 
-@pytest.mark.parametrize("reduction", ["@every_step()", "@local_sgd()"])
+@pytest.mark.parametrize("reduction", ["@all_reduce()", "@local_sgd()"])
 def test_a_worker_that_dies_ends_the_other_with_one_line(reduction, letters, tmp_path):
     """Whether the other one waits for a gradient or, between two exchanges, for nothing but a loss."""
     folder = tmp_path / "run"
-    params = ["run.steps = 100000", "run.eval_every = None", "run.save_every = None", "local_sgd.steps = 50000"]
+    params = ["run.steps = 100000", "run.eval_every = None", "run.save_every = None", "local_sgd.sync_every = 50000"]
     command = ["-m", "dist_partial.train", f"--run_dir={folder}", f"--gin_file={letters}"]
 
     def kill(processes):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from dist_partial.errors import UserError
-from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.selection.paths import own_names, paths_of
-from dist_partial.selection.payload import Message
+from dist_partial.selection.payload import Payload
 from dist_partial.selection.resolve import resolve
 from dist_partial.selection.rules import Rule, parse_rules
 from dist_partial.selection.table import plan_table
@@ -48,7 +48,7 @@ def called(model: keras.Model) -> keras.Model:
 
 
 def plan_of(table, model=None):
-    return resolve(table, model or sequential(), EveryStep())
+    return resolve(table, model or sequential(), AllReduce())
 
 
 def trained_paths(table, model=None) -> set[str]:
@@ -111,7 +111,7 @@ def test_only_trainable_variables_are_candidates():
         ([Rule(r".*", learning_rate=float("nan"))], ["rule 1", "learning_rate", "nan"]),
         ([Rule(r".*", optimizer="adam")], ["rule 1", "'adam'", "without ()"]),
         ([Rule(r".*", reduction="every step")], ["rule 1", "reduction", "'every step'"]),
-        ([Rule(r".*", reduction=EveryStep)], ["rule 1", "reduction", "()"]),
+        ([Rule(r".*", reduction=AllReduce)], ["rule 1", "reduction", "()"]),
         ([Rule(r".*", rows=(0, 3))], ["rule 1", "(0, 3)", "'dense2/bias'", "(2,)"]),
         ([Rule(r"dense1/kernel", rows=(2, 2)), ("freeze", r".*")], ["rule 1", "(2, 2)", "start < stop"]),
         ([Rule(r"dense1/kernel", rows=(-1, 2)), ("freeze", r".*")], ["rule 1", "(-1, 2)"]),
@@ -207,7 +207,7 @@ TABLES = {
     "all": ([("train", r".*")], [18, 6, 12, 2], [4, 4, 4, 4]),
     "rows": ([Rule(r"dense2/kernel", rows=(4, 6)), ("freeze", r".*")], [0, 0, 2 * 2, 0], [0, 0, 4, 0]),
     "wire dtype": (
-        [Rule(r"dense1/.*", reduction=EveryStep("bfloat16")), Rule(r".*/kernel"), ("freeze", r".*")],
+        [Rule(r"dense1/.*", reduction=AllReduce("bfloat16")), Rule(r".*/kernel"), ("freeze", r".*")],
         [18, 6, 12, 0],
         [2, 2, 4, 0],
     ),
@@ -256,7 +256,7 @@ def test_plan_json_has_the_units_of_what_is_trained():
 
 
 def test_what_tracing_shows_is_in_the_plan():
-    plan = plan_of([("train", r".*")]).traced(["dense1/bias"], [Message("sum", 100)])
+    plan = plan_of([("train", r".*")]).traced(["dense1/bias"], [Payload("sum", 100)])
     content = plan.to_json()
     assert content["wire_bytes_per_step"] == (38 - 6) * 4 + 100
     assert content["statistics_wire_bytes_per_step"] == 100

@@ -12,7 +12,7 @@ from dist_partial import sample, selection, session, train
 from dist_partial.config import gin_files
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset
-from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.collectives import Collectives
 from dist_partial.distributed.replicas import Replicas, create
 from dist_partial.errors import UserError
 from dist_partial.export import restore
@@ -39,7 +39,7 @@ def settings(**more) -> Settings:
         "loss": keras.losses.MeanSquaredError,
         "steps": 2,
         "global_batch": 4,
-        "replicas": lambda: Replicas(tf.distribute.get_strategy(), Wire(), "one"),
+        "replicas": lambda: Replicas(tf.distribute.get_strategy(), Collectives(), "one"),
     }
     return Settings(**given | more)
 

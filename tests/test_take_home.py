@@ -14,7 +14,7 @@ from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.data.codecs import ByteCodec
 from dist_partial.distributed import replicas
-from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.collectives import Collectives
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.export import __main__ as export
@@ -54,7 +54,7 @@ def told(rate: float = 0.05, **more) -> Settings:
         "steps": 4,
         "global_batch": 8,
         "statistics": "all",
-        "replicas": lambda: Replicas(tf.distribute.get_strategy(), Wire(), "one"),
+        "replicas": lambda: Replicas(tf.distribute.get_strategy(), Collectives(), "one"),
     }
     return Settings(**given | more)
 
@@ -195,7 +195,7 @@ def test_a_file_that_loads_as_another_model_is_refused(factor, tmp_path):
 def test_what_training_has_moved_is_not_rounded_away(tmp_path):
     """Beside a base in bfloat16 small factors would vanish in the kernels that they are merged into."""
     rules = [Rule("./kernel", lora=2), ("freeze", ".*")]
-    settings = told(rate=1e-4, model=adapted, rules=rules, steps=20, statistics="trained", frozen="bfloat16")
+    settings = told(rate=1e-4, model=adapted, rules=rules, steps=20, statistics="trained", frozen_dtype="bfloat16")
     keras.utils.set_random_seed(0)
     loop.run(settings, tmp_path / "run")
     keras.utils.clear_session(free_memory=False)
@@ -294,7 +294,7 @@ tokenized_text.evaluation_share = 0.5
 run.rules = [('train', r'head/.*'), ('freeze', r'.*')]
 run.optimizer = @keras.optimizers.SGD
 SGD.learning_rate = 0.1
-run.reduction = @never()
+run.reduction = @local_only()
 run.steps = 2
 run.global_batch = 4
 run.eval_examples = 4

@@ -8,14 +8,14 @@ import pytest
 
 from dist_partial.distributed import network
 from dist_partial.plan import bytes_per_second
-from dist_partial.selection.payload import Message, nic_bytes
+from dist_partial.selection.payload import Payload, nic_bytes
 from dist_partial.selection.plan import Plan
 from tests import hosts
 from tests.cases import rows
 
 BUDGET = 5_300_000  # of 5.6 MB: the largest variable and one of the two others
 PLANS = {
-    "every_step": ["run.rules = [('train', '.*')]"],
+    "all_reduce": ["run.rules = [('train', '.*')]"],
     "mixed": [
         "run.rules = [@first/Rule(), @second/Rule(), ('train', '.*')]",
         "first/Rule.match = 'dense1/kernel'",
@@ -23,8 +23,8 @@ PLANS = {
         "top_k.density = 0.25",
         "second/Rule.match = 'dense2/kernel'",
         "second/Rule.reduction = @local_sgd()",
-        "local_sgd.steps = 2",
-        "every_step.dtype = 'bfloat16'",
+        "local_sgd.sync_every = 2",
+        "all_reduce.dtype = 'bfloat16'",
     ],
     "byte_budget": [
         "run.rules = [('train', '.*')]",
@@ -52,25 +52,25 @@ sample.length = 1
 @pytest.mark.parametrize(
     ("message", "workers", "expected"),
     [
-        (Message("sum", 100), 2, 100),
-        (Message("sum", 100), 4, 150),
-        (Message("gather", 100), 2, 100),
-        (Message("gather", 100), 4, 300),
-        (Message("sum", 100), 1, 0),
+        (Payload("sum", 100), 2, 100),
+        (Payload("sum", 100), 4, 150),
+        (Payload("gather", 100), 2, 100),
+        (Payload("gather", 100), 4, 300),
+        (Payload("sum", 100), 1, 0),
     ],
 )
-def test_bytes_at_the_network_interface(message, workers, expected):
-    assert nic_bytes(message.kind, message.bytes, workers) == expected
+def test_bytes_at_the_network_interface(payload, workers, expected):
+    assert nic_bytes(payload.kind, payload.bytes, workers) == expected
 
 
 @pytest.mark.parametrize("every", [1, 3, 7])
 @pytest.mark.parametrize("offset", [0, 2, 9])
 def test_how_often_a_message_travels(every, offset):
-    message = Message("sum", 1, every, offset)
+    payload = Payload("sum", 1, every, offset)
     for first in range(12):
         for last in range(first, 25):
             expected = sum(step % every == offset % every for step in range(first + 1, last + 1))
-            assert message.times(first, last) == expected
+            assert payload.times(first, last) == expected
 
 
 def test_a_step_takes_the_median_of_all_calls_but_the_first(monkeypatch):
@@ -107,16 +107,16 @@ def test_interface_graph_and_plan_agree(tmp_path):
             for code, output in hosts.run([*command, *[f"--gin_param={b}" for b in bindings]], 2, timeout=100):
                 assert code == 0, (name, output[-3000:])
             found = json.loads((folder / "traffic.json").read_text())
-            assert found["card"] == "e0"
+            assert found["nic"] == "e0"
             assert found["planned_bytes"] == found["counted_bytes"] > 1e6, name
             # A call, after which losses, norms and two flags are summed.
             steps = {"mixed": 2, "byte_budget": 3}.get(name, 4)
             assert found["metrics_bytes"] == 12 // steps * 4 * (2 * steps + 2)
             # With two workers as much as the payload leaves each interface, of a sum and of a gather.
-            assert found["expected_card_bytes"] == found["planned_bytes"] + found["metrics_bytes"]
-            assert found["card_bytes"] == pytest.approx(found["expected_card_bytes"], rel=0.02), name
+            assert found["expected_nic_bytes"] == found["planned_bytes"] + found["metrics_bytes"]
+            assert found["nic_bytes"] == pytest.approx(found["expected_nic_bytes"], rel=0.02), name
             if name == "byte_budget":
                 sent = [0, *[row["wire_bytes"] for row in rows(folder / "metrics.jsonl") if row["split"] == "train"]]
                 per_step = set(np.diff(sent))
                 assert len(per_step) > 1 and max(per_step) <= BUDGET
-                assert found["card_bytes"] <= 12 * BUDGET
+                assert found["nic_bytes"] <= 12 * BUDGET

@@ -16,12 +16,12 @@ from dist_partial.config import gin_files
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed import replicas
-from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.collectives import Collectives
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.models import two_dense
-from dist_partial.reductions.all_reduce import EveryStep
-from dist_partial.reductions.local_only import Never
+from dist_partial.reductions.all_reduce import AllReduce
+from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.local_sgd import LocalSGD, nesterov
 from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
@@ -45,22 +45,22 @@ def shapes() -> Dataset:
 
 MIXED = [
     Rule("dense1/kernel", reduction=TopK(1 / 16, 64, 16)),
-    Rule("dense1/bias", reduction=EveryStep()),
+    Rule("dense1/bias", reduction=AllReduce()),
     Rule("dense2/kernel", reduction=LocalSGD(4, 0, nesterov, Quantized(8))),
-    Rule("dense2/bias", reduction=Never()),
+    Rule("dense2/bias", reduction=LocalOnly()),
 ]
 PLANS = {
-    "every_step": [
+    "all_reduce": [
         Rule("dense1/kernel", reduction=PowerSGD(2)),
         Rule("dense1/bias", reduction=Quantized(4)),
         Rule("dense2/kernel", reduction=TopK(1 / 16, 64, 8)),
-        Rule("dense2/bias", reduction=EveryStep("bfloat16")),
+        Rule("dense2/bias", reduction=AllReduce("bfloat16")),
     ],
     "local_sgd": [
         Rule("dense1/.*", reduction=LocalSGD(4, 1, nesterov, PowerSGD(1))),
         Rule("dense2/.*", reduction=LocalSGD(3, 0, nesterov, Quantized(4))),
     ],
-    "never": [Rule(".*", reduction=Never())],
+    "never": [Rule(".*", reduction=LocalOnly())],
     "mixed": MIXED,
 }
 # Not one of them follows an exchange.
@@ -109,8 +109,8 @@ def sent_after(step: int, rules) -> int:
         times = step
         if isinstance(each, LocalSGD):
             times = len([s for s in range(1, step + 1) if (s - each.offset) % each.steps == 0])
-            each = each.exchange or EveryStep()
-        total += times * sum(message.bytes for message in each.messages(shape, "float32"))
+            each = each.exchange or AllReduce()
+        total += times * sum(payload.bytes for payload in each.payloads(shape, "float32"))
     return total
 
 
@@ -119,10 +119,10 @@ def test_a_run_in_pieces_is_the_run_at_once(name, mirrored, tmp_path):
     """Residuals, factors, anchors, outer slots and each replica's own come back to the bit."""
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     # Checkpoints and evaluations cut the calls of a run, too, and change nothing in it.
-    loop.run(settings(name, Replicas(mirrored(2), Wire(), "two")), whole)
+    loop.run(settings(name, Replicas(mirrored(2), Collectives(), "two")), whole)
     for steps in (*STOPS.get(name, (2,)), STEPS):
         keras.utils.clear_session(free_memory=False)
-        loop.run(settings(name, Replicas(mirrored(2), Wire(), "two"), steps), pieces)
+        loop.run(settings(name, Replicas(mirrored(2), Collectives(), "two"), steps), pieces)
     assert_same_run(whole, pieces)
     # The bytes are counted at the step in which they are sent.
     assert [row["wire_bytes"] for row in rows(whole / "metrics.jsonl") if row["split"] == "train"] == [
@@ -142,13 +142,13 @@ def test_the_number_of_replicas_may_change(mirrored, tmp_path):
     """The residuals' sum is kept; local values become their mean; shared ones stay as they are."""
     rules = [
         Rule("dense1/kernel", reduction=TopK(1 / 16, 64, 16)),
-        Rule("dense1/bias", reduction=EveryStep()),
+        Rule("dense1/bias", reduction=AllReduce()),
         Rule("dense2/kernel", reduction=LocalSGD(4, 0, nesterov, PowerSGD(1))),
-        Rule("dense2/bias", reduction=Never()),
+        Rule("dense2/bias", reduction=LocalOnly()),
     ]
     steps, folder, before = 0, tmp_path / "run", None
     for count in (2, 3, 1):
-        made = Replicas(mirrored(count), Wire(), str(count))
+        made = Replicas(mirrored(count), Collectives(), str(count))
         told = settings(rules, made, steps + 5, precision="float64")
         if before is not None:
             keras.utils.clear_session(free_memory=False)
@@ -201,7 +201,7 @@ def test_bytes_at_the_network_interface(mirrored, tmp_path):
         expected.append((payload, sent, sent / share_of))
     for steps, count in ((2, 3), (5, 3), (8, 4)):
         keras.utils.clear_session(free_memory=False)
-        loop.run(settings(rules, Replicas(mirrored(count), Wire(), str(count)), steps), tmp_path)
+        loop.run(settings(rules, Replicas(mirrored(count), Collectives(), str(count)), steps), tmp_path)
         plan = json.loads((tmp_path / "plan.json").read_text())
         assert plan["workers"] == count
         by_kind = 2 * (count - 1) / count * sums + (count - 1) * (gathers + at_exchange / 4)
@@ -218,7 +218,7 @@ def test_bytes_at_the_network_interface(mirrored, tmp_path):
 
 WORKER_RULES = [
     Rule("dense1/kernel", reduction=TopK(1 / 16, 64, 32)),
-    Rule("dense1/bias", reduction=EveryStep()),
+    Rule("dense1/bias", reduction=AllReduce()),
     Rule("dense2/kernel", reduction=LocalSGD(3, 0, nesterov)),
     Rule("dense2/bias", reduction=PowerSGD(1)),  # sent whole
 ]
@@ -234,8 +234,8 @@ def noisy() -> keras.Model:
 def _train_worker(transport: str, folder: Path) -> None:
     """One of two workers: two runs; that in float64 by TensorFlow's collectives is made in pieces."""
     made = replicas.create("multi_worker", transport=transport)
-    assert (made.wire.mesh is not None) == (transport == "sockets")
-    made.mesh.close = lambda reason=None: None  # which a run calls at its end; the next one here goes on with it
+    assert (made.collectives.backend is not None) == (transport == "sockets")
+    made.backend.close = lambda reason=None: None  # which a run calls at its end; the next one here goes on with it
     stops = (STEPS,) if transport == "sockets" else (4, STEPS)
     for precision, steps in (*(("float64", steps) for steps in stops), ("float32", STEPS)):
         keras.utils.clear_session(free_memory=False)
@@ -255,7 +255,7 @@ def test_workers_are_the_replicas_that_are_simulated(mirrored, tmp_path):
         assert_same_run(sockets, collectives)  # so what two workers saved at step 4 was all there was
         keras.utils.clear_session(free_memory=False)
         simulated = tmp_path / f"simulated-{precision}"
-        made = Replicas(mirrored(2), Wire(), "two")
+        made = Replicas(mirrored(2), Collectives(), "two")
         loop.run(settings(WORKER_RULES, made, precision=precision, model=noisy), simulated)
         left, right = state(sockets, STEPS), state(simulated, STEPS)
         assert left["own/dense2/kernel"].shape == (2, 12, 10) and not same_bits(left["own/dense2/kernel"])
@@ -273,32 +273,32 @@ run.data = @tests.user_module.data
 run.rules = [('train', r'.*')]
 """
 BAD = {
-    "steps": (["run.reduction = @local_sgd()", "local_sgd.steps = 0"], ["local_sgd.steps is 0"]),
-    "no steps": (["run.reduction = @local_sgd()"], ["local_sgd.steps"]),
+    "steps": (["run.reduction = @local_sgd()", "local_sgd.sync_every = 0"], ["local_sgd.sync_every is 0"]),
+    "no steps": (["run.reduction = @local_sgd()"], ["local_sgd.sync_every"]),
     "offset": (
-        ["run.reduction = @local_sgd()", "local_sgd.steps = 2", "local_sgd.offset = -1"],
+        ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.offset = -1"],
         ["local_sgd.offset is -1"],
     ),
     "exchange is local": (
         [
             "run.reduction = @outside/local_sgd()",
-            "outside/local_sgd.steps = 4",
-            "outside/local_sgd.exchange = @inside/local_sgd()",
-            "inside/local_sgd.steps = 2",
+            "outside/local_sgd.sync_every = 4",
+            "outside/local_sgd.compressor = @inside/local_sgd()",
+            "inside/local_sgd.sync_every = 2",
         ],
-        ["local_sgd.exchange", "LocalSGD"],
+        ["local_sgd.compressor", "LocalSGD"],
     ),
     "exchange is never": (
-        ["run.reduction = @local_sgd()", "local_sgd.steps = 2", "local_sgd.exchange = @never()"],
-        ["local_sgd.exchange", "Never"],
+        ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.compressor = @local_only()"],
+        ["local_sgd.compressor", "Never"],
     ),
     "outer is made already": (
-        ["run.reduction = @local_sgd()", "local_sgd.steps = 2", "local_sgd.outer = @nesterov()"],
-        ["local_sgd.outer", "without ()"],
+        ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.outer_optimizer = @nesterov()"],
+        ["local_sgd.outer_optimizer", "without ()"],
     ),
     "outer is a number": (
-        ["run.reduction = @local_sgd()", "local_sgd.steps = 2", "local_sgd.outer = 0.7"],
-        ["local_sgd.outer is 0.7"],
+        ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.outer_optimizer = 0.7"],
+        ["local_sgd.outer_optimizer is 0.7"],
     ),
     "density 0": (["run.reduction = @top_k()", "top_k.density = 0"], ["top_k.density is 0"]),
     "density 2": (["run.reduction = @top_k()", "top_k.density = 2"], ["top_k.density is 2"]),
@@ -313,11 +313,11 @@ BAD = {
     "bits of the largest in a list": (["run.reduction = @top_k()", "top_k.bits = [4]"], ["top_k.bits is [4]"]),
     "bits are a truth": (["run.reduction = @quantized()", "quantized.bits = True"], ["quantized.bits is True"]),
     "keep": (
-        ["run.reduction = @local_sgd()", "local_sgd.steps = 2", "local_sgd.keep = 'no'"],
-        ["local_sgd.keep is 'no'"],
+        ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.keep_residual_local = 'no'"],
+        ["local_sgd.keep_residual_local is 'no'"],
     ),
     "exchange is itself": (
-        ["run.reduction = @local_sgd()", "local_sgd.steps = 2", "local_sgd.exchange = @local_sgd()"],
+        ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.compressor = @local_sgd()"],
         ["refers to itself"],
     ),
 }
@@ -330,18 +330,18 @@ def test_bad_bindings(name, tmp_path):
     file.write_text(BASE)
     with pytest.raises(UserError) as raised:
         loaded = gin_files.load([file], params).settings
-        build(loaded, Replicas(tf.distribute.get_strategy(), Wire(), "one"))
-    message = str(raised.value).splitlines()[0]  # gin adds lines of its own, which the command leaves out
-    assert all(word in message for word in words), message
+        build(loaded, Replicas(tf.distribute.get_strategy(), Collectives(), "one"))
+    payload = str(raised.value).splitlines()[0]  # gin adds lines of its own, which the command leaves out
+    assert all(word in payload for word in words), payload
 
 
 def test_an_exchange_without_brackets(tmp_path):
     file = tmp_path / "base.gin"
     file.write_text(BASE)
     with pytest.raises(UserError, match=r"local_sgd\.exchange"):
-        params = ["run.reduction = @local_sgd()", "local_sgd.steps = 2", "local_sgd.exchange = @quantized"]
+        params = ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.compressor = @quantized"]
         loaded = gin_files.load([file], params)
-        build(loaded.settings, Replicas(tf.distribute.get_strategy(), Wire(), "one"))
+        build(loaded.settings, Replicas(tf.distribute.get_strategy(), Collectives(), "one"))
 
 
 @pytest.mark.parametrize("params", [{"transport": "udp"}, {"pack_bytes": 0}, {"pack_bytes": 1e6}, {"congestion": 5}])
@@ -358,15 +358,15 @@ def test_sockets_need_other_workers(monkeypatch):
 
 
 # A matrix of 64x64 would be sent whole with rank 32; the rule is about the variables that there are.
-@pytest.mark.parametrize("each", [LocalSGD(2), Never(), PowerSGD(1), TopK(), Quantized()])
+@pytest.mark.parametrize("each", [LocalSGD(2), LocalOnly(), PowerSGD(1), TopK(), Quantized()])
 def test_float16_needs_replicas_that_agree(each):
-    made = Replicas(tf.distribute.get_strategy(), Wire(), "one")
+    made = Replicas(tf.distribute.get_strategy(), Collectives(), "one")
     with pytest.raises(UserError, match=r"float16.*run\.precision"):
         build(settings([Rule("dense1/.*"), Rule("dense2/.*", reduction=each)], made, precision="mixed_float16"), made)
 
 
 def test_outer_factory_of_nothing():
-    made = Replicas(tf.distribute.get_strategy(), Wire(), "one")
+    made = Replicas(tf.distribute.get_strategy(), Collectives(), "one")
     with pytest.raises(UserError, match=r"local_sgd\.outer of rule 'dense1/\.\*'"):
         build(settings([Rule("dense1/.*", reduction=LocalSGD(2, 0, lambda: None)), Rule(".*")], made), made)
 

@@ -22,8 +22,8 @@ from dist_partial import data, models, schedules, session
 from dist_partial.config import settings, signatures
 from dist_partial.distributed import replicas
 from dist_partial.errors import UserError, own_line, raised
-from dist_partial.reductions.all_reduce import EveryStep
-from dist_partial.reductions.local_only import Never
+from dist_partial.reductions.all_reduce import AllReduce
+from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.local_sgd import LocalSGD, nesterov
 from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
@@ -35,13 +35,13 @@ _OURS: dict[str, Callable[..., Any]] = {
     "sample": settings.Sampling,
     "replicas": replicas.create,
     "Rule": Rule,
-    "every_step": EveryStep,
+    "all_reduce": AllReduce,
     "power_sgd": PowerSGD,
     "top_k": TopK,
     "quantized": Quantized,
     "local_sgd": LocalSGD,
     "nesterov": nesterov,
-    "never": Never,
+    "local_only": LocalOnly,
     "phases": schedules.Phases,
     "gradual_unfreezing": schedules.Gradual,
     "block_rotation": schedules.Rotation,
@@ -68,8 +68,8 @@ _OPENED = "dist_partial:"  # before a path, so that gin leaves opening it to `_o
 _INCLUDE = re.compile(r"^(\s*include\s+)['\"](.+?)['\"]", re.MULTILINE)
 _IMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+)?import\s+([\w.]+)", re.MULTILINE)
 _REQUIRED = re.compile(r"Required bindings for `([\w.]+)` not provided in config: \[(.*?)\]")
-# Bound before any file is read, so that `Adam.learning_rate` or `every_step.dtype` alone have their effect.
-_DEFAULTS = ("run.optimizer = @keras.optimizers.Adam", "run.reduction = @every_step()")
+# Bound before any file is read, so that `Adam.learning_rate` or `all_reduce.dtype` alone have their effect.
+_DEFAULTS = ("run.optimizer = @keras.optimizers.Adam", "run.reduction = @all_reduce()")
 _KERAS = ("optimizers", "optimizers.schedules", "losses", "applications", "initializers", "regularizers")
 
 
@@ -264,7 +264,7 @@ def _explain(error: Exception, place: str) -> str:
     if "malformed node or string" in text:
         first = "a text needs quotes, also within the shell's: --gin_param=\"run.leave = 'reset'\""
     elif isinstance(error, RecursionError):
-        first = "a binding refers to itself, as in local_sgd.exchange = @local_sgd()"
+        first = "a binding refers to itself, as in local_sgd.compressor = @local_sgd()"
     elif match := re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
         name = match[1].split("/")[-1]
         names = [selector for selector, _ in gin.config._REGISTRY.items() if not selector.startswith("gin.")]

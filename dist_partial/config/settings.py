@@ -9,7 +9,7 @@ import keras
 from dist_partial.adapters import quantization
 from dist_partial.distributed import replicas
 from dist_partial.errors import UserError
-from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.rules import check_reduction
 
@@ -86,14 +86,14 @@ class Settings:
         accumulate: micro-batches an update, one after the other on each replica.
         steps_per_loop: updates in one call of the compiled function.
         precision: Keras dtype policy: 'float32', 'float64', 'mixed_bfloat16', 'mixed_float16'.
-        frozen: how what no rule trains is stored: 'bfloat16', 'int8' (see `storage.lower`), or None as it is.
+        frozen_dtype: how what no rule trains is stored: 'bfloat16', 'int8' (see `storage.lower`), or None as it is.
         jit_compile: XLA for the gradient computation.
         statistics: which BatchNorm layers run in training mode: 'trained' (those of which something is) or 'all'.
         schedule: what is trained when, of what the rules train.
         leave: what becomes of the slots of a unit that the schedule leaves: 'keep', 'reset' or 'drop'.
         compiled_plans: how many selections of the schedule stay compiled.
-        cache: where the activations of what is frozen for good, from the input up, are kept for when an example comes
-            again: 'memory', 'disk', or None to compute them each time, which is the same up to rounding.
+        activation_cache: where the activations of what is frozen for good, from the input up, are kept for when an
+            example comes again: 'memory', 'disk', or None to compute them each time, the same up to rounding.
         replicas: makes the strategy; bound under `replicas.`.
         sampling: bound under `sample.`.
     """
@@ -103,7 +103,7 @@ class Settings:
     data: Callable[[], Any]
     optimizer: Callable[..., Any] = keras.optimizers.Adam
     loss: Callable[[], Any] = cross_entropy
-    reduction: Any = dataclasses.field(default_factory=EveryStep)
+    reduction: Any = dataclasses.field(default_factory=AllReduce)
     steps: int = 1000
     global_batch: int = 32
     seed: int = 0
@@ -116,13 +116,13 @@ class Settings:
     accumulate: int = 1
     steps_per_loop: int = 1
     precision: str = "float32"
-    frozen: str | None = None
+    frozen_dtype: str | None = None
     jit_compile: bool = False
     statistics: str = "trained"
     schedule: Any = dataclasses.field(default_factory=Constant)
     leave: str = "keep"
     compiled_plans: int = 8
-    cache: str | None = None
+    activation_cache: str | None = None
     replicas: Callable[[], Any] = replicas.create
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
 
@@ -145,17 +145,17 @@ class Settings:
         check_reduction("run", self.reduction)
         if self.precision not in PRECISIONS:
             raise UserError(f"run.precision is {self.precision!r}: write one of {', '.join(map(repr, PRECISIONS))}")
-        if self.frozen not in quantization.PRECISIONS:
-            raise UserError(f"run.frozen is {self.frozen!r}: write 'bfloat16', 'int8' or None")
+        if self.frozen_dtype not in quantization.PRECISIONS:
+            raise UserError(f"run.frozen_dtype is {self.frozen_dtype!r}: write 'bfloat16', 'int8' or None")
         if isinstance(self.schedule, type) or not hasattr(self.schedule, "next_switch"):
             raise UserError(f"run.schedule is {self.schedule!r}: bind a schedule such as @lisa(), with the ()")
         if self.leave not in ("keep", "reset", "drop"):
             raise UserError(f"run.leave is {self.leave!r}: write 'keep', 'reset' or 'drop'")
-        if self.cache not in (None, "memory", "disk"):
-            raise UserError(f"run.cache is {self.cache!r}: write 'memory', 'disk' or None")
-        if self.cache and self.jit_compile:
+        if self.activation_cache not in (None, "memory", "disk"):
+            raise UserError(f"run.activation_cache is {self.activation_cache!r}: write 'memory', 'disk' or None")
+        if self.activation_cache and self.jit_compile:
             raise UserError(
-                "run.cache beside run.jit_compile: XLA rounds what it compiles together otherwise; bind one"
+                "run.activation_cache beside run.jit_compile: XLA rounds what it compiles together otherwise; bind one"
             )
         if self.statistics not in ("trained", "all"):
             raise UserError(f"run.statistics is {self.statistics!r}: write 'trained' or 'all'")

@@ -10,7 +10,7 @@ from dist_partial.config.settings import Settings
 from dist_partial.distributed import replicas
 from dist_partial.errors import UserError
 from dist_partial.export.delta import Base
-from dist_partial.reductions.local_only import Never
+from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.session import put_back
 from dist_partial.step import outer_step
 from dist_partial.training.build import Built, build, restore
@@ -42,8 +42,8 @@ def newest(folder: Path, imports: bool) -> Iterator[tuple[Settings, Built, int]]
         checkpoint = restore(built, folder, say, may_differ=("data",))
         if checkpoint is None:
             raise UserError(f"{folder} has no checkpoint yet: let the run save one first")
-        if alone := [entry.path for entry in built.plan.trained if isinstance(entry.reduction, Never)]:
-            say(f"{alone[0]!r} and what else @never() trains differs between replicas: this is the first one's")
+        if alone := [entry.path for entry in built.plan.trained if isinstance(entry.reduction, LocalOnly)]:
+            say(f"{alone[0]!r} and what else @local_only() trains differs between replicas: this is the first one's")
         with outer_step.agreed(built.replicas.strategy, built.fragments):
             yield settings, built, checkpoint.step
 

@@ -19,7 +19,7 @@ import tensorflow as tf
 from dist_partial.distributed.per_replica import local_count
 from dist_partial.errors import UserError
 from dist_partial.fit.optimizer import FROZEN, REDUCTIONS, Partial, PartialLossScale, Share, freeze
-from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.selection.plan import Plan
 from dist_partial.selection.resolve import resolve
 from dist_partial.step import batch_norm, optimizers
@@ -29,7 +29,7 @@ def partial(
     optimizer: keras.optimizers.Optimizer | str,
     rules: Sequence[Any],
     model: keras.Model,
-    reduction: Any = EveryStep(),  # noqa: B008 (frozen)
+    reduction: Any = AllReduce(),  # noqa: B008 (frozen)
 ) -> Partial | PartialLossScale:
     """Freezes what the rules do not train, and wraps an optimizer so that only the rest is reduced, once.
 
@@ -43,7 +43,7 @@ def partial(
             optimizer nor a learning rate; each of the others has one of its own, listed in `optimizers`.
         rules: the table, as for `run.rules`; its paths have no model name in front.
         model: a built model.
-        reduction: of the rules that name none: `EveryStep`, `Quantized`, `TopK` or `PowerSGD`.
+        reduction: of the rules that name none: `AllReduce`, `Quantized`, `TopK` or `PowerSGD`.
 
     Returns:
         What `model.compile(optimizer=...)` takes; with loss scaling if the model's policy is mixed_float16.

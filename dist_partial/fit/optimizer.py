@@ -9,14 +9,14 @@ import keras
 import tensorflow as tf
 
 from dist_partial import reductions
-from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.collectives import Collectives
 from dist_partial.errors import UserError
-from dist_partial.reductions.all_reduce import EveryStep
-from dist_partial.selection.plan import Entry, Plan
+from dist_partial.reductions.all_reduce import AllReduce
+from dist_partial.selection.plan import Plan, VariablePlan
 from dist_partial.selection.rules import Rule
 from dist_partial.step import optimizers
 
-REDUCTIONS = {each.__name__: each for each in (EveryStep, reductions.Quantized, reductions.TopK, reductions.PowerSGD)}
+REDUCTIONS = {each.__name__: each for each in (AllReduce, reductions.Quantized, reductions.TopK, reductions.PowerSGD)}
 FROZEN = "_frozen_by_partial"  # a mark on the variables and layers that `partial` has frozen
 
 
@@ -139,7 +139,7 @@ class Partial(keras.optimizers.Optimizer):
             gradients.append(gradient)
         if all(gradient is None for gradient in gradients):
             raise UserError(f"the loss depends on none of the selected variables ({trained[0].path!r}, ...)")
-        return reductions.reduce(Wire(), self.plan, gradients, self._states)[0]
+        return reductions.reduce(Collectives(), self.plan, gradients, self._states)[0]
 
     @property
     def selected(self) -> list[Any]:
@@ -271,11 +271,11 @@ def _plan(shares: Sequence[Share], inner: Sequence[Any], by_path: Mapping[str, A
         rules.append(Rule("|".join(map(re.escape, share.paths)), optimizer=lambda o=optimizer: o, rows=share.rows))
         for path in share.paths:
             v = by_path[path]
-            entries.append(Entry(path, tuple(v.shape), v.dtype, v, rules[-1], share.reduction))
+            entries.append(VariablePlan(path, tuple(v.shape), v.dtype, v, rules[-1], share.reduction))
     return Plan(tuple(rules), tuple(entries))
 
 
-def _read_rows(strategy: tf.distribute.Strategy, members: Sequence[optimizers.Trained]) -> None:
+def _read_rows(strategy: tf.distribute.Strategy, members: Sequence[optimizers.OptimizerVariable]) -> None:
     for member in members:
         strategy.extended.update(
             member.variable.value,

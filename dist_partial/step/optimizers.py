@@ -15,18 +15,18 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.errors import UserError, first_line
-from dist_partial.selection.plan import Entry, Group, Plan
+from dist_partial.selection.plan import Group, Plan, VariablePlan
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Trained:
+class OptimizerVariable:
     """One trained entry and the variable that its optimizer updates.
 
     That is the model's variable itself, or, where rows are selected, a stand-in of those rows alone, so that
     the optimizer holds slots for nothing else; `write_rows` copies it into the model after the update.
     """
 
-    entry: Entry
+    entry: VariablePlan
     variable: Any
 
 
@@ -43,7 +43,7 @@ class GroupOptimizer:
             there are none.
     """
 
-    members: tuple[Trained, ...]
+    members: tuple[OptimizerVariable, ...]
     number: int
     make: Callable[[], keras.optimizers.Optimizer]
     optimizer: keras.optimizers.Optimizer
@@ -90,11 +90,13 @@ def _build_group(number: int, group: Group, default: Callable[..., Any]) -> Grou
     rate = group.rule.learning_rate
     if rate is not None:
         factory = functools.partial(factory, learning_rate=float(rate) if isinstance(rate, int) else rate)
-    members = tuple(Trained(entry, _trained_variable(entry)) for entry in group.entries)
+    members = tuple(OptimizerVariable(entry, _trained_variable(entry)) for entry in group.entries)
     return prepare(f"the optimizer of rule {group.rule.match!r}", factory, members, number)
 
 
-def prepare(where: str, factory: Callable[..., Any], members: tuple[Trained, ...], number: int) -> GroupOptimizer:
+def prepare(
+    where: str, factory: Callable[..., Any], members: tuple[OptimizerVariable, ...], number: int
+) -> GroupOptimizer:
     """Makes one optimizer, yet without slots, that is handed gradients which are reduced already.
 
     Args:
@@ -183,7 +185,7 @@ def check(where: str, optimizer: keras.optimizers.Optimizer) -> None:
         )
 
 
-def _trained_variable(entry: Entry) -> Any:
+def _trained_variable(entry: VariablePlan) -> Any:
     if entry.rule.rows is None:
         return entry.variable
     _check_constraint(entry, entry.rule.rows)
@@ -205,7 +207,7 @@ def stand_in(variable: Any, value: np.ndarray) -> Any:
     return other
 
 
-def _check_constraint(entry: Entry, selected: tuple[int, int]) -> None:
+def _check_constraint(entry: VariablePlan, selected: tuple[int, int]) -> None:
     """Raises UserError if the constraint gives the selected rows other values beside other rows, which must stay."""
     constraint, rows = entry.variable.constraint, slice(*selected)
     if constraint is None or entry.trained_shape == entry.shape:
@@ -230,7 +232,7 @@ def _check_constraint(entry: Entry, selected: tuple[int, int]) -> None:
             )
 
 
-def _build_slots(number: int, optimizer: Any, members: Sequence[Trained]) -> dict[str, Any]:
+def _build_slots(number: int, optimizer: Any, members: Sequence[OptimizerVariable]) -> dict[str, Any]:
     # Keras names a slot by its variable's path with "/" turned into "_", which is not unique, and lists slots by
     # index, which a changed selection shifts. The method below is where every slot learns its variable.
     paths = {id(member.variable): member.entry.path for member in members}
@@ -266,14 +268,14 @@ def _apply_reduced_already(optimizer: Any) -> None:
     optimizer._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
 
 
-def _know_stand_ins(optimizer: Any, members: Sequence[Trained]) -> None:
+def _know_stand_ins(optimizer: Any, members: Sequence[OptimizerVariable]) -> None:
     # By this key Keras 3.15 looks up what `exclude_from_weight_decay(var_list=...)` was given: the model's variables.
     key = optimizer._var_key
     known = {key(member.variable): key(member.entry.variable) for member in members}
     optimizer._var_key = lambda variable: known.get(key(variable), key(variable))
 
 
-def exclusions(optimizer: Any, members: Sequence[Trained]) -> dict[str, Any]:
+def exclusions(optimizer: Any, members: Sequence[OptimizerVariable]) -> dict[str, Any]:
     """What `exclude_from_weight_decay` was told, which no config of Keras's has; empty if nothing was.
 
     Returns:
@@ -297,7 +299,7 @@ def apply(optimizers: Sequence[GroupOptimizer], gradients: Sequence[tf.Tensor | 
             group.optimizer.apply(*zip(*pairs, strict=True))
 
 
-def write_rows(strategy: tf.distribute.Strategy, members: Sequence[Trained]) -> None:
+def write_rows(strategy: tf.distribute.Strategy, members: Sequence[OptimizerVariable]) -> None:
     """Copies the rows that were updated into the model's variables; called in the cross-replica context."""
     for member in members:
         if member.entry.rule.rows is not None:

@@ -9,13 +9,13 @@ import keras
 import tensorflow as tf
 
 from dist_partial.distributed import traffic
-from dist_partial.distributed.collectives import Wire, together
+from dist_partial.distributed.collectives import Collectives, run_rounds
 from dist_partial.reductions.base import mean
 from dist_partial.reductions.local_sgd import LocalSGD
-from dist_partial.selection.plan import Entry, Plan
+from dist_partial.selection.plan import Plan, VariablePlan
 from dist_partial.step import optimizers
 from dist_partial.step.layer_state import untouched
-from dist_partial.step.optimizers import GroupOptimizer, Trained
+from dist_partial.step.optimizers import GroupOptimizer, OptimizerVariable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,11 +30,11 @@ class Fragment:
     """
 
     reduction: LocalSGD
-    members: tuple[Trained, ...]
+    members: tuple[OptimizerVariable, ...]
     outer: GroupOptimizer
     states: tuple[dict[str, tf.Variable], ...]
 
-    def entries(self, plan: Plan) -> list[Entry]:
+    def entries(self, plan: Plan) -> list[VariablePlan]:
         """The plan's entries of its members."""
         paths = {member.entry.path for member in self.members}
         return [entry for entry in plan.trained if entry.path in paths]
@@ -74,11 +74,15 @@ def build(
         own_states = tuple(next(rest) for _ in inner.members)
         if isinstance(group.reduction, LocalSGD):
             anchors = tuple(
-                Trained(member.entry, optimizers.stand_in(member.variable, keras.ops.convert_to_numpy(member.variable)))
+                OptimizerVariable(
+                    member.entry, optimizers.stand_in(member.variable, keras.ops.convert_to_numpy(member.variable))
+                )
                 for member in inner.members
             )
-            factory = group.reduction.outer or (lambda: keras.optimizers.SGD(1.0))
-            outer = optimizers.prepare(f"local_sgd.outer of rule {group.rule.match!r}", factory, anchors, number)
+            factory = group.reduction.outer_optimizer or (lambda: keras.optimizers.SGD(1.0))
+            outer = optimizers.prepare(
+                f"local_sgd.outer_optimizer of rule {group.rule.match!r}", factory, anchors, number
+            )
             outer.allocate()
             fragments.append(Fragment(group.reduction, inner.members, outer, own_states))
     return tuple(fragments)
@@ -86,7 +90,7 @@ def build(
 
 def exchanges(
     strategy: tf.distribute.Strategy,
-    wire: Wire,
+    collectives: Collectives,
     plan: Plan,
     fragments: Sequence[Fragment],
     without_gradient: Sequence[str],
@@ -96,24 +100,24 @@ def exchanges(
 
     Args:
         strategy: the replicas.
-        wire: how they reach each other.
+        collectives: how they reach each other.
         plan: the plan.
         fragments: from `build`.
         without_gradient: paths on which the loss does not depend: they do not move.
         statistics: variables that are to be averaged; where no group is shared in every step, which would take them
             along, the first fragment does.
     """
-    together = any(group.reduction.shared for group in plan.groups)
+    run_rounds = any(group.reduction.shared for group in plan.groups)
     found = []
     for i, fragment in enumerate(fragments):
-        function = _exchange(strategy, wire, fragment, without_gradient, [] if together or i else statistics)
+        function = _exchange(strategy, collectives, fragment, without_gradient, [] if run_rounds or i else statistics)
         found.append(Exchange(fragment, function, traffic.in_call(function.get_concrete_function())))
     return found
 
 
 def _exchange(
     strategy: tf.distribute.Strategy,
-    wire: Wire,
+    collectives: Collectives,
     fragment: Fragment,
     without_gradient: Sequence[str],
     statistics: Sequence[Any],
@@ -127,7 +131,7 @@ def _exchange(
             movement = tf.convert_to_tensor(anchor) - tf.convert_to_tensor(own)
             count = tf.distribute.get_replica_context().num_replicas_in_sync
             exchanges.append(fragment.reduction.window.reduce(movement / count, fragment.states[i]))
-        means = together(wire, [*exchanges, *[mean(tf.convert_to_tensor(v.value)) for v in statistics]])
+        means = run_rounds(collectives, [*exchanges, *[mean(tf.convert_to_tensor(v.value)) for v in statistics]])
         return means[: len(moved)][::-1], means[len(moved) :]
 
     def replica_update(means: list[tf.Tensor], averages: list[tf.Tensor]) -> None:
@@ -154,16 +158,20 @@ def _exchange(
     def exchanged() -> None:
         if moved or statistics:
             strategy.run(replica_update, args=strategy.run(replica_means))
-            _go_to(strategy, fragment, strategy.run(replica_starts) if fragment.reduction.keep else _anchors(fragment))
+            _go_to(
+                strategy,
+                fragment,
+                strategy.run(replica_starts) if fragment.reduction.keep_residual_local else _anchors(fragment),
+            )
 
     return exchanged
 
 
-def averages(strategy: tf.distribute.Strategy, wire: Wire, variables: Sequence[Any]) -> Any:
+def averages(strategy: tf.distribute.Strategy, collectives: Collectives, variables: Sequence[Any]) -> Any:
     """Builds the compiled function that gives all replicas the mean of what each has of some variables."""
 
     def replica_average() -> None:
-        means = together(wire, [mean(tf.convert_to_tensor(variable.value)) for variable in variables])
+        means = run_rounds(collectives, [mean(tf.convert_to_tensor(variable.value)) for variable in variables])
         for variable, average in zip(variables, means, strict=True):
             variable.assign(average)
 

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.collectives import Collectives
 from dist_partial.errors import calling
 from dist_partial.reductions.base import reduce
 from dist_partial.selection.plan import Plan
@@ -71,7 +71,7 @@ class TrainStep:
 
 def train_step(
     strategy: tf.distribute.Strategy,
-    wire: Wire,
+    collectives: Collectives,
     model: keras.Model,
     loss: Loss,
     plan: Plan,
@@ -86,7 +86,7 @@ def train_step(
 
     Args:
         strategy: the replicas.
-        wire: how they reach each other.
+        collectives: how they reach each other.
         model: built in the strategy's scope.
         loss: (y, outputs) -> losses, the batch axis first.
         plan: what is trained and how it travels.
@@ -123,7 +123,9 @@ def train_step(
         compute = tf.function(backprop, jit_compile=True, autograph=False) if options.jit_compile else backprop
         total, gradients = accumulate(compute, batch, loss_scale, options.accumulate)
         without_gradient[:] = [e.path for e, g in zip(trained, gradients, strict=True) if g is None]
-        gradients, means = reduce(wire, plan, gradients, states, [tf.convert_to_tensor(v.value) for v in statistics])
+        gradients, means = reduce(
+            collectives, plan, gradients, states, [tf.convert_to_tensor(v.value) for v in statistics]
+        )
         # Only now, on the sum that all replicas share bit for bit, may anything depend on the gradient's values:
         # what one replica decided by its own part alone would set it apart from the others.
         if scale is not None:

@@ -18,7 +18,7 @@ import tensorflow as tf
 from dist_partial.data import Source, fetch, fetched
 from dist_partial.distributed import traffic
 from dist_partial.errors import UserError
-from dist_partial.training.split_model import Cut
+from dist_partial.training.split_model import SplitModel
 
 # What reads and changes nothing, though TensorFlow calls it stateful; the bodies of control flow are looked at, too.
 _HARMLESS = {
@@ -52,7 +52,7 @@ class Activations:
     """
 
     def __init__(
-        self, source: Source, part: Cut, rows: int, expected: int, where: str, past: Iterable[np.ndarray] = ()
+        self, source: Source, part: SplitModel, rows: int, expected: int, where: str, past: Iterable[np.ndarray] = ()
     ) -> None:
         self.name = part.name
         self._source, self._rows, self._suffix = source, rows, part.suffix
@@ -111,7 +111,7 @@ class Activations:
         sizes = [_size(spec) for spec in self._specs]
         return [_from_bytes(part, spec) for part, spec in zip(tf.split(x, sizes, axis=1), self._specs, strict=True)]
 
-    def _check(self, part: Cut) -> None:
+    def _check(self, part: SplitModel) -> None:
         """Compares on some examples: the same ones beside others, and the cut model with the whole.
 
         Raises:
@@ -135,7 +135,7 @@ class Activations:
                 raise part.refusal(f"depends on the other examples of a batch, or is random ({apart:.2g} apart)")
         self._compare(part, x, bytes_of_x, limit)
 
-    def _compare(self, part: Cut, x: tf.Tensor, kept: tf.Tensor, limit: float) -> None:
+    def _compare(self, part: SplitModel, x: tf.Tensor, kept: tf.Tensor, limit: float) -> None:
         def apart(a: list[np.ndarray], b: list[np.ndarray]) -> float:
             return max(itertools.starmap(_apart, zip(a, b, strict=True)))
 
@@ -149,7 +149,7 @@ class Activations:
         raise part.refusal("cannot be compared with the whole model, which gives something else each time")
 
 
-def _compiled(part: Cut, rows: int, x: tf.TensorSpec) -> tuple[Any, list[tf.TensorSpec]]:
+def _compiled(part: SplitModel, rows: int, x: tf.TensorSpec) -> tuple[Any, list[tf.TensorSpec]]:
     """The prefix as a function [rows, ...] -> uint8 [rows, bytes of an example], and its tensors for one example.
 
     Raises:
@@ -249,9 +249,10 @@ def _from_bytes(x: tf.Tensor, spec: tf.TensorSpec) -> tf.Tensor:
 def _room(shape: tuple[int, int], needed: int, where: str) -> np.ndarray:
     free = shutil.disk_usage(tempfile.gettempdir()).free if where == "disk" else _free_memory()
     if free is not None and needed > free:
-        hint = "set TMPDIR to a larger disk" if where == "disk" else "bind run.cache = 'disk'"
+        hint = "set TMPDIR to a larger disk" if where == "disk" else "bind run.activation_cache = 'disk'"
         raise UserError(
-            f"run.cache = {where!r} needs up to {needed:,} bytes, and {free:,} are free: {hint}, or unbind it"
+            f"run.activation_cache = {where!r} needs up to {needed:,} bytes, and {free:,} are free: {hint}, or "
+            "unbind it"
         )
     if where == "disk":
         return np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=shape)

@@ -107,7 +107,7 @@ def _build(settings: Settings, replicas: Replicas) -> Built:
         adapters = lora.enable(settings.rules, model)
         plan = selection.resolve(settings.rules, model, settings.reduction, adapters)
         plan = dataclasses.replace(plan, workers=max(2, replicas.strategy.num_replicas_in_sync))
-        plan, units, notes = _divided(quantization.lower(plan, model, settings.frozen), settings, batch_norms)
+        plan, units, notes = _divided(quantization.lower(plan, model, settings.frozen_dtype), settings, batch_norms)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
         with calling("run.model"), taking(data.name, x):
             state, outputs = layer_state.find(model, x, plan)
@@ -120,7 +120,7 @@ def _build(settings: Settings, replicas: Replicas) -> Built:
         if scale is not None and (kept or not entry.reduction.shared):
             raise UserError(
                 f"float16 scales the loss and skips the steps that overflow on any replica, which {entry.reduction} of "
-                f"rule {entry.rule.match!r} cannot: bind run.precision = 'mixed_bfloat16', or @every_step()"
+                f"rule {entry.rule.match!r} cannot: bind run.precision = 'mixed_bfloat16', or @all_reduce()"
             )
     parts = strategy.num_replicas_in_sync * settings.accumulate
     with calling("run.loss"):
@@ -161,19 +161,19 @@ def _divided(
     for name, paths in parts:
         entries = [trained[path] for path in paths]
         variables = {id(entry.variable) for entry in entries}
-        messages = [message for entry in entries for message in entry.messages]
+        payloads = [payload for entry in entries for payload in entry.payloads]
         # The statistics of a layer that trains travel, too.
         moving = [layer for layer in batch_norms if {id(layer.gamma), id(layer.beta)} & variables]
-        messages += reductions.averages(plan, batch_norm.unsynchronised_statistics(moving))
-        sent = average_bytes(messages, plan.workers)
+        payloads += reductions.averages(plan, batch_norm.unsynchronised_statistics(moving))
+        sent = average_bytes(payloads, plan.workers)
         units.append(Unit(name, tuple(paths), math.ceil(sent), sum(entry.trained_parameters for entry in entries)))
     notes = schedule.check(units, settings.steps)
     if not isinstance(schedule, Constant):
         for entry in trained.values():
-            if any(message.every > 1 for message in entry.messages) or not entry.reduction.shared:
+            if any(payload.every > 1 for payload in entry.payloads) or not entry.reduction.shared:
                 raise UserError(
                     f"run.schedule switches what is reduced in every step, and {entry.reduction} of rule "
-                    f"{entry.rule.match!r} is not: bind @every_step(), @power_sgd(), @top_k() or @quantized()"
+                    f"{entry.rule.match!r} is not: bind @all_reduce(), @power_sgd(), @top_k() or @quantized()"
                 )
     return plan, tuple(units), notes
 
@@ -194,10 +194,10 @@ def restore(
     """
     known = fingerprints.check_run(folder, built.fingerprint, may_differ)
     checkpoint = checkpoints.newest(folder / "checkpoints", say) if known else None
-    while len(set(steps := consistency.everyone(built.replicas.mesh, checkpoint.step if checkpoint else 0))) > 1:
+    while len(set(steps := consistency.everyone(built.replicas.backend, checkpoint.step if checkpoint else 0))) > 1:
         least = min(steps)
         if not least:
-            names = consistency.names(built.replicas.mesh, [k for k, found in enumerate(steps) if not found])
+            names = consistency.names(built.replicas.backend, [k for k, found in enumerate(steps) if not found])
             raise UserError(
                 f"{names} cannot see the checkpoint of step {max(steps)} in {folder}: all workers need the same run "
                 "folder, on a disk that they share"
@@ -208,7 +208,7 @@ def restore(
         if checkpoint.metadata["frozen"] != built.fingerprint["frozen"]:
             raise UserError(f"{checkpoint.path} was saved beside other frozen variables: it is of another run")
         with built.replicas.strategy.scope():
-            for number in checkpoint.metadata.get("course", {}).get("allocated", ()):
+            for number in checkpoint.metadata.get("schedule", {}).get("allocated", ()):
                 built.optimizers[number].allocate()
         checkpoints.restore(checkpoint, built.state())
         layer_state.spread(built.replicas.strategy, built.layer_state.generators)
@@ -242,7 +242,7 @@ def compiled_step(
     batch_norm.set_modes(built.batch_norms, plan, everywhere=settings.statistics == "all")
     return train_step(
         built.replicas.strategy,
-        built.replicas.wire,
+        built.replicas.collectives,
         built.model,
         built.loss,
         plan,

@@ -16,7 +16,7 @@ from dist_partial.config.settings import Settings
 from dist_partial.distributed import replicas
 from dist_partial.distributed.collectives import PACK_BYTES
 from dist_partial.schedules.fixed import Constant
-from dist_partial.selection.payload import Message, average_bytes, itemsize
+from dist_partial.selection.payload import Payload, average_bytes, itemsize
 from dist_partial.selection.plan import Plan
 from dist_partial.session import put_back
 from dist_partial.step import outer_step
@@ -94,10 +94,10 @@ def estimate(settings: Settings, machine: Machine) -> Cost:
     plan = dataclasses.replace(plan, workers=max(2, machine.workers))
     cores = os.cpu_count() or 1
     shared = [entry for entry in plan.trained if entry.reduction.shared]
-    every_step = [message for entry in shared for message in entry.messages]
-    every_step += [message for message in plan.statistics if message.every == 1]
-    sending = average_bytes(every_step, machine.workers)
-    periodic = average_bytes(plan.messages, machine.workers) - sending
+    all_reduce = [payload for entry in shared for payload in entry.payloads]
+    all_reduce += [payload for payload in plan.statistics if payload.every == 1]
+    sending = average_bytes(all_reduce, machine.workers)
+    periodic = average_bytes(plan.payloads, machine.workers) - sending
     # Workers that share a host's cores compute side by side until the cores are full; sockets want their share.
     crowded = machine.workers_per_host / cores
     transport = 2 * (sending + periodic) * CPU_NS_PER_BYTE * 1e-9
@@ -106,7 +106,7 @@ def estimate(settings: Settings, machine: Machine) -> Cost:
     wire = (sending + periodic) / machine.bandwidth
     rate = machine.bandwidth * EFFICIENCY
     forward = computation.forward * slower
-    step = _travel(average_bytes(every_step), sending / rate, forward, computation.step * slower)
+    step = _travel(average_bytes(all_reduce), sending / rate, forward, computation.step * slower)
     step += exchanges * slower + periodic / rate
     if machine.workers > 1:
         apart = [group.entries for group in plan.groups if not group.reduction.shared]
@@ -128,7 +128,7 @@ def _travel(payload: float, wire: float, forward: float, computed: float) -> flo
 
 def _hops(entries: Sequence[Any]) -> float:
     """Messages a step that wait for each other: a sum takes two hops, a gather one."""
-    return max((sum((2 if m.kind == "sum" else 1) / m.every for m in e.messages) for e in entries), default=0.0)
+    return max((sum((2 if m.kind == "sum" else 1) / m.every for m in e.payloads) for e in entries), default=0.0)
 
 
 def _measure(settings: Settings, batch: int) -> tuple[Plan, Computation, float, int]:
@@ -136,7 +136,7 @@ def _measure(settings: Settings, batch: int) -> tuple[Plan, Computation, float, 
     if not isinstance(settings.schedule, Constant):
         print("run.schedule trains a part of this at a time; what follows is of all that the rules train together")
     built = build(dataclasses.replace(settings, schedule=Constant()), replicas.create("default"))
-    strategy, wire = built.replicas.strategy, built.replicas.wire
+    strategy, wire = built.replicas.strategy, built.replicas.collectives
     batch = -(-batch // settings.accumulate) * settings.accumulate
     train, inputs = compiled_step(built, settings, built.plan, batch), batches(built, settings, 0, batch)
     one = next(inputs)
@@ -151,7 +151,7 @@ def _measure(settings: Settings, batch: int) -> tuple[Plan, Computation, float, 
     exchanges = 0.0
     for exchange in outer_step.exchanges(strategy, wire, built.plan, built.fragments, train.without_gradient, []):
         once, _ = _time(lambda n, exchange=exchange: [exchange.function() for _ in range(n)])
-        exchanges += once / exchange.fragment.reduction.steps
+        exchanges += once / exchange.fragment.reduction.sync_every
     memory = sum(_bytes(v) for k, v in built.state().items() if k.startswith(("slots/", "outer/", "reductions/")))
     memory += sum(_bytes(anchor.variable) for fragment in built.fragments for anchor in fragment.outer.members)
     plan = built.plan.traced(train.without_gradient, [*averages, *sums])
@@ -164,12 +164,12 @@ def _summed() -> Iterator[list[Any]]:
 
     With one replica no such sum is in the graph.
     """
-    found: list[Message] = []
+    found: list[Payload] = []
     all_reduce = tf.distribute.ReplicaContext.all_reduce
 
     def noted(context: Any, reduce_op: Any, value: Any, options: Any = None) -> Any:
         for tensor in map(tf.convert_to_tensor, tf.nest.flatten(value)):
-            found.append(Message("sum", tensor.shape.num_elements() * tensor.dtype.size))
+            found.append(Payload("sum", tensor.shape.num_elements() * tensor.dtype.size))
         return all_reduce(context, reduce_op, value, options)
 
     tf.distribute.ReplicaContext.all_reduce = noted

@@ -28,8 +28,8 @@ class Interrupted(Exception):
 @contextlib.contextmanager
 def connected(replicas: Replicas) -> Iterator[None]:
     """Turns what a lost worker leads to into what has become of it, and tells the others why this one ends."""
-    mesh = replicas.mesh
-    if mesh is None:
+    backend = replicas.backend
+    if backend is None:
         yield
         return
     try:
@@ -38,9 +38,9 @@ def connected(replicas: Replicas) -> Iterator[None]:
         except tf.errors.OpError as error:
             # TensorFlow's own collectives may hear of it first.
             until = time.monotonic() + 2.0
-            while not mesh.lost() and time.monotonic() < until:
+            while not backend.lost() and time.monotonic() < until:
                 time.sleep(0.05)
-            if lost := mesh.lost():
+            if lost := backend.lost():
                 raise lost from error
             # TensorFlow's collectives end like this on the workers that are left.
             if isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError)):
@@ -50,7 +50,7 @@ def connected(replicas: Replicas) -> Iterator[None]:
                 ) from error
             raise
     except (Exception, SystemExit) as error:
-        mesh.close(error if isinstance(error, Ending) else raised("", error))
+        backend.close(error if isinstance(error, Ending) else raised("", error))
         raise
 
 

@@ -26,8 +26,8 @@ from dist_partial.step.layer_state import untouched
 from dist_partial.training import evaluation
 from dist_partial.training.build import build, restore
 from dist_partial.training.failures import Interrupted, connected, explained, let_go
-from dist_partial.training.metric_writer import Journal
-from dist_partial.training.schedule_runner import Course
+from dist_partial.training.metric_writer import MetricWriter
+from dist_partial.training.schedule_runner import ScheduleRunner
 
 
 def run(
@@ -57,8 +57,8 @@ def run(
     """
     replicas = settings.replicas()
     try:
-        mesh = contextlib.closing(replicas.mesh) if replicas.mesh else contextlib.nullcontext()
-        with put_back(), mesh, connected(replicas), explained():
+        backend = contextlib.closing(replicas.backend) if replicas.backend else contextlib.nullcontext()
+        with put_back(), backend, connected(replicas), explained():
             _run(settings, Path(folder), replicas, operative, unused, bindings or {})
     except BaseException as error:
         let_go(error)
@@ -76,7 +76,7 @@ def _run(
     strategy = replicas.strategy
     say: Callable[[str], None] = print if replicas.is_chief else lambda _: None
     say(replicas.description)
-    workers = replicas.mesh.size if replicas.mesh else 1
+    workers = replicas.backend.size if replicas.backend else 1
     parts = strategy.num_replicas_in_sync * settings.accumulate
     if settings.global_batch % parts:
         raise UserError(
@@ -84,12 +84,12 @@ def _run(
             f"replicas x {settings.accumulate} micro-batches: bind a multiple of {parts}"
         )
     built = build(settings, replicas)
-    if replicas.mesh is not None:
+    if replicas.backend is not None:
         facts = {"versions": consistency.versions(), "bindings": dict(bindings)}
         start = {
             fingerprints.INITIAL: built.fingerprint[fingerprints.INITIAL]
         }  # first, for all else that differs follows from it
-        consistency.check(replicas.mesh, facts | start | built.fingerprint)
+        consistency.check(replicas.backend, facts | start | built.fingerprint)
     say(plan_table(built.plan, workers))
     for note in built.notes:
         say(note)
@@ -102,7 +102,7 @@ def _run(
     if checkpoint:
         say(f"going on from step {done} ({checkpoint.path})")
 
-    course = Course(built, settings, done, checkpoint.metadata.get("course") if checkpoint else None)
+    runner = ScheduleRunner(built, settings, done, checkpoint.metadata.get("schedule") if checkpoint else None)
     evaluate = evaluation.evaluation(
         strategy,
         evaluation_step(strategy, built.model, built.loss),
@@ -111,16 +111,20 @@ def _run(
         examples=min(settings.eval_examples or len(built.data.evaluation), len(built.data.evaluation)),
         global_batch=settings.global_batch,
     )
-    course.compile_ahead(done)
-    switched = course.enter(done)
+    runner.compile_ahead(done)
+    switched = runner.enter(done)
     constant = isinstance(built.schedule, Constant)
-    plan = course.leg.plan if constant else built.plan
+    plan = runner.phase.plan if constant else built.plan
     meter = network.Meter(workers, network.interface(replicas.host) if replicas.host else None, done)
     saved, first, kept = done, True, None
 
     # Between two exchanges replicas have statistics of their own, too; what is evaluated is one model.
     apart = bool(built.fragments) and not any(group.reduction.shared for group in built.plan.groups)
-    average = outer_step.averages(strategy, replicas.wire, built.averaged) if apart and built.averaged else lambda: None
+    average = (
+        outer_step.averages(strategy, replicas.collectives, built.averaged)
+        if apart and built.averaged
+        else lambda: None
+    )
 
     def evaluated() -> None:
         # Nothing but a step moves a state: recurrent layers with dropout draw random numbers in inference, too.
@@ -128,68 +132,72 @@ def _run(
             average()
             with connected(replicas), explained():  # the others wait here, and what fails must not wait for them
                 metrics = evaluate()
-            journal.evaluation(done, metrics, sent)
+            writer.evaluation(done, metrics, sent)
             if built.data.codec is not None and replicas.is_chief:
                 try:
                     texts = evaluation.samples(built.model, built.data, settings.sampling, done)
                 except UserError as error:  # of the first worker alone; the others train on
-                    journal.say(f"step {done}: no sample: {error}")
+                    writer.say(f"step {done}: no sample: {error}")
                 else:
-                    journal.samples(texts)
+                    writer.samples(texts)
 
     def save() -> None:
         frozen = checkpoints.frozen_fingerprints(built.model, built.plan, built.layer_state.moving)
         checkpoints.check_frozen(built.fingerprint["frozen"], frozen, done)
         arrays = checkpoints.read(built.state(), done, replicas.gather)
         # First, for a run that is killed once its last checkpoint is there has nothing left to do.
-        journal.traffic(meter.to_json(done))
+        writer.traffic(meter.to_json(done))
         if replicas.is_chief:
             metadata = dict(zip(traffic.SENT, sent.tolist(), strict=True))
             metadata |= {"frozen": built.fingerprint["frozen"]}
-            metadata |= {} if constant else {"course": course.to_json()}
+            metadata |= {} if constant else {"schedule": runner.to_json()}
             checkpoints.save(folder / "checkpoints", done, arrays, metadata, settings.keep)
 
     with (
         _written_folder(folder, built.fingerprint, plan, workers) if replicas.is_chief else contextlib.nullcontext(),
-        Journal(folder, done, settings.steps, sent, replicas.is_chief) as journal,
+        MetricWriter(folder, done, settings.steps, sent, replicas.is_chief) as writer,
         _signals() as received,
     ):
-        if course.leg.train.without_gradient:
-            journal.say(f"selected, but the loss does not depend on it: {', '.join(course.leg.train.without_gradient)}")
-        for exchange in course.leg.exchanges:
+        if runner.phase.train.without_gradient:
+            writer.say(
+                f"selected, but the loss does not depend on it: {', '.join(runner.phase.train.without_gradient)}"
+            )
+        for exchange in runner.phase.exchanges:
             local = exchange.fragment.reduction
-            last = local.next_due(settings.steps) - local.steps
+            last = local.next_due(settings.steps) - local.sync_every
             if last != settings.steps:
-                journal.say(
+                writer.say(
                     f"{local}: the last exchange follows step {last} of {settings.steps}; what replicas train after it "
                     "is not in the weights on which they agree"
                     if last > 0
                     else f"{local}: run.steps = {settings.steps} ends before the first exchange"
                 )
         if plan.statistics:
-            journal.say(
+            writer.say(
                 f"running statistics of layers add {average_bytes(plan.statistics):,} bytes a step to the payload"
             )
         if settings.eval_first and done == 0:
             evaluated()
-        if settings.cache and course.leg.activations is None:
-            journal.say(
-                "run.cache keeps nothing yet: nothing that comes before all that may be trained is frozen for good"
+        if settings.activation_cache and runner.phase.activations is None:
+            writer.say(
+                "run.activation_cache keeps nothing yet: nothing below all that may be trained is frozen for good"
             )
         while done < settings.steps:
             if switched and not constant:
-                journal.plan(done + 1, course.leg.plan, course.leg.digest)
-            while course.notes:
-                journal.say(course.notes.pop(0))
-            if course.leg.activations not in (None, kept):
-                kept = course.leg.activations
-                journal.say(f"run.cache keeps the activations up to {kept.name!r}, at most {kept.bytes:,} bytes")
-            count = _steps_until_event(settings, done, course.leg.exchanges, course.next_switch(done))
+                writer.plan(done + 1, runner.phase.plan, runner.phase.digest)
+            while runner.notes:
+                writer.say(runner.notes.pop(0))
+            if runner.phase.activations not in (None, kept):
+                kept = runner.phase.activations
+                writer.say(
+                    f"run.activation_cache keeps the activations up to {kept.name!r}, at most {kept.bytes:,} bytes"
+                )
+            count = _steps_until_event(settings, done, runner.phase.exchanges, runner.next_switch(done))
             meter.start()
-            result = course.advance(count)
-            each = traffic.sent_each(course.leg.sent, built.plan, steps=1)
+            result = runner.advance(count)
+            each = traffic.sent_each(runner.phase.sent, built.plan, steps=1)
             by_step = sent + each * np.arange(1, count + 1)[:, np.newaxis]
-            for exchange in course.leg.exchanges:
+            for exchange in runner.phase.exchanges:
                 if exchange.fragment.reduction.due(done + count):
                     exchange.function()
                     by_step[-1] += traffic.sent_each(exchange.sent, built.plan)
@@ -198,9 +206,9 @@ def _run(
             told = np.array([number in received for number in (signal.SIGINT, signal.SIGTERM)], np.float32)
             sums = replicas.sum(np.concatenate([result["loss"], result["gradient_norm"], told]))
             losses, norms, (interrupted, terminated) = sums[:count], sums[count:-2] / workers, sums[-2:]
-            meter.stop(course.leg.plan, done, done + count, int(by_step[-1, 0] - sent[0]), sums.nbytes)
+            meter.stop(runner.phase.plan, done, done + count, int(by_step[-1, 0] - sent[0]), sums.nbytes)
             good = _finite_steps(losses, norms, scaled=built.scale is not None)
-            journal.train(done + 1, losses[:good], norms[:good], by_step[:good])
+            writer.train(done + 1, losses[:good], norms[:good], by_step[:good])
             if good < count:
                 raise _not_finite(done + good + 1, losses[good], norms[good], saved)
             if built.scale is not None and built.scale.exhausted(norms):
@@ -210,7 +218,7 @@ def _run(
                 )
             done, sent = done + count, by_step[-1]
             if first:
-                journal.configuration(operative(), unused())
+                writer.configuration(operative(), unused())
                 first = False
             stop = interrupted + terminated > 0 and done < settings.steps
             to_save = stop or _due(settings, done, settings.save_every)
@@ -228,7 +236,7 @@ def _run(
             if stop:
                 break
             if done < settings.steps:
-                switched = course.enter(done)
+                switched = runner.enter(done)
     replicas.finish()  # none ends before the last checkpoint is written
     if done < settings.steps:
         raise Interrupted(

@@ -17,7 +17,7 @@ from dist_partial.selection.plan import Plan
 from dist_partial.selection.table import grouped
 
 
-class Journal:
+class MetricWriter:
     """Writes what happens in a run to its folder and to the terminal.
 
     Lines of steps after `step`, left by a run that was stopped after its last checkpoint, are removed: these
@@ -50,7 +50,7 @@ class Journal:
                 self._board = tf.summary.create_file_writer(str(folder / "tensorboard"))
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not active)
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -125,11 +125,11 @@ class Journal:
         with _writing(self._folder):
             write_json(self._folder / "traffic.json", row)
         if row["workers"] > 1 and row["last_step"] == self._steps:
-            read = f"{row['card_bytes']:,} read from {row['card']}" if row["card"] else "none to read"
+            read = f"{row['nic_bytes']:,} read from {row['nic']}" if row["nic"] else "none to read"
             self.say(
                 f"bytes of steps {row['first_step']} to {row['last_step']}, this worker: {row['planned_bytes']:,} "
                 f"planned, {row['counted_bytes']:,} counted in the graph; at the network interface "
-                f"{row['expected_card_bytes']:,} expected, {read}"
+                f"{row['expected_nic_bytes']:,} expected, {read}"
             )
 
     def say(self, text: str) -> None:

@@ -31,7 +31,7 @@ from dist_partial.training.build import Built, batches, compiled_step, order
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Leg:
+class CompiledPhase:
     """One selection, compiled.
 
     Attributes:
@@ -57,7 +57,7 @@ class Leg:
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
-class Course:
+class ScheduleRunner:
     """Where a run stands in its schedule.
 
     Attributes:
@@ -76,9 +76,9 @@ class Course:
         self._state = saved.get("state", built.schedule.initial(built.units))
         self._active = frozenset(saved["active"]) if saved.get("active") is not None else None
         self._squares = np.array(saved.get("squares", [0.0] * len(built.units)))
-        self._legs: collections.OrderedDict[tuple[frozenset[str], activation_cache.Activations | None], Leg]
-        self._legs = collections.OrderedDict()
-        self._leg: Leg | None = None
+        self._phases: collections.OrderedDict[tuple[frozenset[str], activation_cache.Activations | None], CompiledPhase]
+        self._phases = collections.OrderedDict()
+        self._phase: CompiledPhase | None = None
         self._kept: dict[frozenset[str], activation_cache.Activations | None] = {}
         self._reading: activation_cache.Activations | None = None
         # From which step on the activations up to which layer are read.
@@ -99,10 +99,10 @@ class Course:
         }
 
     @property
-    def leg(self) -> Leg:
+    def phase(self) -> CompiledPhase:
         """What is trained now; there is none before the first `enter`."""
-        assert self._leg is not None
-        return self._leg
+        assert self._phase is not None
+        return self._phase
 
     def next_switch(self, done: int) -> int | None:
         """The next number of steps after which another selection may hold."""
@@ -128,30 +128,32 @@ class Course:
         All workers call it at the same steps.
         """
         schedule, built = self._built.schedule, self._built
-        mesh = built.replicas.mesh
+        backend = built.replicas.backend
         if observes(schedule, done) or self._overspends():
             squares = self._probed(done) if schedule.statistics == "probe" else self._squares
-            if schedule.statistics == "norms" and mesh is not None:
+            if schedule.statistics == "norms" and backend is not None:
                 # Workers on processors of another make could round their norms otherwise, and freeze something else.
-                squares = built.replicas.sum(squares.astype(np.float32)) / mesh.size
+                squares = built.replicas.sum(squares.astype(np.float32)) / backend.size
             self._state = schedule.observe(done, built.units, squares, self._state)
             self._squares = np.zeros_like(self._squares)
         units, remaining = self._selected(done)
         switched = units != self._active
-        if mesh is not None and (self._leg is None or schedule.next_switch(done - 1) == done):
+        if backend is not None and (self._phase is None or schedule.next_switch(done - 1) == done):
             # Before anything is traced: workers that disagree would wait for each other in different functions.
-            consistency.check(mesh, {f"what is trained from step {done + 1} on": sorted(units)})
+            consistency.check(backend, {f"what is trained from step {done + 1} on": sorted(units)})
         activations = self._activations(remaining, done)
         if self._active is not None and switched:
             self._leave(self._active - units)
-        leg = self._leg = self._found(units, activations, done)
+        phase = self._phase = self._found(units, activations, done)
         self._active = units
-        if leg.activations is not self._reading:
-            for known in [known for known in self._legs if known[1] is self._reading]:
-                del self._legs[known]  # what is frozen for good does not come back
+        if phase.activations is not self._reading:
+            for known in [known for known in self._phases if known[1] is self._reading]:
+                del self._phases[known]  # what is frozen for good does not come back
             self._kept = {of: kept for of, kept in self._kept.items() if kept is not self._reading}
-            self._reading, self._inputs = leg.activations, self._batches(leg.activations, done)
-            self._since = {leg.activations.name: self._begun(leg.activations.name, done)} if leg.activations else {}
+            self._reading, self._inputs = phase.activations, self._batches(phase.activations, done)
+            self._since = (
+                {phase.activations.name: self._begun(phase.activations.name, done)} if phase.activations else {}
+            )
             self._indices = iter(self._order(done))
         return switched
 
@@ -160,11 +162,11 @@ class Course:
         if self._reading is not None and self._indices is not None:
             for _ in range(count):
                 self._reading.fill(next(self._indices).numpy())
-        result = self.leg.train.function(self._inputs, tf.constant(count))
+        result = self.phase.train.function(self._inputs, tf.constant(count))
         if self._built.schedule.statistics == "norms":
             squares = result["unit_norms"].numpy().astype(np.float64).sum(axis=0)
             places = {unit.name: i for i, unit in enumerate(self._built.units)}
-            for name, square in zip(self.leg.plan.units, squares, strict=True):
+            for name, square in zip(self.phase.plan.units, squares, strict=True):
                 self._squares[places[name]] += square
         return result
 
@@ -183,19 +185,21 @@ class Course:
             schedule.remaining(done, units, self._state),
         )
 
-    def _found(self, units: frozenset[str], activations: activation_cache.Activations | None, done: int) -> Leg:
+    def _found(
+        self, units: frozenset[str], activations: activation_cache.Activations | None, done: int
+    ) -> CompiledPhase:
         key = units, activations
-        if key not in self._legs:
-            self._legs[key] = self._compiled(units, activations, done)
-        self._legs.move_to_end(key)
-        while len(self._legs) > self._settings.compiled_plans:
-            self._legs.popitem(last=False)
-        return self._legs[key]
+        if key not in self._phases:
+            self._phases[key] = self._compiled(units, activations, done)
+        self._phases.move_to_end(key)
+        while len(self._phases) > self._settings.compiled_plans:
+            self._phases.popitem(last=False)
+        return self._phases[key]
 
     def _activations(self, remaining: frozenset[str], done: int) -> activation_cache.Activations | None:
         """Of what lies below all that may still be trained; None if they are not to be kept."""
         built, settings = self._built, self._settings
-        if settings.cache is None:
+        if settings.activation_cache is None:
             return None
         if remaining not in self._kept:
             # The layers of what is frozen for good run in inference mode from here on.
@@ -205,9 +209,9 @@ class Course:
             part = None
             try:
                 changing = [*(entry.variable for entry in later.trained), *built.moving]
-                part = split_model.cut(built.model, changing)
+                part = split_model.split(built.model, changing)
                 if part is not None and part.name not in known:
-                    known[part.name] = self._kept_from(part, settings.cache, done)
+                    known[part.name] = self._kept_from(part, settings.activation_cache, done)
             except UserError as error:
                 if not done:
                     raise
@@ -216,7 +220,7 @@ class Course:
             self._kept[remaining] = None if part is None else known[part.name]
         return self._kept[remaining]
 
-    def _kept_from(self, part: split_model.Cut, where: str, done: int) -> activation_cache.Activations:
+    def _kept_from(self, part: split_model.SplitModel, where: str, done: int) -> activation_cache.Activations:
         built, settings = self._built, self._settings
         context = input_context(built.replicas.strategy)
         rows = settings.global_batch // context.num_replicas_in_sync // settings.accumulate
@@ -245,9 +249,11 @@ class Course:
         at = order(self._built, self._settings, done, self._settings.global_batch)
         return train_indices(len(self._built.data.train), **at)
 
-    def _compiled(self, units: frozenset[str], activations: activation_cache.Activations | None, done: int) -> Leg:
+    def _compiled(
+        self, units: frozenset[str], activations: activation_cache.Activations | None, done: int
+    ) -> CompiledPhase:
         built, settings = self._built, self._settings
-        strategy, wire = built.replicas.strategy, built.replicas.wire
+        strategy, collectives = built.replicas.strategy, built.replicas.collectives
         plan = built.plan.only(units)
         with strategy.scope():
             for planned, group in zip(built.plan.groups, built.optimizers, strict=True):
@@ -268,7 +274,7 @@ class Course:
         traced = train.function.get_concrete_function(inputs, tf.constant(1))
         sent = traffic.in_step(traced, loop)
         averaged = built.averaged
-        exchanges = outer_step.exchanges(strategy, wire, plan, built.fragments, train.without_gradient, averaged)
+        exchanges = outer_step.exchanges(strategy, collectives, plan, built.fragments, train.without_gradient, averaged)
         plan = plan.traced(train.without_gradient, reductions.averages(plan, averaged))
         if strategy.num_replicas_in_sync > 1:  # or else nothing is sent
             plan = plan.traced(train.without_gradient, traffic.beyond(plan, sent, exchanges))
@@ -279,20 +285,20 @@ class Course:
             )
         if not constant:
             train.function(inputs, tf.constant(0))  # TensorFlow optimises a graph when it first runs
-        return Leg(units, plan, train, sent, exchanges, activations)
+        return CompiledPhase(units, plan, train, sent, exchanges, activations)
 
     def _leave(self, units: frozenset[str]) -> None:
         """Keeps, resets or drops the slots of what is no longer trained."""
         if self._settings.leave == "keep":
             return
-        self._leg = None
+        self._phase = None
         with self._built.replicas.strategy.scope():
             for planned, group in zip(self._built.plan.groups, self._built.optimizers, strict=True):
                 if planned.entries[0].unit in units:
                     group.reset() if self._settings.leave == "reset" else group.drop()
         if self._settings.leave == "drop":
-            for known in [known for known in self._legs if known[0] & units]:
-                del self._legs[known]
+            for known in [known for known in self._phases if known[0] & units]:
+                del self._phases[known]
             gc.collect()  # a function and its graph refer to each other
 
     def _probed(self, done: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from dist_partial.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Cut:
+class SplitModel:
     """A model in two.
 
     Attributes:
@@ -30,10 +30,10 @@ class Cut:
     changing: Collection[Any]
 
     def refusal(self, why: str) -> UserError:
-        return UserError(f"run.cache: what is frozen up to {self.name!r} {why}: unbind it")
+        return UserError(f"run.activation_cache: what is frozen up to {self.name!r} {why}: unbind it")
 
 
-def cut(model: keras.Model, changing: Collection[Any]) -> Cut | None:
+def split(model: keras.Model, changing: Collection[Any]) -> SplitModel | None:
     """Cuts a model below everything that training may change; None if there is nothing to cut off.
 
     A functional or sequential model is cut along its graph, layer by layer. Another model is cut if it has a method
@@ -62,10 +62,10 @@ def cut(model: keras.Model, changing: Collection[Any]) -> Cut | None:
         parts = _cut_graph(model, fixed)
     else:
         raise UserError(
-            f"run.cache cuts a functional or sequential model, and {type(model).__name__} has a call() of its own: "
-            "give it a method stages(), or unbind it"
+            f"run.activation_cache splits a functional or sequential model, and {type(model).__name__} has a call() of "
+            "its own: give it a method stages(), or unbind it"
         )
-    return parts and Cut(model, *parts, changing)
+    return parts and SplitModel(model, *parts, changing)
 
 
 def _is_its_graph(model: keras.Model) -> bool:

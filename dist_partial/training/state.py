@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from dist_partial.compat import is_generator
 from dist_partial.distributed.per_replica import PerReplica
-from dist_partial.reductions.local_only import Never
+from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.selection.paths import own_names
 from dist_partial.selection.plan import Plan
@@ -45,7 +45,7 @@ def resumable_state(
     """
     state: dict[str, Any] = {}
     for group, planned in zip(optimizers, plan.groups, strict=True):
-        when_fewer = "own" if isinstance(planned.reduction, Never) else "mean"
+        when_fewer = "own" if isinstance(planned.reduction, LocalOnly) else "mean"
         shared = planned.reduction.shared
 
         def kept(variable: Any, shared: bool = shared, when_fewer: str = when_fewer) -> Any:

@@ -29,7 +29,7 @@ ROWS: dict[str, tuple[str, list[str], float]] = {
     "the last 4 of 30 blocks": ("smollm2.gin", [], 5e-4),
     "LoRA 16, kernels of the last 12": ("smollm2_lora.gin", [LAST_TWELVE, "adapters/Rule.lora = 16"], 4e-3),
     "LoRA 8, all kernels": ("smollm2_lora.gin", [], 4e-3),
-    "LoRA 8, base in bfloat16": ("smollm2_lora.gin", ["run.frozen = 'bfloat16'"], 4e-3),
+    "LoRA 8, base in bfloat16": ("smollm2_lora.gin", ["run.frozen_dtype = 'bfloat16'"], 4e-3),
 }
 
 

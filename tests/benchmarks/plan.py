@@ -82,7 +82,7 @@ def main() -> None:
                     error = expected / found["step_ms"] - 1
                     row = {"config": name, "hosts": count, "rate": rate, "foretold_ms": round(expected, 1)}
                     row |= {"measured_ms": round(found["step_ms"], 1), "error": round(error, 4)}
-                    row |= {"expected_card_bytes": found["expected_card_bytes"], "card_bytes": found["card_bytes"]}
+                    row |= {"expected_nic_bytes": found["expected_nic_bytes"], "nic_bytes": found["nic_bytes"]}
                     rows.append(row)
                     print(row, flush=True)
     RESULTS.write_text(json.dumps({"command": COMMAND, "rows": rows}, indent=1) + "\n")

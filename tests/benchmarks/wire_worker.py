@@ -186,7 +186,7 @@ def dist_partial_variant(replicas: Any, worker: Worker, selected: str, dtype: st
     rules = {"all": [("train", r".*")], "part": [("train", rf"dense_{LAYERS - 1}/.*"), ("freeze", r".*")]}
     with replicas.strategy.scope():
         model = keras_model()
-        plan = selection.resolve(rules[selected], model, reductions.EveryStep(dtype))
+        plan = selection.resolve(rules[selected], model, reductions.AllReduce(dtype))
         groups = optimizers.build(plan, lambda: keras.optimizers.SGD(LEARNING_RATE))
         states = reductions.states(plan)
 
@@ -194,7 +194,7 @@ def dist_partial_variant(replicas: Any, worker: Worker, selected: str, dtype: st
         return tf.reduce_mean(tf.square(outputs - y), axis=1)
 
     options = StepOptions(BATCH * worker.count)
-    compiled = train_step(replicas.strategy, replicas.wire, model, loss, plan, groups, states, options)
+    compiled = train_step(replicas.strategy, replicas.collectives, model, loss, plan, groups, states, options)
     iterator = iter(batches(worker))
 
     def train(steps: int) -> Iterable[float]:
