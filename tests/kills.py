@@ -148,7 +148,7 @@ def left(folder: Path) -> dict[str, object]:
 
 def main(torn: bool, first: int, every: int) -> int:
     """Kills, compares and says what differed; returns an exit code."""
-    from tests.test_run import GIN, USER_MODULE
+    from tests.integration.test_loop import GIN, USER_MODULE
 
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)

@@ -1,4 +1,4 @@
-"""One worker of tests/test_multi_worker.py: trains every case and saves the weights it ends with."""
+"""One worker of tests/integration/test_multi_worker.py: trains every case and saves the weights it ends with."""
 
 import os
 import sys

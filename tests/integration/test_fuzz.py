@@ -14,7 +14,7 @@ from dist_partial import checkpoints
 from dist_partial.checkpoints import fingerprints
 from dist_partial.config import gin_files
 from dist_partial.errors import UserError
-from tests.test_readme import ROOT
+from tests import ROOT
 
 EDITS = st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(0, 3), st.binary(max_size=4)), min_size=1, max_size=4)
 SETTINGS = {"deadline": None, "database": None, "derandomize": True}

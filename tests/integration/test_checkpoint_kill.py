@@ -105,7 +105,7 @@ def main(folder: Path, seed: int) -> dict[str, int]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_run_that_is_killed_while_it_saves_always_goes_on(tmp_path):
     # In a process of its own, whose children are forks of one that has imported everything and has no threads.
-    command = [sys.executable, "-m", "tests.test_checkpoint_kill", str(tmp_path / "checkpoints"), "0"]
+    command = [sys.executable, "-m", "tests.integration.test_checkpoint_kill", str(tmp_path / "checkpoints"), "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])

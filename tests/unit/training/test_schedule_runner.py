@@ -316,7 +316,9 @@ def _work(folder: Path) -> None:
 
 
 def test_two_workers(tmp_path):
-    for code, output in run_workers(["-m", "tests.test_course", str(tmp_path)], workers=2, timeout=200):
+    for code, output in run_workers(
+        ["-m", "tests.unit.training.test_schedule_runner", str(tmp_path)], workers=2, timeout=200
+    ):
         assert code == 0, output[-3000:]
     for name, schedule in SCHEDULES.items():
         check(tmp_path / name, settings(schedule, None, precision="float64"), 2)
@@ -340,7 +342,9 @@ def _disagree(folder: Path) -> None:
 
 
 def test_workers_that_disagree_both_stop_before_the_switch(tmp_path):
-    for code, output in run_workers(["-m", "tests.test_course", str(tmp_path), "odd"], workers=2, timeout=100):
+    for code, output in run_workers(
+        ["-m", "tests.unit.training.test_schedule_runner", str(tmp_path), "odd"], workers=2, timeout=100
+    ):
         assert code == 2, output[-3000:]
         assert "what is trained from step 7 on" in output and "'d'" in output, output[-1000:]
     assert max(row["step"] for row in rows(tmp_path / "metrics.jsonl") if row["split"] == "train") == 6

@@ -11,7 +11,7 @@ import pytest
 from dist_partial.distributed import consistency, rendezvous
 from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.errors import Fault, UserError
-from tests.test_mesh import at_once
+from tests.unit.distributed.test_tcp_backend import at_once
 from tests.workers import ROOT, free_ports
 
 FACTS = {

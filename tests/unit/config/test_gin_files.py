@@ -17,7 +17,7 @@ from dist_partial.errors import Raised, UserError
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.training import loop
 from dist_partial.training.build import build
-from tests import user_module
+from tests import ROOT, user_module
 
 BASE = """
     import tests.user_module
@@ -323,7 +323,7 @@ SCHEDULES = ["phases", "gradual", "rotation", "lisa", "autofreeze", "byte_budget
 
 @pytest.mark.parametrize("name", ["quickstart", "two_dense", "full", "local_sgd", *SCHEDULES])
 def test_the_configurations_that_come_along_load(name):
-    file = Path(__file__).parents[1] / "gin_configs" / f"{name}.gin"
+    file = ROOT / "gin_configs" / f"{name}.gin"
     settings = gin_files.load([file]).settings
     assert selection.parse_rules(settings.rules)
     if name in SCHEDULES:

@@ -13,7 +13,7 @@ import pytest
 from dist_partial import train
 from dist_partial.distributed import cluster
 from dist_partial.launch import __main__ as launch
-from tests.test_supervisor import TIMEOUT, assert_gone, launched, wait_until
+from tests.e2e.test_supervisor import TIMEOUT, assert_gone, launched, wait_until
 from tests.workers import ROOT
 
 TRAIN = ["--", "--gin_file=gin_configs/two_dense.gin"]

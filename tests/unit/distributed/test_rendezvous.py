@@ -15,7 +15,7 @@ import pytest
 from dist_partial.distributed import handshake, rendezvous
 from dist_partial.errors import Fault, UserError
 from tests import strangers
-from tests.test_mesh import at_once
+from tests.unit.distributed.test_tcp_backend import at_once
 from tests.workers import ROOT, free_ports
 
 

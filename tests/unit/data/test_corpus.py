@@ -17,8 +17,7 @@ from dist_partial.data import stdlib_corpus, stdlib_shapes
 from dist_partial.data.codecs import SHAPES, ByteCodec, ShapeCodec
 from dist_partial.data.corpus import BLOCK
 from dist_partial.errors import UserError
-
-REPOSITORY = Path(__file__).parents[1]
+from tests import ROOT
 
 
 def all_of(source):
@@ -28,7 +27,7 @@ def all_of(source):
 
 def run_python(code, *arguments, **options):
     """Starts a Python of its own, which finds the package."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         env=environment,
@@ -244,7 +243,7 @@ def test_damaged_cache_is_noticed(code, tmp_path, damage):
         ({"evaluation_share": 0.0}, "evaluation_share=0.0"),
         ({"evaluation_share": 1.0}, "evaluation_share=1.0"),
         ({"evaluation_share": 0.001}, "20 blocks"),
-        ({"root": REPOSITORY / "launch" / "none"}, "no .py files under"),
+        ({"root": ROOT / "launch" / "none"}, "no .py files under"),
     ],
 )
 def test_mistakes_are_named(cache, code, options, words):

@@ -4,14 +4,13 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import gin
 import pytest
 
 from dist_partial.config import gin_files
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 # What is run elsewhere: `.ci/run` makes an environment for the first two; SmolLM2 takes minutes and 93 MB of weights.
 ELSEWHERE = {"quickstart", "tests", "smollm2"}

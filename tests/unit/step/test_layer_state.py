@@ -19,7 +19,7 @@ from dist_partial.training.build import build, restore
 from tests import cases
 from tests.cases import copies, rows, same_bits, state
 from tests.conftest import mirrored_strategy
-from tests.test_losses import COUNT, check_against_fit, features, settings
+from tests.unit.step.test_losses import COUNT, check_against_fit, features, settings
 
 
 class Running(keras.layers.Layer):

@@ -32,8 +32,8 @@ from dist_partial.training.build import build, restore
 from tests import cases
 from tests.cases import rows, same_bits, state
 
-# Nothing of tests.conftest or tests.test_run may be imported here: the workers below run this file, too, and have one
-# device each.
+# Nothing of tests.conftest or tests.integration.test_loop may be imported here: the workers below run this file, too,
+# and have one device each.
 STEPS = 7
 
 
@@ -247,7 +247,7 @@ def test_workers_are_the_replicas_that_are_simulated(mirrored, tmp_path):
     from tests.workers import run_workers
 
     for transport in ("sockets", "tensorflow"):
-        command = ["-m", "tests.test_wire_run", transport, str(tmp_path)]
+        command = ["-m", "tests.integration.test_exchanges", transport, str(tmp_path)]
         for code, output in run_workers(command, workers=2, timeout=120):
             assert code == 0, output[-3000:]
     for precision, tolerance in (("float64", 1e-10), ("float32", 1e-5)):

@@ -147,7 +147,11 @@ def test_what_synchronised_layers_sum_is_foretold(rules, more, mirrored, tmp_pat
 
 def test_statistics_are_a_line_of_what_is_printed(tmp_path, capsys):
     file = tmp_path / "norms.gin"
-    lines = ["import tests.test_plan", "run.model = @test_plan.norms", "run.data = @test_plan.images"]
+    lines = [
+        "import tests.unit.training.test_cost_model",
+        "run.model = @test_cost_model.norms",
+        "run.data = @test_cost_model.images",
+    ]
     lines += ["run.rules = [('train', '.*')]", "run.global_batch = 16"]
     file.write_text("\n".join(lines) + "\n")
     assert plan.main([f"--gin_file={file}", "--workers=16"]) == 0

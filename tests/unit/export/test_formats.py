@@ -18,8 +18,6 @@ from dist_partial.export import delta, saved_model
 from dist_partial.models import byte_transformer, sampling, two_dense
 from tests.cases import durable, state
 
-ROOT = Path(__file__).parents[1]
-
 MODULE = """
 import keras, numpy as np
 from dist_partial.data import ArraySource, Dataset, fingerprint

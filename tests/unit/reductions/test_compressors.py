@@ -106,10 +106,10 @@ def gram_schmidt(matrix):
 class PowerModel:
     """Algorithms 1 and 2 of the paper; the signs of columns do not change the result."""
 
-    def __init__(self, rank, collectives, shape, replicas, dtype, right):
+    def __init__(self, rank, sent_as, shape, replicas, dtype, right):
         rows, columns = {(12, 20): (12, 20), (3, 4, 10): (12, 10), (1000, 3): (1000, 3)}.get(shape, (0, 0))
-        self.collectives, self.shape, self.dense = (
-            collectives or dtype,
+        self.sent_as, self.shape, self.dense = (
+            sent_as or dtype,
             shape,
             rank * (rows + columns) >= rows * columns,
         )
@@ -118,10 +118,10 @@ class PowerModel:
     def step(self, gradients):
         dtype = gradients.dtype
         if self.dense:
-            return sum(rounded(g, self.collectives) for g in gradients).astype(dtype)
+            return sum(rounded(g, self.sent_as) for g in gradients).astype(dtype)
         wholes = [(g + e).reshape(self.matrix) for g, e in zip(gradients, self.error, strict=True)]
-        left = gram_schmidt(sum(rounded(whole @ self.right, self.collectives) for whole in wholes).astype(dtype))
-        rights = [rounded(whole.T @ left, self.collectives) for whole in wholes]
+        left = gram_schmidt(sum(rounded(whole @ self.right, self.sent_as) for whole in wholes).astype(dtype))
+        rights = [rounded(whole.T @ left, self.sent_as) for whole in wholes]
         for error, whole, right in zip(self.error, wholes, rights, strict=True):
             error[:] = (whole - left @ right.astype(dtype).T).reshape(self.shape)
         self.right = sum(rights).astype(dtype)
@@ -219,7 +219,7 @@ def assert_nothing_lost(simulated, i, sent, gradients, tolerance=1e-10):
 
 
 @pytest.mark.parametrize(
-    ("replicas", "wire", "dtype", "tolerance"),
+    ("replicas", "sent_as", "dtype", "tolerance"),
     [
         (1, None, "float64", 1e-10),
         (2, None, "float64", 1e-10),
@@ -230,14 +230,14 @@ def assert_nothing_lost(simulated, i, sent, gradients, tolerance=1e-10):
         (2, "bfloat16", "float64", 1e-10),
     ],
 )
-def test_power_sgd_is_the_papers(replicas, collectives, dtype, tolerance, mirrored):
-    members = [(PowerSGD(rank, collectives), shape) for rank in (1, 2, 4) for shape in SHAPES]
+def test_power_sgd_is_the_papers(replicas, sent_as, dtype, tolerance, mirrored):
+    members = [(PowerSGD(rank, sent_as), shape) for rank in (1, 2, 4) for shape in SHAPES]
     simulated = Simulated(mirrored(replicas), members, dtype)
     models = []
     for (each, shape), state in zip(members, simulated.states, strict=True):
         rights = cases.copies(simulated.strategy, state["right"]) if state else [None]
         assert state == {} or same_bits(rights)
-        models.append(PowerModel(each.rank, collectives, shape, replicas, dtype, rights[0]))
+        models.append(PowerModel(each.rank, sent_as, shape, replicas, dtype, rights[0]))
         assert models[-1].dense == (state == {})
     assert_follows(simulated, models, [draw(replicas, shape, dtype) for _, shape in members], tolerance)
 

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 
 from dist_partial.report import page, plots, runs
 from dist_partial.report.__main__ import main
-from tests import test_run
+from tests.integration import test_loop
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-letters = test_run.letters  # the fixture
+letters = test_loop.letters  # the fixture
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
 DEADLINE = 60  # seconds for whatever the browser is asked
 
@@ -589,8 +589,8 @@ _CONTRASTS = """
 def test_a_run_that_was_trained(letters, tmp_path):
     """From the folders of real runs, one of which goes on with a schedule."""
     params = ["run.rules = [('train', '.*')]", "run.schedule = @lisa()", "lisa.every = 3", "lisa.count = 1"]
-    assert test_run.start(letters, tmp_path / "constant") == 0
-    assert test_run.start(letters, tmp_path / "lisa", *params, "sample.temperature = 1.0") == 0
+    assert test_loop.start(letters, tmp_path / "constant") == 0
+    assert test_loop.start(letters, tmp_path / "lisa", *params, "sample.temperature = 1.0") == 0
     constant, lisa = runs.read([tmp_path / "constant", tmp_path / "lisa"])
     plan = json.loads((tmp_path / "constant" / "plan.json").read_text())
     assert constant.trained_parameters == plan["trained_parameters"]

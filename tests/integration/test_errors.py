@@ -17,9 +17,8 @@ from dist_partial.config.settings import Sampling
 from dist_partial.data import some_targets
 from dist_partial.errors import Raised, calling, first_line, of_graph, own_line
 from dist_partial.training import evaluation
+from tests import ROOT
 from tests.workers import run_workers
-
-ROOT = Path(__file__).parents[1]
 
 # Who fails is a binding; each line that fails is marked with that name. SLOW keeps the thread that fetches ahead busy.
 MODULE = """

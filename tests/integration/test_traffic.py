@@ -50,7 +50,7 @@ sample.length = 1
 
 
 @pytest.mark.parametrize(
-    ("message", "workers", "expected"),
+    ("payload", "workers", "expected"),
     [
         (Payload("sum", 100), 2, 100),
         (Payload("sum", 100), 4, 150),

@@ -15,9 +15,8 @@ import tensorflow as tf
 
 from dist_partial import sample, train
 from dist_partial.data import train_batches
-from tests import user_module
+from tests import ROOT, user_module
 
-ROOT = Path(__file__).parents[1]
 BASE = """
 import tests.user_module
 run.model = @tests.user_module.model
