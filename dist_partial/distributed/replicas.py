@@ -109,6 +109,10 @@ def create(
     Raises:
         UserError: unknown kind, malformed TF_CONFIG, no secret where one is needed, or devices that cannot be made.
         Fault: workers are missing when `start_seconds` are over.
+
+    Example:
+        >>> print(create("default").description)
+        replicas: 1, default strategy
     """
     _check_choice("kind", kind, KINDS)
     _check_choice("transport", transport, TRANSPORTS)

@@ -46,6 +46,11 @@ class Delta:
         step: updates until then.
         versions: of the packages that made it.
         name: what messages call it, such as the file that it was read from.
+
+    Example:
+        >>> delta = Delta({"head/kernel": np.zeros([2, 1])}, {}, {}, ("train head/.*",), 10, {})
+        >>> delta.place("head/kernel")
+        ('head/kernel', Ellipsis)
     """
 
     arrays: dict[str, np.ndarray]
@@ -75,6 +80,14 @@ def of(model: keras.Model, plan: Plan, base: Mapping[str, str], step: int) -> De
 
     Returns:
         The delta: what the plan trains, and of what no rule covers (moving statistics) that which has changed.
+
+    Example:
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(1, name="head")])
+        >>> plan = resolve([("train", ".*/kernel"), ("freeze", ".*")], model, AllReduce())
+        >>> list(of(model, plan, model_fingerprints(model), step=0).arrays)
+        ['head/kernel']
     """
     entries = {id(entry.variable): entry for entry in plan.entries}
     arrays, rows = {}, {}
@@ -97,6 +110,14 @@ def write(path: str | Path, delta: Delta) -> None:
 
     Raises:
         UserError: a value is not finite, or the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> delta = Delta({"head/kernel": np.ones([2, 1], np.float32)}, {}, {}, ("train head/.*",), 10, {})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write(f"{folder}/mine.safetensors", delta)
+        ...     print(read(f"{folder}/mine.safetensors").step)
+        10
     """
     _check_finite(delta.name, delta.arrays)
     metadata = {name: json.dumps(getattr(delta, name), sort_keys=True) for name in _FIELDS}
@@ -119,6 +140,11 @@ def read(path: str | Path) -> Delta:
 
     Raises:
         UserError: there is no such file, or it is damaged, of another kind, or holds what is not finite.
+
+    Example:
+        >>> read("missing.safetensors")
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: the delta: no file 'missing.safetensors'
     """
     path = existing("the delta", path)
     try:
