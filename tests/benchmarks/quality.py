@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import readme
+from tests.benchmarks import tables
 
 COMMAND = "python -m tests.benchmarks.quality"
 RESULTS = Path(__file__).parent / "results"
@@ -225,28 +225,6 @@ def measure(which: str, name: str, seeds: int) -> dict[str, Any]:
     return row
 
 
-def table(rows: list[dict[str, Any]], schedules: bool = False) -> str:
-    full = next((row for row in rows if row["policy"] == "full"), rows[0])
-    lines = []
-    for row in rows:
-        seconds = [f"{row['seconds']:.0f} s"] if schedules else []
-        ratio = f"{full['wire_bytes'] / row['wire_bytes']:,.1f}x" if row["wire_bytes"] else "all"
-        against = f"{row['eval_loss'] / full['eval_loss'] - 1:+.2%}"
-        lines.append(
-            [
-                row["policy"],
-                f"{row['eval_loss']:.4f}",
-                f"{row['spread']:.4f}",
-                against,
-                f"{row['wire_bytes']:,.0f}",
-                ratio,
-                *seconds,
-            ]
-        )
-    header = ["policy", "held-out loss", "spread", "against full", "bytes, 2 replicas", "fewer bytes"]
-    return readme.table([*header, "run"] if schedules else header, lines)
-
-
 def plot(rows: list[dict[str, Any]], which: str) -> None:
     import matplotlib
 
@@ -303,7 +281,7 @@ def write(rows: list[dict[str, Any]], which: str) -> None:
     content = {"command": command, "setting": setting, "rows": rows}
     (RESULTS / f"{which}.json").write_text(json.dumps(content, indent=1) + "\n")
     plot(rows, which)
-    readme.write(which, table(rows, which == "schedules"))
+    print(tables.text(which), flush=True)
 
 
 if __name__ == "__main__":
