@@ -12,7 +12,7 @@ import pytest
 
 from dist_partial import checkpoints, config, identity
 from dist_partial.errors import UserError
-from tests.test_readme import ROOT
+from tests.snippets import ROOT
 
 EDITS = st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(0, 3), st.binary(max_size=4)), min_size=1, max_size=4)
 SETTINGS = {"deadline": None, "database": None, "derandomize": True}
