@@ -2,12 +2,12 @@
 
 python -m tests.snippets PAGE [PAGE ...]
 
-Every block has a language. `sh` and `python` blocks of a page run in order, in a folder that looks like the repository's
-root and has a short run of the quickstart in runs/quickstart; the python blocks share one namespace, and whatever trains
-takes few steps. A `gin` block loads over gin_configs/quickstart.gin. Comments directly before a block say otherwise:
+Every block has a language. The `sh` and `python` blocks of a page run in order, in a folder that looks like the
+repository's root and has a short run of the quickstart in runs/quickstart. The python blocks share one namespace, and
+whatever trains takes few steps. A `gin` block loads over gin_configs/quickstart.gin. Comments directly before a block:
 
-    <!-- not run: REASON -->    it is only read
-    <!-- over: FILE -->         a gin block that loads over another file
+    <!-- not run: REASON -->    the block is not run
+    <!-- over: FILE -->         a gin block loads over this file instead
 """
 
 import contextlib
@@ -27,7 +27,7 @@ RUN = ("sh", "gin", "python")
 LANGUAGES = (*RUN, "text", "json", "yaml")
 ELSEWHERE = ("quickstart", "tests")  # marks of the README's commands, which .ci/run runs in new environments
 FEW = ("run.steps = 20", "run.eval_examples = 32", "sample.length = 20")
-_FENCE = re.compile(
+FENCE = re.compile(
     r"^(?P<indent> *)(?P<fence>```+|~~~+)(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=indent)(?P=fence) *$", re.M | re.S
 )
 _NOTES = re.compile(r"(?:^ *<!-- .* -->\n)+\Z", re.M)
@@ -81,7 +81,7 @@ def blocks(page: Path) -> list[Block]:
     """The code blocks of a page, in order."""
     text = page.read_text(encoding="utf-8")
     found = []
-    for match in _FENCE.finditer(text):
+    for match in FENCE.finditer(text):
         before = _NOTES.search(text[: match.start()])
         notes = tuple(re.findall(r"<!-- (.*) -->", before[0] if before else ""))
         line = text.count("\n", 0, match.start("code")) + 1

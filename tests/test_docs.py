@@ -7,7 +7,6 @@ import io
 import logging
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -53,6 +52,11 @@ def test_blocks_have_a_language_and_reasons():
     assert {f"{block}: {why}" for block in BLOCKS if (why := problem(block))} == set()
     fences = sum(len(re.findall(r"^ *(?:```|~~~)", page.read_text(), re.M)) for page in PAGES)
     assert fences == 2 * len(BLOCKS), "a fence is not closed, or closed with another indentation"
+    for page in PAGES:
+        prose = snippets.FENCE.sub("", page.read_text())
+        # Four spaces make a block of code, but for what goes on a list or an admonition.
+        for before, line in re.findall(r"^(\S.*)\n\n( {4,}\S.*)$", prose, re.M):
+            assert re.match(r"[-*!?]|\d+\.", before), f"{page}: {line!r} is a block without a language"
 
 
 def test_the_commands_that_ci_runs_are_marked():
@@ -67,19 +71,21 @@ def test_gin_blocks_load(block, tmp_path):
     config.load([ROOT / block.over, file])
 
 
+PROGRAM = (
+    r"dist-partial |python -m dist_partial(?:\.(?P<name>\w+))? |"
+    r"(?:sbatch )?launch/(?P<script>local|hosts|slurm\.sbatch) "
+)
+
+
 def command_lines() -> list[tuple[Block, list[str]]]:
     """The words of each command of ours in a sh block, from the subcommand on, also of those that are not run."""
     found = []
     for block in BLOCKS:
         for line in block.code.replace("\\\n", " ").splitlines() if block.language == "sh" else []:
-            words = shlex.split(line, comments=True) if line.count("'") % 2 == 0 else line.split()
-            for i, word in enumerate(words):
-                if word.endswith("dist-partial") or word == "dist_partial":
-                    found.append((block, words[i + 1 :]))
-                elif word.startswith("dist_partial.") and words[i - 1] == "-m":
-                    found.append((block, [word.removeprefix("dist_partial."), *words[i + 1 :]]))
-                elif re.fullmatch(r"(.*/)?launch/(local|hosts|slurm.sbatch)", word):
-                    found.append((block, ["launch", Path(word).stem, *words[i + 1 :]]))
+            for part in re.split(r" (?:&&|\|\||\||;) ", line):
+                if command := re.match(rf"(?:\w+=\S+ )*(?:\S*/)?(?:{PROGRAM})(.*)", part.strip()):
+                    name = command["name"] or ("launch" if command["script"] else "")
+                    found.append((block, [name, *command[3].split()] if name else command[3].split()))
     return found
 
 
