@@ -171,16 +171,19 @@ def quickstart(tmp_path_factory):
 def test_snippets_run(page, quickstart, tmp_path):
     folder = tmp_path / "root"
     shutil.copytree(quickstart, folder, symlinks=True)
-    command = [sys.executable, "-c", "import sys; from pathlib import Path; from tests import snippets; "]
-    command[-1] += "snippets.run(Path(sys.argv[1]), Path(sys.argv[2]))"
+    code = "import sys, pathlib; from tests import snippets; snippets.run(*map(pathlib.Path, sys.argv[1:]))"
     with open(tmp_path / "output", "w+") as output:
         process = subprocess.Popen(
-            [*command, page, folder], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            [sys.executable, "-c", code, page, folder],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
-            code = process.wait(timeout=900)
+            failed = process.wait(timeout=900)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         output.seek(0)
-        assert code == 0, output.read()[-4000:]
+        assert not failed, output.read()[-4000:]
