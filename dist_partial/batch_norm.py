@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from dist_partial.selection import Plan
+from dist_partial.selection.plan import Plan
 
 
 def layers(model: keras.Model) -> list[keras.layers.BatchNormalization]:

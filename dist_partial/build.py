@@ -11,27 +11,28 @@ import keras
 import tensorflow as tf
 
 from dist_partial import (
-    agreement,
     batch_norm,
     checkpoints,
     identity,
     layer_state,
     local_sgd,
-    lora,
     losses,
     optimizers,
-    reduction,
+    reductions,
     selection,
     session,
     step,
-    storage,
 )
+from dist_partial.adapters import lora, quantization
 from dist_partial.data import Dataset, check_source, some_targets, train_batches
+from dist_partial.distributed import consistency
+from dist_partial.distributed.per_replica import input_context
+from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError, calling, first_line, own_line
 from dist_partial.loss_scale import LossScale, needs_loss_scale
-from dist_partial.replicas import Replicas, input_context
-from dist_partial.schedule import Constant, Schedule, Unit
-from dist_partial.selection import average_bytes
+from dist_partial.schedules.base import Schedule, Unit
+from dist_partial.schedules.fixed import Constant
+from dist_partial.selection.payload import average_bytes
 from dist_partial.settings import Settings
 
 
@@ -45,7 +46,7 @@ class Built:
     loss: Callable[[Any, Any], tf.Tensor]
     plan: selection.Plan
     optimizers: tuple[optimizers.GroupOptimizer, ...]
-    reductions: list[dict[str, tf.Variable]]
+    reduction_states: list[dict[str, tf.Variable]]
     fragments: tuple[local_sgd.Fragment, ...]
     scale: LossScale | None
     schedule: Schedule
@@ -62,7 +63,7 @@ class Built:
             self.model,
             self.plan,
             self.optimizers,
-            self.reductions,
+            self.reduction_states,
             self.fragments,
             self.layer_state.moving,
             self.scale,
@@ -113,16 +114,16 @@ def _build(settings: Settings, replicas: Replicas) -> Built:
         adapters = lora.enable(settings.rules, model)
         plan = selection.resolve(settings.rules, model, settings.reduction, adapters)
         plan = dataclasses.replace(plan, workers=max(2, replicas.strategy.num_replicas_in_sync))
-        plan, units, notes = _divided(storage.lower(plan, model, settings.frozen), settings, batch_norms)
+        plan, units, notes = _divided(quantization.lower(plan, model, settings.frozen), settings, batch_norms)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
         with calling("run.model"), _taking(data.name, x):
             state, outputs = layer_state.find(model, x, plan)
         with calling("run.optimizer"):
             groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))
-        reductions = reduction.states(plan)
-        fragments = local_sgd.build(plan, groups, reductions)
+        reduction_states = reductions.states(plan)
+        fragments = local_sgd.build(plan, groups, reduction_states)
         scale = LossScale() if needs_loss_scale(model) else None
-    for entry, kept in zip(plan.trained, reductions, strict=True):
+    for entry, kept in zip(plan.trained, reduction_states, strict=True):
         if scale is not None and (kept or not entry.reduction.shared):
             raise UserError(
                 f"float16 scales the loss and skips the steps that overflow on any replica, which {entry.reduction} of "
@@ -143,7 +144,7 @@ def _build(settings: Settings, replicas: Replicas) -> Built:
         loss=loss,
         plan=plan,
         optimizers=groups,
-        reductions=reductions,
+        reduction_states=reduction_states,
         fragments=fragments,
         scale=scale,
         schedule=settings.schedule,
@@ -290,7 +291,7 @@ def _divided(
         messages = [message for entry in entries for message in entry.messages]
         # The statistics of a layer that trains travel, too.
         moving = [layer for layer in batch_norms if {id(layer.gamma), id(layer.beta)} & variables]
-        messages += reduction.averages(plan, batch_norm.unsynchronised_statistics(moving))
+        messages += reductions.averages(plan, batch_norm.unsynchronised_statistics(moving))
         sent = average_bytes(messages, plan.workers)
         units.append(Unit(name, tuple(paths), math.ceil(sent), sum(entry.trained_parameters for entry in entries)))
     notes = schedule.check(units, settings.steps)
@@ -320,10 +321,10 @@ def restore(
     """
     known = identity.check(folder, built.identity, may_differ)
     checkpoint = checkpoints.newest(folder / "checkpoints", say) if known else None
-    while len(set(steps := agreement.everyone(built.replicas.mesh, checkpoint.step if checkpoint else 0))) > 1:
+    while len(set(steps := consistency.everyone(built.replicas.mesh, checkpoint.step if checkpoint else 0))) > 1:
         least = min(steps)
         if not least:
-            names = agreement.names(built.replicas.mesh, [k for k, found in enumerate(steps) if not found])
+            names = consistency.names(built.replicas.mesh, [k for k, found in enumerate(steps) if not found])
             raise UserError(
                 f"{names} cannot see the checkpoint of step {max(steps)} in {folder}: all workers need the same run "
                 "folder, on a disk that they share"
@@ -364,7 +365,7 @@ def train_step(
         loop: whether a call may make another number of steps than one.
     """
     numbers = {entry.path: number for number, group in enumerate(built.plan.groups) for entry in group.entries}
-    states = {e.path: state for e, state in zip(built.plan.trained, built.reductions, strict=True)}
+    states = {e.path: state for e, state in zip(built.plan.trained, built.reduction_states, strict=True)}
     batch_norm.set_modes(built.batch_norms, plan, everywhere=settings.statistics == "all")
     return step.train_step(
         built.replicas.strategy,

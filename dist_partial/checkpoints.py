@@ -16,16 +16,18 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import replicas
+from dist_partial.distributed import per_replica
+from dist_partial.distributed.per_replica import PerReplica
 from dist_partial.errors import UserError
 from dist_partial.files import write_atomically, writing
 from dist_partial.layer_state import is_generator
 from dist_partial.local_sgd import Fragment
 from dist_partial.loss_scale import LossScale
 from dist_partial.optimizers import GroupOptimizer
-from dist_partial.reduction import LocalSGD, Never
-from dist_partial.replicas import PerReplica
-from dist_partial.selection import Plan, own_names
+from dist_partial.reductions.local_only import Never
+from dist_partial.reductions.local_sgd import LocalSGD
+from dist_partial.selection.paths import own_names
+from dist_partial.selection.plan import Plan
 
 _NAME = re.compile(r"step-(\d{10})\.npz")
 
@@ -156,7 +158,7 @@ def read(state: dict[str, Any], step: int, gather: Callable[[bytes], list[bytes]
         UserError: a value is not finite.
     """
     own = {name: variable for name, variable in state.items() if isinstance(variable, PerReplica)}
-    arrays = dict(zip(own, replicas.values(list(own.values()), gather), strict=True))
+    arrays = dict(zip(own, per_replica.values(list(own.values()), gather), strict=True))
     arrays |= {name: keras.ops.convert_to_numpy(v) for name, v in state.items() if name not in own}
     for name, array in arrays.items():
         # The loss of a step is that of the weights before its update: here the update itself has overflowed.

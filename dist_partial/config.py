@@ -18,11 +18,16 @@ from typing import Any
 
 import gin
 
-from dist_partial import arguments, data, models, replicas, schedule, session, settings
-from dist_partial.compression import PowerSGD, Quantized, TopK
+from dist_partial import arguments, data, models, schedules, session, settings
+from dist_partial.distributed import replicas
 from dist_partial.errors import UserError, own_line, raised
-from dist_partial.reduction import EveryStep, LocalSGD, Never, nesterov
-from dist_partial.selection import Rule
+from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.reductions.local_only import Never
+from dist_partial.reductions.local_sgd import LocalSGD, nesterov
+from dist_partial.reductions.power_sgd import PowerSGD
+from dist_partial.reductions.quantized import Quantized
+from dist_partial.reductions.top_k import TopK
+from dist_partial.selection.rules import Rule
 
 _OURS: dict[str, Callable[..., Any]] = {
     "run": settings.Settings,
@@ -36,12 +41,12 @@ _OURS: dict[str, Callable[..., Any]] = {
     "local_sgd": LocalSGD,
     "nesterov": nesterov,
     "never": Never,
-    "phases": schedule.Phases,
-    "gradual_unfreezing": schedule.Gradual,
-    "block_rotation": schedule.Rotation,
-    "lisa": schedule.Lisa,
-    "autofreeze": schedule.AutoFreeze,
-    "byte_budget": schedule.ByteBudget,
+    "phases": schedules.Phases,
+    "gradual_unfreezing": schedules.Gradual,
+    "block_rotation": schedules.Rotation,
+    "lisa": schedules.Lisa,
+    "autofreeze": schedules.AutoFreeze,
+    "byte_budget": schedules.ByteBudget,
     "two_dense": models.two_dense,
     "byte_transformer": models.byte_transformer,
     "hub_model": models.hub_model,

@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import agreement, batch_norm, local_sgd, prefix, reduction, step, traffic
+from dist_partial import batch_norm, local_sgd, prefix, reductions, step
 from dist_partial.build import Built, batches, order, train_step
 from dist_partial.data import train_indices
+from dist_partial.distributed import consistency, traffic
+from dist_partial.distributed.per_replica import input_context
 from dist_partial.errors import UserError
 from dist_partial.layer_state import untouched
-from dist_partial.replicas import input_context
-from dist_partial.schedule import ByteBudget, Constant, observes
-from dist_partial.selection import Plan
+from dist_partial.schedules.adaptive import ByteBudget
+from dist_partial.schedules.base import observes
+from dist_partial.schedules.fixed import Constant
+from dist_partial.selection.plan import Plan
 from dist_partial.settings import Settings
 
 
@@ -132,7 +135,7 @@ class Course:
         switched = units != self._active
         if mesh is not None and (self._leg is None or schedule.next_switch(done - 1) == done):
             # Before anything is traced: workers that disagree would wait for each other in different functions.
-            agreement.check(mesh, {f"what is trained from step {done + 1} on": sorted(units)})
+            consistency.check(mesh, {f"what is trained from step {done + 1} on": sorted(units)})
         activations = self._activations(remaining, done)
         if self._active is not None and switched:
             self._leave(self._active - units)
@@ -261,7 +264,7 @@ class Course:
         sent = traffic.in_step(traced, loop)
         averaged = built.averaged
         exchanges = local_sgd.exchanges(strategy, wire, plan, built.fragments, train.without_gradient, averaged)
-        plan = plan.traced(train.without_gradient, reduction.averages(plan, averaged))
+        plan = plan.traced(train.without_gradient, reductions.averages(plan, averaged))
         if strategy.num_replicas_in_sync > 1:  # or else nothing is sent
             plan = plan.traced(train.without_gradient, traffic.beyond(plan, sent, exchanges))
         if isinstance(built.schedule, ByteBudget) and plan.nic_bytes > built.schedule.bytes:

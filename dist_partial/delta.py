@@ -24,11 +24,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dist_partial import agreement
 from dist_partial.checkpoints import digest, fingerprints, variables
+from dist_partial.distributed import consistency
 from dist_partial.errors import UserError, first_line
 from dist_partial.files import existing, write_atomically
-from dist_partial.selection import Plan
+from dist_partial.selection.plan import Plan
 
 FORMAT = "1"
 _FIELDS = ("base", "rules", "rows", "step", "versions")
@@ -89,7 +89,7 @@ def of(model: keras.Model, plan: Plan, base: Mapping[str, str], step: int) -> De
             key, value = f"{path}[{start}:{stop}]", value[start:stop]
             rows[key] = (path, start, stop)
         arrays[key] = np.array(value)
-    return Delta(arrays, rows, dict(base), tuple(map(str, plan.rules)), step, agreement.versions())
+    return Delta(arrays, rows, dict(base), tuple(map(str, plan.rules)), step, consistency.versions())
 
 
 def write(path: str | Path, delta: Delta) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import tensorflow as tf
 
 from dist_partial.data import Dataset, evaluation_batches
+from dist_partial.distributed.per_replica import input_context
 from dist_partial.errors import UserError, calling
-from dist_partial.replicas import input_context
 from dist_partial.sampling import generate
 from dist_partial.settings import Sampling
 

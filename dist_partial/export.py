@@ -100,10 +100,10 @@ def _base(folder: Path, built: "Built") -> dict[str, str]:
     Raises:
         UserError: the factories make others by now, so that no base would be known by them.
     """
-    from dist_partial import identity
+    from dist_partial import identity, validation
 
     began = json.loads((folder / identity.FILE).read_text()).get(identity.START, {})
-    if changed := identity.differences(began, built.identity[identity.START]):
+    if changed := validation.differences(began, built.identity[identity.START]):
         names = ", ".join(repr(name) for name, _, _ in changed[:3])
         raise cli.UserError(
             f"run.model does not make the weights that {folder} began with: {names} differ, so that no base would be "
@@ -173,13 +173,13 @@ def _write_keras(path: Path, built: "Built", _: int | None) -> str:
     """
     import keras
 
-    from dist_partial import lora, storage
+    from dist_partial.adapters import lora, quantization
 
     def policies(model: Any) -> list[str]:
         return [layer.dtype_policy.name for layer in model._flatten_layers()]
 
     model, policy, floatx = built.model, keras.config.dtype_policy(), keras.config.floatx()
-    storage.widen(built.plan)  # or else what training has moved would be rounded away in the kernels
+    quantization.widen(built.plan)  # or else what training has moved would be rounded away in the kernels
     lora.merge(model)  # or else the file would have factors of zero beside kernels that stay frozen
     hint = "give its classes get_config and keras.saving.register_keras_serializable, or write --format=savedmodel"
     if any(getattr(layer, "quantization_mode", None) for layer in model._flatten_layers()):

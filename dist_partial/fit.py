@@ -17,11 +17,12 @@ import keras
 import tensorflow as tf
 
 from dist_partial import batch_norm, optimizers
+from dist_partial.distributed.per_replica import local_count
 from dist_partial.errors import UserError
 from dist_partial.fit_optimizer import FROZEN, REDUCTIONS, Partial, PartialLossScale, Share, freeze
-from dist_partial.reduction import EveryStep
-from dist_partial.replicas import local_count
-from dist_partial.selection import Plan, resolve
+from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.selection.plan import Plan
+from dist_partial.selection.resolve import resolve
 
 
 def partial(

@@ -8,16 +8,15 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_partial import compression, reduction
 from dist_partial import optimizers as optimizers_lib
+from dist_partial import reductions
+from dist_partial.distributed.collectives import Wire
 from dist_partial.errors import UserError
-from dist_partial.reduction import EveryStep
-from dist_partial.selection import Entry, Plan, Rule
-from dist_partial.wire import Wire
+from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.selection.plan import Entry, Plan
+from dist_partial.selection.rules import Rule
 
-REDUCTIONS = {
-    each.__name__: each for each in (EveryStep, compression.Quantized, compression.TopK, compression.PowerSGD)
-}
+REDUCTIONS = {each.__name__: each for each in (EveryStep, reductions.Quantized, reductions.TopK, reductions.PowerSGD)}
 FROZEN = "_frozen_by_partial"  # a mark on the variables and layers that `partial` has frozen
 
 
@@ -97,7 +96,7 @@ class Partial(keras.optimizers.Optimizer):
                     group.optimizer.exclude_from_weight_decay(listed, pattern and [pattern])
             for group in groups.values():
                 group.allocate()
-            self._groups, self._states = tuple(groups.values()), reduction.states(plan)
+            self._groups, self._states = tuple(groups.values()), reductions.states(plan)
         self.awake = self.asleep(variables)
         freeze(v for v in variables if v.trainable and all(v is not chosen for chosen in self.selected))
         super().build(self.selected)
@@ -140,7 +139,7 @@ class Partial(keras.optimizers.Optimizer):
             gradients.append(gradient)
         if all(gradient is None for gradient in gradients):
             raise UserError(f"the loss depends on none of the selected variables ({trained[0].path!r}, ...)")
-        return reduction.reduce(Wire(), self.plan, gradients, self._states)[0]
+        return reductions.reduce(Wire(), self.plan, gradients, self._states)[0]
 
     @property
     def selected(self) -> list[Any]:

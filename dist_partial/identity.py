@@ -11,13 +11,13 @@ from dist_partial import checkpoints
 from dist_partial.data import Dataset
 from dist_partial.errors import UserError
 from dist_partial.optimizers import GroupOptimizer, exclusions
-from dist_partial.schedule import Constant
-from dist_partial.selection import Plan
+from dist_partial.schedules.fixed import Constant
+from dist_partial.selection.plan import Plan
 from dist_partial.settings import Settings
+from dist_partial.validation import differences, shown
 
 FILE = "identity.json"
 START = "initial values"  # the digests of all of them
-_SHOWN = 200  # characters of a value in a message
 
 
 def of_run(
@@ -86,27 +86,6 @@ def check(folder: Path, identity: dict[str, Any], may_differ: Collection[str] = 
             f"{folder} is of another run: {first}{more}; choose another --run_dir, or restore the configuration"
         )
     return True
-
-
-def differences(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Where two JSON values differ: the place as a dotted name, and both values there, None for what is absent."""
-    if isinstance(before, list) and isinstance(now, list):
-        before, now = dict(enumerate(before)), dict(enumerate(now))
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        # Python calls 0, 0.0 and False equal.
-        return [] if type(before) is type(now) and before == now else [(name, before, now)]
-    found: list[tuple[str, Any, Any]] = []
-    for key in [*before, *[key for key in now if key not in before]]:
-        place = f"{name}.{key}".lstrip(".")
-        both = key in before and key in now
-        found += differences(before[key], now[key], place) if both else [(place, before.get(key), now.get(key))]
-    return found
-
-
-def shown(value: Any) -> str:
-    """A value as messages show it: cut if it is long."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _optimizer(group: GroupOptimizer) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None, program: Sequence[str] = ()) -> int:
 
 
 def _train(scheduler: str, argv: Sequence[str]) -> int:
-    from dist_partial import cluster, train
+    from dist_partial import train
+    from dist_partial.distributed import cluster
 
     cli.import_tensorflow_quietly()  # cluster reads Slurm's variables by it
     config = cluster.tf_config(scheduler, os.environ)

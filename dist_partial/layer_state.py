@@ -19,10 +19,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_partial import batch_norm, traffic
+from dist_partial import batch_norm
+from dist_partial.distributed import traffic
+from dist_partial.distributed.per_replica import input_context, local_count
 from dist_partial.errors import UserError
-from dist_partial.replicas import input_context, local_count
-from dist_partial.selection import Plan, paths_of
+from dist_partial.selection.paths import paths_of
+from dist_partial.selection.plan import Plan
 
 # Far apart for neighbouring replicas, and from what people choose as the seeds of neighbouring layers.
 _SEED_STRIDE, _SEEDS = 0x9E3779B9, 2**31 - 1

@@ -8,12 +8,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_partial import optimizers, traffic
+from dist_partial import optimizers
+from dist_partial.distributed import traffic
+from dist_partial.distributed.collectives import Wire, together
 from dist_partial.layer_state import untouched
 from dist_partial.optimizers import GroupOptimizer, Trained
-from dist_partial.reduction import LocalSGD, mean
-from dist_partial.selection import Entry, Plan
-from dist_partial.wire import Wire, together
+from dist_partial.reductions.base import mean
+from dist_partial.reductions.local_sgd import LocalSGD
+from dist_partial.selection.plan import Entry, Plan
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.errors import UserError, first_line
-from dist_partial.selection import Entry, Group, Plan
+from dist_partial.selection.plan import Entry, Group, Plan
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from dist_partial import cli
-from dist_partial.selection import average_bytes, itemsize
+from dist_partial.selection.payload import average_bytes, itemsize
 
 if TYPE_CHECKING:
-    from dist_partial.selection import Plan
+    from dist_partial.selection.plan import Plan
     from dist_partial.settings import Settings
 
 # Of the bits on a wire, those that are payload: a frame of 1514 bytes carries 1448, and a few are acknowledgements.
@@ -134,7 +134,7 @@ def estimate(settings: "Settings", machine: Machine) -> Cost:
 
 def _travel(payload: float, wire: float, forward: float, computed: float) -> float:
     """When the last pack has arrived; gradients appear evenly through the backward pass, a pack leaves when full."""
-    from dist_partial.wire import PACK_BYTES
+    from dist_partial.distributed.collectives import PACK_BYTES
 
     arrived = filled = 0.0
     while filled < payload:
@@ -153,9 +153,10 @@ def _hops(entries: Sequence[Any]) -> float:
 def _measure(settings: "Settings", batch: int) -> tuple["Plan", Computation, float, int]:
     import tensorflow as tf
 
-    from dist_partial import local_sgd, reduction, replicas, step
+    from dist_partial import local_sgd, reductions, step
     from dist_partial.build import batches, build, train_step
-    from dist_partial.schedule import Constant
+    from dist_partial.distributed import replicas
+    from dist_partial.schedules.fixed import Constant
 
     # Of a schedule the costliest case: everything that it may train, at once.
     if not isinstance(settings.schedule, Constant):
@@ -171,7 +172,7 @@ def _measure(settings: "Settings", batch: int) -> tuple["Plan", Computation, flo
     forward_time, _ = _time(lambda n: forward(again, tf.constant(n), tf.constant(n * batch)).numpy())
     with _summed() as sums:
         train.function.get_concrete_function(inputs, tf.constant(1))
-    averages = reduction.averages(built.plan, built.averaged)
+    averages = reductions.averages(built.plan, built.averaged)
     step_time, cpu = _time(lambda n: train.function(inputs, tf.constant(n))["loss"].numpy())
     exchanges = 0.0
     for exchange in local_sgd.exchanges(strategy, wire, built.plan, built.fragments, train.without_gradient, []):
@@ -191,7 +192,7 @@ def _summed() -> Iterator[list[Any]]:
     """
     import tensorflow as tf
 
-    from dist_partial.reduction import Message
+    from dist_partial.selection.payload import Message
 
     found: list[Message] = []
     all_reduce = tf.distribute.ReplicaContext.all_reduce
@@ -280,8 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         machine = Machine(values.workers, bandwidth, values.latency_ms / 1e3, values.workers_per_host)
         cli.import_tensorflow_quietly()
         from dist_partial import config
-        from dist_partial.reduction import EveryStep
-        from dist_partial.reporting import plan_table
+        from dist_partial.reductions.all_reduce import EveryStep
+        from dist_partial.selection.table import plan_table
 
         settings = config.load(values.gin_file, values.gin_param).settings
         everything = dataclasses.replace(settings, rules=[("train", ".*")], reduction=EveryStep("float32"))

@@ -16,8 +16,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import traffic
 from dist_partial.data import Source, fetch, fetched
+from dist_partial.distributed import traffic
 from dist_partial.errors import UserError
 
 # What reads and changes nothing, though TensorFlow calls it stateful; the bodies of control flow are looked at, too.

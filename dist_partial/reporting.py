@@ -13,68 +13,8 @@ from tqdm import tqdm
 
 from dist_partial.errors import Fault
 from dist_partial.files import write_atomically, write_json, write_text, writing
-from dist_partial.selection import Plan, average_bytes
-
-
-def plan_table(plan: Plan, hosts: int) -> str:
-    """The plan for people: a line a variable, then totals and the share of the whole.
-
-    Args:
-        plan: the plan.
-        hosts: over how many processes with a network interface between them its replicas are spread.
-    """
-    header = ("path", "shape", "trained", "rule", "reduction", "bytes a step")
-    lines = [
-        (
-            entry.path,
-            "x".join(map(str, entry.shape)) or "scalar",
-            _trained_word(entry),
-            str(entry.rule),
-            str(entry.reduction) if entry.trained and entry.sent else "-",
-            _count(entry.wire_bytes),
-        )
-        for entry in plan.entries
-    ]
-    for message in plan.statistics:
-        often = f"every {message.every} steps" if message.every > 1 else "every step"
-        lines.append(("(statistics)", "", "", "", often, _count(average_bytes([message]))))
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    table = [_row(header, widths), "  ".join("-" * width for width in widths), *[_row(line, widths) for line in lines]]
-    trained = sum(entry.trained_parameters for entry in plan.entries)
-    total = sum(entry.parameters for entry in plan.entries)
-    return "\n".join(
-        [
-            *table,
-            f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%})",
-            f"payload: {_count(plan.wire_bytes)} of {plan.full_wire_bytes:,} bytes a step and replica",
-            f"{_interface(plan.workers, hosts)} {_count(plan.nic_bytes)} of {_count(plan.full_nic_bytes)} bytes a step "
-            f"({plan.nic_bytes / plan.full_nic_bytes:.2%} of exchanging everything)",
-        ]
-    )
-
-
-def _interface(workers: int, hosts: int) -> str:
-    """Begins a line of what leaves a machine, or would."""
-    if hosts > 1:
-        return f"at the network interface of each of {hosts} workers:"
-    return f"nothing leaves this machine; at the network interface of each of {workers} workers it would be"
-
-
-def _count(average: int | float) -> str:
-    return f"{average:,}" if isinstance(average, int) else f"{average:,.1f}"
-
-
-def _trained_word(entry: Any) -> str:
-    if not entry.trained:
-        return "no"
-    if not entry.sent:
-        return "no gradient"
-    return f"rows {entry.rule.rows[0]}:{entry.rule.rows[1]}" if entry.rule.rows else "yes"
-
-
-def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
-    left = [cell.ljust(width) for cell, width in zip(cells[:-1], widths, strict=False)]
-    return "  ".join([*left, cells[-1].rjust(widths[-1])])
+from dist_partial.selection.plan import Plan
+from dist_partial.selection.table import grouped
 
 
 class Journal:
@@ -154,7 +94,7 @@ class Journal:
         row |= {"nic_bytes_per_step": plan.nic_bytes}
         self._record([row | {"trained_parameters": trained, "units": list(plan.units)}])
         self.say(
-            f"step {step}: training {', '.join(plan.units)}: {trained:,} parameters, {_count(plan.nic_bytes)} bytes a "
+            f"step {step}: training {', '.join(plan.units)}: {trained:,} parameters, {grouped(plan.nic_bytes)} bytes a "
             f"step at the interface of each of {plan.workers} workers"
         )
 

@@ -14,16 +14,18 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import agreement, checkpoints, evaluation, identity, local_sgd, selection, step, traffic
+from dist_partial import checkpoints, evaluation, identity, local_sgd, selection, step
 from dist_partial.build import build, restore
 from dist_partial.course import Course
+from dist_partial.distributed import consistency, network, traffic
+from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import AGAIN, INTERRUPTED, Ending, Fault, UserError, of_graph, raised
 from dist_partial.files import locked, refuse_links, write_json, write_text, writing
 from dist_partial.layer_state import untouched
-from dist_partial.replicas import Replicas
-from dist_partial.reporting import Journal, plan_table
-from dist_partial.schedule import Constant
-from dist_partial.selection import average_bytes
+from dist_partial.reporting import Journal
+from dist_partial.schedules.fixed import Constant
+from dist_partial.selection.payload import average_bytes
+from dist_partial.selection.table import plan_table
 from dist_partial.session import put_back
 from dist_partial.settings import Settings
 
@@ -95,9 +97,9 @@ def _run(
         )
     built = build(settings, replicas)
     if replicas.mesh is not None:
-        facts = {"versions": agreement.versions(), "bindings": dict(bindings)}
+        facts = {"versions": consistency.versions(), "bindings": dict(bindings)}
         start = {identity.START: built.identity[identity.START]}  # first, for all else that differs follows from it
-        agreement.check(replicas.mesh, facts | start | built.identity)
+        consistency.check(replicas.mesh, facts | start | built.identity)
     say(plan_table(built.plan, workers))
     for note in built.notes:
         say(note)
@@ -123,7 +125,7 @@ def _run(
     switched = course.enter(done)
     constant = isinstance(built.schedule, Constant)
     plan = course.leg.plan if constant else built.plan
-    meter = traffic.Meter(workers, traffic.interface(replicas.host) if replicas.host else None, done)
+    meter = network.Meter(workers, network.interface(replicas.host) if replicas.host else None, done)
     saved, first, kept = done, True, None
 
     # Between two exchanges replicas have statistics of their own, too; what is evaluated is one model.

@@ -6,11 +6,12 @@ from typing import Any
 
 import keras
 
-from dist_partial import replicas, storage
+from dist_partial.adapters import quantization
+from dist_partial.distributed import replicas
 from dist_partial.errors import UserError
-from dist_partial.reduction import EveryStep
-from dist_partial.schedule import Constant
-from dist_partial.selection import check_reduction
+from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.schedules.fixed import Constant
+from dist_partial.selection.rules import check_reduction
 
 _FACTORIES = {  # each with an example
     "model": "@byte_transformer",
@@ -144,7 +145,7 @@ class Settings:
         check_reduction("run", self.reduction)
         if self.precision not in PRECISIONS:
             raise UserError(f"run.precision is {self.precision!r}: write one of {', '.join(map(repr, PRECISIONS))}")
-        if self.frozen not in storage.PRECISIONS:
+        if self.frozen not in quantization.PRECISIONS:
             raise UserError(f"run.frozen is {self.frozen!r}: write 'bfloat16', 'int8' or None")
         if isinstance(self.schedule, type) or not hasattr(self.schedule, "next_switch"):
             raise UserError(f"run.schedule is {self.schedule!r}: bind a schedule such as @lisa(), with the ()")

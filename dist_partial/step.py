@@ -8,15 +8,15 @@ import keras
 import tensorflow as tf
 
 from dist_partial import optimizers as optimizers_lib
-from dist_partial import replicas
 from dist_partial.batch_norm import local_statistics
+from dist_partial.distributed import per_replica
+from dist_partial.distributed.collectives import Wire
 from dist_partial.errors import calling
 from dist_partial.loss_scale import LossScale
 from dist_partial.losses import Loss, class_ids, element_weights, example_losses, full_precision
 from dist_partial.optimizers import GroupOptimizer
-from dist_partial.reduction import reduce
-from dist_partial.selection import Plan
-from dist_partial.wire import Wire
+from dist_partial.reductions.base import reduce
+from dist_partial.selection.plan import Plan
 
 # (x, y) or (x, y, weight), each with the batch axis first.
 Batch = tuple[tf.Tensor, ...]
@@ -300,7 +300,7 @@ def probe(
 def _own_part(strategy: tf.distribute.Strategy, batch: Batch) -> Batch:
     """The slice of this replica of its worker's batch; called in a replica context."""
     context: Any = tf.distribute.get_replica_context()
-    local = replicas.local_count(strategy)
+    local = per_replica.local_count(strategy)
     index = context.replica_id_in_sync_group % local
     with tf.device("CPU"):  # so that a GPU is sent its slice and no more
         return tuple(tf.reshape(t, [local, t.shape[0] // local, *t.shape[1:]])[index] for t in batch)

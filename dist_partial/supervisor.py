@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from dist_partial.cli import INTERRUPTED
-from dist_partial.cluster import near, unresolved
+from dist_partial.distributed.cluster import near, unresolved
 from dist_partial.errors import AGAIN, Fault, UserError
 from dist_partial.files import writing
 from dist_partial.restarts import EXCEPTION, MISTAKES, Progress, Restarts, look, progress

@@ -5,11 +5,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from dist_partial import config, local_sgd, replicas
+from dist_partial import config, local_sgd
 from dist_partial.build import Built, build, restore
 from dist_partial.delta import Base
+from dist_partial.distributed import replicas
 from dist_partial.errors import UserError
-from dist_partial.reduction import Never
+from dist_partial.reductions.local_only import Never
 from dist_partial.session import put_back
 from dist_partial.settings import Settings
 

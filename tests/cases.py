@@ -11,9 +11,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import batch_norm, optimizers, reduction, replicas, selection, step, traffic
+from dist_partial import batch_norm, optimizers, reductions, selection, step
+from dist_partial.distributed import per_replica, traffic
+from dist_partial.distributed.collectives import Wire
 from dist_partial.models import byte_transformer, two_dense
-from dist_partial.wire import Wire
 
 STEPS = 20
 GLOBAL_BATCH = 24
@@ -239,7 +240,7 @@ def train(
     options: Options = Options(),
     dtype: str = "float64",
     steps_per_call: int = 7,
-    every_step: reduction.EveryStep = reduction.EveryStep(),  # noqa: B008 (frozen)
+    every_step: reductions.EveryStep = reductions.EveryStep(),  # noqa: B008 (frozen)
     jit_compile: bool = False,
     data: list[tuple[np.ndarray, np.ndarray]] | None = None,
     wire: Wire | None = None,
@@ -252,7 +253,7 @@ def train(
         plan = selection.resolve(case.rules, model, every_step)
         batch_norm.set_modes(batch_norm.layers(model), plan, everywhere=False)
         groups = optimizers.build(plan, lambda: optimizer(name, options))
-        states = reduction.states(plan)
+        states = reductions.states(plan)
     before = weights(model)
     train_step = step.train_step(
         strategy,
@@ -287,7 +288,7 @@ def train(
 
 def worker_iterator(strategy: tf.distribute.Strategy, data: list[tuple[np.ndarray, np.ndarray]]) -> Any:
     """This worker's part of each batch, over and over."""
-    context = replicas.input_context(strategy)
+    context = per_replica.input_context(strategy)
     parts = [[np.split(column, context.num_input_pipelines)[context.input_pipeline_id] for column in b] for b in data]
     return iter(tf.data.Dataset.from_tensor_slices(tuple(np.stack(c) for c in zip(*parts, strict=True))).repeat())
 

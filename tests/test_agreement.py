@@ -8,9 +8,9 @@ import shutil
 import numpy as np
 import pytest
 
-from dist_partial import agreement, rendezvous
+from dist_partial.distributed import consistency, rendezvous
+from dist_partial.distributed.tcp_backend import Mesh
 from dist_partial.errors import Fault, UserError
-from dist_partial.mesh import Mesh
 from tests.test_mesh import at_once
 from tests.workers import ROOT, free_ports
 
@@ -35,7 +35,7 @@ def outcomes():
             mesh = Mesh(rank, workers, rendezvous.connect(rank, workers, 20), 60.0)
             made.append(mesh)
             try:
-                return agreement.check(mesh, facts[rank])
+                return consistency.check(mesh, facts[rank])
             except UserError as error:
                 return str(error)
 
@@ -141,7 +141,7 @@ def test_what_ends_a_worker_before_it_compares_is_told_to_the_others():
             return mesh.close(UserError("run.rules match nothing"))
         try:
             with pytest.raises(UserError) as raised:
-                agreement.check(mesh, FACTS)
+                consistency.check(mesh, FACTS)
             return str(raised.value)
         finally:
             mesh.close()
@@ -156,13 +156,13 @@ def test_everyone_s_value_in_rank_order():
     def work(rank):
         mesh = Mesh(rank, workers, rendezvous.connect(rank, workers, 20), 60.0)
         try:
-            return agreement.everyone(mesh, (-1, 10**12, 0)[rank]), agreement.names(mesh, [0, 2])
+            return consistency.everyone(mesh, (-1, 10**12, 0)[rank]), consistency.names(mesh, [0, 2])
         finally:
             mesh.close()
 
     named = f"worker 0 ({workers[0]}), worker 2 ({workers[2]})"
     assert at_once([functools.partial(work, rank) for rank in range(3)]) == [([-1, 10**12, 0], named)] * 3
-    assert agreement.everyone(None, 7) == [7]
+    assert consistency.everyone(None, 7) == [7]
 
 
 def test_what_workers_swap_in_every_step_is_not_kept():
@@ -173,7 +173,7 @@ def test_what_workers_swap_in_every_step_is_not_kept():
         try:
             sizes = []
             for step in range(200):
-                agreement.everyone(mesh, step)
+                consistency.everyone(mesh, step)
                 mesh.sum(np.ones(4, np.float32))
                 sizes.append(len(mesh._ops))
             return sizes[100], sizes[-1]
@@ -192,7 +192,7 @@ def test_a_worker_that_is_lost_meanwhile_is_a_fault():
         try:
             if rank == 0:
                 with pytest.raises(Fault, match=r"worker 1 \(127\.0\.0\.1:\d+\) is gone"):
-                    agreement.check(mesh, FACTS)
+                    consistency.check(mesh, FACTS)
         finally:
             mesh.close()
 
@@ -203,17 +203,17 @@ def test_versions_change_with_the_source(tmp_path, monkeypatch):
     """With any line of any file; what Python itself writes beside them does not count."""
     package = tmp_path / "dist_partial"
     shutil.copytree(ROOT / "dist_partial", package, ignore=shutil.ignore_patterns("__pycache__"))
-    here = agreement.versions()
+    here = consistency.versions()
     assert {"python", "tensorflow", "keras", "numpy"} < set(here)
-    monkeypatch.setattr(agreement, "__file__", str(package / "agreement.py"))
-    assert agreement.versions() == here
+    monkeypatch.setattr(consistency, "__file__", str(package / "distributed" / "consistency.py"))
+    assert consistency.versions() == here
     (package / "__pycache__").mkdir()
-    (package / "__pycache__" / "agreement.cpython-311.pyc").write_bytes(b"x")
-    assert agreement.versions() == here
+    (package / "__pycache__" / "consistency.cpython-311.pyc").write_bytes(b"x")
+    assert consistency.versions() == here
     seen = [here]
     for path in (package / "run.py", package / "data" / "batches.py", package / "models" / "more.py"):
         with open(path, "a") as file:
             file.write("# another line\n")
-        seen.append(agreement.versions())
+        seen.append(consistency.versions())
         assert {name for name in here if seen[-1][name] != here[name]} == {"dist_partial's source"}
     assert len({tuple(each.items()) for each in seen}) == 4

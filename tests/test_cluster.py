@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_partial.cluster import read_tf_config, tf_config
+from dist_partial.distributed.cluster import read_tf_config, tf_config
 from dist_partial.errors import UserError
 from tests.workers import ROOT, free_ports
 

@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import reduction, selection, traffic
-from dist_partial.compression import PowerSGD, Quantized, TopK
-from dist_partial.reduction import EveryStep, Message, Never
-from dist_partial.selection import Rule
-from dist_partial.wire import Wire
+from dist_partial import reductions, selection
+from dist_partial.distributed import traffic
+from dist_partial.distributed.collectives import Wire
+from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.reductions.local_only import Never
+from dist_partial.reductions.power_sgd import PowerSGD
+from dist_partial.reductions.quantized import Quantized
+from dist_partial.reductions.top_k import TopK
+from dist_partial.selection.payload import Message
+from dist_partial.selection.rules import Rule
 from tests import cases
 from tests.cases import same_bits
 
@@ -40,13 +45,13 @@ class Simulated:
         self.strategy, self.dtype = strategy, dtype
         self.plan = selection.Plan(rules, entries)
         with strategy.scope():
-            self.states = reduction.states(self.plan)
+            self.states = reductions.states(self.plan)
 
         @tf.function(autograph=False)
         def reduced(stacked):
             def on_replica():
                 index = tf.distribute.get_replica_context().replica_id_in_sync_group
-                return reduction.reduce(wire, self.plan, [each[index] for each in stacked], self.states)[0]
+                return reductions.reduce(wire, self.plan, [each[index] for each in stacked], self.states)[0]
 
             return [strategy.experimental_local_results(each) for each in strategy.run(on_replica)]
 
@@ -519,7 +524,7 @@ def test_a_gradient_that_is_none_sends_nothing(mirrored):
     def reduced():
         gradients = [None, tf.ones([12, 20], tf.float64)]
         results, _ = strategy.run(
-            lambda: reduction.reduce(Wire(), simulated.plan, gradients, simulated.states),
+            lambda: reductions.reduce(Wire(), simulated.plan, gradients, simulated.states),
         )
         assert results[0] is None
         return results[1]

@@ -11,9 +11,9 @@ import pytest
 
 from dist_partial import config, run, selection
 from dist_partial.build import build
+from dist_partial.distributed.replicas import create
 from dist_partial.errors import Raised, UserError
-from dist_partial.reduction import EveryStep
-from dist_partial.replicas import create
+from dist_partial.reductions.all_reduce import EveryStep
 from dist_partial.settings import Settings
 from tests import user_module
 

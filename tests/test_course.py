@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import replicas, run
+from dist_partial import run
 from dist_partial.data import ArraySource, Dataset, fingerprint, train_batches
+from dist_partial.distributed import replicas
+from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
-from dist_partial.replicas import Replicas
-from dist_partial.schedule import AutoFreeze, ByteBudget, Gradual, Lisa, Phases, Rotation
-from dist_partial.selection import Rule
+from dist_partial.schedules.adaptive import AutoFreeze, ByteBudget
+from dist_partial.schedules.fixed import Gradual, Lisa, Phases, Rotation
+from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
-from dist_partial.wire import Wire
 from tests import cases
 from tests.cases import rows, same_bits, state
 from tests.workers import run_workers
@@ -346,7 +348,7 @@ def test_workers_that_disagree_both_stop_before_the_switch(tmp_path):
 
 def test_what_is_not_reduced_in_every_step_cannot_be_switched():
     from dist_partial.build import build
-    from dist_partial.reduction import LocalSGD
+    from dist_partial.reductions.local_sgd import LocalSGD
 
     made = Replicas(tf.distribute.get_strategy(), Wire(), "one")
     told = settings(SCHEDULES["lisa"], made, rules=[Rule(".*", reduction=LocalSGD(4))])

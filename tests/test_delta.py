@@ -14,8 +14,8 @@ import safetensors.numpy
 
 from dist_partial import Base, Delta, Rule, delta
 from dist_partial.errors import UserError
-from dist_partial.reduction import EveryStep
-from dist_partial.selection import resolve
+from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.selection.resolve import resolve
 from tests import user_module
 from tests.cases import convolutional
 

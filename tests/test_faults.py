@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_partial import rendezvous, restarts, train
+from dist_partial import restarts, train
+from dist_partial.distributed import rendezvous
 from tests import strangers
 from tests.cases import assert_equal, rows, state
 from tests.workers import ROOT, free_ports, listening, run_workers, small_disk, tf_config

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import UserError, fit, partial, selection, traffic
-from dist_partial.compression import PowerSGD, TopK
-from dist_partial.reduction import EveryStep, LocalSGD, Never
+from dist_partial import UserError, fit, partial, selection
+from dist_partial.distributed import traffic
+from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.reductions.local_only import Never
+from dist_partial.reductions.local_sgd import LocalSGD
+from dist_partial.reductions.power_sgd import PowerSGD
+from dist_partial.reductions.top_k import TopK
 from tests import cases
 from tests.cases import CASES, GLOBAL_BATCH, OPTIONS
 

@@ -13,14 +13,14 @@ import tensorflow as tf
 from dist_partial import identity
 from dist_partial.build import build
 from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.models import two_dense
-from dist_partial.reduction import EveryStep
-from dist_partial.replicas import Replicas
-from dist_partial.schedule import Constant, Rotation
-from dist_partial.selection import Rule
+from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.schedules.fixed import Constant, Rotation
+from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
-from dist_partial.wire import Wire
 
 RULES = [("train", "dense1/.*"), ("train", "dense2/kernel"), ("freeze", "dense2/bias")]
 

@@ -8,7 +8,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from dist_partial.cluster import read_tf_config, tf_config
+from dist_partial.distributed.cluster import read_tf_config, tf_config
 from dist_partial.errors import AGAIN
 from tests.workers import ROOT
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_partial import cluster, launch, train
+from dist_partial import launch, train
+from dist_partial.distributed import cluster
 from tests.test_supervisor import TIMEOUT, assert_gone, launched, wait_until
 from tests.workers import ROOT
 

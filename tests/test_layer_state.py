@@ -10,11 +10,11 @@ import tensorflow as tf
 from dist_partial import run, selection
 from dist_partial.build import build, restore
 from dist_partial.data import ArraySource, Dataset, train_batches
+from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.replicas import Replicas, create
 from dist_partial.errors import UserError
-from dist_partial.reduction import LocalSGD
-from dist_partial.replicas import Replicas, create
+from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.settings import Sampling, Settings
-from dist_partial.wire import Wire
 from tests import cases
 from tests.cases import copies, rows, same_bits, state
 from tests.conftest import mirrored_strategy

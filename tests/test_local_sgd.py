@@ -8,15 +8,20 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import batch_norm, checkpoints, local_sgd, optimizers, reduction, selection, step, traffic
+from dist_partial import batch_norm, checkpoints, local_sgd, optimizers, reductions, selection, step
 from dist_partial.build import build
-from dist_partial.compression import PowerSGD, Quantized, TopK
 from dist_partial.data import ArraySource, Dataset, fingerprint
-from dist_partial.reduction import EveryStep, LocalSGD, Never, nesterov
-from dist_partial.replicas import Replicas
-from dist_partial.selection import Rule
+from dist_partial.distributed import traffic
+from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.replicas import Replicas
+from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.reductions.local_only import Never
+from dist_partial.reductions.local_sgd import LocalSGD, nesterov
+from dist_partial.reductions.power_sgd import PowerSGD
+from dist_partial.reductions.quantized import Quantized
+from dist_partial.reductions.top_k import TopK
+from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
-from dist_partial.wire import Wire
 from tests import cases
 from tests.cases import CASES, GLOBAL_BATCH, copies, same_bits
 
@@ -34,7 +39,7 @@ class Local:
             self.plan = selection.resolve(case.rules, self.model, EveryStep())
             batch_norm.set_modes(batch_norm.layers(self.model), self.plan, everywhere=False)
             self.groups = optimizers.build(self.plan, lambda: cases.optimizer(inner, cases.Options()))
-            self.states = reduction.states(self.plan)
+            self.states = reductions.states(self.plan)
             self.fragments = local_sgd.build(self.plan, self.groups, self.states)
         options = step.StepOptions(GLOBAL_BATCH, clip_norm)
         self.train = step.train_step(
@@ -428,7 +433,7 @@ def test_rows_are_exchanged_alone(mirrored):
         for member in (*local.fragments[0].members, *local.fragments[0].outer.members):
             assert tuple(member.variable.shape) == (7, 6)
         assert same_bits(local.own()["head/kernel"])
-    assert entry.messages == (reduction.Message("sum", 7 * 6 * 8, every=3),)
+    assert entry.messages == (selection.Message("sum", 7 * 6 * 8, every=3),)
     anchor = local.anchors()[entry.path][0]
     own = local.own()[entry.path]
     with local_sgd.agreed(local.strategy, local.fragments):
@@ -530,7 +535,7 @@ def test_statistics_travel_with_the_first_exchange(mirrored):
         built.loss,
         built.plan,
         built.optimizers,
-        built.reductions,
+        built.reduction_states,
         step.StepOptions(GLOBAL_BATCH),
     ).function
     x, y = built.data.train.fetch(np.arange(24))
@@ -551,7 +556,7 @@ def test_statistics_travel_with_the_first_exchange(mirrored):
         assert same_bits(after)
         np.testing.assert_allclose(after[0], np.mean(values, axis=0), rtol=1e-12)
     plan = built.plan.traced([], traffic.beyond(built.plan, [], exchanges))
-    assert plan.statistics == (reduction.Message("sum", 2 * 6 * 8, every=2),)
+    assert plan.statistics == (selection.Message("sum", 2 * 6 * 8, every=2),)
     assert plan.wire_bytes == built.plan.wire_bytes + 6 * 8
 
 

@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import layer_state, lora, run, selection, storage, traffic
+from dist_partial import layer_state, run, selection
+from dist_partial.adapters import lora, quantization
 from dist_partial.build import batches, build, restore, train_step
 from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.distributed import traffic
+from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.models import byte_transformer, two_dense
-from dist_partial.reduction import EveryStep
-from dist_partial.replicas import Replicas
-from dist_partial.selection import Rule
+from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
-from dist_partial.wire import Wire
 from tests.cases import state
 from tests.conftest import mirrored_strategy
 
@@ -224,7 +226,7 @@ def test_nothing_to_store_is_said():
         build(settings([("train", ".*")], frozen="int8"), replicas(1))
     with pytest.raises(UserError, match=r"run\.frozen is 'int4'"):
         settings(frozen="int4")
-    assert storage.PRECISIONS == (None, "bfloat16", "int8")
+    assert quantization.PRECISIONS == (None, "bfloat16", "int8")
 
 
 def given(rank=3):

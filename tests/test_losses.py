@@ -9,14 +9,16 @@ import tensorflow as tf
 
 from dist_partial import losses as losses_lib
 from dist_partial import run
-from dist_partial.compression import PowerSGD, Quantized, TopK
 from dist_partial.data import ArraySource, Dataset
+from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
-from dist_partial.reduction import LocalSGD
-from dist_partial.replicas import Replicas
+from dist_partial.reductions.local_sgd import LocalSGD
+from dist_partial.reductions.power_sgd import PowerSGD
+from dist_partial.reductions.quantized import Quantized
+from dist_partial.reductions.top_k import TopK
 from dist_partial.settings import Sampling, Settings
 from dist_partial.step import evaluation_step
-from dist_partial.wire import Wire
 from tests.cases import rows, set_precision, state
 from tests.conftest import mirrored_strategy
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import mesh as mesh_lib
-from dist_partial import rendezvous, traffic
+from dist_partial.distributed import rendezvous, tcp_backend, traffic
+from dist_partial.distributed.tcp_backend import Mesh
 from dist_partial.errors import Fault, UserError
-from dist_partial.mesh import Mesh
 from tests import strangers
 from tests.workers import free_ports
 
@@ -201,17 +200,17 @@ def test_in_a_loop_of_a_traced_function(connected):
     for first, second, names in at_once([functools.partial(work, m) for m in meshes]):
         assert first == second == expected
         assert names == [
-            (mesh_lib.GATHER_OP, 8),
-            (mesh_lib.GATHER_OP, 8),  # the same tensor twice is sent twice
-            (mesh_lib.SUM_OP, 6),
-            (mesh_lib.SUM_OP, 12),
+            (tcp_backend.GATHER_OP, 8),
+            (tcp_backend.GATHER_OP, 8),  # the same tensor twice is sent twice
+            (tcp_backend.SUM_OP, 6),
+            (tcp_backend.SUM_OP, 12),
         ]
 
 
 def handed_over(graph):
     """(name, bytes) of every tensor that the graph hands over, with static shapes."""
     for op in traffic.operations(graph):
-        for name in (mesh_lib.SUM_OP, mesh_lib.GATHER_OP):
+        for name in (tcp_backend.SUM_OP, tcp_backend.GATHER_OP):
             if op.type == "PyFunc" and op.name.rpartition("/")[2].startswith(name):
                 yield name, traffic._payload(op)
 
@@ -332,7 +331,7 @@ def test_a_worker_that_closes_after_its_last_op_disturbs_nobody(connected):
 
 
 def test_a_silent_worker_is_given_up_and_one_that_only_has_nothing_to_say_is_not(connected, monkeypatch):
-    monkeypatch.setattr(mesh_lib, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(tcp_backend, "HEARTBEAT_SECONDS", 0.1)
     meshes = connected(2, patience=0.5)
 
     def work(mesh):
@@ -353,9 +352,9 @@ def test_a_silent_worker_is_given_up_and_one_that_only_has_nothing_to_say_is_not
     "header",
     [
         b"GET / HTTP/1.1\r\nHost: someone\r\n\r\n",
-        mesh_lib._HEADER.pack(b"dpm2", 0, 0, 0, 2**60),  # bytes
-        mesh_lib._HEADER.pack(b"dpm2", 0, 0, 2**40, 8),  # run
-        mesh_lib._HEADER.pack(b"dpm2", 7, 0, 0, 8),  # kind
+        tcp_backend._HEADER.pack(b"dpm2", 0, 0, 0, 2**60),  # bytes
+        tcp_backend._HEADER.pack(b"dpm2", 0, 0, 2**40, 8),  # run
+        tcp_backend._HEADER.pack(b"dpm2", 7, 0, 0, 8),  # kind
     ],
 )
 def test_a_malformed_header_is_a_failure(connected, header):

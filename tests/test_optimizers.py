@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 
 from dist_partial import UserError, optimizers, partial, selection
-from dist_partial.reduction import EveryStep
-from dist_partial.selection import Rule
+from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.selection.rules import Rule
 from tests import cases
 from tests.cases import GLOBAL_BATCH
 

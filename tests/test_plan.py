@@ -7,14 +7,18 @@ import numpy as np
 import pytest
 
 from dist_partial import config, plan, run
-from dist_partial.compression import PowerSGD, Quantized, TopK
 from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.replicas import Replicas
 from dist_partial.plan import Machine, estimate
-from dist_partial.reduction import EveryStep, LocalSGD, Never
-from dist_partial.replicas import Replicas
-from dist_partial.selection import Rule
+from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.reductions.local_only import Never
+from dist_partial.reductions.local_sgd import LocalSGD
+from dist_partial.reductions.power_sgd import PowerSGD
+from dist_partial.reductions.quantized import Quantized
+from dist_partial.reductions.top_k import TopK
+from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
-from dist_partial.wire import Wire
 from tests.cases import convolutional, rows
 
 TINY = """

@@ -9,12 +9,13 @@ import tensorflow as tf
 
 from dist_partial import prefix, run
 from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.models import byte_transformer
-from dist_partial.replicas import Replicas
-from dist_partial.schedule import AutoFreeze, Phases
+from dist_partial.schedules.adaptive import AutoFreeze
+from dist_partial.schedules.fixed import Phases
 from dist_partial.settings import Sampling, Settings
-from dist_partial.wire import Wire
 from tests.cases import rows, same_bits, state
 
 LAYERS = ("a", "b", "c", "d")

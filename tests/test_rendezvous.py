@@ -12,7 +12,7 @@ from subprocess import PIPE
 
 import pytest
 
-from dist_partial import handshake, rendezvous
+from dist_partial.distributed import handshake, rendezvous
 from dist_partial.errors import Fault, UserError
 from tests import strangers
 from tests.test_mesh import at_once

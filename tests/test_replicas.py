@@ -3,9 +3,9 @@
 import pytest
 import tensorflow as tf
 
-from dist_partial import rendezvous
+from dist_partial.distributed import rendezvous
+from dist_partial.distributed.replicas import create
 from dist_partial.errors import Fault, UserError
-from dist_partial.replicas import create
 from tests.workers import free_ports, tf_config
 
 

@@ -16,12 +16,12 @@ import tensorflow as tf
 from dist_partial import checkpoints, loss_scale, reporting, run, sample, train
 from dist_partial.build import build, restore
 from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.replicas import Replicas, create
 from dist_partial.errors import AGAIN
 from dist_partial.models import byte_transformer
-from dist_partial.replicas import Replicas, create
-from dist_partial.selection import Rule
+from dist_partial.selection.rules import Rule
 from dist_partial.settings import Sampling, Settings
-from dist_partial.wire import Wire
 from tests.cases import rows, same_bits, state
 from tests.conftest import mirrored_strategy
 from tests.workers import ROOT, run_workers

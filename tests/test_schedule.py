@@ -11,17 +11,9 @@ import numpy as np
 import pytest
 
 from dist_partial.errors import UserError
-from dist_partial.schedule import (
-    AutoFreeze,
-    ByteBudget,
-    Constant,
-    Gradual,
-    Lisa,
-    Phases,
-    Rotation,
-    Unit,
-    observes,
-)
+from dist_partial.schedules.adaptive import AutoFreeze, ByteBudget
+from dist_partial.schedules.base import Unit, observes
+from dist_partial.schedules.fixed import Constant, Gradual, Lisa, Phases, Rotation
 
 BLOCKS = ["block_0", "block_1", "block_2"]
 LAYERS = ["embedding", *BLOCKS, "final_norm", "head"]

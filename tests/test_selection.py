@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 
 from dist_partial import optimizers
-from dist_partial.compression import Quantized
 from dist_partial.errors import UserError
-from dist_partial.reduction import EveryStep, LocalSGD, Message
-from dist_partial.reporting import plan_table
-from dist_partial.selection import Rule, own_names, parse_rules, paths_of, resolve
+from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.reductions.local_sgd import LocalSGD
+from dist_partial.reductions.quantized import Quantized
+from dist_partial.selection.paths import own_names, paths_of
+from dist_partial.selection.payload import Message
+from dist_partial.selection.resolve import resolve
+from dist_partial.selection.rules import Rule, parse_rules
+from dist_partial.selection.table import plan_table
 from tests.user_module import Twins
 
 PATHS = ["dense1/kernel", "dense1/bias", "dense2/kernel", "dense2/bias"]

@@ -10,11 +10,11 @@ import tensorflow as tf
 
 from dist_partial import build, config, run, sample, selection, session, train, trained
 from dist_partial.data import ArraySource, Dataset
+from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.replicas import Replicas, create
 from dist_partial.errors import UserError
 from dist_partial.plan import Machine, estimate
-from dist_partial.replicas import Replicas, create
 from dist_partial.settings import Settings
-from dist_partial.wire import Wire
 
 X = np.random.default_rng(0).normal(size=(8, 3))
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import batch_norm, optimizers, reduction, selection, step, wire
+from dist_partial import batch_norm, optimizers, reductions, selection, step
 from dist_partial import losses as losses_lib
+from dist_partial.distributed import collectives
+from dist_partial.distributed.collectives import Wire
 from dist_partial.errors import UserError
 from dist_partial.loss_scale import FIRST_SCALE, LossScale
-from dist_partial.wire import Wire
 from tests import cases
 from tests.cases import CASES, OPTIMIZERS, OPTIONS, STEPS
 
@@ -93,7 +94,7 @@ def test_jit_compiles_the_gradient_computation(mirrored):
 def test_wire_dtype(dtype, bytes_of_one, mirrored):
     cases.set_precision("float64")
     case = CASES["two_dense"]
-    trained = cases.train(mirrored(2), case, every_step=reduction.EveryStep(dtype))
+    trained = cases.train(mirrored(2), case, every_step=reductions.EveryStep(dtype))
     assert trained.bytes_per_step == trained.plan.wire_bytes == bytes_of_one * (160 * 64 + 64 * 10)
     cases.assert_replicas_agree(trained)
     plain = cases.reference(case, "adam", OPTIONS["plain"], "float64")
@@ -106,11 +107,11 @@ def test_float16_divides_before_it_sums(mirrored):
     strategy = mirrored(2)
     with strategy.scope():
         model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, name="dense")])
-        plan = selection.resolve([("train", ".*")], model, reduction.EveryStep("float16"))
+        plan = selection.resolve([("train", ".*")], model, reductions.EveryStep("float16"))
 
     @tf.function
     def reduced():
-        return strategy.run(lambda: reduction.reduce(Wire(), plan, [tf.fill([1, 1], 60000.0 / 2)], [{}])[0][0])
+        return strategy.run(lambda: reductions.reduce(Wire(), plan, [tf.fill([1, 1], 60000.0 / 2)], [{}])[0][0])
 
     for copy in strategy.experimental_local_results(reduced()):
         assert copy.numpy() == pytest.approx(60000.0, rel=1e-3)
@@ -121,7 +122,7 @@ def test_packs_hold_one_dtype_and_no_more_than_their_size():
         tf.zeros([n], dtype)
         for n, dtype in [(400_000, "float32"), (9, "float16"), (200_000, "float32"), (5, "float32")]
     ]
-    assert wire._packs(range(4), tensors, 2 * 2**20) == [[0], [1], [2, 3]]
+    assert collectives._packs(range(4), tensors, 2 * 2**20) == [[0], [1], [2, 3]]
 
 
 def test_a_variable_without_gradient_is_not_sent(mirrored):
@@ -167,7 +168,7 @@ def one_weight(strategy, optimizer, x, **options):
     """A step on the loss w x, with a loss scale: what is trained, and a function that makes one more step."""
     with strategy.scope():
         model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, name="dense")])
-        plan = selection.resolve([("train", ".*")], model, reduction.EveryStep())
+        plan = selection.resolve([("train", ".*")], model, reductions.EveryStep())
         groups = optimizers.build(plan, optimizer)
         scale = LossScale()
     loss = lambda y, out: tf.reduce_sum(out, 1)  # noqa: E731
@@ -236,7 +237,7 @@ def test_a_probe_measures_in_inference_mode(replicas, mirrored):
         layers = [keras.layers.Dense(4, name="a"), keras.layers.BatchNormalization(name="norm")]
         layers += [keras.layers.Dropout(0.5), keras.layers.Dense(5, name="d")]
         model = keras.Sequential([keras.Input((3,)), *layers])
-        plan = selection.resolve([("train", ".*")], model, reduction.EveryStep())
+        plan = selection.resolve([("train", ".*")], model, reductions.EveryStep())
         plan = plan.divided([(name, [e.path for e in plan.trained if e.path.startswith(name)]) for name in ("a", "d")])
     rng = np.random.default_rng(0)
     x, y = rng.normal(2.0, size=(8, 3)).astype(np.float32), rng.integers(0, 5, 8).astype(np.int32)
@@ -308,7 +309,7 @@ def test_modes_of_batch_norm():
     model = keras.Sequential([keras.Input((3,)), *layers.values()])
 
     def modes(rules, everywhere=False):
-        plan = selection.resolve(rules, model, reduction.EveryStep())
+        plan = selection.resolve(rules, model, reductions.EveryStep())
         batch_norm.set_modes(batch_norm.layers(model), plan, everywhere)
         return [name for name, layer in layers.items() if layer.trainable]
 

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import Base, build, delta, export, lora, replicas, run, sample, train, trained
+from dist_partial import Base, build, delta, export, run, sample, train, trained
+from dist_partial.adapters import lora
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.data.codecs import ByteCodec
+from dist_partial.distributed import replicas
+from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.models import keras_file
-from dist_partial.replicas import Replicas
-from dist_partial.selection import Rule
+from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
-from dist_partial.wire import Wire
 from tests.cases import state
 
 

@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-from dist_partial import traffic
+from dist_partial.distributed import network
 from dist_partial.plan import bytes_per_second
-from dist_partial.reduction import Message
-from dist_partial.selection import Plan, nic_bytes
+from dist_partial.selection.payload import Message, nic_bytes
+from dist_partial.selection.plan import Plan
 from tests import hosts
 from tests.cases import rows
 
@@ -75,8 +75,8 @@ def test_how_often_a_message_travels(every, offset):
 
 def test_a_step_takes_the_median_of_all_calls_but_the_first(monkeypatch):
     """Which is still warming up: calls of 9, 2, 1 and 4 seconds, of two steps each."""
-    now, meter, found = [0.0], traffic.Meter(2, None, 0), []
-    monkeypatch.setattr(traffic.time, "perf_counter", lambda: now[0])
+    now, meter, found = [0.0], network.Meter(2, None, 0), []
+    monkeypatch.setattr(network.time, "perf_counter", lambda: now[0])
     for seconds in (9, 2, 1, 4):
         meter.start()
         now[0] += seconds
@@ -86,8 +86,8 @@ def test_a_step_takes_the_median_of_all_calls_but_the_first(monkeypatch):
 
 
 def test_the_loopback_device_leads_to_no_network():
-    assert traffic.interface("127.0.0.1") is None
-    assert traffic.interface("no-such-host.invalid") is None
+    assert network.interface("127.0.0.1") is None
+    assert network.interface("no-such-host.invalid") is None
 
 
 @pytest.mark.parametrize(("rate", "expected"), [("200mbit", 25e6), ("10gbit", 1.25e9), ("1.5Gbps", 187.5e6)])

@@ -11,17 +11,22 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import checkpoints, config, replicas, run
+from dist_partial import checkpoints, config, run
 from dist_partial.build import build, restore
-from dist_partial.compression import PowerSGD, Quantized, TopK
 from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.distributed import replicas
+from dist_partial.distributed.collectives import Wire
+from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.models import two_dense
-from dist_partial.reduction import EveryStep, LocalSGD, Never, nesterov
-from dist_partial.replicas import Replicas
-from dist_partial.selection import Rule
+from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.reductions.local_only import Never
+from dist_partial.reductions.local_sgd import LocalSGD, nesterov
+from dist_partial.reductions.power_sgd import PowerSGD
+from dist_partial.reductions.quantized import Quantized
+from dist_partial.reductions.top_k import TopK
+from dist_partial.selection.rules import Rule
 from dist_partial.settings import Settings
-from dist_partial.wire import Wire
 from tests import cases
 from tests.cases import rows, same_bits, state
 

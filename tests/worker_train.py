@@ -8,7 +8,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 
-from dist_partial import replicas
+from dist_partial.distributed import replicas
 from tests import cases
 
 

@@ -17,10 +17,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 
-from dist_partial import replicas
 from dist_partial.build import build
 from dist_partial.course import Course
 from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.distributed import replicas
 from dist_partial.models import byte_transformer
 from dist_partial.settings import Settings
 from tests.benchmarks import tables

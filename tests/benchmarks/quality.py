@@ -147,8 +147,9 @@ def child(which: str, name: str, seeds: int) -> None:
 
     import keras
 
-    from dist_partial import compression, reduction, replicas, run, schedule
+    from dist_partial import reductions, run, schedules
     from dist_partial.data import stdlib_corpus
+    from dist_partial.distributed import replicas
     from dist_partial.models import byte_transformer
     from dist_partial.settings import Sampling, Settings
 
@@ -156,7 +157,7 @@ def child(which: str, name: str, seeds: int) -> None:
     made = replicas.create("mirrored", 2)
     steps = EXAMPLES // policy.batch
     warm_up = 640 // policy.batch
-    names = types.SimpleNamespace(**{**vars(compression), **vars(reduction), **vars(schedule)})
+    names = types.SimpleNamespace(**{**vars(reductions), **vars(schedules)})
 
     def optimizer() -> keras.optimizers.Optimizer:
         rate = policy.learning_rate
@@ -175,7 +176,7 @@ def child(which: str, name: str, seeds: int) -> None:
             data=lambda: stdlib_corpus(window=WINDOW),
             optimizer=optimizer,
             reduction=policy.reduction(names),
-            schedule=policy.schedule(names) if policy.schedule else schedule.Constant(),
+            schedule=policy.schedule(names) if policy.schedule else schedules.Constant(),
             leave=policy.leave,
             compiled_plans=24,
             steps=steps,

@@ -17,10 +17,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import optimizers, reduction, selection, step
+from dist_partial import optimizers, reductions, selection, step
+from dist_partial.distributed.collectives import Wire
 from dist_partial.models import byte_transformer
 from dist_partial.settings import cross_entropy
-from dist_partial.wire import Wire
 from tests.benchmarks import tables
 
 COMMAND = "python -m tests.benchmarks.step"
@@ -54,9 +54,9 @@ def ours(
     with strategy.scope():
         keras.utils.set_random_seed(0)
         model = byte_transformer(**model_arguments)
-        plan = selection.resolve(rules, model, reduction.EveryStep())
+        plan = selection.resolve(rules, model, reductions.EveryStep())
         groups = optimizers.build(plan, keras.optimizers.Adam)
-        states = reduction.states(plan)
+        states = reductions.states(plan)
     options = step.StepOptions(global_batch)
     train = step.train_step(strategy, Wire(), model, cross_entropy().call, plan, groups, states, options).function
     iterator = iter(dataset(global_batch))

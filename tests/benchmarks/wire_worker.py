@@ -167,7 +167,7 @@ def dist_partial(worker: Worker, selected: str, names: list[str]) -> tuple[dict[
     """This package, which connects its workers by itself."""
     import tensorflow as tf
 
-    from dist_partial import replicas
+    from dist_partial.distributed import replicas
 
     connected = replicas.create("multi_worker", seal=False)  # as the others
     variants = {name: dist_partial_variant(connected, worker, selected, name) for name in names}
@@ -179,14 +179,14 @@ def dist_partial_variant(replicas: Any, worker: Worker, selected: str, dtype: st
     import keras
     import tensorflow as tf
 
-    from dist_partial import optimizers, reduction, selection, step
+    from dist_partial import optimizers, reductions, selection, step
 
     rules = {"all": [("train", r".*")], "part": [("train", rf"dense_{LAYERS - 1}/.*"), ("freeze", r".*")]}
     with replicas.strategy.scope():
         model = keras_model()
-        plan = selection.resolve(rules[selected], model, reduction.EveryStep(dtype))
+        plan = selection.resolve(rules[selected], model, reductions.EveryStep(dtype))
         groups = optimizers.build(plan, lambda: keras.optimizers.SGD(LEARNING_RATE))
-        states = reduction.states(plan)
+        states = reductions.states(plan)
 
     def loss(y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
         return tf.reduce_mean(tf.square(outputs - y), axis=1)

@@ -5,9 +5,9 @@ from typing import Any
 
 import keras
 
-from dist_partial import kernels
+from dist_partial.adapters import layers
 from dist_partial.errors import UserError
-from dist_partial.selection import Plan
+from dist_partial.selection.plan import Plan
 
 PRECISIONS = (None, "bfloat16", "int8")
 
@@ -70,8 +70,8 @@ def store(variable: Any, dtype: str) -> None:
 def _quantize(model: keras.Model, frozen: set[int]) -> dict[int, Any]:
     """Quantizes the layers of which nothing is trained; returns the new kernels by the identity of the old ones."""
     replaced = {}
-    for layer in kernels.layers(model):
-        before = kernels.raw(layer)
+    for layer in layers.layers(model):
+        before = layers.raw(layer)
         own = [v for v in layer.variables if not v.name.startswith("lora_")]
         if id(before) not in frozen or any(v.trainable and id(v) not in frozen for v in own):
             continue
@@ -79,5 +79,5 @@ def _quantize(model: keras.Model, frozen: set[int]) -> dict[int, Any]:
             layer.quantize("int8")
         except NotImplementedError:  # a subclass, with a call of its own
             continue
-        replaced[id(before)] = kernels.raw(layer)
+        replaced[id(before)] = layers.raw(layer)
     return replaced

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from dist_partial.distributed.handshake import Link
 from dist_partial.errors import Ending, Fault, Raised, UserError
-from dist_partial.handshake import Link
 
 # Names of the graph ops that hand a tensor over; `traffic` counts bytes by them.
 SUM_OP = "dist_partial_sum"

@@ -5,7 +5,8 @@ from typing import Any
 
 import keras
 
-from dist_partial import kernels, selection, storage
+from dist_partial import selection
+from dist_partial.adapters import layers, quantization
 from dist_partial.errors import UserError
 
 
@@ -40,17 +41,17 @@ def enable(table: Sequence[Any], model: keras.Model) -> dict[str, selection.Adap
                 layer.enable_lora(rule.lora)
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"rule {number + 1} ({rule.match!r}): no LoRA for {path!r}: {error}") from error
-        kernel, factors = kernels.raw(layer), kernels.factors(layer)
+        kernel, factors = layers.raw(layer), layers.factors(layer)
         for factor in factors if kernel.dtype == "float64" else ():
-            storage.store(factor, kernel.dtype)  # Keras 3.15 makes them float32 beside any kernel
+            quantization.store(factor, kernel.dtype)  # Keras 3.15 makes them float32 beside any kernel
         adapters[path] = selection.Adapter(kernel, factors)
     return adapters
 
 
 def _covered(rules: Sequence[selection.Rule], model: keras.Model) -> dict[str, tuple[int, Any]]:
     """By the kernel's path, the number of the rule with `lora` that covers it, and its layer; changes nothing yet."""
-    owners = {id(kernels.raw(layer)): layer for layer in kernels.layers(model)}
-    given = {id(v): layer for layer in owners.values() if layer.lora_enabled for v in kernels.factors(layer)}
+    owners = {id(layers.raw(layer)): layer for layer in layers.layers(model)}
+    given = {id(v): layer for layer in owners.values() if layer.lora_enabled for v in layers.factors(layer)}
     covered = {}
     for own_path, variable in zip(selection.variable_paths(model), model.trainable_variables, strict=True):
         path, layer = own_path, owners.get(id(variable))
@@ -58,7 +59,7 @@ def _covered(rules: Sequence[selection.Rule], model: keras.Model) -> dict[str, t
             number = selection.first_match(rules, own_path)
             if number is None or not rules[number].train or rules[number].lora:
                 layer = given[id(variable)]
-                path = selection.paths_of(model, [*model.trainable_variables, kernels.raw(layer)])[-1]
+                path = selection.paths_of(model, [*model.trainable_variables, layers.raw(layer)])[-1]
         number = selection.first_match(rules, path)
         if number is None or not (rank := rules[number].lora):
             continue
@@ -82,8 +83,8 @@ def merge(model: keras.Model) -> None:
 
     A layer that is stored in fewer bits stays as it is.
     """
-    for layer in kernels.layers(model):
+    for layer in layers.layers(model):
         if layer.lora_enabled and not layer.quantization_mode:
-            kernel = kernels.raw(layer)
-            kernel.assign(kernels.merged(layer))
+            kernel = layers.raw(layer)
+            kernel.assign(layers.merged(layer))
             layer.lora_enabled, layer.lora_rank, kernel.trainable = False, None, True

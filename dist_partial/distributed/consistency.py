@@ -11,9 +11,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from dist_partial.distributed.tcp_backend import Mesh
 from dist_partial.errors import UserError
-from dist_partial.identity import differences, shown
-from dist_partial.mesh import Mesh
+from dist_partial.validation import differences, shown
 
 _SHOWN = 3  # differences in the message
 
@@ -55,7 +55,7 @@ def names(mesh: Mesh | None, ranks: Sequence[int]) -> str:
 def versions() -> dict[str, str]:
     """Of Python and the packages whose numbers could differ; of this one, which need not be installed, its source's."""
     source = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         source.update(path.read_bytes())
     packages = {module.__name__: module.__version__ for module in (tf, keras, np)}
     return {"python": platform.python_version(), **packages, "dist_partial's source": source.hexdigest()[:16]}

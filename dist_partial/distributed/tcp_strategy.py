@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
 
-from dist_partial.mesh import Mesh
+from dist_partial.distributed.tcp_backend import Mesh
 
 
 class MeshStrategy(tf.distribute.MultiWorkerMirroredStrategy):

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from dist_partial import handshake
+from dist_partial.distributed import handshake
 from dist_partial.errors import Fault, UserError
 
 _RETRY_SECONDS = 0.2
