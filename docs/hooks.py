@@ -27,29 +27,30 @@ from tests.benchmarks import tables  # noqa: E402
 _LOG = logging.getLogger("mkdocs.hooks.dist_partial")  # a warning fails `mkdocs build --strict`
 # Sections of the page of bindings, by the part of the package that defines what is bound.
 SECTIONS = {
-    "settings": "The run",
-    "replicas": "Replicas",
+    "config": "The run",
+    "distributed": "Replicas",
     "selection": "Rules",
-    "reduction": "Reductions",
-    "compression": "Reductions",
-    "schedule": "Schedules",
+    "reductions": "Reductions",
+    "schedules": "Schedules",
     "models": "Models",
     "data": "Data",
 }
 # Modules on the page of the API, with what one takes from them.
 MODULES = {
-    "settings": "a run, as Python binds it",
-    "selection": "rules and the plan that they make",
-    "reduction": "the protocol of a reduction, and the simple ones",
-    "compression": "reductions that compress",
-    "schedule": "what is trained when",
-    "data": "data sets",
-    "models": "models, and adapters for other people's",
     "fit": "the rules for `model.fit`",
-    "run": "the loop",
-    "config": "gin files",
-    "delta": "what was trained, as a file",
-    "trained": "a run's model with what it has trained",
+    "config.settings": "a run, as Python binds it",
+    "config.gin_files": "a run, as gin files bind it",
+    "training.loop": "runs it",
+    "selection": "rules, and the plan that they make",
+    "reductions": "how gradients travel; the protocol of a reduction of your own",
+    "schedules": "what is trained when; the protocol of a schedule of your own",
+    "data": "data sets; the protocol of a source of your own",
+    "models": "the models that come with the package",
+    "models.sampling": "text from a model",
+    "distributed.replicas": "the replicas of a run",
+    "training.metric_writer": "where metrics go",
+    "export.delta": "what was trained, as a file",
+    "export.restore": "a run's model with what it has trained",
     "errors": "exceptions",
 }
 # Page: title, files of results, pictures.
@@ -137,7 +138,7 @@ def api_page() -> str:
     ]
     assert [name for name, _ in homes()] == dir(dist_partial)
     for module, about in MODULES.items():
-        parts += [f"## {module}: {about}", f"::: dist_partial.{module}\n    options:\n      show_root_heading: false"]
+        parts += [f"## dist_partial.{module}: {about}", f"::: dist_partial.{module}\n    options:\n      show_root_heading: false"]
     return "\n\n".join(parts) + "\n"
 
 
