@@ -138,7 +138,10 @@ def api_page() -> str:
     ]
     assert [name for name, _ in homes()] == dir(dist_partial)
     for module, about in MODULES.items():
-        parts += [f"## dist_partial.{module}: {about}", f"::: dist_partial.{module}\n    options:\n      show_root_heading: false"]
+        parts += [
+            f"## dist_partial.{module}: {about}",
+            f"::: dist_partial.{module}\n    options:\n      show_root_heading: false",
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -154,10 +157,10 @@ def _path(home: str, name: str) -> str:
 
 
 def _bound() -> dict[str, Callable[..., Any]]:
-    from dist_partial import config
+    from dist_partial.config import gin_files
 
     order = list(SECTIONS)
-    return dict(sorted(config._OURS.items(), key=lambda item: order.index(item[1].__module__.split(".")[1])))
+    return dict(sorted(gin_files._OURS.items(), key=lambda item: order.index(item[1].__module__.split(".")[1])))
 
 
 def _rows(name: str, value: Callable[..., Any]) -> Iterator[tuple[str, str, str, str]]:
@@ -193,7 +196,7 @@ def _type(annotation: Any) -> str:
 
 
 def _default(value: Callable[..., Any], parameter: inspect.Parameter) -> str:
-    from dist_partial import config
+    from dist_partial.config import gin_files
 
     default = parameter.default
     if default is parameter.empty:
@@ -202,7 +205,7 @@ def _default(value: Callable[..., Any], parameter: inspect.Parameter) -> str:
         field = next(field for field in dataclasses.fields(value) if field.name == parameter.name)
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-    names = {id(bound): name for name, bound in config._OURS.items()}
+    names = {id(bound): name for name, bound in gin_files._OURS.items()}
     if id(type(default)) in names:
         return f"`@{names[id(type(default))]}()`"
     if id(default) in names:

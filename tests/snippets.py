@@ -22,7 +22,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
+
 RUN = ("sh", "gin", "python")
 LANGUAGES = (*RUN, "text", "json", "yaml")
 ELSEWHERE = ("quickstart", "tests")  # marks of the README's commands, which .ci/run runs in new environments

@@ -44,8 +44,8 @@ def lower(plan: Plan, model: keras.Model, precision: str | None) -> Plan:
         lowered = list(replaced.values())
     if not lowered:
         raise UserError(
-            f"run.frozen = {precision!r}, and the rules freeze nothing that can be stored so (for int8: whole Dense, "
-            "EinsumDense or Embedding layers): unbind it"
+            f"run.frozen_dtype = {precision!r}, and the rules freeze nothing that can be stored so (for int8: whole "
+            "Dense, EinsumDense or Embedding layers): unbind it"
         )
     entries = tuple(dataclasses.replace(e, variable=replaced.get(id(e.variable), e.variable)) for e in plan.entries)
     return dataclasses.replace(plan, entries=entries)

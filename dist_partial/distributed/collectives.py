@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from dist_partial.distributed.tcp_backend import Mesh
+from dist_partial.distributed.tcp_backend import TCPBackend
 
 # Large enough to cost little each, small enough to be under way while later gradients are still being computed. Packs
 # of 0.5 to 2 MiB took the same time within the noise, at 200 Mbit, 1 Gbit and unshaped.
@@ -18,21 +18,21 @@ PACK_BYTES = 2 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Sum:
+class AllReduceRequest:
     """Asks for the sum of a tensor over all replicas."""
 
     tensor: tf.Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Gather:
+class AllGatherRequest:
     """Asks for all replicas' messages: uint8 [n], n a multiple of 4 -> [replicas, n] in replica order."""
 
     message: tf.Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Wire:
+class Collectives:
     """How replicas reach each other.
 
     Attributes:
@@ -40,10 +40,10 @@ class Wire:
         pack_bytes: up to how many bytes travel as one.
     """
 
-    mesh: Mesh | None = None
+    backend: TCPBackend | None = None
     pack_bytes: int = PACK_BYTES
 
-    def exchange(self, requests: Sequence[Sum | Gather]) -> list[tf.Tensor]:
+    def exchange(self, requests: Sequence[AllReduceRequest | AllGatherRequest]) -> list[tf.Tensor]:
         """Answers all requests in one round; called in a replica context, in the same order on every replica.
 
         Gradients come in the order in which backprop produces them, so that the first packs travel while the rest
@@ -52,10 +52,11 @@ class Wire:
         Returns:
             An answer a request: for `Sum` the same bits, shape and dtype on every replica.
         """
-        sums = [i for i, request in enumerate(requests) if isinstance(request, Sum)]
-        gathers = [i for i, request in enumerate(requests) if isinstance(request, Gather)]
+        sums = [i for i, request in enumerate(requests) if isinstance(request, AllReduceRequest)]
+        gathers = [i for i, request in enumerate(requests) if isinstance(request, AllGatherRequest)]
         flat = [
-            tf.reshape(request.tensor if isinstance(request, Sum) else request.message, [-1]) for request in requests
+            tf.reshape(request.tensor if isinstance(request, AllReduceRequest) else request.message, [-1])
+            for request in requests
         ]
         packs = [_packs(members, flat, self.pack_bytes) for members in (sums, gathers)]
         summed, gathered = self._send(
@@ -69,12 +70,12 @@ class Wire:
             sizes = [flat[i].shape[0] for i in pack]
             for i, part in zip(pack, tf.split(whole, sizes, axis=-1) if len(pack) > 1 else [whole], strict=True):
                 request = requests[i]
-                answers[i] = tf.reshape(part, request.tensor.shape) if isinstance(request, Sum) else part
+                answers[i] = tf.reshape(part, request.tensor.shape) if isinstance(request, AllReduceRequest) else part
         return answers
 
     def _send(self, sums: list[tf.Tensor], gathers: list[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        if self.mesh is not None:
-            return self.mesh.exchange(sums, gathers)
+        if self.backend is not None:
+            return self.backend.exchange(sums, gathers)
         context: Any = tf.distribute.get_replica_context()
         if context.num_replicas_in_sync == 1:
             return sums, [words[tf.newaxis] for words in gathers]
@@ -82,11 +83,11 @@ class Wire:
         return list(summed), [context.merge_call(_tensorflow_gather, args=(words,)) for words in gathers]
 
 
-def together(wire: Wire, exchanges: Sequence[Any]) -> list[Any]:
-    """Runs generators that yield `Sum` and `Gather` side by side, so that the requests of a round share packs.
+def run_rounds(collectives: Collectives, exchanges: Sequence[Any]) -> list[Any]:
+    """Runs generators that yield requests side by side, so that the requests of a round share packs.
 
     Args:
-        wire: what answers.
+        collectives: what answers.
         exchanges: generators; each returns its result.
 
     Returns:
@@ -101,7 +102,7 @@ def together(wire: Wire, exchanges: Sequence[Any]) -> list[Any]:
                 requests[i] = exchanges[i].send(answer)
             except StopIteration as stop:
                 results[i] = stop.value
-        answers = dict(zip(requests, wire.exchange(list(requests.values())), strict=True)) if requests else {}
+        answers = dict(zip(requests, collectives.exchange(list(requests.values())), strict=True)) if requests else {}
     return results
 
 

@@ -11,45 +11,45 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.distributed.tcp_backend import Mesh
+from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.errors import UserError
 from dist_partial.validation import differences, shown
 
 _SHOWN = 3  # differences in the message
 
 
-def check(mesh: Mesh, facts: dict[str, Any]) -> None:
+def check(backend: TCPBackend, facts: dict[str, Any]) -> None:
     """Compares the facts of all workers, which all call it at the same point.
 
     Args:
-        mesh: connects them.
+        backend: connects them.
         facts: names and JSON values.
 
     Raises:
         UserError: they differ; the same message on every worker says where.
     """
     text = json.dumps(facts, sort_keys=True).encode()
-    if len(set(mesh.gather(hashlib.sha256(text).digest()))) == 1:
+    if len(set(backend.gather(hashlib.sha256(text).digest()))) == 1:
         return
-    everyone = [json.loads(each) for each in mesh.gather(text)]
+    everyone = [json.loads(each) for each in backend.gather(text)]
     for rank, theirs in enumerate(everyone):
         if found := differences(everyone[0], theirs):
             first = "; ".join(f"{name}: {shown(there)} against {shown(here)}" for name, here, there in found[:_SHOWN])
             more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             raise UserError(
-                f"{names(mesh, [rank])} runs something else than {names(mesh, [0])}: {first}{more}; start all workers "
-                "with the same files, data and versions"
+                f"{names(backend, [rank])} runs something else than {names(backend, [0])}: {first}{more}; start all "
+                "workers with the same files, data and versions"
             )
 
 
-def everyone(mesh: Mesh | None, value: int) -> list[int]:
+def everyone(backend: TCPBackend | None, value: int) -> list[int]:
     """Every worker's value, in rank order; all call it at the same point."""
-    return [value] if mesh is None else [int(each) for each in mesh.gather(str(value).encode())]
+    return [value] if backend is None else [int(each) for each in backend.gather(str(value).encode())]
 
 
-def names(mesh: Mesh | None, ranks: Sequence[int]) -> str:
+def names(backend: TCPBackend | None, ranks: Sequence[int]) -> str:
     """Workers as messages name them."""
-    return ", ".join(f"worker {rank} ({mesh.workers[rank]})" if mesh else "this process" for rank in ranks)
+    return ", ".join(f"worker {rank} ({backend.workers[rank]})" if backend else "this process" for rank in ranks)
 
 
 def versions() -> dict[str, str]:

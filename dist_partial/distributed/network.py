@@ -58,9 +58,9 @@ class Meter:
             metrics: bytes of losses and norms besides.
         """
         steps = last - first
-        for message in plan.messages:
-            self.planned += message.times(first, last) * message.bytes
-            self.expected += message.times(first, last) * float(nic_bytes(message.kind, message.bytes, self.workers))
+        for payload in plan.payloads:
+            self.planned += payload.times(first, last) * payload.bytes
+            self.expected += payload.times(first, last) * float(nic_bytes(payload.kind, payload.bytes, self.workers))
         self.full += plan.full_wire_bytes * steps
         assert self._start is not None
         began, before = self._start
@@ -72,7 +72,7 @@ class Meter:
         self.metrics += metrics if self.workers > 1 else 0
 
     def to_json(self, step: int) -> dict[str, Any]:
-        """The content of traffic.json after `step`; `card` is the network interface."""
+        """The content of traffic.json after `step`; `nic` is the network interface."""
         return {
             "first_step": self.first + 1,
             "last_step": step,
@@ -81,9 +81,9 @@ class Meter:
             "counted_bytes": self.counted,
             "metrics_bytes": self.metrics,
             "full_bytes": self.full,
-            "expected_card_bytes": round(self.expected + nic_bytes("sum", self.metrics, self.workers)),
-            "card_bytes": self.read if self.interface else None,
-            "card": self.interface.parts[-3] if self.interface else None,
+            "expected_nic_bytes": round(self.expected + nic_bytes("sum", self.metrics, self.workers)),
+            "nic_bytes": self.read if self.interface else None,
+            "nic": self.interface.parts[-3] if self.interface else None,
             "step_ms": round(statistics.median(self.step_ms), 3) if self.step_ms else None,
         }
 

@@ -18,9 +18,9 @@ import tensorflow as tf
 
 from dist_partial.distributed import handshake, rendezvous
 from dist_partial.distributed.cluster import read_tf_config
-from dist_partial.distributed.collectives import PACK_BYTES, Wire
-from dist_partial.distributed.tcp_backend import Mesh
-from dist_partial.distributed.tcp_strategy import MeshStrategy
+from dist_partial.distributed.collectives import PACK_BYTES, Collectives
+from dist_partial.distributed.tcp_backend import TCPBackend
+from dist_partial.distributed.tcp_strategy import TCPStrategy
 from dist_partial.errors import UserError
 
 KINDS = ("auto", "default", "mirrored", "multi_worker")
@@ -42,31 +42,31 @@ class Replicas:
     """
 
     strategy: tf.distribute.Strategy
-    wire: Wire
+    collectives: Collectives
     description: str
-    mesh: Mesh | None = None
+    backend: TCPBackend | None = None
     host: str | None = None
 
     @property
     def is_chief(self) -> bool:
         """Whether this worker writes the run folder."""
-        return self.mesh is None or self.mesh.rank == 0
+        return self.backend is None or self.backend.rank == 0
 
     def sum(self, value: Any) -> np.ndarray:
         """The sum of a vector over the workers; all call it at the same point."""
-        return np.asarray(value) if self.mesh is None else self.mesh.sum(np.asarray(value))
+        return np.asarray(value) if self.backend is None else self.backend.sum(np.asarray(value))
 
     def gather(self, data: bytes) -> list[bytes]:
         """Every worker's bytes, in rank order; all call it at the same point."""
-        return [data] if self.mesh is None else self.mesh.gather(data)
+        return [data] if self.backend is None else self.backend.gather(data)
 
     def finish(self) -> None:
         """Waits until all workers have done their part; all call it last, so that none takes another for lost."""
-        if self.mesh is None:
+        if self.backend is None:
             return
-        self.mesh.finish()
-        if self.is_chief and not isinstance(self.strategy, MeshStrategy):
-            _outlive(self.mesh.workers[1:])
+        self.backend.finish()
+        if self.is_chief and not isinstance(self.strategy, TCPStrategy):
+            _outlive(self.backend.workers[1:])
 
 
 def create(
@@ -129,13 +129,13 @@ def create(
         return _multi_worker(cluster, reason, transport, pack_bytes, patience_seconds, connect)
     if transport == "sockets":
         raise UserError("replicas.transport = 'sockets' connects the workers of TF_CONFIG; here there is one process")
-    wire = Wire(pack_bytes=pack_bytes)
+    collectives = Collectives(pack_bytes=pack_bytes)
     if kind == "default":
-        return Replicas(tf.distribute.get_strategy(), wire, f"replicas: 1, default strategy{reason}")
+        return Replicas(tf.distribute.get_strategy(), collectives, f"replicas: 1, default strategy{reason}")
     devices = [f"GPU:{i}" for i in range(gpus)] or _simulated(cpu)
     what = f"{gpus} GPUs" if gpus else f"{cpu} simulated on the CPU"
     description = f"replicas: {len(devices)}, MirroredStrategy over {what}{reason}"
-    return Replicas(_mirrored(tuple(devices)), wire, description)
+    return Replicas(_mirrored(tuple(devices)), collectives, description)
 
 
 @functools.cache
@@ -192,14 +192,14 @@ def _multi_worker(
         raise UserError("replicas.transport = 'sockets' is for workers without GPUs: bind 'auto' or 'tensorflow'")
     tensorflow = gpus or transport == "tensorflow"
     started = threading.Event()  # before, TensorFlow has no collectives to abort, and would make others then
-    connected = Mesh(
+    connected = TCPBackend(
         rank,
         everyone,
         connect(rank, everyone),
         patience_seconds,
         lambda reason: _abort(reason) if started.is_set() else None,
     )
-    strategy = _tensorflow_strategy(patience_seconds) if tensorflow else MeshStrategy(connected)
+    strategy = _tensorflow_strategy(patience_seconds) if tensorflow else TCPStrategy(connected)
     if tensorflow:
         started.set()
         if lost := connected.lost():
@@ -207,7 +207,7 @@ def _multi_worker(
     how = "TensorFlow's collectives" if tensorflow else "direct connections"
     return Replicas(
         strategy,
-        Wire(None if tensorflow else connected, pack_bytes),
+        Collectives(None if tensorflow else connected, pack_bytes),
         f"replicas: {strategy.num_replicas_in_sync}, MultiWorkerMirroredStrategy over {len(everyone)} workers, this is "
         f"{task['type']} {task['index']}{reason}; gradients travel by {how}",
         connected,

@@ -132,7 +132,7 @@ class _Peer:
             view = view[count:]
 
 
-class Mesh:
+class TCPBackend:
     """TCP connections between all workers, and the collectives over them.
 
     Attributes:

@@ -14,28 +14,28 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
 
-from dist_partial.distributed.tcp_backend import Mesh
+from dist_partial.distributed.tcp_backend import TCPBackend
 
 
-class MeshStrategy(tf.distribute.MultiWorkerMirroredStrategy):
+class TCPStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     """One CPU replica on each worker of the mesh; TF_CONFIG says which worker this is.
 
     Initial values of variables are not broadcast: workers must make the same, and `agreement` checks it.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
-        tf.distribute.Strategy.__init__(self, _Extended(self, mesh))
+    def __init__(self, backend: TCPBackend) -> None:
+        tf.distribute.Strategy.__init__(self, _Extended(self, backend))
 
 
 class _Extended(CollectiveAllReduceExtended):
-    def __init__(self, strategy: tf.distribute.Strategy, mesh: Mesh) -> None:
-        self._mesh = mesh
+    def __init__(self, strategy: tf.distribute.Strategy, backend: TCPBackend) -> None:
+        self._backend = backend
         super().__init__(strategy, None, tf.distribute.experimental.CommunicationOptions())
 
     def _initialize_strategy(self, cluster_resolver: Any, devices: Any) -> None:
         self._initialize_local(cluster_resolver)  # no server, no other worker's devices
-        self._num_workers, self._id_in_cluster = self._mesh.size, self._mesh.rank
-        self._is_chief = self._mesh.rank == 0
+        self._num_workers, self._id_in_cluster = self._backend.size, self._backend.rank
+        self._is_chief = self._backend.rank == 0
 
     def _get_variable_creator_initial_value(self, *args: Any, **kwargs: Any) -> Any:
         return kwargs["initial_value"]
@@ -58,7 +58,7 @@ class _Extended(CollectiveAllReduceExtended):
     def _reduced(self, reduce_op: Any, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         tensors = [tf.convert_to_tensor(tensor) for tensor in tensors]
         with tf.device(self.worker_devices[0]):  # as in a replica: bytes are counted by device
-            sums, _ = self._mesh.exchange([tf.reshape(tensor, [-1]) for tensor in tensors], [])
+            sums, _ = self._backend.exchange([tf.reshape(tensor, [-1]) for tensor in tensors], [])
         sums = [tf.reshape(total, tensor.shape) for total, tensor in zip(sums, tensors, strict=True)]
         mean = reduce_op in (tf.distribute.ReduceOp.MEAN, "MEAN")
-        return [total / self._mesh.size for total in sums] if mean else sums
+        return [total / self._backend.size for total in sums] if mean else sums

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.distributed.tcp_backend import GATHER_OP, SUM_OP
-from dist_partial.selection.payload import Message, nic_bytes
+from dist_partial.selection.payload import Payload, nic_bytes
 from dist_partial.selection.plan import Plan
 
 # What a run adds up: payload of one replica, what leaves its worker's network interface, and what would if everything
@@ -79,7 +79,7 @@ def sent_each(found: Sequence[Collective], plan: Plan, steps: int = 0) -> np.nda
     return np.array([total(found), round(at_interface), round(plan.full_nic_bytes) * steps])
 
 
-def beyond(plan: Plan, sent_in_step: Sequence[Collective], exchanges: Sequence[Any]) -> list[Message]:
+def beyond(plan: Plan, sent_in_step: Sequence[Collective], exchanges: Sequence[Any]) -> list[Payload]:
     """What traced graphs send besides the plan's gradients and movements: the statistics of BatchNorm layers.
 
     Args:
@@ -87,22 +87,22 @@ def beyond(plan: Plan, sent_in_step: Sequence[Collective], exchanges: Sequence[A
         sent_in_step: what the step hands over.
         exchanges: from `local_sgd.exchanges`.
     """
-    more = _difference(sent_in_step, [m for e in plan.trained if e.reduction.shared for m in e.messages])
+    more = _difference(sent_in_step, [m for e in plan.trained if e.reduction.shared for m in e.payloads])
     for exchange in exchanges:
-        planned = [m for entry in exchange.fragment.entries(plan) for m in entry.messages]
+        planned = [m for entry in exchange.fragment.entries(plan) for m in entry.payloads]
         reduction = exchange.fragment.reduction
-        for message in _difference(exchange.sent, planned):
-            more.append(message._replace(every=reduction.steps, offset=reduction.offset))
+        for payload in _difference(exchange.sent, planned):
+            more.append(payload._replace(every=reduction.sync_every, offset=reduction.offset))
     return more
 
 
-def _difference(found: Sequence[Collective], planned: Sequence[Message]) -> list[Message]:
-    messages = []
+def _difference(found: Sequence[Collective], planned: Sequence[Payload]) -> list[Payload]:
+    payloads = []
     for kind in sorted({each.kind for each in found}):
         more = total([c for c in found if c.kind == kind]) - total([m for m in planned if m.kind == kind])
         assert more >= 0, (kind, more)
-        messages += [Message(kind, more)] if more else []
-    return messages
+        payloads += [Payload(kind, more)] if more else []
+    return payloads
 
 
 def _of_a_replica(found: list[Collective]) -> list[Collective]:

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.distributed.collectives import Sum
+from dist_partial.distributed.collectives import AllReduceRequest
 from dist_partial.reductions.base import Exchange, check_dtype
-from dist_partial.selection.payload import Message, itemsize
+from dist_partial.selection.payload import Payload, itemsize
 
 
 @dataclasses.dataclass(frozen=True)
-class EveryStep:
+class AllReduce:
     """Sum the gradients of all replicas in every step.
 
     Attributes:
@@ -26,21 +26,21 @@ class EveryStep:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        check_dtype("every_step.dtype", self.dtype)
+        check_dtype("all_reduce.dtype", self.dtype)
 
     @property
     def shared(self) -> bool:
         return True
 
-    def messages(self, shape: Sequence[int], dtype: str) -> tuple[Message, ...]:
-        return (Message("sum", math.prod(shape) * itemsize(self.dtype or dtype)),)
+    def payloads(self, shape: Sequence[int], dtype: str) -> tuple[Payload, ...]:
+        return (Payload("sum", math.prod(shape) * itemsize(self.dtype or dtype)),)
 
     def state(self, path: str, shape: Sequence[int], dtype: str) -> dict[str, np.ndarray]:
         return {}
 
     def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
-        total = yield Sum(tf.cast(value, self.dtype or value.dtype))
+        total = yield AllReduceRequest(tf.cast(value, self.dtype or value.dtype))
         return tf.cast(total, value.dtype)
 
     def __str__(self) -> str:
-        return f"every step, {self.dtype}" if self.dtype else "every step"
+        return f"all-reduce in {self.dtype}" if self.dtype else "all-reduce"

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.distributed.collectives import Gather, Sum, Wire, together
+from dist_partial.distributed.collectives import AllGatherRequest, AllReduceRequest, Collectives, run_rounds
 from dist_partial.errors import UserError
-from dist_partial.selection.payload import Message
+from dist_partial.selection.payload import Payload
 from dist_partial.selection.plan import Plan
 
-Exchange = Generator[Sum | Gather, tf.Tensor, tf.Tensor]
+Exchange = Generator[AllReduceRequest | AllGatherRequest, tf.Tensor, tf.Tensor]
 
 
 class Reduction(Protocol):
@@ -28,7 +28,7 @@ class Reduction(Protocol):
     @property
     def shared(self) -> bool: ...
 
-    def messages(self, shape: Sequence[int], dtype: str) -> tuple[Message, ...]:
+    def payloads(self, shape: Sequence[int], dtype: str) -> tuple[Payload, ...]:
         """What one replica sends for one gradient of `shape` and `dtype`."""
 
     def state(self, path: str, shape: Sequence[int], dtype: str) -> dict[str, np.ndarray]:
@@ -39,7 +39,7 @@ class Reduction(Protocol):
 
 
 def reduce(
-    wire: Wire,
+    collectives: Collectives,
     plan: Plan,
     gradients: Sequence[tf.Tensor | None],
     states: Sequence[dict[str, Any]],
@@ -50,7 +50,7 @@ def reduce(
     Called in a replica context.
 
     Args:
-        wire: how replicas reach each other.
+        collectives: how replicas reach each other.
         plan: what travels, and how.
         gradients: in the order of `plan.trained`, divided by the global batch; None stays None and sends nothing.
         states: what each reduction keeps, in the same order; from `states`.
@@ -64,7 +64,7 @@ def reduce(
     # Backprop produces the last layers' gradients first: they go first, while the rest is still computed.
     members = [i for i in reversed(range(len(gradients))) if gradients[i] is not None]
     exchanges = [trained[i].reduction.reduce(gradients[i], states[i]) for i in members]
-    results = together(wire, [*exchanges, *map(mean, statistics)])
+    results = run_rounds(collectives, [*exchanges, *map(mean, statistics)])
     reduced: list[tf.Tensor | None] = [None] * len(gradients)
     for i, result in zip(members, results, strict=False):
         reduced[i] = result
@@ -91,7 +91,7 @@ def states(plan: Plan) -> list[dict[str, tf.Variable]]:
 def mean(value: tf.Tensor) -> Exchange:
     """Asks for the mean of a tensor over all replicas."""
     context: Any = tf.distribute.get_replica_context()
-    return (yield Sum(value / context.num_replicas_in_sync))
+    return (yield AllReduceRequest(value / context.num_replicas_in_sync))
 
 
 def check_dtype(name: str, dtype: str | None) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.reductions.base import Exchange
-from dist_partial.selection.payload import Message
+from dist_partial.selection.payload import Payload
 
 
 @dataclasses.dataclass(frozen=True)
-class Never:
+class LocalOnly:
     """Each replica trains variables of its own, by the gradients of its own examples; nothing is sent.
 
     Each replica is evaluated with its own, and all of them are saved.
@@ -22,7 +22,7 @@ class Never:
     def shared(self) -> bool:
         return False
 
-    def messages(self, shape: Sequence[int], dtype: str) -> tuple[Message, ...]:
+    def payloads(self, shape: Sequence[int], dtype: str) -> tuple[Payload, ...]:
         return ()
 
     def state(self, path: str, shape: Sequence[int], dtype: str) -> dict[str, np.ndarray]:
@@ -32,7 +32,7 @@ class Never:
         return own_part(value)
 
     def __str__(self) -> str:
-        return "never"
+        return "local only"
 
 
 def own_part(gradient: tf.Tensor) -> Exchange:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.distributed.collectives import Sum
+from dist_partial.distributed.collectives import AllReduceRequest
 from dist_partial.errors import UserError
-from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.reductions.base import Exchange, check_dtype
 from dist_partial.reductions.encoding import numpy_dtype, zeros
-from dist_partial.selection.payload import Message, itemsize
+from dist_partial.selection.payload import Payload, itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +51,11 @@ class PowerSGD:
         best = min(folds, key=sum, default=(0, 0))
         return best if self.rank * sum(best) < math.prod(best) else None
 
-    def messages(self, shape: Sequence[int], dtype: str) -> tuple[Message, ...]:
+    def payloads(self, shape: Sequence[int], dtype: str) -> tuple[Payload, ...]:
         matrix = self.matrix(shape)
         if matrix is None:
-            return EveryStep(self.dtype).messages(shape, dtype)
-        return tuple(Message("sum", self.rank * side * itemsize(self.dtype or dtype)) for side in matrix)
+            return AllReduce(self.dtype).payloads(shape, dtype)
+        return tuple(Payload("sum", self.rank * side * itemsize(self.dtype or dtype)) for side in matrix)
 
     def state(self, path: str, shape: Sequence[int], dtype: str) -> dict[str, np.ndarray]:
         matrix = self.matrix(shape)
@@ -68,18 +68,18 @@ class PowerSGD:
     def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
         matrix = self.matrix(value.shape)
         if matrix is None:
-            return (yield from EveryStep(self.dtype).reduce(value, state))
-        wire = tf.as_dtype(self.dtype or value.dtype)
+            return (yield from AllReduce(self.dtype).reduce(value, state))
+        collectives = tf.as_dtype(self.dtype or value.dtype)
         whole = tf.reshape(value + state["residual"], matrix)
-        left = yield Sum(tf.cast(whole @ state["right"], wire))
+        left = yield AllReduceRequest(tf.cast(whole @ state["right"], collectives))
         # Householder's QR gives orthonormal columns even where the product has lost rank.
         precise = tf.float32 if value.dtype == tf.bfloat16 else value.dtype  # in which TensorFlow 2.21 has it
         left = tf.cast(tf.linalg.qr(tf.cast(left, precise))[0], value.dtype)
-        right = tf.cast(tf.matmul(whole, left, transpose_a=True), wire)
+        right = tf.cast(tf.matmul(whole, left, transpose_a=True), collectives)
         state["residual"].assign(
             tf.reshape(whole - tf.matmul(left, tf.cast(right, value.dtype), transpose_b=True), value.shape)
         )
-        total = tf.cast((yield Sum(right)), value.dtype)
+        total = tf.cast((yield AllReduceRequest(right)), value.dtype)
         state["right"].assign(total)
         return tf.reshape(tf.matmul(left, total, transpose_b=True), value.shape)
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.distributed.collectives import Gather
+from dist_partial.distributed.collectives import AllGatherRequest
 from dist_partial.errors import UserError
 from dist_partial.reductions.base import Exchange
 from dist_partial.reductions.encoding import LEVELS, decode_values, encode_values, padded, value_bytes, words, zeros
-from dist_partial.selection.payload import Message
+from dist_partial.selection.payload import Payload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Quantized:
     def shared(self) -> bool:
         return True
 
-    def messages(self, shape: Sequence[int], dtype: str) -> tuple[Message, ...]:
-        return (Message("gather", words(value_bytes(math.prod(shape), self.bits))),)
+    def payloads(self, shape: Sequence[int], dtype: str) -> tuple[Payload, ...]:
+        return (Payload("gather", words(value_bytes(math.prod(shape), self.bits))),)
 
     def state(self, path: str, shape: Sequence[int], dtype: str) -> dict[str, np.ndarray]:
         return {"residual": zeros(shape, dtype)}
@@ -48,8 +48,8 @@ class Quantized:
         message = encode_values(whole, self.bits)
         count = whole.shape[0]
         state["residual"].assign(tf.reshape(whole - decode_values(message, count, self.bits, whole.dtype), value.shape))
-        messages = yield Gather(padded(message))
-        parts = [decode_values(m, count, self.bits, whole.dtype) for m in tf.unstack(messages)]
+        payloads = yield AllGatherRequest(padded(message))
+        parts = [decode_values(m, count, self.bits, whole.dtype) for m in tf.unstack(payloads)]
         return tf.reshape(tf.add_n(parts), value.shape)
 
     def __str__(self) -> str:

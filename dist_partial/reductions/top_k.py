@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.distributed.collectives import Gather
+from dist_partial.distributed.collectives import AllGatherRequest
 from dist_partial.errors import UserError
-from dist_partial.reductions.all_reduce import EveryStep
+from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.reductions.base import Exchange
 from dist_partial.reductions.encoding import (
     FLOATS,
@@ -24,7 +24,7 @@ from dist_partial.reductions.encoding import (
     words,
     zeros,
 )
-from dist_partial.selection.payload import Message, itemsize
+from dist_partial.selection.payload import Payload, itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +63,10 @@ class TopK:
         block = min(self.block or size, size)
         return -(-size // block), block, max(1, round(self.density * block))
 
-    def messages(self, shape: Sequence[int], dtype: str) -> tuple[Message, ...]:
+    def payloads(self, shape: Sequence[int], dtype: str) -> tuple[Payload, ...]:
         if not self._gains(shape, dtype):
-            return EveryStep().messages(shape, dtype)
-        return (Message("gather", self._bytes(shape)),)
+            return AllReduce().payloads(shape, dtype)
+        return (Payload("gather", self._bytes(shape)),)
 
     def _bytes(self, shape: Sequence[int]) -> int:
         blocks, block, k = self.blocks(shape)
@@ -80,7 +80,7 @@ class TopK:
 
     def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
         if not self._gains(value.shape, value.dtype.name):
-            return (yield from EveryStep().reduce(value, state))
+            return (yield from AllReduce().reduce(value, state))
         blocks, block, k = self.blocks(value.shape)
         size = math.prod(value.shape)
         whole = tf.reshape(value + state["residual"], [-1])
@@ -101,7 +101,7 @@ class TopK:
         empty = tf.zeros([blocks * block], value.dtype)
         state["residual"].assign(tf.reshape((tf.reshape(cut, [-1]) - add(empty, message))[:size], value.shape))
         total = empty
-        for each in tf.unstack((yield Gather(padded(message)))):  # in replica order: the same bits everywhere
+        for each in tf.unstack((yield AllGatherRequest(padded(message)))):  # in replica order: the same bits everywhere
             total = add(total, each)
         return tf.reshape(total[:size], value.shape)
 

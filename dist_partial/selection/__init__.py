@@ -1,18 +1,18 @@
 """Selects variables by a table of rules: pure, without TensorFlow."""
 
 from dist_partial.selection.paths import own_names, paths_of, variable_paths
-from dist_partial.selection.payload import Message, average_bytes, itemsize, nic_bytes
-from dist_partial.selection.plan import Adapter, Entry, Group, Plan
+from dist_partial.selection.payload import Payload, average_bytes, itemsize, nic_bytes
+from dist_partial.selection.plan import Adapter, Group, Plan, VariablePlan
 from dist_partial.selection.resolve import resolve
 from dist_partial.selection.rules import Rule, check_reduction, first_match, matches, parse_rules
 
 __all__ = [
     "Adapter",
-    "Entry",
     "Group",
-    "Message",
+    "Payload",
     "Plan",
     "Rule",
+    "VariablePlan",
     "average_bytes",
     "check_reduction",
     "first_match",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
-class Message(NamedTuple):
+class Payload(NamedTuple):
     """What one replica hands over to a 'sum' or a 'gather': `bytes` after the steps s, s % every == offset % every."""
 
     kind: str
@@ -38,10 +38,10 @@ def nic_bytes(kind: str, payload: int, workers: int) -> fractions.Fraction:
     return factors[kind] * payload
 
 
-def average_bytes(messages: Sequence[Any], workers: int | None = None) -> int | float:
+def average_bytes(payloads: Sequence[Any], workers: int | None = None) -> int | float:
     """Bytes a step of messages that travel every so many steps: payload, or at the interface of each of the workers."""
-    sizes = [m.bytes if workers is None else nic_bytes(m.kind, m.bytes, workers) for m in messages]
-    return exact_number(sum(fractions.Fraction(size, m.every) for size, m in zip(sizes, messages, strict=True)))
+    sizes = [m.bytes if workers is None else nic_bytes(m.kind, m.bytes, workers) for m in payloads]
+    return exact_number(sum(fractions.Fraction(size, m.every) for size, m in zip(sizes, payloads, strict=True)))
 
 
 def exact_number(value: fractions.Fraction | int) -> int | float:

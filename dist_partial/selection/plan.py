@@ -18,7 +18,7 @@ class Adapter:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Entry:
+class VariablePlan:
     """One variable of the model under the rule that covers it."""
 
     path: str
@@ -52,14 +52,14 @@ class Entry:
         return math.prod(self.trained_shape) if self.trained else 0
 
     @property
-    def messages(self) -> tuple[Any, ...]:
+    def payloads(self) -> tuple[Any, ...]:
         """What one replica hands over for this variable: (kind, bytes, every so many steps)."""
-        return self.reduction.messages(self.trained_shape, self.dtype) if self.trained and self.sent else ()
+        return self.reduction.payloads(self.trained_shape, self.dtype) if self.trained and self.sent else ()
 
     @property
     def wire_bytes(self) -> int | float:
         """Bytes that one replica hands over in a step, on average."""
-        return average_bytes(self.messages)
+        return average_bytes(self.payloads)
 
     @property
     def full_bytes(self) -> int:
@@ -72,7 +72,7 @@ class Group:
     """The variables of one unit that one trained rule covers: they share an optimizer and a reduction."""
 
     rule: Rule
-    entries: tuple[Entry, ...]
+    entries: tuple[VariablePlan, ...]
 
     @property
     def reduction(self) -> Any:
@@ -84,7 +84,7 @@ class Plan:
     """The rules resolved against one model; entries stand in the model's order."""
 
     rules: tuple[Rule, ...]
-    entries: tuple[Entry, ...]
+    entries: tuple[VariablePlan, ...]
     statistics: tuple[Any, ...] = ()  # what BatchNorm layers in training mode send; known once the step is traced
     workers: int = 2  # among which bytes at the network interface are counted, with one replica each
 
@@ -92,7 +92,7 @@ class Plan:
     def groups(self) -> tuple[Group, ...]:
         """The trained rules, in the table's order, each by the units of the schedule, in the model's."""
         order = {id(rule): number for number, rule in enumerate(self.rules)}
-        members: dict[tuple[int, str], list[Entry]] = {}
+        members: dict[tuple[int, str], list[VariablePlan]] = {}
         for entry in self.entries:
             if entry.trained:
                 members.setdefault((order[id(entry.rule)], entry.unit), []).append(entry)
@@ -100,7 +100,7 @@ class Plan:
         return tuple(Group(self.rules[number], tuple(entries)) for (number, _), entries in by_rule)
 
     @property
-    def trained(self) -> tuple[Entry, ...]:
+    def trained(self) -> tuple[VariablePlan, ...]:
         """The trained entries, group by group: the order in which gradients travel through a step."""
         return tuple(entry for group in self.groups for entry in group.entries)
 
@@ -110,18 +110,18 @@ class Plan:
         return tuple(dict.fromkeys(entry.unit for entry in self.entries if entry.trained))
 
     @property
-    def frozen(self) -> tuple[Entry, ...]:
+    def frozen(self) -> tuple[VariablePlan, ...]:
         return tuple(entry for entry in self.entries if not entry.trained)
 
     @property
-    def messages(self) -> tuple[Any, ...]:
+    def payloads(self) -> tuple[Any, ...]:
         """All that one replica hands over."""
-        return tuple(message for entry in self.entries for message in entry.messages) + self.statistics
+        return tuple(payload for entry in self.entries for payload in entry.payloads) + self.statistics
 
     @property
     def wire_bytes(self) -> int | float:
         """Bytes that one replica hands over in a step, on average."""
-        return average_bytes(self.messages)
+        return average_bytes(self.payloads)
 
     @property
     def full_wire_bytes(self) -> int:
@@ -131,7 +131,7 @@ class Plan:
     @property
     def nic_bytes(self) -> int | float:
         """Bytes that leave the network interface of each of the workers in a step, on average."""
-        return average_bytes(self.messages, self.workers)
+        return average_bytes(self.payloads, self.workers)
 
     @property
     def full_nic_bytes(self) -> int | float:
@@ -147,7 +147,7 @@ class Plan:
         """The same plan with nothing trained but these units."""
         return self._replaced(lambda entry: {"active": entry.unit in units})
 
-    def _replaced(self, change: Callable[[Entry], dict[str, Any]]) -> "Plan":
+    def _replaced(self, change: Callable[[VariablePlan], dict[str, Any]]) -> "Plan":
         entries = tuple(dataclasses.replace(entry, **change(entry)) for entry in self.entries)
         return dataclasses.replace(self, entries=entries)
 

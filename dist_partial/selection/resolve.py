@@ -8,7 +8,7 @@ from typing import Any
 
 from dist_partial.errors import UserError
 from dist_partial.selection.paths import frozen_by_code, variable_paths
-from dist_partial.selection.plan import Adapter, Entry, Plan
+from dist_partial.selection.plan import Adapter, Plan, VariablePlan
 from dist_partial.selection.rules import Rule, check_reduction, first_match, matches, parse_rules
 
 
@@ -61,9 +61,9 @@ def resolve(
         if path in adapters and path not in frozen:
             frozen.add(path)
             kernel = adapters[path].kernel
-            entries.append(Entry(path, tuple(kernel.shape), kernel.dtype, kernel, Rule(rule.match, train=False)))
+            entries.append(VariablePlan(path, tuple(kernel.shape), kernel.dtype, kernel, Rule(rule.match, train=False)))
         sent_by = (rule.reduction or reduction) if rule.train else None
-        entries.append(Entry(own_path, shape, variable.dtype, variable, rule, sent_by))
+        entries.append(VariablePlan(own_path, shape, variable.dtype, variable, rule, sent_by))
     for number in range(len(rules)):
         if number not in used and not _closes(number, rules, paths):
             _check_unused(number, rules, paths, model)

@@ -111,9 +111,9 @@ def _check_options(number: int, rule: Rule) -> None:
 
 def check_reduction(where: str, reduction: Any) -> None:
     """Raises UserError if it is none; `where` says which."""
-    if isinstance(reduction, type) or not hasattr(reduction, "messages"):
+    if isinstance(reduction, type) or not hasattr(reduction, "payloads"):
         raise UserError(
-            f"{where}: reduction is {reduction!r}: give one such as EveryStep(), in a gin file @every_step(), "
+            f"{where}: reduction is {reduction!r}: give one such as AllReduce(), in a gin file @all_reduce(), "
             "with the ()"
         )
 

@@ -26,9 +26,9 @@ def plan_table(plan: Plan, hosts: int) -> str:
         )
         for entry in plan.entries
     ]
-    for message in plan.statistics:
-        often = f"every {message.every} steps" if message.every > 1 else "every step"
-        lines.append(("(statistics)", "", "", "", often, grouped(average_bytes([message]))))
+    for payload in plan.statistics:
+        often = f"every {payload.every} steps" if payload.every > 1 else "every step"
+        lines.append(("(statistics)", "", "", "", often, grouped(average_bytes([payload]))))
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
     table = [_row(header, widths), "  ".join("-" * width for width in widths), *[_row(line, widths) for line in lines]]
     trained = sum(entry.trained_parameters for entry in plan.entries)

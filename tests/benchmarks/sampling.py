@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from dist_partial.models import byte_transformer
-from dist_partial.sampling import generate
+from dist_partial.models.sampling import generate
 from tests.benchmarks import tables
 
 COMMAND = "python -m tests.benchmarks.sampling"
