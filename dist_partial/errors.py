@@ -70,7 +70,7 @@ def raised(what: str, error: BaseException) -> Raised:
 def calling(what: str) -> Iterator[None]:
     """Turns an exception of what the user has bound, such as 'run.loss', into one line on it.
 
-    Example:
+    Examples:
         >>> try:
         ...     with calling("run.loss"):
         ...         [][0]

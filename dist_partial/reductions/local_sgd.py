@@ -102,7 +102,12 @@ class LocalSGD:
 
 
 def nesterov(learning_rate: float = 0.7, momentum: float = 0.9) -> keras.optimizers.Optimizer:
-    """The outer optimizer of DiLoCo, with the paper's values: SGD with Nesterov momentum."""
+    """Makes the outer optimizer of DiLoCo: SGD with Nesterov momentum, by default with the paper's values.
+
+    Args:
+        learning_rate: of the anchors.
+        momentum: share of the last step's velocity that the next step keeps.
+    """
     return keras.optimizers.SGD(learning_rate, momentum=momentum, nesterov=True)
 
 

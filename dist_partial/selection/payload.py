@@ -30,7 +30,7 @@ def nic_bytes(kind: str, payload: int, workers: int) -> fractions.Fraction:
         payload: bytes that one worker hands over.
         workers: how many there are, with one replica each.
 
-    Example:
+    Examples:
         >>> [int(nic_bytes(kind, 100, workers=4)) for kind in ("sum", "gather")]
         [150, 300]
     """
