@@ -35,23 +35,33 @@ SECTIONS = {
     "models": "Models",
     "data": "Data",
 }
-# Modules on the page of the API, with what one takes from them.
-MODULES = {
-    "fit": "the rules for `model.fit`",
-    "config.settings": "a run, as Python binds it",
-    "config.gin_files": "a run, as gin files bind it",
-    "training.loop": "runs it",
-    "selection": "rules, and the plan that they make",
-    "reductions": "how gradients travel; the protocol of a reduction of your own",
-    "schedules": "what is trained when; the protocol of a schedule of your own",
-    "data": "data sets; the protocol of a source of your own",
-    "models": "the models that come with the package",
-    "models.sampling": "text from a model",
-    "distributed.replicas": "the replicas of a run",
-    "training.metric_writer": "where metrics go",
-    "export.delta": "what was trained, as a file",
-    "export.restore": "a run's model with what it has trained",
-    "errors": "exceptions",
+# Sections of the page of the API: what one finds there, and the modules, or packages, that have it. Where only some
+# names are of use to others, they are in brackets.
+MODULES: dict[str, tuple[str, ...]] = {
+    "The rules for `model.fit`": ("fit",),
+    "Settings and gin files": ("config.settings", "config.gin_files"),
+    "The loop": ("training.loop",),
+    "Rules and plans": ("selection[Rule,Plan,VariablePlan,Payload,paths_of,nic_bytes]",),
+    "Reductions": ("reductions",),
+    "Schedules": ("schedules",),
+    "Data": (
+        "data[Dataset,Source,ArraySource,Codec,fingerprint]",
+        "data.corpus[stdlib_corpus,stdlib_shapes]",
+        "data.tokens",
+        "data.prepared[tfds_dataset]",
+    ),
+    "Models": (
+        "models.byte_transformer[byte_transformer]",
+        "models.two_dense",
+        "models.hub[hub_model,hub_tokenizer]",
+        "models.smollm2[smollm2,smollm2_tokenizer]",
+        "models.keras_file",
+    ),
+    "Sampling": ("models.sampling[generate]",),
+    "Replicas": ("distributed.replicas[Replicas,create]",),
+    "Metrics": ("training.metric_writer",),
+    "What was trained": ("export.delta", "export.restore"),
+    "Exceptions": ("errors[UserError,Fault,Raised]",),
 }
 # Page: title, files of results, pictures.
 BENCHMARKS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -137,11 +147,13 @@ def api_page() -> str:
         ),
     ]
     assert [name for name, _ in homes()] == dir(dist_partial)
-    for module, about in MODULES.items():
-        parts += [
-            f"## dist_partial.{module}: {about}",
-            f"::: dist_partial.{module}\n    options:\n      show_root_heading: false",
-        ]
+    for title, modules in MODULES.items():
+        parts.append(f"## {title}")
+        for module in modules:
+            name, _, members = module.rstrip("]").partition("[")
+            options = "\n    options:\n      show_root_heading: false"
+            options += f"\n      members: [{members}]" if members else ""
+            parts.append(f"::: dist_partial.{name}{options}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -136,7 +136,7 @@ def row(setting: Setting, system: str, variant: str, lines: Sequence[dict[str, A
     predicted = all_reduce_bytes(first["payload"], setting.hosts) if first else None
     return values | {
         "step_ms": round(statistics.median(blocks), 2) if blocks else None,
-        "bytes_at_card": round(statistics.mean(line["bytes_at_card"] for line in lines)) if lines else None,
+        "nic_bytes": round(statistics.mean(line["nic_bytes"] for line in lines)) if lines else None,
         "predicted_bytes": round(predicted) if predicted is not None else None,
         "blocks_ms": blocks,
         "cpu_ms": round(statistics.mean(line["cpu_ms"] for line in lines), 2) if lines else None,
@@ -159,7 +159,7 @@ def limits(setting: Setting) -> list[dict[str, Any]]:
             **dataclasses.asdict(setting),
             "dtype": dtype,
             "step_ms": round(limit, 2),
-            "bytes_at_card": None,
+            "nic_bytes": None,
             "predicted_bytes": round(setting.must_send(dtype)),
         }
         for dtype in ("float32", "bfloat16")
