@@ -108,6 +108,15 @@ def test_commands_name_flags_and_files_that_exist():
                 assert (ROOT / file[1]).is_file(), f"{block}: {word}"
 
 
+def test_the_reference_lists_every_flag():
+    text = (ROOT / "docs" / "reference" / "commands.md").read_text()
+    launch = [("launch", "local"), ("launch", "hosts")]
+    for words in [(name,) for name in commands.COMMANDS if name != "launch"] + launch:
+        for flag in re.findall(r"^  (?:-\w,)?--(?:\[no\])?(\w+)", help_of(*words), re.M):
+            if flag not in ("flagfile", "undefok"):  # absl's own
+                assert f"--{flag}" in text, f"{' '.join(words)} --{flag}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_names_exist(page):
     text = page.read_text()
