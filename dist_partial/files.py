@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from dist_partial.errors import Fault, UserError
 
-# Of the file system's failures those that the user has written, and that come again until they are mended.
+# Of the file system's failures those that the user has written, and that come again until they are fixed.
 MISTAKES = (
     errno.EACCES,
     errno.EPERM,
@@ -27,7 +27,7 @@ MISTAKES = (
 
 
 def existing(name: str, path: str | os.PathLike[str], pattern: str = "*") -> Path:
-    """A file that the user has named, with `~` expanded.
+    """Finds a file that the user has named, with `~` expanded.
 
     Args:
         name: what messages begin with, such as the binding.

@@ -1,4 +1,4 @@
-"""Faults in real trainings of three workers under the launchers, which have to mend them by themselves.
+"""Faults in real trainings of three workers under the launchers, which have to recover by themselves.
 
     python -m tests.faults [--rounds=10] [--seed=0] [--faults=kill,stop,disk,port,port_again,network] [--minutes=15]
 

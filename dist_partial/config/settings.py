@@ -39,6 +39,10 @@ class Sampling:
         prompt: what the text goes on from.
         length: symbols to generate.
         count: how many texts.
+
+    Example:
+        >>> Sampling(temperature=0.6, prompt="def ").length
+        200
     """
 
     temperature: float = 1.0

@@ -31,14 +31,18 @@ _LAST_SECONDS = 5.0  # for which the first worker waits until the processes of t
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Replicas:
-    """The replicas.
+    """Holds the strategy, and how its replicas reach each other.
 
     Attributes:
         strategy: what computes on them.
-        wire: how they reach each other.
+        collectives: how they reach each other.
         description: one line that says what was picked and why.
-        mesh: this worker's connections to the others, or None where it is the only one.
+        backend: this worker's connections to the others, or None where it is the only one.
         host: this worker's name or address among several, or None.
+
+    Example:
+        >>> create("default").is_chief
+        True
     """
 
     strategy: tf.distribute.Strategy
@@ -140,7 +144,7 @@ def create(
 
 @functools.cache
 def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
-    # TensorFlow 2.21 numbers the collectives of each new strategy from the same key on: with those of another run of
+    # TensorFlow 2.21 numbers the collectives of each new strategy from the same key on: with those of an earlier run of
     # this process, or of the user's own strategy, they would meet under one key ("Shape mismatch in the collective
     # instance", "joining a group with size"), after which the process can make no collective any more.
     tf.distribute.MirroredStrategy._collective_key_base += _KEYS

@@ -36,7 +36,7 @@ _FIELDS = ("base", "rules", "rows", "step", "versions")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Delta:
-    """What a training has changed of a model.
+    """Holds what a training has changed of a model.
 
     Attributes:
         arrays: the trained values, and the statistics that moved, by key: a variable's path, or `path[start:stop]`.
@@ -65,7 +65,7 @@ class Delta:
 
 
 def of(model: keras.Model, plan: Plan, base: Mapping[str, str], step: int) -> Delta:
-    """What a training has changed.
+    """Collects what a training has changed.
 
     Args:
         model: as it is now.
@@ -160,9 +160,14 @@ def read(path: str | Path) -> Delta:
 
 
 class Base:
-    """A model whose weights are a base, or the base with deltas: swapped and averaged without building it again.
+    """Applies deltas to a model in place: swapped and averaged without building it again.
 
     It remembers the base values of what its deltas have overwritten, and of nothing else.
+
+    Example:
+        >>> import keras
+        >>> base = Base(keras.Sequential([keras.Input([4]), keras.layers.Dense(1)]))
+        >>> base.use(None)  # the base itself; `base.use(read("mine.safetensors"))` applies a delta
     """
 
     def __init__(self, model: keras.Model) -> None:

@@ -81,7 +81,7 @@ def hub_model(
 
 
 def single_input(task: Any, name: str) -> keras.Model:
-    """A task of KerasHub as a flat functional model of one input: see `hub_model`.
+    """Turns a task of KerasHub into a flat functional model of one input: see `hub_model`.
 
     Args:
         task: a `keras_hub.models.Task`.
@@ -114,7 +114,7 @@ def single_input(task: Any, name: str) -> keras.Model:
 
 
 class HubCodec:
-    """A tokenizer of KerasHub as a codec.
+    """Encodes text by a tokenizer of KerasHub.
 
     Args:
         tokenizer: a `keras_hub.tokenizers.Tokenizer`.
@@ -136,7 +136,7 @@ class HubCodec:
 
 
 def hub_tokenizer(preset: str) -> HubCodec:
-    """The tokenizer of a preset of KerasHub, for `tokenized_text.tokenizer`.
+    """Loads the tokenizer of a preset of KerasHub, for `tokenized_text.tokenizer`.
 
     Args:
         preset: its name, or a local folder.
@@ -200,7 +200,7 @@ def _from_preset(of: Any, preset: str, **options: Any) -> Any:
 def _through(function: Any, inputs: list[Any]) -> Any:
     """The outputs of a functional model for other inputs, with the models inside it taken apart into their layers.
 
-    So the graph is flat: it is cut layer by layer where something above is trained (`prefix.cut`).
+    So the graph is flat: it is cut layer by layer where something above is trained (`split_model.split`).
     """
 
     # Keras 3.15's own walk over the graph. There is no public way that keeps the layers: clone_model makes new ones

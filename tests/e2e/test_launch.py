@@ -73,7 +73,7 @@ def test_help(argv, capsys):
     assert "launch/local --workers=3 -- --gin_file=F" in capsys.readouterr().out
 
 
-def test_keepers_are_light():
+def test_agents_are_light():
     code = "import sys, dist_partial.launch; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=TIMEOUT).returncode == 0
 
@@ -250,7 +250,7 @@ def test_local(tmp_path):
         assert len({got["secret"] for got in first}) == 1
         if sys.platform == "linux":
             lines = command_lines()
-            assert "dist_partial.launch\0keep" in lines
+            assert "dist_partial.launch\0agent" in lines
             assert first[0]["secret"] not in lines
 
         os.kill(launcher.pids(0)[1][0], signal.SIGKILL)

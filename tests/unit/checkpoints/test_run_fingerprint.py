@@ -80,7 +80,7 @@ CASES = [
 ]
 # How long, how fast, how often and where: what may change while a run goes on.
 FREE = {"steps", "eval_first", "eval_every", "eval_examples", "save_every", "keep", "accumulate", "steps_per_loop"}
-FREE |= {"jit_compile", "compiled_plans", "cache", "replicas", "sampling"}
+FREE |= {"jit_compile", "compiled_plans", "activation_cache", "replicas", "sampling"}
 
 
 def of(**more):
@@ -114,5 +114,5 @@ def test_another_value_of_it_is_another_run(key, more, base, tmp_path):
     if key == "initial values":
         assert fingerprints.check_run(tmp_path, only)
     else:
-        with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))} is of another run: {key}\b"):
+        with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))} belongs to another run: {key}\b"):
             fingerprints.check_run(tmp_path, only)
