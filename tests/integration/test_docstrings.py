@@ -17,5 +17,6 @@ def test_examples_in_docstrings(path, tmp_path, monkeypatch):
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     module = importlib.import_module(name)
     monkeypatch.chdir(tmp_path)  # where examples may write
+    assert "Example:\n" not in path.read_text(), "write Examples: as the reference's pages take it for a section"
     failed, tried = doctest.testmod(module, optionflags=OPTIONS)
     assert tried and not failed
