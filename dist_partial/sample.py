@@ -31,9 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = ("prompt", "temperature", "top_k", "top_p", "seed", "length", "count")
         given: dict[str, Any] = {name: values[name].value for name in names if values[name].value is not None}
         cli.import_tensorflow_quietly()
-        from dist_partial import evaluation, trained
+        from dist_partial.export import restore
+        from dist_partial.training import evaluation
 
-        with trained.newest(folder, values.allow_imports) as (settings, built, step):
+        with restore.newest(folder, values.allow_imports) as (settings, built, step):
             sampling = dataclasses.replace(settings.sampling, **given)
             for row in evaluation.samples(built.model, built.data, sampling, step):
                 print(f"{row['prompt']}{row['text']}\n")

@@ -26,13 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         cli.check_gin_file(values)
         cli.import_tensorflow_quietly()
-        from dist_partial import config, run
+        from dist_partial.config import gin_files
+        from dist_partial.training import failures, loop
 
-        loaded = config.load(values.gin_file, values.gin_param)
+        loaded = gin_files.load(values.gin_file, values.gin_param)
         folder = cli.run_folder(values.run_dir, values.gin_file)
         try:
-            run.run(loaded.settings, folder, loaded.operative, loaded.unused, loaded.bindings)
-        except run.Interrupted as interrupted:
+            loop.run(loaded.settings, folder, loaded.operative, loaded.unused, loaded.bindings)
+        except failures.Interrupted as interrupted:
             print(interrupted)
             return interrupted.code
         return 0

@@ -1,0 +1,5 @@
+"""The tests: see README.md here for where each kind stands."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]  # of the repository

@@ -11,9 +11,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import batch_norm, optimizers, reduction, replicas, selection, step, traffic
+from dist_partial import reductions, selection
+from dist_partial.distributed import per_replica, traffic
+from dist_partial.distributed.collectives import Collectives
 from dist_partial.models import byte_transformer, two_dense
-from dist_partial.wire import Wire
+from dist_partial.step import batch_norm, optimizers
+from dist_partial.step.train_step import StepOptions, train_step
 
 STEPS = 20
 GLOBAL_BATCH = 24
@@ -239,37 +242,37 @@ def train(
     options: Options = Options(),
     dtype: str = "float64",
     steps_per_call: int = 7,
-    every_step: reduction.EveryStep = reduction.EveryStep(),  # noqa: B008 (frozen)
+    all_reduce: reductions.AllReduce = reductions.AllReduce(),  # noqa: B008 (frozen)
     jit_compile: bool = False,
     data: list[tuple[np.ndarray, np.ndarray]] | None = None,
-    wire: Wire | None = None,
+    collectives: Collectives | None = None,
     total: Callable[[Any], np.ndarray] = np.asarray,
 ) -> Trained:
     """Trains under the strategy with the package's own step; `total` sums over the workers."""
     data = batches(case, dtype) if data is None else data
     with strategy.scope():
         model = build(case)
-        plan = selection.resolve(case.rules, model, every_step)
+        plan = selection.resolve(case.rules, model, all_reduce)
         batch_norm.set_modes(batch_norm.layers(model), plan, everywhere=False)
         groups = optimizers.build(plan, lambda: optimizer(name, options))
-        states = reduction.states(plan)
+        states = reductions.states(plan)
     before = weights(model)
-    train_step = step.train_step(
+    compiled = train_step(
         strategy,
-        wire or Wire(),
+        collectives or Collectives(),
         model,
         loss,
         plan,
         groups,
         states,
-        step.StepOptions(GLOBAL_BATCH, options.clip_norm, options.accumulate, jit_compile),
+        StepOptions(GLOBAL_BATCH, options.clip_norm, options.accumulate, jit_compile),
     )
 
     iterator = worker_iterator(strategy, data)
-    traced = train_step.function.get_concrete_function(iterator, tf.constant(1))
+    traced = compiled.function.get_concrete_function(iterator, tf.constant(1))
     losses = []
     for done in range(0, len(data), steps_per_call):
-        result = train_step.function(iterator, tf.constant(min(steps_per_call, len(data) - done)))
+        result = compiled.function(iterator, tf.constant(min(steps_per_call, len(data) - done)))
         losses.append(total(result["loss"]))
     return Trained(
         strategy,
@@ -287,7 +290,7 @@ def train(
 
 def worker_iterator(strategy: tf.distribute.Strategy, data: list[tuple[np.ndarray, np.ndarray]]) -> Any:
     """This worker's part of each batch, over and over."""
-    context = replicas.input_context(strategy)
+    context = per_replica.input_context(strategy)
     parts = [[np.split(column, context.num_input_pipelines)[context.input_pipeline_id] for column in b] for b in data]
     return iter(tf.data.Dataset.from_tensor_slices(tuple(np.stack(c) for c in zip(*parts, strict=True))).repeat())
 

@@ -139,14 +139,16 @@ def left(folder: Path) -> dict[str, object]:
         name: [json.loads(line) for line in (folder / name).read_text().splitlines()]
         for name in ("metrics.jsonl", "samples.jsonl")
     }
-    whole = {name: (folder / name).read_text() for name in ("plan.json", "operative_config.gin", "identity.json")}
+    whole = {
+        name: (folder / name).read_text() for name in ("plan.json", "operative_config.gin", "run_fingerprint.json")
+    }
     counted = json.loads((folder / "traffic.json").read_text())["last_step"]
     return {"arrays": arrays, "files": sorted(files), **lines, **whole, "traffic": counted}
 
 
 def main(torn: bool, first: int, every: int) -> int:
     """Kills, compares and says what differed; returns an exit code."""
-    from tests.test_run import GIN, USER_MODULE
+    from tests.integration.test_loop import GIN, USER_MODULE
 
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)

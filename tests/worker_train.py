@@ -1,4 +1,4 @@
-"""One worker of tests/test_multi_worker.py: trains every case and saves the weights it ends with."""
+"""One worker of tests/integration/test_multi_worker.py: trains every case and saves the weights it ends with."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 
-from dist_partial import replicas
+from dist_partial.distributed import replicas
 from tests import cases
 
 
@@ -17,7 +17,9 @@ def main(made: replicas.Replicas, folder: Path, dtype: str) -> None:
     for name, optimizer, option in cases.ROTATION:
         case = cases.CASES[name]
         options = cases.OPTIONS[option]
-        trained = cases.train(made.strategy, case, optimizer, options, dtype, wire=made.wire, total=made.sum)
+        trained = cases.train(
+            made.strategy, case, optimizer, options, dtype, collectives=made.collectives, total=made.sum
+        )
         cases.assert_nothing_else_moved(trained)
         statistics = case.statistics_bytes(np.dtype(dtype).itemsize)
         assert trained.bytes_per_step == trained.plan.wire_bytes + statistics, name

@@ -123,13 +123,13 @@ def summary(run: Run) -> dict[str, str]:
     milliseconds = run.traffic.get("step_ms")
     if isinstance(milliseconds, (int, float)):
         cells["time a step"] = f"{milliseconds:,.1f}\u00a0ms"
-    data = run.identity.get("data")
+    data = run.fingerprint.get("data")
     if isinstance(data, dict) and data.get("name"):
         cells["data"] = str(data["name"])
     if model := run.bindings.get("run.model"):
         cells["model"] = model.removeprefix("@")
-    if run.identity.get("schedule"):
-        cells["schedule"] = re.sub(r"^@|\(\)$", "", run.bindings.get("run.schedule", str(run.identity["schedule"])))
+    if run.fingerprint.get("schedule"):
+        cells["schedule"] = re.sub(r"^@|\(\)$", "", run.bindings.get("run.schedule", str(run.fingerprint["schedule"])))
     return cells
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from dist_partial.errors import UserError
 
 _STEPS = 2**53  # the largest step that a float holds exactly
-_LEGS = 440  # stretches of a run in which what is trained is told apart
+_PHASES = 440  # stretches of a run in which what is trained is told apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Run:
         switches: (step, names of the units that are trained from it on); () if the selection never changes.
         samples: rows of samples.jsonl whose fields have the right types.
         traffic: traffic.json, {} if there is none.
-        identity: identity.json, {} if there is none.
+        fingerprint: run_fingerprint.json, {} if there is none.
         bindings: operative_config.gin as name and text.
         configuration: its text.
         skipped: lines that could not be read, by file; the unfinished last line of a running run is none of them.
@@ -113,7 +113,7 @@ class Run:
     switches: tuple[tuple[int, tuple[str, ...]], ...]
     samples: tuple[dict[str, Any], ...]
     traffic: dict[str, Any]
-    identity: dict[str, Any]
+    fingerprint: dict[str, Any]
     bindings: dict[str, str]
     configuration: str
     skipped: dict[str, int]
@@ -158,30 +158,30 @@ class Run:
             layers.setdefault(variable.layer, []).append(variable)
         if not self.switches:
             return tuple(Strip(name, ((0, last, _share(members)),)) for name, members in layers.items())
-        legs = _legs(self.switches, last)
+        phases = _phases(self.switches, last)
         names = dict.fromkeys(unit for _, units in self.switches for unit in units)
         if not names.keys() <= {variable.unit for variable in self.variables}:
-            return tuple(Strip(name, tuple((a, b, on.get(name, 0.0)) for a, b, on in legs)) for name in names)
+            return tuple(Strip(name, tuple((a, b, on.get(name, 0.0)) for a, b, on in phases)) for name in names)
         strips = []
         for name, members in layers.items():
             parts = {v.unit: 0.0 for v in members if v.trained}
             for unit in parts:
                 parts[unit] = _share(members, lambda v, unit=unit: v.unit == unit)  # type: ignore[misc]
-            shares = [(a, b, sum(on.get(unit, 0.0) * share for unit, share in parts.items())) for a, b, on in legs]
+            shares = [(a, b, sum(on.get(unit, 0.0) * share for unit, share in parts.items())) for a, b, on in phases]
             strips.append(Strip(name, tuple(shares)))
         return tuple(strips)
 
 
-def _legs(switches: Sequence[tuple[int, tuple[str, ...]]], last: int) -> list[tuple[float, float, dict[str, float]]]:
+def _phases(switches: Sequence[tuple[int, tuple[str, ...]]], last: int) -> list[tuple[float, float, dict[str, float]]]:
     """From and to which step which units are trained; averaged over equal stretches where there are too many."""
     stops = [*[min(step - 1, last) for step, _ in switches[1:]], last]
     exact = [(step - 1, stop, units) for (step, units), stop in zip(switches, stops, strict=True) if stop >= step]
-    if len(exact) <= _LEGS:
+    if len(exact) <= _PHASES:
         return [(start, stop, dict.fromkeys(units, 1.0)) for start, stop, units in exact]
-    width = last / _LEGS
-    columns: list[dict[str, float]] = [{} for _ in range(_LEGS)]
+    width = last / _PHASES
+    columns: list[dict[str, float]] = [{} for _ in range(_PHASES)]
     for start, stop, units in exact:
-        for number in range(int(start / width), min(int(stop / width) + 1, _LEGS)):
+        for number in range(int(start / width), min(int(stop / width) + 1, _PHASES)):
             part = (min(stop, (number + 1) * width) - max(start, number * width)) / width
             for unit in units if part > 0 else ():
                 columns[number][unit] = columns[number].get(unit, 0.0) + part
@@ -270,7 +270,7 @@ def _read(folder: Path, name: str) -> Run:
         switches=tuple((step, switches[step]) for step in sorted(switches)),
         samples=tuple(texts),
         traffic=_json(folder / "traffic.json"),
-        identity=_json(folder / "identity.json"),
+        fingerprint=_json(folder / "run_fingerprint.json"),
         bindings=bindings(configuration),
         configuration=configuration,
         skipped=skipped,

@@ -17,12 +17,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 
-from dist_partial import replicas
-from dist_partial.build import build
-from dist_partial.course import Course
+from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.distributed import replicas
 from dist_partial.models import byte_transformer
-from dist_partial.settings import Settings
+from dist_partial.training.build import build
+from dist_partial.training.schedule_runner import ScheduleRunner
 from tests.benchmarks import readme
 
 COMMAND = "python -m tests.benchmarks.cache"
@@ -38,7 +38,7 @@ def tokens() -> Dataset:
     return Dataset("tokens", source, source, fingerprint(x))
 
 
-def start(made: replicas.Replicas, frozen: int, cache: str | None) -> Course:
+def start(made: replicas.Replicas, frozen: int, cache: str | None) -> ScheduleRunner:
     above = "|".join(f"block_{i}" for i in range(frozen, BLOCKS))
     settings = Settings(
         [("train", rf"({above}|final_norm|head)/.*"), ("freeze", ".*")],
@@ -46,31 +46,31 @@ def start(made: replicas.Replicas, frozen: int, cache: str | None) -> Course:
         tokens,
         steps=EPOCHS * EXAMPLES // BATCH,
         global_batch=BATCH,
-        cache=cache,
+        activation_cache=cache,
         steps_per_loop=4,
     )
-    return Course(build(settings, made), settings, 0, None)
+    return ScheduleRunner(build(settings, made), settings, 0, None)
 
 
 def epochs(made: replicas.Replicas, frozen: int) -> list[dict[str, Any]]:
     """Seconds of each epoch, the three taking turns; the second and later ones find everything kept."""
     courses = {cache: start(made, frozen, cache) for cache in CACHES}
     took: dict[str | None, list[float]] = {cache: [] for cache in CACHES}
-    for course in courses.values():
-        course.enter(0)  # compiles
-        course.advance(0)
-    kept = {cache: course.leg.activations for cache, course in courses.items()}
+    for runner in courses.values():
+        runner.enter(0)  # compiles
+        runner.advance(0)
+    kept = {cache: runner.phase.activations for cache, runner in courses.items()}
     for _ in range(EPOCHS):
-        for cache, course in courses.items():
+        for cache, runner in courses.items():
             begun = time.perf_counter()
             for _ in range(EXAMPLES // BATCH // 4):
-                course.advance(4)["loss"].numpy()
+                runner.advance(4)["loss"].numpy()
             took[cache].append(time.perf_counter() - begun)
     whole = statistics.median(took[None][1:])
     return [
         {
             "frozen": f"{frozen} of {BLOCKS} blocks",
-            "run.cache": str(cache),
+            "run.activation_cache": str(cache),
             "first epoch, s": round(times[0], 2),
             "later epochs, s": round(statistics.median(times[1:]), 2),
             "of the time without": round(statistics.median(times[1:]) / whole, 2),

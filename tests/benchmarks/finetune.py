@@ -29,14 +29,15 @@ ROWS: dict[str, tuple[str, list[str], float]] = {
     "the last 4 of 30 blocks": ("smollm2.gin", [], 5e-4),
     "LoRA 16, kernels of the last 12": ("smollm2_lora.gin", [LAST_TWELVE, "adapters/Rule.lora = 16"], 4e-3),
     "LoRA 8, all kernels": ("smollm2_lora.gin", [], 4e-3),
-    "LoRA 8, base in bfloat16": ("smollm2_lora.gin", ["run.frozen = 'bfloat16'"], 4e-3),
+    "LoRA 8, base in bfloat16": ("smollm2_lora.gin", ["run.frozen_dtype = 'bfloat16'"], 4e-3),
 }
 
 
 def child(name: str) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     file, bindings, rate = ROWS[name]
-    from dist_partial import config, run
+    from dist_partial.config import gin_files
+    from dist_partial.training import loop
 
     params = [
         f"run.steps = {STEPS}",
@@ -50,7 +51,7 @@ def child(name: str) -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
-        run.run(config.load([CONFIGS / file], params).settings, Path(folder))
+        loop.run(gin_files.load([CONFIGS / file], params).settings, Path(folder))
         took = time.perf_counter() - begun
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         traffic = json.loads((Path(folder) / "traffic.json").read_text())

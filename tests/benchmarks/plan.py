@@ -44,12 +44,15 @@ def foretold(config: Path, count: int) -> list[float]:
 
 
 def child(config: str, count: str) -> None:
-    from dist_partial import config as configuration
     from dist_partial import plan
+    from dist_partial.config import gin_files as configuration
+    from dist_partial.training import cost_model
 
     settings = configuration.load([config]).settings
-    machines = [plan.Machine(int(count), plan.bytes_per_second(rate), workers_per_host=int(count)) for rate in RATES]
-    print([plan.estimate(settings, machine).step * 1e3 for machine in machines])
+    machines = [
+        cost_model.Machine(int(count), plan.bytes_per_second(rate), workers_per_host=int(count)) for rate in RATES
+    ]
+    print([cost_model.estimate(settings, machine).step * 1e3 for machine in machines])
 
 
 def measured(config: Path, count: int, rate: str) -> dict[str, Any]:
@@ -79,7 +82,7 @@ def main() -> None:
                     error = expected / found["step_ms"] - 1
                     row = {"config": name, "hosts": count, "rate": rate, "foretold_ms": round(expected, 1)}
                     row |= {"measured_ms": round(found["step_ms"], 1), "error": round(error, 4)}
-                    row |= {"expected_card_bytes": found["expected_card_bytes"], "card_bytes": found["card_bytes"]}
+                    row |= {"expected_nic_bytes": found["expected_nic_bytes"], "nic_bytes": found["nic_bytes"]}
                     rows.append(row)
                     print(row, flush=True)
     RESULTS.write_text(json.dumps({"command": COMMAND, "rows": rows}, indent=1) + "\n")

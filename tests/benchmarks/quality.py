@@ -66,29 +66,31 @@ def _in_turns(m: Any) -> list[Any]:
     from dist_partial import Rule
 
     parts = [r"embedding/.*", r"block_0/.*", r"block_1/.*", r".*"]
-    return [Rule(part, reduction=m.LocalSGD(12, 3 * i, exchange=m.Quantized(4))) for i, part in enumerate(parts)]
+    return [Rule(part, reduction=m.LocalSGD(12, 3 * i, compressor=m.Quantized(4))) for i, part in enumerate(parts)]
 
 
 def _policies() -> list[Policy]:
     both: dict[str, Callable[[Any], Any]] = {
-        "full": lambda m: m.EveryStep("float32"),
-        "bfloat16": lambda m: m.EveryStep("bfloat16"),
+        "full": lambda m: m.AllReduce("float32"),
+        "bfloat16": lambda m: m.AllReduce("bfloat16"),
         "PowerSGD rank 4": lambda m: m.PowerSGD(4),
         "top 6 %, 8 bits": lambda m: m.TopK(1 / 16, 256, 8),
         "4 bits": lambda m: m.Quantized(4),
-        "every 10 steps, Nesterov (DiLoCo)": lambda m: m.LocalSGD(10, outer=m.nesterov),
-        "every 10 steps, 4 bits": lambda m: m.LocalSGD(10, exchange=m.Quantized(4)),
-        "every 6 steps, 1.6 bits": lambda m: m.LocalSGD(6, exchange=m.Quantized(1.6)),
-        "every 2 steps, top 6 % in 1 bit, keep": lambda m: m.LocalSGD(2, exchange=m.TopK(1 / 16, 256, 1), keep=True),
-        "never": lambda m: m.Never(),
+        "every 10 steps, Nesterov (DiLoCo)": lambda m: m.LocalSGD(10, outer_optimizer=m.nesterov),
+        "every 10 steps, 4 bits": lambda m: m.LocalSGD(10, compressor=m.Quantized(4)),
+        "every 6 steps, 1.6 bits": lambda m: m.LocalSGD(6, compressor=m.Quantized(1.6)),
+        "every 2 steps, top 6 % in 1 bit, keep": lambda m: m.LocalSGD(
+            2, compressor=m.TopK(1 / 16, 256, 1), keep_residual_local=True
+        ),
+        "never": lambda m: m.LocalOnly(),
     }
     smaller: dict[str, Callable[[Any], Any]] = {
-        "batch 8, full": lambda m: m.EveryStep("float32"),
-        "batch 8, every 24 steps, 1.6 bits": lambda m: m.LocalSGD(24, exchange=m.Quantized(1.6)),
-        "batch 8, every 108 steps, 1.6 bits": lambda m: m.LocalSGD(108, exchange=m.Quantized(1.6)),
+        "batch 8, full": lambda m: m.AllReduce("float32"),
+        "batch 8, every 24 steps, 1.6 bits": lambda m: m.LocalSGD(24, compressor=m.Quantized(1.6)),
+        "batch 8, every 108 steps, 1.6 bits": lambda m: m.LocalSGD(108, compressor=m.Quantized(1.6)),
     }
     found = [Policy(name, make) for name, make in both.items()]
-    found.append(Policy("in turns every 12 steps, 4 bits", lambda m: m.EveryStep(), rules=_in_turns))
+    found.append(Policy("in turns every 12 steps, 4 bits", lambda m: m.AllReduce(), rules=_in_turns))
     found += [Policy(name, make, 8, 6e-3) for name, make in smaller.items()]
     found += [Policy(f"selection: {name}", make, rules=PART) for name, make in both.items()]
     found.append(
@@ -131,7 +133,7 @@ def _schedules() -> list[Policy]:
 
 
 def _every_step(m: Any) -> Any:
-    return m.EveryStep("float32")
+    return m.AllReduce("float32")
 
 
 TABLES = {
@@ -147,16 +149,18 @@ def child(which: str, name: str, seeds: int) -> None:
 
     import keras
 
-    from dist_partial import compression, reduction, replicas, run, schedule
+    from dist_partial import reductions, schedules
+    from dist_partial.config.settings import Sampling, Settings
     from dist_partial.data import stdlib_corpus
+    from dist_partial.distributed import replicas
     from dist_partial.models import byte_transformer
-    from dist_partial.settings import Sampling, Settings
+    from dist_partial.training import loop
 
     policy = TABLES[which][name]
     made = replicas.create("mirrored", 2)
     steps = EXAMPLES // policy.batch
     warm_up = 640 // policy.batch
-    names = types.SimpleNamespace(**{**vars(compression), **vars(reduction), **vars(schedule)})
+    names = types.SimpleNamespace(**{**vars(reductions), **vars(schedules)})
 
     def optimizer() -> keras.optimizers.Optimizer:
         rate = policy.learning_rate
@@ -175,7 +179,7 @@ def child(which: str, name: str, seeds: int) -> None:
             data=lambda: stdlib_corpus(window=WINDOW),
             optimizer=optimizer,
             reduction=policy.reduction(names),
-            schedule=policy.schedule(names) if policy.schedule else schedule.Constant(),
+            schedule=policy.schedule(names) if policy.schedule else schedules.Constant(),
             leave=policy.leave,
             compiled_plans=24,
             steps=steps,
@@ -189,7 +193,7 @@ def child(which: str, name: str, seeds: int) -> None:
         )
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            run.run(settings, Path(folder))
+            loop.run(settings, Path(folder))
             rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         last = next(row for row in reversed(rows) if row["split"] == "eval")
         found = {"seed": seed, "loss": last["loss"], "wire_bytes": last["wire_bytes"]}

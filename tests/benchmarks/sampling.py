@@ -11,7 +11,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from dist_partial.models import byte_transformer
-from dist_partial.sampling import generate
+from dist_partial.models.sampling import generate
 
 COMMAND = "python -m tests.benchmarks.sampling"
 RESULTS = Path(__file__).parent / "results" / "sampling.json"

@@ -17,10 +17,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import optimizers, reduction, selection, step
+from dist_partial import reductions, selection
+from dist_partial.config.settings import cross_entropy
+from dist_partial.distributed.collectives import Collectives
 from dist_partial.models import byte_transformer
-from dist_partial.settings import cross_entropy
-from dist_partial.wire import Wire
+from dist_partial.step import optimizers
+from dist_partial.step.train_step import StepOptions, train_step
 from tests.benchmarks import readme
 
 COMMAND = "python -m tests.benchmarks.step"
@@ -54,11 +56,11 @@ def ours(
     with strategy.scope():
         keras.utils.set_random_seed(0)
         model = byte_transformer(**model_arguments)
-        plan = selection.resolve(rules, model, reduction.EveryStep())
+        plan = selection.resolve(rules, model, reductions.AllReduce())
         groups = optimizers.build(plan, keras.optimizers.Adam)
-        states = reduction.states(plan)
-    options = step.StepOptions(global_batch)
-    train = step.train_step(strategy, Wire(), model, cross_entropy().call, plan, groups, states, options).function
+        states = reductions.states(plan)
+    options = StepOptions(global_batch)
+    train = train_step(strategy, Collectives(), model, cross_entropy().call, plan, groups, states, options).function
     iterator = iter(dataset(global_batch))
     return lambda: train(iterator, tf.constant(STEPS_A_CALL))["loss"].numpy()
 

@@ -20,13 +20,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 
-from dist_partial import replicas
-from dist_partial.build import Built, build
-from dist_partial.course import Course
+from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.distributed import replicas
 from dist_partial.models import byte_transformer
-from dist_partial.schedule import Rotation
-from dist_partial.settings import Settings
+from dist_partial.schedules.fixed import Rotation
+from dist_partial.training.build import Built, build
+from dist_partial.training.schedule_runner import ScheduleRunner
 from tests.benchmarks import readme
 
 COMMAND = "python -m tests.benchmarks.switch"
@@ -51,28 +51,28 @@ def wide() -> keras.Model:
     return keras.Sequential([keras.Input((WIDTH,)), *[keras.layers.Dense(WIDTH, name=f"dense{i}") for i in range(4)]])
 
 
-def start(made: replicas.Replicas, model: Any, data: Any, leave: str, steps: int) -> tuple[Built, Course]:
+def start(made: replicas.Replicas, model: Any, data: Any, leave: str, steps: int) -> tuple[Built, ScheduleRunner]:
     schedule = Rotation(every=EVERY, order="ascending")
     settings = Settings(
         [("train", ".*")], model, data, steps=steps, global_batch=8, schedule=schedule, leave=leave, compiled_plans=24
     )
     built = build(settings, made)
-    return built, Course(built, settings, 0, None)
+    return built, ScheduleRunner(built, settings, 0, None)
 
 
 def step_times(made: replicas.Replicas) -> list[dict[str, Any]]:
     """Milliseconds a step right after a switch to a plan seen before, and later, of each unit."""
-    built, course = start(made, lambda: byte_transformer(layers=4, width=128, heads=4), tokens, "keep", 10**6)
+    built, runner = start(made, lambda: byte_transformer(layers=4, width=128, heads=4), tokens, "keep", 10**6)
     units = len(built.units)
     early: dict[str, list[float]] = {}
     steady: dict[str, list[float]] = {}
     for done in range(EVERY * units * (1 + ROUNDS)):
         begun = time.perf_counter()
-        course.enter(done)
-        course.advance(1)["loss"].numpy()
+        runner.enter(done)
+        runner.advance(1)["loss"].numpy()
         took = (time.perf_counter() - begun) * 1e3  # what choosing and changing takes is a part of the step
         if done >= EVERY * units:
-            (name,) = course.leg.units
+            (name,) = runner.phase.units
             (early if done % EVERY < AFTER else steady).setdefault(name, []).append(took)
     rows = []
     for name in early:
@@ -91,12 +91,12 @@ def resident() -> float:
 
 def memory(leave: str) -> dict[str, Any]:
     """Memory with the slots of one unit of four, at each visit; run in a process of its own."""
-    built, course = start(replicas.create("mirrored", 2), wide, vectors, leave, 10**6)
+    built, runner = start(replicas.create("mirrored", 2), wide, vectors, leave, 10**6)
     before = resident()
     visits = []
     for done in range(0, 3 * len(built.units) * EVERY, EVERY):
-        course.enter(done)
-        course.advance(2)["loss"].numpy()
+        runner.enter(done)
+        runner.advance(2)["loss"].numpy()
         visits.append(round(resident() - before))
     slots = sum(v.numpy().nbytes for group in built.optimizers for v in group.state.values()) / 2**20
     return {"leave": leave, "MiB_above_start": visits, "slots_MiB_at_the_end": round(slots, 1)}

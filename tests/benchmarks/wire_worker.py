@@ -167,7 +167,7 @@ def dist_partial(worker: Worker, selected: str, names: list[str]) -> tuple[dict[
     """This package, which connects its workers by itself."""
     import tensorflow as tf
 
-    from dist_partial import replicas
+    from dist_partial.distributed import replicas
 
     connected = replicas.create("multi_worker", seal=False)  # as the others
     variants = {name: dist_partial_variant(connected, worker, selected, name) for name in names}
@@ -179,24 +179,26 @@ def dist_partial_variant(replicas: Any, worker: Worker, selected: str, dtype: st
     import keras
     import tensorflow as tf
 
-    from dist_partial import optimizers, reduction, selection, step
+    from dist_partial import reductions, selection
+    from dist_partial.step import optimizers
+    from dist_partial.step.train_step import StepOptions, train_step
 
     rules = {"all": [("train", r".*")], "part": [("train", rf"dense_{LAYERS - 1}/.*"), ("freeze", r".*")]}
     with replicas.strategy.scope():
         model = keras_model()
-        plan = selection.resolve(rules[selected], model, reduction.EveryStep(dtype))
+        plan = selection.resolve(rules[selected], model, reductions.AllReduce(dtype))
         groups = optimizers.build(plan, lambda: keras.optimizers.SGD(LEARNING_RATE))
-        states = reduction.states(plan)
+        states = reductions.states(plan)
 
     def loss(y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
         return tf.reduce_mean(tf.square(outputs - y), axis=1)
 
-    options = step.StepOptions(BATCH * worker.count)
-    train_step = step.train_step(replicas.strategy, replicas.wire, model, loss, plan, groups, states, options)
+    options = StepOptions(BATCH * worker.count)
+    compiled = train_step(replicas.strategy, replicas.collectives, model, loss, plan, groups, states, options)
     iterator = iter(batches(worker))
 
     def train(steps: int) -> Iterable[float]:
-        return (train_step.function(iterator, tf.constant(steps))["loss"].numpy() * worker.count).tolist()
+        return (compiled.function(iterator, tf.constant(steps))["loss"].numpy() * worker.count).tolist()
 
     return Variant(train, plan.wire_bytes)
 

@@ -1,0 +1,1 @@
+"""Changes layers before a run: LoRA and quantization."""

@@ -1,0 +1,90 @@
+"""LoRA (Hu et al. 2021) where a rule asks for it: kernels stay frozen, and two small factors of a sum are trained."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from dist_partial import selection
+from dist_partial.adapters import layers, quantization
+from dist_partial.errors import UserError
+
+
+def enable(table: Sequence[Any], model: keras.Model) -> dict[str, selection.Adapter]:
+    """Gives every kernel that a rule with `lora` covers its factors, in the strategy's scope.
+
+    `keras.Layer.enable_lora` is called for the layers of these kernels alone: a backbone's own `enable_lora` leaves
+    biases trainable beside the factors, and here the rules decide on them.
+
+    A layer that the model's own code has given factors of the same rank keeps them. Factors are float32, as Keras makes
+    them, or as wide as the kernel if that is float64.
+
+    Args:
+        table: the rules, short or full form.
+        model: built.
+
+    Returns:
+        What was adapted, by the kernel's path, for `selection.resolve`.
+
+    Raises:
+        UserError: a rule with `lora` covers a variable that is no kernel of a Dense, EinsumDense or Embedding layer,
+            one that cannot have it, or one that has factors of another rank.
+    """
+    rules = selection.parse_rules(table)
+    if all(rule.lora is None for rule in rules):
+        return {}
+    adapters = {}
+    for path, (number, layer) in _covered(rules, model).items():
+        rule = rules[number]
+        try:
+            if not layer.lora_enabled:
+                layer.enable_lora(rule.lora)
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"rule {number + 1} ({rule.match!r}): no LoRA for {path!r}: {error}") from error
+        kernel, factors = layers.raw(layer), layers.factors(layer)
+        for factor in factors if kernel.dtype == "float64" else ():
+            quantization.store(factor, kernel.dtype)  # Keras 3.15 makes them float32 beside any kernel
+        adapters[path] = selection.Adapter(kernel, factors)
+    return adapters
+
+
+def _covered(rules: Sequence[selection.Rule], model: keras.Model) -> dict[str, tuple[int, Any]]:
+    """By the kernel's path, the number of the rule with `lora` that covers it, and its layer; changes nothing yet."""
+    owners = {id(layers.raw(layer)): layer for layer in layers.layers(model)}
+    given = {id(v): layer for layer in owners.values() if layer.lora_enabled for v in layers.factors(layer)}
+    covered = {}
+    for own_path, variable in zip(selection.variable_paths(model), model.trainable_variables, strict=True):
+        path, layer = own_path, owners.get(id(variable))
+        if id(variable) in given:  # the kernel's path, unless a rule of their own trains the factors
+            number = selection.first_match(rules, own_path)
+            if number is None or not rules[number].train or rules[number].lora:
+                layer = given[id(variable)]
+                path = selection.paths_of(model, [*model.trainable_variables, layers.raw(layer)])[-1]
+        number = selection.first_match(rules, path)
+        if number is None or not (rank := rules[number].lora):
+            continue
+        where = f"rule {number + 1} ({rules[number].match!r}) asks for LoRA of"
+        if layer is None:
+            raise UserError(
+                f"{where} {path!r}, which is no kernel of a Dense, EinsumDense or Embedding layer: match kernels only, "
+                "as in r'.*/(query|value)/kernel'"
+            )
+        if layer.lora_enabled and layer.lora_rank != rank:
+            raise UserError(
+                f"{where} rank {rank} of {path!r}, and the model's own code has given it rank {layer.lora_rank} by "
+                f"enable_lora: write lora = {layer.lora_rank}, or take that out of the code"
+            )
+        covered[path] = number, layer
+    return covered
+
+
+def merge(model: keras.Model) -> None:
+    """Adds the factors of all layers to their kernels, and turns LoRA off: what is saved then is as before `enable`.
+
+    A layer that is stored in fewer bits stays as it is.
+    """
+    for layer in layers.layers(model):
+        if layer.lora_enabled and not layer.quantization_mode:
+            kernel = layers.raw(layer)
+            kernel.assign(layers.merged(layer))
+            layer.lora_enabled, layer.lora_rank, kernel.trainable = False, None, True

@@ -1,0 +1,108 @@
+"""Fingerprints: digests of a model's variables, and of everything that must not change under a run folder."""
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from dist_partial.compat import is_generator
+from dist_partial.errors import UserError
+from dist_partial.selection.paths import own_names
+from dist_partial.selection.plan import Plan
+from dist_partial.validation import differences, shown
+
+RUN_FILE = "run_fingerprint.json"
+INITIAL = "initial values"  # the key of the digests of all of them
+
+
+def frozen_fingerprints(model: keras.Model, plan: Plan, moving: Sequence[Any]) -> dict[str, str]:
+    """SHA-256 (the first 16 hex digits) of everything that training leaves as it is, by path.
+
+    Args:
+        model: the model.
+        plan: all that is ever trained.
+        moving: what its layers change, see `layer_state.find`.
+    """
+    prints = {}
+    for entry in plan.entries:
+        value = keras.ops.convert_to_numpy(entry.variable)
+        if entry.rule.rows is not None and entry.trained:
+            start, stop = entry.rule.rows
+            prints[f"{entry.path}[other rows]"] = digest(np.delete(value, slice(start, stop), axis=0))
+        elif not entry.trained:
+            prints[entry.path] = digest(value)
+    known = {id(v) for v in [*moving, *(entry.variable for entry in plan.entries)]}
+    others = [v for v in model.variables if id(v) not in known]
+    names = own_names(model, others)
+    return prints | {n: digest(keras.ops.convert_to_numpy(v)) for n, v in zip(names, others, strict=True)}
+
+
+def check_frozen(before: dict[str, str], now: dict[str, str], step: int) -> None:
+    """Raises UserError if what is frozen has moved, by its fingerprints at the start and after a step."""
+    if moved := [path for path, print_ in before.items() if now[path] != print_]:
+        raise UserError(
+            f"{moved[0]!r} is frozen and has changed by step {step}; nothing is saved of it. Something other than the "
+            "training step assigns it: a layer's call, a callback, another thread"
+        )
+
+
+def variables(model: keras.Model) -> dict[str, Any]:
+    """All variables but the states of random generators, by path without the model's own leading name.
+
+    Where several have one path, those after the first are called `path (2)`, `path (3)` and so on.
+    """
+    kept = [v for v in model.variables if not is_generator(v)]
+    return dict(zip(own_names(model, kept), kept, strict=True))
+
+
+def model_fingerprints(model: keras.Model) -> dict[str, str]:
+    """SHA-256 (the first 16 hex digits) of the values of `variables`, by path."""
+    return {path: digest(keras.ops.convert_to_numpy(variable)) for path, variable in variables(model).items()}
+
+
+def digest(array: np.ndarray, digits: int = 16) -> str:
+    """SHA-256 of an array's dtype, shape and values: its first hex digits."""
+    content = hashlib.sha256(str((array.dtype, array.shape)).encode())
+    content.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return content.hexdigest()[:digits]
+
+
+def check_run(folder: Path, fingerprint: dict[str, Any], may_differ: Collection[str] = ()) -> bool:
+    """Compares with the fingerprint that the folder was made with.
+
+    Args:
+        folder: which may be absent.
+        fingerprint: from `of_run`.
+        may_differ: what of it is not compared.
+
+    Returns:
+        Whether the folder is a run folder; False if it is absent or empty.
+
+    Raises:
+        UserError: it is of another run (the differences are shown), damaged, or something else.
+    """
+    path = folder / RUN_FILE
+    if not path.exists():
+        # Hidden files are the lock, and what a killed write left.
+        if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(".") for p in folder.iterdir())):
+            raise UserError(f"{folder} is there and is not a run folder: choose another --run_dir")
+        return False
+    try:
+        before = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): choose another --run_dir") from None
+    if isinstance(before, dict):
+        if not any((folder / "checkpoints").glob("step-*")):
+            return True  # it has not come far enough to be another run
+        before |= {name: value for name, value in fingerprint.items() if name == INITIAL or name in may_differ}
+    if changed := differences(before, fingerprint):
+        first = "; ".join(f"{name} was {shown(old)} and is now {shown(new)}" for name, old, new in changed[:3])
+        more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(
+            f"{folder} is of another run: {first}{more}; choose another --run_dir, or restore the configuration"
+        )
+    return True

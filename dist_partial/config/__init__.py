@@ -1,0 +1,1 @@
+"""Reads what users bind: gin files, and the settings that they fill."""

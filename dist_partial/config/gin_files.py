@@ -1,0 +1,311 @@
+"""gin: what can be bound, and reading the files. No other module imports it."""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import io
+import logging
+import re
+import sys
+import tokenize
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+
+from dist_partial import data, models, schedules, session
+from dist_partial.config import settings, signatures
+from dist_partial.distributed import replicas
+from dist_partial.errors import UserError, own_line, raised
+from dist_partial.reductions.all_reduce import AllReduce
+from dist_partial.reductions.local_only import LocalOnly
+from dist_partial.reductions.local_sgd import LocalSGD, nesterov
+from dist_partial.reductions.power_sgd import PowerSGD
+from dist_partial.reductions.quantized import Quantized
+from dist_partial.reductions.top_k import TopK
+from dist_partial.selection.rules import Rule
+
+_OURS: dict[str, Callable[..., Any]] = {
+    "run": settings.Settings,
+    "sample": settings.Sampling,
+    "replicas": replicas.create,
+    "Rule": Rule,
+    "all_reduce": AllReduce,
+    "power_sgd": PowerSGD,
+    "top_k": TopK,
+    "quantized": Quantized,
+    "local_sgd": LocalSGD,
+    "nesterov": nesterov,
+    "local_only": LocalOnly,
+    "phases": schedules.Phases,
+    "gradual_unfreezing": schedules.Gradual,
+    "block_rotation": schedules.Rotation,
+    "lisa": schedules.Lisa,
+    "autofreeze": schedules.AutoFreeze,
+    "byte_budget": schedules.ByteBudget,
+    "two_dense": models.two_dense,
+    "byte_transformer": models.byte_transformer,
+    "hub_model": models.hub_model,
+    "hub_tokenizer": models.hub_tokenizer,
+    "keras_file": models.keras_file,
+    "smollm2": models.smollm2,
+    "smollm2_tokenizer": models.smollm2_tokenizer,
+    "stdlib_corpus": data.stdlib_corpus,
+    "stdlib_prose": data.stdlib_prose,
+    "stdlib_shapes": data.stdlib_shapes,
+    "tfds_dataset": data.tfds_dataset,
+    "tokenized_text": data.tokenized_text,
+}
+# Selectors of what users' modules hold. gin's registry is of the whole process, in which a notebook loads an edited
+# module again, and the next file may import another one with functions of the same names.
+_of_users: list[str] = []
+_OPENED = "dist_partial:"  # before a path, so that gin leaves opening it to `_open`
+_INCLUDE = re.compile(r"^(\s*include\s+)['\"](.+?)['\"]", re.MULTILINE)
+_IMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+)?import\s+([\w.]+)", re.MULTILINE)
+_REQUIRED = re.compile(r"Required bindings for `([\w.]+)` not provided in config: \[(.*?)\]")
+# Bound before any file is read, so that `Adam.learning_rate` or `all_reduce.dtype` alone have their effect.
+_DEFAULTS = ("run.optimizer = @keras.optimizers.Adam", "run.reduction = @all_reduce()")
+_KERAS = ("optimizers", "optimizers.schedules", "losses", "applications", "initializers", "regularizers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """What the gin files say.
+
+    Attributes:
+        settings: of the run.
+        operative: the bindings in use so far, as a gin file that reproduces the run alone.
+        unused: the bindings that nothing has read so far.
+        bindings: all that is bound, by name, as text.
+    """
+
+    settings: settings.Settings
+    operative: Callable[[], str]
+    unused: Callable[[], list[str]]
+    bindings: dict[str, str]
+
+
+def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool = True) -> Configuration:
+    """Reads gin files, then single bindings over them.
+
+    A module that a file imports has its public functions and classes made bindable, without decorators:
+    `import my_package` and then `run.model = @my_package.build_model`.
+
+    Args:
+        files: paths; each may include others, relative to itself.
+        params: bindings such as `run.steps = 100`.
+        imports: whether the files may import modules, which runs their code, and include other files.
+
+    Raises:
+        UserError: a missing file, a syntax error, an unknown or misspelt name, a bad value.
+        Raised: a function of the user's own, whose result is bound, raised an exception.
+    """
+    gin.clear_config()
+    while _of_users:
+        gin.config._REGISTRY.pop(_of_users.pop())
+    _register()
+    with session.numbered_afresh():  # modules may make layers, too
+        for file in files:
+            _prepare(Path(file), (), imports)
+    place = ""
+    logging.disable(logging.ERROR)  # gin's readers log an error for each file that another of them opens
+    try:
+        gin.parse_config(_DEFAULTS)
+        for file in files:
+            gin.parse_config_file(f"{_OPENED}{file}")
+        for param in params:
+            place = f" (in {param!r})"
+            if "." not in (name := param.split("=")[0].strip()) and (name, "gin.macro") not in gin.config._CONFIG:
+                near = difflib.get_close_matches(name, [field.name for field in dataclasses.fields(settings.Settings)])
+                raise UserError(f"{param!r} binds nothing: write run.{near[0] if near else 'steps'} = ..., with a dot")
+            gin.parse_config(param)
+        place = ""
+        gin.config.find_missing_overrides_hook(gin.config._CONFIG)  # what is bound to %gin.REQUIRED
+        known = {name: each.wrapped for name, each in gin.config._REGISTRY.items()}
+        signatures.check({f"dist_partial.{name}" for name in _OURS}, known)
+        run, sample, replicas = (gin.get_configurable(f"dist_partial.{name}") for name in ("run", "sample", "replicas"))
+        bound = run(replicas=replicas, sampling=sample())
+        factories = {name: _explained(getattr(bound, name)) for name in ("model", "data", "loss", "optimizer")}
+        bound = dataclasses.replace(bound, **factories)
+    except UserError as error:  # to which gin adds lines with the names of its own functions
+        raise UserError(str(error).splitlines()[0]) from error
+    except Exception as error:  # gin raises whatever the file's mistake leads to
+        innermost = traceback.extract_tb(error.__traceback__)[-1]
+        if own_line(error) and not innermost.filename.startswith(str(Path(gin.__file__).parent)):
+            raise raised("", error) from error  # of a function of the user's, such as @mine.rules()
+        raise UserError(_explain(error, place)) from error
+    finally:
+        logging.disable(logging.NOTSET)
+    return Configuration(bound, gin.operative_config_str, _unused, _bindings())
+
+
+def _register() -> None:
+    gin.config.register_file_reader(_open, lambda name: name.startswith(_OPENED))
+    for name, value in _OURS.items():
+        _make_bindable(value, name, "dist_partial")
+    for package in _KERAS:
+        for name, value in vars(importlib.import_module(f"keras.{package}")).items():
+            # Of functions, Keras's applications alone are factories: deserialize() would load code by name.
+            if not name.startswith("_") and (
+                inspect.isclass(value) or (inspect.isfunction(value) and package == "applications")
+            ):
+                _make_bindable(value, name, f"keras.{package}")
+
+
+def _make_bindable(value: Callable[..., Any], name: str, module: str) -> bool:
+    """Returns whether it was not bindable before, by an earlier call or by gin's own decorator."""
+    if f"{module}.{name}" in gin.config._REGISTRY:
+        return False
+    gin.external_configurable(value, name=name, module=module)
+    return True
+
+
+class _Text(io.StringIO):
+    name: str  # gin reads it for its messages
+
+
+def _open(name: str) -> _Text:
+    """Reads a file for gin, with the files it includes named by their place beside it.
+
+    gin itself looks for them in the working directory, and then in one list of folders for all files.
+    """
+    file = Path(name.removeprefix(_OPENED))
+
+    def placed(include: re.Match[str]) -> str:
+        return include[1] + repr(f"{_OPENED}{file.parent / include[2]}")
+
+    text = _Text(_INCLUDE.sub(placed, file.read_text(encoding="utf-8")))
+    text.name = str(file)
+    return text
+
+
+def _prepare(file: Path, including: tuple[Path, ...], imports: bool) -> None:
+    """Checks what the file includes, and makes bindable what it imports.
+
+    Args:
+        file: a gin file.
+        including: the files that led to this one.
+        imports: whether it may import modules.
+    """
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.gin")])
+        raise UserError(f"no gin file {file}" + (f"; in that folder there is {', '.join(near)}" if near else ""))
+    if file.resolve() in including:
+        raise UserError(f"{file} includes itself: remove the include")
+    try:
+        text = file.read_text(encoding="utf-8")
+        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not text in UTF-8: {error}") from None
+    except tokenize.TokenError as error:  # gin passes it on without the file's name
+        raise UserError(f"{file}: {error.args[0]}: a bracket or a quote is not closed") from None
+    except SyntaxError as error:
+        raise UserError(f"{file}, line {error.lineno}: {error.msg}") from None
+    # By token, for no way of writing it may slip through.
+    reached = [token for token in tokens if token.type == tokenize.NAME and token.string in ("import", "include")]
+    if reached and not imports:
+        raise UserError(
+            f"{file}, line {reached[0].start[0]}: {reached[0].line.strip()!r} can run code that this folder names: "
+            "give --allow_imports if you trust where it comes from"
+        )
+    for _, included in _INCLUDE.findall(text):
+        if not (file.parent / included).is_file():
+            raise UserError(f"{file} includes {included!r}, which is looked for beside it and is not there")
+        _prepare(file.parent / included, (*including, file.resolve()), imports)
+    for package, name in _IMPORT.findall(text):
+        if package == "__gin__":
+            continue
+        name = f"{package}.{name}".lstrip(".")
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"{file} imports {name}: {error}; run where Python finds it, or set PYTHONPATH") from error
+        for attribute, value in vars(module).items():
+            ours = getattr(value, "__module__", "").split(".")[0] == name.split(".")[0]
+            if ours and attribute in _OURS:  # or `run.steps` could mean either
+                text = f"{name}.{attribute} cannot be bound: {attribute} is a name of dist_partial's own"
+                print(text, file=sys.stderr)
+            elif ours and not attribute.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
+                # gin makes a subclass, which some classes (enumerations) do not allow; they are no factories either.
+                with contextlib.suppress(AttributeError, TypeError, ValueError):
+                    if _make_bindable(value, attribute, name):
+                        _of_users.append(f"{name}.{attribute}")
+
+
+def _explained(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """The same factory; what gin misses when it is called, such as in a function that it calls, is a UserError."""
+
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return factory(*args, **kwargs)
+        except RuntimeError as error:
+            if _REQUIRED.search(str(error)) is None:
+                raise
+            raise UserError(_explain(error, "")) from error
+
+    return call
+
+
+def _explain(error: Exception, place: str) -> str:
+    """gin's message in one line, with the nearest known names and the file's line, or else with `place`."""
+    text = str(error)
+    if where := re.search(r'In file "(.+?)", line (\d+)', text):
+        place = f" ({where[1]}, line {where[2]})"
+    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    if isinstance(error, SyntaxError):
+        first = error.msg.rstrip(".") + (f": {error.text.strip()!r}" if error.text else "")
+        place = place or f" ({error.filename}, line {error.lineno})"
+    if "malformed node or string" in text:
+        first = "a text needs quotes, also within the shell's: --gin_param=\"run.leave = 'reset'\""
+    elif isinstance(error, RecursionError):
+        first = "a binding refers to itself, as in local_sgd.compressor = @local_sgd()"
+    elif match := re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
+        name = match[1].split("/")[-1]
+        names = [selector for selector, _ in gin.config._REGISTRY.items() if not selector.startswith("gin.")]
+        short = {selector.split(".")[-1]: selector.removeprefix("dist_partial.") for selector in names}
+        near = difflib.get_close_matches(name.split(".")[-1], list(short), cutoff=0.5)
+        first = f"nothing is called {name!r}; nearest: {', '.join(short[n] for n in near) or 'none'}"
+    elif match := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text):
+        parameters = list(inspect.signature(gin.config._REGISTRY.get_match(match[1]).wrapped).parameters)
+        near = difflib.get_close_matches(match[2], parameters, cutoff=0.5) or parameters
+        first = f"{match[1]} has no parameter {match[2]!r}; nearest: {', '.join(near)}"
+    elif match := re.search(r"In call to configurable 'macro' .* in scope '([\w./]+)'", text):
+        first = f"%{match[1]} is not defined: bind {match[1]} = ..."
+    elif match := _REQUIRED.search(text):
+        first = "not bound: " + ", ".join(f"{match[1]}.{name}" for name in re.findall(r"'(\w+)'", match[2]))
+    elif match := re.search(r"missing \d+ required positional arguments?: (.*)", text):
+        missing = re.findall(r"'(\w+)'", match[1])
+        # The innermost call stands first.
+        caller = re.search(r"In call to configurable '([\w.]+)' \(.*?\)(?: in scope '([\w./]+)')?", text)
+        prefix = f"{caller[2]}/{caller[1]}" if caller and caller[2] else caller[1] if caller else "run"
+        first = "not bound: " + ", ".join(f"{prefix}.{name}" for name in missing)
+    return f"{first}{place}"
+
+
+def _bindings() -> dict[str, str]:
+    return {
+        f"{scope}/{selector}.{name}".lstrip("/"): repr(value)
+        for (scope, selector), values in gin.config._CONFIG.items()
+        for name, value in values.items()
+    }
+
+
+def _unused() -> list[str]:
+    used: set[tuple[str, str, str]] = set()
+    for (scope, selector), values in gin.config._OPERATIVE_CONFIG.items():
+        parts = scope.split("/") if scope else []
+        for i in range(len(parts) + 1):  # what is bound in an outer scope serves the inner ones
+            used |= {("/".join(parts[:i]), selector, name) for name in values}
+    names = []
+    for (scope, selector), values in gin.config._CONFIG.items():
+        for name in values:
+            if (scope, selector, name) not in used:
+                what = scope if selector == "gin.macro" else f"{selector.removeprefix('dist_partial.')}.{name}"
+                names.append(f"{scope}/{what}" if scope and what != scope else what)
+    return names

@@ -1,0 +1,1 @@
+"""Connects replicas and workers: strategies, collectives, and what they send."""

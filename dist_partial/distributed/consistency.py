@@ -1,0 +1,61 @@
+"""Whether all workers run the same: compared before anything depends on it, so that a difference hangs nobody."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dist_partial.distributed.tcp_backend import TCPBackend
+from dist_partial.errors import UserError
+from dist_partial.validation import differences, shown
+
+_SHOWN = 3  # differences in the message
+
+
+def check(backend: TCPBackend, facts: dict[str, Any]) -> None:
+    """Compares the facts of all workers, which all call it at the same point.
+
+    Args:
+        backend: connects them.
+        facts: names and JSON values.
+
+    Raises:
+        UserError: they differ; the same message on every worker says where.
+    """
+    text = json.dumps(facts, sort_keys=True).encode()
+    if len(set(backend.gather(hashlib.sha256(text).digest()))) == 1:
+        return
+    everyone = [json.loads(each) for each in backend.gather(text)]
+    for rank, theirs in enumerate(everyone):
+        if found := differences(everyone[0], theirs):
+            first = "; ".join(f"{name}: {shown(there)} against {shown(here)}" for name, here, there in found[:_SHOWN])
+            more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+            raise UserError(
+                f"{names(backend, [rank])} runs something else than {names(backend, [0])}: {first}{more}; start all "
+                "workers with the same files, data and versions"
+            )
+
+
+def everyone(backend: TCPBackend | None, value: int) -> list[int]:
+    """Every worker's value, in rank order; all call it at the same point."""
+    return [value] if backend is None else [int(each) for each in backend.gather(str(value).encode())]
+
+
+def names(backend: TCPBackend | None, ranks: Sequence[int]) -> str:
+    """Workers as messages name them."""
+    return ", ".join(f"worker {rank} ({backend.workers[rank]})" if backend else "this process" for rank in ranks)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages whose numbers could differ; of this one, which need not be installed, its source's."""
+    source = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        source.update(path.read_bytes())
+    packages = {module.__name__: module.__version__ for module in (tf, keras, np)}
+    return {"python": platform.python_version(), **packages, "dist_partial's source": source.hexdigest()[:16]}

@@ -1,0 +1,268 @@
+"""Which replicas (one device, GPUs, simulated on the CPU, the workers of TF_CONFIG), and how they reach each other."""
+
+import contextlib
+import dataclasses
+import faulthandler
+import functools
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from dist_partial.distributed import handshake, rendezvous
+from dist_partial.distributed.cluster import read_tf_config
+from dist_partial.distributed.collectives import PACK_BYTES, Collectives
+from dist_partial.distributed.tcp_backend import TCPBackend
+from dist_partial.distributed.tcp_strategy import TCPStrategy
+from dist_partial.errors import UserError
+
+KINDS = ("auto", "default", "mirrored", "multi_worker")
+TRANSPORTS = ("auto", "tensorflow", "sockets")
+_KEYS = 100_000  # collectives of one strategy
+_LAST_SECONDS = 5.0  # for which the first worker waits until the processes of the others have ended
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Replicas:
+    """The replicas.
+
+    Attributes:
+        strategy: what computes on them.
+        wire: how they reach each other.
+        description: one line that says what was picked and why.
+        mesh: this worker's connections to the others, or None where it is the only one.
+        host: this worker's name or address among several, or None.
+    """
+
+    strategy: tf.distribute.Strategy
+    collectives: Collectives
+    description: str
+    backend: TCPBackend | None = None
+    host: str | None = None
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this worker writes the run folder."""
+        return self.backend is None or self.backend.rank == 0
+
+    def sum(self, value: Any) -> np.ndarray:
+        """The sum of a vector over the workers; all call it at the same point."""
+        return np.asarray(value) if self.backend is None else self.backend.sum(np.asarray(value))
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Every worker's bytes, in rank order; all call it at the same point."""
+        return [data] if self.backend is None else self.backend.gather(data)
+
+    def finish(self) -> None:
+        """Waits until all workers have done their part; all call it last, so that none takes another for lost."""
+        if self.backend is None:
+            return
+        self.backend.finish()
+        if self.is_chief and not isinstance(self.strategy, TCPStrategy):
+            _outlive(self.backend.workers[1:])
+
+
+def create(
+    kind: str = "auto",
+    cpu: int = 1,
+    transport: str = "auto",
+    pack_bytes: int = PACK_BYTES,
+    congestion: str | None = "cubic",
+    start_seconds: float = 300.0,
+    patience_seconds: float = 60.0,
+    seal: bool | None = None,
+    allow_no_secret: bool = False,
+) -> Replicas:
+    """Makes the distribution strategy, and connects the workers.
+
+    Call it before TensorFlow has run any op: devices cannot be added later.
+
+    Args:
+        kind: 'default' (one device), 'mirrored' (all GPUs of this host, or `cpu` simulated replicas where it has
+            none), 'multi_worker' (the cluster in TF_CONFIG), or 'auto': multi_worker if TF_CONFIG names a cluster,
+            else mirrored if there are several GPUs or `cpu` > 1, else default.
+        cpu: how many logical CPU devices act as replicas where there is no GPU.
+        transport: what gradients travel by between workers: 'tensorflow' (its collectives), 'sockets' (connections of
+            our own; one CPU replica a worker), or 'auto': sockets where there is no GPU.
+        pack_bytes: up to how many bytes of gradients travel as one.
+        congestion: the kernel's congestion control for the sockets; None is the system's. Replicas in lock step wait
+            for the slowest exchange, and on a shaped link cubic's are the steadiest; a lossy one may need 'bbr'.
+        start_seconds: in which all workers must have started.
+        patience_seconds: how long another worker may be silent until it is given up.
+        seal: whether all that travels over the sockets has tags, by which a change on the way is noticed; it costs
+            about 1.6 ms of one core a MiB, half of it on each side. None: where the workers know a secret and are not
+            all on loopback addresses.
+        allow_no_secret: whether workers on other addresses may do without a secret, so that whoever reaches them
+            while they start can pass for one.
+
+    Raises:
+        UserError: unknown kind, malformed TF_CONFIG, no secret where one is needed, or devices that cannot be made.
+        Fault: workers are missing when `start_seconds` are over.
+    """
+    _check_choice("kind", kind, KINDS)
+    _check_choice("transport", transport, TRANSPORTS)
+    _check_choice("seal", seal, (True, False, None))
+    _check_choice("allow_no_secret", allow_no_secret, (True, False))
+    if congestion is not None and not isinstance(congestion, str):
+        raise UserError(f"replicas.congestion is {congestion!r}: write a name that the kernel knows, such as 'cubic'")
+    if type(pack_bytes) is not int or pack_bytes < 1:
+        raise UserError(f"replicas.pack_bytes is {pack_bytes!r}: write a whole number of bytes, such as {PACK_BYTES}")
+    for name, seconds in (("start_seconds", start_seconds), ("patience_seconds", patience_seconds)):
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
+            raise UserError(f"replicas.{name} is {seconds!r}: write a number of seconds above 0")
+    if type(cpu) is not int or cpu < 1:
+        raise UserError(f"replicas.cpu is {cpu!r}: write how many simulated replicas, 1 or more")
+    cluster = read_tf_config(os.environ.get("TF_CONFIG", ""))
+    gpus = len(tf.config.list_logical_devices("GPU")) if tf.config.list_physical_devices("GPU") else 0
+    reason = ""
+    if kind == "auto":
+        kind, reason = _chosen(bool(cluster), gpus, cpu)
+    if kind == "multi_worker":
+        connect = functools.partial(_connect, start_seconds, congestion, seal, allow_no_secret)
+        return _multi_worker(cluster, reason, transport, pack_bytes, patience_seconds, connect)
+    if transport == "sockets":
+        raise UserError("replicas.transport = 'sockets' connects the workers of TF_CONFIG; here there is one process")
+    collectives = Collectives(pack_bytes=pack_bytes)
+    if kind == "default":
+        return Replicas(tf.distribute.get_strategy(), collectives, f"replicas: 1, default strategy{reason}")
+    devices = [f"GPU:{i}" for i in range(gpus)] or _simulated(cpu)
+    what = f"{gpus} GPUs" if gpus else f"{cpu} simulated on the CPU"
+    description = f"replicas: {len(devices)}, MirroredStrategy over {what}{reason}"
+    return Replicas(_mirrored(tuple(devices)), collectives, description)
+
+
+@functools.cache
+def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
+    # TensorFlow 2.21 numbers the collectives of each new strategy from the same key on: with those of another run of
+    # this process, or of the user's own strategy, they would meet under one key ("Shape mismatch in the collective
+    # instance", "joining a group with size"), after which the process can make no collective any more.
+    tf.distribute.MirroredStrategy._collective_key_base += _KEYS
+    return tf.distribute.MirroredStrategy(list(devices))
+
+
+def _check_choice(name: str, choice: Any, choices: Sequence[Any]) -> None:
+    if not any(type(choice) is type(each) and choice == each for each in choices):  # 1 is True to Python
+        raise UserError(f"replicas.{name} is {choice!r}: write one of {', '.join(map(repr, choices))}")
+
+
+def _chosen(cluster: bool, gpus: int, cpu: int) -> tuple[str, str]:
+    """The kind that 'auto' means here, and why."""
+    if cluster:
+        return "multi_worker", " (TF_CONFIG names a cluster)"
+    if gpus > 1 or (gpus == 0 and cpu > 1):
+        return "mirrored", f" ({gpus} GPUs here)" if gpus else f" (no GPU here, replicas.cpu = {cpu})"
+    return "default", " (one GPU here)" if gpus else " (no GPU here, replicas.cpu = 1)"
+
+
+def _simulated(count: int) -> list[str]:
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    try:
+        if len(tf.config.get_logical_device_configuration(cpu) or [None]) < count:
+            tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
+    except RuntimeError:
+        raise UserError(
+            f"replicas.cpu = {count} comes too late: TensorFlow has started with fewer CPU devices; make the replicas "
+            "before anything else uses TensorFlow"
+        ) from None
+    return [f"CPU:{i}" for i in range(count)]
+
+
+def _multi_worker(
+    cluster: dict[str, Any] | None,
+    reason: str,
+    transport: str,
+    pack_bytes: int,
+    patience_seconds: float,
+    connect: Callable[[int, list[str]], dict[int, handshake.Link]],
+) -> Replicas:
+    if cluster is None:
+        raise UserError("replicas.kind is 'multi_worker', but TF_CONFIG names no cluster: set it on every worker")
+    everyone = [address for kind in ("chief", "worker") for address in cluster["cluster"].get(kind, [])]
+    task = cluster["task"]
+    rank = everyone.index(cluster["cluster"][task["type"]][task["index"]])
+    gpus = bool(tf.config.list_physical_devices("GPU"))
+    if gpus and transport == "sockets":
+        raise UserError("replicas.transport = 'sockets' is for workers without GPUs: bind 'auto' or 'tensorflow'")
+    tensorflow = gpus or transport == "tensorflow"
+    started = threading.Event()  # before, TensorFlow has no collectives to abort, and would make others then
+    connected = TCPBackend(
+        rank,
+        everyone,
+        connect(rank, everyone),
+        patience_seconds,
+        lambda reason: _abort(reason) if started.is_set() else None,
+    )
+    strategy = _tensorflow_strategy(patience_seconds) if tensorflow else TCPStrategy(connected)
+    if tensorflow:
+        started.set()
+        if lost := connected.lost():
+            _abort(str(lost))
+    how = "TensorFlow's collectives" if tensorflow else "direct connections"
+    return Replicas(
+        strategy,
+        Collectives(None if tensorflow else connected, pack_bytes),
+        f"replicas: {strategy.num_replicas_in_sync}, MultiWorkerMirroredStrategy over {len(everyone)} workers, this is "
+        f"{task['type']} {task['index']}{reason}; gradients travel by {how}",
+        connected,
+        everyone[rank].rpartition(":")[0].strip("[]"),
+    )
+
+
+def _connect(
+    start_seconds: float,
+    congestion: str | None,
+    seal: bool | None,
+    allow_no_secret: bool,
+    rank: int,
+    workers: list[str],
+) -> dict[int, handshake.Link]:
+    """Connects by the secret in the environment; without one only on loopback, or where that is allowed."""
+    secret, loopback = os.environ.get(handshake.SECRET, ""), rendezvous.on_loopback(workers)
+    if not secret and len(workers) > 1:
+        what = (
+            f"no {handshake.SECRET}: whoever reaches {workers[rank]} while workers start can pass for one; set the "
+            "same on all, such as `openssl rand -hex 32` draws"
+        )
+        if not (loopback or allow_no_secret):
+            raise UserError(f"{what}, or bind replicas.allow_no_secret = True")
+        print(f"warning: {what}", file=sys.stderr, flush=True)
+    if seal is None:
+        seal = bool(secret) and not loopback
+    return rendezvous.connect(rank, workers, start_seconds, secret, congestion, seal)
+
+
+def _tensorflow_strategy(patience_seconds: float) -> tf.distribute.Strategy:
+    # Its servers wait for each other for ever and meanwhile hold Python's lock, so that no thread and no handler of a
+    # signal runs. The workers have just met: one that is missing now is lost, and SIGALRM ends the process: not with
+    # code 1, which says that its own code has failed.
+    faulthandler.dump_traceback_later(patience_seconds)
+    signal.setitimer(signal.ITIMER_REAL, patience_seconds + 0.5)
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _outlive(workers: Sequence[str]) -> None:
+    """Waits until the servers of the others are gone: TensorFlow calls it an error if the first one ends before."""
+    until = time.monotonic() + _LAST_SECONDS
+    for worker in workers:
+        with contextlib.suppress(OSError):  # nobody listens there
+            while time.monotonic() < until:
+                socket.create_connection(rendezvous.split(worker), timeout=1.0).close()
+                time.sleep(0.05)
+
+
+def _abort(reason: str) -> None:
+    # TensorFlow's collectives would wait for the lost worker for ever, or for half a minute.
+    from tensorflow.python.eager import context
+
+    context.context().abort_collective_ops(tf.errors.UNAVAILABLE, reason)

@@ -1,0 +1,159 @@
+"""Bytes on the wire: counted in a traced graph, expected at the network interface, and read from it."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from dist_partial.distributed.tcp_backend import GATHER_OP, SUM_OP
+from dist_partial.selection.payload import Payload, nic_bytes
+from dist_partial.selection.plan import Plan
+
+# What a run adds up: payload of one replica, what leaves its worker's network interface, and what would if everything
+# were trained and summed in its own dtype.
+SENT = ("wire_bytes", "nic_bytes", "full_nic_bytes")
+_KINDS = {
+    "CollectiveReduce": "sum",
+    "NcclAllReduce": "sum",
+    "CollectiveGather": "gather",
+    "CollectiveBcast": "broadcast",
+    "CollectiveAllToAll": "all-to-all",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective op of the graph.
+
+    Attributes:
+        op: its type, such as `CollectiveReduceV2`.
+        kind: 'sum', 'gather', 'broadcast' or 'all-to-all'.
+        device: where it runs; one replica has one device.
+        bytes: payload that the device hands to it, in bytes.
+        in_loop: whether it stands in a loop's body, so that it runs once a step and not once a call.
+    """
+
+    op: str
+    kind: str
+    device: str
+    bytes: int
+    in_loop: bool
+
+
+def collectives(function: Any) -> list[Collective]:
+    """All collectives of a concrete function, through nested functions, branches and loop bodies.
+
+    Raises:
+        ValueError: if the shape of a collective's input is not static, so that its bytes are not known.
+    """
+    return list(_walk(function.graph, in_loop=False))
+
+
+def in_step(function: Any, loop: bool = True) -> list[Collective]:
+    """What one replica's device hands over in one step of a train function: in a turn of its loop, if it has one."""
+    return _of_a_replica([c for c in collectives(function) if c.in_loop or not loop])
+
+
+def in_call(function: Any) -> list[Collective]:
+    """What one replica's device hands over once in a call, outside the loop."""
+    return _of_a_replica([c for c in collectives(function) if not c.in_loop])
+
+
+def total(found: Sequence[Any]) -> int:
+    """Bytes of collectives, or of messages."""
+    return sum(each.bytes for each in found)
+
+
+def sent_each(found: Sequence[Collective], plan: Plan, steps: int = 0) -> np.ndarray:
+    """Bytes of collectives, as `SENT`, int64 [3]; those at the interface are whole numbers, so that sums stay exact.
+
+    Args:
+        found: what one replica hands over.
+        plan: for the number of workers, and for what everything would take.
+        steps: in which it does so.
+    """
+    at_interface = sum(nic_bytes(each.kind, each.bytes, plan.workers) for each in found)
+    return np.array([total(found), round(at_interface), round(plan.full_nic_bytes) * steps])
+
+
+def beyond(plan: Plan, sent_in_step: Sequence[Collective], exchanges: Sequence[Any]) -> list[Payload]:
+    """What traced graphs send besides the plan's gradients and movements: the statistics of BatchNorm layers.
+
+    Args:
+        plan: with what tracing has shown of it.
+        sent_in_step: what the step hands over.
+        exchanges: from `local_sgd.exchanges`.
+    """
+    more = _difference(sent_in_step, [m for e in plan.trained if e.reduction.shared for m in e.payloads])
+    for exchange in exchanges:
+        planned = [m for entry in exchange.fragment.entries(plan) for m in entry.payloads]
+        reduction = exchange.fragment.reduction
+        for payload in _difference(exchange.sent, planned):
+            more.append(payload._replace(every=reduction.sync_every, offset=reduction.offset))
+    return more
+
+
+def _difference(found: Sequence[Collective], planned: Sequence[Payload]) -> list[Payload]:
+    payloads = []
+    for kind in sorted({each.kind for each in found}):
+        more = total([c for c in found if c.kind == kind]) - total([m for m in planned if m.kind == kind])
+        assert more >= 0, (kind, more)
+        payloads += [Payload(kind, more)] if more else []
+    return payloads
+
+
+def _of_a_replica(found: list[Collective]) -> list[Collective]:
+    by_device: dict[str, list[Collective]] = {}
+    for collective in found:
+        by_device.setdefault(collective.device, []).append(collective)
+    if len({total(each) for each in by_device.values()}) > 1:
+        totals = {device: total(each) for device, each in by_device.items()}
+        raise ValueError(f"the replicas of one graph hand over different numbers of bytes: {totals}")
+    return next(iter(by_device.values()), [])
+
+
+def _walk(graph: Any, in_loop: bool) -> Iterator[Collective]:
+    for op in graph.get_operations():
+        kind = _kind(op)
+        if kind is not None:
+            yield Collective(op.type, kind, op.device, _payload(op), in_loop)
+        for inner in called(op):
+            yield from _walk(inner, in_loop or op.type in ("While", "StatelessWhile"))
+
+
+def _kind(op: tf.Operation) -> str | None:
+    if op.type == "PyFunc":
+        name = op.name.split("/")[-1]
+        return "sum" if name.startswith(SUM_OP) else "gather" if name.startswith(GATHER_OP) else None
+    return next((kind for prefix, kind in _KINDS.items() if op.type.startswith(prefix)), None)
+
+
+def _payload(op: tf.Operation) -> int:
+    tensor = op.inputs[0]
+    if not tensor.shape.is_fully_defined():
+        raise ValueError(f"{op.type} {op.name!r} has an input of shape {tensor.shape}: its bytes cannot be counted")
+    return math.prod(tensor.shape.as_list()) * tensor.dtype.size
+
+
+def called(op: tf.Operation) -> list[Any]:
+    """Graphs of the functions that an op calls."""
+    names = []
+    for attribute in op.node_def.attr.values():
+        names += [attribute.func.name] if attribute.func.name else []
+        names += [function.name for function in attribute.list.func]
+    functions = [op.graph._get_function(name) for name in names]
+    graphs = [getattr(function, "graph", function) for function in functions]
+    return [
+        graph for graph in graphs if hasattr(graph, "get_operations")
+    ]  # those of the old kind have none to look into
+
+
+def operations(graph: Any) -> Iterator[tf.Operation]:
+    """All operations of a graph, through nested functions, branches and loop bodies."""
+    for op in graph.get_operations():
+        yield op
+        for inner in called(op):
+            yield from operations(inner)

@@ -1,0 +1,1 @@
+"""Takes what a run has trained home: deltas, .keras files, SavedModels."""

@@ -1,0 +1,160 @@
+"""python -m dist_partial.export --run_dir=DIR --format=safetensors|keras|savedmodel --output=PATH [--overwrite] ...
+
+Takes the newest checkpoint of a run folder home: what was trained alone (safetensors; see dist_partial.delta), or the
+whole model, for Keras (keras) or for TensorFlow Serving (savedmodel).
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from dist_partial import cli
+
+if TYPE_CHECKING:
+    from dist_partial.training.build import Built
+FORMATS = {"safetensors": ".safetensors", "keras": ".keras", "savedmodel": ""}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 0, or 2 for a mistake of the user's."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("run_dir", None, "run folder", flag_values=values)
+    flags.DEFINE_enum("format", None, list(FORMATS), "what to write", flag_values=values)
+    flags.DEFINE_string("output", None, "the file, or for savedmodel the folder, to write", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "replace an output of the same format", flag_values=values)
+    flags.DEFINE_integer("max_length", None, "savedmodel: ids that a cache of `generate` holds", flag_values=values)
+    flags.DEFINE_bool("allow_imports", False, "import the modules that the run's gin file names", flag_values=values)
+
+    def command() -> int:
+        folder = cli.check_run_dir(values.run_dir)
+        if not values.format:
+            raise cli.UserError(f"no --format: write one of {', '.join(f'--format={name}' for name in FORMATS)}")
+        output = _checked_output(values.output, values.format, values.overwrite)
+        if values.max_length is not None and values.max_length < 2:
+            raise cli.UserError(
+                f"--max_length={values.max_length}: it must be at least 2, a prompt and what follows it"
+            )
+        cli.import_tensorflow_quietly()
+        from dist_partial.export import delta, keras_file, restore, saved_model
+
+        with restore.newest(folder, values.allow_imports) as (_, built, step):
+            if values.format == "safetensors":
+                changed = delta.of(built.model, built.plan, _base(folder, built), step)
+                delta.write(output, changed)
+                notes = f", {len(changed.arrays)} of {len(changed.base)} variables"
+            else:
+                for layer in built.batch_norms:
+                    layer.trainable = True  # as the factory made it: the run alone had put it into inference mode
+                whole = keras_file.write_keras if values.format == "keras" else saved_model.write_saved_model
+                notes = _put(output, lambda path: whole(path, built, values.max_length))
+        print(f"{output}: step {step} of {folder}, {_bytes(output):,} bytes{notes}")
+        if values.format == "savedmodel":
+            versions = output.parent if output.name.isdecimal() else Path("SOMEWHERE") / output.name
+            move = "" if output.name.isdecimal() else f"move it to {versions}/1 and "
+            print(f"TensorFlow Serving reads a folder of numbered versions: {move}give it --model_base_path={versions}")
+        return 0
+
+    return cli.call(__doc__, values, argv, command)
+
+
+def _checked_output(given: str | None, form: str, overwrite: bool) -> Path:
+    """The path of the output, at which there may be something only if it may be replaced."""
+    suffix = FORMATS[form]
+    if not given:
+        raise cli.UserError(f"no --output: name what to write, such as --output=exported{suffix}")
+    output = Path(os.path.abspath(given))
+    if suffix and output.suffix != suffix:
+        raise cli.UserError(f"--output={given} does not end in {suffix}: write --output={given}{suffix}")
+    folder = next(parent for parent in output.parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):  # said now, and not after the work
+        raise cli.UserError(f"cannot write {given}: {folder} is no folder that can be written; choose another --output")
+    if not os.path.lexists(output):
+        return output
+    if not overwrite:
+        raise cli.UserError(f"{given} is there already: choose another --output, or give --overwrite to replace it")
+    if not (output.is_file() if suffix else (output / "saved_model.pb").is_file()):
+        what = "file" if suffix else "SavedModel"
+        raise cli.UserError(f"{given} is there and is no {what}, so it is not replaced: choose another --output")
+    return output
+
+
+def _base(folder: Path, built: "Built") -> dict[str, str]:
+    """Digests of the values that the run began with, which the model as it was built has, too.
+
+    Raises:
+        UserError: the factories make others by now, so that no base would be known by them.
+    """
+    from dist_partial import validation
+    from dist_partial.checkpoints import fingerprints
+
+    began = json.loads((folder / fingerprints.RUN_FILE).read_text()).get(fingerprints.INITIAL, {})
+    if changed := validation.differences(began, built.fingerprint[fingerprints.INITIAL]):
+        names = ", ".join(repr(name) for name, _, _ in changed[:3])
+        raise cli.UserError(
+            f"run.model does not make the weights that {folder} began with: {names} differ, so that no base would be "
+            "known by this delta; restore what it reads, or export the whole model by --format=keras"
+        )
+    return began
+
+
+def _put(output: Path, write: Callable[[Path], str]) -> str:
+    """Has a file or a folder written beside its name, then renames it; returns what `write` does."""
+    partial = output.with_name(f".{os.getpid()}.partial.{output.name}")  # Keras goes by the name's end
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)  # of a killed process that had this one's number, or put there as a link
+        try:
+            notes = write(partial)
+            for path in [partial, *partial.rglob("*")]:
+                _sync(path)
+            _replace(output, partial)
+            _sync(output.parent)
+            return notes
+        finally:
+            _remove(partial)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise cli.UserError(f"cannot write {output}: {reason}; free some space, or choose another --output") from None
+
+
+def _replace(output: Path, new: Path) -> None:
+    if not output.is_dir():
+        new.rename(output)
+        return
+    aside = output.with_name(f".{os.getpid()}.replaced.{output.name}")  # a folder cannot be renamed over another
+    output.rename(aside)
+    try:
+        new.rename(output)
+    except OSError:
+        aside.rename(output)
+        raise
+    _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _bytes(path: Path) -> int:
+    return sum(p.stat().st_size for p in [path, *path.rglob("*")] if p.is_file())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Writes a whole model as a .keras file, and checks that it loads as the same model."""
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from dist_partial.adapters import lora, quantization
+from dist_partial.errors import UserError, first_line
+from dist_partial.step import layer_state
+from dist_partial.training.build import Built
+
+
+def write_keras(path: Path, built: Built, _: int | None) -> str:
+    """Writes a .keras file, and loads it again to see that it is the model; the model is not for training any more.
+
+    Raises:
+        UserError: the model cannot be written, or is another one when it is loaded.
+    """
+
+    def policies(model: Any) -> list[str]:
+        return [layer.dtype_policy.name for layer in model._flatten_layers()]
+
+    model, policy, floatx = built.model, keras.config.dtype_policy(), keras.config.floatx()
+    quantization.widen(built.plan)  # or else what training has moved would be rounded away in the kernels
+    lora.merge(model)  # or else the file would have factors of zero beside kernels that stay frozen
+    hint = "give its classes get_config and keras.saving.register_keras_serializable, or write --format=savedmodel"
+    if any(getattr(layer, "quantization_mode", None) for layer in model._flatten_layers()):
+        hint = "Keras 3.15 cannot load all models with layers in int8: write --format=savedmodel or safetensors"
+    name = f"model {model.name!r}"
+    notes = ""
+    try:
+        model.save(path)
+        keras.config.set_floatx("float32")  # as in a new process
+        keras.config.set_dtype_policy("float32")
+        # What a Lambda layer holds is this process's own code.
+        loaded = keras.saving.load_model(path, compile=False, safe_mode=False)
+        if policies(loaded) != policies(model):
+            keras.config.set_floatx(floatx)
+            keras.config.set_dtype_policy(policy)
+            loaded = keras.saving.load_model(path, compile=False, safe_mode=False)
+            notes = f"; call keras.config.set_dtype_policy({policy.name!r}) before loading it"
+            if floatx != "float32":
+                notes = f"; call keras.config.set_floatx({floatx!r}) and" + notes.removeprefix("; call")
+    except OSError:
+        raise
+    except Exception as error:  # Keras raises this and that, and so may the classes of the user's
+        raise UserError(f"{name} cannot be written as a .keras file: {first_line(error)}; {hint}") from error
+    finally:
+        keras.config.set_floatx(floatx)
+        keras.config.set_dtype_policy(policy)
+    if policies(loaded) != policies(model) or not _same_outputs(built, loaded):
+        raise UserError(f"{name} is another model when its .keras file is loaded; {hint}")
+    if lost := sorted({v.dtype for v in model.variables} - {v.dtype for v in loaded.variables}):
+        notes += f"; what it holds in {', '.join(lost)} loads in the layers' own dtype"
+    modules = {type(layer).__module__ for layer in model._flatten_layers()}
+    modules = {module.split(".src.")[0] for module in modules if module.split(".")[0] != "keras"}
+    return notes + (f"; import {', '.join(sorted(modules))} before loading it" if modules else "")
+
+
+def _same_outputs(built: Built, loaded: Any) -> bool:
+    """Whether two models give the same on held-out examples."""
+    for state in layer_state.recurrent(built.model):  # Keras saves none
+        state.assign(np.zeros(state.shape))
+    count = layer_state.batch_size(built.model) or min(4, len(built.data.evaluation))
+    x = built.data.evaluation.fetch(np.arange(count))[0]
+    ours, theirs = (np.asarray(model(x, training=False), np.float64) for model in (built.model, loaded))
+    rounding = 1e-2 if "16" in built.model.compute_dtype else 1e-4  # factors that were merged are rounded elsewhere
+    return ours.shape == theirs.shape and bool(np.abs(ours - theirs).max() <= rounding * np.abs(ours).max())

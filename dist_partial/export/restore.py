@@ -1,0 +1,64 @@
+"""What a run trains and has trained so far, for those who use it: `sample`, `export` and who has a delta."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from dist_partial.config import gin_files
+from dist_partial.config.settings import Settings
+from dist_partial.distributed import replicas
+from dist_partial.errors import UserError
+from dist_partial.export.delta import Base
+from dist_partial.reductions.local_only import LocalOnly
+from dist_partial.session import put_back
+from dist_partial.step import outer_step
+from dist_partial.training.build import Built, build, restore
+
+
+@contextlib.contextmanager
+def newest(folder: Path, imports: bool) -> Iterator[tuple[Settings, Built, int]]:
+    """Builds a run's model in this process, on one replica, with the weights of its newest checkpoint.
+
+    The data may have changed since, as long as the run's model takes it: only training goes on from it.
+
+    Args:
+        folder: the run folder.
+        imports: whether the modules that its gin file names may be imported.
+
+    Yields:
+        The run's settings, what they build, and the checkpoint's step.
+
+    Raises:
+        UserError: there is no checkpoint, or the factories do not make the model that was trained.
+    """
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    settings = gin_files.load([folder / "operative_config.gin"], imports=imports).settings
+    with put_back():
+        built = build(settings, replicas.create("default"))
+        checkpoint = restore(built, folder, say, may_differ=("data",))
+        if checkpoint is None:
+            raise UserError(f"{folder} has no checkpoint yet: let the run save one first")
+        if alone := [entry.path for entry in built.plan.trained if isinstance(entry.reduction, LocalOnly)]:
+            say(f"{alone[0]!r} and what else @local_only() trains differs between replicas: this is the first one's")
+        with outer_step.agreed(built.replicas.strategy, built.fragments):
+            yield settings, built, checkpoint.step
+
+
+def base(gin_file: str | Path, imports: bool = False) -> Base:
+    """The base of the deltas of a run: its model as it was before the run, with LoRA's factors and what is stored low.
+
+    Sets all random seeds to the run's, as the run itself does.
+
+    Args:
+        gin_file: such as the `operative_config.gin` of its folder, or the file that it was started with.
+        imports: whether the modules that the file names may be imported.
+
+    Raises:
+        UserError: every mistake in the file, and data or weights that it reads and that are gone.
+    """
+    with put_back():
+        return Base(build(gin_files.load([gin_file], imports=imports).settings, replicas.create("default")).model)

@@ -1,0 +1,187 @@
+"""Rules for `model.fit`: an optimizer that trains and reduces the selection alone.
+
+    with strategy.scope():
+        model = build_model()
+        optimizer = dist_partial.partial(keras.optimizers.Adam(1e-3), [("train", r"head/.*"), ("freeze", r".*")], model)
+        model.compile(optimizer, loss=...)
+    model.fit(...)
+
+Keras differentiates `model.trainable_weights`, so `partial` takes what the rules freeze out of them. A model saved with
+such an optimizer needs `import dist_partial.fit` before `keras.saving.load_model`, or `compile=False`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from dist_partial.distributed.per_replica import local_count
+from dist_partial.errors import UserError
+from dist_partial.fit.optimizer import FROZEN, REDUCTIONS, Partial, PartialLossScale, Share, freeze
+from dist_partial.reductions.all_reduce import AllReduce
+from dist_partial.selection.plan import Plan
+from dist_partial.selection.resolve import resolve
+from dist_partial.step import batch_norm, optimizers
+
+
+def partial(
+    optimizer: keras.optimizers.Optimizer | str,
+    rules: Sequence[Any],
+    model: keras.Model,
+    reduction: Any = AllReduce(),  # noqa: B008 (frozen)
+) -> Partial | PartialLossScale:
+    """Freezes what the rules do not train, and wraps an optimizer so that only the rest is reduced, once.
+
+    Call it inside `strategy.scope()`, before `model.compile`. Loss and metrics stay as in Keras: each replica divides
+    its loss by the number of replicas, and the sum of their gradients is the gradient of the global batch's mean. The
+    optimizer's clipping is of that sum, each optimizer's of its own part. BatchNorm layers of which nothing is trained
+    run in inference mode. A model that has been through here before begins as it was before.
+
+    Args:
+        optimizer: a Keras optimizer that has no variables yet, or its name. It trains the rules that name neither an
+            optimizer nor a learning rate; each of the others has one of its own, listed in `optimizers`.
+        rules: the table, as for `run.rules`; its paths have no model name in front.
+        model: a built model.
+        reduction: of the rules that name none: `AllReduce`, `Quantized`, `TopK` or `PowerSGD`.
+
+    Returns:
+        What `model.compile(optimizer=...)` takes; with loss scaling if the model's policy is mixed_float16.
+
+    Raises:
+        UserError: a rule table that does not fit the model, as from `selection.resolve`; a model without variables;
+            an optimizer that is wrapped or built already, was made outside the model's strategy, or accumulates,
+            averages or scales by itself; a reduction with which replicas would part.
+    """
+    if not isinstance(model, keras.Model):
+        raise UserError(f"partial was given {model!r}: the third argument is the Keras model that will be compiled")
+    if not model.built or not model.variables:
+        raise UserError(f"model {model.name!r} has no variables yet: call it once on a batch, then partial(...)")
+    strategy = model.distribute_strategy
+    if strategy.num_replicas_in_sync > local_count(strategy):
+        raise UserError(
+            "model.fit of Keras 3.15 fails under MultiWorkerMirroredStrategy with more than one worker, with any "
+            "optimizer: train with dist_partial.train"
+        )
+    with strategy.scope():
+        plan, made = _resolve(rules, model, reduction, _checked(optimizer, strategy))
+        used = list({id(each): each for each in made}.values())
+        shares = [
+            Share(tuple(e.path for e in group.entries), group.rule.rows, group.reduction, used.index(each))
+            for group, each in zip(plan.groups, made, strict=True)
+        ]
+        asleep = {id(variable) for layer in _freeze_rest(model, plan) for variable in layer.variables}
+        wrapped = Partial(used, shares, [e.path for e in plan.entries if id(e.variable) in asleep])
+        wrapped.build(model.trainable_variables, {e.path: e.variable for e in plan.entries})
+        outer = PartialLossScale(wrapped) if model.dtype_policy.name == "mixed_float16" else wrapped
+        outer.build(model.trainable_variables)
+        return outer
+
+
+def release(model: keras.Model) -> None:
+    """Makes everything trainable again that `partial` has frozen; compile the model after it.
+
+    What was not trainable before `partial` stays so. Keras does not save which single variables are: in a loaded model
+    all of those that the rules froze become trainable.
+    """
+    layers, variables = _frozen(model)
+    for layer in layers:
+        setattr(layer, FROZEN, False)
+        batch_norm.set_mode(layer, True)
+    for variable in variables:
+        setattr(variable, FROZEN, False)
+        variable.trainable = True
+
+
+def resume(model: keras.Model) -> None:
+    """Puts the BatchNorm layers of a loaded model back into inference mode; call it after `load_model`.
+
+    Only for models whose class does not save which of its layers are frozen, as subclassed ones do not; the first step
+    of others needs nothing. Keras then warns once that layers have changed since `compile`, which does no harm here.
+    """
+    optimizer = _optimizer(model)
+    if optimizer is None:
+        raise UserError(f"model {model.name!r} is not compiled with an optimizer from partial(...)")
+    _freeze_rest(model, optimizer.plan)
+    optimizer.awake = []
+
+
+def _optimizer(model: keras.Model) -> Partial | None:
+    outer = getattr(model, "optimizer", None)
+    inner = outer.inner_optimizer if isinstance(outer, PartialLossScale) else outer
+    return inner if isinstance(inner, Partial) else None
+
+
+def _checked(optimizer: Any, strategy: tf.distribute.Strategy) -> keras.optimizers.Optimizer:
+    try:
+        inner = keras.optimizers.get(optimizer)
+    except (TypeError, ValueError):
+        inner = None
+    if not isinstance(inner, keras.optimizers.Optimizer):
+        raise UserError(f"partial was given {optimizer!r}: pass a Keras optimizer such as keras.optimizers.Adam(1e-3)")
+    where = f"the optimizer {inner.name!r}"
+    if isinstance(inner, (Partial, PartialLossScale)):
+        raise UserError(f"{where} is wrapped already: pass the Keras optimizer itself, a new one")
+    if inner.built:
+        raise UserError(f"{where} has slots for other variables already: pass a new one")
+    optimizers.check(where, inner)
+    if inner._distribution_strategy is not strategy:
+        raise UserError(f"{where} was made outside the model's strategy: make both inside the same strategy.scope()")
+    return inner
+
+
+def _resolve(
+    rules: Sequence[Any], model: keras.Model, reduction: Any, inner: keras.optimizers.Optimizer
+) -> tuple[Plan, list[keras.optimizers.Optimizer]]:
+    """The plan for the model as it was before `partial`, and the optimizer of each of its groups."""
+
+    def make(learning_rate: Any = None) -> keras.optimizers.Optimizer:
+        return inner if learning_rate is None else optimizers.another(inner, learning_rate)
+
+    layers, variables = _frozen(model)
+    release(model)
+    try:
+        plan = resolve(rules, model, reduction)
+        for group in plan.groups:
+            if type(group.reduction) not in REDUCTIONS.values():
+                raise UserError(
+                    f"rule {group.rule.match!r}: model.fit cannot reduce by {group.reduction}: take one of "
+                    f"{', '.join(REDUCTIONS)}, or train with dist_partial.train"
+                )
+        return plan, [group.optimizer for group in optimizers.build(plan, make, slots=False)]
+    except UserError:
+        # An optimizer that the model was compiled with before stays usable.
+        _sleep(layers)
+        freeze(variables)
+        raise
+
+
+def _freeze_rest(model: keras.Model, plan: Plan) -> list[Any]:
+    """Freezes what the plan does not train; returns the BatchNorm layers that it has put into inference mode."""
+    layers = batch_norm.layers(model)
+    batch_norm.set_modes(layers, plan, everywhere=False)
+    asleep = [layer for layer in layers if not layer.trainable]
+    _sleep(asleep)
+    trained = {id(entry.variable) for entry in plan.trained}
+    freeze(v for v in model.trainable_variables if id(v) not in trained)
+    return asleep
+
+
+def _sleep(layers: Sequence[Any]) -> None:
+    for layer in layers:
+        batch_norm.set_mode(layer, False)
+        setattr(layer, FROZEN, True)
+
+
+def _frozen(model: keras.Model) -> tuple[list[Any], list[Any]]:
+    """BatchNorm layers and variables that `partial` has frozen, in this process or before the model was saved."""
+    optimizer, still = _optimizer(model), [v for v in model.variables if not v.trainable]
+    before = optimizer.asleep(still) if optimizer else []
+    variables = [v for v in still if getattr(v, FROZEN, False) or any(v is other for other in before)]
+    ids = {id(v) for v in before}
+    layers = [
+        layer
+        for layer in model._flatten_layers()
+        if getattr(layer, FROZEN, False) or (not layer.trainable and ids & {id(v) for v in layer._trainable_variables})
+    ]
+    return layers, variables

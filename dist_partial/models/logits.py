@@ -1,0 +1,53 @@
+"""Finds the logits behind a model's outputs."""
+
+import numpy as np
+import tensorflow as tf
+
+
+def is_distribution(outputs: tf.Tensor, example: tf.Tensor) -> bool:
+    """Whether a model's outputs are probabilities of classes: a softmax by the graph, or a distribution by value.
+
+    Args:
+        outputs: in a traced graph.
+        example: the outputs for some example, [1, ..., classes].
+    """
+    return activation_op(outputs, "Softmax") is not None or bool(_adds_up(example))
+
+
+def _adds_up(values: tf.Tensor) -> tf.Tensor:
+    """Whether all of `values` [..., classes] are distributions."""
+    if values.shape.rank < 2 or values.shape[-1] == 1:
+        return tf.constant(False)
+    # Half precision rounds a sum of many; logits that are all positive and add up to 1 are not seen.
+    sums = tf.reduce_sum(tf.cast(values, tf.float32), -1)
+    return tf.reduce_all(values >= 0) & tf.reduce_all(tf.abs(sums - 1) < 0.02)
+
+
+def as_logits(outputs: tf.Tensor) -> tf.Tensor:
+    """A model's outputs [..., classes] in a traced graph as logits, whether they are that or probabilities."""
+    outputs = full_precision(outputs)
+    if activation_op(outputs, "Softmax") is not None:
+        return logits_behind(outputs, "Softmax")
+    return tf.where(_adds_up(outputs), logits_behind(outputs, "Softmax"), outputs)
+
+
+def logits_behind(probabilities: tf.Tensor, kind: str) -> tf.Tensor:
+    """The logits behind probabilities: those in the graph, or else logarithms, of which the softmax is the same."""
+    if (activation := activation_op(probabilities, kind)) is not None:
+        return tf.reshape(tf.cast(activation.inputs[0], probabilities.dtype), tf.shape(probabilities))
+    return tf.math.log(tf.maximum(probabilities, np.finfo(np.float32).tiny))
+
+
+def activation_op(outputs: tf.Tensor, kind: str) -> tf.Operation | None:
+    """The op of that kind that gives a tensor of a graph, if only dtype and shape are changed after it."""
+    operation = outputs.op if tf.is_symbolic_tensor(outputs) else None
+    while operation is not None and operation.type in ("Cast", "Reshape", "Identity", "Squeeze", "ExpandDims"):
+        operation = operation.inputs[0].op
+    if operation is None or operation.type != kind or operation.outputs[0].shape[-1:] != outputs.shape[-1:]:
+        return None
+    return operation
+
+
+def full_precision(outputs: tf.Tensor) -> tf.Tensor:
+    """Casts half-precision outputs to float32: a softmax over them loses too much."""
+    return tf.cast(outputs, tf.float32) if outputs.dtype in (tf.float16, tf.bfloat16) else outputs

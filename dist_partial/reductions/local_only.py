@@ -1,0 +1,42 @@
+"""Sends nothing: each replica trains variables of its own."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from dist_partial.reductions.base import Exchange
+from dist_partial.selection.payload import Payload
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalOnly:
+    """Each replica trains variables of its own, by the gradients of its own examples; nothing is sent.
+
+    Each replica is evaluated with its own, and all of them are saved.
+    """
+
+    @property
+    def shared(self) -> bool:
+        return False
+
+    def payloads(self, shape: Sequence[int], dtype: str) -> tuple[Payload, ...]:
+        return ()
+
+    def state(self, path: str, shape: Sequence[int], dtype: str) -> dict[str, np.ndarray]:
+        return {}
+
+    def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
+        return own_part(value)
+
+    def __str__(self) -> str:
+        return "local only"
+
+
+def own_part(gradient: tf.Tensor) -> Exchange:
+    # It was divided by the global batch, and stands for the mean over this replica's part of it.
+    context: Any = tf.distribute.get_replica_context()
+    return gradient * context.num_replicas_in_sync
+    yield  # a generator that asks for nothing

@@ -1,0 +1,123 @@
+"""Exchanges every few steps: local SGD, and with an outer optimizer DiLoCo."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dist_partial.errors import UserError
+from dist_partial.reductions.all_reduce import AllReduce
+from dist_partial.reductions.base import Exchange
+from dist_partial.reductions.local_only import own_part
+from dist_partial.selection.payload import Payload, itemsize
+from dist_partial.selection.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalSGD:
+    """Each replica trains by itself for some steps; then what they have moved is averaged.
+
+    The mean movement since the last exchange, `anchor - variable`, is the gradient of an outer optimizer that updates
+    the anchor, from which all replicas go on. With outer SGD(1) that is local SGD (Stich 2019, "Local SGD Converges
+    Fast and Communicates Little"); with Nesterov momentum it is DiLoCo (Douillard et al. 2023); with another offset for
+    each group, fragments take turns (Douillard et al. 2025, "Streaming DiLoCo"). The inner optimizer's slots stay on
+    their replica.
+
+    Attributes:
+        sync_every: steps between two exchanges.
+        offset: the exchanges follow the steps s with s % sync_every == offset % sync_every.
+        outer_optimizer: factory of the outer Keras optimizer; None is SGD(1): the replicas' mean.
+        compressor: a reduction of every step, by which the movements are summed; None sends them as they are.
+        keep_residual_local: what the exchange leaves out stays in the replica's own variables, from which training
+            goes on, instead of waiting in a residual for the next exchange (the better choice with `top_k`).
+    """
+
+    sync_every: int
+    offset: int = 0
+    outer_optimizer: Callable[..., Any] | None = None
+    compressor: Any = None
+    keep_residual_local: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("sync_every", 1), ("offset", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise UserError(f"local_sgd.{name} is {value!r}: it must be a whole number of at least {least}")
+        if self.outer_optimizer is not None and (
+            not callable(self.outer_optimizer) or isinstance(self.outer_optimizer, keras.optimizers.Optimizer)
+        ):
+            raise UserError(
+                f"local_sgd.outer_optimizer is {self.outer_optimizer!r}: bind a factory, such as @nesterov without ()"
+            )
+        if not isinstance(self.keep_residual_local, bool):
+            raise UserError(f"local_sgd.keep_residual_local is {self.keep_residual_local!r}: write True or False")
+        # Of a class, not made by (), `shared` would be the property itself.
+        if self.compressor is not None and getattr(self.compressor, "shared", False) is not True:
+            raise UserError(
+                f"local_sgd.compressor is {self.compressor!r}: bind a reduction of every step, such as @quantized()"
+            )
+
+    @property
+    def shared(self) -> bool:
+        return False
+
+    @property
+    def window(self) -> Any:
+        """The reduction of the movements."""
+        return self.compressor or AllReduce()
+
+    def due(self, step: int) -> bool:
+        """Whether an exchange follows `step`, counted from 1."""
+        return step % self.sync_every == self.offset % self.sync_every
+
+    def next_due(self, done: int) -> int:
+        """The first step after `done` that an exchange follows."""
+        return done + 1 + (self.offset - done - 1) % self.sync_every
+
+    def payloads(self, shape: Sequence[int], dtype: str) -> tuple[Payload, ...]:
+        return tuple(m._replace(every=self.sync_every, offset=self.offset) for m in self.window.payloads(shape, dtype))
+
+    def state(self, path: str, shape: Sequence[int], dtype: str) -> dict[str, np.ndarray]:
+        return self.window.state(path, shape, dtype)
+
+    def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
+        return own_part(value)
+
+    def __str__(self) -> str:
+        parts = [f"every {self.sync_every} steps"]
+        parts += [f"offset {self.offset}"] if self.offset else []
+        # No repr of what has no name: it may hold an address, and the text says whether a run goes on.
+        parts += (
+            [f"outer {getattr(self.outer_optimizer, '__name__', type(self.outer_optimizer).__name__)}"]
+            if self.outer_optimizer
+            else []
+        )
+        parts += [str(self.compressor)] if self.compressor else []
+        parts += ["residuals stay local"] if self.keep_residual_local else []
+        return ", ".join(parts)
+
+
+def nesterov(learning_rate: float = 0.7, momentum: float = 0.9) -> keras.optimizers.Optimizer:
+    """The outer optimizer of DiLoCo, with the paper's values: SGD with Nesterov momentum."""
+    return keras.optimizers.SGD(learning_rate, momentum=momentum, nesterov=True)
+
+
+def averages(plan: Plan, variables: Sequence[Any]) -> tuple[Payload, ...]:
+    """How variables that are averaged over the replicas travel: with the shared gradients, or else with an exchange.
+
+    Args:
+        plan: what is trained.
+        variables: of layers in training mode, each of which its replicas would change by themselves.
+
+    Returns:
+        One message at most: none where nothing travels that would take them along.
+    """
+    size = sum(math.prod(variable.shape) * itemsize(variable.dtype) for variable in variables)
+    local = [group.reduction for group in plan.groups if isinstance(group.reduction, LocalSGD)]
+    if size and any(group.reduction.shared for group in plan.groups):
+        return (Payload("sum", size),)
+    return (Payload("sum", size, local[0].sync_every, local[0].offset),) if size and local else ()

@@ -1,0 +1,196 @@
+"""What is trained when: schedules that switch units of the trained variables on and off during a run.
+
+A schedule is a pure function of the step, the seed and, where it adapts, of statistics that were reduced over the
+replicas: every worker comes to the same answer by itself. Nothing here knows variables; paths and sizes are enough.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from dist_partial.errors import UserError
+from dist_partial.selection.rules import matches
+
+State = dict[str, Any]  # JSON values
+Partition = list[tuple[str, tuple[str, ...]]]
+CHOICES = {"order": ("ascending", "descending", "random"), "by": ("norm", "norm_per_byte")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Trained variables that are switched on and off together.
+
+    Attributes:
+        name: by which schedules and logs call it.
+        paths: of its variables.
+        bytes: what leaves a worker's network interface for it in a step in which it is on.
+        parameters: how many of its parameters are trained.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    bytes: int
+    parameters: int
+
+
+class Schedule(Protocol):
+    """What `run.schedule` has to offer.
+
+    Units stand in order from the model's input to its output. `step` is a number of updates: what is said of it holds
+    for the update that follows, and 0 is before the first.
+
+    Attributes:
+        statistics: what `observe` is given: None if it is never called; 'norms': for each unit the sum, over the steps
+            since the last switch, of the squared norm of its reduced gradient, 0 for a unit that was off; 'probe': the
+            squared norm of each unit's gradient, on or off, on one small batch.
+    """
+
+    @property
+    def statistics(self) -> str | None: ...
+
+    def partition(self, paths: Sequence[str]) -> Partition:
+        """Names of the units and their paths; `paths` are of all that the rules train, in the model's order."""
+
+    def check(self, units: Sequence[Unit], steps: int) -> list[str]:
+        """Lines to say of what a run of so many steps does not reach; raises UserError if it does not fit the units."""
+
+    def initial(self, units: Sequence[Unit]) -> State:
+        """What is remembered before the first `observe`."""
+
+    def select(self, step: int, units: Sequence[Unit], seed: int, state: State) -> frozenset[str]:
+        """Names of the units to train; never empty. `state` is what the last `observe` up to this step returned."""
+
+    def remaining(self, step: int, units: Sequence[Unit], state: State) -> frozenset[str]:
+        """Names of the units that may still be trained at this step or later; the others are frozen for good."""
+
+    def next_switch(self, step: int) -> int | None:
+        """The least later step at which `select` may change or `observe` is due; None if there is none."""
+
+    def observe(self, step: int, units: Sequence[Unit], norms: np.ndarray, state: State) -> State:
+        """Takes in statistics [units] and returns the new state; called before `select` of that step."""
+
+
+def observes(schedule: Schedule, step: int) -> bool:
+    """Whether `observe` is due at this step: at each `next_switch`; a probe, which needs no past, at step 0, too."""
+    if step == 0 or schedule.statistics is None:
+        return schedule.statistics == "probe"
+    return schedule.next_switch(step - 1) == step
+
+
+class Stateless:
+    """Of the schedules that follow from step and seed alone."""
+
+    statistics: ClassVar[str | None] = None
+
+    def initial(self, units: Sequence[Unit]) -> State:
+        return {}
+
+    def observe(self, step: int, units: Sequence[Unit], norms: np.ndarray, state: State) -> State:
+        return state
+
+    def remaining(self, step: int, units: Sequence[Unit], state: State) -> frozenset[str]:
+        return frozenset(unit.name for unit in units)
+
+
+# By keyword, so that a field without a default can follow.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Periodic(Stateless):
+    """Of the schedules that may switch every few steps.
+
+    Attributes:
+        every: steps from one switch to the next.
+        units: regular expressions of whole paths, from the model's input to its output, of which the first that
+            matches counts; None makes a unit of each top layer, the first component of the paths.
+    """
+
+    every: int = 100
+    units: Sequence[str] | None = None
+
+    binding: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            where, value = f"{self.binding}.{field.name}", getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if field.name in ("units", "always"):
+                if not isinstance(value, (list, tuple)) or (field.name == "units" and not value):
+                    raise UserError(f"{where} is {value!r}: write a list of patterns, such as [r'block_0/.*']")
+                for pattern in value:
+                    check_pattern(where, pattern)
+            elif field.name in CHOICES:
+                if value not in CHOICES[field.name]:
+                    raise UserError(f"{where} is {value!r}: write {' or '.join(map(repr, CHOICES[field.name]))}")
+            elif field.type in (int, int | None) and (type(value) is not int or value < 1):
+                raise UserError(f"{where} is {value!r}: it must be a whole number of at least 1")
+
+    def partition(self, paths: Sequence[str]) -> Partition:
+        return by_layer(paths) if self.units is None else by_pattern(f"{self.binding}.units", self.units, paths)
+
+    def next_switch(self, step: int) -> int | None:
+        return (step // self.every + 1) * self.every
+
+
+def by_layer(paths: Sequence[str]) -> Partition:
+    layers: dict[str, list[str]] = {}
+    for path in paths:
+        layers.setdefault(path.split("/")[0], []).append(path)
+    return [(layer, tuple(members)) for layer, members in layers.items()]
+
+
+def by_pattern(where: str, patterns: Sequence[str], paths: Sequence[str]) -> Partition:
+    """Units by the first pattern that matches, in the patterns' order."""
+    units: list[list[str]] = [[] for _ in patterns]
+    for path in paths:
+        number = next((n for n, pattern in enumerate(patterns) if matches(pattern, path)), None)
+        if number is None:
+            raise UserError(f"{where}: no pattern matches {path!r} (patterns: {nearest(path, patterns)}): add one")
+        units[number].append(path)
+    for pattern, members in zip(patterns, units, strict=True):
+        if not members:
+            raise UserError(
+                f"{where}: {pattern!r} matches nothing that is trained and that no pattern before it takes; nearest "
+                f"paths: {nearest(pattern, paths)}"
+            )
+    return [(pattern, tuple(members)) for pattern, members in zip(patterns, units, strict=True)]
+
+
+def split_always(binding: str, always: Sequence[str], units: Sequence[Unit]) -> tuple[list[str], list[str]]:
+    """Names of the units that are always on, and of the others, in the units' order."""
+    names = [unit.name for unit in units]
+    on = set()
+    for pattern in always:
+        # A unit that was made by a pattern is named by it, and a pattern need not match its own text.
+        found = {name for name in names if name == pattern or re.fullmatch(pattern, name)}
+        if not found:
+            raise UserError(f"{binding}: no unit is called {pattern!r}; nearest: {nearest(pattern, names)}")
+        on |= found
+    if len(on) == len(names):
+        raise UserError(f"{binding}: all units, {quoted(names)}, are always on: nothing is left to choose from")
+    return [name for name in names if name in on], [name for name in names if name not in on]
+
+
+def quoted(words: Iterable[str]) -> str:
+    return ", ".join(map(repr, words))
+
+
+def nearest(word: str, names: Sequence[str]) -> str:
+    return quoted(difflib.get_close_matches(word, names, cutoff=0))
+
+
+def unreached(what: str, start: int, steps: int) -> list[str]:
+    # No mistake: the schedule of a long run is tried for a few steps, and goes on when run.steps is more.
+    return [f"{what} after {start} steps, and run.steps is {steps}"] if start >= steps else []
+
+
+def check_pattern(where: str, pattern: Any) -> None:
+    if not isinstance(pattern, str):
+        raise UserError(f"{where}: the pattern {pattern!r} must be a string")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{where}: {pattern!r} is not a regular expression: {error}") from None

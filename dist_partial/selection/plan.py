@@ -1,0 +1,195 @@
+"""The rules resolved against one model: what is trained, in which groups, and what it sends."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from dist_partial.selection.payload import average_bytes, exact_number, itemsize, nic_bytes
+from dist_partial.selection.rules import Rule
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    """A kernel that is frozen, and the LoRA factors that are trained in its place."""
+
+    kernel: Any
+    factors: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VariablePlan:
+    """One variable of the model under the rule that covers it."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    variable: Any
+    rule: Rule
+    reduction: Any = None
+    sent: bool = True  # False once tracing has shown that the loss does not depend on the variable
+    unit: str = ""  # what a schedule switches as one
+    active: bool = True  # False while the schedule leaves its unit out
+
+    @property
+    def trained(self) -> bool:
+        return self.rule.train and self.active
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def trained_shape(self) -> tuple[int, ...]:
+        """Shape of what is trained: the selected rows, or the whole variable."""
+        if self.rule.rows is None:
+            return self.shape
+        start, stop = self.rule.rows
+        return (stop - start, *self.shape[1:])
+
+    @property
+    def trained_parameters(self) -> int:
+        return math.prod(self.trained_shape) if self.trained else 0
+
+    @property
+    def payloads(self) -> tuple[Any, ...]:
+        """What one replica hands over for this variable: (kind, bytes, every so many steps)."""
+        return self.reduction.payloads(self.trained_shape, self.dtype) if self.trained and self.sent else ()
+
+    @property
+    def wire_bytes(self) -> int | float:
+        """Bytes that one replica hands over in a step, on average."""
+        return average_bytes(self.payloads)
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of the whole gradient in the variable's own dtype."""
+        return self.parameters * itemsize(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """The variables of one unit that one trained rule covers: they share an optimizer and a reduction."""
+
+    rule: Rule
+    entries: tuple[VariablePlan, ...]
+
+    @property
+    def reduction(self) -> Any:
+        return self.entries[0].reduction
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """The rules resolved against one model; entries stand in the model's order."""
+
+    rules: tuple[Rule, ...]
+    entries: tuple[VariablePlan, ...]
+    statistics: tuple[Any, ...] = ()  # what BatchNorm layers in training mode send; known once the step is traced
+    workers: int = 2  # among which bytes at the network interface are counted, with one replica each
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The trained rules, in the table's order, each by the units of the schedule, in the model's."""
+        order = {id(rule): number for number, rule in enumerate(self.rules)}
+        members: dict[tuple[int, str], list[VariablePlan]] = {}
+        for entry in self.entries:
+            if entry.trained:
+                members.setdefault((order[id(entry.rule)], entry.unit), []).append(entry)
+        by_rule = sorted(members.items(), key=lambda item: item[0][0])
+        return tuple(Group(self.rules[number], tuple(entries)) for (number, _), entries in by_rule)
+
+    @property
+    def trained(self) -> tuple[VariablePlan, ...]:
+        """The trained entries, group by group: the order in which gradients travel through a step."""
+        return tuple(entry for group in self.groups for entry in group.entries)
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Names of the units of which something is trained, in the model's order."""
+        return tuple(dict.fromkeys(entry.unit for entry in self.entries if entry.trained))
+
+    @property
+    def frozen(self) -> tuple[VariablePlan, ...]:
+        return tuple(entry for entry in self.entries if not entry.trained)
+
+    @property
+    def payloads(self) -> tuple[Any, ...]:
+        """All that one replica hands over."""
+        return tuple(payload for entry in self.entries for payload in entry.payloads) + self.statistics
+
+    @property
+    def wire_bytes(self) -> int | float:
+        """Bytes that one replica hands over in a step, on average."""
+        return average_bytes(self.payloads)
+
+    @property
+    def full_wire_bytes(self) -> int:
+        """Bytes a step if everything were trained and sent in its own dtype."""
+        return sum(entry.full_bytes for entry in self.entries)
+
+    @property
+    def nic_bytes(self) -> int | float:
+        """Bytes that leave the network interface of each of the workers in a step, on average."""
+        return average_bytes(self.payloads, self.workers)
+
+    @property
+    def full_nic_bytes(self) -> int | float:
+        """The same if everything were trained and summed in its own dtype."""
+        return exact_number(nic_bytes("sum", self.full_wire_bytes, self.workers))
+
+    def divided(self, units: Sequence[tuple[str, Sequence[str]]]) -> "Plan":
+        """The same plan in units, each a name and paths, that `only` can switch."""
+        names = {path: name for name, paths in units for path in paths}
+        return self._replaced(lambda entry: {"unit": names.get(entry.path, "")})
+
+    def only(self, units: Collection[str]) -> "Plan":
+        """The same plan with nothing trained but these units."""
+        return self._replaced(lambda entry: {"active": entry.unit in units})
+
+    def _replaced(self, change: Callable[[VariablePlan], dict[str, Any]]) -> "Plan":
+        entries = tuple(dataclasses.replace(entry, **change(entry)) for entry in self.entries)
+        return dataclasses.replace(self, entries=entries)
+
+    def traced(self, without_gradient: Sequence[str], statistics: Sequence[Any]) -> "Plan":
+        """The same plan, with what tracing the step has shown.
+
+        Args:
+            without_gradient: paths of selected variables on which the loss does not depend: nothing is sent.
+            statistics: messages beyond those of the gradients.
+        """
+        plan = self._replaced(lambda entry: {"sent": entry.path not in without_gradient})
+        return dataclasses.replace(plan, statistics=tuple(statistics))
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of plan.json.
+
+        Of a variable, `dtype` is the one in which its gradient would be exchanged whole, `stored_dtype` the one in
+        which it is kept (see `storage`), and `unit` what a schedule switches it with; None where none does. Of bytes,
+        `wire` is the payload that one replica hands over, and `nic` what leaves each of the `workers`.
+        """
+        return {
+            "variables": [
+                {
+                    "path": e.path,
+                    "shape": list(e.shape),
+                    "dtype": e.dtype,
+                    "stored_dtype": e.variable.dtype,
+                    "trained": e.trained,
+                    "rule": str(e.rule),
+                    "unit": e.unit or None,
+                    "rows": list(e.rule.rows) if e.trained and e.rule.rows else None,
+                    "reduction": str(e.reduction) if e.trained and e.sent else None,
+                    "wire_bytes_per_step": e.wire_bytes,
+                }
+                for e in self.entries
+            ],
+            "trained_parameters": sum(e.trained_parameters for e in self.entries),
+            "total_parameters": sum(e.parameters for e in self.entries),
+            "wire_bytes_per_step": self.wire_bytes,
+            "statistics_wire_bytes_per_step": average_bytes(self.statistics),
+            "full_wire_bytes_per_step": self.full_wire_bytes,
+            "workers": self.workers,
+            "nic_bytes_per_step": self.nic_bytes,
+            "full_nic_bytes_per_step": self.full_nic_bytes,
+        }

@@ -1,0 +1,128 @@
+"""The table of rules: which variables are trained, by which optimizer, and how their gradients travel.
+
+Rules are ordered and the first match wins, like a router's.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dist_partial.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One line of the table.
+
+    Attributes:
+        match: regular expression that must match the whole path of a variable (`dense1/kernel`, without
+            the model's own name; a trailing `:0` is understood).
+        train: whether the variables that match are trained.
+        optimizer: factory of the Keras optimizer of this rule's group; None takes the run's.
+        learning_rate: overrides the factory's learning rate: a float or a Keras schedule.
+        reduction: how the gradients cross the replicas; None takes the run's.
+        rows: (start, stop) of the leading axis: only these rows are trained, as a variable of their own with the
+            whole one's path, name and constraint (optimizers that look at a variable's norm or shape see the rows').
+        lora: rank of the factors that are trained in place of the kernels that match, which stay frozen (see `lora`).
+    """
+
+    match: str
+    train: bool = True
+    optimizer: Callable[..., Any] | None = None
+    learning_rate: Any = None
+    reduction: Any = None
+    rows: tuple[int, int] | None = None
+    lora: int | None = None
+
+    def __str__(self) -> str:
+        rows = f" rows {self.rows[0]}:{self.rows[1]}" if self.rows else ""
+        lora = f" lora {self.lora}" if self.lora else ""
+        return f"{'train' if self.train else 'freeze'} {self.match}{rows}{lora}"
+
+
+def parse_rules(table: Sequence[Any]) -> tuple[Rule, ...]:
+    """Reads a table in the short form `('train' | 'freeze', pattern)` or of `Rule`s, mixed as one likes.
+
+    Raises:
+        UserError: if a line is neither, or a pattern is not a regular expression.
+    """
+    if not isinstance(table, (list, tuple)) or not table:
+        raise UserError(
+            "the rules (run.rules) are empty: write a list such as [('train', r'head/.*'), ('freeze', r'.*')]"
+        )
+    return tuple(_parse_rule(number, line) for number, line in enumerate(table, 1))
+
+
+def _parse_rule(number: int, line: Any) -> Rule:
+    if isinstance(line, Rule):
+        rule = line
+    elif isinstance(line, (list, tuple)) and len(line) == 2 and line[0] in ("train", "freeze"):
+        rule = Rule(match=line[1], train=line[0] == "train")
+    else:
+        raise UserError(
+            f"rule {number} is {line!r}: write ('train', pattern), ('freeze', pattern) or a Rule, in a gin file "
+            "@name/Rule()"
+        )
+    if not isinstance(rule.match, str):
+        raise UserError(f"rule {number} matches {rule.match!r}: the pattern must be a string")
+    try:
+        re.compile(rule.match)
+    except re.error as error:
+        raise UserError(
+            f"rule {number} ({rule.match!r}) is not a regular expression: {error}; it must match whole paths, "
+            "such as r'block_3/.*'"
+        ) from None
+    _check_options(number, rule)
+    # The table's lines are told apart by identity, so each line is an object of its own.
+    return dataclasses.replace(rule)
+
+
+def _check_options(number: int, rule: Rule) -> None:
+    where = f"rule {number} ({rule.match!r})"
+    if not isinstance(rule.train, bool):
+        raise UserError(f"{where}: train is {rule.train!r}: write True or False")
+    options = [
+        name for name in ("optimizer", "learning_rate", "reduction", "rows", "lora") if getattr(rule, name) is not None
+    ]
+    if not rule.train and options:
+        raise UserError(f"{where} freezes what it matches, so {options[0]} has no use: remove it or set train = True")
+    if rule.optimizer is not None and not callable(rule.optimizer):
+        raise UserError(
+            f"{where}: optimizer is {rule.optimizer!r}: give what makes one, such as keras.optimizers.SGD (in a gin "
+            "file @keras.optimizers.SGD) without (), and learning_rate beside it"
+        )
+    if rule.reduction is not None:
+        check_reduction(where, rule.reduction)
+    if rule.rows is not None:
+        rows = rule.rows
+        if not (isinstance(rows, (list, tuple)) and len(rows) == 2 and all(type(row) is int for row in rows)):
+            raise UserError(f"{where}: rows is {rows!r}: write (start, stop) of the leading axis")
+        if not 0 <= rows[0] < rows[1]:
+            raise UserError(f"{where}: rows {tuple(rows)} is empty or negative: write 0 <= start < stop")
+    if rule.lora is not None:
+        if type(rule.lora) is not int or rule.lora < 1:
+            raise UserError(f"{where}: lora is {rule.lora!r}: write its rank, a whole number of at least 1")
+        if rule.rows is not None:
+            raise UserError(f"{where}: lora trains factors of whole kernels, so rows has no use: remove one of them")
+    if isinstance(rule.learning_rate, (int, float)) and not rule.learning_rate > 0:
+        raise UserError(f"{where}: learning_rate is {rule.learning_rate}: it must be above 0")
+
+
+def check_reduction(where: str, reduction: Any) -> None:
+    """Raises UserError if it is none; `where` says which."""
+    if isinstance(reduction, type) or not hasattr(reduction, "payloads"):
+        raise UserError(
+            f"{where}: reduction is {reduction!r}: give one such as AllReduce(), in a gin file @all_reduce(), "
+            "with the ()"
+        )
+
+
+def first_match(rules: Sequence[Rule], path: str) -> int | None:
+    """The place of the rule that covers the path, or None."""
+    return next((number for number, rule in enumerate(rules) if matches(rule.match, path)), None)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a regular expression matches a whole path, which may be written with a trailing `:0`."""
+    return any(re.fullmatch(pattern, name) is not None for name in (path, f"{path}:0"))

@@ -1,0 +1,57 @@
+"""Which BatchNorm layers run in training mode, and their moving statistics."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from dist_partial.selection.plan import Plan
+
+
+def layers(model: keras.Model) -> list[keras.layers.BatchNormalization]:
+    """The layers whose mode `set_modes` sets: those that the user has not frozen."""
+    return [layer for layer in _layers(model) if layer.trainable]
+
+
+def set_modes(layers: Sequence[keras.layers.BatchNormalization], plan: Plan, everywhere: bool) -> None:
+    """Puts each BatchNorm layer of which nothing is trained into inference mode, and the others out of it.
+
+    In training mode its moving statistics would be updated and averaged over the replicas in every step,
+    though the user selected nothing of it. A layer without variables that a rule could name (neither scale
+    nor centre) trains when all of the model does.
+
+    Args:
+        layers: from `layers`, before the first call of this; their own `trainable` flags are set.
+        plan: what is trained.
+        everywhere: True leaves all of them in training mode.
+    """
+    trained = {id(entry.variable) for entry in plan.trained}
+    for layer in layers:
+        own = [v for v in (layer.gamma, layer.beta) if v is not None]
+        training = any(id(v) in trained for v in own) if own else not plan.frozen
+        set_mode(layer, everywhere or training)
+
+
+def set_mode(layer: keras.layers.BatchNormalization, training: bool) -> None:
+    """Sets the mode alone: which of its variables are trainable stays, such as one that the user has frozen."""
+    flags = [(variable, variable.trainable) for variable in layer.variables]
+    layer.trainable = training  # Keras sets those of all its variables, too
+    for variable, trainable in flags:
+        variable.trainable = trainable
+
+
+def local_statistics(model: keras.Model) -> list[Any]:
+    """Moving means and variances that each replica updates from its own part of the batch."""
+    # Keras 3.15 updates these on each replica from its own part of the batch and never brings them together:
+    # replicas would evaluate, and save, different models. (Synchronised layers see the same numbers everywhere.)
+    return unsynchronised_statistics([layer for layer in _layers(model) if layer.trainable])
+
+
+def unsynchronised_statistics(layers: Sequence[keras.layers.BatchNormalization]) -> list[Any]:
+    """Moving means and variances of those layers whose replicas do not normalise together."""
+    own = [layer for layer in layers if not layer.synchronized]
+    return [variable for layer in own for variable in (layer.moving_mean, layer.moving_variance)]
+
+
+def _layers(model: keras.Model) -> list[keras.layers.BatchNormalization]:
+    return [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]

@@ -1,0 +1,117 @@
+"""What a training step, an evaluation step and a probe compute alike: outputs, losses, gradients of the selection."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from dist_partial.distributed import per_replica
+from dist_partial.errors import calling
+from dist_partial.models.logits import full_precision
+from dist_partial.selection.plan import Plan
+from dist_partial.step.losses import Loss, example_losses
+
+# (x, y) or (x, y, weight), each with the batch axis first.
+Batch = tuple[tf.Tensor, ...]
+
+
+def model_outputs(model: keras.Model, x: tf.Tensor, training: bool) -> tf.Tensor:
+    with calling("run.model"):
+        return model(x, training=training)
+
+
+def batch_losses(loss: Loss, batch: Batch, outputs: tf.Tensor) -> tf.Tensor:
+    with calling("run.loss"):
+        losses = loss(batch[1], full_precision(outputs))
+    return example_losses(losses, batch[2] if len(batch) == 3 else None)
+
+
+def added_losses(model: keras.Model, dtype: tf.DType) -> tf.Tensor:
+    """What layers add to the loss of the batch that the model was called on last: regularisers, `add_loss`."""
+    return tf.add_n([tf.cast(each, dtype) for each in model.losses] or [tf.zeros([], dtype)])
+
+
+def own_part(strategy: tf.distribute.Strategy, batch: Batch) -> Batch:
+    """The slice of this replica of its worker's batch; called in a replica context."""
+    context: Any = tf.distribute.get_replica_context()
+    local = per_replica.local_count(strategy)
+    index = context.replica_id_in_sync_group % local
+    with tf.device("CPU"):  # so that a GPU is sent its slice and no more
+        return tuple(tf.reshape(t, [local, t.shape[0] // local, *t.shape[1:]])[index] for t in batch)
+
+
+def local_sum(strategy: tf.distribute.Strategy, value: Any) -> tf.Tensor:
+    return tf.add_n(strategy.experimental_local_results(value))
+
+
+def selected_rows(gradient: Any, rows: tuple[int, int] | None) -> Any:
+    if gradient is None:
+        return None
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient if rows is None else gradient[rows[0] : rows[1]]
+    # An embedding's gradient holds a row a lookup, the same row many times: summed here, what travels has a size
+    # that does not depend on the batch. Indices outside [0, rows) are dropped.
+    start, stop = rows or (0, tf.cast(gradient.dense_shape[0], gradient.indices.dtype))  # of int64 ids, int64
+    inside = (gradient.indices >= start) & (gradient.indices < stop)
+    indices = tf.where(inside, gradient.indices - start, -1)
+    return tf.math.unsorted_segment_sum(gradient.values, indices, stop - start)
+
+
+def unit_squares(plan: Plan, gradients: Sequence[Any]) -> tf.Tensor:
+    """The squared norm of the gradients of each of the plan's units, float32."""
+    squares = {unit: [tf.zeros([])] for unit in plan.units}
+    for entry, gradient in zip(plan.trained, gradients, strict=True):
+        if gradient is not None:
+            squares[entry.unit].append(tf.reduce_sum(tf.cast(gradient, tf.float32) ** 2))
+    return tf.stack([tf.add_n(parts) for parts in squares.values()])
+
+
+def clip(
+    gradients: Sequence[Any], shared: Sequence[bool], clip_norm: float | None
+) -> tuple[list[tf.Tensor | None], tf.Tensor]:
+    """Clips what replicas share by its norm, the same everywhere, and the rest by its; returns the whole norm, too."""
+    clipped: list[Any] = list(gradients)
+    norms = []
+    for kind in sorted(set(shared)):
+        # Variables may have dtypes of their own, as LoRA's factors do under float64.
+        places: dict[tf.DType, list[int]] = {}
+        for i, gradient in enumerate(gradients):
+            if gradient is not None and shared[i] == kind:
+                places.setdefault(gradient.dtype, []).append(i)
+        norm = _joint([tf.linalg.global_norm([gradients[i] for i in own]) for own in places.values()])
+        norms.append(norm)
+        for dtype, own in places.items() if clip_norm is not None else ():
+            part = [gradients[i] for i in own]
+            part, _ = tf.clip_by_global_norm(part, clip_norm, use_norm=tf.cast(norm, dtype))
+            for i, gradient in zip(own, part, strict=True):
+                clipped[i] = gradient
+    return clipped, _joint(norms)
+
+
+def _joint(norms: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The norm of parts from the norms of each, in the widest of their dtypes."""
+    if len(norms) < 2:
+        return norms[0] if norms else tf.zeros([])
+    widest = max((norm.dtype for norm in norms), key=lambda dtype: dtype.size)
+    return tf.sqrt(tf.add_n([tf.cast(norm, widest) ** 2 for norm in norms]))
+
+
+def accumulate(
+    compute: Callable[[Batch, tf.Tensor], tuple[tf.Tensor, list[Any]]], batch: Batch, loss_scale: tf.Tensor, parts: int
+) -> tuple[tf.Tensor, list[Any]]:
+    """Sums loss and gradients over `parts` micro-batches of a replica's batch."""
+    if parts == 1:
+        return compute(batch, loss_scale)
+    pieces = list(zip(*[tf.split(tensor, parts) for tensor in batch], strict=True))
+    total, gradients = compute(pieces[0], loss_scale)
+    for piece in pieces[1:]:
+        # The control dependency keeps the executor from running all micro-batches at once, which would hold all of
+        # their activations. A tf.while_loop would do the same, but a model that reduces in its forward pass
+        # (synchronised BatchNorm) cannot leave the replica context from inside one.
+        with tf.control_dependencies([total, *[g for g in gradients if g is not None]]):
+            piece = tuple(tf.identity(tensor) for tensor in piece)
+            part, more = compute(piece, loss_scale)
+            total += part
+            gradients = [g if g is None else g + m for g, m in zip(gradients, more, strict=True)]
+    return total, gradients

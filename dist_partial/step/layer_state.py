@@ -1,0 +1,179 @@
+"""What layers themselves change in a training step: running statistics, counters, the states of random generators.
+
+Keras leaves each replica with its own (`aggregation="none"`). Here every such variable follows one of these rules:
+
+- one whose new value depends on the examples or on random numbers is averaged over the replicas, as the statistics of
+  BatchNorm are;
+- one whose new value depends on neither (a counter, the vectors of SpectralNormalization) is the same on all by itself;
+- random generators draw other numbers on each replica, from seeds that follow from the first one's.
+
+All of it is in the checkpoint and in what is exported. What the rules freeze no layer may change.
+"""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from dist_partial.compat import is_generator
+from dist_partial.distributed import traffic
+from dist_partial.distributed.per_replica import input_context, local_count
+from dist_partial.errors import UserError
+from dist_partial.selection.paths import paths_of
+from dist_partial.selection.plan import Plan
+from dist_partial.step import batch_norm
+
+# Far apart for neighbouring replicas, and from what people choose as the seeds of neighbouring layers.
+_SEED_STRIDE, _SEEDS = 0x9E3779B9, 2**31 - 1
+_ASSIGNS = re.compile(r"Assign(Add|Sub)?VariableOp|Resource(Scatter|StridedSliceAssign|Apply)")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerState:
+    """What a model's layers change in a training step.
+
+    Attributes:
+        moving: all of it that no optimizer updates: statistics, counters, states of generators.
+        averaged: what replicas average after each step besides the statistics of BatchNorm layers, of which the mode
+            of the layer decides.
+        states: all that moves, and the random generators that no training step uses: what nothing else may move.
+    """
+
+    moving: tuple[Any, ...] = ()
+    averaged: tuple[Any, ...] = ()
+    states: tuple[Any, ...] = ()
+
+    @property
+    def generators(self) -> list[Any]:
+        """States of the random generators that a step uses: int [2], a seed and a counter."""
+        return [variable for variable in self.moving if is_generator(variable)]
+
+
+def recurrent(model: keras.Model) -> list[Any]:
+    """States of stateful recurrent layers, [examples, units]; Keras has them in no `variables` and saves none."""
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.RNN) and layer.stateful]
+    return [state for layer in layers if layer.built for state in tf.nest.flatten(layer.states)]
+
+
+def batch_size(model: keras.Model) -> int | None:
+    """The number of examples that a model takes at a time, if a stateful layer has fixed it."""
+    return next((state.shape[0] for state in recurrent(model)), None)
+
+
+def find(model: keras.Model, x: tf.TensorSpec, plan: Plan) -> tuple[LayerState, tf.Tensor]:
+    """Traces the model in training mode to see which variables it assigns; runs and changes nothing.
+
+    Args:
+        model: built, its BatchNorm layers in the modes of the run.
+        x: of one example.
+        plan: all that is ever trained.
+
+    Returns:
+        What its layers change, and its outputs in the traced graph.
+
+    Raises:
+        UserError: a layer changes what the rules freeze, what no checkpoint would hold, or an integer on which
+            replicas could not agree.
+    """
+    outputs: list[tf.Tensor] = []
+
+    def traced(x: tf.Tensor) -> None:
+        with keras.StatelessScope() as scope:  # assignments are noted in it, and not made
+            outputs.append(model(x, training=True))
+        new.clear()  # if TensorFlow traces twice
+        new.update(scope.state_mapping)
+
+    new: dict[int, tf.Tensor] = {}  # values by the identity of the variable
+    spec = tf.TensorSpec([batch_size(model) or 2, *x.shape], x.dtype)
+    graph = tf.function(traced, autograph=False).get_concrete_function(spec).graph
+    _check_own(model, graph, new)
+    entries = {id(entry.variable): entry for entry in plan.entries}
+    shared = all(group.reduction.shared for group in plan.groups)
+    of_batch_norm = {id(v) for layer in batch_norm.layers(model) for v in (layer.moving_mean, layer.moving_variance)}
+    moving, averaged = [], []
+    for variable in [*model.variables, *recurrent(model)]:
+        if id(variable) not in new:
+            continue
+        entry = entries.get(id(variable))
+        if entry is None:
+            moving.append(variable)
+        elif not entry.rule.train:
+            raise UserError(
+                f"{entry.path!r} is frozen ({entry.rule}), and its layer changes it in training: train it, or call "
+                "the layer with training=False where the model is built"
+            )
+        if is_generator(variable) or id(variable) in of_batch_norm:
+            continue
+        seen, floats = _depends_on_data(new[id(variable)], graph.inputs[0]), tf.as_dtype(variable.dtype).is_floating
+        if seen and not floats:
+            raise UserError(
+                f"{paths_of(model, [variable])[0]!r} is {variable.dtype} and a layer changes it by what each replica "
+                "sees: replicas can average floats alone; give it a float dtype"
+            )
+        # What all replicas compute alike needs no bytes; between exchanges they compute with weights of their own.
+        if seen or (floats and not shared):
+            averaged.append(variable)
+    unused = [v for v in model.variables if is_generator(v) and id(v) not in new]
+    return LayerState(tuple(moving), tuple(averaged), (*moving, *unused)), outputs[-1]
+
+
+def _check_own(model: keras.Model, graph: Any, new: Mapping[int, tf.Tensor]) -> None:
+    """Raises UserError if the model changes variables that are not among its own: no checkpoint would hold them."""
+    hint = "make it by self.add_weight(..., trainable=False), so that it is averaged, saved and exported"
+    handles = {id(inner): outer for outer, inner in graph.captures}
+    for operation in traffic.operations(graph):
+        if _ASSIGNS.match(operation.type):
+            handle = handles.get(id(operation.inputs[0]))
+            names = [variable.name for variable in graph.variables if variable.handle is handle]
+            raise UserError(f"run.model changes the tf.Variable {''.join(names[:1]) or operation.name!r}: {hint}")
+    own = {id(variable) for variable in [*model.variables, *model.metrics_variables, *recurrent(model)]}
+    if not set(new) <= own:
+        raise UserError(
+            "run.model changes a variable that is none of its own, such as Keras's global random generator: give "
+            f"keras.random a keras.random.SeedGenerator that is an attribute of the layer; or {hint}"
+        )
+
+
+def _depends_on_data(value: tf.Tensor, x: tf.Tensor) -> bool:
+    """Whether a tensor of a graph depends on `x` or on random numbers."""
+    seen: set[str] = set()
+    waiting = [value.op]
+    while waiting:
+        operation = waiting.pop()
+        if operation.name in seen:
+            continue
+        seen.add(operation.name)
+        inner = [each for function in traffic.called(operation) for each in traffic.operations(function)]
+        if operation is x.op or any("Random" in each.type for each in [operation, *inner]):
+            return True
+        waiting += [tensor.op for tensor in operation.inputs]
+    return False
+
+
+def spread(strategy: tf.distribute.Strategy, generators: Sequence[Any]) -> None:
+    """Gives each replica's generators seeds of their own, which follow from the first replica's.
+
+    Call it in the cross-replica context when all replicas have the first one's state: at the start, or restored.
+    """
+    first = input_context(strategy).input_pipeline_id * local_count(strategy)
+    for variable in generators:
+        for number, copy in enumerate(strategy.experimental_local_results(variable.value), first):
+            seed, count = copy.numpy().tolist()
+            # The first replica keeps the seed, so that one replica draws what plain Keras draws.
+            copy.assign([(seed + number * _SEED_STRIDE) % _SEEDS if number else seed, count])
+
+
+@contextlib.contextmanager
+def untouched(strategy: tf.distribute.Strategy, variables: Sequence[Any]) -> Iterator[None]:
+    """Puts this worker's copies of variables back afterwards: nothing but a training step may change them."""
+    copies = [copy for v in variables for copy in strategy.experimental_local_results(v.value)]
+    kept = [tf.identity(copy) for copy in copies]
+    try:
+        yield
+    finally:
+        for copy, own in zip(copies, kept, strict=True):
+            copy.assign(own)

@@ -1,0 +1,311 @@
+"""One Keras optimizer a group, applied to gradients that are reduced already.
+
+Private names of Keras are replaced in `_apply_reduced_already` and `_know_stand_ins` alone.
+"""
+
+import copy
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dist_partial.errors import UserError, first_line
+from dist_partial.selection.plan import Group, Plan, VariablePlan
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OptimizerVariable:
+    """One trained entry and the variable that its optimizer updates.
+
+    That is the model's variable itself, or, where rows are selected, a stand-in of those rows alone, so that
+    the optimizer holds slots for nothing else; `write_rows` copies it into the model after the update.
+    """
+
+    entry: VariablePlan
+    variable: Any
+
+
+@dataclasses.dataclass(eq=False)
+class GroupOptimizer:
+    """One group's optimizer, whose slots can come and go.
+
+    Attributes:
+        members: the group's variables, in the group's order.
+        number: of the group, for the names of what is no slot.
+        make: makes a new optimizer, without slots.
+        optimizer: the current one, for exactly the members.
+        state: its variables by names that a new process gives them again: `<path>/<slot>` for slots; empty while
+            there are none.
+    """
+
+    members: tuple[OptimizerVariable, ...]
+    number: int
+    make: Callable[[], keras.optimizers.Optimizer]
+    optimizer: keras.optimizers.Optimizer
+    state: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def allocate(self) -> None:
+        """Makes the slots, if there are none; call it inside `strategy.scope()`."""
+        if not self.state:
+            self.state = _build_slots(self.number, self.optimizer, self.members)
+
+    def reset(self) -> None:
+        """Gives all of its state the values of a new optimizer; call it inside `strategy.scope()`."""
+        for name, value in _build_slots(self.number, self.make(), self.members).items():
+            self.state[name].assign(value)
+
+    def drop(self) -> None:
+        """Forgets the slots, whose memory is free once no compiled function uses them."""
+        self.optimizer, self.state = self.make(), {}
+
+
+def build(plan: Plan, factory: Callable[..., Any], slots: bool = True) -> tuple[GroupOptimizer, ...]:
+    """Builds one optimizer a group, with slots for the selected variables only.
+
+    Call it inside `strategy.scope()`: Keras optimizers remember the strategy in which they are made.
+
+    Args:
+        plan: the plan.
+        factory: makes the optimizer of the rules that name none, such as `keras.optimizers.Adam`.
+        slots: whether their slots are allocated at once.
+
+    Raises:
+        UserError: if a factory does not make a Keras optimizer, or makes one that accumulates, scales or
+            averages by itself (`run.accumulate` and `run.precision` do the first two, in the order the sum needs);
+            if the constraint of a variable of which rows are selected looks at its other rows.
+    """
+    groups = tuple(_build_group(number, group, factory) for number, group in enumerate(plan.groups))
+    for group in groups if slots else ():
+        group.allocate()
+    return groups
+
+
+def _build_group(number: int, group: Group, default: Callable[..., Any]) -> GroupOptimizer:
+    factory = group.rule.optimizer or default
+    rate = group.rule.learning_rate
+    if rate is not None:
+        factory = functools.partial(factory, learning_rate=float(rate) if isinstance(rate, int) else rate)
+    members = tuple(OptimizerVariable(entry, _trained_variable(entry)) for entry in group.entries)
+    return prepare(f"the optimizer of rule {group.rule.match!r}", factory, members, number)
+
+
+def prepare(
+    where: str, factory: Callable[..., Any], members: tuple[OptimizerVariable, ...], number: int
+) -> GroupOptimizer:
+    """Makes one optimizer, yet without slots, that is handed gradients which are reduced already.
+
+    Args:
+        where: what it is, for errors.
+        factory: makes it.
+        members: the variables that it updates.
+        number: of the group, for the names of what is no slot.
+    """
+    make = functools.partial(_make, where, factory)
+    return GroupOptimizer(members, number, make, make())
+
+
+def _make(where: str, factory: Callable[..., Any]) -> keras.optimizers.Optimizer:
+    try:
+        optimizer = factory()
+    except (TypeError, ValueError) as error:  # an argument that this optimizer does not have, or a value it refuses
+        raise UserError(f"{where} cannot be made: {first_line(error)}") from error
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise UserError(
+            f"{where} is {optimizer!r}: give a factory, such as keras.optimizers.Adam (in a gin file "
+            "@keras.optimizers.Adam) without ()"
+        )
+    check(where, optimizer)
+    _apply_reduced_already(optimizer)
+    return optimizer
+
+
+def another(optimizer: keras.optimizers.Optimizer, learning_rate: Any) -> keras.optimizers.Optimizer:
+    """Makes another optimizer of the same kind, which differs in the learning rate alone.
+
+    It has what no config has, too: exclusions from weight decay, attributes that were set later, and what a class of
+    the user's leaves out of `get_config`.
+
+    Args:
+        optimizer: which has no slots yet.
+        learning_rate: of the other one.
+
+    Raises:
+        UserError: a method was set on the object, which may hold on to it.
+    """
+    config, current = optimizer.get_config(), optimizer._learning_rate
+    # Keras refuses to read a function back from a config.
+    rates = (current if callable(current) else config["learning_rate"], learning_rate)
+    usual, other = (type(optimizer).from_config(config | {"learning_rate": rate}) for rate in rates)
+    other.iterations.assign(optimizer.iterations)
+    of_keras = {*vars(keras.optimizers.Optimizer(0.0)), "_all_reduce_sum_gradients"}  # in the config, or its own
+    for name in vars(optimizer).keys() - of_keras:
+        value, default = vars(optimizer)[name], vars(usual).get(name)
+        if callable(value) and hasattr(type(optimizer), name):
+            raise UserError(
+                f"the optimizer {optimizer.name!r} has {name!r} set on the object, which a rule's learning_rate cannot "
+                "take along: define it in a class, or give the rule an optimizer of its own"
+            )
+        state = any(isinstance(part, (keras.Variable, tf.Variable)) for part in tf.nest.flatten(default))
+        if name not in vars(usual) or not (state or _equal(value, default)):
+            setattr(other, name, value)
+    return other
+
+
+def _equal(value: Any, other: Any) -> bool:
+    try:
+        return bool(value == other)
+    except ValueError:  # of arrays, which may as well be set again
+        return False
+
+
+def check(where: str, optimizer: keras.optimizers.Optimizer) -> None:
+    """Raises UserError if an optimizer accumulates, averages, scales or delegates; `where` says which it is."""
+    if optimizer.gradient_accumulation_steps:
+        raise UserError(
+            f"{where} accumulates gradients by itself, which Keras 3.15 cannot do on several replicas: leave out "
+            "gradient_accumulation_steps; dist_partial.train has run.accumulate"
+        )
+    if optimizer.use_ema:
+        raise UserError(f"{where} averages weights (use_ema), which is not done for a selection: leave out use_ema")
+    if optimizer.loss_scale_factor or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise UserError(
+            f"{where} scales the loss by itself: give it without; under mixed_float16 the loss is scaled for all "
+            "optimizers together (dist_partial.train: run.precision = 'mixed_float16')"
+        )
+    several = isinstance(optimizer, keras.optimizers.MultiOptimizer)
+    if several or any(isinstance(value, keras.optimizers.Optimizer) for value in vars(optimizer).values()):
+        raise UserError(  # which would sum what they are handed over the replicas
+            f"{where} hands gradients to other optimizers: name those in the rules, "
+            "Rule(match, optimizer=keras.optimizers.SGD)"
+        )
+
+
+def _trained_variable(entry: VariablePlan) -> Any:
+    if entry.rule.rows is None:
+        return entry.variable
+    _check_constraint(entry, entry.rule.rows)
+    return stand_in(entry.variable, keras.ops.convert_to_numpy(entry.variable)[slice(*entry.rule.rows)])
+
+
+def stand_in(variable: Any, value: np.ndarray) -> Any:
+    """A variable of another value in which an optimizer finds all that it may read of the given one.
+
+    Its path, name and constraint decide on weight decay, on the kind of update (Muon) and on what follows it.
+    """
+    # No constructor takes a path, a layer's options or a mark of the user's: they are copied with the object.
+    other = copy.copy(variable)
+    other._shape = value.shape
+    # Keras asks TensorFlow's variable for its name where it decides on weight decay: `<scopes>/<name>:0`.
+    scope = variable.value.name.rpartition("/")[0]
+    with tf.name_scope(f"{scope}/" if scope else ""):
+        other._initialize(value)
+    return other
+
+
+def _check_constraint(entry: VariablePlan, selected: tuple[int, int]) -> None:
+    """Raises UserError if the constraint gives the selected rows other values beside other rows, which must stay."""
+    constraint, rows = entry.variable.constraint, slice(*selected)
+    if constraint is None or entry.trained_shape == entry.shape:
+        return
+    values = np.random.default_rng(0).normal(size=entry.shape)
+    whole = 1e3 * values  # so that the other rows weigh more in whatever both are in
+    whole[rows] = values[rows]
+    for scale in (1e-6, 1e-3, 1.0, 1e3):  # a bound may lie anywhere
+        value = keras.ops.cast(scale * whole, entry.dtype)
+        try:
+            both = constraint(value)[rows], constraint(value[rows])
+            beside, alone = (keras.ops.cast(each, "float64") for each in both)
+            alike = np.allclose(beside, alone, rtol=1e-3, atol=0, equal_nan=True)
+        except (ValueError, TypeError, tf.errors.OpError):  # it takes all rows only
+            alike = False
+        if not alike:
+            name = getattr(constraint, "__name__", type(constraint).__name__)
+            raise UserError(
+                f"rule {entry.rule.match!r}: rows {selected[0]}:{selected[1]} of {entry.path!r} cannot be trained "
+                f"alone under its constraint {name}, in which its other rows count: leave out rows, or constrain each "
+                "row by itself, as UnitNorm(axis=1) does"
+            )
+
+
+def _build_slots(number: int, optimizer: Any, members: Sequence[OptimizerVariable]) -> dict[str, Any]:
+    # Keras names a slot by its variable's path with "/" turned into "_", which is not unique, and lists slots by
+    # index, which a changed selection shifts. The method below is where every slot learns its variable.
+    paths = {id(member.variable): member.entry.path for member in members}
+    slots: dict[str, Any] = {}
+    add_slot = optimizer.add_variable_from_reference
+
+    def recorded(reference_variable: Any, name: str | None = None, **kwargs: Any) -> Any:
+        slot = add_slot(reference_variable, name=name, **kwargs)
+        slots[f"{paths[id(reference_variable)]}/{name}"] = slot
+        return slot
+
+    _know_stand_ins(optimizer, members)
+    optimizer.add_variable_from_reference = recorded
+    optimizer.build([member.variable for member in members])
+    del optimizer.add_variable_from_reference
+    known = {id(slot) for slot in slots.values()}
+    # Some have slots of other shapes, which they make by another method and give names that are not unique, or that
+    # Keras numbers through the process (`variable_7`): those go by their place, too.
+    for place, variable in enumerate(optimizer.variables):
+        if id(variable) not in known:
+            slots[f"group_{number}/{place}_{re.sub(r'_[0-9]+$', '', variable.name)}"] = variable
+    assert len(slots) == len(optimizer.variables)
+    return slots
+
+
+def _apply_reduced_already(optimizer: Any) -> None:
+    # Keras 3.15's `apply` sums what it is handed over the replicas, with no option not to; after our own
+    # reduction that would be a second sum: an update as many times too large, and twice the bytes.
+    if not hasattr(optimizer, "_all_reduce_sum_gradients"):
+        raise RuntimeError(
+            f"Keras {keras.__version__} has no Optimizer._all_reduce_sum_gradients: gradients would be summed twice"
+        )
+    optimizer._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
+
+
+def _know_stand_ins(optimizer: Any, members: Sequence[OptimizerVariable]) -> None:
+    # By this key Keras 3.15 looks up what `exclude_from_weight_decay(var_list=...)` was given: the model's variables.
+    key = optimizer._var_key
+    known = {key(member.variable): key(member.entry.variable) for member in members}
+    optimizer._var_key = lambda variable: known.get(key(variable), key(variable))
+
+
+def exclusions(optimizer: Any, members: Sequence[OptimizerVariable]) -> dict[str, Any]:
+    """What `exclude_from_weight_decay` was told, which no config of Keras's has; empty if nothing was.
+
+    Returns:
+        "paths" of the members that it was given one by one, and the "pattern" of names, or None.
+    """
+    given = getattr(optimizer, "_exclude_from_weight_decay", ())
+    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+    paths = [member.entry.path for member in members if optimizer._var_key(member.entry.variable) in given]
+    return {"paths": paths, "pattern": pattern and pattern.pattern} if paths or pattern else {}
+
+
+def apply(optimizers: Sequence[GroupOptimizer], gradients: Sequence[tf.Tensor | None]) -> None:
+    """Updates every group; called in a replica context with reduced gradients in the order of `plan.trained`.
+
+    A variable whose gradient is None stays as it is.
+    """
+    rest = iter(gradients)
+    for group in optimizers:
+        pairs = [(gradient, member.variable) for member in group.members if (gradient := next(rest)) is not None]
+        if pairs:
+            group.optimizer.apply(*zip(*pairs, strict=True))
+
+
+def write_rows(strategy: tf.distribute.Strategy, members: Sequence[OptimizerVariable]) -> None:
+    """Copies the rows that were updated into the model's variables; called in the cross-replica context."""
+    for member in members:
+        if member.entry.rule.rows is not None:
+            start, stop = member.entry.rule.rows
+            strategy.extended.update(
+                member.entry.variable.value,
+                lambda whole, rows, start=start, stop=stop: whole[start:stop].assign(rows),
+                args=(member.variable.value,),
+            )

@@ -1,0 +1,1 @@
+"""Trains: the loop, what it builds, and what happens in it between steps."""

@@ -1,0 +1,103 @@
+"""The distributed evaluation pass, and samples."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from dist_partial.config.settings import Sampling
+from dist_partial.data import Dataset, evaluation_batches
+from dist_partial.distributed.per_replica import input_context
+from dist_partial.errors import UserError, calling
+from dist_partial.models.sampling import generate
+
+
+def evaluation(
+    strategy: tf.distribute.Strategy,
+    step: Any,
+    total: Callable[[Any], Any],
+    data: Dataset,
+    *,
+    examples: int,
+    global_batch: int,
+) -> Callable[[], dict[str, float]]:
+    """Prepares the evaluation on the first `examples` held-out examples, each exactly once.
+
+    Args:
+        strategy: the replicas.
+        step: from `step.evaluation_step`.
+        total: sums over the workers, from `Replicas.sum`.
+        data: the data set.
+        examples: how many examples.
+        global_batch: examples a step over all replicas.
+
+    Returns:
+        A function that makes one pass and returns `loss` (as in training: the mean over the examples, each weighted,
+        and what layers add), `examples`, and, as weighted means over the targets, `accuracy` where they are classes and
+        `bits_per_byte` where they are bytes.
+    """
+    context = input_context(strategy)
+    passes = []
+    for first, count, batch in _passes(examples, global_batch, context.num_replicas_in_sync):
+        batches = evaluation_batches(data.evaluation, first=first, examples=count, global_batch=batch, context=context)
+        # After a pass the batches start over, so one iterator serves them all.
+        arguments = iter(batches), tf.constant(-(-count // batch)), tf.constant(count)
+        step.get_concrete_function(*arguments)  # a mistake in the model or the loss shows now, not after the training
+        passes.append(arguments)
+
+    def evaluate() -> dict[str, float]:
+        sums = tf.add_n([step(*arguments) for arguments in passes])
+        loss, added, elements, correct, weight = total(sums).tolist()
+        metrics = {"loss": (loss + added) / examples, "examples": examples}
+        if not math.isnan(correct):
+            metrics["accuracy"] = correct / weight if weight else math.nan
+        if data.unit == "byte":
+            metrics["bits_per_byte"] = elements / weight / math.log(2) if weight else math.nan
+        return metrics
+
+    return evaluate
+
+
+def _passes(examples: int, global_batch: int, replicas: int) -> list[tuple[int, int, int]]:
+    """The first example, the number of examples and the global batch of up to three passes.
+
+    No replica ever reads an example beside repetitions that fill its part up: layers would add to the loss what these
+    are to them. Those that are left over in the last pass read nothing but such.
+    """
+    whole = examples // global_batch * global_batch
+    even = (examples - whole) // replicas * replicas
+    rest = examples - whole - even
+    passes = [(0, whole, global_batch), (whole, even, even), (whole + even, rest, replicas)]
+    return [each for each in passes if each[1]]
+
+
+def samples(model: Any, data: Dataset, sampling: Sampling, step: int) -> list[dict[str, Any]]:
+    """Generates `sampling.count` texts, on one device, without a word to the other replicas.
+
+    Returns:
+        Rows of samples.jsonl: `{"step", "temperature", "prompt", "text"}`; the text goes on from the prompt.
+
+    Raises:
+        UserError: the data set has no text to sample, or see `sampling.generate`.
+        Raised: its codec raised an exception.
+    """
+    if data.codec is None:
+        raise UserError(f"data set {data.name!r} has no text to sample: its codec is None")
+    x, y = data.train.spec[:2]
+    with calling("run.data"):
+        prompt = data.codec.encode(sampling.prompt)
+    ids = generate(
+        model,
+        prompt,
+        count=sampling.count,
+        length=sampling.length,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        window=x.shape[0] if y.shape.rank < x.shape.rank else None,  # one target for a whole window
+    )
+    row = {"step": step, "temperature": sampling.temperature, "prompt": sampling.prompt}
+    with calling("run.data"):
+        return [{**row, "text": data.codec.decode(text)} for text in ids]

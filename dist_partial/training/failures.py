@@ -1,0 +1,89 @@
+"""What ends a training: interruptions, lost workers, and errors of the user's code, each in one line."""
+
+import contextlib
+import re
+import time
+import traceback
+from collections.abc import Iterator
+from types import FrameType
+
+import tensorflow as tf
+
+from dist_partial.distributed.replicas import Replicas
+from dist_partial.errors import Ending, Fault, UserError, of_graph, raised
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM stopped the run; everything is saved, and the message says how to go on.
+
+    Attributes:
+        code: the exit code of the process.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@contextlib.contextmanager
+def connected(replicas: Replicas) -> Iterator[None]:
+    """Turns what a lost worker leads to into what has become of it, and tells the others why this one ends."""
+    backend = replicas.backend
+    if backend is None:
+        yield
+        return
+    try:
+        try:
+            yield
+        except tf.errors.OpError as error:
+            # TensorFlow's own collectives may hear of it first.
+            until = time.monotonic() + 2.0
+            while not backend.lost() and time.monotonic() < until:
+                time.sleep(0.05)
+            if lost := backend.lost():
+                raise lost from error
+            # TensorFlow's collectives end like this on the workers that are left.
+            if isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError)):
+                what = error.message.splitlines()[0]
+                raise Fault(
+                    f"another worker is gone ({what}): its own output says why; run the same command again"
+                ) from error
+            raise
+    except (Exception, SystemExit) as error:
+        backend.close(error if isinstance(error, Ending) else raised("", error))
+        raise
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Turns what TensorFlow says, after many lines, of an id out of range or of Python code in a graph into one."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        ids = "run.data has the {} {}, and run.model has {} of them, from 0 on: bind sizes that fit each other"
+        for pattern, what in (
+            (r"label value of (-?\d+) which is outside the valid range of \[0, (\d+)\)", "class id"),
+            (r"indices\[[\d,]+\] = (-?\d+) is not in \[0, (\d+)\)", "id"),
+        ):
+            if found := re.search(pattern, error.message):
+                raise UserError(ids.format(what, found[1], found[2])) from error
+        if reason := of_graph(error.message):
+            raise reason from error
+        raise
+
+
+def let_go(error: BaseException | None) -> None:
+    """Lets go of what the frames of an exception and of its causes hold: iterators, for one.
+
+    An iterator that is destroyed while Python shuts down waits for ever where its thread waits in Python code, as one
+    that fetches examples ahead does (TensorFlow 2.21).
+    """
+    while error is not None:
+        for called, _ in traceback.walk_tb(error.__traceback__):
+            frame: FrameType | None = called
+            # Of the frames that TensorFlow hides from a traceback, too; those that still run cannot be cleared.
+            with contextlib.suppress(RuntimeError):
+                while frame is not None:
+                    frame.clear()
+                    frame = frame.f_back
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,191 @@
+"""What a run shows: the plan's table, the progress bar, TensorBoard, metrics.jsonl and samples.jsonl."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+from dist_partial.errors import Fault
+from dist_partial.files import write_atomically, write_json, write_text, writing
+from dist_partial.selection.plan import Plan
+from dist_partial.selection.table import grouped
+
+
+class MetricWriter:
+    """Writes what happens in a run to its folder and to the terminal.
+
+    Lines of steps after `step`, left by a run that was stopped after its last checkpoint, are removed: these
+    steps are about to be made again. Of a run that begins nothing is kept, and none of TensorBoard's events; else these
+    are only added to, so that of a step that is made again they have both values.
+
+    Args:
+        folder: the run folder.
+        step: the step from which the run goes on.
+        steps: the step at which it ends.
+        sent: bytes until then, as `traffic.SENT`.
+        active: whether this process writes; the others' calls do nothing.
+
+    Raises:
+        UserError, Fault: (from every method, too) the folder cannot be written, or is full.
+    """
+
+    def __init__(self, folder: Path, step: int, steps: int, sent: np.ndarray, active: bool) -> None:
+        self._folder = folder
+        self._sent = sent
+        self._steps = steps
+        self._active = active
+        self._board = tf.summary.create_noop_writer()
+        if active:
+            with _writing(folder):
+                for name in ("metrics.jsonl", "samples.jsonl"):
+                    _keep_until(folder / name, step)
+                for path in [] if step else (folder / "tensorboard").glob("events.out.tfevents.*"):
+                    path.unlink()
+                self._board = tf.summary.create_file_writer(str(folder / "tensorboard"))
+        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not active)
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        with _writing(self._folder):
+            self._board.close()
+
+    def train(self, step: int, losses: np.ndarray, norms: np.ndarray, sent: np.ndarray) -> None:
+        """Records consecutive steps, the first of which is `step`; all arrays have a value, or a row, a step.
+
+        Args:
+            step: number of the first of these updates, counted from 1.
+            losses: mean loss over the global batch.
+            norms: global norm of the summed gradient, before clipping.
+            sent: bytes since the run began, each row as `traffic.SENT`.
+        """
+        columns = zip(losses.tolist(), norms.tolist(), sent, strict=True)
+        rows = [
+            {"step": step + i, "split": "train", "loss": loss, "gradient_norm": norm, **_sent(row)}
+            for i, (loss, norm, row) in enumerate(columns)
+        ]
+        if not rows:
+            return
+        self._record(rows)
+        self._bar.update(len(rows))
+        _, now, full = (sent[-1] - self._sent).tolist()
+        self._sent = sent[-1]
+        size = tqdm.format_sizeof(now / len(rows), "B")
+        self._bar.set_postfix_str(f"loss {losses[-1]:.3f}, {size}/step at the interface ({now / full:.2%})")
+
+    def evaluation(self, step: int, metrics: dict[str, float], sent: np.ndarray) -> None:
+        """Records an evaluation after `step` updates; `sent` as for `train`, of one step."""
+        self._record([{"step": step, "split": "eval", **metrics, **_sent(sent)}])
+        words = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items() if name != "examples"]
+        self.say(f"step {step}: held-out {', '.join(words)} ({metrics['examples']} examples)")
+
+    def plan(self, step: int, plan: Plan, digest: str) -> None:
+        """Records that from `step` on, counted from 1, another selection is trained."""
+        trained = sum(entry.trained_parameters for entry in plan.entries)
+        row = {"step": step, "split": "plan", "digest": digest, "wire_bytes_per_step": plan.wire_bytes}
+        row |= {"nic_bytes_per_step": plan.nic_bytes}
+        self._record([row | {"trained_parameters": trained, "units": list(plan.units)}])
+        self.say(
+            f"step {step}: training {', '.join(plan.units)}: {trained:,} parameters, {grouped(plan.nic_bytes)} bytes a "
+            f"step at the interface of each of {plan.workers} workers"
+        )
+
+    def samples(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Records sampled texts: `{"step", "temperature", "prompt", "text"}`."""
+        self._append("samples.jsonl", rows)
+        with _writing(self._folder), self._board.as_default():
+            for i, row in enumerate(rows):
+                text = f"temperature {row['temperature']}\n\n```\n{row['prompt']}{row['text']}\n```"
+                tf.summary.text(f"samples/{i}", text, step=row["step"])
+        for row in rows:
+            head = f"step {row['step']}: sample at temperature {row['temperature']}"
+            self.say(f"--- {head}\n{row['prompt']}{row['text']}\n---")
+
+    def configuration(self, operative: str, unused: Sequence[str]) -> None:
+        """Writes the bindings in use, and says which were never used."""
+        if self._active and operative:
+            path = self._folder / "operative_config.gin"
+            with _writing(path):
+                write_text(path, operative)
+        if unused:
+            self.say(f"bound but never used: {', '.join(unused)}")
+
+    def traffic(self, row: dict[str, Any]) -> None:
+        """Writes traffic.json, and says at the end of the run what was planned, counted and read."""
+        if not self._active:
+            return
+        with _writing(self._folder):
+            write_json(self._folder / "traffic.json", row)
+        if row["workers"] > 1 and row["last_step"] == self._steps:
+            read = f"{row['nic_bytes']:,} read from {row['nic']}" if row["nic"] else "none to read"
+            self.say(
+                f"bytes of steps {row['first_step']} to {row['last_step']}, this worker: {row['planned_bytes']:,} "
+                f"planned, {row['counted_bytes']:,} counted in the graph; at the network interface "
+                f"{row['expected_nic_bytes']:,} expected, {read}"
+            )
+
+    def say(self, text: str) -> None:
+        """Prints above the progress bar."""
+        if self._active:
+            self._bar.write(text)
+
+    def _record(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._append("metrics.jsonl", rows)
+        with _writing(self._folder), self._board.as_default():
+            for row in rows:
+                values = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+                for name, value in values.items():
+                    if name == "step":
+                        continue
+                    tf.summary.scalar(f"{row['split']}/{name}", value, step=row["step"])
+
+    def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        if not self._active:
+            return
+        text = "".join(json.dumps({k: _finite(v) for k, v in row.items()}) + "\n" for row in rows)
+        with _writing(self._folder / name), open(self._folder / name, "a") as file:
+            file.write(text)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        with writing(path):
+            yield
+    except tf.errors.OpError as error:  # TensorBoard's writer is TensorFlow's own
+        raise Fault(f"cannot write {path}: {error.message}; free some space or choose another --run_dir") from None
+
+
+def _sent(sent: np.ndarray) -> dict[str, Any]:
+    """Bytes so far; the share is that of exchanging all gradients whole in every step."""
+    payload, at_interface, full = sent.tolist()
+    share = at_interface / full if full else 0.0
+    return {"wire_bytes": payload, "nic_bytes": at_interface, "wire_share": share}
+
+
+def _finite(value: Any) -> Any:
+    # JSON has no infinity; under a loss scale the norm of a skipped step is one.
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Removes the lines of what follows `step`; at 0, where an evaluation may come first, all of them."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if not 0 <= json.loads(line)["step"] <= step or step == 0:
+                continue
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line of a run that was killed while it wrote
+        kept.append(line)
+    write_atomically(path, lambda file: file.writelines(kept))

@@ -1,0 +1,78 @@
+"""What must not change under a run folder, collected from a run that has been built."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from dist_partial import checkpoints
+from dist_partial.checkpoints.fingerprints import INITIAL
+from dist_partial.config.settings import Settings
+from dist_partial.data import Dataset
+from dist_partial.schedules.fixed import Constant
+from dist_partial.selection.plan import Plan
+from dist_partial.step.optimizers import GroupOptimizer, exclusions
+
+
+def of_run(
+    settings: Settings,
+    data: Dataset,
+    model: keras.Model,
+    plan: Plan,
+    moving: Sequence[Any],
+    optimizers: Sequence[GroupOptimizer],
+) -> dict[str, Any]:
+    """Rules, optimizers, model, fingerprints of all that is frozen, data, seed: as plain JSON values."""
+    content = {
+        "rules": [f"{rule}" + (f", {rule.reduction}" if rule.reduction else "") for rule in plan.rules],
+        "reduction": str(settings.reduction),
+        "seed": settings.seed,
+        "global_batch": settings.global_batch,
+        "precision": settings.precision,
+        "clip_norm": settings.clip_norm,
+        "statistics": settings.statistics,
+        "loss": _loss(settings.loss()),
+        "data": {"name": data.name, "fingerprint": data.fingerprint},
+        "model": {entry.path: f"{entry.dtype}{list(entry.shape)}" for entry in plan.entries},
+        "model_config": _model_config(model),
+        "optimizers": [_optimizer(group) for group in optimizers],
+        "frozen": checkpoints.frozen_fingerprints(model, plan, moving),
+    }
+    # For what is exported later; a checkpoint takes the place of these values, so that `check` leaves them alone.
+    content[INITIAL] = checkpoints.model_fingerprints(model)
+    if not isinstance(settings.schedule, Constant):
+        content |= {"schedule": str(settings.schedule), "leave": settings.leave}
+    return _plain(content)
+
+
+def _optimizer(group: GroupOptimizer) -> dict[str, Any]:
+    excluded = exclusions(group.optimizer, group.members)
+    content = {"class": type(group.optimizer).__name__, **_nameless(group.optimizer.get_config())}
+    return content | ({"exclude_from_weight_decay": excluded} if excluded else {})
+
+
+def _loss(loss: Any) -> Any:
+    name = getattr(loss, "__qualname__", type(loss).__name__)
+    return {"class": name, **loss.get_config()} if isinstance(loss, keras.losses.Loss) else name
+
+
+def _model_config(model: keras.Model) -> Any:
+    # Models of the same shapes can be different functions: other activations, heads, epsilons.
+    try:
+        return _nameless(model.get_config())
+    except Exception:  # a subclassed model need not have one, and Keras raises this and that
+        return None
+
+
+def _nameless(config: Any) -> Any:
+    # Keras numbers what has no name of its own through the process, and links layers by these names.
+    if isinstance(config, dict):
+        links = ("name", "inbound_nodes", "input_layers", "output_layers")
+        return {key: _nameless(value) for key, value in config.items() if key not in links}
+    return [_nameless(value) for value in config] if isinstance(config, (list, tuple)) else config
+
+
+def _plain(content: Any) -> Any:
+    """As JSON reads it back; what JSON lacks is named by its type, for its text may hold an address."""
+    return json.loads(json.dumps(content, default=lambda value: type(value).__name__))

@@ -1,0 +1,141 @@
+"""Splits a model below all that is still trained."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from dist_partial.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SplitModel:
+    """A model in two.
+
+    Attributes:
+        model: the whole.
+        prefix: inputs -> the tensors on which the rest depends.
+        suffix: (those tensors, training) -> the model's outputs.
+        name: of the last layers of the prefix.
+        changing: variables that training may change.
+    """
+
+    model: keras.Model
+    prefix: Callable[[tf.Tensor], list[tf.Tensor]]
+    suffix: Callable[[Sequence[tf.Tensor], bool], tf.Tensor]
+    name: str
+    changing: Collection[Any]
+
+    def refusal(self, why: str) -> UserError:
+        return UserError(f"run.activation_cache: what is frozen up to {self.name!r} {why}: unbind it")
+
+
+def split(model: keras.Model, changing: Collection[Any]) -> SplitModel | None:
+    """Cuts a model below everything that training may change; None if there is nothing to cut off.
+
+    A functional or sequential model is cut along its graph, layer by layer. Another model is cut if it has a method
+    `stages()`: pairs of (layers, function (x, training) -> x) of which it is the composition.
+
+    Args:
+        model: built.
+        changing: the variables that training may still change, those that layers change among them.
+
+    Raises:
+        UserError: it is neither, or has a `call` of its own beside its graph.
+    """
+    ids = {id(v) for v in changing}
+
+    def fixed(layers: Sequence[Any]) -> bool:
+        # A regulariser of activations adds to the loss what a cache does not remember.
+        return all(
+            getattr(layer, "activity_regularizer", None) is None
+            and not any(id(v) in ids for v in getattr(layer, "variables", ()))
+            for layer in layers
+        )
+
+    if hasattr(model, "stages"):
+        parts = _cut_stages(model.stages(), fixed)
+    elif _is_its_graph(model):
+        parts = _cut_graph(model, fixed)
+    else:
+        raise UserError(
+            f"run.activation_cache splits a functional or sequential model, and {type(model).__name__} has a call() of "
+            "its own: give it a method stages(), or unbind it"
+        )
+    return parts and SplitModel(model, *parts, changing)
+
+
+def _is_its_graph(model: keras.Model) -> bool:
+    """Whether calling the model is walking along its graph."""
+    if not getattr(model, "outputs", None) or "call" in vars(model):
+        return False
+    functional = type(keras.Model(model.inputs, model.inputs))
+    calls = [(kind.call, kind.__call__) for kind in (functional, keras.Sequential)]
+    return (type(model).call, type(model).__call__) in calls
+
+
+def _cut_stages(stages: Sequence[Any], fixed: Callable[[Sequence[Any]], bool]) -> tuple[Any, Any, str] | None:
+    below = list(itertools.takewhile(lambda stage: fixed(stage[0]), stages))
+    above = stages[len(below) :]
+    if not above or not any(layer.weights for layers, _ in below for layer in layers):
+        return None
+
+    def suffix(tensors: Sequence[tf.Tensor], training: bool) -> tf.Tensor:
+        (x,) = tensors
+        for _, function in above:
+            x = function(x, training)
+        return x
+
+    def prefix(x: tf.Tensor) -> list[tf.Tensor]:
+        for _, function in below:
+            x = function(x, True)
+        return [x]
+
+    return prefix, suffix, below[-1][0][0].name
+
+
+def _cut_graph(model: keras.Model, fixed: Callable[[Sequence[Any]], bool]) -> tuple[Any, Any, str] | None:
+    known: dict[int, bool] = {}
+
+    def arguments(tensor: Any) -> list[Any]:
+        history = tensor._keras_history
+        return history.operation._inbound_nodes[history.node_index].input_tensors
+
+    def is_fixed(tensor: Any) -> bool:
+        if id(tensor) not in known:
+            parts = [is_fixed(argument) for argument in arguments(tensor)]
+            operation = tensor._keras_history.operation
+            known[id(tensor)] = all(parts) and fixed([*getattr(operation, "_flatten_layers", list)(), operation])
+        return known[id(tensor)]
+
+    if any(is_fixed(output) for output in model.outputs):
+        return None
+    edge: dict[int, Any] = {}
+    seen: set[int] = set()
+    called: set[int] = set()
+    above = list(model.outputs)
+    while above:
+        called.add(id(above[-1]._keras_history.operation))
+        for tensor in arguments(above.pop()):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                if is_fixed(tensor):
+                    edge[id(tensor)] = tensor
+                else:
+                    above.append(tensor)
+        # Keras 3.15 makes no model of what a layer gives if the model also calls that layer.
+        for tensor in [tensor for tensor in edge.values() if id(tensor._keras_history.operation) in called]:
+            above.append(edge.pop(id(tensor)))
+    tensors = list(edge.values())
+    below, rest = keras.Model(model.inputs, tensors), keras.Model(tensors, model.outputs)
+    if not below.weights:  # the inputs alone, or little more
+        return None
+    names = {tensor._keras_history.operation.name for tensor in tensors if arguments(tensor)}
+    return (
+        lambda x: tf.nest.flatten(below([x], training=True)),
+        lambda given, training: tf.nest.flatten(rest(list(given), training=training))[0],
+        " and ".join(sorted(names)),
+    )

@@ -1,0 +1,118 @@
+"""What makes a run another one than its folder's: a key of the identity, or a setting, without a case here fails."""
+
+import dataclasses
+import functools
+import json
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dist_partial.checkpoints import fingerprints
+from dist_partial.config.settings import Settings
+from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.distributed.collectives import Collectives
+from dist_partial.distributed.replicas import Replicas
+from dist_partial.errors import UserError
+from dist_partial.models import two_dense
+from dist_partial.reductions.all_reduce import AllReduce
+from dist_partial.schedules.fixed import Constant, Rotation
+from dist_partial.selection.rules import Rule
+from dist_partial.training.build import build
+
+RULES = [("train", "dense1/.*"), ("train", "dense2/kernel"), ("freeze", "dense2/bias")]
+
+
+def ids(seed=0, name="ids"):
+    rng = np.random.default_rng(seed)
+    x, y = rng.integers(0, 10, (8, 16)).astype(np.int32), rng.integers(0, 10, 8).astype(np.int32)
+    return Dataset(name, ArraySource(x, y), ArraySource(x, y), fingerprint(x, y))
+
+
+def model(hidden=8, **changed):
+    """`changed` are attributes of layers; a bias is moved by one."""
+    made = two_dense(hidden=hidden)
+    for name, value in changed.items():
+        layer = made.get_layer(name)
+        if value == "bias":
+            layer.bias.assign(layer.bias + 1)
+        else:
+            layer.activation = value
+    return made
+
+
+def adam(rate=0.1, excluded=()):
+    made = keras.optimizers.AdamW(rate)
+    if excluded:
+        made.exclude_from_weight_decay(var_names=excluded)
+    return made
+
+
+def a_function():
+    return keras.losses.sparse_categorical_crossentropy
+
+
+CASES = [
+    ("rules", {"rules": [("train", "dense1/kernel"), ("train", "dense2/kernel"), ("freeze", ".*bias")]}),
+    ("rules", {"rules": [Rule("dense1/.*", reduction=AllReduce("bfloat16")), *RULES[1:]]}),
+    ("reduction", {"reduction": AllReduce("bfloat16")}),
+    ("seed", {"seed": 1}),
+    ("global_batch", {"global_batch": 8}),
+    ("precision", {"precision": "float64"}),
+    ("clip_norm", {"clip_norm": 1.0}),
+    ("statistics", {"statistics": "all"}),
+    ("loss", {"loss": keras.losses.SparseCategoricalCrossentropy}),
+    ("loss", {"loss": a_function}),
+    ("data", {"data": functools.partial(ids, seed=1)}),
+    ("data", {"data": functools.partial(ids, name="others")}),
+    ("model", {"model": functools.partial(model, hidden=9)}),
+    ("model_config", {"model": functools.partial(model, dense1=keras.activations.sigmoid)}),
+    ("optimizers", {"optimizer": keras.optimizers.SGD}),
+    ("optimizers", {"optimizer": functools.partial(adam, 0.2)}),
+    ("optimizers", {"optimizer": functools.partial(adam, excluded=["kernel"])}),
+    ("frozen", {"model": functools.partial(model, dense2="bias")}),
+    ("frozen", {"frozen_dtype": "bfloat16"}),
+    ("initial values", {"model": functools.partial(model, dense1="bias")}),
+    ("schedule", {"schedule": Rotation(every=3)}),
+    ("leave", {"leave": "drop"}),
+]
+# How long, how fast, how often and where: what may change while a run goes on.
+FREE = {"steps", "eval_first", "eval_every", "eval_examples", "save_every", "keep", "accumulate", "steps_per_loop"}
+FREE |= {"jit_compile", "compiled_plans", "cache", "replicas", "sampling"}
+
+
+def of(**more):
+    """The identity of a run in which all that there is has a value."""
+    given = {"rules": RULES, "model": model, "data": ids, "optimizer": adam, "steps": 20, "global_batch": 4}
+    made = Replicas(tf.distribute.get_strategy(), Collectives(), "one")
+    return build(Settings(**{**given, "schedule": Rotation(every=2), **more}), made).fingerprint
+
+
+@pytest.fixture(scope="module")
+def base():
+    return of()
+
+
+def test_there_is_a_case_for_every_key_and_every_setting(base):
+    assert {key for key, _ in CASES} == set(base)
+    assert {name for _, more in CASES for name in more} | FREE == {each.name for each in dataclasses.fields(Settings)}
+    assert set(base) - set(of(schedule=Constant())) == {"schedule", "leave"}  # which then mean nothing
+
+
+@pytest.mark.parametrize(("key", "more"), CASES)
+def test_another_value_of_it_is_another_run(key, more, base, tmp_path):
+    """Which the difference in this key alone tells; but of the initial values a checkpoint takes the place."""
+    (tmp_path / fingerprints.RUN_FILE).write_text(json.dumps(base))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-0000000001.npz").touch()
+    assert fingerprints.check_run(tmp_path, of())
+    other = of(**more)
+    assert other[key] != base[key]
+    only = base | {key: other[key]}
+    if key == "initial values":
+        assert fingerprints.check_run(tmp_path, only)
+    else:
+        with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))} is of another run: {key}\b"):
+            fingerprints.check_run(tmp_path, only)

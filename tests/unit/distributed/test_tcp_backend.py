@@ -1,0 +1,435 @@
+"""The collectives over TCP, against NumPy: several workers in one process, each in its own thread, over loopback."""
+
+import functools
+import operator
+import struct
+import threading
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dist_partial.distributed import rendezvous, tcp_backend, traffic
+from dist_partial.distributed.tcp_backend import TCPBackend
+from dist_partial.errors import Fault, UserError
+from tests import strangers
+from tests.workers import free_ports
+
+BFLOAT16 = tf.bfloat16.as_numpy_dtype
+SIZES = [0, 1, 2, 3, 7, 10**6 + 3]
+
+
+def at_once(functions):
+    """Calls each in a thread; returns what they return, or raises what the first one raised."""
+    results, errors = [None] * len(functions), []
+
+    def call(i):
+        try:
+            results[i] = functions[i]()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, args=(i,), daemon=True) for i in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive(), "hangs"
+    if errors:
+        raise errors[0]
+    return results
+
+
+@pytest.fixture
+def connected():
+    """Makes `count` meshes, and closes them after the test."""
+    made = []
+
+    def make(count, patience=60.0, on_loss=lambda reason: None, sealed=False):
+        workers = [f"127.0.0.1:{port}" for port in free_ports(count)]
+        connect = functools.partial(rendezvous.connect, workers=workers, seconds=10, sealed=sealed)
+        found = at_once([functools.partial(connect, k) for k in range(count)])
+        made.extend(TCPBackend(k, workers, sockets, patience, on_loss) for k, sockets in enumerate(found))
+        return made[-count:]
+
+    yield make
+    for backend in made:
+        backend.close()
+
+
+def exchange(backend, sums, gathers=(), order=None):
+    """One exchange of NumPy arrays, whose tensors become ready in `order`."""
+    arrays = [*sums, *gathers]
+    ops = [backend._add(i >= len(sums), a.dtype, a.size) for i, a in enumerate(arrays)]
+    return run(backend, ops, arrays, order)
+
+
+def run(backend, ops, arrays, order=None):
+    tickets = [0] * len(ops)
+    for i in order if order is not None else range(len(ops)):
+        tickets[i] = backend._begin(ops[i], arrays[i])
+    return [backend._end(op, ticket) for op, ticket in zip(ops, tickets, strict=True)]
+
+
+def draw(seed, size, dtype):
+    generator = np.random.default_rng(seed)
+    if np.issubdtype(dtype, np.integer):
+        return generator.integers(np.iinfo(dtype).min, np.iinfo(dtype).max, size, dtype, endpoint=True)
+    return generator.normal(size=size).astype(np.float32).astype(dtype)
+
+
+def expected_sum(arrays):
+    """In rank order; half precision in float32, rounded once."""
+    dtype = arrays[0].dtype
+    if dtype in (BFLOAT16, np.float16):
+        arrays = [a.astype(np.float32) for a in arrays]
+    return functools.reduce(operator.add, arrays).astype(dtype)
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize(("count", "sealed"), [(1, False), (2, False), (2, True), (3, True), (4, False)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, BFLOAT16, np.float16, np.int32, np.int64, np.uint8])
+def test_sums_are_those_of_numpy(connected, count, sealed, dtype):
+    meshes = connected(count, sealed=sealed)
+    inputs = [[draw(100 * k + i, size, dtype) for i, size in enumerate(SIZES)] for k in range(count)]
+    results = at_once([functools.partial(exchange, m, own) for m, own in zip(meshes, inputs, strict=True)])
+    for i in range(len(SIZES)):
+        expected = expected_sum([own[i] for own in inputs])
+        for result in results:
+            assert same_bits(result[i], expected)
+
+
+def test_half_precision_is_rounded_once(connected):
+    # Rounded after each addition, 256 + 1 + 1 is 256 in bfloat16, which has no 257.
+    meshes = connected(3)
+    inputs = [np.full(5, value, BFLOAT16) for value in (256, 1, 1)]
+    for (result,) in at_once([functools.partial(exchange, m, [a]) for m, a in zip(meshes, inputs, strict=True)]):
+        assert result.astype(np.float32).tolist() == [258.0] * 5
+
+
+def test_what_is_not_finite_stays_so_and_warns_of_nothing(connected, recwarn):
+    meshes = connected(2)
+    values = np.array([np.inf, np.inf, np.nan, 3e38, -0.0], np.float32)
+    others = np.array([-np.inf, 1, 1, 3e38, -0.0], np.float32)
+    for dtype in (np.float32, BFLOAT16):
+        inputs = [values.astype(dtype), others.astype(dtype)]
+        for (result,) in at_once([functools.partial(exchange, m, [a]) for m, a in zip(meshes, inputs, strict=True)]):
+            np.testing.assert_array_equal(result.astype(np.float32), [np.nan, np.inf, np.nan, np.inf, -0.0])
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(("count", "sealed"), [(1, False), (2, True), (3, False), (4, True)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, BFLOAT16, np.bool_, np.int64])
+def test_gathers_hold_every_worker_s_tensor_in_rank_order(connected, count, sealed, dtype):
+    meshes = connected(count, sealed=sealed)
+    inputs = [[draw(100 * k + i, size, np.uint8).astype(dtype) for i, size in enumerate(SIZES)] for k in range(count)]
+    results = at_once([functools.partial(exchange, m, [], own) for m, own in zip(meshes, inputs, strict=True)])
+    for i in range(len(SIZES)):
+        expected = np.stack([own[i] for own in inputs])
+        for result in results:
+            assert same_bits(result[i], expected)
+
+
+def test_tensors_become_ready_in_another_order_on_each_worker(connected):
+    meshes, tensors, runs = connected(3), 6, 30
+
+    def work(backend):
+        shuffled = np.random.default_rng(backend.rank)
+        ops = [backend._add(i == 0, np.float32, 1000 + i) for i in range(tensors)]
+        history = []
+        for step in range(runs):
+            arrays = [draw(1000 * step + 10 * i + backend.rank, 1000 + i, np.float32) for i in range(tensors)]
+            history.append(run(backend, ops, arrays, shuffled.permutation(tensors)))
+        return history
+
+    histories = at_once([functools.partial(work, m) for m in meshes])
+    for step in range(runs):
+        for i in range(tensors):
+            inputs = [draw(1000 * step + 10 * i + k, 1000 + i, np.float32) for k in range(3)]
+            expected = np.stack(inputs) if i == 0 else expected_sum(inputs)
+            for history in histories:
+                assert same_bits(history[step][i], expected)
+    assert not any(op.runs for m in meshes for op in m._ops)  # nothing is kept
+
+
+def test_a_worker_that_traces_later_finds_what_has_arrived(connected):
+    meshes = connected(2)
+
+    def work(backend):
+        time.sleep(0.3 * backend.rank)
+        return exchange(backend, [np.arange(9, dtype=np.float32)])
+
+    for (result,) in at_once([functools.partial(work, m) for m in meshes]):
+        assert result.tolist() == (2.0 * np.arange(9)).tolist()
+
+
+def test_in_a_loop_of_a_traced_function(connected):
+    meshes = connected(2)
+
+    def work(backend):
+        @tf.function(autograph=False)
+        def loop(x, y):
+            def body(i, x, y):
+                (total, half), (rows, twin) = backend.exchange([x, tf.cast(x, tf.bfloat16)], [y, y])
+                return i + 1, total + tf.cast(half, tf.float32), tf.reduce_sum(rows + twin, axis=0)
+
+            return tf.while_loop(lambda i, *_: i < 3, body, [0, x, y], parallel_iterations=1)
+
+        def two():  # a second function, and a second trace of the first
+            x = tf.constant([1.0, 2.0, 3.0]) * (backend.rank + 1)
+            first = loop(x, tf.constant([1, 2], tf.int32))
+            second = loop(x[:2], tf.constant([1, 2, 3], tf.int32))
+            again = tf.function(lambda: backend.exchange([x], [])[0][0])()
+            return [t.numpy().tolist() for t in (*first[1:], *second[1:], again)]
+
+        traced = loop.get_concrete_function(tf.zeros([3]), tf.zeros([2], tf.int32))
+        return two(), two(), sorted(handed_over(traced.graph))
+
+    base = [1.0, 2.0, 3.0]
+    expected = [
+        [3 * 2 * 16 * v for v in base],  # the first loop's sum is 2 * 3 v; each later one doubles twice
+        [64 * v for v in (1, 2)],
+        [3 * 2 * 16 * v for v in base[:2]],
+        [64 * v for v in (1, 2, 3)],
+        [3 * v for v in base],
+    ]
+    for first, second, names in at_once([functools.partial(work, m) for m in meshes]):
+        assert first == second == expected
+        assert names == [
+            (tcp_backend.GATHER_OP, 8),
+            (tcp_backend.GATHER_OP, 8),  # the same tensor twice is sent twice
+            (tcp_backend.SUM_OP, 6),
+            (tcp_backend.SUM_OP, 12),
+        ]
+
+
+def handed_over(graph):
+    """(name, bytes) of every tensor that the graph hands over, with static shapes."""
+    for op in traffic.operations(graph):
+        for name in (tcp_backend.SUM_OP, tcp_backend.GATHER_OP):
+            if op.type == "PyFunc" and op.name.rpartition("/")[2].startswith(name):
+                yield name, traffic._payload(op)
+
+
+def test_results_may_be_overwritten_at_once(connected):
+    # TensorFlow reuses the memory of results. A slow reader must not get what was written there since.
+    meshes = connected(3)
+
+    def work(backend):
+        op = backend._add(False, np.float32, 3 * 10**6)
+        totals = []
+        for step in range(5):
+            (result,) = run(backend, [op], [np.full(3 * 10**6, step + backend.rank, np.float32)])
+            totals.append((result.min(), result.max()))
+            result[:] = -1
+        return totals
+
+    for totals in at_once([functools.partial(work, m) for m in meshes]):
+        assert totals == [(3.0 * step + 3, 3.0 * step + 3) for step in range(5)]
+
+
+def test_a_result_is_not_given_before_a_slow_reader_has_it(connected, monkeypatch):
+    first, second, _ = meshes = connected(3)
+    opened, slow = threading.Event(), first._peers[2]
+    send = slow.send
+
+    def late(header, data):
+        """Sends a result, kind 1, only when the other one reads again."""
+        if header[4] == 1:
+            opened.wait(10)
+        send(header, data)
+
+    monkeypatch.setattr(slow, "send", late)
+
+    def work(backend):
+        (result,) = exchange(backend, [np.ones(9, np.float32)])
+        if backend is second:  # by now the first has all that it waits for
+            threading.Timer(0.3, opened.set).start()
+        found = result.tolist()
+        result[:] = -1  # as TensorFlow does with memory of which it is told that it is free
+        return found, opened.is_set()
+
+    (_, had_waited), *_ = found = at_once([functools.partial(work, m) for m in meshes])
+    assert [result for result, _ in found] == [[3.0] * 9] * 3 and had_waited
+
+
+def test_a_worker_that_is_gone_is_named_at_once_and_ever_after(connected):
+    losses = []
+    meshes = connected(3, on_loss=losses.append)
+    at_once([functools.partial(exchange, m, [np.ones(4, np.float32)]) for m in meshes])
+    assert all(m.failure is None and m.lost() is None for m in meshes)
+    start = time.monotonic()
+    timer = threading.Timer(0.2, meshes[1].close)
+    timer.start()
+
+    def work(backend):
+        for _ in range(2):
+            with pytest.raises(Fault, match=r"worker 1 \(127\.0\.0\.1:\d+\) is gone"):
+                exchange(backend, [np.ones(4, np.float32)])
+        return backend.failure
+
+    for failure in at_once([functools.partial(work, meshes[k]) for k in (0, 2)]):
+        assert "worker 1" in str(failure)
+    assert time.monotonic() - start < 5
+    assert len(losses) == 2 and all("worker 1" in loss for loss in losses)
+
+
+def test_a_worker_that_is_gone_is_known_where_nothing_waits_for_it(connected):
+    told = threading.Event()
+    meshes = connected(2, on_loss=lambda reason: told.set())
+    meshes[1].close()
+    assert told.wait(10)
+    assert meshes[0].failure is None and "worker 1" in str(meshes[0].lost())
+
+
+@pytest.mark.parametrize("reason", [UserError("run.steps is 'x'"), Fault("the disk is full")])
+def test_why_a_worker_ends_is_told_to_the_others(connected, reason):
+    meshes = connected(3)
+    threading.Timer(0.2, meshes[1].close, [reason]).start()
+
+    def work(backend):
+        with pytest.raises(type(reason), match=rf"worker 1 \(127\.0\.0\.1:\d+\): {reason}$"):
+            backend.gather(b"x")
+
+    at_once([functools.partial(work, meshes[k]) for k in (0, 2)])
+
+
+def test_the_function_that_waits_for_a_lost_worker_fails_with_the_reason(connected):
+    meshes = connected(2)
+    threading.Timer(0.2, meshes[1].close).start()
+    with pytest.raises(tf.errors.UnknownError, match=r"worker 1 .* is gone"):
+        tf.function(lambda: meshes[0].exchange([tf.ones([5])], [])[0][0])()
+    assert "worker 1" in str(meshes[0].lost())
+
+
+def test_what_is_swapped_outside_of_functions(connected):
+    meshes = connected(3)
+
+    def work(backend):
+        return (
+            backend.gather(b"ab" * backend.rank),
+            backend.gather(b""),
+            backend.sum(np.float32([1, backend.rank])).tolist(),
+        )
+
+    for lengths, nothing, total in at_once([functools.partial(work, m) for m in meshes]):
+        assert (lengths, nothing, total) == ([b"", b"ab", b"abab"], [b""] * 3, [3, 3])
+
+
+def test_a_worker_that_closes_after_its_last_op_disturbs_nobody(connected):
+    meshes = connected(3)
+    for _ in range(5):
+
+        def work(backend):
+            result = exchange(backend, [np.ones(10**6, np.float32)], [np.ones(10**5, np.float32)])
+            backend.close()
+            return result[0].sum(), result[1].sum()
+
+        for total, rows in at_once([functools.partial(work, m) for m in meshes]):
+            assert (total, rows) == (3e6, 3e5)
+        meshes = connected(3)
+
+
+def test_a_silent_worker_is_given_up_and_one_that_only_has_nothing_to_say_is_not(connected, monkeypatch):
+    monkeypatch.setattr(tcp_backend, "HEARTBEAT_SECONDS", 0.1)
+    meshes = connected(2, patience=0.5)
+
+    def work(backend):
+        time.sleep(1.5 * backend.rank)
+        return exchange(backend, [np.ones(4, np.float32)])
+
+    for (result,) in at_once([functools.partial(work, m) for m in meshes]):
+        assert result.tolist() == [2.0] * 4
+    meshes[1]._senders.clear()
+    for peer in meshes[1]._peers.values():
+        monkeypatch.setattr(peer, "send", lambda header, data: None)
+    for size in (4, 10**7):  # more than the system keeps of what nobody reads
+        with pytest.raises(Fault, match=r"worker 1 \(127\.0\.0\.1:\d+\) has been silent for 0\.5 s"):
+            exchange(meshes[0], [np.ones(size, np.float32)])
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"GET / HTTP/1.1\r\nHost: someone\r\n\r\n",
+        tcp_backend._HEADER.pack(b"dpm2", 0, 0, 0, 2**60),  # bytes
+        tcp_backend._HEADER.pack(b"dpm2", 0, 0, 2**40, 8),  # run
+        tcp_backend._HEADER.pack(b"dpm2", 7, 0, 0, 8),  # kind
+    ],
+)
+def test_a_malformed_header_is_a_failure(connected, header):
+    meshes = connected(2)
+    meshes[1]._peers[0].link.socket.sendall(header)
+    with pytest.raises(UserError, match=r"worker 1 \(127\.0\.0\.1:\d+\) sent what does not fit"):
+        exchange(meshes[0], [np.ones(4, np.float32)])
+
+
+def test_programs_that_differ_are_told_apart_by_size(connected):
+    meshes = connected(2)
+
+    def work(backend):
+        with pytest.raises(UserError, match="same program"):
+            exchange(backend, [np.ones(4 + 4 * backend.rank, np.float32)])
+
+    at_once([functools.partial(work, m) for m in meshes])
+
+
+def spoken(text):
+    """A sign of life, and the last words of a worker that has made a mistake: a header, and the text."""
+    return [struct.pack("<4sBIQQ", b"dpm2", kind, 0, 0, size) for kind, size in ((2, 0), (3, len(text)))] + [text]
+
+
+CHANGES = {
+    "nothing": lambda life, header, words: [life, header, words],
+    "a byte of a header": lambda life, header, words: [life, flipped(header, 4), words],
+    "a byte of the words": lambda life, header, words: [life, header, flipped(words, 3)],
+    "a byte of a tag": lambda life, header, words: [life, header, flipped(words, -1)],
+    "one left out": lambda life, header, words: [header, words],
+    "one twice": lambda life, header, words: [life, life, header, words],
+    "another order": lambda life, header, words: [header, words, life],
+    "no tags": lambda life, header, words: [life[:-16], header[:-16], words[:-16]],
+}
+
+
+def flipped(data, place):
+    changed = bytearray(data)
+    changed[place] ^= 1
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("rank", [0, 1])  # of the worker: one listens, the other calls
+def test_what_is_sealed_and_changed_on_its_way_is_not_believed(rank, change):
+    """By an independent program, that is the other worker and then who stands between."""
+    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    thread = threading.Thread(
+        target=lambda: links.update(rendezvous.connect(rank, workers, 10, "secret", sealed=True)), daemon=True
+    )
+    links = {}
+    if rank == 0:
+        thread.start()
+        connection = strangers.await_call(workers[0])
+        verdict, transcript = strangers.greet(connection, 1, 0, workers, b"secret", sealed=True)
+        assert verdict == 1
+    else:
+        with strangers.listen(workers[0]) as server:
+            thread.start()
+            connection, _ = server.accept()
+        transcript = strangers.welcome(connection, 0, 1, workers, b"secret", sealed=True)
+    thread.join(10)
+    backend = TCPBackend(rank, workers, links, 60.0)
+    key = strangers.key(b"secret", b"C" if rank == 0 else b"L", transcript)
+    records = [strangers.record(key, i, each) for i, each in enumerate(spoken(b"the disk is full"))]
+    with connection:
+        connection.sendall(b"".join(CHANGES[change](*records)) + bytes(200))
+        with pytest.raises((UserError, Fault)) as raised:
+            backend.gather(b"x")
+        if change == "nothing":
+            assert raised.type is UserError and str(raised.value).endswith(": the disk is full")
+        else:
+            assert raised.type is Fault and "is not what it has sent: something between" in str(raised.value)
+        backend.close()
