@@ -25,7 +25,7 @@ class Ending(Exception):
     Attributes:
         code: the exit code.
 
-    Example:
+    Examples:
         >>> issubclass(UserError, Ending), Fault.code
         (True, 75)
     """
@@ -39,7 +39,7 @@ class UserError(Ending):
     The message is one line: it names the thing, shows what was near it and says what to do. The
     command line prints it without a traceback and exits with 2.
 
-    Example:
+    Examples:
         >>> raise UserError("run.steps is 0: it must be a whole number of at least 1")
         Traceback (most recent call last):
         dist_partial.errors.UserError: run.steps is 0: it must be a whole number of at least 1
@@ -54,7 +54,7 @@ class Fault(Ending):
     Nothing needs to be changed for the same command to go on from the last checkpoint. The message is one line; the
     command line prints it without a traceback and exits with `AGAIN`, on which launchers and schedulers start again.
 
-    Example:
+    Examples:
         >>> Fault("worker 1 (10.0.0.2:5000) is lost").code
         75
     """
@@ -68,7 +68,7 @@ class Raised(Ending):
     The message is one line, which says who raised what, and where. The command line prints the traceback below it and
     exits with 1.
 
-    Example:
+    Examples:
         >>> Raised("run.data raised KeyError: 'id' (mine.py, line 7)").code
         1
     """
@@ -79,7 +79,7 @@ class Raised(Ending):
 def raised(what: str, error: BaseException) -> Raised:
     """Makes the ending of a run from an exception of `what`, such as 'run.loss', or '' if nobody knows.
 
-    Example:
+    Examples:
         >>> print(raised("run.loss", ValueError("shapes differ")))
         run.loss raised ValueError: shapes differ
     """
@@ -92,7 +92,7 @@ def raised(what: str, error: BaseException) -> Raised:
 def calling(what: str) -> Iterator[None]:
     """Turns an exception of what the user has bound, such as 'run.loss', into one line on it.
 
-    Example:
+    Examples:
         >>> try:
         ...     with calling("run.loss"):
         ...         [][0]
@@ -116,7 +116,7 @@ def of_graph(message: str) -> Ending | None:
     Args:
         message: of a `tf.errors.OpError`.
 
-    Example:
+    Examples:
         >>> print(of_graph("dist_partial.errors.Fault: worker 1 is lost"))
         worker 1 is lost
     """
@@ -136,7 +136,7 @@ def of_graph(message: str) -> Ending | None:
 def first_line(error: BaseException) -> str:
     """Reduces an error of another library to one line; its type where it says nothing.
 
-    Example:
+    Examples:
         >>> first_line(ValueError("shapes differ\\nin layer 'head'"))
         'shapes differ'
     """
@@ -154,7 +154,7 @@ def first_line(error: BaseException) -> str:
 def own_line(error: BaseException) -> str:
     """Finds the line of the user's code that raised an error, as " (file, line n)"; nothing where none was called.
 
-    Example:
+    Examples:
         >>> own_line(ValueError("raised nowhere"))
         ''
     """

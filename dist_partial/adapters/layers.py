@@ -8,7 +8,7 @@ import keras
 def layers(model: keras.Model) -> list[Any]:
     """Finds the Dense, EinsumDense and Embedding layers that are built, in the model's order.
 
-    Example:
+    Examples:
         >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3, name="d"), keras.layers.Dropout(0.1)])
         >>> [layer.name for layer in layers(model)]
         ['d']

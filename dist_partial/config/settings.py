@@ -40,7 +40,7 @@ class Sampling:
         length: symbols to generate.
         count: how many texts.
 
-    Example:
+    Examples:
         >>> Sampling(temperature=0.6, prompt="def ").length
         200
     """

@@ -39,7 +39,7 @@ def train_batches(
     Raises:
         UserError: the batch does not divide by the replicas; the source is empty, or not as its spec says.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from dist_partial.data import ArraySource
         >>> source = ArraySource(np.arange(8, dtype=np.float32)[:, None], np.arange(8, dtype=np.int32))

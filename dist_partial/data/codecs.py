@@ -26,7 +26,7 @@ class Codec(Protocol):
 class ByteCodec:
     """Encodes text as UTF-8 bytes: 256 symbols.
 
-    Example:
+    Examples:
         >>> codec = ByteCodec()
         >>> codec.decode(codec.encode("def f"))
         'def f'
@@ -46,7 +46,7 @@ class ByteCodec:
 class ShapeCodec:
     """Encodes each UTF-8 byte as its shape: ten symbols, so `def f(x1):` reads `aaa a(a0(.`.
 
-    Example:
+    Examples:
         >>> codec = ShapeCodec()
         >>> codec.decode(codec.encode("def f(x1):"))
         'aaa a(a0(.'

@@ -80,7 +80,7 @@ def stdlib_corpus(
     Raises:
         UserError: no such text, too little of it for the window, or a cache folder that cannot be used.
 
-    Example:
+    Examples:
         >>> data = stdlib_corpus(window=32)
         >>> data.train.spec[0].shape, data.unit
         (TensorShape([32]), 'byte')
@@ -118,7 +118,7 @@ def stdlib_shapes(
     Raises:
         UserError: as for `stdlib_corpus`.
 
-    Example:
+    Examples:
         >>> data = stdlib_shapes()
         >>> data.codec.size
         10

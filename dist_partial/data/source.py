@@ -46,7 +46,7 @@ class Dataset:
         codec: text to ids and back; None where nothing can be sampled as text.
         unit: what one target is: 'byte' means that loss / ln 2 is bits per byte.
 
-    Example:
+    Examples:
         >>> x, y = np.zeros([100, 4], np.float32), np.zeros([100], np.int32)
         >>> parts = ArraySource(x[:90], y[:90]), ArraySource(x[90:], y[90:])
         >>> data = Dataset("mine", *parts, fingerprint(x, y), codec=None)
@@ -75,7 +75,7 @@ class ArraySource:
     Raises:
         UserError: the arrays do not belong together.
 
-    Example:
+    Examples:
         >>> source = ArraySource(np.arange(6.0, dtype=np.float32).reshape(3, 2), np.array([0, 1, 2], np.int32))
         >>> [array.tolist() for array in source.fetch(np.array([2, 0]))]
         [[[4.0, 5.0], [0.0, 1.0]], [2, 0]]
@@ -142,7 +142,7 @@ def check_source(name: str, source: Any) -> None:
 def fingerprint(*parts: np.ndarray | bytes | str | int | float) -> str:
     """Computes the hex SHA-256 of the parts: content, order, and for arrays type and shape too.
 
-    Example:
+    Examples:
         >>> fingerprint("a set", np.arange(3)) == fingerprint("a set", np.arange(3))
         True
     """

@@ -68,7 +68,7 @@ def stdlib_prose(window: int = 128, evaluation_share: float = 0.1) -> Dataset:
         window: bytes of an example.
         evaluation_share: as for `tokenized_text`.
 
-    Example:
+    Examples:
         >>> data = stdlib_prose(window=32)
         >>> data.train.spec[0].shape
         TensorShape([32])

@@ -115,7 +115,7 @@ def read_tf_config(text: str) -> dict[str, Any] | None:
     Raises:
         UserError: it is not JSON, or names no valid task of a valid cluster.
 
-    Example:
+    Examples:
         >>> text = '{"cluster": {"worker": ["10.0.0.1:5000", "10.0.0.2:5000"]}, "task": {"type": "worker", "index": 1}}'
         >>> read_tf_config(text)["task"]["index"]
         1

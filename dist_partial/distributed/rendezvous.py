@@ -84,7 +84,7 @@ def connect(
 def on_loopback(workers: Sequence[str]) -> bool:
     """Tells by their addresses whether all workers are on this machine and nothing else can reach them.
 
-    Example:
+    Examples:
         >>> on_loopback(["127.0.0.1:5000", "127.0.0.1:5001"])
         True
     """
@@ -264,7 +264,7 @@ def _ended(connection: socket.socket) -> bool:
 def split(address: str) -> tuple[str, int]:
     """Splits a worker's address into host and port; an IPv6 address loses its brackets.
 
-    Example:
+    Examples:
         >>> split("[::1]:5000")
         ('::1', 5000)
     """

@@ -40,7 +40,7 @@ class Replicas:
         backend: this worker's connections to the others, or None where it is the only one.
         host: this worker's name or address among several, or None.
 
-    Example:
+    Examples:
         >>> create("default").is_chief
         True
     """

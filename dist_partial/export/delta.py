@@ -190,7 +190,7 @@ class Base:
 
     It remembers the base values of what its deltas have overwritten, and of nothing else.
 
-    Example:
+    Examples:
         >>> import keras
         >>> base = Base(keras.Sequential([keras.Input([4]), keras.layers.Dense(1)]))
         >>> base.use(None)  # the base itself; `base.use(read("mine.safetensors"))` applies a delta

@@ -53,7 +53,7 @@ def partial(
             an optimizer that is wrapped or built already, was made outside the model's strategy, or accumulates,
             averages or scales by itself; a reduction with which replicas would part.
 
-    Example:
+    Examples:
         >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3), keras.layers.Dense(1, name="head")])
         >>> optimizer = partial(keras.optimizers.Adam(1e-3), [("train", "head/.*"), ("freeze", ".*")], model)
         >>> model.compile(optimizer, loss="mse")

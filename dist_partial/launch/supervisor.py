@@ -193,7 +193,7 @@ def split(text: bytes) -> tuple[list[bytes], bytes, str]:
 def backoff(restart: int) -> float:
     """Computes the seconds before a restart, counted from 1.
 
-    Example:
+    Examples:
         >>> [backoff(count) for count in (1, 2, 3, 10)]
         [1.0, 2.0, 4.0, 60.0]
     """

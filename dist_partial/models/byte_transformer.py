@@ -49,7 +49,7 @@ def byte_transformer(
         UserError: A size is below 1, the width does not split into heads of even size, or the dropout is
             outside [0, 1).
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> model = byte_transformer(layers=1, width=16, heads=2)
         >>> model(np.zeros([1, 5], np.int32)).shape

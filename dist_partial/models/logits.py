@@ -51,7 +51,7 @@ def activation_op(outputs: tf.Tensor, kind: str) -> tf.Operation | None:
 def full_precision(outputs: tf.Tensor) -> tf.Tensor:
     """Casts half-precision outputs to float32: a softmax over them loses too much.
 
-    Example:
+    Examples:
         >>> full_precision(tf.constant([1.0], tf.bfloat16)).dtype
         tf.float32
     """

@@ -21,7 +21,7 @@ def temper(logits: tf.Tensor, temperature: tf.Tensor | float) -> tf.Tensor:
 
     The largest logit of a row is moved to 0 first, so that no small temperature overflows.
 
-    Example:
+    Examples:
         >>> temper(tf.constant([[1.0, 2.0]]), tf.constant(0.5)).numpy().tolist()
         [[-2.0, 0.0]]
     """
@@ -43,7 +43,7 @@ def truncate(logits: tf.Tensor, top_k: tf.Tensor | int, top_p: tf.Tensor | float
     Returns:
         The logits [B, V], -inf where an id is dropped.
 
-    Example:
+    Examples:
         >>> truncate(tf.constant([[-2.0, 0.0, -1.0]]), tf.constant(1), tf.constant(1.0)).numpy().tolist()
         [[-inf, 0.0, -inf]]
     """
@@ -135,7 +135,7 @@ def generate(
         UserError: An argument is out of its range, the prompt is empty or holds an unknown id, or the model's logits
             are not finite (-inf forbids an id; not all may be).
 
-    Example:
+    Examples:
         >>> from dist_partial.models import byte_transformer
         >>> model = byte_transformer(layers=1, width=16, heads=2)
         >>> [len(ids) for ids in generate(model, [100, 101, 102], count=2, length=5, temperature=0.6, seed=1)]

@@ -22,7 +22,7 @@ class AllReduce:
             gradient's own. The gradient is divided by the global batch before it is cast and summed, so
             that the sum does not overflow where the mean does not.
 
-    Example:
+    Examples:
         >>> str(AllReduce()), AllReduce("bfloat16").payloads([8, 2], "float32")
         ('all-reduce', (Payload(kind='sum', bytes=32, every=1, offset=0),))
     """

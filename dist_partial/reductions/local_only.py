@@ -17,7 +17,7 @@ class LocalOnly:
 
     Each replica is evaluated with its own, and all of them are saved.
 
-    Example:
+    Examples:
         >>> LocalOnly().payloads([8, 2], "float32")
         ()
     """

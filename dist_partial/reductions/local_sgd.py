@@ -35,7 +35,7 @@ class LocalSGD:
         keep_residual_local: what the exchange leaves out stays in the replica's own variables, from which training
             goes on, instead of waiting in a residual for the next exchange (the better choice with `top_k`).
 
-    Example:
+    Examples:
         >>> from dist_partial.reductions import Quantized
         >>> diloco = LocalSGD(sync_every=50, outer_optimizer=nesterov, compressor=Quantized(4))
         >>> diloco.next_due(done=60), diloco.payloads([256, 16], "float32")
@@ -110,7 +110,11 @@ class LocalSGD:
 def nesterov(learning_rate: float = 0.7, momentum: float = 0.9) -> keras.optimizers.Optimizer:
     """Makes the outer optimizer of DiLoCo, with the paper's values: SGD with Nesterov momentum.
 
-    Example:
+    Args:
+        learning_rate: how far the anchors move along the velocity.
+        momentum: how much of the last exchange's velocity the next one keeps.
+
+    Examples:
         >>> nesterov().momentum
         0.9
     """

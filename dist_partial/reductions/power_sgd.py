@@ -32,7 +32,7 @@ class PowerSGD:
     A tensor of more than two axes is folded into the matrix that takes the fewest bytes. One whose factors would not
     be smaller than itself is sent whole.
 
-    Example:
+    Examples:
         >>> PowerSGD(rank=4).payloads([256, 64], "float32")  # instead of 65,536 bytes
         (Payload(kind='sum', bytes=4096, every=1, offset=0), Payload(kind='sum', bytes=1024, every=1, offset=0))
     """

@@ -26,7 +26,7 @@ class Quantized:
     Attributes:
         bits: of each value: 8, 4, 2, 1.6 (three levels, five values a byte) or 1 (the sign); scales add 1/16 bit.
 
-    Example:
+    Examples:
         >>> [Quantized(bits).payloads([256, 16], "float32")[0].bytes for bits in (8, 4, 2, 1.6, 1)]
         [4128, 2080, 1056, 852, 544]
     """

@@ -40,7 +40,7 @@ class TopK:
         block: values a block, or None.
         bits: of each value as it is sent: 32 (float32), 16 (bfloat16), or as in `Quantized`.
 
-    Example:
+    Examples:
         >>> TopK(density=1 / 64).payloads([256, 64], "float32")  # instead of 65,536 bytes
         (Payload(kind='gather', bytes=768, every=1, offset=0),)
     """

@@ -264,7 +264,7 @@ def merged(strips: Sequence[Strip]) -> list[Strip]:
 def bytes_text(value: float) -> str:
     """Writes a number of bytes in three digits and SI units.
 
-    Example:
+    Examples:
         >>> bytes_text(1234567).replace("\\u00a0", " ")
         '1.23 MB'
     """
@@ -280,7 +280,7 @@ def bytes_text(value: float) -> str:
 def percent(share: float) -> str:
     """Writes a share in percent, never rounded to nothing or to everything.
 
-    Example:
+    Examples:
         >>> percent(0.385)
         '38.5%'
     """

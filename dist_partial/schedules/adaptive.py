@@ -27,7 +27,7 @@ class AutoFreeze(Periodic):
         keep: units at the top that are never frozen.
         retest: all units are trained in each interval whose number, from 0, this divides; None never tests.
 
-    Example:
+    Examples:
         >>> from dist_partial.schedules import Unit
         >>> units = [Unit(name, (f"{name}/kernel",), 4, 1) for name in ("embedding", "block", "head")]
         >>> autofreeze = AutoFreeze(every=50)
@@ -107,7 +107,7 @@ class ByteBudget(Periodic):
         always: names of units, or regular expressions of whole names, that are always on, and charged first.
         starve: times a unit may be left out before it has priority; None is the number of units.
 
-    Example:
+    Examples:
         >>> from dist_partial.schedules import Unit
         >>> units = [Unit("block", ("block/kernel",), 3000, 750), Unit("head", ("head/kernel",), 1000, 250)]
         >>> budget = ByteBudget(bytes=3500)

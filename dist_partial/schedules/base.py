@@ -30,7 +30,7 @@ class Unit:
         bytes: what leaves a worker's network interface for it in a step in which it is on.
         parameters: how many of its parameters are trained.
 
-    Example:
+    Examples:
         >>> Unit("head", ("head/kernel", "head/bias"), bytes=72, parameters=18).name
         'head'
     """
@@ -81,7 +81,7 @@ class Schedule(Protocol):
 def observes(schedule: Schedule, step: int) -> bool:
     """Tells whether `observe` is due at this step: at each `next_switch`; for a probe, at step 0, too.
 
-    Example:
+    Examples:
         >>> from dist_partial.schedules import AutoFreeze, Constant
         >>> observes(Constant(), 50), observes(AutoFreeze(every=50), 50)
         (False, True)

@@ -28,7 +28,7 @@ from dist_partial.selection.rules import matches
 class Constant(Stateless):
     """Trains everything that the rules train, always: one unit without a name.
 
-    Example:
+    Examples:
         >>> Constant().partition(["body/kernel", "head/kernel"])
         [('', ('body/kernel', 'head/kernel'))]
     """
@@ -55,7 +55,7 @@ class Phases(Stateless):
     Attributes:
         table: (first step, regular expression), in order; the first is of step 0.
 
-    Example:
+    Examples:
         >>> phases = Phases([(0, "head/.*"), (200, ".*")])
         >>> phases.next_switch(0)
         200
@@ -133,7 +133,7 @@ class Gradual(Periodic):
         every: steps until the next are added.
         count: units that are added at a time, and on at first.
 
-    Example:
+    Examples:
         >>> from dist_partial.schedules import Unit
         >>> units = [Unit(name, (f"{name}/kernel",), 4, 1) for name in ("embedding", "block", "head")]
         >>> [sorted(Gradual(every=10).select(step, units, 0, {})) for step in (0, 10)]
@@ -169,7 +169,7 @@ class Rotation(Periodic):
         order: 'ascending' (from the input), 'descending', or 'random': another order, by the seed, in each round.
         always: names of units, or regular expressions of whole names, that are on in every turn and take none.
 
-    Example:
+    Examples:
         >>> from dist_partial.schedules import Unit
         >>> units = [Unit(name, (f"{name}/kernel",), 4, 1) for name in ("embedding", "block", "head")]
         >>> rotation = Rotation(every=10, order="ascending", always=["head"])
@@ -212,7 +212,7 @@ class Lisa(Periodic):
         always: names of units, or regular expressions of whole names, that are always on and not drawn; None is the
             first and the last: embedding and head, as in the paper.
 
-    Example:
+    Examples:
         >>> from dist_partial.schedules import Unit
         >>> units = [Unit(f"block_{i}", (f"block_{i}/kernel",), 4, 1) for i in range(8)]
         >>> lisa = Lisa(every=10, count=2)  # besides the first and the last

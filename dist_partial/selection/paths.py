@@ -7,7 +7,7 @@ from typing import Any
 def variable_paths(model: Any) -> list[str]:
     """Lists the paths of the model's trainable variables without the model's own leading name.
 
-    Example:
+    Examples:
         >>> import keras
         >>> variable_paths(keras.Sequential([keras.Input([2]), keras.layers.Dense(1, name="head")]))
         ['head/kernel', 'head/bias']
@@ -21,7 +21,7 @@ def paths_of(model: Any, variables: Sequence[Any]) -> list[str]:
     They are Keras's, `variable.path`. Functional submodels are missing from these, so that those of two towers may be
     the same: then all are made of the names of the layers, one inside the other, as `left/hidden/kernel`.
 
-    Example:
+    Examples:
         >>> import keras
         >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, name="head")])
         >>> paths_of(model, model.weights[:1])
@@ -54,7 +54,7 @@ def _strip_root(root: str, paths: Sequence[str]) -> list[str]:
 def own_names(model: Any, variables: Sequence[Any]) -> list[str]:
     """Makes `paths_of` unique: equal paths but the first end in ` (2)`, ` (3)`, ...
 
-    Example:
+    Examples:
         >>> import keras
         >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, name="head")])
         >>> own_names(model, [model.weights[0], model.weights[0]])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 class Payload(NamedTuple):
     """Describes what one replica hands over to a 'sum' or 'gather' after the steps s, s % every == offset % every.
 
-    Example:
+    Examples:
         >>> Payload("sum", bytes=100, every=10).times(first=0, last=25)
         2
     """
@@ -35,7 +35,7 @@ def nic_bytes(kind: str, payload: int, workers: int) -> fractions.Fraction:
         payload: bytes that one worker hands over.
         workers: how many there are, with one replica each.
 
-    Example:
+    Examples:
         >>> [int(nic_bytes(kind, 100, workers=4)) for kind in ("sum", "gather")]
         [150, 300]
     """
@@ -46,7 +46,7 @@ def nic_bytes(kind: str, payload: int, workers: int) -> fractions.Fraction:
 def average_bytes(payloads: Sequence[Any], workers: int | None = None) -> int | float:
     """Averages the bytes a step of payloads that travel every so many steps, or what each worker's interface sends.
 
-    Example:
+    Examples:
         >>> payloads = [Payload("sum", 100), Payload("gather", 40, every=10)]
         >>> average_bytes(payloads), average_bytes(payloads, workers=4)
         (104, 162)
@@ -63,7 +63,7 @@ def exact_number(value: fractions.Fraction | int) -> int | float:
 def itemsize(dtype: str) -> int:
     """Returns the bytes of one element; `bfloat16` is not a NumPy name, so the size is read off the name.
 
-    Example:
+    Examples:
         >>> itemsize("bfloat16"), itemsize("float32")
         (2, 4)
     """

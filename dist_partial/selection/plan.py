@@ -21,7 +21,7 @@ class Adapter:
 class VariablePlan:
     """Plans one variable of the model under the rule that covers it.
 
-    Example:
+    Examples:
         >>> from dist_partial.reductions import AllReduce
         >>> kernel = VariablePlan("head/kernel", (8, 2), "float32", None, Rule("head/.*"), AllReduce("bfloat16"))
         >>> kernel.trained_parameters, kernel.wire_bytes, kernel.full_bytes
@@ -90,7 +90,7 @@ class Group:
 class Plan:
     """Holds the rules resolved against one model; entries are in the model's order.
 
-    Example:
+    Examples:
         >>> import keras
         >>> from dist_partial.reductions import AllReduce
         >>> from dist_partial.selection import resolve

@@ -30,7 +30,7 @@ def resolve(
         UserError: a rule that matches nothing, a variable that no rule covers, an empty selection, two
             variables with one path, a pattern that is not a regular expression, rows beyond a variable.
 
-    Example:
+    Examples:
         >>> import keras
         >>> from dist_partial.reductions import AllReduce
         >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(2, name="head")])

@@ -26,7 +26,7 @@ class Rule:
             whole one's path, name and constraint (optimizers that look at a variable's norm or shape see the rows').
         lora: rank of the factors that are trained in place of the kernels that match, which stay frozen (see `lora`).
 
-    Example:
+    Examples:
         >>> str(Rule("head/.*")), str(Rule("embedding/embeddings", rows=(0, 128)))
         ('train head/.*', 'train embedding/embeddings rows 0:128')
     """
@@ -51,7 +51,7 @@ def parse_rules(table: Sequence[Any]) -> tuple[Rule, ...]:
     Raises:
         UserError: if a line is neither, or a pattern is not a regular expression.
 
-    Example:
+    Examples:
         >>> [str(rule) for rule in parse_rules([("train", "head/.*"), Rule(".*", train=False)])]
         ['train head/.*', 'freeze .*']
     """
@@ -120,7 +120,7 @@ def _check_options(number: int, rule: Rule) -> None:
 def check_reduction(where: str, reduction: Any) -> None:
     """Raises UserError if it is no reduction; `where` says which.
 
-    Example:
+    Examples:
         >>> from dist_partial.reductions import AllReduce
         >>> check_reduction("rule 1", AllReduce())
     """
@@ -134,7 +134,7 @@ def check_reduction(where: str, reduction: Any) -> None:
 def first_match(rules: Sequence[Rule], path: str) -> int | None:
     """Finds the place of the rule that covers the path, or None.
 
-    Example:
+    Examples:
         >>> first_match(parse_rules([("train", "head/.*"), ("freeze", ".*")]), "body/kernel")
         1
     """
@@ -144,7 +144,7 @@ def first_match(rules: Sequence[Rule], path: str) -> int | None:
 def matches(pattern: str, path: str) -> bool:
     """Tells whether a regular expression matches a whole path, which may be written with a trailing `:0`.
 
-    Example:
+    Examples:
         >>> matches("dense[12]/kernel", "dense1/kernel"), matches("dense1", "dense1/kernel")
         (True, False)
     """

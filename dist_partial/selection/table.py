@@ -14,7 +14,7 @@ def plan_table(plan: Plan, hosts: int) -> str:
         plan: the plan.
         hosts: over how many processes with a network interface between them its replicas are spread.
 
-    Example:
+    Examples:
         >>> import keras
         >>> from dist_partial.reductions import AllReduce
         >>> from dist_partial.selection import resolve
