@@ -155,7 +155,7 @@ def main(torn: bool, first: int, every: int) -> int:
         (place / "letters_module.py").write_text(USER_MODULE)
         (place / "letters.gin").write_text(GIN)
         sys.path.insert(0, name)
-        import dist_partial.run  # noqa: F401 - once, for all forks
+        import dist_partial.training.loop  # noqa: F401 - once, for all forks
 
         command = [f"--gin_file={place / 'letters.gin'}", *(f"--gin_param={param}" for param in (*PARAMS, *MORE))]
         assert run(command, place / "whole", log=place / "calls") == 0

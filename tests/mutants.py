@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.workers import ROOT
+from tests import ROOT
 
 SECONDS = 300  # for the tests of one change: what hangs is noticed, too
 PASSED, FAILED = 0, 1  # pytest's exit codes; others say that no test could run

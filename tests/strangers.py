@@ -1,4 +1,4 @@
-"""Programs that try to pass for workers: they speak the bytes that the docstring of `dist_partial.handshake` describes.
+"""Programs that try to pass for workers, in the bytes that `dist_partial.distributed.handshake` describes.
 
     python -m tests.strangers [--tries=20] [--attacks=relay,reflection,impostor,ambush,middle]
 
@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.workers import ROOT, free_ports, run_workers
+from tests import ROOT
+from tests.helpers.workers import free_ports, run_workers
 
 HELLO, PROOF, VERDICT = 114, 32, 33  # bytes
 SECONDS = 1.0  # until a stranger gives up a connection

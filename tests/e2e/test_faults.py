@@ -19,9 +19,9 @@ import pytest
 from dist_partial import train
 from dist_partial.distributed import rendezvous
 from dist_partial.launch import restarts
-from tests import strangers
-from tests.cases import assert_equal, rows, state
-from tests.workers import ROOT, free_ports, listening, run_workers, small_disk, tf_config
+from tests import ROOT, strangers
+from tests.helpers.cases import assert_equal, rows, state
+from tests.helpers.workers import free_ports, listening, run_workers, small_disk, tf_config
 
 TIMEOUT = 90.0  # seconds for whatever a test waits for, on a machine that does much else
 
@@ -29,27 +29,27 @@ TIMEOUT = 90.0  # seconds for whatever a test waits for, on a machine that does 
 USER_MODULE = """
 import os, signal, time
 import keras, numpy as np
-from dist_partial import replicas
+from dist_partial.distributed import replicas
 from dist_partial.data import ArraySource, Dataset, fingerprint
 
 if "DIE" in os.environ:  # as soon as the workers have met
-    replicas.Mesh = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    replicas.TCPBackend = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 
-if "LATE" in os.environ:  # TensorFlow hears of a loss before the mesh does
-    class _Late(replicas.Mesh):
+if "LATE" in os.environ:  # TensorFlow hears of a loss before the backend does
+    class _Late(replicas.TCPBackend):
         def _lose(self, *args):
             time.sleep(0.5)
             super()._lose(*args)
 
-    replicas.Mesh = _Late
+    replicas.TCPBackend = _Late
 
 if "LINGER" in os.environ:  # the others have long closed their connections, and ended
-    class _Linger(replicas.Mesh):
+    class _Linger(replicas.TCPBackend):
         def close(self, *args):
             time.sleep(float(os.environ["LINGER"]))
             super().close(*args)
 
-    replicas.Mesh = _Linger
+    replicas.TCPBackend = _Linger
 
 class Source(ArraySource):
     def fetch(self, indices):

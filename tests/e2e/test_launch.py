@@ -13,8 +13,8 @@ import pytest
 from dist_partial import train
 from dist_partial.distributed import cluster
 from dist_partial.launch import __main__ as launch
+from tests import ROOT
 from tests.e2e.test_supervisor import TIMEOUT, assert_gone, launched, wait_until
-from tests.workers import ROOT
 
 TRAIN = ["--", "--gin_file=gin_configs/two_dense.gin"]
 
@@ -74,7 +74,7 @@ def test_help(argv, capsys):
 
 
 def test_keepers_are_light():
-    code = "import sys, dist_partial.launch; sys.exit('tensorflow' in sys.modules)"
+    code = "import sys, dist_partial.launch.__main__; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=TIMEOUT).returncode == 0
 
 
@@ -157,8 +157,8 @@ def test_mistakes_within_a_scheduler(monkeypatch, capsys):
 # A launcher whose workers run a script.
 LAUNCHER = """
 import sys
-from dist_partial import launch
-sys.exit(launch.main(sys.argv[2:], [sys.executable, "-u", sys.argv[1]]))
+from dist_partial.launch.__main__ import main
+sys.exit(main(sys.argv[2:], [sys.executable, "-u", sys.argv[1]]))
 """
 
 # A worker that writes what it was handed to a file of its attempt, and waits until it may end.

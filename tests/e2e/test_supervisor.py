@@ -19,7 +19,8 @@ import pytest
 
 from dist_partial.errors import UserError
 from dist_partial.launch import supervisor
-from tests.workers import ROOT, small_disk
+from tests import ROOT
+from tests.helpers.workers import small_disk
 
 TIMEOUT = 60  # seconds for whatever a test waits for, on a machine that does much else
 
@@ -27,7 +28,8 @@ TIMEOUT = 60  # seconds for whatever a test waits for, on a machine that does mu
 LAUNCHER = """
 import json, sys, threading, os
 from pathlib import Path
-from dist_partial import errors, supervisor
+from dist_partial import errors
+from dist_partial.launch import supervisor
 
 folder, script, workers, settings = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 delay = settings.pop("delay", 0.05)

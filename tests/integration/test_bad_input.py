@@ -15,12 +15,13 @@ import tensorflow as tf
 
 from dist_partial import sample, train
 from dist_partial.data import train_batches
-from tests import ROOT, user_module
+from tests import ROOT
+from tests.helpers import user_module
 
 BASE = """
-import tests.user_module
-run.model = @tests.user_module.model
-run.data = @tests.user_module.data
+import tests.helpers.user_module
+run.model = @tests.helpers.user_module.model
+run.data = @tests.helpers.user_module.data
 run.rules = [('train', r'head/.*'), ('freeze', r'.*')]
 run.optimizer = @keras.optimizers.Adam
 run.steps = 4

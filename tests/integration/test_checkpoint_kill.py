@@ -15,8 +15,8 @@ import pytest
 
 from dist_partial import checkpoints
 from dist_partial.files import write_text
-from tests.cases import durable
-from tests.workers import ROOT
+from tests import ROOT
+from tests.helpers.cases import durable
 
 KILLS = 50
 KEEP = 2

@@ -18,7 +18,7 @@ from dist_partial.data import some_targets
 from dist_partial.errors import Raised, calling, first_line, of_graph, own_line
 from dist_partial.training import evaluation
 from tests import ROOT
-from tests.workers import run_workers
+from tests.helpers.workers import run_workers
 
 # Who fails is a binding; each line that fails is marked with that name. SLOW keeps the thread that fetches ahead busy.
 MODULE = """
@@ -202,9 +202,10 @@ def test_a_process_ends_though_examples_are_being_fetched(program, code, tmp_pat
     """The thread that fetches ahead is in Python code when the exception comes: Python would wait for it for ever."""
     params = ["own_code.data.who = 'fetch'", "own_code.data.slow = 0.05"]
     script = f"""
-from dist_partial import config, run
+from dist_partial import config
+from dist_partial.training import loop
 loaded = config.load(["{code / "own.gin"}"], {params})
-run.run(loaded.settings, "{tmp_path / "run"}")
+loop.run(loaded.settings, "{tmp_path / "run"}")
 """
     command = ["-m", "dist_partial.train", *arguments(code, tmp_path / "run", *params)]
     done = subprocess.run(

@@ -29,8 +29,8 @@ from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
 from dist_partial.training import loop
 from dist_partial.training.build import build, restore
-from tests import cases
-from tests.cases import rows, same_bits, state
+from tests.helpers import cases
+from tests.helpers.cases import rows, same_bits, state
 
 # Nothing of tests.conftest or tests.integration.test_loop may be imported here: the workers below run this file, too,
 # and have one device each.
@@ -244,7 +244,7 @@ def _train_worker(transport: str, folder: Path) -> None:
 
 def test_workers_are_the_replicas_that_are_simulated(mirrored, tmp_path):
     """Two processes by either transport: the same bits; one process with two replicas: the same numbers."""
-    from tests.workers import run_workers
+    from tests.helpers.workers import run_workers
 
     for transport in ("sockets", "tensorflow"):
         command = ["-m", "tests.integration.test_exchanges", transport, str(tmp_path)]
@@ -267,9 +267,9 @@ def test_workers_are_the_replicas_that_are_simulated(mirrored, tmp_path):
 
 
 BASE = """
-import tests.user_module
-run.model = @tests.user_module.model
-run.data = @tests.user_module.data
+import tests.helpers.user_module
+run.model = @tests.helpers.user_module.model
+run.data = @tests.helpers.user_module.data
 run.rules = [('train', r'.*')]
 """
 BAD = {
@@ -290,7 +290,7 @@ BAD = {
     ),
     "exchange is never": (
         ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.compressor = @local_only()"],
-        ["local_sgd.compressor", "Never"],
+        ["local_sgd.compressor", "LocalOnly"],
     ),
     "outer is made already": (
         ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.outer_optimizer = @nesterov()"],

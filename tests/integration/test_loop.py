@@ -24,9 +24,10 @@ from dist_partial.selection.rules import Rule
 from dist_partial.step import loss_scale
 from dist_partial.training import loop, metric_writer
 from dist_partial.training.build import build, restore
-from tests.cases import rows, same_bits, state
+from tests import ROOT
 from tests.conftest import mirrored_strategy
-from tests.workers import ROOT, run_workers
+from tests.helpers.cases import rows, same_bits, state
+from tests.helpers.workers import run_workers
 
 USER_MODULE = """
 import keras, numpy as np

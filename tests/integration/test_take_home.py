@@ -23,7 +23,7 @@ from dist_partial.export import keras_file as keras_export
 from dist_partial.models import keras_file
 from dist_partial.selection.rules import Rule
 from dist_partial.training import build, loop
-from tests.cases import state
+from tests.helpers.cases import state
 
 
 def towers() -> keras.Model:

@@ -10,8 +10,8 @@ from dist_partial.distributed import network
 from dist_partial.plan import bytes_per_second
 from dist_partial.selection.payload import Payload, nic_bytes
 from dist_partial.selection.plan import Plan
-from tests import hosts
-from tests.cases import rows
+from tests.helpers import hosts
+from tests.helpers.cases import rows
 
 BUDGET = 5_300_000  # of 5.6 MB: the largest variable and one of the two others
 PLANS = {

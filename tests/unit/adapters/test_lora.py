@@ -21,8 +21,8 @@ from dist_partial.selection.rules import Rule
 from dist_partial.step import layer_state
 from dist_partial.training import loop
 from dist_partial.training.build import batches, build, compiled_step, restore
-from tests.cases import state
 from tests.conftest import mirrored_strategy
+from tests.helpers.cases import state
 
 RULES = [Rule(r"dense1/kernel", lora=3), ("train", r"dense2/bias"), ("freeze", r".*")]
 STEPS = 6

@@ -16,7 +16,8 @@ import pytest
 
 from dist_partial.distributed.cluster import read_tf_config, tf_config
 from dist_partial.errors import UserError
-from tests.workers import ROOT, free_ports
+from tests import ROOT
+from tests.helpers.workers import free_ports
 
 TWO = ["a:2222", "b:2222"]
 

@@ -11,8 +11,9 @@ import pytest
 from dist_partial.distributed import consistency, rendezvous
 from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.errors import Fault, UserError
+from tests import ROOT
+from tests.helpers.workers import free_ports
 from tests.unit.distributed.test_tcp_backend import at_once
-from tests.workers import ROOT, free_ports
 
 FACTS = {
     "versions": {"python": "3.12.1", "dist_partial's source": "5f0c"},

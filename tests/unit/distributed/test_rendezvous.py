@@ -14,9 +14,9 @@ import pytest
 
 from dist_partial.distributed import handshake, rendezvous
 from dist_partial.errors import Fault, UserError
-from tests import strangers
+from tests import ROOT, strangers
+from tests.helpers.workers import free_ports
 from tests.unit.distributed.test_tcp_backend import at_once
-from tests.workers import ROOT, free_ports
 
 
 def addresses(count):
@@ -256,7 +256,7 @@ def test_more_silent_connections_than_files_may_be_open_keep_nobody_out(limit):
     program = f"""
 import resource, time
 resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))
-from dist_partial import rendezvous
+from dist_partial.distributed import rendezvous
 links = rendezvous.connect(0, {workers}, 60, "secret")
 print(time.process_time(), *links)
 """

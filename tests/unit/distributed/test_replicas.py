@@ -6,7 +6,7 @@ import tensorflow as tf
 from dist_partial.distributed import rendezvous
 from dist_partial.distributed.replicas import create
 from dist_partial.errors import Fault, UserError
-from tests.workers import free_ports, tf_config
+from tests.helpers.workers import free_ports, tf_config
 
 
 @pytest.fixture(autouse=True)

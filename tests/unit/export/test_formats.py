@@ -16,7 +16,7 @@ from dist_partial.errors import UserError
 from dist_partial.export import __main__ as export
 from dist_partial.export import delta, saved_model
 from dist_partial.models import byte_transformer, sampling, two_dense
-from tests.cases import durable, state
+from tests.helpers.cases import durable, state
 
 MODULE = """
 import keras, numpy as np

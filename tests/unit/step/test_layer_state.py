@@ -16,9 +16,9 @@ from dist_partial.errors import UserError
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.training import loop
 from dist_partial.training.build import build, restore
-from tests import cases
-from tests.cases import copies, rows, same_bits, state
 from tests.conftest import mirrored_strategy
+from tests.helpers import cases
+from tests.helpers.cases import copies, rows, same_bits, state
 from tests.unit.step.test_losses import COUNT, check_against_fit, features, settings
 
 

@@ -19,8 +19,8 @@ from dist_partial.reductions.top_k import TopK
 from dist_partial.step import losses
 from dist_partial.step.evaluation_step import evaluation_step
 from dist_partial.training import loop
-from tests.cases import rows, set_precision, state
 from tests.conftest import mirrored_strategy
+from tests.helpers.cases import rows, set_precision, state
 
 COUNT, STEPS = 18, 20  # examples, all of them in each step
 

@@ -16,7 +16,7 @@ from dist_partial.models import byte_transformer
 from dist_partial.schedules.adaptive import AutoFreeze
 from dist_partial.schedules.fixed import Phases
 from dist_partial.training import activation_cache, loop, split_model
-from tests.cases import rows, same_bits, state
+from tests.helpers.cases import rows, same_bits, state
 
 LAYERS = ("a", "b", "c", "d")
 

@@ -25,9 +25,9 @@ from dist_partial.schedules.adaptive import AutoFreeze, ByteBudget
 from dist_partial.schedules.fixed import Gradual, Lisa, Phases, Rotation
 from dist_partial.selection.rules import Rule
 from dist_partial.training import loop
-from tests import cases
-from tests.cases import rows, same_bits, state
-from tests.workers import run_workers
+from tests.helpers import cases
+from tests.helpers.cases import rows, same_bits, state
+from tests.helpers.workers import run_workers
 
 # Nothing of tests.conftest may be imported here: the workers below run this file, too, and have one device each.
 
