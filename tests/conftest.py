@@ -9,20 +9,22 @@ import keras
 import pytest
 import tensorflow as tf
 
+from tests.helpers import strategies
+from tests.helpers.letters import letters  # noqa: F401 - a fixture
+
 _CPU = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(_CPU, [tf.config.LogicalDeviceConfiguration()] * 4)
 
 
-def mirrored_strategy(replicas: int) -> tf.distribute.Strategy:
-    """MirroredStrategy over that many simulated replicas."""
-    # Two of different sizes in one process clash by the keys of their collectives (TensorFlow 2.21).
-    tf.distribute.MirroredStrategy._collective_key_base += 100_000
-    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
+@pytest.fixture
+def mirrored():
+    return strategies.mirrored
 
 
 @pytest.fixture
-def mirrored():
-    return mirrored_strategy
+def no_cluster(monkeypatch):
+    """No TF_CONFIG, whatever the tests run in."""
+    monkeypatch.delenv("TF_CONFIG", raising=False)
 
 
 @pytest.fixture(autouse=True)

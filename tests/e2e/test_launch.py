@@ -14,7 +14,7 @@ from dist_partial import train
 from dist_partial.distributed import cluster
 from dist_partial.launch import __main__ as launch
 from tests import ROOT
-from tests.e2e.test_supervisor import TIMEOUT, assert_gone, launched, wait_until
+from tests.helpers.launchers import TIMEOUT, assert_gone, launched, wait_until
 
 TRAIN = ["--", "--gin_file=gin_configs/two_dense.gin"]
 

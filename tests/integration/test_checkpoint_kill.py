@@ -16,7 +16,7 @@ import pytest
 from dist_partial import checkpoints
 from dist_partial.files import write_text
 from tests import ROOT
-from tests.helpers.cases import durable
+from tests.helpers.files import durable
 
 KILLS = 50
 KEEP = 2

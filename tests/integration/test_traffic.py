@@ -11,7 +11,7 @@ from dist_partial.plan import bytes_per_second
 from dist_partial.selection.payload import Payload, nic_bytes
 from dist_partial.selection.plan import Plan
 from tests.helpers import hosts
-from tests.helpers.cases import rows
+from tests.helpers.files import rows
 
 BUDGET = 5_300_000  # of 5.6 MB: the largest variable and one of the two others
 PLANS = {

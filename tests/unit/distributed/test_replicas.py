@@ -9,11 +9,6 @@ from dist_partial.errors import Fault, UserError
 from tests.helpers.workers import free_ports, tf_config
 
 
-@pytest.fixture(autouse=True)
-def no_cluster(monkeypatch):
-    monkeypatch.delenv("TF_CONFIG", raising=False)
-
-
 @pytest.mark.parametrize(
     ("kind", "cpu", "strategy", "replicas"),
     [

@@ -14,31 +14,10 @@ from dist_partial.distributed import rendezvous, tcp_backend, traffic
 from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.errors import Fault, UserError
 from tests import strangers
-from tests.helpers.workers import free_ports
+from tests.helpers.threads import at_once
 
 BFLOAT16 = tf.bfloat16.as_numpy_dtype
 SIZES = [0, 1, 2, 3, 7, 10**6 + 3]
-
-
-def at_once(functions):
-    """Calls each in a thread; returns what they return, or raises what the first one raised."""
-    results, errors = [None] * len(functions), []
-
-    def call(i):
-        try:
-            results[i] = functions[i]()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=call, args=(i,), daemon=True) for i in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive(), "hangs"
-    if errors:
-        raise errors[0]
-    return results
 
 
 @pytest.fixture
@@ -47,7 +26,7 @@ def connected():
     made = []
 
     def make(count, patience=60.0, on_loss=lambda reason: None, sealed=False):
-        workers = [f"127.0.0.1:{port}" for port in free_ports(count)]
+        workers = loopback(count)
         connect = functools.partial(rendezvous.connect, workers=workers, seconds=10, sealed=sealed)
         found = at_once([functools.partial(connect, k) for k in range(count)])
         made.extend(TCPBackend(k, workers, sockets, patience, on_loss) for k, sockets in enumerate(found))
@@ -405,7 +384,7 @@ def flipped(data, place):
 @pytest.mark.parametrize("rank", [0, 1])  # of the worker: one listens, the other calls
 def test_what_is_sealed_and_changed_on_its_way_is_not_believed(rank, change):
     """By an independent program, that is the other worker and then who stands between."""
-    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    workers = loopback(2)
     thread = threading.Thread(
         target=lambda: links.update(rendezvous.connect(rank, workers, 10, "secret", sealed=True)), daemon=True
     )

@@ -19,7 +19,7 @@ from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.payload import Payload
 from dist_partial.selection.rules import Rule
 from tests.helpers import cases
-from tests.helpers.cases import same_bits
+from tests.helpers.files import same_bits
 
 STEPS = 12
 SHAPES = [(12, 20), (3, 4, 10), (7,), (300,), (1000, 3)]

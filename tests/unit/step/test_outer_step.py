@@ -26,7 +26,8 @@ from dist_partial.step.train_step import StepOptions, train_step
 from dist_partial.training.build import build
 from dist_partial.training.state import resumable_state
 from tests.helpers import cases
-from tests.helpers.cases import CASES, GLOBAL_BATCH, copies, same_bits
+from tests.helpers.cases import CASES, GLOBAL_BATCH, copies
+from tests.helpers.files import same_bits
 
 STEPS = 12
 DENSE = CASES["two_dense"]
