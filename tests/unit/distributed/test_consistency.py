@@ -13,6 +13,7 @@ from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.errors import Fault, UserError
 from tests import ROOT
 from tests.helpers.threads import at_once
+from tests.helpers.workers import loopback
 
 FACTS = {
     "versions": {"python": "3.12.1", "dist_partial's source": "5f0c"},

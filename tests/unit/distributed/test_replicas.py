@@ -8,6 +8,8 @@ from dist_partial.distributed.replicas import create
 from dist_partial.errors import Fault, UserError
 from tests.helpers.workers import free_ports, tf_config
 
+pytestmark = pytest.mark.usefixtures("no_cluster")
+
 
 @pytest.mark.parametrize(
     ("kind", "cpu", "strategy", "replicas"),

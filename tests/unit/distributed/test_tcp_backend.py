@@ -15,6 +15,7 @@ from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.errors import Fault, UserError
 from tests import strangers
 from tests.helpers.threads import at_once
+from tests.helpers.workers import loopback
 
 BFLOAT16 = tf.bfloat16.as_numpy_dtype
 SIZES = [0, 1, 2, 3, 7, 10**6 + 3]
