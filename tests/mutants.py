@@ -96,7 +96,7 @@ def main(names: Sequence[str]) -> int:
     return int(noticed < len(chosen))
 
 
-FINGERPRINT = "unit/checkpoints/test_run_fingerprint.py"
+FINGERPRINT = "unit/training/test_run_fingerprint.py"
 MUTANTS = [
     # Steps.
     changed(
