@@ -103,8 +103,8 @@ def sent_after(step: int, rules) -> int:
         each = next(rule.reduction for rule in rules if re.fullmatch(rule.match, path))
         times = step
         if isinstance(each, LocalSGD):
-            times = len([s for s in range(1, step + 1) if (s - each.offset) % each.steps == 0])
-            each = each.exchange or AllReduce()
+            times = len([s for s in range(1, step + 1) if (s - each.offset) % each.sync_every == 0])
+            each = each.compressor or AllReduce()
         total += times * sum(payload.bytes for payload in each.payloads(shape, "float32"))
     return total
 
@@ -333,7 +333,7 @@ def test_bad_bindings(name, tmp_path):
 def test_an_exchange_without_brackets(tmp_path):
     file = tmp_path / "base.gin"
     file.write_text(BASE)
-    with pytest.raises(UserError, match=r"local_sgd\.exchange"):
+    with pytest.raises(UserError, match=r"local_sgd\.compressor"):
         params = ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.compressor = @quantized"]
         loaded = gin_files.load([file], params)
         build(loaded.settings, in_process())
@@ -362,7 +362,7 @@ def test_float16_needs_replicas_that_agree(each):
 
 def test_outer_factory_of_nothing():
     made = in_process()
-    with pytest.raises(UserError, match=r"local_sgd\.outer of rule 'dense1/\.\*'"):
+    with pytest.raises(UserError, match=r"local_sgd\.outer_optimizer of rule 'dense1/\.\*'"):
         build(settings([Rule("dense1/.*", reduction=LocalSGD(2, 0, lambda: None)), Rule(".*")], made), made)
 
 

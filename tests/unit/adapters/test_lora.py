@@ -224,7 +224,7 @@ def test_a_layer_of_which_a_bias_is_trained_is_not_quantized():
 def test_nothing_to_store_is_said():
     with pytest.raises(UserError, match="freeze nothing that can be stored so"):
         build(settings([("train", ".*")], frozen_dtype="int8"), replicas(1))
-    with pytest.raises(UserError, match=r"run\.frozen is 'int4'"):
+    with pytest.raises(UserError, match=r"run\.frozen_dtype is 'int4'"):
         settings(frozen_dtype="int4")
     assert quantization.PRECISIONS == (None, "bfloat16", "int8")
 

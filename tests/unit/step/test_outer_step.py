@@ -508,7 +508,7 @@ def test_nothing_is_sent_in_a_step(rules, mirrored):
         payloads = [m for entry in group.entries for m in entry.payloads]
         assert traffic.total(found) == traffic.total(payloads) > 0
         assert {c.kind for c in found} == {m.kind for m in payloads}
-        assert {m.every for m in payloads} == {group.reduction.steps}
+        assert {m.every for m in payloads} == {group.reduction.sync_every}
     if len(groups) == 2:  # 640 values in three scales and a half byte each, and 10 more of them in a message of words
         assert traffic.total(traffic.in_call(local.exchanges[1].get_concrete_function())) == 6 + 320 + 2 + (2 + 5 + 1)
 

@@ -249,7 +249,7 @@ def patched():
 def test_a_model_that_is_more_than_its_graph_is_not_cut(kind):
     model = own_call(kind) if kind else patched()
     with pytest.raises(
-        UserError, match=r"run\.cache cuts .*, and \w+ has a call\(\) of its own: give it a method stages"
+        UserError, match=r"run\.activation_cache cuts .*, and \w+ has a call\(\) of its own: give it a method stages"
     ):
         split_model.cut(model, variables(model, "d"))
 
@@ -270,7 +270,9 @@ def test_stages_that_are_not_the_model_are_an_error(training):
     activations(model)
     model.stages = lambda: [*one_by_one, ([], lambda x, flag: x * (1.01 if flag == training else 1.0))]
     if training:
-        with pytest.raises(UserError, match=r"run\.cache: .*'c' and the rest are not the model.*\(0\.01 apart\)"):
+        with pytest.raises(
+            UserError, match=r"run\.activation_cache: .*'c' and the rest are not the model.*\(0\.01 apart\)"
+        ):
             activations(model)
     else:  # which stages are for training alone
         activations(model)
@@ -339,7 +341,7 @@ def folded():
     ],
 )
 def test_what_an_example_alone_does_not_decide_is_an_error(make, why):
-    with pytest.raises(UserError, match=rf"run\.cache: what is frozen up to {why}.*: unbind it"):
+    with pytest.raises(UserError, match=rf"run\.activation_cache: what is frozen up to {why}.*: unbind it"):
         activations(make())
 
 
@@ -396,11 +398,13 @@ class Noise(keras.layers.Layer):
 def test_what_cannot_be_kept_is_an_error(monkeypatch):
     x = keras.Input((6,))
     random = keras.Model(x, keras.layers.Dense(6, name="d")(Noise(name="noise")(keras.layers.Dense(6)(x))))
-    with pytest.raises(UserError, match=r"run\.cache: what is frozen up to 'noise' is not the same each time"):
+    with pytest.raises(
+        UserError, match=r"run\.activation_cache: what is frozen up to 'noise' is not the same each time"
+    ):
         activations(random)
     masked = keras.Sequential([keras.Input((6,)), keras.layers.Embedding(9, 4, mask_zero=True, name="words")])
     masked.add(keras.layers.LSTM(3, name="d"))
-    with pytest.raises(UserError, match=r"run\.cache: .*words' makes a mask"):
+    with pytest.raises(UserError, match=r"run\.activation_cache: .*words' makes a mask"):
         activations(masked)
     monkeypatch.setattr(activation_cache, "_free_memory", lambda: 479)
     with pytest.raises(UserError, match=r"needs up to 480 bytes, and 479 are free: bind run.activation_cache = 'disk'"):
@@ -429,7 +433,7 @@ def test_what_cannot_be_kept_at_a_switch_does_not_end_the_run(tmp_path, monkeypa
 
 def test_bad_settings():
     given = {"rules": [("train", ".*")], "model": mlp, "data": numbers}
-    with pytest.raises(UserError, match=r"run\.cache is 'ram': write 'memory', 'disk' or None"):
+    with pytest.raises(UserError, match=r"run\.activation_cache is 'ram': write 'memory', 'disk' or None"):
         Settings(**given, activation_cache="ram")
-    with pytest.raises(UserError, match=r"run\.cache beside run\.jit_compile"):
+    with pytest.raises(UserError, match=r"run\.activation_cache beside run\.jit_compile"):
         Settings(**given, activation_cache="disk", jit_compile=True)

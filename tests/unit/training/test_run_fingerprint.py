@@ -1,4 +1,4 @@
-"""What makes a run another one than its folder's: a key of the identity, or a setting, without a case here fails."""
+"""What makes a run another one than its folder's: a key of the run fingerprint, or a setting, without a case here fails."""
 
 import dataclasses
 import functools
@@ -78,11 +78,11 @@ CASES = [
 ]
 # How long, how fast, how often and where: what may change while a run goes on.
 FREE = {"steps", "eval_first", "eval_every", "eval_examples", "save_every", "keep", "accumulate", "steps_per_loop"}
-FREE |= {"jit_compile", "compiled_plans", "cache", "replicas", "sampling"}
+FREE |= {"jit_compile", "compiled_plans", "activation_cache", "replicas", "sampling"}
 
 
 def of(**more):
-    """The identity of a run in which all that there is has a value."""
+    """The fingerprint of a run in which all that there is has a value."""
     given = {"rules": RULES, "model": model, "data": ids, "optimizer": adam, "steps": 20, "global_batch": 4}
     made = in_process()
     return build(Settings(**{**given, "schedule": Rotation(every=2), **more}), made).fingerprint
