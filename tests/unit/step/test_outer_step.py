@@ -180,7 +180,7 @@ class Reference:
         for path, kind in self.kinds.items():
             # The exchanges follow offset, offset + steps, ... and, where the offset is larger than `steps`, as if it
             # were the rest of the division.
-            if isinstance(kind, LocalSGD) and (self.done - kind.offset) % kind.steps == 0:
+            if isinstance(kind, LocalSGD) and (self.done - kind.offset) % kind.sync_every == 0:
                 movement = self.anchors[path] - np.mean([chosen[path].numpy() for chosen in self.variables], axis=0)
                 anchor = self.outers[path].step(self.anchors[path], movement)
                 self.anchors[path] = self.projections.get(path, lambda value: value)(anchor)

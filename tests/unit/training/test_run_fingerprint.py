@@ -1,4 +1,4 @@
-"""What makes a run another one than its folder's: a key of the run fingerprint, or a setting, without a case here fails."""
+"""What makes a run another than its folder's: a key of the fingerprint, or a setting, without a case here fails."""
 
 import dataclasses
 import functools
