@@ -1,4 +1,4 @@
-"""Four simulated CPU replicas for every test, and Keras's global switches put back after each."""
+"""Four simulated CPU replicas for every test; Keras's global switches are put back after each. Marks that skip."""
 
 import os
 
@@ -9,11 +9,20 @@ import keras
 import pytest
 import tensorflow as tf
 
-from tests.helpers import strategies
+from tests.helpers import hosts, strategies
+from tests.helpers.browser import CHROMIUM
 from tests.helpers.letters import letters  # noqa: F401 - a fixture
 
 _CPU = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(_CPU, [tf.config.LogicalDeviceConfiguration()] * 4)
+
+
+def pytest_runtest_setup(item):
+    """Skips what this machine cannot run, and says why."""
+    if item.get_closest_marker("network") and (reason := hosts.available()):
+        pytest.skip(f"hosts on one machine: {reason}")
+    if item.get_closest_marker("browser") and CHROMIUM is None:
+        pytest.skip("no chromium: apt-get install chromium")
 
 
 @pytest.fixture

@@ -95,7 +95,8 @@ def test_rates(rate, expected):
     assert bytes_per_second(rate) == expected
 
 
-@pytest.mark.skipif(hosts.available() is not None, reason=f"hosts on one machine: {hosts.available()}")
+@pytest.mark.slow
+@pytest.mark.network
 def test_interface_graph_and_plan_agree(tmp_path):
     """Two hosts with an interface each, whose counters are the kernel's; one test, as there is one set of hosts."""
     config = tmp_path / "wide.gin"

@@ -16,10 +16,8 @@ from hypothesis import strategies as st
 
 from dist_partial.report import page, plots, runs
 from dist_partial.report.__main__ import main
-from tests.helpers.browser import CHROMIUM, Browser
+from tests.helpers.browser import Browser
 from tests.helpers.letters import start
-
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +415,8 @@ def test_figures_in_words():
     ]
 
 
-@needs_browser
+@pytest.mark.slow
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 768, 1280])
 def test_the_page_in_a_browser(width, browser, tmp_path):
     rows = [switch(1, "embedding", "block_0"), switch(11, "block_1"), switch(41, "block_0", "head")]
