@@ -11,6 +11,8 @@ import pytest
 from dist_partial.config import gin_files
 from tests import ROOT
 
+pytestmark = pytest.mark.slow
+
 TEXT = (ROOT / "README.md").read_text()
 # What is run elsewhere: `.ci/run` makes an environment for the first two; SmolLM2 takes minutes and 93 MB of weights.
 ELSEWHERE = {"quickstart", "tests", "smollm2"}
@@ -33,7 +35,6 @@ def test_commands_are_found():
     assert set(marked) == ELSEWHERE
 
 
-@pytest.mark.slow
 def test_commands_run(tmp_path):
     """One after the other in one folder, after a short run of the quickstart, on which most of them build."""
     for name in ("gin_configs", "launch", "dist_partial"):

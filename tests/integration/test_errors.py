@@ -197,6 +197,7 @@ def test_one_batch_that_is_not_as_the_spec_says(who, gives, code, tmp_path, capf
     ), error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["command", "script"])
 def test_a_process_ends_though_examples_are_being_fetched(program, code, tmp_path):
     """The thread that fetches ahead is in Python code when the exception comes: Python would wait for it for ever."""
@@ -220,6 +221,7 @@ loop.run(loaded.settings, "{tmp_path / "run"}")
     assert f"run.data raised RuntimeError: cannot read{place(code, 'fetch')}" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_other_workers_hear_of_it_and_end_with_the_same_code(code, tmp_path):
     first_lines = "import json, os\nRANK = json.loads(os.environ['TF_CONFIG'])['task']['index']\n"
     second_worker = MODULE.replace('if self.who == "fetch":', 'if self.who == "fetch" and RANK == 1:')
@@ -233,6 +235,7 @@ def test_the_other_workers_hear_of_it_and_end_with_the_same_code(code, tmp_path)
     assert len(second) == 1 and re.fullmatch(rf"error: {words}", second[0]), second
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_on_one_worker_keeps_no_other_waiting(code, tmp_path):
     """Though a checkpoint is due, for which each worker has to send what it has of its own."""
     held = """

@@ -237,6 +237,7 @@ def _train_worker(transport: str, folder: Path) -> None:
         loop.run(settings(WORKER_RULES, made, steps, precision, model=noisy), folder / f"{transport}-{precision}")
 
 
+@pytest.mark.slow
 def test_workers_are_the_replicas_that_are_simulated(tmp_path):
     """Two processes by either transport: the same bits; one process with two replicas: the same numbers."""
     from tests.helpers.workers import run_workers

@@ -237,6 +237,7 @@ def test_operative_configuration_alone_reproduces_the_run(letters, tmp_path):
     assert_same_run(one, other, 12)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(letters, tmp_path):
     folder, whole = tmp_path / "run", tmp_path / "whole"
     command = [sys.executable, "-m", "dist_partial.train", f"--gin_file={letters}"]
@@ -411,6 +412,7 @@ def _letters() -> Dataset:
     return Dataset("letters", source, source, fingerprint(ids), None, "byte")
 
 
+@pytest.mark.slow
 def test_two_workers_write_one_folder_and_go_on(letters, tmp_path):
     """The same run on one device and on two workers of one folder, the second time stopped in between."""
     folder, single = tmp_path / "workers", tmp_path / "single"
@@ -460,6 +462,7 @@ def test_a_run_that_is_killed_after_its_last_checkpoint_has_written_everything(l
     assert not leftover.exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_one_worker_stops_both_at_one_step(letters, tmp_path):
     folder = tmp_path / "run"
     params = ["run.steps = 100000", "run.eval_every = None", "run.save_every = None"]
@@ -478,6 +481,7 @@ def test_ctrl_c_on_one_worker_stops_both_at_one_step(letters, tmp_path):
     assert len(list(folder.glob("checkpoints/*.npz"))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["@all_reduce()", "@local_sgd()"])
 def test_a_worker_that_dies_ends_the_other_with_one_line(reduction, letters, tmp_path):
     """Whether the other one waits for a gradient or, between two exchanges, for nothing but a loss."""

@@ -6,6 +6,8 @@ import pytest
 from tests.helpers import cases
 from tests.helpers.workers import run_workers
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("transport", "dtypes"), [("sockets", ["float64", "float32"]), ("tensorflow", ["float64"])])
 def test_two_workers_equal_one_device(transport, dtypes, tmp_path):

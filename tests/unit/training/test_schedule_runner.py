@@ -314,6 +314,7 @@ def _work(folder: Path) -> None:
         loop.run(settings(schedule, made, precision="float64", activation_cache="memory"), folder / name)
 
 
+@pytest.mark.slow
 def test_two_workers(tmp_path):
     for code, output in run_workers(
         ["-m", "tests.unit.training.test_schedule_runner", str(tmp_path)], workers=2, timeout=200
@@ -340,6 +341,7 @@ def _disagree(folder: Path) -> None:
         sys.exit(2)
 
 
+@pytest.mark.slow
 def test_workers_that_disagree_both_stop_before_the_switch(tmp_path):
     for code, output in run_workers(
         ["-m", "tests.unit.training.test_schedule_runner", str(tmp_path), "odd"], workers=2, timeout=100
