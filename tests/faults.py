@@ -33,9 +33,9 @@ from typing import Any
 
 import numpy as np
 
-from tests import hosts
-from tests.benchmarks import tables
-from tests.workers import ROOT, listening
+from tests import ROOT
+from tests.helpers import hosts
+from tests.helpers.workers import listening
 
 COMMAND = "python -m tests.faults"
 RESULTS = Path(__file__).parent / "benchmarks" / "results" / "faults.json"

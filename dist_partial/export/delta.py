@@ -227,7 +227,7 @@ class Base:
         weights = dict(deltas) if isinstance(deltas, Mapping) else {} if deltas is None else {deltas: 1.0}
         for delta, weight in weights.items():
             if not isinstance(delta, Delta):
-                raise UserError(f"{delta!r:.100} is no delta: read it first, by dist_partial.delta.read(path)")
+                raise UserError(f"{delta!r:.100} is no delta: read it first, by dist_partial.export.delta.read(path)")
             if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
                 raise UserError(f"the weight of {delta.name} is {weight!r}: write a finite number, such as 0.5")
             self._check(delta)
@@ -275,9 +275,8 @@ class Base:
         ]
         if found:
             adapted = any("/lora_" in path for path in lacking)
-            first = (
-                "call dist_partial.lora.enable(rules, model) with the run's rules first; or else " if adapted else ""
-            )
+            enable = "call dist_partial.adapters.lora.enable(rules, model) with the run's rules first; or else "
+            first = enable if adapted else ""
             raise UserError(
                 f"{delta.name} is of another base: {'; '.join(found)}; {first}make the model as the run did, by its "
                 "factory after keras.utils.set_random_seed(run.seed), before any training"
