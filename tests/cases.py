@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import safetensors.numpy
 import tensorflow as tf
 
 from dist_partial import reductions, selection
@@ -347,8 +348,7 @@ def rows(path: Path) -> list[dict]:
 
 def state(folder: Path, step: int) -> dict[str, np.ndarray]:
     """What the checkpoint of a run folder holds."""
-    with np.load(folder / "checkpoints" / f"step-{step:010d}.npz") as file:
-        return {name: file[name] for name in file.files if name != "metadata"}
+    return safetensors.numpy.load_file(folder / "checkpoints" / f"step-{step:010d}.safetensors")
 
 
 def durable(monkeypatch: Any) -> list[tuple[str, str, bytes]]:
