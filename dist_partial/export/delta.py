@@ -11,7 +11,6 @@ holds digests of every variable of the model as it was before the training, so t
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import math
 import numbers
@@ -21,13 +20,12 @@ from typing import Any
 
 import keras
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from dist_partial.checkpoints import safetensors_file
 from dist_partial.checkpoints.fingerprints import digest, model_fingerprints, variables
 from dist_partial.distributed import consistency
 from dist_partial.errors import UserError, first_line
-from dist_partial.files import existing, write_atomically
+from dist_partial.files import existing
 from dist_partial.selection.plan import Plan
 
 FORMAT = "1"
@@ -123,13 +121,10 @@ def write(path: str | Path, delta: Delta) -> None:
     metadata = {name: json.dumps(getattr(delta, name), sort_keys=True) for name in _FIELDS}
     metadata["dist_partial_delta"] = FORMAT
     metadata["sha256"] = _checksum(delta.arrays, metadata)
-    content = safetensors.numpy.save(
-        {key: np.asarray(array, order="C") for key, array in delta.arrays.items()}, metadata
-    )
     try:
         place = Path(path).expanduser()
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(place, lambda file: file.write(content))
+        safetensors_file.write(place, delta.arrays, metadata)
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: an empty name; RuntimeError: ~somebody
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {str(path)!r}: {reason}; choose another place") from None
@@ -148,10 +143,7 @@ def read(path: str | Path) -> Delta:
     """
     path = existing("the delta", path)
     try:
-        # Checks the header against the file's length before anything is allocated, and runs nothing of the file's.
-        with safetensors.safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dictionary)
+        arrays, metadata = safetensors_file.read(path)
     except Exception as error:  # it raises its own, and NumPy's, and the file system's
         raise UserError(f"{path} is damaged, or no safetensors file: {first_line(error)[:200]}; get it again") from None
     if "dist_partial_delta" not in metadata:
@@ -318,9 +310,8 @@ def _check_finite(name: str, arrays: Mapping[str, np.ndarray]) -> None:
 
 def _checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
     """SHA-256 of all arrays, in the order of their keys, and of the metadata beside it."""
-    rest = sorted((name, text) for name, text in metadata.items() if name != "sha256")
-    digests = [(key, digest(array, digits=64)) for key, array in sorted(arrays.items())]
-    return hashlib.sha256(json.dumps([rest, digests]).encode()).hexdigest()
+    rest = {name: text for name, text in metadata.items() if name != "sha256"}
+    return safetensors_file.checksum(arrays, rest, lambda array: digest(array, digits=64))
 
 
 def _value(variable: Any) -> np.ndarray:

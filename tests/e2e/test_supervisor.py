@@ -85,7 +85,7 @@ def train(step):
 
 def save(step):
     (folder / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (folder / "run" / "checkpoints" / f"step-{{step:010d}}.npz").touch()
+    (folder / "run" / "checkpoints" / f"step-{{step:010d}}.safetensors").touch()
 
 """
 

@@ -99,7 +99,7 @@ def test_pods_that_are_not_to_be_replaced(monkeypatch, tmp_path, capsys):
         def main(argv):
             if checkpoint:
                 (tmp_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
-                (tmp_path / "run" / "checkpoints" / f"step-{checkpoint:010d}.npz").touch()
+                (tmp_path / "run" / "checkpoints" / f"step-{checkpoint:010d}.safetensors").touch()
             return code
 
         monkeypatch.setattr(train, "main", main)
