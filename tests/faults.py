@@ -31,11 +31,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from safetensors.numpy import load_file
 
-from tests import hosts
+from tests import ROOT
 from tests.benchmarks import tables
-from tests.workers import ROOT, listening
+from tests.helpers import hosts
+from tests.helpers.workers import listening
 
 COMMAND = "python -m tests.faults"
 RESULTS = Path(__file__).parent / "benchmarks" / "results" / "faults.json"
@@ -229,8 +230,7 @@ class Launch:
             host, port = address.split(":")
             with contextlib.suppress(ConnectionRefusedError), socket.create_connection((host, int(port)), 5):
                 raise Broken(f"left something that listens on {address}")
-        with np.load(self.run_dir / "checkpoints" / f"step-{STEPS:010d}.npz") as file:
-            computed = {name: file[name] for name in file.files if name != "metadata"}
+        computed = load_file(self.run_dir / "checkpoints" / f"step-{STEPS:010d}.safetensors")
         rows = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
         return computed | {"metrics": [(row["split"], row["step"], row["loss"]) for row in rows]}
 

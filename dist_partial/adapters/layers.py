@@ -4,6 +4,8 @@ from typing import Any
 
 import keras
 
+from dist_partial import compat
+
 
 def layers(model: keras.Model) -> list[Any]:
     """Finds the Dense, EinsumDense and Embedding layers that are built, in the model's order.
@@ -14,13 +16,12 @@ def layers(model: keras.Model) -> list[Any]:
         ['d']
     """
     kinds = (keras.layers.Dense, keras.layers.EinsumDense, keras.layers.Embedding)
-    return [layer for layer in model._flatten_layers() if isinstance(layer, kinds) and layer.built]
+    return [layer for layer in compat.layers(model) if isinstance(layer, kinds) and layer.built]
 
 
 def raw(layer: Any) -> Any:
     """Returns the variable of a layer's kernel, as it is stored."""
-    # Of a layer with LoRA, or a quantized one, the public property gives a value that is computed.
-    return layer._embeddings if isinstance(layer, keras.layers.Embedding) else layer._kernel
+    return compat.stored_kernel(layer)
 
 
 def merged(layer: Any) -> Any:

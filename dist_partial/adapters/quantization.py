@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from dist_partial import compat
 from dist_partial.adapters import layers
 from dist_partial.errors import UserError
 from dist_partial.selection.plan import Plan
@@ -60,11 +61,10 @@ def widen(plan: Plan) -> None:
 
 def store(variable: Any, dtype: str) -> None:
     """Replaces the value of a Keras variable by a variable of another dtype, in the strategy's scope."""
-    # Keras 3.15 has no public way to change a variable's dtype, and a dtype policy must be known before it is built,
-    # when no rule has been resolved yet. Within a layer's call Keras casts what is read to the compute dtype.
+    # Not by a dtype policy: it must be known before the layer is built, when no rule has been resolved yet. Within a
+    # layer's call Keras casts what is read to the compute dtype.
     value = keras.ops.convert_to_numpy(variable).astype(dtype)
-    variable._dtype = dtype
-    variable._initialize(value)
+    compat.initialize(variable, value, dtype)
 
 
 def _quantize(model: keras.Model, frozen: set[int]) -> dict[int, Any]:

@@ -100,6 +100,13 @@ class Settings:
             example comes again: 'memory', 'disk', or None to compute them each time, the same up to rounding.
         replicas: makes the strategy; bound under `replicas.`.
         sampling: bound under `sample.`.
+
+    Example:
+        >>> from dist_partial.data import stdlib_corpus
+        >>> from dist_partial.models import byte_transformer
+        >>> settings = Settings([("train", "head/.*"), ("freeze", ".*")], byte_transformer, stdlib_corpus, steps=100)
+        >>> settings.global_batch, settings.precision
+        (32, 'float32')
     """
 
     rules: Sequence[Any]

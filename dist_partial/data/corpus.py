@@ -1,12 +1,9 @@
 """The embedded corpus: this machine's own Python standard library, 9.5 MB of text that needs no download."""
 
-import fcntl
 import math
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +14,7 @@ from dist_partial.data.codecs import SHAPE_OF_BYTE, ByteCodec, ShapeCodec
 from dist_partial.data.quiet import quiet_tfds
 from dist_partial.data.source import Dataset, fingerprint
 from dist_partial.errors import UserError
-from dist_partial.files import open_lock
+from dist_partial.files import lock
 
 BLOCK = 4096
 """Symbols of text that go to training or to evaluation together, whatever the window, so that the losses of two
@@ -226,7 +223,8 @@ def _prepared(name: str, cache: Path, digest: str, files: dict[str, bytes]) -> d
         with quiet_tfds():
             builder = fresh_builder()
             if not builder.is_prepared():
-                with _locked(cache / "stdlib_corpus.lock"):
+                cache.mkdir(parents=True, exist_ok=True)
+                with lock(cache / "stdlib_corpus.lock"):
                     builder = fresh_builder()  # another process may have prepared it meanwhile
                     if not builder.is_prepared():
                         # tfds renames the folder once it is whole; what else is here, a killed process left.
@@ -245,12 +243,3 @@ def _prepared(name: str, cache: Path, digest: str, files: dict[str, bytes]) -> d
     if _digest(prepared) != digest:
         raise UserError(f"the corpus in {builder.data_dir} is damaged: delete it, and it is prepared again")
     return prepared
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock between processes, which the system drops when its holder dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open_lock(path) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

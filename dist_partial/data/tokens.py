@@ -41,6 +41,11 @@ def tokenized_text(
     Raises:
         UserError: no such text, or too little of it for the window; ids that the codec does not have; the
             tokenizer's own.
+
+    Example:
+        >>> data = tokenized_text(ByteCodec, window=32, limit=500_000, evaluation_share=0.1)
+        >>> data.train.spec[0].shape
+        TensorShape([32])
     """
     if not callable(tokenizer):
         raise UserError(f"tokenized_text.tokenizer is {tokenizer!r:.100}: {_FACTORY}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from dist_partial import compat
 from dist_partial.distributed.tcp_backend import TCPBackend
 
 # Large enough to cost little each, small enough to be under way while later gradients are still being computed. Packs
@@ -135,16 +136,5 @@ def _tensorflow_sum(strategy: Any, *values: Any) -> Any:
 
 
 def _tensorflow_gather(strategy: Any, value: Any) -> Any:
-    # The public all_gather sends each tensor's shape first, in a collective of its own, and so loses the static
-    # shape; all our messages have the same one on every replica.
-    from tensorflow.python.distribute import distribute_utils
-
-    options = tf.distribute.experimental.CommunicationOptions()
-    launchers = strategy.extended._cross_device_ops._launchers
-    copies = strategy.experimental_local_results(value)
-    size = strategy.num_replicas_in_sync
-    found = [
-        tf.ensure_shape(tf.reshape(launcher._all_gather(copy, options), [size, -1]), [size, *copy.shape])
-        for launcher, copy in zip(launchers, copies, strict=True)
-    ]
-    return distribute_utils.regroup(tuple(found), always_wrap=True)
+    # All payloads have the same shape on every replica.
+    return compat.gather(strategy, value, tf.distribute.experimental.CommunicationOptions())

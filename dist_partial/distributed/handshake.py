@@ -14,8 +14,9 @@ A hello is, of fixed lengths and with numbers big-endian: the label "dist_partia
 call, or that the listener was given (4); 16 bytes that the process has drawn, by which one worker that calls twice is
 distinguished from two; a nonce of 32 random bytes; the SHA-256 of the workers' addresses as a JSON list (32). The
 transcript is both hellos, the caller's first; unless both want records sealed, there follow on a loopback connection
-the caller's and the listener's end, as a JSON list of address, port, address, port. The verdict is 1 before the proof. Before 32
-zeros it is 0, the caller's proof is wrong, or 2, it has called another worker than it meant; then the listener closes.
+the caller's and the listener's end, as a JSON list of address, port, address, port. The verdict is 1 before the proof.
+Before 32 zeros it is 0, the caller's proof is wrong, or 2, it has called another worker than it meant; then the
+listener closes.
 
     5. each -> other, if the digests differ: 4 bytes, the length of its JSON list, and the list; then both close
 

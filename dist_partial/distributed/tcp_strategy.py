@@ -5,15 +5,15 @@ TensorFlow's own starts a gRPC server that listens on all addresses of the host 
 one CPU replica each nothing of it is needed: here every worker computes as a single one does, and what crosses workers
 is a sum over the backend.
 
-The only module that overrides private methods of TensorFlow's strategies.
+The only module that overrides private methods of TensorFlow's strategies; `compat.TCP_OVERRIDES` lists them.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
 
+from dist_partial import compat
 from dist_partial.distributed.tcp_backend import TCPBackend
 
 
@@ -27,7 +27,10 @@ class TCPStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         tf.distribute.Strategy.__init__(self, _Extended(self, backend))
 
 
-class _Extended(CollectiveAllReduceExtended):
+_CollectiveAllReduceExtended: Any = compat.collective_extended()
+
+
+class _Extended(_CollectiveAllReduceExtended):
     def __init__(self, strategy: tf.distribute.Strategy, backend: TCPBackend) -> None:
         self._backend = backend
         super().__init__(strategy, None, tf.distribute.experimental.CommunicationOptions())

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from dist_partial import compat
 from dist_partial.distributed.tcp_backend import GATHER_OP, SUM_OP
 from dist_partial.selection.payload import Payload, nic_bytes
 from dist_partial.selection.plan import Plan
@@ -144,11 +145,7 @@ def called(op: tf.Operation) -> list[Any]:
     for attribute in op.node_def.attr.values():
         names += [attribute.func.name] if attribute.func.name else []
         names += [function.name for function in attribute.list.func]
-    functions = [op.graph._get_function(name) for name in names]
-    graphs = [getattr(function, "graph", function) for function in functions]
-    return [
-        graph for graph in graphs if hasattr(graph, "get_operations")
-    ]  # those of the old kind have none to look into
+    return list(compat.called_graphs(op, names))
 
 
 def operations(graph: Any) -> Iterator[tf.Operation]:

@@ -16,6 +16,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from dist_partial import compat
 from dist_partial.distributed.per_replica import local_count
 from dist_partial.errors import UserError
 from dist_partial.fit.optimizer import FROZEN, REDUCTIONS, Partial, PartialLossScale, Share, freeze
@@ -132,7 +133,7 @@ def _checked(optimizer: Any, strategy: tf.distribute.Strategy) -> keras.optimize
     if inner.built:
         raise UserError(f"{where} has slots for other variables already: pass a new one")
     optimizers.check(where, inner)
-    if inner._distribution_strategy is not strategy:
+    if compat.strategy_of(inner) is not strategy:
         raise UserError(f"{where} was made outside the model's strategy: make both inside the same strategy.scope()")
     return inner
 
@@ -188,7 +189,7 @@ def _frozen(model: keras.Model) -> tuple[list[Any], list[Any]]:
     ids = {id(v) for v in before}
     layers = [
         layer
-        for layer in model._flatten_layers()
-        if getattr(layer, FROZEN, False) or (not layer.trainable and ids & {id(v) for v in layer._trainable_variables})
+        for layer in compat.layers(model)
+        if getattr(layer, FROZEN, False) or (not layer.trainable and ids & {id(v) for v in compat.own_weights(layer)})
     ]
     return layers, variables

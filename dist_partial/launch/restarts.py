@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_partial.errors import AGAIN, INTERRUPTED
-from dist_partial.files import write_json
+from dist_partial.files import CHECKPOINT, write_json
 
 EXCEPTION = 1  # Python's exit code after one that nobody has caught
 MISTAKES = (2, 126, 127)  # a shell's 126 and 127 say that it cannot run Python
@@ -59,7 +59,7 @@ def look(folder: Path) -> Seen:
         written = [status.st_ino, status.st_size, status.st_mtime_ns]
         file.seek(max(0, status.st_size - _TAIL))
         lines = file.read().splitlines()
-    checkpoints = [int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)\.npz", name))]
+    checkpoints = [int(found[1]) for name in names if (found := CHECKPOINT.fullmatch(name))]
     step = 0
     for line in reversed(lines):
         try:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from dist_partial import compat
+
 
 def variable_paths(model: Any) -> list[str]:
     """Lists the paths of the model's trainable variables without the model's own leading name.
@@ -27,7 +29,7 @@ def paths_of(model: Any, variables: Sequence[Any]) -> list[str]:
         >>> paths_of(model, model.weights[:1])
         ['head/kernel']
     """
-    weights = {id(v): v.path for layer in model._flatten_layers() for v in layer._trainable_variables}
+    weights = {id(v): v.path for layer in compat.layers(model) for v in compat.own_weights(layer)}
     if len(set(weights.values())) == len(weights):
         return _strip_root(model.name, [variable.path for variable in variables])
     placed: dict[int, str] = {}
@@ -37,9 +39,9 @@ def paths_of(model: Any, variables: Sequence[Any]) -> list[str]:
 
 def _place(layer: Any, prefix: str, placed: dict[int, str]) -> None:
     """Notes the paths of a layer's variables, and of those of the layers in it, by the names of the layers."""
-    for variable in (*layer._trainable_variables, *layer._non_trainable_variables):
+    for variable in compat.own_variables(layer):
         placed.setdefault(id(variable), f"{prefix}{variable.name}")
-    for inner in layer._flatten_layers(include_self=False, recursive=False):
+    for inner in compat.direct_layers(layer):
         _place(inner, f"{prefix}{inner.name}/", placed)
 
 
@@ -73,5 +75,5 @@ def own_names(model: Any, variables: Sequence[Any]) -> list[str]:
 def frozen_by_code(model: Any) -> list[str]:
     """Lists the paths of weights that rules cannot reach because of `trainable = False`; no statistics."""
     trainable = {id(variable) for variable in model.trainable_variables}
-    weights = {id(v): v for layer in model._flatten_layers() for v in layer._trainable_variables}
+    weights = {id(v): v for layer in compat.layers(model) for v in compat.own_weights(layer)}
     return paths_of(model, [variable for key, variable in weights.items() if key not in trainable])

@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests import hosts
 from tests.benchmarks import tables
+from tests.helpers import hosts
 
 COMMAND = "python -m tests.benchmarks.plan"
 RESULTS = Path(__file__).parent / "results" / "plan.json"

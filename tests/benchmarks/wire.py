@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests import hosts
 from tests.benchmarks import tables
 from tests.benchmarks.wire_worker import BATCH, LAYERS, SYSTEMS, WARM_UP, WIDTH
+from tests.helpers import hosts
 
 COMMAND = "python -m tests.benchmarks.wire"
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,6 @@ import functools
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from dist_partial import Base, sample, train
 from dist_partial.adapters import lora
@@ -14,8 +13,6 @@ from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.data.codecs import ByteCodec
 from dist_partial.distributed import replicas
-from dist_partial.distributed.collectives import Collectives
-from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.export import __main__ as export
 from dist_partial.export import delta, restore
@@ -23,7 +20,8 @@ from dist_partial.export import keras_file as keras_export
 from dist_partial.models import keras_file
 from dist_partial.selection.rules import Rule
 from dist_partial.training import build, loop
-from tests.cases import state
+from tests.helpers.files import state
+from tests.helpers.strategies import in_process
 
 
 def towers() -> keras.Model:
@@ -54,7 +52,7 @@ def told(rate: float = 0.05, **more) -> Settings:
         "steps": 4,
         "global_batch": 8,
         "statistics": "all",
-        "replicas": lambda: Replicas(tf.distribute.get_strategy(), Collectives(), "one"),
+        "replicas": in_process,
     }
     return Settings(**given | more)
 

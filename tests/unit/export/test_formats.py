@@ -11,12 +11,12 @@ import pytest
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-from dist_partial import Base, train
+from dist_partial import Base, files, train
 from dist_partial.errors import UserError
 from dist_partial.export import __main__ as export
 from dist_partial.export import delta, saved_model
 from dist_partial.models import byte_transformer, sampling, two_dense
-from tests.cases import durable, state
+from tests.helpers.files import contents, durable, state
 
 MODULE = """
 import keras, numpy as np
@@ -154,7 +154,6 @@ def folder(tmp_path_factory):
         patch.delenv("TF_CONFIG", raising=False)
         for name, lines in RUNS.items():
             (root / f"{name}.gin").write_text(COMMON + lines)
-            tf.distribute.MirroredStrategy._collective_key_base += 100_000  # see conftest
             keras.utils.clear_session()
             assert train.main([f"--gin_file={root / name}.gin", f"--run_dir={root / name}"]) == 0
             for form, suffix in (("safetensors", "safetensors"), ("keras", "keras"), ("savedmodel", "saved")):
@@ -364,10 +363,6 @@ def test_a_keras_file_of_classes_of_our_own(folder, capsys):
     np.testing.assert_array_equal(*(keras.ops.cast(m(x, training=False), "float32") for m in (loaded, model)))
 
 
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
-
-
 @pytest.mark.parametrize("form", ["safetensors", "keras", "savedmodel"])
 def test_what_is_there_is_replaced_only_when_told_to(form, folder, capsys):
     output = "rows.saved" if form == "savedmodel" else f"rows.{form}"
@@ -457,11 +452,19 @@ def test_a_cache_holds_what_the_model_can():
         saved_model._capacity(Reads(100), 200)
 
 
-def test_a_folder_that_cannot_be_replaced_stays(tmp_path):
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "saved_model.pb").write_text("old")
-    with pytest.raises(FileNotFoundError):
-        export._replace(tmp_path / "old", tmp_path / "never written")
+    before = os.replace
+
+    def failing(old, new):
+        if Path(new).name == "old" and "replaced" not in Path(old).name:
+            raise OSError("full")
+        before(old, new)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="full"), files.replacing(tmp_path / "old") as partial:
+        partial.mkdir()
     assert contents(tmp_path) == {"old/saved_model.pb": b"old"}
 
 
@@ -475,7 +478,7 @@ def test_what_is_exported_is_on_the_disk_before_its_name_is(tmp_path, monkeypatc
     calls = durable(monkeypatch)
     export._put(tmp_path / "model", write)
     *inside, renamed, folder = calls
-    partial = f".{os.getpid()}.partial.model"
+    partial = f".partial-{os.getpid()}-model"
     files = [("fsync", "data", b"variables/data"), ("fsync", "saved_model.pb", b"saved_model.pb")]
     assert sorted(inside) == sorted([*files, ("fsync", partial, b""), ("fsync", "variables", b"")])
-    assert (renamed, folder) == (("rename", "model", b""), ("fsync", tmp_path.name, b""))
+    assert (renamed, folder) == (("replace", "model", b""), ("fsync", tmp_path.name, b""))

@@ -15,8 +15,8 @@ from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.top_k import TopK
-from tests import cases
-from tests.cases import CASES, GLOBAL_BATCH, OPTIONS
+from tests.helpers import cases
+from tests.helpers.cases import CASES, GLOBAL_BATCH, OPTIONS
 
 RULES = CASES["two_dense"].rules
 TWO = [
