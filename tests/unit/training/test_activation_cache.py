@@ -15,6 +15,7 @@ from dist_partial.schedules.adaptive import AutoFreeze
 from dist_partial.schedules.fixed import Phases
 from dist_partial.training import activation_cache, loop, split_model
 from tests.helpers.files import rows, same_bits, state
+from tests.helpers.marks import quick
 from tests.helpers.strategies import in_process
 
 LAYERS = ("a", "b", "c", "d")
@@ -185,7 +186,9 @@ def trained(folder, cache, case, *stops):
     return state(folder, stops[-1]), [r for r in rows(folder / "metrics.jsonl") if r["split"] != "eval"]
 
 
-@pytest.mark.parametrize(("name", "where"), [*((name, "memory") for name in CASES), ("phases", "disk")])
+@pytest.mark.parametrize(
+    ("name", "where"), quick([*((name, "memory") for name in CASES), ("phases", "disk")], "mlp", ("phases", "disk"))
+)
 def test_the_run_is_the_same_up_to_rounding(name, where, tmp_path, monkeypatch):
     filled = []
     fill = activation_cache.Activations.fill
@@ -203,7 +206,7 @@ def test_the_run_is_the_same_up_to_rounding(name, where, tmp_path, monkeypatch):
     assert len(set(filled)) == {"phases": 2}.get(name, 1)
 
 
-@pytest.mark.parametrize("name", ["mlp", "accumulated", "phases", "autofreeze"])
+@pytest.mark.parametrize("name", quick(["mlp", "accumulated", "phases", "autofreeze"], "phases"))
 def test_a_stopped_run_goes_on_with_the_same_bits(name, tmp_path):
     """Also where activations are rounded by the place of an example in its batch."""
     case = CASES[name] | {"model": placed}
