@@ -23,7 +23,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
+import safetensors
 
 SOURCE = r"""
 #define _GNU_SOURCE
@@ -128,8 +128,10 @@ def run(command: list[str], folder: Path, kill_after: int = -1, torn: bool = Fal
 def left(folder: Path) -> dict[str, object]:
     """What a run leaves that depends on nothing but its configuration."""
     *older, last = sorted((folder / "checkpoints").glob("step-*"))
-    with np.load(last) as file:
-        arrays = {name: (file[name].dtype.str, file[name].shape, file[name].tobytes()) for name in file.files}
+    with safetensors.safe_open(last, framework="np") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        arrays = {name: (array.dtype.str, array.shape, array.tobytes()) for name, array in found.items()}
+        arrays["metadata"] = file.metadata()
     files = [
         str(path.relative_to(folder))
         for path in folder.rglob("*")

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
+from safetensors.numpy import load_file
 
 from tests import ROOT
 from tests.helpers.workers import loopback, run_workers
@@ -263,9 +263,8 @@ def train(run_dir: Path, kind: str | None) -> tuple[Attack | None, list[tuple[in
 
 
 def weights(run_dir: Path) -> dict[str, bytes]:
-    (file,) = (run_dir / "checkpoints").glob("*.npz")
-    with np.load(file) as arrays:
-        return {name: arrays[name].tobytes() for name in arrays.files if name != "metadata"}
+    (file,) = (run_dir / "checkpoints").glob("*.safetensors")
+    return {name: array.tobytes() for name, array in load_file(file).items()}
 
 
 def attempt(kind: str, folder: Path, expected: dict[str, bytes]) -> tuple[Attack, str]:

@@ -152,7 +152,7 @@ def error(result: tuple[int, str], code: int) -> str:
 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:
-    return sorted(int(path.stem[5:]) for path in (run_dir / "checkpoints").glob("*.npz"))
+    return sorted(int(path.stem[5:]) for path in (run_dir / "checkpoints").glob("*.safetensors"))
 
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:
@@ -546,7 +546,7 @@ def test_a_worker_whose_newest_checkpoint_is_damaged(bench, whole):
     own = bench.folder / "own"
     for folder in (bench.run_dir, own):
         shutil.copytree(whole, folder)
-    damaged = own / "checkpoints" / "step-0000000040.npz"
+    damaged = own / "checkpoints" / "step-0000000040.safetensors"
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)

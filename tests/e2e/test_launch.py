@@ -137,7 +137,7 @@ def test_local(tmp_path):
         assert len({got["secret"] for got in first}) == 1
         if sys.platform == "linux":
             lines = command_lines()
-            assert "dist_partial.launch\0keep" in lines
+            assert "dist_partial.launch\0agent" in lines
             assert first[0]["secret"] not in lines
 
         os.kill(launcher.pids(0)[1][0], signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Real launchers, keepers and workers: small Python scripts that print, fail, hang and are killed."""
+"""Real launchers, agents and workers: small Python scripts that print, fail, hang and are killed."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ def commands(attempt):
     return [
         supervisor.Command(
             f"worker {index}",
-            [sys.executable, "-m", "dist_partial.launch", "keep"],
+            [sys.executable, "-m", "dist_partial.launch", "agent"],
             {
                 "program": [sys.executable, "-u", script],
                 "arguments": [str(index), str(attempt)],
@@ -62,7 +62,7 @@ assert before is None or held() == before, (before, held())
 sys.exit(code)
 """
 
-# What every worker begins with. Its pid and its keeper's are in a file once it can take signals.
+# What every worker begins with. Its pid and its agent's are in a file once it can take signals.
 WORKER = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -85,7 +85,7 @@ def train(step):
 
 def save(step):
     (folder / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (folder / "run" / "checkpoints" / f"step-{{step:010d}}.npz").touch()
+    (folder / "run" / "checkpoints" / f"step-{{step:010d}}.safetensors").touch()
 
 """
 
@@ -193,15 +193,15 @@ def test_killed_worker_and_restart(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills a child with its parent")
-def test_worker_dies_with_its_keeper(tmp_path):
+def test_worker_dies_with_its_agent(tmp_path):
     script = """
         ready()
         if attempt == 0:
             wait_for("never")
     """
     with supervised(tmp_path, script) as launcher:
-        worker, keeper = launcher.pids(0)[2]
-        os.kill(keeper, signal.SIGKILL)
+        worker, agent = launcher.pids(0)[2]
+        os.kill(agent, signal.SIGKILL)
         assert_gone([worker])
         assert launcher.wait() == 0
         assert "worker 2 was killed by SIGKILL" in launcher.out
@@ -304,8 +304,8 @@ def test_progress_resets_the_count_of_restarts(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills a child with its parent")
-def test_progress_is_known_though_keepers_are_killed(tmp_path):
-    """As where the connection to the only host breaks: the next keeper reports it."""
+def test_progress_is_known_though_agents_are_killed(tmp_path):
+    """As where the connection to the only host breaks: the next agent reports it."""
     script = """
         if attempt < 4:
             save(10 * attempt + 10)
@@ -451,7 +451,7 @@ def test_one_that_does_not_end_as_others_have(tmp_path):
 
 # Ends as a run does: on SIGINT and SIGTERM it saves, with the exit code that the signal has.
 GENTLE = """
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # and not ignored, as by its keeper
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # and not ignored, as by its agent
     told = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, frame: told.append(signum))

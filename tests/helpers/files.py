@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 
 def rows(path: Path) -> list[dict]:
@@ -16,8 +17,7 @@ def rows(path: Path) -> list[dict]:
 
 def state(folder: Path, step: int) -> dict[str, np.ndarray]:
     """What the checkpoint of a run folder holds."""
-    with np.load(folder / "checkpoints" / f"step-{step:010d}.npz") as file:
-        return {name: file[name] for name in file.files if name != "metadata"}
+    return safetensors.numpy.load_file(folder / "checkpoints" / f"step-{step:010d}.safetensors")
 
 
 def trained(folder: Path, step: int) -> dict[str, np.ndarray]:

@@ -46,11 +46,11 @@ class Launched:
         return self.process.wait(TIMEOUT)
 
     def pids(self, attempt: int, workers: int = 3) -> list[tuple[int, int]]:
-        """Each worker's pid and its keeper's, once all are ready."""
+        """Each worker's pid and its agent's, once all are ready."""
         paths = [self.folder / f"{attempt}-{index}.pid" for index in range(workers)]
         wait_until(lambda: all(path.exists() for path in paths) or self.process.poll() is not None)
         found = [tuple(map(int, path.read_text().split())) for path in paths]
-        return [(worker, keeper) for worker, keeper in found]
+        return [(worker, agent) for worker, agent in found]
 
     def all_pids(self) -> list[int]:
         return [int(pid) for path in self.folder.glob("*.pid") for pid in path.read_text().split()]

@@ -45,7 +45,7 @@ def save_on(folder: Path, report: int) -> None:
     while True:
         step += 1
         checkpoints.save(folder, step, content(step), {"tag": f"of {step}"}, KEEP)
-        left = list(folder.glob(".*.partial"))
+        left = list(folder.glob(".partial-*"))
         os.write(report, f"{step} {len(left)} {len(list(folder.iterdir()))}\n".encode())
 
 
@@ -73,7 +73,7 @@ def kill_one(folder: Path, seconds: float) -> tuple[list[list[int]], bool]:
     while select.select([reading], [], [], 0)[0] and (data := os.read(reading, 2**16)):
         text += data
     os.close(reading)
-    in_a_write = any(f".{child}." in path.name for path in folder.glob(".*.partial"))
+    in_a_write = any(f"-{child}-" in path.name for path in folder.glob(".partial-*"))
     return [[int(word) for word in line.split()] for line in text.decode().splitlines()], in_a_write
 
 
@@ -118,7 +118,7 @@ def test_what_a_name_leads_to_is_on_the_disk_before_the_name_is(tmp_path, monkey
     calls = durable(monkeypatch)
     write_text(tmp_path / "name.json", "content")
     assert calls == [
-        ("fsync", f".name.json.{os.getpid()}.partial", b"content"),
+        ("fsync", f".partial-{os.getpid()}-name.json", b"content"),
         ("replace", "name.json", b""),
         ("fsync", tmp_path.name, b""),
     ]

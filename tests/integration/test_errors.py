@@ -259,7 +259,7 @@ class Held(ArraySource):
     assert [code for code, _ in results] == [1, 1], results
     assert all("run.data raised RuntimeError: in the second evaluation" in out for _, out in results), results
     steps = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert steps and f"step-{90:010d}.npz" not in steps
+    assert steps and f"step-{90:010d}.safetensors" not in steps
 
 
 def test_what_passes_through_calling():

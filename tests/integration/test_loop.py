@@ -60,7 +60,10 @@ def test_the_folder_keeps_the_contract(letters, tmp_path, capsys):
         (6, 0.6, "\n", 20),
         (12, 0.6, "\n", 20),
     ]
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-0000000008.npz", "step-0000000012.npz"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "step-0000000008.safetensors",
+        "step-0000000012.safetensors",
+    ]
     assert any((folder / "tensorboard").iterdir())
     saved = state(folder, 12)
     assert {n.removeprefix("variables/") for n in saved if n.startswith("variables/")} == {v["path"] for v in selected}
@@ -151,7 +154,7 @@ def test_what_has_a_name_that_is_to_be_written_is_replaced_and_not_written_to(le
     assert start(letters, run, "run.steps = 1") == 0
     mine.write_text("precious")
     for name in ("plan.txt", "run_fingerprint.json", "operative_config.gin", "metrics.jsonl"):
-        (run / f".{name}.{os.getpid()}.partial").symlink_to(mine)
+        (run / f".partial-{os.getpid()}-{name}").symlink_to(mine)
     (run / "plan.txt").unlink()
     (run / "plan.txt").symlink_to(mine)
     assert start(letters, run, "run.steps = 2") == 0
@@ -178,7 +181,7 @@ def test_what_was_done_after_the_last_checkpoint_is_done_again(letters, tmp_path
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(letters, whole) == 0
     assert start(letters, killed) == 0
-    (killed / "checkpoints" / "step-0000000012.npz").unlink()
+    (killed / "checkpoints" / "step-0000000012.safetensors").unlink()
     with open(killed / "metrics.jsonl", "a") as file:
         file.write('{"step": 13, "spl')
     assert start(letters, killed) == 0
@@ -256,7 +259,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(letters, tmp_path):
         process.kill()
     assert process.returncode == 130
     assert "run the same command again" in output
-    done = max(int(p.stem[5:]) for p in folder.glob("checkpoints/*.npz"))
+    done = max(int(p.stem[5:]) for p in folder.glob("checkpoints/*.safetensors"))
     assert 4 <= done < 4000
     # Going on from there is the same as never having stopped.
     end = f"run.steps = {done + 2}"
@@ -455,7 +458,7 @@ def test_a_run_that_is_killed_after_its_last_checkpoint_has_written_everything(l
         patch.setattr(checkpoints, "save", and_die)
         start(letters, tmp_path / "run", "run.steps = 3", "run.save_every = None", "replicas.cpu = 1")
     assert json.loads((tmp_path / "run" / "traffic.json").read_text())["last_step"] == 3
-    leftover = tmp_path / "run" / ".plan.json.1.partial"
+    leftover = tmp_path / "run" / ".partial-1-plan.json"
     leftover.touch()
     for steps in (3, 4):
         assert start(letters, tmp_path / "run", f"run.steps = {steps}", "replicas.cpu = 1") == 0
@@ -478,7 +481,7 @@ def test_ctrl_c_on_one_worker_stops_both_at_one_step(letters, tmp_path):
     flags = [f"--gin_param={param}" for param in params]
     results = run_workers([*command, *flags], workers=2, timeout=90, pythonpath=tmp_path, meanwhile=interrupt)
     assert [code for code, _ in results] == [130, 130], results
-    assert len(list(folder.glob("checkpoints/*.npz"))) == 1
+    assert len(list(folder.glob("checkpoints/*.safetensors"))) == 1
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def test_before_the_first_checkpoint_a_folder_takes_another_configuration(tmp_pa
     assert not list(tmp_path.glob("checkpoints/step-*"))
     keras.utils.clear_session(free_memory=False)
     loop.run(told(), tmp_path)
-    with pytest.raises(UserError, match=r"is of another run: optimizers\.0\.learning_rate was 0\.05"):
+    with pytest.raises(UserError, match=r"belongs to another run: optimizers\.0\.learning_rate was 0\.05"):
         loop.run(told(rate=0.01, steps=8), tmp_path)
 
 
@@ -136,7 +136,9 @@ def test_other_exclusions_from_weight_decay_are_another_run(tmp_path):
 
     loop.run(told(optimizer=adamw), tmp_path)
     loop.run(told(optimizer=adamw), tmp_path)
-    with pytest.raises(UserError, match=r"is of another run: optimizers\.0\.exclude_from_weight_decay was .*'bias'"):
+    with pytest.raises(
+        UserError, match=r"belongs to another run: optimizers\.0\.exclude_from_weight_decay was .*'bias'"
+    ):
         loop.run(told(optimizer=lambda: keras.optimizers.AdamW(0.05, weight_decay=0.1)), tmp_path)
 
 
@@ -305,7 +307,7 @@ sample.length = 5
     (text / "a.txt").write_text("that is the question\n" * 900)
     capsys.readouterr()
     assert train.main([*again, "--gin_param=run.steps=4"]) == 2
-    assert "is of another run: data.fingerprint was" in capsys.readouterr().err
+    assert "belongs to another run: data.fingerprint was" in capsys.readouterr().err
     assert sample.main([f"--run_dir={folder}", "--prompt=to be", "--allow_imports"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("to be") and "differs between replicas: this is the first one's" in err

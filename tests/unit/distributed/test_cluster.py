@@ -369,7 +369,7 @@ def test_batch_exit_codes(code, requeued, slurm, monkeypatch):
 def save(step: int) -> str:
     """What a run does that saves, as a line for a shell."""
     folder = "$SLURM_TEST/run/checkpoints"
-    return f"mkdir -p {folder}; touch {folder}/step-{step:010d}.npz"
+    return f"mkdir -p {folder}; touch {folder}/step-{step:010d}.safetensors"
 
 
 def train(step: int) -> str:

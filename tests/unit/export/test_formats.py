@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-from dist_partial import Base, train
+from dist_partial import Base, files, train
 from dist_partial.errors import UserError
 from dist_partial.export import __main__ as export
 from dist_partial.export import delta, saved_model
@@ -456,11 +456,19 @@ def test_a_cache_holds_what_the_model_can():
         saved_model._capacity(Reads(100), 200)
 
 
-def test_a_folder_that_cannot_be_replaced_stays(tmp_path):
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "saved_model.pb").write_text("old")
-    with pytest.raises(FileNotFoundError):
-        export._replace(tmp_path / "old", tmp_path / "never written")
+    before = os.replace
+
+    def failing(old, new):
+        if Path(new).name == "old" and "replaced" not in Path(old).name:
+            raise OSError("full")
+        before(old, new)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="full"), files.replacing(tmp_path / "old") as partial:
+        partial.mkdir()
     assert contents(tmp_path) == {"old/saved_model.pb": b"old"}
 
 
@@ -474,7 +482,7 @@ def test_what_is_exported_is_on_the_disk_before_its_name_is(tmp_path, monkeypatc
     calls = durable(monkeypatch)
     export._put(tmp_path / "model", write)
     *inside, renamed, folder = calls
-    partial = f".{os.getpid()}.partial.model"
+    partial = f".partial-{os.getpid()}-model"
     files = [("fsync", "data", b"variables/data"), ("fsync", "saved_model.pb", b"saved_model.pb")]
     assert sorted(inside) == sorted([*files, ("fsync", partial, b""), ("fsync", "variables", b"")])
-    assert (renamed, folder) == (("rename", "model", b""), ("fsync", tmp_path.name, b""))
+    assert (renamed, folder) == (("replace", "model", b""), ("fsync", tmp_path.name, b""))

@@ -429,7 +429,7 @@ def test_what_is_thawed_after_it_is_refused():
         ({"rules": [("train", "head/.*")]}, "no rule covers 'below/kernel'"),
         ({"rules": [("freeze", ".*")]}, "the rules train nothing"),
         ({"rules": []}, "the rules (run.rules) are empty: write a list"),
-        ({"rules": [("train", ".*"), ("train", "head/.*")]}, "never applies: rule 1 ('.*') stands before it"),
+        ({"rules": [("train", ".*"), ("train", "head/.*")]}, "never applies: rule 1 ('.*') is before it"),
         ({"rules": [("trian", ".*")]}, "rule 1 is ('trian', '.*'): write ('train', pattern)"),
         ({"rules": [selection.Rule(".*", lora=2)]}, "call enable_lora(2) of the layer and match"),
         ({"rules": [selection.Rule(".*", optimizer="sgd")]}, "give what makes one, such as keras.optimizers.SGD"),

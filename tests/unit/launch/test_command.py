@@ -70,7 +70,7 @@ def test_help(argv, capsys):
     assert "launch/local --workers=3 -- --gin_file=F" in capsys.readouterr().out
 
 
-def test_keepers_are_light():
+def test_agents_are_light():
     code = "import sys, dist_partial.launch.__main__; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=TIMEOUT).returncode == 0
 
@@ -99,7 +99,7 @@ def test_pods_that_are_not_to_be_replaced(monkeypatch, tmp_path, capsys):
         def main(argv):
             if checkpoint:
                 (tmp_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
-                (tmp_path / "run" / "checkpoints" / f"step-{checkpoint:010d}.npz").touch()
+                (tmp_path / "run" / "checkpoints" / f"step-{checkpoint:010d}.safetensors").touch()
             return code
 
         monkeypatch.setattr(train, "main", main)

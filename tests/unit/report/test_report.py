@@ -126,7 +126,7 @@ def test_numbers_of_a_run(tmp_path):
     assert (run.trained_parameters, run.parameters, run.last_step) == (368, 398, 60)
     cells = page.summary(run)
     assert cells["selected parameters"] == "368 (92.5%)"
-    assert cells["bytes on the wire"] == "132\u00a0kB"  # of sums among four, 1.5 * 4 * 368 * 60
+    assert cells["bytes sent"] == "132\u00a0kB"  # of sums among four, 1.5 * 4 * 368 * 60
     assert cells["of exchanging everything"] == "92.5%"
     assert cells["bits per byte"] == f"{losses[-1] / math.log(2):.4f}"
     [strip] = [strip for strip in run.strips() if strip.name == "block_0"]
@@ -278,7 +278,7 @@ def test_one_replica_sends_nothing(tmp_path):
     rows.append({"step": 2, "split": "eval", "loss": 1.0, "nic_bytes": 0})
     alone = write_run(tmp_path / "alone", metrics="".join(json.dumps(row) + "\n" for row in rows))
     text = report(tmp_path, alone)
-    assert "Nothing is on the wire" in text
+    assert "Nothing is sent" in text
     assert "over bytes" not in text
 
 

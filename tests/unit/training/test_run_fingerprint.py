@@ -104,7 +104,7 @@ def test_another_value_of_it_is_another_run(key, more, base, tmp_path):
     """Which the difference in this key alone tells; but of the initial values a checkpoint takes the place."""
     (tmp_path / fingerprints.RUN_FILE).write_text(json.dumps(base))
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "step-0000000001.npz").touch()
+    (tmp_path / "checkpoints" / "step-0000000001.safetensors").touch()
     assert fingerprints.check_run(tmp_path, of())
     other = of(**more)
     assert other[key] != base[key]
@@ -112,5 +112,5 @@ def test_another_value_of_it_is_another_run(key, more, base, tmp_path):
     if key == "initial values":
         assert fingerprints.check_run(tmp_path, only)
     else:
-        with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))} is of another run: {key}\b"):
+        with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))} belongs to another run: {key}\b"):
             fingerprints.check_run(tmp_path, only)
