@@ -160,6 +160,7 @@ def test_bindings(name, train_main, run_dir, capsys):
     assert not run_dir.exists()
 
 
+@pytest.mark.slow
 def test_what_is_no_mistake(train_main, tmp_path, capsys):
     """Targets and values that look like those above, and are right."""
     regression = [
@@ -470,6 +471,7 @@ FULL_DISK = """
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk(gin_file, run_dir, train_main, tmp_path, capsys):
     wide = "user_module.model.units=4000"
     assert train_main(wide) == 0

@@ -19,8 +19,9 @@ import pytest
 import dist_partial
 from dist_partial import __main__ as commands
 from dist_partial.config import gin_files
-from tests import ROOT, snippets
-from tests.snippets import Block
+from tests import ROOT
+from tests.helpers import snippets
+from tests.helpers.snippets import Block
 
 PAGES = snippets.pages()
 BLOCKS = [block for page in PAGES for block in snippets.blocks(page)]
@@ -181,7 +182,7 @@ def quickstart(tmp_path_factory):
 def test_snippets_run(page, quickstart, tmp_path):
     folder = tmp_path / "root"
     shutil.copytree(quickstart, folder, symlinks=True)
-    code = "import sys, pathlib; from tests import snippets; snippets.run(*map(pathlib.Path, sys.argv[1:]))"
+    code = "import sys, pathlib; from tests.helpers import snippets; snippets.run(*map(pathlib.Path, sys.argv[1:]))"
     with open(tmp_path / "output", "w+") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", code, page, folder],

@@ -20,6 +20,7 @@ from dist_partial.step import layer_state
 from dist_partial.training import loop
 from dist_partial.training.build import batches, build, compiled_step, restore
 from tests.helpers.files import state
+from tests.helpers.marks import quick
 from tests.helpers.strategies import in_process
 
 RULES = [Rule(r"dense1/kernel", lora=3), ("train", r"dense2/bias"), ("freeze", r".*")]
@@ -158,7 +159,7 @@ def test_a_rule_that_nothing_has_enabled_is_refused():
 
 
 @pytest.mark.parametrize("rules", [RULES, [("train", r"dense2/.*"), ("freeze", ".*")]], ids=["lora", "layers"])
-@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+@pytest.mark.parametrize("precision", quick(["bfloat16", "int8"], "int8"))
 def test_what_is_frozen_is_stored_in_fewer_bits(precision, rules, tmp_path):
     told = settings(rules, frozen_dtype=precision)
     made = replicas()

@@ -28,6 +28,7 @@ from dist_partial.training.state import resumable_state
 from tests.helpers import cases
 from tests.helpers.cases import CASES, GLOBAL_BATCH, copies
 from tests.helpers.files import same_bits
+from tests.helpers.marks import quick
 
 STEPS = 12
 DENSE = CASES["two_dense"]
@@ -207,11 +208,7 @@ def _with(rules, case=DENSE):
 
 @pytest.mark.parametrize(
     ("replicas", "inner", "outer"),
-    [
-        (2, "momentum", None),
-        (3, "adam", "nesterov"),
-        (2, "adam", "adam"),
-    ],
+    quick([(2, "momentum", None), (3, "adam", "nesterov"), (2, "adam", "adam")], (2, "momentum", None)),
 )
 def test_replicas_train_by_themselves_and_move_on_together(replicas, inner, outer, mirrored):
     """Two fragments that take turns: one after the steps 3, 6, 9 and 12, one after 2, 6 and 10."""

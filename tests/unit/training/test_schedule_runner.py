@@ -25,6 +25,7 @@ from dist_partial.selection.rules import Rule
 from dist_partial.training import loop
 from tests.helpers import cases
 from tests.helpers.files import rows, same_bits, state
+from tests.helpers.marks import quick
 from tests.helpers.strategies import in_process
 from tests.helpers.workers import run_workers
 
@@ -220,8 +221,8 @@ def trained(folder: Path, steps: int = STEPS) -> dict[str, np.ndarray]:
     return {name: value for name, value in state(folder, steps).items() if name.startswith("variables/")}
 
 
-@pytest.mark.parametrize(("precision", "counts"), [("float64", (1, 2, 4)), ("float32", (2,))])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("precision", "counts"), quick([("float64", (1, 2, 4)), ("float32", (2,))], "float32"))
+@pytest.mark.parametrize("name", quick(SCHEDULES, "phases", "autofreeze"))
 def test_equals_one_device_that_trains_the_same(name, precision, counts, tmp_path):
     schedule = budget_for(SCHEDULES[name], precision)
     for count in counts:
@@ -233,7 +234,7 @@ def test_equals_one_device_that_trains_the_same(name, precision, counts, tmp_pat
         check(folder, told, count)
 
 
-@pytest.mark.parametrize("leave", ["reset", "drop"])
+@pytest.mark.parametrize("leave", quick(["reset", "drop"], "drop"))
 def test_slots_of_what_is_left(leave, tmp_path):
     """Reset and dropped slots begin anew; dropped ones are not in the checkpoint either."""
     made = in_process(2)
@@ -246,7 +247,8 @@ def test_slots_of_what_is_left(leave, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "leave"), [*((name, "keep") for name in SCHEDULES), ("rotation", "reset"), ("rotation", "drop")]
+    ("name", "leave"),
+    quick([*((name, "keep") for name in SCHEDULES), ("rotation", "reset"), ("rotation", "drop")], "lisa"),
 )
 def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, leave, tmp_path, capsys):
     made = in_process(2)
