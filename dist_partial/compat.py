@@ -1,8 +1,352 @@
-"""Names of Keras and TensorFlow that are private, or known by convention alone: each once, with version and reason."""
+"""Calls the private names of Keras 3.15, KerasHub 0.32 and TensorFlow 2.21: each once, and no other module does.
 
+Each function says why a public name does not serve and what would make the function unnecessary.
+`tests/unit/test_compat.py` fails when a name is gone, when it is no longer needed, and when another module uses a
+private name. TensorFlow and Keras are imported within the functions: what imports this module needs neither.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+# The methods of `collective_extended` that `distributed/tcp_strategy.py` overrides, and those of it that it calls.
+TCP_OVERRIDES = (
+    "_initialize_strategy",
+    "_get_variable_creator_initial_value",
+    "_replica_ctx_all_reduce",
+    "_batch_reduce_to",
+    "_reduce_to",
+    "_gather_to_implementation",
+)
+TCP_CALLS = ("_initialize_local", "_container_strategy")
+
+
+# ------------------------------------------------------------------------------------------------- Keras: layers
+
+
+def layers(layer: Any) -> list[Any]:
+    """Lists a layer or model, then the layers in it, and in those.
+
+    Keras 3.15: `Model.layers` has the first level only, and a layer that is no model has none.
+    Unnecessary with a public list that goes down to the last level.
+    """
+    return list(layer._flatten_layers())
+
+
+def direct_layers(layer: Any) -> list[Any]:
+    """Lists the layers that a layer or model holds itself.
+
+    Keras 3.15: `Model.layers` exists, and a layer that is no model has no public list.
+    Unnecessary with `Layer.layers`.
+    """
+    return list(layer._flatten_layers(include_self=False, recursive=False))
+
+
+def own_weights(layer: Any) -> list[Any]:
+    """Lists the weights that a layer itself holds, whether it is frozen or not; none of the layers in it.
+
+    Keras 3.15: `trainable_weights` leaves out those of a frozen layer, and all public lists go down into the layers.
+    Unnecessary with a public list of a layer's own weights.
+    """
+    return list(layer._trainable_variables)
+
+
+def own_variables(layer: Any) -> list[Any]:
+    """Lists `own_weights`, then the layer's own statistics and counters.
+
+    Keras 3.15: as for `own_weights`.
+    """
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def stored_kernel(layer: Any) -> Any:
+    """Returns the variable in which a Dense, EinsumDense or Embedding layer stores its kernel.
+
+    Keras 3.15: the public `kernel` of a layer with LoRA, or of a quantized one, is a computed value.
+    Unnecessary with a public name for the variable.
+    """
+    import keras
+
+    return layer._embeddings if isinstance(layer, keras.layers.Embedding) else layer._kernel
 
 
 def is_generator(variable: Any) -> bool:
-    """Whether it is the state of a random generator."""
+    """Whether a variable is the state of a random generator.
+
+    Keras 3.15: `SeedGenerator.state` is public, and lists of variables do not say which is one: its name does.
+    Unnecessary with a mark on the variable.
+    """
     return variable.name == "seed_generator_state"
+
+
+# ---------------------------------------------------------------------------------------------- Keras: variables
+
+
+def initialize(variable: Any, value: Any, dtype: str | None = None) -> None:
+    """Gives a Keras variable a new value of another shape or dtype, in the strategy's scope.
+
+    Keras 3.15: a variable's shape and dtype are fixed when it is made, and no layer takes another variable.
+    Unnecessary with a public way to replace the variable of a built layer.
+    """
+    variable._shape = tuple(value.shape)
+    if dtype is not None:
+        variable._dtype = dtype
+    variable._initialize(value)
+
+
+# ------------------------------------------------------------------------------------------------ Keras: tensors
+
+
+def mask(tensor: Any) -> Any:
+    """Returns the mask that Keras has put on a tensor, or None.
+
+    Keras 3.15: `compute_mask` computes a layer's mask, and what was computed in a call is a private attribute.
+    Unnecessary with a public function that reads it.
+    """
+    return getattr(tensor, "_keras_mask", None)
+
+
+def producer(tensor: Any) -> Any:
+    """Returns the operation (a layer, or one of `keras.ops`) that gives a symbolic tensor.
+
+    Keras 3.15: the graph of a functional model is public as JSON only (`get_config`).
+    Unnecessary with a public walk over the graph.
+    """
+    return tensor._keras_history.operation
+
+
+def producer_inputs(tensor: Any) -> list[Any]:
+    """Lists the symbolic tensors of which `producer` computes a tensor.
+
+    Keras 3.15: as for `producer`.
+    """
+    history = tensor._keras_history
+    return history.operation._inbound_nodes[history.node_index].input_tensors
+
+
+def inputs_structure(model: Any) -> Any:
+    """Returns the inputs of a functional model as it was made: a tensor, a list, or a dictionary by name.
+
+    Keras 3.15: `Model.inputs` is flat.
+    Unnecessary with a public name for the structure.
+    """
+    return model._inputs_struct
+
+
+def is_functional(operation: Any) -> bool:
+    """Whether `run_graph` can run it: whether it is a functional model.
+
+    Keras 3.15: as for `run_graph`.
+    """
+    return hasattr(operation, "_run_through_graph")
+
+
+def run_graph(model: Any, inputs: Sequence[Any], operation: Callable[[Any], Any]) -> Any:
+    """Runs a functional model's graph on other inputs, with each operation replaced by what `operation` makes of it.
+
+    Keras 3.15: `keras.models.clone_model` makes new layers of a nested model's class, and here the layers stay.
+    Unnecessary with a clone that can keep layers and take nested models apart.
+    """
+    return model._run_through_graph(inputs, operation)
+
+
+# --------------------------------------------------------------------------------------------- Keras: optimizers
+
+
+def sum_no_gradients(optimizer: Any) -> None:
+    """Has an optimizer apply gradients that are summed over the replicas already.
+
+    Keras 3.15: `apply` sums what it gets over the replicas and has no option not to. After our own reduction that is
+    a second sum: an update as many times too large, and twice the bytes.
+    Unnecessary with such an option.
+
+    Raises:
+        RuntimeError: the method that sums is gone, so that something else would sum twice.
+    """
+    if not hasattr(optimizer, "_all_reduce_sum_gradients"):
+        import keras
+
+        raise RuntimeError(
+            f"Keras {keras.__version__} has no Optimizer._all_reduce_sum_gradients: gradients would be summed twice"
+        )
+    optimizer._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
+
+
+# What `sum_no_gradients` leaves on an optimizer object, for those who list its attributes.
+OPTIMIZER_ATTRIBUTES = frozenset({"_all_reduce_sum_gradients"})
+
+
+def variable_key(optimizer: Any, variable: Any) -> Any:
+    """Returns the key by which an optimizer knows a variable; the same for the variable and each of its copies.
+
+    Keras 3.15: under a strategy a replica sees a copy, and no public name leads from it to the variable.
+    Unnecessary if copies and variable compared equal.
+    """
+    return optimizer._var_key(variable)
+
+
+def alias_variables(optimizer: Any, originals: Iterable[tuple[Any, Any]]) -> None:
+    """Has an optimizer treat each first variable of a pair as the second where it looks one up.
+
+    Keras 3.15: `exclude_from_weight_decay(var_list=...)` keeps variables by key, and a stand-in has another one.
+    Unnecessary if exclusions went by path.
+    """
+    key = optimizer._var_key
+    known = {key(variable): key(original) for variable, original in originals}
+    optimizer._var_key = lambda variable: known.get(key(variable), key(variable))
+
+
+def weight_decay_exclusions(optimizer: Any) -> tuple[Any, Any]:
+    """Returns what `exclude_from_weight_decay` was given: variables by `variable_key`, and a compiled pattern or None.
+
+    Keras 3.15: no config and no public name has it.
+    Unnecessary if `get_config` had it.
+    """
+    given = getattr(optimizer, "_exclude_from_weight_decay", ())
+    return given, getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+
+
+def learning_rate(optimizer: Any) -> Any:
+    """Returns an optimizer's learning rate as it was given: a variable, a schedule or a function.
+
+    Keras 3.15: the public `learning_rate` calls a schedule and gives its present value.
+    Unnecessary with a public name for the schedule.
+    """
+    return optimizer._learning_rate
+
+
+def strategy_of(optimizer: Any) -> Any:
+    """Returns the strategy in whose scope a Keras optimizer was made.
+
+    Keras 3.15: it keeps the strategy under a private name only.
+    Unnecessary with `Optimizer.distribute_strategy`, as `Model` has one.
+    """
+    return optimizer._distribution_strategy
+
+
+# ----------------------------------------------------------------------------------------------- Keras: the process
+
+
+def name_counts() -> Any:
+    """Returns the counts by which Keras numbers layers without a name (`dense`, `dense_1`), or None.
+
+    Keras 3.15: `clear_session` resets them, with much else, for good.
+    Unnecessary with a public scope in which names start again.
+    """
+    return _global_state().get_global_attribute(_COUNTS)
+
+
+def set_name_counts(counts: Mapping[str, int] | None) -> None:
+    """Replaces the counts that `name_counts` returns.
+
+    Keras 3.15: as for `name_counts`.
+    """
+    _global_state().set_global_attribute(_COUNTS, counts)
+
+
+_COUNTS = "object_name_uids"
+
+
+def _global_state() -> Any:
+    from keras.src.backend.common import global_state
+
+    return global_state
+
+
+# ------------------------------------------------------------------------------------------------------- KerasHub
+
+
+def has_cache(task: Any) -> bool:
+    """Whether a task of KerasHub generates with a key-value cache that `build_cache` can make.
+
+    KerasHub 0.32: as for `build_cache`.
+    """
+    return hasattr(task, "_build_cache") and hasattr(task, "call_with_cache")
+
+
+def cache_methods(task: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Returns the methods of a task of KerasHub that make and use its cache, to look at their parameters.
+
+    KerasHub 0.32: as for `build_cache`.
+    """
+    return task._build_cache, task.call_with_cache
+
+
+def build_cache(task: Any, ids: Any) -> Any:
+    """Returns the filled key-value cache of a causal model of KerasHub for ids [batch, time].
+
+    KerasHub 0.32: `call_with_cache` is public, and what makes its argument is not.
+    Unnecessary with a public method that makes an empty cache.
+    """
+    return task._build_cache(ids)[-1]
+
+
+# ----------------------------------------------------------------------------------------------------- TensorFlow
+
+
+def skip_collective_keys(count: int) -> None:
+    """Has the next `MirroredStrategy` number its collectives from `count` keys further on.
+
+    TensorFlow 2.21: each new strategy begins at the same key. Its collectives meet those of an earlier strategy of
+    another size ("Shape mismatch in the collective instance"), and then the process can make no collective any more.
+    Unnecessary if strategies did not share keys.
+    """
+    import tensorflow as tf
+
+    tf.distribute.MirroredStrategy._collective_key_base += count
+
+
+def gather(strategy: Any, value: Any, options: Any) -> Any:
+    """Gathers one tensor a replica, of the same static shape [n]: [replicas, n] on each; in a cross-replica context.
+
+    TensorFlow 2.21: the public `all_gather` first sends each tensor's shape, in a collective of its own, and so loses
+    the static shape.
+    Unnecessary with an `all_gather` for equal shapes.
+    """
+    import tensorflow as tf
+    from tensorflow.python.distribute import distribute_utils
+
+    launchers = strategy.extended._cross_device_ops._launchers
+    copies = strategy.experimental_local_results(value)
+    size = strategy.num_replicas_in_sync
+    found = [
+        tf.ensure_shape(tf.reshape(launcher._all_gather(copy, options), [size, -1]), [size, *copy.shape])
+        for launcher, copy in zip(launchers, copies, strict=True)
+    ]
+    return distribute_utils.regroup(tuple(found), always_wrap=True)
+
+
+def abort_collectives(reason: str) -> None:
+    """Ends the collectives that wait, and all later ones, with an UnavailableError.
+
+    TensorFlow 2.21: collectives wait for a lost worker for ever, or for half a minute, and nothing public ends them.
+    Unnecessary with a public way to abort them.
+    """
+    import tensorflow as tf
+    from tensorflow.python.eager import context
+
+    context.context().abort_collective_ops(tf.errors.UNAVAILABLE, reason)
+
+
+def called_graphs(op: Any, names: Sequence[str]) -> Iterator[Any]:
+    """Yields the graphs of functions that an op calls by name; not those of the old kind, which hold no operations.
+
+    TensorFlow 2.21: a graph's functions are public as a protocol buffer only, in which shapes are missing.
+    Unnecessary with a public look-up of a function by its name.
+    """
+    for name in names:
+        function = op.graph._get_function(name)
+        graph = getattr(function, "graph", function)
+        if hasattr(graph, "get_operations"):
+            yield graph
+
+
+def collective_extended() -> Any:
+    """Returns the base class of what `MultiWorkerMirroredStrategy` extends itself by, for `tcp_strategy` to override.
+
+    TensorFlow 2.21: its strategy starts a gRPC server that listens on all addresses, and the public
+    `StrategyExtended` has no variables and no input. `TCP_OVERRIDES` and `TCP_CALLS` are the names that are used.
+    Unnecessary if a strategy could be given its own collectives, and no server.
+    """
+    from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
+
+    return CollectiveAllReduceExtended

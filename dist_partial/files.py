@@ -6,13 +6,16 @@ import errno
 import fcntl
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from dist_partial.errors import Fault, UserError
 
-# Of the file system's failures those that the user has written, and that come again until they are mended.
+CHECKPOINT = re.compile(r"step-(\d{10})\.safetensors")  # the name of one; here since launchers import no TensorFlow
+# Of the file system's failures those that the user has written, and that come again until they are fixed.
 MISTAKES = (
     errno.EACCES,
     errno.EPERM,
@@ -27,7 +30,7 @@ MISTAKES = (
 
 
 def existing(name: str, path: str | os.PathLike[str], pattern: str = "*") -> Path:
-    """A file that the user has named, with `~` expanded.
+    """Finds a file that the user has named, with `~` expanded.
 
     Args:
         name: what messages begin with, such as the binding.
@@ -76,9 +79,20 @@ def refuse_links(*paths: Path) -> None:
             )
 
 
-def open_lock(path: Path) -> BinaryIO:
-    """Opens a file to be locked, which keeps what it has and is no link; makes it if need be."""
-    return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb+")
+@contextlib.contextmanager
+def lock(path: Path, wait: bool = True) -> Iterator[None]:
+    """Holds an exclusive lock between the processes of this machine; the system drops it when its holder dies.
+
+    Args:
+        path: a file that is made if need be, keeps its content, and is no link.
+        wait: whether to wait for another process that holds it.
+
+    Raises:
+        BlockingIOError: another process holds it, and this one does not wait.
+    """
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
 
 
 @contextlib.contextmanager
@@ -87,43 +101,82 @@ def locked(folder: Path) -> Iterator[None]:
 
     What writes that were killed have left there is removed.
 
-    The system takes the lock back when the process ends, however it ends.
-
     Raises:
         UserError: another process holds it, or the folder cannot be written.
     """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        refuse_links(folder / ".lock")
-        file = open_lock(folder / ".lock")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing {folder}: wait for it, or choose another --run_dir") from None
+    with contextlib.ExitStack() as held:
         with writing(folder):
-            for leftover in folder.glob(".*.partial"):
-                leftover.unlink()
+            folder.mkdir(parents=True, exist_ok=True)
+            refuse_links(folder / ".lock")
+            try:
+                held.enter_context(lock(folder / ".lock", wait=False))
+            except BlockingIOError:
+                raise UserError(f"another run is writing {folder}: wait for it, or choose another --run_dir") from None
+            remove_leftovers(folder)
         yield
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives the place of a file or folder to write, which then takes the place of `path`, whatever happens meanwhile.
+
+    Under the name `path` there is the old content or the new. A folder is renamed aside before another can take its
+    place, and is back if that fails; between two renamings there is neither.
+
+    Yields:
+        A name beside it, at which there is nothing: hidden, and with the same end.
+    """
+    partial = path.with_name(f"{_PARTIAL}{os.getpid()}-{path.name}")
+    try:
+        remove(partial)  # of a killed process that had this one's number, or put there as a link
+        yield partial
+        for each in (partial, *partial.rglob("*")):
+            _sync(each)
+        if partial.is_dir() and path.is_dir() and not path.is_symlink():  # a file replaces no folder
+            aside = path.with_name(f"{_PARTIAL}{os.getpid()}-replaced-{path.name}")
+            os.replace(path, aside)
+            try:
+                os.replace(partial, path)
+            except OSError:
+                os.replace(aside, path)
+                raise
+            remove(aside)
+        else:
+            os.replace(partial, path)
+        _sync(path.parent)  # the new name itself is durable only now
+    finally:
+        remove(partial)
+
+
+_PARTIAL = ".partial-"  # begins the names of what is being written
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what writes that were killed have left in a folder that no other process writes."""
+    for leftover in folder.glob(f"{_PARTIAL}*"):
+        remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
-    """Writes a file so that under its name there is the old content or the new, whatever happens meanwhile."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.unlink(missing_ok=True)  # of a killed process that had this one's number, or put there as a link
-        with open(partial, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name itself is durable only now
-    finally:
-        os.close(folder)
+    """Has `write` write an open binary file, see `replacing`."""
+    with replacing(path) as partial, open(partial, "xb") as file:
+        write(file)
 
 
 def write_text(path: Path, text: str) -> None:

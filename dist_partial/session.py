@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
-from keras.src.backend.common import global_state
+
+from dist_partial import compat
 
 _NUMBERED = re.compile(r"(.+?)(?:_(\d+))?")
 
@@ -35,17 +36,16 @@ def numbered_afresh(*factories: Callable[..., Any]) -> Iterator[None]:
     Args:
         factories: what makes the layers; those that their modules and they themselves hold already keep their numbers.
     """
-    # Keras 3.15 has no public name for its counts, and its clear_session() forgets more, for good.
-    before = global_state.get_global_attribute("object_name_uids")
+    before = compat.name_counts()
     counts: dict[str, int] = collections.defaultdict(int)
     for layer in _found_made(factories):
         name, number = _NUMBERED.fullmatch(layer.name).groups()  # type: ignore[union-attr]
         counts[name] = max(counts[name], int(number or 0) + 1)
-    global_state.set_global_attribute("object_name_uids", counts)
+    compat.set_name_counts(counts)
     try:
         yield
     finally:
-        global_state.set_global_attribute("object_name_uids", before)
+        compat.set_name_counts(before)
 
 
 def _found_made(factories: Sequence[Callable[..., Any]]) -> Iterator[keras.Layer]:
@@ -61,7 +61,7 @@ def _found_made(factories: Sequence[Callable[..., Any]]) -> Iterator[keras.Layer
             continue
         seen.add(id(value))
         if isinstance(value, keras.Layer):
-            yield from value._flatten_layers()
+            yield from compat.layers(value)
         elif inspect.ismodule(value) and value.__name__ != "__main__":
             waiting += [held for held in vars(value).values() if isinstance(held, keras.Layer)]
         elif inspect.isclass(value) or inspect.isfunction(value):

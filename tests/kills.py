@@ -23,7 +23,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
+import safetensors
 
 SOURCE = r"""
 #define _GNU_SOURCE
@@ -128,8 +128,10 @@ def run(command: list[str], folder: Path, kill_after: int = -1, torn: bool = Fal
 def left(folder: Path) -> dict[str, object]:
     """What a run leaves that depends on nothing but its configuration."""
     *older, last = sorted((folder / "checkpoints").glob("step-*"))
-    with np.load(last) as file:
-        arrays = {name: (file[name].dtype.str, file[name].shape, file[name].tobytes()) for name in file.files}
+    with safetensors.safe_open(last, framework="np") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        arrays = {name: (array.dtype.str, array.shape, array.tobytes()) for name, array in found.items()}
+        arrays["metadata"] = file.metadata()
     files = [
         str(path.relative_to(folder))
         for path in folder.rglob("*")
@@ -148,14 +150,14 @@ def left(folder: Path) -> dict[str, object]:
 
 def main(torn: bool, first: int, every: int) -> int:
     """Kills, compares and says what differed; returns an exit code."""
-    from tests.integration.test_loop import GIN, USER_MODULE
+    from tests.helpers.letters import GIN, MODULE
 
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        (place / "letters_module.py").write_text(USER_MODULE)
+        (place / "letters_module.py").write_text(MODULE)
         (place / "letters.gin").write_text(GIN)
         sys.path.insert(0, name)
-        import dist_partial.run  # noqa: F401 - once, for all forks
+        import dist_partial.training.loop  # noqa: F401 - once, for all forks
 
         command = [f"--gin_file={place / 'letters.gin'}", *(f"--gin_param={param}" for param in (*PARAMS, *MORE))]
         assert run(command, place / "whole", log=place / "calls") == 0

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from dist_partial import compat
 from dist_partial.adapters import layers
 from dist_partial.errors import UserError
 from dist_partial.selection.plan import Plan
@@ -52,23 +53,22 @@ def lower(plan: Plan, model: keras.Model, precision: str | None) -> Plan:
 
 
 def widen(plan: Plan) -> None:
-    """Stores what `lower` has rounded to bfloat16 as wide as it was before; the values stay what they are."""
+    """Stores what `lower` has rounded to bfloat16 in its former dtype; the values stay as they are."""
     for entry in plan.entries:
         if entry.variable.dtype == "bfloat16":
             store(entry.variable, entry.dtype)
 
 
 def store(variable: Any, dtype: str) -> None:
-    """Puts a variable of another dtype in the place of a Keras variable's value, in the strategy's scope."""
-    # Keras 3.15 has no public way to change a variable's dtype, and a dtype policy must be known before it is built,
-    # when no rule has been resolved yet. Within a layer's call Keras casts what is read to the compute dtype.
+    """Replaces the value of a Keras variable by a variable of another dtype, in the strategy's scope."""
+    # Not by a dtype policy: it must be known before the layer is built, when no rule has been resolved yet. Within a
+    # layer's call Keras casts what is read to the compute dtype.
     value = keras.ops.convert_to_numpy(variable).astype(dtype)
-    variable._dtype = dtype
-    variable._initialize(value)
+    compat.initialize(variable, value, dtype)
 
 
 def _quantize(model: keras.Model, frozen: set[int]) -> dict[int, Any]:
-    """Quantizes the layers of which nothing is trained; returns the new kernels by the identity of the old ones."""
+    """Quantizes the layers of which nothing is trained; returns the new kernels by the id of the old ones."""
     replaced = {}
     for layer in layers.layers(model):
         before = layers.raw(layer)

@@ -1,23 +1,25 @@
 """The resumable state of a run: what is trained, its slots and the step; never what is frozen.
 
-One file a checkpoint, an uncompressed .npz: a zip whose members carry checksums, which numpy reads without
-unpickling. A file is complete or absent: it is written beside its name, fsynced and renamed.
+Each checkpoint is one safetensors file with a checksum of all of it. It is complete or absent: it is written beside its
+name, fsynced and renamed.
 """
 
 import dataclasses
 import json
-import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import keras
 import numpy as np
 
+from dist_partial.checkpoints import safetensors_file
 from dist_partial.distributed import per_replica
 from dist_partial.distributed.per_replica import PerReplica
-from dist_partial.errors import UserError
-from dist_partial.files import write_atomically, writing
+from dist_partial.errors import UserError, first_line
+from dist_partial.files import CHECKPOINT, remove_leftovers, writing
+from dist_partial.validation import shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,7 +32,7 @@ class Checkpoint:
     metadata: dict[str, Any]
 
 
-_NAME = re.compile(r"step-(\d{10})\.npz")
+_FORMAT = "dist_partial_checkpoint"  # the key of the metadata, whose value begins with the format's number
 
 
 def read(state: dict[str, Any], step: int, gather: Callable[[bytes], list[bytes]]) -> dict[str, np.ndarray]:
@@ -70,17 +72,18 @@ def save(folder: Path, step: int, arrays: dict[str, np.ndarray], metadata: dict[
     Raises:
         UserError: the folder cannot be written (full, read-only); no checkpoint that was there is touched.
     """
-    arrays = dict(arrays)
-    arrays["metadata"] = np.frombuffer(json.dumps(metadata | {"step": step}).encode(), np.uint8)
-    path = folder / f"step-{step:010d}.npz"
+    texts = {"format": "1", "metadata": json.dumps(metadata | {"step": step})}
+    texts["checksum"] = safetensors_file.checksum(arrays, texts, _digest)
+    path = folder / f"step-{step:010d}.safetensors"
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: np.savez(file, **cast(dict[str, Any], arrays)))
+        safetensors_file.write(path, arrays, {_FORMAT: json.dumps(texts)})
         listed = _listed(folder)
         before = [old for number, old in listed if number < step]
         damaged = [newer for number, newer in listed if number > step]  # or this would have gone on from it
-        for leftover in [*before[: max(0, len(before) - keep + 1)], *damaged, *folder.glob(".*.partial")]:
+        for leftover in [*before[: max(0, len(before) - keep + 1)], *damaged]:
             leftover.unlink()
+        remove_leftovers(folder)
     return path
 
 
@@ -98,17 +101,36 @@ def newest(folder: Path, warn: Callable[[str], None], at_most: int | None = None
     listed = [(step, path) for step, path in _listed(folder) if at_most is None or step <= at_most]
     for step, path in reversed(listed):
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            metadata = json.loads(arrays.pop("metadata").tobytes())
+            arrays, texts = _read(path)
+            metadata = json.loads(texts["metadata"])
             if metadata["step"] != step:
                 raise ValueError(f"it holds step {metadata['step']}")
             return Checkpoint(path, step, arrays, metadata)
-        except Exception as error:  # a damaged zip can look encrypted, compressed, enormous: each raises another
-            warn(f"checkpoint {path} is damaged ({error}): falling back to the one before")
+        except Exception as error:  # a damaged header raises the library's, NumPy's, or json's
+            warn(f"checkpoint {path} is damaged ({first_line(error)}): falling back to the one before")
     if listed:
         raise UserError(f"no checkpoint in {folder} can be read ({len(listed)} damaged): remove them to start afresh")
+    if old := next(folder.glob("step-*.npz"), None):
+        raise UserError(
+            f"{old} is a checkpoint of an earlier version of dist_partial, which this one cannot read: choose another "
+            "--run_dir, or go on with that version"
+        )
     return None
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    arrays, metadata = safetensors_file.read(path)
+    texts = json.loads(metadata[_FORMAT])
+    if texts["format"] != "1":
+        raise ValueError(f"it has the format {shown(texts['format'])}")
+    if texts.pop("checksum") != safetensors_file.checksum(arrays, texts, _digest):
+        raise ValueError("its content does not have its checksum")
+    return arrays, texts
+
+
+def _digest(array: np.ndarray) -> str:
+    """A checksum against damage, of dtype, shape and values; half the time of a cryptographic one."""
+    return f"{array.dtype} {array.shape} {zlib.crc32(safetensors_file.raw(array)):08x}"
 
 
 def restore(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
@@ -130,13 +152,9 @@ def restore(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
         if found[skip:] != wanted[skip:]:
             raise UserError(f"{checkpoint.path}: {name} has shape {found}, not {wanted}")
     for name, variable in state.items():
-        array = checkpoint.arrays[name]
-        if array.dtype.kind == "V":  # npz knows no bfloat16 and reads it back as two bytes of nothing in particular
-            own = isinstance(variable, PerReplica)
-            array = array.view(variable.dtype if own else keras.ops.convert_to_numpy(variable).dtype)
-        variable.assign(array)
+        variable.assign(checkpoint.arrays[name])
 
 
 def _listed(folder: Path) -> list[tuple[int, Path]]:
-    names = [(match, path) for path in folder.glob("step-*.npz") if (match := _NAME.fullmatch(path.name))]
+    names = [(match, path) for path in folder.glob("step-*") if (match := CHECKPOINT.fullmatch(path.name))]
     return sorted((int(match[1]), path) for match, path in names)

@@ -259,7 +259,7 @@ def _explain(error: Exception, place: str) -> str:
         place = f" ({where[1]}, line {where[2]})"
     first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     if isinstance(error, SyntaxError):
-        first = error.msg.rstrip(".") + (f": {error.text.strip()!r}" if error.text else "")
+        first = error.msg.splitlines()[0].rstrip(".") + (f": {error.text.strip()!r}" if error.text else "")
         place = place or f" ({error.filename}, line {error.lineno})"
     if "malformed node or string" in text:
         first = "a text needs quotes, also within the shell's: --gin_param=\"run.leave = 'reset'\""

@@ -1,12 +1,9 @@
 """The embedded corpus: this machine's own Python standard library, 9.5 MB of text that needs no download."""
 
-import fcntl
 import math
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +14,7 @@ from dist_partial.data.codecs import SHAPE_OF_BYTE, ByteCodec, ShapeCodec
 from dist_partial.data.quiet import quiet_tfds
 from dist_partial.data.source import Dataset, fingerprint
 from dist_partial.errors import UserError
-from dist_partial.files import open_lock
+from dist_partial.files import lock
 
 BLOCK = 4096
 """Symbols of text that go to training or to evaluation together, whatever the window, so that the losses of two
@@ -63,7 +60,7 @@ def stdlib_corpus(
     evaluation_share: float = 0.02,
     root: str | os.PathLike[str] | None = None,
 ) -> Dataset:
-    """Byte-level language modelling of Python code.
+    """Makes byte-level language modelling of the Python code of the standard library.
 
     The text differs between versions of Python; its SHA-256 is part of the fingerprint.
 
@@ -79,6 +76,11 @@ def stdlib_corpus(
 
     Raises:
         UserError: no such text, too little of it for the window, or a cache folder that cannot be used.
+
+    Examples:
+        >>> data = stdlib_corpus(window=32)
+        >>> data.train.spec[0].shape, data.unit
+        (TensorShape([32]), 'byte')
     """
     digest, text = _text("stdlib_corpus", cache_dir, root)
     train, evaluation = _split("stdlib_corpus", np.frombuffer(text, np.uint8), window, window, evaluation_share)
@@ -98,7 +100,7 @@ def stdlib_shapes(
     evaluation_share: float = 0.02,
     root: str | os.PathLike[str] | None = None,
 ) -> Dataset:
-    """Ten classes: which shape of symbol follows, in the silhouette of Python code.
+    """Makes ten classes: which shape of symbol follows, in the silhouette of Python code.
 
     Args:
         window: symbols of an example.
@@ -112,6 +114,11 @@ def stdlib_shapes(
 
     Raises:
         UserError: as for `stdlib_corpus`.
+
+    Examples:
+        >>> data = stdlib_shapes()
+        >>> data.codec.size
+        10
     """
     digest, text = _text("stdlib_shapes", cache_dir, root)
     shapes = SHAPE_OF_BYTE[np.frombuffer(text, np.uint8)]
@@ -187,7 +194,7 @@ def _source_files(name: str, root: str | os.PathLike[str] | None = None) -> dict
 
 
 def content(name: str, path: Path) -> bytes:
-    """What a file of the user's text holds.
+    """Reads a text file of the user's.
 
     Raises:
         UserError: it cannot be read.
@@ -216,7 +223,8 @@ def _prepared(name: str, cache: Path, digest: str, files: dict[str, bytes]) -> d
         with quiet_tfds():
             builder = fresh_builder()
             if not builder.is_prepared():
-                with _locked(cache / "stdlib_corpus.lock"):
+                cache.mkdir(parents=True, exist_ok=True)
+                with lock(cache / "stdlib_corpus.lock"):
                     builder = fresh_builder()  # another process may have prepared it meanwhile
                     if not builder.is_prepared():
                         # tfds renames the folder once it is whole; what else is here, a killed process left.
@@ -235,12 +243,3 @@ def _prepared(name: str, cache: Path, digest: str, files: dict[str, bytes]) -> d
     if _digest(prepared) != digest:
         raise UserError(f"the corpus in {builder.data_dir} is damaged: delete it, and it is prepared again")
     return prepared
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock between processes, which the system drops when its holder dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open_lock(path) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -1,7 +1,7 @@
 """One round of communication between the replicas: sums and gathers, in packs.
 
 The only place that talks to other replicas about gradients. It rides on TensorFlow's collectives, or, between workers
-of one CPU replica each, on `mesh`.
+of one CPU replica each, on `tcp_backend`.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from dist_partial import compat
 from dist_partial.distributed.tcp_backend import TCPBackend
 
 # Large enough to cost little each, small enough to be under way while later gradients are still being computed. Packs
@@ -26,17 +27,17 @@ class AllReduceRequest:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AllGatherRequest:
-    """Asks for all replicas' messages: uint8 [n], n a multiple of 4 -> [replicas, n] in replica order."""
+    """Asks for the payloads of all replicas: uint8 [n], n a multiple of 4 -> [replicas, n] in replica order."""
 
     message: tf.Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Collectives:
-    """How replicas reach each other.
+    """Sums and gathers over the replicas, by TensorFlow's collectives or over TCP.
 
     Attributes:
-        mesh: the workers' own connections, or None for TensorFlow's collectives.
+        backend: the workers' own connections, or None for TensorFlow's collectives.
         pack_bytes: up to how many bytes travel as one.
     """
 
@@ -135,16 +136,5 @@ def _tensorflow_sum(strategy: Any, *values: Any) -> Any:
 
 
 def _tensorflow_gather(strategy: Any, value: Any) -> Any:
-    # The public all_gather sends each tensor's shape first, in a collective of its own, and so loses the static
-    # shape; all our messages have the same one on every replica.
-    from tensorflow.python.distribute import distribute_utils
-
-    options = tf.distribute.experimental.CommunicationOptions()
-    launchers = strategy.extended._cross_device_ops._launchers
-    copies = strategy.experimental_local_results(value)
-    size = strategy.num_replicas_in_sync
-    found = [
-        tf.ensure_shape(tf.reshape(launcher._all_gather(copy, options), [size, -1]), [size, *copy.shape])
-        for launcher, copy in zip(launchers, copies, strict=True)
-    ]
-    return distribute_utils.regroup(tuple(found), always_wrap=True)
+    # All payloads have the same shape on every replica.
+    return compat.gather(strategy, value, tf.distribute.experimental.CommunicationOptions())

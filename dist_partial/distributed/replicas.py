@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from dist_partial import compat
 from dist_partial.distributed import handshake, rendezvous
 from dist_partial.distributed.cluster import read_tf_config
 from dist_partial.distributed.collectives import PACK_BYTES, Collectives
@@ -31,14 +32,18 @@ _LAST_SECONDS = 5.0  # for which the first worker waits until the processes of t
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Replicas:
-    """The replicas.
+    """Holds the strategy, and how its replicas reach each other.
 
     Attributes:
         strategy: what computes on them.
-        wire: how they reach each other.
+        collectives: how they reach each other.
         description: one line that says what was picked and why.
-        mesh: this worker's connections to the others, or None where it is the only one.
+        backend: this worker's connections to the others, or None where it is the only one.
         host: this worker's name or address among several, or None.
+
+    Examples:
+        >>> create("default").is_chief
+        True
     """
 
     strategy: tf.distribute.Strategy
@@ -115,6 +120,10 @@ def create(
     Raises:
         UserError: unknown kind, malformed TF_CONFIG, no secret where one is needed, or devices that cannot be made.
         Fault: workers are missing when `start_seconds` are over.
+
+    Examples:
+        >>> print(create("default").description)
+        replicas: 1, default strategy
     """
     _check_choice("kind", kind, KINDS)
     _check_choice("transport", transport, TRANSPORTS)
@@ -150,10 +159,7 @@ def create(
 
 @functools.cache
 def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
-    # TensorFlow 2.21 numbers the collectives of each new strategy from the same key on: with those of another run of
-    # this process, or of the user's own strategy, they would meet under one key ("Shape mismatch in the collective
-    # instance", "joining a group with size"), after which the process can make no collective any more.
-    tf.distribute.MirroredStrategy._collective_key_base += _KEYS
+    compat.skip_collective_keys(_KEYS)  # those of an earlier run of this process, or of the user's own strategy
     return tf.distribute.MirroredStrategy(list(devices))
 
 
@@ -272,7 +278,4 @@ def _outlive(workers: Sequence[str]) -> None:
 
 
 def _abort(reason: str) -> None:
-    # TensorFlow's collectives would wait for the lost worker for ever, or for half a minute.
-    from tensorflow.python.eager import context
-
-    context.context().abort_collective_ops(tf.errors.UNAVAILABLE, reason)
+    compat.abort_collectives(reason)  # which would wait for the lost worker for ever, or for half a minute

@@ -1,12 +1,11 @@
 """python -m dist_partial.export --run_dir=DIR --format=safetensors|keras|savedmodel --output=PATH [--overwrite] ...
 
-Takes the newest checkpoint of a run folder home: what was trained alone (safetensors; see dist_partial.delta), or the
+Takes the newest checkpoint of a run folder home: what was trained alone (safetensors; see dist_partial.export.delta), or the
 whole model, for Keras (keras) or for TensorFlow Serving (savedmodel).
 """
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from dist_partial import cli
+from dist_partial.files import replacing
 
 if TYPE_CHECKING:
     from dist_partial.training.build import Trainer
@@ -104,52 +104,14 @@ def _base(folder: Path, built: "Trainer") -> dict[str, str]:
 
 
 def _put(output: Path, write: Callable[[Path], str]) -> str:
-    """Has a file or a folder written beside its name, then renames it; returns what `write` does."""
-    partial = output.with_name(f".{os.getpid()}.partial.{output.name}")  # Keras goes by the name's end
+    """Has a file or a folder written atomically; returns what `write` does."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)  # of a killed process that had this one's number, or put there as a link
-        try:
-            notes = write(partial)
-            for path in [partial, *partial.rglob("*")]:
-                _sync(path)
-            _replace(output, partial)
-            _sync(output.parent)
-            return notes
-        finally:
-            _remove(partial)
+        with replacing(output) as partial:
+            return write(partial)
     except OSError as error:
         reason = error.strerror or str(error)
         raise cli.UserError(f"cannot write {output}: {reason}; free some space, or choose another --output") from None
-
-
-def _replace(output: Path, new: Path) -> None:
-    if not output.is_dir():
-        new.rename(output)
-        return
-    aside = output.with_name(f".{os.getpid()}.replaced.{output.name}")  # a folder cannot be renamed over another
-    output.rename(aside)
-    try:
-        new.rename(output)
-    except OSError:
-        aside.rename(output)
-        raise
-    _remove(aside)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _bytes(path: Path) -> int:

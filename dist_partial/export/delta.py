@@ -11,7 +11,6 @@ holds digests of every variable of the model as it was before the training, so t
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import math
 import numbers
@@ -21,13 +20,12 @@ from typing import Any
 
 import keras
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from dist_partial.checkpoints import safetensors_file
 from dist_partial.checkpoints.fingerprints import digest, model_fingerprints, variables
 from dist_partial.distributed import consistency
 from dist_partial.errors import UserError, first_line
-from dist_partial.files import existing, write_atomically
+from dist_partial.files import existing
 from dist_partial.selection.plan import Plan
 
 FORMAT = "1"
@@ -36,7 +34,7 @@ _FIELDS = ("base", "rules", "rows", "step", "versions")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Delta:
-    """What a training has changed of a model.
+    """Holds what a training has changed of a model.
 
     Attributes:
         arrays: the trained values, and the statistics that moved, by key: a variable's path, or `path[start:stop]`.
@@ -46,6 +44,11 @@ class Delta:
         step: updates until then.
         versions: of the packages that made it.
         name: what messages call it, such as the file that it was read from.
+
+    Examples:
+        >>> delta = Delta({"head/kernel": np.zeros([2, 1])}, {}, {}, ("train head/.*",), 10, {})
+        >>> delta.place("head/kernel")
+        ('head/kernel', Ellipsis)
     """
 
     arrays: dict[str, np.ndarray]
@@ -65,7 +68,7 @@ class Delta:
 
 
 def of(model: keras.Model, plan: Plan, base: Mapping[str, str], step: int) -> Delta:
-    """What a training has changed.
+    """Collects what a training has changed.
 
     Args:
         model: as it is now.
@@ -75,6 +78,14 @@ def of(model: keras.Model, plan: Plan, base: Mapping[str, str], step: int) -> De
 
     Returns:
         The delta: what the plan trains, and of what no rule covers (moving statistics) that which has changed.
+
+    Examples:
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(1, name="head")])
+        >>> plan = resolve([("train", ".*/kernel"), ("freeze", ".*")], model, AllReduce())
+        >>> list(of(model, plan, model_fingerprints(model), step=0).arrays)
+        ['head/kernel']
     """
     entries = {id(entry.variable): entry for entry in plan.entries}
     arrays, rows = {}, {}
@@ -97,18 +108,23 @@ def write(path: str | Path, delta: Delta) -> None:
 
     Raises:
         UserError: a value is not finite, or the file cannot be written.
+
+    Examples:
+        >>> import tempfile
+        >>> delta = Delta({"head/kernel": np.ones([2, 1], np.float32)}, {}, {}, ("train head/.*",), 10, {})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write(f"{folder}/mine.safetensors", delta)
+        ...     print(read(f"{folder}/mine.safetensors").step)
+        10
     """
     _check_finite(delta.name, delta.arrays)
     metadata = {name: json.dumps(getattr(delta, name), sort_keys=True) for name in _FIELDS}
     metadata["dist_partial_delta"] = FORMAT
     metadata["sha256"] = _checksum(delta.arrays, metadata)
-    content = safetensors.numpy.save(
-        {key: np.asarray(array, order="C") for key, array in delta.arrays.items()}, metadata
-    )
     try:
         place = Path(path).expanduser()
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(place, lambda file: file.write(content))
+        safetensors_file.write(place, delta.arrays, metadata)
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: an empty name; RuntimeError: ~somebody
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {str(path)!r}: {reason}; choose another place") from None
@@ -119,13 +135,15 @@ def read(path: str | Path) -> Delta:
 
     Raises:
         UserError: there is no such file, or it is damaged, of another kind, or holds what is not finite.
+
+    Examples:
+        >>> read("missing.safetensors")
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: the delta: no file 'missing.safetensors'
     """
     path = existing("the delta", path)
     try:
-        # Checks the header against the file's length before anything is allocated, and runs nothing of the file's.
-        with safetensors.safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dictionary)
+        arrays, metadata = safetensors_file.read(path)
     except Exception as error:  # it raises its own, and NumPy's, and the file system's
         raise UserError(f"{path} is damaged, or no safetensors file: {first_line(error)[:200]}; get it again") from None
     if "dist_partial_delta" not in metadata:
@@ -160,9 +178,14 @@ def read(path: str | Path) -> Delta:
 
 
 class Base:
-    """A model whose weights are a base, or the base with deltas: swapped and averaged without building it again.
+    """Applies deltas to a model in place: swapped and averaged without building it again.
 
     It remembers the base values of what its deltas have overwritten, and of nothing else.
+
+    Examples:
+        >>> import keras
+        >>> base = Base(keras.Sequential([keras.Input([4]), keras.layers.Dense(1)]))
+        >>> base.use(None)  # the base itself; `base.use(read("mine.safetensors"))` applies a delta
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -196,7 +219,7 @@ class Base:
         weights = dict(deltas) if isinstance(deltas, Mapping) else {} if deltas is None else {deltas: 1.0}
         for delta, weight in weights.items():
             if not isinstance(delta, Delta):
-                raise UserError(f"{delta!r:.100} is no delta: read it first, by dist_partial.delta.read(path)")
+                raise UserError(f"{delta!r:.100} is no delta: read it first, by dist_partial.export.delta.read(path)")
             if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
                 raise UserError(f"the weight of {delta.name} is {weight!r}: write a finite number, such as 0.5")
             self._check(delta)
@@ -244,9 +267,8 @@ class Base:
         ]
         if found:
             adapted = any("/lora_" in path for path in lacking)
-            first = (
-                "call dist_partial.lora.enable(rules, model) with the run's rules first; or else " if adapted else ""
-            )
+            enable = "call dist_partial.adapters.lora.enable(rules, model) with the run's rules first; or else "
+            first = enable if adapted else ""
             raise UserError(
                 f"{delta.name} is of another base: {'; '.join(found)}; {first}make the model as the run did, by its "
                 "factory after keras.utils.set_random_seed(run.seed), before any training"
@@ -288,9 +310,8 @@ def _check_finite(name: str, arrays: Mapping[str, np.ndarray]) -> None:
 
 def _checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
     """SHA-256 of all arrays, in the order of their keys, and of the metadata beside it."""
-    rest = sorted((name, text) for name, text in metadata.items() if name != "sha256")
-    digests = [(key, digest(array, digits=64)) for key, array in sorted(arrays.items())]
-    return hashlib.sha256(json.dumps([rest, digests]).encode()).hexdigest()
+    rest = {name: text for name, text in metadata.items() if name != "sha256"}
+    return safetensors_file.checksum(arrays, rest, lambda array: digest(array, digits=64))
 
 
 def _value(variable: Any) -> np.ndarray:

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from dist_partial import compat
 from dist_partial.adapters import lora, quantization
 from dist_partial.errors import UserError, first_line
 from dist_partial.step import layer_state
@@ -20,13 +21,13 @@ def write_keras(path: Path, built: Trainer, _: int | None) -> str:
     """
 
     def policies(model: Any) -> list[str]:
-        return [layer.dtype_policy.name for layer in model._flatten_layers()]
+        return [layer.dtype_policy.name for layer in compat.layers(model)]
 
     model, policy, floatx = built.model, keras.config.dtype_policy(), keras.config.floatx()
     quantization.widen(built.plan)  # or else what training has moved would be rounded away in the kernels
     lora.merge(model)  # or else the file would have factors of zero beside kernels that stay frozen
     hint = "give its classes get_config and keras.saving.register_keras_serializable, or write --format=savedmodel"
-    if any(getattr(layer, "quantization_mode", None) for layer in model._flatten_layers()):
+    if any(getattr(layer, "quantization_mode", None) for layer in compat.layers(model)):
         hint = "Keras 3.15 cannot load all models with layers in int8: write --format=savedmodel or safetensors"
     name = f"model {model.name!r}"
     notes = ""
@@ -54,7 +55,7 @@ def write_keras(path: Path, built: Trainer, _: int | None) -> str:
         raise UserError(f"{name} is another model when its .keras file is loaded; {hint}")
     if lost := sorted({v.dtype for v in model.variables} - {v.dtype for v in loaded.variables}):
         notes += f"; what it holds in {', '.join(lost)} loads in the layers' own dtype"
-    modules = {type(layer).__module__ for layer in model._flatten_layers()}
+    modules = {type(layer).__module__ for layer in compat.layers(model)}
     modules = {module.split(".src.")[0] for module in modules if module.split(".")[0] != "keras"}
     return notes + (f"; import {', '.join(sorted(modules))} before loading it" if modules else "")
 

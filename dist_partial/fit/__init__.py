@@ -16,6 +16,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from dist_partial import compat
 from dist_partial.distributed.per_replica import local_count
 from dist_partial.errors import UserError
 from dist_partial.fit.optimizer import FROZEN, REDUCTIONS, Partial, PartialLossScale, Share, freeze
@@ -52,6 +53,13 @@ def partial(
         UserError: a rule table that does not fit the model, as from `selection.resolve`; a model without variables;
             an optimizer that is wrapped or built already, was made outside the model's strategy, or accumulates,
             averages or scales by itself; a reduction with which replicas would part.
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3), keras.layers.Dense(1, name="head")])
+        >>> optimizer = partial(keras.optimizers.Adam(1e-3), [("train", "head/.*"), ("freeze", ".*")], model)
+        >>> model.compile(optimizer, loss="mse")
+        >>> [(variable.name, tuple(variable.shape)) for variable in model.trainable_variables]
+        [('kernel', (3, 1)), ('bias', (1,))]
     """
     if not isinstance(model, keras.Model):
         raise UserError(f"partial was given {model!r}: the third argument is the Keras model that will be compiled")
@@ -125,7 +133,7 @@ def _checked(optimizer: Any, strategy: tf.distribute.Strategy) -> keras.optimize
     if inner.built:
         raise UserError(f"{where} has slots for other variables already: pass a new one")
     optimizers.check(where, inner)
-    if inner._distribution_strategy is not strategy:
+    if compat.strategy_of(inner) is not strategy:
         raise UserError(f"{where} was made outside the model's strategy: make both inside the same strategy.scope()")
     return inner
 
@@ -181,7 +189,7 @@ def _frozen(model: keras.Model) -> tuple[list[Any], list[Any]]:
     ids = {id(v) for v in before}
     layers = [
         layer
-        for layer in model._flatten_layers()
-        if getattr(layer, FROZEN, False) or (not layer.trainable and ids & {id(v) for v in layer._trainable_variables})
+        for layer in compat.layers(model)
+        if getattr(layer, FROZEN, False) or (not layer.trainable and ids & {id(v) for v in compat.own_weights(layer)})
     ]
     return layers, variables

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_partial import reductions
+from dist_partial import compat, reductions
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.errors import UserError
 from dist_partial.reductions.all_reduce import AllReduce
@@ -29,7 +29,7 @@ def freeze(variables: Iterable[Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What one rule trains: paths of variables, their rows, their reduction, and the number of their optimizer."""
+    """Describes what one rule trains: paths of variables, rows, reduction, and the number of the optimizer."""
 
     paths: tuple[str, ...]
     rows: tuple[int, int] | None
@@ -51,7 +51,7 @@ class Share:
 
 @keras.saving.register_keras_serializable(package="dist_partial")
 class Partial(keras.optimizers.Optimizer):
-    """The optimizer that `partial` makes: reduces the gradients of a selection, then updates it.
+    """Reduces the gradients of a selection, then updates it: the optimizer that `partial` makes.
 
     Args:
         inner: the optimizers; the first one's learning rate is this one's.
@@ -83,7 +83,7 @@ class Partial(keras.optimizers.Optimizer):
         """
         if self.built:
             return
-        with self._distribution_strategy.scope():
+        with compat.strategy_of(self).scope():
             self.plan = plan = _plan(self._shares, self._inner, by_path or _by_path(variables, self._shares))
             groups: dict[int, optimizers.GroupOptimizer] = {}
             for group in optimizers.build(plan, lambda: None, slots=False):  # each rule names its own
@@ -121,17 +121,19 @@ class Partial(keras.optimizers.Optimizer):
                 "its class has not kept: call dist_partial.fit.resume(model) after load_model"
             )
         trained = self.plan.trained
-        found = {self._var_key(variable): gradient for variable, gradient in zip(variables, grads, strict=True)}
-        known = {self._var_key(entry.variable) for entry in trained}
+        found = {
+            compat.variable_key(self, variable): gradient for variable, gradient in zip(variables, grads, strict=True)
+        }
+        known = {compat.variable_key(self, entry.variable) for entry in trained}
         for variable in variables:
-            if self._var_key(variable) not in known:
+            if compat.variable_key(self, variable) not in known:
                 raise UserError(
                     f"{variable.path!r} was made trainable after partial(...) had frozen it: call partial and "
                     "model.compile again, with rules that train it"
                 )
         gradients = []
         for entry in trained:
-            gradient = found.get(self._var_key(entry.variable))
+            gradient = found.get(compat.variable_key(self, entry.variable))
             if gradient is not None:
                 # An embedding's gradient is sparse; dense, what travels has a size that does not depend on the batch.
                 gradient = tf.ensure_shape(tf.convert_to_tensor(gradient), entry.shape)
@@ -161,7 +163,7 @@ class Partial(keras.optimizers.Optimizer):
         optimizers.apply(self._groups, [sums[id(member.entry)] for member in members])
         if rows:
             context.merge_call(lambda strategy: optimizers.write_rows(strategy, rows))
-        self._iterations.assign_add(1)
+        self.iterations.assign_add(1)
 
     @property
     def optimizers(self) -> list[keras.optimizers.Optimizer]:
@@ -180,19 +182,19 @@ class Partial(keras.optimizers.Optimizer):
 
     @property
     def variables(self) -> list[Any]:
-        return [*self._variables, *(v for each in self._inner for v in each.variables)]
+        return [*super().variables, *(v for each in self._inner for v in each.variables)]
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
         for each in self._inner:
             each.exclude_from_weight_decay(var_list, var_names)
 
     def save_own_variables(self, store: Any) -> None:
-        store["iteration"] = self._iterations.numpy()
+        store["iteration"] = self.iterations.numpy()
         for name, copies in self._residuals().items():
             store[name] = tf.stack(copies).numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        self._iterations.assign(store["iteration"])
+        self.iterations.assign(store["iteration"])
         for name, copies in self._residuals().items():
             # With another number of replicas, what they had left out so far is left out for good.
             if name in set(store.keys()) and len(store[name]) == len(copies):
@@ -201,7 +203,7 @@ class Partial(keras.optimizers.Optimizer):
 
     def _residuals(self) -> dict[str, Any]:
         kept = self._states if self.built else []
-        local = self._distribution_strategy.experimental_local_results
+        local = compat.strategy_of(self).experimental_local_results
         return {f"{i}_{name}": local(variable) for i, state in enumerate(kept) for name, variable in state.items()}
 
     def get_config(self) -> dict[str, Any]:
@@ -222,7 +224,7 @@ class Partial(keras.optimizers.Optimizer):
 
 @keras.saving.register_keras_serializable(package="dist_partial")
 class PartialLossScale(keras.optimizers.LossScaleOptimizer):
-    """Keras's dynamic loss scaling around `Partial`, which `compile` does not wrap again.
+    """Scales the loss around `Partial` as Keras does dynamically, which `compile` does not wrap again.
 
     Keras 3.15 decides about an overflow by the first replica's gradient alone, so that another one's overflow would
     reach the weights; here it sees the sum, which is the same on all of them.

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from dist_partial import compat
 from dist_partial.errors import UserError, first_line
 
 TASKS = ("CausalLM", "ImageClassifier", "TextClassifier")
@@ -46,6 +47,11 @@ def hub_model(
 
     Raises:
         UserError: KerasHub is not installed, a name that it does not know, or arguments that it does not take.
+
+    Examples:
+        >>> sizes = {"vocabulary_size": 100, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 16}
+        >>> hub_model(architecture="GPT2", arguments=sizes).output.shape
+        (None, None, 100)
     """
     hub = _keras_hub()
     if task not in TASKS:
@@ -81,7 +87,7 @@ def hub_model(
 
 
 def single_input(task: Any, name: str) -> keras.Model:
-    """A task of KerasHub as a flat functional model of one input: see `hub_model`.
+    """Turns a task of KerasHub into a flat functional model of one input: see `hub_model`.
 
     Args:
         task: a `keras_hub.models.Task`.
@@ -90,7 +96,7 @@ def single_input(task: Any, name: str) -> keras.Model:
     Raises:
         UserError: it takes an input besides token ids, their mask and segments.
     """
-    wanted = task._inputs_struct
+    wanted = compat.inputs_structure(task)
     if isinstance(wanted, dict):
         x = keras.Input((None,), dtype="int32", name="token_ids")
         # A causal model does not look ahead at what pads a text, and the weights of the targets mask its loss.
@@ -114,7 +120,7 @@ def single_input(task: Any, name: str) -> keras.Model:
 
 
 class HubCodec:
-    """A tokenizer of KerasHub as a codec.
+    """Encodes text by a tokenizer of KerasHub.
 
     Args:
         tokenizer: a `keras_hub.tokenizers.Tokenizer`.
@@ -136,7 +142,7 @@ class HubCodec:
 
 
 def hub_tokenizer(preset: str) -> HubCodec:
-    """The tokenizer of a preset of KerasHub, for `tokenized_text.tokenizer`.
+    """Loads the tokenizer of a preset of KerasHub, for `tokenized_text.tokenizer`.
 
     Args:
         preset: its name, or a local folder.
@@ -200,22 +206,20 @@ def _from_preset(of: Any, preset: str, **options: Any) -> Any:
 def _through(function: Any, inputs: list[Any]) -> Any:
     """The outputs of a functional model for other inputs, with the models inside it taken apart into their layers.
 
-    So the graph is flat: it is cut layer by layer where something above is trained (`prefix.cut`).
+    So the graph is flat: it is cut layer by layer where something above is trained (`split_model.split`).
     """
 
-    # Keras 3.15's own walk over the graph. There is no public way that keeps the layers: clone_model makes new ones
-    # of a nested model's class.
     def operation(op: Any) -> Any:
-        if not isinstance(op, keras.Model) or not hasattr(op, "_run_through_graph"):
+        if not isinstance(op, keras.Model) or not compat.is_functional(op):
             return op
-        names = op._inputs_struct
+        names = compat.inputs_structure(op)
 
         def through(x: Any, **_: Any) -> Any:
             return _through(op, [x[name] for name in names] if isinstance(names, dict) else keras.tree.flatten(x))
 
         return through
 
-    return function._run_through_graph(inputs, operation)
+    return compat.run_graph(function, inputs, operation)
 
 
 def _padding_id(task: Any) -> int | None:
@@ -226,9 +230,9 @@ def _padding_id(task: Any) -> int | None:
 def _give_cache(model: keras.Model, task: Any) -> None:
     """Adds `make_cache` and `decode` where the task has a cache that needs nothing but ids."""
     # As attributes and not as methods of a class of ours, which a saved model would then need.
-    if not all(hasattr(task, name) for name in ("_build_cache", "call_with_cache")):
+    if not compat.has_cache(task):
         return
-    for method, known in ((task._build_cache, 1), (task.call_with_cache, 3)):
+    for method, known in zip(compat.cache_methods(task), (1, 3), strict=True):
         parameters = list(inspect.signature(method).parameters.values())
         if any(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters[known:]):
             return
@@ -243,7 +247,7 @@ def _make_cache(task: Any, batch: int, length: int) -> Any:
             f"the prompt and sample.length make {length} tokens, and the model reads {longest}: shorten one"
         )
     # KerasHub makes a cache of the right shape only by filling it; in a compiled function the filling is pruned.
-    cache = task._build_cache(keras.ops.zeros((batch, length), "int32"))[-1]
+    cache = compat.build_cache(task, keras.ops.zeros((batch, length), "int32"))
     return keras.tree.map_structure(keras.ops.zeros_like, cache)
 
 

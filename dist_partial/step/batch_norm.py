@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from dist_partial import compat
 from dist_partial.selection.plan import Plan
 
 
@@ -54,4 +55,4 @@ def unsynchronised_statistics(layers: Sequence[keras.layers.BatchNormalization])
 
 
 def _layers(model: keras.Model) -> list[keras.layers.BatchNormalization]:
-    return [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    return [layer for layer in compat.layers(model) if isinstance(layer, keras.layers.BatchNormalization)]

@@ -19,6 +19,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from dist_partial import compat
 from dist_partial.compat import is_generator
 from dist_partial.distributed import traffic
 from dist_partial.distributed.per_replica import input_context, local_count
@@ -55,7 +56,7 @@ class LayerState:
 
 def recurrent(model: keras.Model) -> list[Any]:
     """States of stateful recurrent layers, [examples, units]; Keras has them in no `variables` and saves none."""
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.RNN) and layer.stateful]
+    layers = [layer for layer in compat.layers(model) if isinstance(layer, keras.layers.RNN) and layer.stateful]
     return [state for layer in layers if layer.built for state in tf.nest.flatten(layer.states)]
 
 

@@ -7,6 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from dist_partial import compat
+
 GROW_AFTER = 2000  # updates in a row without overflow, after which the scale is doubled
 FIRST_SCALE = 2.0**15
 
@@ -44,4 +46,4 @@ class LossScale:
 
 def needs_loss_scale(model: keras.Model) -> bool:
     """Whether any layer computes in float16."""
-    return any(layer.compute_dtype == "float16" for layer in model._flatten_layers())
+    return any(layer.compute_dtype == "float16" for layer in compat.layers(model))

@@ -1,7 +1,4 @@
-"""One Keras optimizer a group, applied to gradients that are reduced already.
-
-Private names of Keras are replaced in `_apply_reduced_already` and `_know_stand_ins` alone.
-"""
+"""Builds one Keras optimizer a group, and applies them to gradients that are reduced already."""
 
 import copy
 import dataclasses
@@ -14,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from dist_partial import compat
 from dist_partial.errors import UserError, first_line
 from dist_partial.selection.plan import Group, Plan, VariablePlan
 
@@ -120,7 +118,7 @@ def _make(where: str, factory: Callable[..., Any]) -> keras.optimizers.Optimizer
             "@keras.optimizers.Adam) without ()"
         )
     check(where, optimizer)
-    _apply_reduced_already(optimizer)
+    compat.sum_no_gradients(optimizer)  # they come reduced
     return optimizer
 
 
@@ -137,12 +135,12 @@ def another(optimizer: keras.optimizers.Optimizer, learning_rate: Any) -> keras.
     Raises:
         UserError: a method was set on the object, which may hold on to it.
     """
-    config, current = optimizer.get_config(), optimizer._learning_rate
+    config, current = optimizer.get_config(), compat.learning_rate(optimizer)
     # Keras refuses to read a function back from a config.
     rates = (current if callable(current) else config["learning_rate"], learning_rate)
     usual, other = (type(optimizer).from_config(config | {"learning_rate": rate}) for rate in rates)
     other.iterations.assign(optimizer.iterations)
-    of_keras = {*vars(keras.optimizers.Optimizer(0.0)), "_all_reduce_sum_gradients"}  # in the config, or its own
+    of_keras = {*vars(keras.optimizers.Optimizer(0.0)), *compat.OPTIMIZER_ATTRIBUTES}  # in the config, or its own
     for name in vars(optimizer).keys() - of_keras:
         value, default = vars(optimizer)[name], vars(usual).get(name)
         if callable(value) and hasattr(type(optimizer), name):
@@ -199,11 +197,10 @@ def stand_in(variable: Any, value: np.ndarray) -> Any:
     """
     # No constructor takes a path, a layer's options or a mark of the user's: they are copied with the object.
     other = copy.copy(variable)
-    other._shape = value.shape
     # Keras asks TensorFlow's variable for its name where it decides on weight decay: `<scopes>/<name>:0`.
     scope = variable.value.name.rpartition("/")[0]
     with tf.name_scope(f"{scope}/" if scope else ""):
-        other._initialize(value)
+        compat.initialize(other, value)
     return other
 
 
@@ -244,7 +241,7 @@ def _build_slots(number: int, optimizer: Any, members: Sequence[OptimizerVariabl
         slots[f"{paths[id(reference_variable)]}/{name}"] = slot
         return slot
 
-    _know_stand_ins(optimizer, members)
+    compat.alias_variables(optimizer, [(member.variable, member.entry.variable) for member in members])
     optimizer.add_variable_from_reference = recorded
     optimizer.build([member.variable for member in members])
     del optimizer.add_variable_from_reference
@@ -258,32 +255,14 @@ def _build_slots(number: int, optimizer: Any, members: Sequence[OptimizerVariabl
     return slots
 
 
-def _apply_reduced_already(optimizer: Any) -> None:
-    # Keras 3.15's `apply` sums what it is handed over the replicas, with no option not to; after our own
-    # reduction that would be a second sum: an update as many times too large, and twice the bytes.
-    if not hasattr(optimizer, "_all_reduce_sum_gradients"):
-        raise RuntimeError(
-            f"Keras {keras.__version__} has no Optimizer._all_reduce_sum_gradients: gradients would be summed twice"
-        )
-    optimizer._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
-
-
-def _know_stand_ins(optimizer: Any, members: Sequence[OptimizerVariable]) -> None:
-    # By this key Keras 3.15 looks up what `exclude_from_weight_decay(var_list=...)` was given: the model's variables.
-    key = optimizer._var_key
-    known = {key(member.variable): key(member.entry.variable) for member in members}
-    optimizer._var_key = lambda variable: known.get(key(variable), key(variable))
-
-
 def exclusions(optimizer: Any, members: Sequence[OptimizerVariable]) -> dict[str, Any]:
     """What `exclude_from_weight_decay` was told, which no config of Keras's has; empty if nothing was.
 
     Returns:
         "paths" of the members that it was given one by one, and the "pattern" of names, or None.
     """
-    given = getattr(optimizer, "_exclude_from_weight_decay", ())
-    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
-    paths = [member.entry.path for member in members if optimizer._var_key(member.entry.variable) in given]
+    given, pattern = compat.weight_decay_exclusions(optimizer)
+    paths = [m.entry.path for m in members if compat.variable_key(optimizer, m.entry.variable) in given]
     return {"paths": paths, "pattern": pattern and pattern.pattern} if paths or pattern else {}
 
 

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from dist_partial import compat
 from dist_partial.data import Source, fetch, fetched
 from dist_partial.distributed import traffic
 from dist_partial.errors import UserError
@@ -170,7 +171,7 @@ def _compiled(part: SplitModel, rows: int, x: tf.TensorSpec) -> tuple[Any, list[
             if id(variable) in scope.read:
                 raise part.refusal(f"reads {variable.path}, which is trained")
         for tensor in tensors:
-            if getattr(tensor, "_keras_mask", None) is not None:
+            if compat.mask(tensor) is not None:
                 raise part.refusal("makes a mask, which is no activation")
             dense = isinstance(tensor, tf.Tensor) and tensor.dtype != tf.string and tensor.shape.is_fully_defined()
             if not dense or tensor.shape[:1] != [rows]:
@@ -216,7 +217,7 @@ def _apart(a: np.ndarray, b: np.ndarray) -> float:
 def _rounding(model: keras.Model) -> float:
     """How far rounding may bring values apart, as a share of them: half of the digits of the coarsest dtype."""
     digits = {"bfloat16": 8, "float16": 11}
-    return 2.0 ** (-min(digits.get(layer.compute_dtype, 24) for layer in model._flatten_layers()) / 2)
+    return 2.0 ** (-min(digits.get(layer.compute_dtype, 24) for layer in compat.layers(model)) / 2)
 
 
 def _stateful(function: Any) -> str:

@@ -48,7 +48,7 @@ def make_model(settings: Settings, data: Dataset, strategy: tf.distribute.Strate
         outputs = model(tf.zeros([layer_state.batch_size(model) or 1, *x.shape], x.dtype))
     if not isinstance(outputs, tf.Tensor):
         raise UserError(f"run.model gives a {type(outputs).__name__} of outputs: its model must give one tensor")
-    if getattr(outputs, "_keras_mask", None) is not None:  # which Keras's `fit` would apply to the loss
+    if compat.mask(outputs) is not None:  # which Keras's `fit` would apply to the loss
         raise UserError(
             "run.model's outputs have a mask of Keras's (mask_zero, Masking), and here weights mask a loss: have "
             "run.data give (x, y, weight) with 0 where it pads, and take the mask out of the model"
@@ -89,7 +89,7 @@ def _check_symbols(model: keras.Model, name: str, symbols: int, outputs: int) ->
             f"{name} has {symbols:,} symbols and run.model gives logits for {outputs:,}: bind a tokenizer of the "
             "model's own, or a model of that size"
         )
-    for layer in model._flatten_layers():  # Keras encodes an id beyond its tokens as nothing, without a word
+    for layer in compat.layers(model):  # Keras encodes an id beyond its tokens as nothing, without a word
         if isinstance(layer, keras.layers.CategoryEncoding) and layer.num_tokens < symbols:
             raise UserError(
                 f"{name} has {symbols:,} symbols and {layer.name!r} of run.model encodes {layer.num_tokens:,}: bind a "

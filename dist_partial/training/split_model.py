@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from dist_partial import compat
 from dist_partial.errors import UserError
 
 
@@ -100,15 +101,13 @@ def _cut_stages(stages: Sequence[Any], fixed: Callable[[Sequence[Any]], bool]) -
 def _cut_graph(model: keras.Model, fixed: Callable[[Sequence[Any]], bool]) -> tuple[Any, Any, str] | None:
     known: dict[int, bool] = {}
 
-    def arguments(tensor: Any) -> list[Any]:
-        history = tensor._keras_history
-        return history.operation._inbound_nodes[history.node_index].input_tensors
-
     def is_fixed(tensor: Any) -> bool:
         if id(tensor) not in known:
-            parts = [is_fixed(argument) for argument in arguments(tensor)]
-            operation = tensor._keras_history.operation
-            known[id(tensor)] = all(parts) and fixed([*getattr(operation, "_flatten_layers", list)(), operation])
+            parts = [is_fixed(argument) for argument in compat.producer_inputs(tensor)]
+            operation = compat.producer(tensor)
+            known[id(tensor)] = all(parts) and fixed(
+                [*(compat.layers(operation) if isinstance(operation, keras.Layer) else ()), operation]
+            )
         return known[id(tensor)]
 
     if any(is_fixed(output) for output in model.outputs):
@@ -118,8 +117,8 @@ def _cut_graph(model: keras.Model, fixed: Callable[[Sequence[Any]], bool]) -> tu
     called: set[int] = set()
     above = list(model.outputs)
     while above:
-        called.add(id(above[-1]._keras_history.operation))
-        for tensor in arguments(above.pop()):
+        called.add(id(compat.producer(above[-1])))
+        for tensor in compat.producer_inputs(above.pop()):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 if is_fixed(tensor):
@@ -127,13 +126,13 @@ def _cut_graph(model: keras.Model, fixed: Callable[[Sequence[Any]], bool]) -> tu
                 else:
                     above.append(tensor)
         # Keras 3.15 makes no model of what a layer gives if the model also calls that layer.
-        for tensor in [tensor for tensor in edge.values() if id(tensor._keras_history.operation) in called]:
+        for tensor in [tensor for tensor in edge.values() if id(compat.producer(tensor)) in called]:
             above.append(edge.pop(id(tensor)))
     tensors = list(edge.values())
     below, rest = keras.Model(model.inputs, tensors), keras.Model(tensors, model.outputs)
     if not below.weights:  # the inputs alone, or little more
         return None
-    names = {tensor._keras_history.operation.name for tensor in tensors if arguments(tensor)}
+    names = {compat.producer(tensor).name for tensor in tensors if compat.producer_inputs(tensor)}
     return (
         lambda x: tf.nest.flatten(below([x], training=True)),
         lambda given, training: tf.nest.flatten(rest(list(given), training=training))[0],

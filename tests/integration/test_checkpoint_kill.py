@@ -15,8 +15,8 @@ import pytest
 
 from dist_partial import checkpoints
 from dist_partial.files import write_text
-from tests.cases import durable
-from tests.workers import ROOT
+from tests import ROOT
+from tests.helpers.files import durable
 
 KILLS = 50
 KEEP = 2
@@ -45,7 +45,7 @@ def save_on(folder: Path, report: int) -> None:
     while True:
         step += 1
         checkpoints.save(folder, step, content(step), {"tag": f"of {step}"}, KEEP)
-        left = list(folder.glob(".*.partial"))
+        left = list(folder.glob(".partial-*"))
         os.write(report, f"{step} {len(left)} {len(list(folder.iterdir()))}\n".encode())
 
 
@@ -73,7 +73,7 @@ def kill_one(folder: Path, seconds: float) -> tuple[list[list[int]], bool]:
     while select.select([reading], [], [], 0)[0] and (data := os.read(reading, 2**16)):
         text += data
     os.close(reading)
-    in_a_write = any(f".{child}." in path.name for path in folder.glob(".*.partial"))
+    in_a_write = any(f"-{child}-" in path.name for path in folder.glob(".partial-*"))
     return [[int(word) for word in line.split()] for line in text.decode().splitlines()], in_a_write
 
 
@@ -102,6 +102,7 @@ def main(folder: Path, seed: int) -> dict[str, int]:
     return {"in a write": in_a_write, "saved and not reported": later, "steps": saved}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_run_that_is_killed_while_it_saves_always_goes_on(tmp_path):
     # In a process of its own, whose children are forks of one that has imported everything and has no threads.
@@ -117,7 +118,7 @@ def test_what_a_name_leads_to_is_on_the_disk_before_the_name_is(tmp_path, monkey
     calls = durable(monkeypatch)
     write_text(tmp_path / "name.json", "content")
     assert calls == [
-        ("fsync", f".name.json.{os.getpid()}.partial", b"content"),
+        ("fsync", f".partial-{os.getpid()}-name.json", b"content"),
         ("replace", "name.json", b""),
         ("fsync", tmp_path.name, b""),
     ]

@@ -56,7 +56,7 @@ def saved(tmp_path_factory):
 
 def test_checkpoints(saved, tmp_path):
     content, arrays = saved
-    path, counts = tmp_path / "step-0000000007.npz", {"refused": 0, "read": 0}
+    path, counts = tmp_path / "step-0000000007.safetensors", {"refused": 0, "read": 0}
     state = {name: np.zeros_like(value) for name, value in arrays.items()}
 
     @hypothesis.settings(max_examples=3000, **SETTINGS)
@@ -81,7 +81,7 @@ def test_identities(tmp_path):
     content = {"rules": ["train a/.*", "freeze .*"], "seed": 1, "optimizers": [{"class": "Adam", "epsilon": 1e-7}]}
     text = json.dumps(content).encode()
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints/step-0000000001.npz").touch()  # without one, nothing could be lost
+    (tmp_path / "checkpoints/step-0000000001.safetensors").touch()  # without one, nothing could be lost
     counts = {"refused": 0, "read": 0}
 
     @hypothesis.settings(max_examples=2000, **SETTINGS)

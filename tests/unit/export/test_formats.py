@@ -11,12 +11,12 @@ import pytest
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-from dist_partial import Base, train
+from dist_partial import Base, files, train
 from dist_partial.errors import UserError
 from dist_partial.export import __main__ as export
 from dist_partial.export import delta, saved_model
 from dist_partial.models import byte_transformer, sampling, two_dense
-from tests.cases import durable, state
+from tests.helpers.files import contents, durable, state
 
 MODULE = """
 import keras, numpy as np
@@ -154,7 +154,6 @@ def folder(tmp_path_factory):
         patch.delenv("TF_CONFIG", raising=False)
         for name, lines in RUNS.items():
             (root / f"{name}.gin").write_text(COMMON + lines)
-            tf.distribute.MirroredStrategy._collective_key_base += 100_000  # see conftest
             keras.utils.clear_session()
             assert train.main([f"--gin_file={root / name}.gin", f"--run_dir={root / name}"]) == 0
             for form, suffix in (("safetensors", "safetensors"), ("keras", "keras"), ("savedmodel", "saved")):
@@ -271,6 +270,7 @@ def test_base_and_delta_are_the_trained_model(name, folder):
     assert all(old.tobytes() == new.numpy().tobytes() for old, new in zip(before, model.variables, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rows", "local", "images"])
 def test_keras_alone_loads_the_whole_model(name, folder, elsewhere):
     inputs, found = elsewhere
@@ -280,6 +280,7 @@ def test_keras_alone_loads_the_whole_model(name, folder, elsewhere):
     assert found[f"{name}.dtypes"].tolist() == [v.dtype for v in model.variables]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_tensorflow_alone_serves_any_batch(name, folder, elsewhere):
     inputs, found = elsewhere
@@ -290,6 +291,7 @@ def test_tensorflow_alone_serves_any_batch(name, folder, elsewhere):
         np.testing.assert_allclose(found[f"{name}.saved.{count}"], expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tied", "rows"])
 def test_tensorflow_alone_generates_what_sampling_does(name, folder, elsewhere):
     inputs, found = elsewhere
@@ -312,6 +314,7 @@ def test_serving_needs_no_op_of_xla(folder):
     assert "TensorStridedSliceUpdate" in ops and not [op for op in ops if op.startswith("Xla")]
 
 
+@pytest.mark.slow
 def test_a_model_without_text_has_no_generate(folder, elsewhere):
     assert "local.text" not in elsewhere[1] and "tied.text" in elsewhere[1]
 
@@ -362,10 +365,6 @@ def test_a_keras_file_of_classes_of_our_own(folder, capsys):
     (folder / "again.keras").unlink()
     x = np.random.default_rng(0).integers(0, 256, (2, 5)).astype(np.int32)
     np.testing.assert_array_equal(*(keras.ops.cast(m(x, training=False), "float32") for m in (loaded, model)))
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize("form", ["safetensors", "keras", "savedmodel"])
@@ -457,11 +456,19 @@ def test_a_cache_holds_what_the_model_can():
         saved_model._capacity(Reads(100), 200)
 
 
-def test_a_folder_that_cannot_be_replaced_stays(tmp_path):
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "saved_model.pb").write_text("old")
-    with pytest.raises(FileNotFoundError):
-        export._replace(tmp_path / "old", tmp_path / "never written")
+    before = os.replace
+
+    def failing(old, new):
+        if Path(new).name == "old" and "replaced" not in Path(old).name:
+            raise OSError("full")
+        before(old, new)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="full"), files.replacing(tmp_path / "old") as partial:
+        partial.mkdir()
     assert contents(tmp_path) == {"old/saved_model.pb": b"old"}
 
 
@@ -475,7 +482,7 @@ def test_what_is_exported_is_on_the_disk_before_its_name_is(tmp_path, monkeypatc
     calls = durable(monkeypatch)
     export._put(tmp_path / "model", write)
     *inside, renamed, folder = calls
-    partial = f".{os.getpid()}.partial.model"
+    partial = f".partial-{os.getpid()}-model"
     files = [("fsync", "data", b"variables/data"), ("fsync", "saved_model.pb", b"saved_model.pb")]
     assert sorted(inside) == sorted([*files, ("fsync", partial, b""), ("fsync", "variables", b"")])
-    assert (renamed, folder) == (("rename", "model", b""), ("fsync", tmp_path.name, b""))
+    assert (renamed, folder) == (("replace", "model", b""), ("fsync", tmp_path.name, b""))

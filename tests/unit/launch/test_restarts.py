@@ -68,7 +68,7 @@ def test_what_a_run_folder_shows(tmp_path):
     metrics.write_text(line("eval", 0) + line("plan", 1) + line("train", 1) + line("train", 2) + line("plan", 3))
     assert progress(nothing, look(tmp_path)) == (0, 2)
     checkpoints.mkdir()
-    for name in ("step-0000000002.npz", ".step-0000000009.npz.12.partial", "step-x.npz"):
+    for name in ("step-0000000002.safetensors", ".partial-12-step-0000000009.safetensors", "step-x.safetensors"):
         (checkpoints / name).touch()
     with open(metrics, "a") as file:
         file.write(line("train", 3) + '{"step": 4, "split": "tr')  # it is killed
@@ -98,7 +98,7 @@ def test_a_count_that_outlives_the_process(tmp_path):
         if step is not None:
             (run / "metrics.jsonl").write_text(line("train", step))
         if checkpoint is not None:
-            (run / "checkpoints" / f"step-{checkpoint:010d}.npz").touch()
+            (run / "checkpoints" / f"step-{checkpoint:010d}.safetensors").touch()
         return Ledger(path, run).refusal(code, 2)
 
     assert attempt(75) == ("", 1, (0, 0))
@@ -113,7 +113,7 @@ def test_a_count_that_outlives_the_process(tmp_path):
 def test_a_count_that_cannot_be_written(tmp_path):
     """The scheduler's own takes its place, though the run goes on from a checkpoint."""
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "run" / "checkpoints" / "step-0000000010.npz").touch()
+    (tmp_path / "run" / "checkpoints" / "step-0000000010.safetensors").touch()
     (tmp_path / "run.logs").touch()
     ledger = Ledger(tmp_path / "run.logs" / "restarts.json", tmp_path / "run")
     for earlier, expected in ((0, ""), (1, ""), (2, "limit of 2")):

@@ -13,8 +13,9 @@ from dist_partial.models import hub_model, hub_tokenizer
 from dist_partial.models.hub import single_input
 from dist_partial.models.sampling import generate
 from dist_partial.training.split_model import split
-from tests import cases
-from tests.cases import Case, Options
+from tests.helpers import cases
+from tests.helpers.cases import Case, Options
+from tests.helpers.marks import quick
 
 ARGUMENTS = {
     "GPT2": {
@@ -72,7 +73,7 @@ IMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", HUB)
+@pytest.mark.parametrize("name", quick(HUB, "Gemma"))
 def test_language_models_equal_one_device(name, mirrored):
     pytest.importorskip("keras_hub")
     cases.set_precision("float64")
@@ -84,6 +85,7 @@ def test_language_models_equal_one_device(name, mirrored):
     assert trained.bytes_per_step == trained.plan.wire_bytes > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(IMAGES))
 def test_image_models_equal_one_device(name, mirrored, monkeypatch):
     cases.set_precision("float64")
@@ -117,7 +119,7 @@ def test_the_model_is_the_task_with_its_own_paths(name):
     assert part is not None and 8 in [tensor.shape[-1] for tensor in keras.tree.flatten(part.prefix(ids))]
 
 
-@pytest.mark.parametrize("name", HUB)
+@pytest.mark.parametrize("name", quick(HUB, "GPT2"))
 def test_generation_with_the_cache_equals_that_without(name):
     pytest.importorskip("keras_hub")
     keras.utils.set_random_seed(4)

@@ -10,16 +10,17 @@ import tensorflow as tf
 from dist_partial import selection
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, train_batches
-from dist_partial.distributed.collectives import Collectives
-from dist_partial.distributed.replicas import Replicas, create
+from dist_partial.distributed.replicas import create
 from dist_partial.errors import UserError
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.training import loop
 from dist_partial.training.build import build, restore
-from tests import cases
-from tests.cases import copies, rows, same_bits, state
-from tests.conftest import mirrored_strategy
-from tests.unit.step.test_losses import COUNT, check_against_fit, features, settings
+from tests.helpers import cases
+from tests.helpers.against_fit import COUNT, check_against_fit, features, settings
+from tests.helpers.cases import copies
+from tests.helpers.files import rows, same_bits, state
+from tests.helpers.marks import quick
+from tests.helpers.strategies import in_process
 
 
 class Running(keras.layers.Layer):
@@ -163,6 +164,7 @@ def recurrent():
     return keras.Sequential([keras.Input((None,), dtype="int32"), *layers])
 
 
+@pytest.mark.slow
 def test_nothing_but_a_step_moves_a_random_state(tmp_path):
     """Evaluating and sampling more often, or more, trains the same weights; an evaluation repeats itself."""
     for name, more in {
@@ -177,7 +179,7 @@ def test_nothing_but_a_step_moves_a_random_state(tmp_path):
                 data=letters,
                 steps=6,
                 global_batch=6,
-                replicas=lambda: Replicas(mirrored_strategy(2), Collectives(), "2 replicas"),
+                replicas=lambda: in_process(2),
                 **{"sampling": Sampling(prompt="abc", length=4), **more},
             ),
             tmp_path / name,
@@ -194,7 +196,7 @@ def stateful(count):
     return lambda: keras.Sequential([keras.Input(batch_shape=(count, 4, 3)), *layers])
 
 
-@pytest.mark.parametrize("count", [1, 6])
+@pytest.mark.parametrize("count", quick([1, 6], 6))
 def test_a_stateful_layer_trains_as_in_keras_and_goes_on_bit_for_bit(count, tmp_path):
     """In the batches of the run, which Keras is given; no evaluation between them moves the state."""
     x = features(4, 3)

@@ -9,14 +9,14 @@ import tensorflow as tf
 
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
-from dist_partial.distributed.collectives import Collectives
-from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.models import byte_transformer
 from dist_partial.schedules.adaptive import AutoFreeze
 from dist_partial.schedules.fixed import Phases
 from dist_partial.training import activation_cache, loop, split_model
-from tests.cases import rows, same_bits, state
+from tests.helpers.files import rows, same_bits, state
+from tests.helpers.marks import quick
+from tests.helpers.strategies import in_process
 
 LAYERS = ("a", "b", "c", "d")
 
@@ -74,7 +74,7 @@ def test_a_graph_is_cut_below_what_is_trained(make, trained, name, tensors):
     for layer in model.layers:  # as a run does with layers of which nothing is trained
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.trainable = "b" in trained
-    part = split_model.cut(model, variables(model, set(trained)))
+    part = split_model.split(model, variables(model, set(trained)))
     assert (part and part.name) == name
     if part:
         x = tf.constant(np.random.default_rng(0).normal(size=(5, 6)), tf.float32)
@@ -86,18 +86,18 @@ def test_a_graph_is_cut_below_what_is_trained(make, trained, name, tensors):
 def test_stages_are_cut():
     model = transformer(tied=True)
     ids = tf.constant(text().train.fetch(np.arange(4))[0])
-    part = split_model.cut(model, [v for v in model.trainable_variables if "block_2" in v.path])
+    part = split_model.split(model, [v for v in model.trainable_variables if "block_2" in v.path])
     assert part.name == "block_1"
     np.testing.assert_array_equal(part.suffix(part.prefix(ids), False), model(ids))
-    assert split_model.cut(model, [model.embedding.embeddings]) is None
+    assert split_model.split(model, [model.embedding.embeddings]) is None
     noisy = transformer(dropout=0.1)
-    assert split_model.cut(noisy, [v for v in noisy.variables if v.name == "seed_generator_state"]) is None
+    assert split_model.split(noisy, [v for v in noisy.variables if v.name == "seed_generator_state"]) is None
 
 
 def activations(model, trained="d", **more):
     source = numbers().train
     given = {"rows": 5, "expected": 20, "where": "memory"} | more
-    return activation_cache.Activations(source, split_model.cut(model, variables(model, trained)), **given)
+    return activation_cache.Activations(source, split_model.split(model, variables(model, trained)), **given)
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
@@ -133,7 +133,7 @@ def placed():
 
 def test_after_a_stop_an_example_is_computed_where_it_was_met_first():
     source, model = numbers().train, placed()
-    part = split_model.cut(model, variables(model, "d"))
+    part = split_model.split(model, variables(model, "d"))
     rng = np.random.default_rng(2)
     batches = [rng.integers(0, 20, 10) for _ in range(9)]  # of two replicas; an example comes twice in some
     assert len(set(np.concatenate(batches[:4]))) < 20
@@ -165,7 +165,7 @@ CASES = {
 }
 
 
-def trained(folder, mirrored, cache, case, *stops):
+def trained(folder, cache, case, *stops):
     """What a run that is stopped and goes on leaves: the last checkpoint, and the lines of its training."""
     given = {
         "rules": [("train", ".*")],
@@ -178,7 +178,7 @@ def trained(folder, mirrored, cache, case, *stops):
         "sampling": Sampling(length=1),
     }
     given |= case
-    made = Replicas(mirrored(2) if given["replicas"] == 2 else tf.distribute.get_strategy(), Collectives(), "some")
+    made = in_process(given["replicas"])
     given["replicas"] = lambda: made
     for steps in stops:
         keras.utils.clear_session(free_memory=False)
@@ -186,14 +186,16 @@ def trained(folder, mirrored, cache, case, *stops):
     return state(folder, stops[-1]), [r for r in rows(folder / "metrics.jsonl") if r["split"] != "eval"]
 
 
-@pytest.mark.parametrize(("name", "where"), [*((name, "memory") for name in CASES), ("phases", "disk")])
-def test_the_run_is_the_same_up_to_rounding(name, where, mirrored, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "where"), quick([*((name, "memory") for name in CASES), ("phases", "disk")], "mlp", ("phases", "disk"))
+)
+def test_the_run_is_the_same_up_to_rounding(name, where, tmp_path, monkeypatch):
     filled = []
     fill = activation_cache.Activations.fill
     monkeypatch.setattr(activation_cache.Activations, "fill", lambda self, i: (filled.append(self.name), fill(self, i)))
-    want, want_rows = trained(tmp_path / "computed", mirrored, None, CASES[name], 18)
+    want, want_rows = trained(tmp_path / "computed", None, CASES[name], 18)
     assert not filled
-    have, have_rows = trained(tmp_path / "kept", mirrored, where, CASES[name], 18)
+    have, have_rows = trained(tmp_path / "kept", where, CASES[name], 18)
     tolerance = 2e-2 if "bfloat16" in name else 1e-5
     assert want.keys() == have.keys()
     for key, value in want.items():
@@ -204,12 +206,12 @@ def test_the_run_is_the_same_up_to_rounding(name, where, mirrored, tmp_path, mon
     assert len(set(filled)) == {"phases": 2}.get(name, 1)
 
 
-@pytest.mark.parametrize("name", ["mlp", "accumulated", "phases", "autofreeze"])
-def test_a_stopped_run_goes_on_with_the_same_bits(name, mirrored, tmp_path):
+@pytest.mark.parametrize("name", quick(["mlp", "accumulated", "phases", "autofreeze"], "phases"))
+def test_a_stopped_run_goes_on_with_the_same_bits(name, tmp_path):
     """Also where activations are rounded by the place of an example in its batch."""
     case = CASES[name] | {"model": placed}
-    whole, whole_rows = trained(tmp_path / "whole", mirrored, "memory", case, 18)
-    again, again_rows = trained(tmp_path / "again", mirrored, "memory", case, 7, 11, 18)
+    whole, whole_rows = trained(tmp_path / "whole", "memory", case, 18)
+    again, again_rows = trained(tmp_path / "again", "memory", case, 7, 11, 18)
     assert whole.keys() == again.keys()
     assert all(same_bits([value, again[key]]) for key, value in whole.items())
     assert whole_rows == again_rows
@@ -250,9 +252,9 @@ def patched():
 def test_a_model_that_is_more_than_its_graph_is_not_cut(kind):
     model = own_call(kind) if kind else patched()
     with pytest.raises(
-        UserError, match=r"run\.cache cuts .*, and \w+ has a call\(\) of its own: give it a method stages"
+        UserError, match=r"run\.activation_cache cuts .*, and \w+ has a call\(\) of its own: give it a method stages"
     ):
-        split_model.cut(model, variables(model, "d"))
+        split_model.split(model, variables(model, "d"))
 
 
 def test_a_subclass_with_keras_own_call_is_cut():
@@ -260,7 +262,7 @@ def test_a_subclass_with_keras_own_call_is_cut():
         pass
 
     model = mlp()
-    assert split_model.cut(Named(model.inputs, model.outputs), variables(model, "d")).name == "c"
+    assert split_model.split(Named(model.inputs, model.outputs), variables(model, "d")).name == "c"
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -271,7 +273,9 @@ def test_stages_that_are_not_the_model_are_an_error(training):
     activations(model)
     model.stages = lambda: [*one_by_one, ([], lambda x, flag: x * (1.01 if flag == training else 1.0))]
     if training:
-        with pytest.raises(UserError, match=r"run\.cache: .*'c' and the rest are not the model.*\(0\.01 apart\)"):
+        with pytest.raises(
+            UserError, match=r"run\.activation_cache: .*'c' and the rest are not the model.*\(0\.01 apart\)"
+        ):
             activations(model)
     else:  # which stages are for training alone
         activations(model)
@@ -340,7 +344,7 @@ def folded():
     ],
 )
 def test_what_an_example_alone_does_not_decide_is_an_error(make, why):
-    with pytest.raises(UserError, match=rf"run\.cache: what is frozen up to {why}.*: unbind it"):
+    with pytest.raises(UserError, match=rf"run\.activation_cache: what is frozen up to {why}.*: unbind it"):
         activations(make())
 
 
@@ -381,7 +385,7 @@ def test_an_example_that_is_no_number_is_kept_like_the_others():
     model, x = mlp(), numbers().train.x.copy()
     x[0], x[1, 2], x[2] = np.nan, np.inf, 0
     kept = activation_cache.Activations(
-        ArraySource(x, x), split_model.cut(model, variables(model, "d")), 5, 20, "memory"
+        ArraySource(x, x), split_model.split(model, variables(model, "d")), 5, 20, "memory"
     )
     kept.fill(np.arange(5))
     outputs = kept.outputs(kept.read(tf.constant(np.arange(5)))[0], False)
@@ -397,21 +401,23 @@ class Noise(keras.layers.Layer):
 def test_what_cannot_be_kept_is_an_error(monkeypatch):
     x = keras.Input((6,))
     random = keras.Model(x, keras.layers.Dense(6, name="d")(Noise(name="noise")(keras.layers.Dense(6)(x))))
-    with pytest.raises(UserError, match=r"run\.cache: what is frozen up to 'noise' is not the same each time"):
+    with pytest.raises(
+        UserError, match=r"run\.activation_cache: what is frozen up to 'noise' is not the same each time"
+    ):
         activations(random)
     masked = keras.Sequential([keras.Input((6,)), keras.layers.Embedding(9, 4, mask_zero=True, name="words")])
     masked.add(keras.layers.LSTM(3, name="d"))
-    with pytest.raises(UserError, match=r"run\.cache: .*words' makes a mask"):
+    with pytest.raises(UserError, match=r"run\.activation_cache: .*words' makes a mask"):
         activations(masked)
     monkeypatch.setattr(activation_cache, "_free_memory", lambda: 479)
     with pytest.raises(UserError, match=r"needs up to 480 bytes, and 479 are free: bind run.activation_cache = 'disk'"):
         activations(mlp())
 
 
-def test_what_cannot_be_kept_at_a_switch_does_not_end_the_run(mirrored, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_kept_at_a_switch_does_not_end_the_run(tmp_path, monkeypatch, capsys):
     """A selection that resets the slots of what it leaves has a run behind it, too, that must not be lost."""
     monkeypatch.setattr(activation_cache, "_free_memory", lambda: 0)
-    made = Replicas(mirrored(2), Collectives(), "two")
+    made = in_process(2)
     settings = Settings(
         rules=[("train", ".*")],
         model=mlp,
@@ -430,7 +436,7 @@ def test_what_cannot_be_kept_at_a_switch_does_not_end_the_run(mirrored, tmp_path
 
 def test_bad_settings():
     given = {"rules": [("train", ".*")], "model": mlp, "data": numbers}
-    with pytest.raises(UserError, match=r"run\.cache is 'ram': write 'memory', 'disk' or None"):
+    with pytest.raises(UserError, match=r"run\.activation_cache is 'ram': write 'memory', 'disk' or None"):
         Settings(**given, activation_cache="ram")
-    with pytest.raises(UserError, match=r"run\.cache beside run\.jit_compile"):
+    with pytest.raises(UserError, match=r"run\.activation_cache beside run\.jit_compile"):
         Settings(**given, activation_cache="disk", jit_compile=True)

@@ -21,7 +21,9 @@ from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
 from dist_partial.training import loop
 from dist_partial.training.cost_model import Machine, estimate
-from tests.cases import convolutional, rows
+from tests.helpers.cases import convolutional
+from tests.helpers.files import rows
+from tests.helpers.marks import quick
 
 TINY = """
 run.model = @two_dense
@@ -114,7 +116,7 @@ def with_norms(rules, synchronized, replicas, **more) -> Settings:
     )
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", quick(KINDS, "every step", "local SGD, quantized"))
 def test_statistics_are_foretold_as_a_run_counts_them(name, mirrored, tmp_path):
     """The moving mean and variance of 6 channels: with the gradients, or else with an exchange, or else not at all."""
     rules = [Rule("head/.*")] if name == "top-k" else []  # a sum beside the gathers
@@ -123,7 +125,7 @@ def test_statistics_are_foretold_as_a_run_counts_them(name, mirrored, tmp_path):
     found = json.loads((tmp_path / "plan.json").read_text())
     cost = estimate(settings, Machine(workers=3, bandwidth=1e9))
     assert cost.plan.to_json() == found
-    every = getattr(KINDS[name], "steps", 1)
+    every = getattr(KINDS[name], "sync_every", 1)
     assert found["statistics_wire_bytes_per_step"] == (0 if name == "never" else 2 * 6 * 4 / every)
     assert (cost.payload, cost.nic_bytes) == (found["wire_bytes_per_step"], found["nic_bytes_per_step"])
     assert cost.wire == pytest.approx(found["nic_bytes_per_step"] / 1e9)
@@ -132,7 +134,7 @@ def test_statistics_are_foretold_as_a_run_counts_them(name, mirrored, tmp_path):
     assert last["nic_bytes"] == pytest.approx(6 * found["nic_bytes_per_step"], abs=6)  # whole numbers in each step
 
 
-@pytest.mark.parametrize("more", [{}, {"accumulate": 2}, {"precision": "mixed_bfloat16"}], ids=str)
+@pytest.mark.parametrize("more", quick([{}, {"accumulate": 2}, {"precision": "mixed_bfloat16"}], {}), ids=str)
 @pytest.mark.parametrize(
     "rules", [[("train", ".*")], [("train", "(norm1|head)/.*"), ("freeze", ".*")]], ids=["all", "part"]
 )

@@ -1,0 +1,88 @@
+"""Writes arrays and metadata as one safetensors file, and reads them (https://github.com/huggingface/safetensors)."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import safetensors
+
+from dist_partial.files import write_atomically
+
+# The format's own names of dtypes.
+_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
+def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes a file atomically; equal contents give equal bytes.
+
+    Args:
+        path: of the file.
+        arrays: by name, of any shape.
+        metadata: texts by name.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    # Not by `safetensors.numpy.save_file`, of safetensors 0.8: it hides the system's error, leaves a file of a random
+    # name behind when it is killed, and gives the file to its owner alone. `save` copies all arrays.
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    ordered = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))  # so that all are aligned
+    end = 0
+    for name in ordered:
+        array, start = arrays[name], end
+        end += array.nbytes
+        header[name] = {"dtype": _DTYPES[array.dtype.name], "shape": array.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def put(file: BinaryIO) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in ordered:
+            file.write(raw(arrays[name]))
+
+    write_atomically(path, put)
+
+
+def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads what `write` has written, the arrays and the metadata.
+
+    Raises:
+        Exception: it cannot be read, or is no such file; of the library's, NumPy's and the file system's kinds.
+    """
+    # Checks the header against the file's length before anything is allocated, and runs nothing of the file's.
+    with safetensors.safe_open(path, framework="np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str], digest: Callable[[np.ndarray], str]) -> str:
+    """Returns the SHA-256 of the metadata and of the digests of all arrays, as hex digits.
+
+    Args:
+        arrays: by name.
+        metadata: texts by name.
+        digest: of an array's dtype, shape and values.
+    """
+    digests = [(name, digest(array)) for name, array in sorted(arrays.items())]
+    return hashlib.sha256(json.dumps([sorted(metadata.items()), digests]).encode()).hexdigest()
+
+
+def raw(array: np.ndarray) -> memoryview:
+    """The values of an array, in the order of C; a view where they are in it."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
