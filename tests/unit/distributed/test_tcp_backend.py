@@ -14,6 +14,7 @@ from dist_partial.distributed import rendezvous, tcp_backend, traffic
 from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.errors import Fault, UserError
 from tests import strangers
+from tests.helpers.files import same_bits
 from tests.helpers.threads import at_once
 from tests.helpers.workers import loopback
 
@@ -67,10 +68,6 @@ def expected_sum(arrays):
     return functools.reduce(operator.add, arrays).astype(dtype)
 
 
-def same_bits(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
 @pytest.mark.parametrize(("count", "sealed"), [(1, False), (2, False), (2, True), (3, True), (4, False)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, BFLOAT16, np.float16, np.int32, np.int64, np.uint8])
 def test_sums_are_those_of_numpy(connected, count, sealed, dtype):
@@ -80,7 +77,7 @@ def test_sums_are_those_of_numpy(connected, count, sealed, dtype):
     for i in range(len(SIZES)):
         expected = expected_sum([own[i] for own in inputs])
         for result in results:
-            assert same_bits(result[i], expected)
+            assert same_bits([result[i], expected])
 
 
 def test_half_precision_is_rounded_once(connected):
@@ -111,7 +108,7 @@ def test_gathers_hold_every_worker_s_tensor_in_rank_order(connected, count, seal
     for i in range(len(SIZES)):
         expected = np.stack([own[i] for own in inputs])
         for result in results:
-            assert same_bits(result[i], expected)
+            assert same_bits([result[i], expected])
 
 
 def test_tensors_become_ready_in_another_order_on_each_worker(connected):
@@ -132,7 +129,7 @@ def test_tensors_become_ready_in_another_order_on_each_worker(connected):
             inputs = [draw(1000 * step + 10 * i + k, 1000 + i, np.float32) for k in range(3)]
             expected = np.stack(inputs) if i == 0 else expected_sum(inputs)
             for history in histories:
-                assert same_bits(history[step][i], expected)
+                assert same_bits([history[step][i], expected])
     assert not any(op.runs for m in backends for op in m._ops)  # nothing is kept
 
 

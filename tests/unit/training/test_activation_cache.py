@@ -8,22 +8,16 @@ import pytest
 import tensorflow as tf
 
 from dist_partial.config.settings import Sampling, Settings
-from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.data import ArraySource, Dataset
 from dist_partial.errors import UserError
 from dist_partial.models import byte_transformer
 from dist_partial.schedules.adaptive import AutoFreeze
 from dist_partial.schedules.fixed import Phases
 from dist_partial.training import activation_cache, loop, split_model
+from tests.helpers.cases import LAYERS, dataset, mlp
 from tests.helpers.files import rows, same_bits, state
 from tests.helpers.marks import quick
 from tests.helpers.strategies import in_process
-
-LAYERS = ("a", "b", "c", "d")
-
-
-def mlp():
-    layers = [keras.layers.Dense(6, "tanh" if name != "d" else None, name=name) for name in LAYERS]
-    return keras.Sequential([keras.Input((6,)), *layers])
 
 
 def branches():
@@ -39,14 +33,12 @@ def numbers() -> Dataset:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(20, 6)).astype(keras.config.floatx())
     y = np.argmax(x @ rng.normal(size=(6, 6)), axis=1).astype(np.int32)
-    source = ArraySource(x, y, rng.uniform(size=20).astype(np.float32))
-    return Dataset("numbers", source, source, fingerprint(x, y))
+    return dataset("numbers", x, y, rng.uniform(size=20).astype(np.float32))
 
 
 def text() -> Dataset:
     ids = np.random.default_rng(0).integers(0, 16, (20, 9), np.int32)
-    source = ArraySource(ids[:, :-1], ids[:, 1:])
-    return Dataset("text", source, source, fingerprint(ids))
+    return dataset("text", ids[:, :-1], ids[:, 1:])
 
 
 transformer = functools.partial(byte_transformer, layers=3, width=16, heads=2, vocabulary=16)

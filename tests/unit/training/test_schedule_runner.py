@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 
 from dist_partial.config.settings import Settings
-from dist_partial.data import ArraySource, Dataset, fingerprint, train_batches
+from dist_partial.data import Dataset, train_batches
 from dist_partial.distributed import replicas
 from dist_partial.errors import UserError
 from dist_partial.schedules.adaptive import AutoFreeze, ByteBudget
@@ -24,6 +24,7 @@ from dist_partial.schedules.fixed import Gradual, Lisa, Phases, Rotation
 from dist_partial.selection.rules import Rule
 from dist_partial.training import loop
 from tests.helpers import cases
+from tests.helpers.cases import LAYERS, dataset, mlp
 from tests.helpers.files import rows, same_bits, state
 from tests.helpers.marks import quick
 from tests.helpers.strategies import in_process
@@ -32,7 +33,6 @@ from tests.helpers.workers import run_workers
 # Nothing of tests.conftest may be imported here: the workers below run this file, too, and have one device each.
 
 STEPS, BATCH, WIDTH = 20, 8, 6
-LAYERS = ("a", "b", "c", "d")
 SCHEDULES = {
     "phases": Phases([(0, "d/.*"), (3, "[cd]/.*"), (7, "[ab]/kernel"), (12, ".*"), (15, "d/bias"), (17, "[cd]/.*")]),
     "gradual": Gradual(every=4, units=["a/.*", "b/.*", "c/.*", "d/kernel", "d/bias"]),
@@ -43,17 +43,11 @@ SCHEDULES = {
 }
 
 
-def mlp() -> keras.Model:
-    layers = [keras.layers.Dense(WIDTH, "tanh" if name != "d" else None, name=name) for name in LAYERS]
-    return keras.Sequential([keras.Input((WIDTH,)), *layers])
-
-
 def points() -> Dataset:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(40, WIDTH)).astype(keras.config.floatx())
     y = np.argmax(x @ rng.normal(size=(WIDTH, WIDTH)), axis=1).astype(np.int32)
-    source = ArraySource(x, y)
-    return Dataset("points", source, source, fingerprint(x, y))
+    return dataset("points", x, y)
 
 
 def settings(schedule, made, steps=STEPS, precision="float32", **more) -> Settings:
