@@ -132,7 +132,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         for each in (partial, *partial.rglob("*")):
             _sync(each)
-        if path.is_dir() and not path.is_symlink():
+        if partial.is_dir() and path.is_dir() and not path.is_symlink():  # a file replaces no folder
             aside = path.with_name(f"{_PARTIAL}{os.getpid()}-replaced-{path.name}")
             os.replace(path, aside)
             try:

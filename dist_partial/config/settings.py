@@ -101,7 +101,7 @@ class Settings:
         replicas: makes the strategy; bound under `replicas.`.
         sampling: bound under `sample.`.
 
-    Example:
+    Examples:
         >>> from dist_partial.data import stdlib_corpus
         >>> from dist_partial.models import byte_transformer
         >>> settings = Settings([("train", "head/.*"), ("freeze", ".*")], byte_transformer, stdlib_corpus, steps=100)

@@ -111,7 +111,7 @@ def create(
         UserError: unknown kind, malformed TF_CONFIG, no secret where one is needed, or devices that cannot be made.
         Fault: workers are missing when `start_seconds` are over.
 
-    Example:
+    Examples:
         >>> print(create("default").description)
         replicas: 1, default strategy
     """

@@ -60,7 +60,8 @@ def test_blocks_have_a_language_and_reasons():
             assert re.match(r"[-*!?]|\d+\.", before), f"{page}: {line!r} is a block without a language"
 
 
-def test_the_commands_that_ci_runs_are_marked():
+def test_the_readme_is_short_and_marks_what_ci_runs():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
     marked = [note for block in snippets.blocks(ROOT / "README.md") for note in block.notes]
     assert sorted(note for note in marked if note in snippets.ELSEWHERE) == sorted(snippets.ELSEWHERE)
 
