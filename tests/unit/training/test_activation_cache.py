@@ -244,7 +244,7 @@ def patched():
 def test_a_model_that_is_more_than_its_graph_is_not_cut(kind):
     model = own_call(kind) if kind else patched()
     with pytest.raises(
-        UserError, match=r"run\.activation_cache cuts .*, and \w+ has a call\(\) of its own: give it a method stages"
+        UserError, match=r"run\.activation_cache splits .*, and \w+ has a call\(\) of its own: give it a method stages"
     ):
         split_model.split(model, variables(model, "d"))
 
