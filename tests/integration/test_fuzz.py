@@ -54,6 +54,7 @@ def saved(tmp_path_factory):
     return path.read_bytes(), arrays
 
 
+@pytest.mark.slow
 def test_checkpoints(saved, tmp_path):
     content, arrays = saved
     path, counts = tmp_path / "step-0000000007.safetensors", {"refused": 0, "read": 0}

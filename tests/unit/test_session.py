@@ -108,6 +108,7 @@ def test_precision_is_put_back(tmp_path):
     assert other() == before
 
 
+@pytest.mark.slow
 def test_commands_put_precision_back(tmp_path, monkeypatch):
     file = tmp_path / "c.gin"
     file.write_text(

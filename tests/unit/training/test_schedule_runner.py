@@ -228,7 +228,8 @@ def test_equals_one_device_that_trains_the_same(name, precision, counts, tmp_pat
         check(folder, told, count)
 
 
-@pytest.mark.parametrize("leave", quick(["reset", "drop"], "drop"))
+@pytest.mark.slow
+@pytest.mark.parametrize("leave", ["reset", "drop"])
 def test_slots_of_what_is_left(leave, tmp_path):
     """Reset and dropped slots begin anew; dropped ones are not in the checkpoint either."""
     made = in_process(2)
@@ -281,6 +282,7 @@ def test_what_is_recorded_and_sent(tmp_path):
     assert traffic["planned_bytes"] == traffic["counted_bytes"] == sent
 
 
+@pytest.mark.slow
 def test_the_budget_holds_on_more_replicas(tmp_path):
     """What was chosen among two is too much among four, where a sum costs 1.5 times the payload: chosen anew."""
     schedule = budget_for(SCHEDULES["byte_budget"], "float32")
