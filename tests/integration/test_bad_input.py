@@ -333,7 +333,7 @@ def test_all_checkpoints_damaged(finished, train_main, capsys):
 
 
 def test_bits_of_a_checkpoint(finished):
-    """Any flipped bit is noticed, or stands where nothing is read from."""
+    """Any flipped bit is noticed, or is where nothing is read from."""
     from dist_partial import checkpoints
     from dist_partial.errors import UserError
 

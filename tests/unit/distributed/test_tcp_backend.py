@@ -227,7 +227,7 @@ def test_a_result_is_not_given_before_a_slow_reader_has_it(connected, monkeypatc
         if backend is second:  # by now the first has all that it waits for
             threading.Timer(0.3, opened.set).start()
         found = result.tolist()
-        result[:] = -1  # as TensorFlow does with memory of which it is told that it is free
+        result[:] = -1  # as TensorFlow does with memory that is said to be free
         return found, opened.is_set()
 
     (_, had_waited), *_ = found = at_once([functools.partial(work, m) for m in backends])
@@ -381,7 +381,7 @@ def flipped(data, place):
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("rank", [0, 1])  # of the worker: one listens, the other calls
 def test_what_is_sealed_and_changed_on_its_way_is_not_believed(rank, change):
-    """By an independent program, that is the other worker and then who stands between."""
+    """By an independent program, that is the other worker and then the one in between."""
     workers = loopback(2)
     thread = threading.Thread(
         target=lambda: links.update(rendezvous.connect(rank, workers, 10, "secret", sealed=True)), daemon=True

@@ -356,7 +356,7 @@ def shared():
 
 
 def widened():
-    """What crosses is float32 in a model of bfloat16, and what stands above draws and adds to the loss."""
+    """What crosses is float32 in a model of bfloat16, and what is above draws and adds to the loss."""
     return stack(keras.layers.LayerNormalization(dtype="float32"), last(), keras.layers.Dropout(0.5), Penalty())
 
 

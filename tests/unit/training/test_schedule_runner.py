@@ -231,7 +231,7 @@ def test_equals_one_device_that_trains_the_same(name, precision, counts, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("leave", ["reset", "drop"])
 def test_slots_of_what_is_left(leave, tmp_path):
-    """Reset and dropped slots begin anew; dropped ones are not in the checkpoint either."""
+    """Reset and dropped slots begin again; dropped ones are not in the checkpoint either."""
     made = in_process(2)
     told = settings(SCHEDULES["rotation"], made, precision="float64", leave=leave)
     loop.run(told, tmp_path / "run")
