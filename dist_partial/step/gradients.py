@@ -1,6 +1,6 @@
 """What a training step, an evaluation step and a probe compute alike: outputs, losses, gradients of the selection."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -97,21 +97,8 @@ def _joint(norms: Sequence[tf.Tensor]) -> tf.Tensor:
     return tf.sqrt(tf.add_n([tf.cast(norm, widest) ** 2 for norm in norms]))
 
 
-def accumulate(
-    compute: Callable[[Batch, tf.Tensor], tuple[tf.Tensor, list[Any]]], batch: Batch, loss_scale: tf.Tensor, parts: int
-) -> tuple[tf.Tensor, list[Any]]:
-    """Sums loss and gradients over `parts` micro-batches of a replica's batch."""
+def micro_batches(batch: Batch, parts: int) -> list[Batch]:
+    """Cuts a replica's batch into `parts` equal parts, in order."""
     if parts == 1:
-        return compute(batch, loss_scale)
-    pieces = list(zip(*[tf.split(tensor, parts) for tensor in batch], strict=True))
-    total, gradients = compute(pieces[0], loss_scale)
-    for piece in pieces[1:]:
-        # The control dependency keeps the executor from running all micro-batches at once, which would hold all of
-        # their activations. A tf.while_loop would do the same, but a model that reduces in its forward pass
-        # (synchronised BatchNorm) cannot leave the replica context from inside one.
-        with tf.control_dependencies([total, *[g for g in gradients if g is not None]]):
-            piece = tuple(tf.identity(tensor) for tensor in piece)
-            part, more = compute(piece, loss_scale)
-            total += part
-            gradients = [g if g is None else g + m for g, m in zip(gradients, more, strict=True)]
-    return total, gradients
+        return [batch]
+    return list(zip(*[tf.split(tensor, parts) for tensor in batch], strict=True))
