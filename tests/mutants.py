@@ -31,7 +31,7 @@ class Mutant:
     Attributes:
         name: of the change.
         file: in which it is made, below dist_partial.
-        before: what stands there, exactly once.
+        before: the text that is replaced, there exactly once.
         after: what takes its place.
         tests: files of this folder, or tests in them, that ought to notice it.
     """

@@ -110,7 +110,7 @@ def sent_after(step: int, rules) -> int:
     return total
 
 
-@pytest.mark.parametrize("name", quick(PLANS, "local_sgd", "mixed"))
+@pytest.mark.parametrize("name", quick(PLANS, "mixed"))
 def test_a_run_in_pieces_is_the_run_at_once(name, tmp_path):
     """Residuals, factors, anchors, outer slots and each replica's own come back to the bit."""
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
@@ -175,6 +175,7 @@ def test_the_number_of_replicas_may_change(tmp_path):
     assert len({row["wire_bytes"] for row in lines[9:]}) == 1, "one replica sends nothing"
 
 
+@pytest.mark.slow
 def test_bytes_at_the_network_interface(tmp_path):
     """By arithmetic, among as many workers as there are replicas, in pieces, and when their number changes."""
     rules = [

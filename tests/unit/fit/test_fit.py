@@ -17,6 +17,7 @@ from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.top_k import TopK
 from tests.helpers import cases
 from tests.helpers.cases import CASES, GLOBAL_BATCH, OPTIONS
+from tests.helpers.files import same_bits
 from tests.helpers.marks import quick
 
 RULES = CASES["two_dense"].rules
@@ -366,8 +367,8 @@ def freeze_but_norm(model):
     model.get_layer("below").trainable = model.get_layer("head").trainable = False
 
 
-def same_bits(one, other):
-    return all(a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
+def same_weights(one, other):
+    return all(same_bits(pair) for pair in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -380,12 +381,12 @@ def test_what_is_released_trains_as_in_plain_keras(freeze, mirrored):
         before = [v.trainable for v in model.variables]
         statistics = model.get_weights()[4:6]
         after = fitted(model, partial("sgd", HEAD, model))
-        assert same_bits(after[4:6], statistics)  # it was in inference mode
+        assert same_weights(after[4:6], statistics)  # it was in inference mode
         fit.release(model)
         assert [v.trainable for v in model.variables] == before
         expected = fitted(begun(freeze, after), "sgd")
-        assert same_bits(fitted(model, "sgd"), expected)
-        assert same_bits(expected[4:6], statistics) == (freeze is freeze_norm)
+        assert same_weights(fitted(model, "sgd"), expected)
+        assert same_weights(expected[4:6], statistics) == (freeze is freeze_norm)
 
 
 @pytest.mark.slow
@@ -393,12 +394,14 @@ def test_other_rules_train_what_the_first_froze_as_in_plain_keras(mirrored):
     with mirrored(2).scope():
         model = begun()
         after = fitted(model, partial("sgd", HEAD, model))
-        assert same_bits(fitted(model, partial("sgd", NORM, model)), fitted(begun(freeze_but_norm, after), "sgd"))
+        assert same_weights(fitted(model, partial("sgd", NORM, model)), fitted(begun(freeze_but_norm, after), "sgd"))
         frozen = begun(freeze_norm)
         partial("sgd", HEAD, frozen)
         with pytest.raises(UserError, match="'norm/gamma', which the model's own code has frozen"):
             partial("sgd", NORM, frozen)
-        assert same_bits(fitted(frozen, partial("sgd", [("train", ".*")], frozen)), fitted(begun(freeze_norm), "sgd"))
+        assert same_weights(
+            fitted(frozen, partial("sgd", [("train", ".*")], frozen)), fitted(begun(freeze_norm), "sgd")
+        )
 
 
 def test_a_loaded_model_is_released_whole(tmp_path):
@@ -411,7 +414,7 @@ def test_a_loaded_model_is_released_whole(tmp_path):
     assert not loaded.get_layer("norm").trainable and len(loaded.trainable_variables) == 2
     fit.release(loaded)
     assert loaded.get_layer("norm").trainable and len(loaded.trainable_variables) == 6
-    assert same_bits(fitted(loaded, "sgd"), fitted(begun(weights=model.get_weights()), "sgd"))
+    assert same_weights(fitted(loaded, "sgd"), fitted(begun(weights=model.get_weights()), "sgd"))
 
 
 def test_what_is_thawed_after_it_is_refused():

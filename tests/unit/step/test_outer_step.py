@@ -10,7 +10,6 @@ import tensorflow as tf
 
 from dist_partial import reductions, selection
 from dist_partial.config.settings import Settings
-from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed import traffic
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.distributed.replicas import Replicas
@@ -26,7 +25,7 @@ from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 from dist_partial.training.build import build
 from dist_partial.training.state import TrainState
 from tests.helpers import cases
-from tests.helpers.cases import CASES, GLOBAL_BATCH, copies
+from tests.helpers.cases import CASES, GLOBAL_BATCH, copies, dataset
 from tests.helpers.files import same_bits
 from tests.helpers.marks import quick
 
@@ -513,7 +512,7 @@ def test_nothing_is_sent_in_a_step(rules, mirrored):
 def _points():
     x = np.random.default_rng(0).normal(size=(24, 8, 8, 3))
     y = np.arange(24, dtype=np.int32) % 5
-    return Dataset("points", ArraySource(x, y), ArraySource(x, y), fingerprint(x, y), None)
+    return dataset("points", x, y)
 
 
 def test_statistics_travel_with_the_first_exchange(mirrored):

@@ -87,6 +87,7 @@ def test_steps_per_call_change_nothing(mirrored):
         assert value.tobytes() == many.after[name].tobytes()
 
 
+@pytest.mark.slow
 def test_jit_compiles_the_gradient_computation(mirrored):
     cases.set_precision("float64")
     case = CASES["byte_transformer"]

@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 
 from dist_partial.config.settings import Settings
-from dist_partial.data import ArraySource, Dataset, fingerprint, train_batches
+from dist_partial.data import Dataset, train_batches
 from dist_partial.distributed import replicas
 from dist_partial.errors import UserError
 from dist_partial.schedules.adaptive import AutoFreeze, ByteBudget
@@ -24,6 +24,7 @@ from dist_partial.schedules.fixed import Gradual, Lisa, Phases, Rotation
 from dist_partial.selection.rules import Rule
 from dist_partial.training import loop
 from tests.helpers import cases
+from tests.helpers.cases import LAYERS, dataset, mlp
 from tests.helpers.files import rows, same_bits, state
 from tests.helpers.marks import quick
 from tests.helpers.strategies import in_process
@@ -32,7 +33,6 @@ from tests.helpers.workers import run_workers
 # Nothing of tests.conftest may be imported here: the workers below run this file, too, and have one device each.
 
 STEPS, BATCH, WIDTH = 20, 8, 6
-LAYERS = ("a", "b", "c", "d")
 SCHEDULES = {
     "phases": Phases([(0, "d/.*"), (3, "[cd]/.*"), (7, "[ab]/kernel"), (12, ".*"), (15, "d/bias"), (17, "[cd]/.*")]),
     "gradual": Gradual(every=4, units=["a/.*", "b/.*", "c/.*", "d/kernel", "d/bias"]),
@@ -43,17 +43,11 @@ SCHEDULES = {
 }
 
 
-def mlp() -> keras.Model:
-    layers = [keras.layers.Dense(WIDTH, "tanh" if name != "d" else None, name=name) for name in LAYERS]
-    return keras.Sequential([keras.Input((WIDTH,)), *layers])
-
-
 def points() -> Dataset:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(40, WIDTH)).astype(keras.config.floatx())
     y = np.argmax(x @ rng.normal(size=(WIDTH, WIDTH)), axis=1).astype(np.int32)
-    source = ArraySource(x, y)
-    return Dataset("points", source, source, fingerprint(x, y))
+    return dataset("points", x, y)
 
 
 def settings(schedule, made, steps=STEPS, precision="float32", **more) -> Settings:
@@ -234,9 +228,10 @@ def test_equals_one_device_that_trains_the_same(name, precision, counts, tmp_pat
         check(folder, told, count)
 
 
-@pytest.mark.parametrize("leave", quick(["reset", "drop"], "drop"))
+@pytest.mark.slow
+@pytest.mark.parametrize("leave", ["reset", "drop"])
 def test_slots_of_what_is_left(leave, tmp_path):
-    """Reset and dropped slots begin anew; dropped ones are not in the checkpoint either."""
+    """Reset and dropped slots begin again; dropped ones are not in the checkpoint either."""
     made = in_process(2)
     told = settings(SCHEDULES["rotation"], made, precision="float64", leave=leave)
     loop.run(told, tmp_path / "run")
@@ -287,6 +282,7 @@ def test_what_is_recorded_and_sent(tmp_path):
     assert traffic["planned_bytes"] == traffic["counted_bytes"] == sent
 
 
+@pytest.mark.slow
 def test_the_budget_holds_on_more_replicas(tmp_path):
     """What was chosen among two is too much among four, where a sum costs 1.5 times the payload: chosen anew."""
     schedule = budget_for(SCHEDULES["byte_budget"], "float32")
