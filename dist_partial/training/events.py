@@ -31,7 +31,12 @@ class Event(Protocol):
 
 
 def next_due(step: int, *events: Event) -> int:
-    """Gives the first step after `step` that one of the events follows."""
+    """Gives the first step after `step` that one of the events follows.
+
+    Examples:
+        >>> next_due(4, Every(6, last=10), Every(5, last=10))
+        5
+    """
     return min(event.next_due(step) for event in events)
 
 
@@ -39,7 +44,7 @@ def next_due(step: int, *events: Event) -> int:
 class Every:
     """Repeats: due after every `period` steps, if there is one, and after the last step.
 
-    Example:
+    Examples:
         >>> every = Every(4, last=10)
         >>> [step for step in range(1, 11) if every.due(step)]
         [4, 8, 10]
@@ -172,6 +177,15 @@ class Stopping:
 
     Args:
         last: the step at which the run ends by itself.
+
+    Examples:
+        >>> stop = Stopping(last=10)
+        >>> stop.count(stop.votes())
+        >>> stop.due(9), stop.due(10)
+        (False, True)
+        >>> stop.count(np.array([0, 1]))  # one worker got SIGTERM
+        >>> stop.due(9)
+        True
     """
 
     def __init__(self, last: int) -> None:
