@@ -120,10 +120,8 @@ class Evaluation:
         # Nothing but a step moves a state: recurrent layers with dropout draw random numbers in inference, too.
         with outer_step.agreed(strategy, trainer.fragments), untouched(strategy, trainer.layer_state.states):
             self._average()
-            with (
-                connected(trainer.replicas),
-                explained(),
-            ):  # the others wait here, and what fails must not wait for them
+            # The others wait here, and what fails must not wait for them.
+            with connected(trainer.replicas), explained():
                 metrics = self._evaluate()
             writer.evaluation(state.step, metrics, state.sent)
             if self._sample.due():
