@@ -71,7 +71,7 @@ def check_run_dir(run_dir: str | None) -> Path:
 
 @dataclasses.dataclass
 class Ended:
-    """How a command has ended.
+    """Records how a command has ended.
 
     Attributes:
         code: the exit code: 0; 2 after an error in the flags or a `UserError`, 75 after a `Fault`, 1 after any other

@@ -15,7 +15,7 @@ from dist_partial.step.losses import Loss, class_ids, element_weights, example_l
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvaluationSpec:
-    """Everything that an evaluation computes with: the replicas, the model, and the loss (y, outputs) -> losses."""
+    """Holds what an evaluation computes with: the replicas, the model, and the loss (y, outputs) -> losses."""
 
     strategy: tf.distribute.Strategy
     model: keras.Model

@@ -17,23 +17,25 @@ Batch = tuple[tf.Tensor, ...]
 
 
 def model_outputs(model: keras.Model, x: tf.Tensor, training: bool) -> tf.Tensor:
+    """Calls the model; an exception of its code names `run.model`."""
     with calling("run.model"):
         return model(x, training=training)
 
 
 def batch_losses(loss: Loss, batch: Batch, outputs: tf.Tensor) -> tf.Tensor:
+    """Computes one loss an example; an exception of the loss names `run.loss`."""
     with calling("run.loss"):
         losses = loss(batch[1], full_precision(outputs))
     return example_losses(losses, batch[2] if len(batch) == 3 else None)
 
 
 def added_losses(model: keras.Model, dtype: tf.DType) -> tf.Tensor:
-    """What layers add to the loss of the batch that the model was called on last: regularisers, `add_loss`."""
+    """Adds up what layers add to the loss of the batch that the model was last called on: regularisers, `add_loss`."""
     return tf.add_n([tf.cast(each, dtype) for each in model.losses] or [tf.zeros([], dtype)])
 
 
 def own_part(strategy: tf.distribute.Strategy, batch: Batch) -> Batch:
-    """The slice of this replica of its worker's batch; called in a replica context."""
+    """Slices out this replica's part of its worker's batch; called in a replica context."""
     context: Any = tf.distribute.get_replica_context()
     local = per_replica.local_count(strategy)
     index = context.replica_id_in_sync_group % local
@@ -42,10 +44,12 @@ def own_part(strategy: tf.distribute.Strategy, batch: Batch) -> Batch:
 
 
 def local_sum(strategy: tf.distribute.Strategy, value: Any) -> tf.Tensor:
+    """Adds up a value over this worker's replicas."""
     return tf.add_n(strategy.experimental_local_results(value))
 
 
 def selected_rows(gradient: Any, rows: tuple[int, int] | None) -> Any:
+    """Reduces a gradient to the selected rows, and sums repeated rows of an embedding."""
     if gradient is None:
         return None
     if not isinstance(gradient, tf.IndexedSlices):
@@ -59,7 +63,7 @@ def selected_rows(gradient: Any, rows: tuple[int, int] | None) -> Any:
 
 
 def unit_squares(plan: Plan, gradients: Sequence[Any]) -> tf.Tensor:
-    """The squared norm of the gradients of each of the plan's units, float32."""
+    """Computes the squared norm of the gradients of each of the plan's units, float32."""
     squares = {unit: [tf.zeros([])] for unit in plan.units}
     for entry, gradient in zip(plan.trained, gradients, strict=True):
         if gradient is not None:

@@ -21,7 +21,7 @@ from dist_partial.step.optimizers import GroupOptimizer, OptimizerVariable
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fragment:
-    """One group that is exchanged every few steps.
+    """Holds one group that is exchanged every few steps.
 
     Attributes:
         reduction: when, and how.
@@ -43,7 +43,7 @@ class Fragment:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExchangeSpec:
-    """Everything that the exchange of one fragment computes with.
+    """Holds everything that the exchange of one fragment computes with.
 
     Attributes:
         strategy: the replicas.
@@ -62,7 +62,7 @@ class ExchangeSpec:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Exchange:
-    """The compiled exchange of one fragment, which knows when it is due.
+    """Holds the compiled exchange of one fragment, and knows when it is due.
 
     Attributes:
         fragment: what is exchanged.

@@ -23,7 +23,7 @@ from dist_partial.step.losses import Loss
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ProbeSpec:
-    """Everything that a probe computes with.
+    """Holds everything that a probe computes with.
 
     Attributes:
         strategy: the replicas.

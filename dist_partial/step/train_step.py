@@ -36,7 +36,7 @@ from dist_partial.step.optimizers import GroupOptimizer
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """How a step computes, whatever its plan is.
+    """Describes how a step computes, whatever its plan is.
 
     Attributes:
         global_batch: examples in a step over all replicas; the loss is the mean over them.
@@ -63,7 +63,7 @@ class StepOptions:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepSpec:
-    """Everything that a step computes with; nothing of it changes while the step is in use.
+    """Holds everything that a step computes with; nothing of it changes while the step is in use.
 
     Attributes:
         strategy: the replicas.
@@ -105,7 +105,7 @@ class StepSpec:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainStep:
-    """The compiled step and what tracing it has shown.
+    """Holds the compiled step and what tracing it has shown.
 
     Attributes:
         function: (iterator of this worker's batches, number of steps, an int32 scalar) -> what `train_steps` returns.

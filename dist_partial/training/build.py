@@ -32,7 +32,7 @@ from dist_partial.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trainer:
-    """Everything that a run computes with, made from its settings in one strategy's scope.
+    """Holds everything that a run computes with, made from its settings in one strategy's scope.
 
     Attributes:
         settings: what to do.
@@ -231,7 +231,7 @@ def restore(trainer: Trainer, folder: Path, say: Callable[[str], None], may_diff
     if checkpoint is None:
         return state
     if checkpoint.metadata["frozen"] != trainer.fingerprint["frozen"]:
-        raise UserError(f"{checkpoint.path} was saved beside other frozen variables: it is of another run")
+        raise UserError(f"{checkpoint.path} was saved beside other frozen variables: it belongs to another run")
     with trainer.replicas.strategy.scope():
         for number in checkpoint.metadata.get("schedule", {}).get("allocated", ()):
             trainer.optimizers[number].allocate()
@@ -289,7 +289,7 @@ def batches(trainer: Trainer, first_step: int, global_batch: int) -> Iterator[Ba
 
 
 def order(trainer: Trainer, first_step: int, global_batch: int) -> dict[str, Any]:
-    """Which examples this worker reads from `first_step` on: for `data.train_batches` and `data.train_indices`."""
+    """Says which examples this worker reads from `first_step` on: for `train_batches` and `train_indices`."""
     return {
         "first_step": first_step,
         "global_batch": global_batch,

@@ -145,7 +145,7 @@ def _example(name: str, x: tf.TensorSpec) -> str:
 def make_loss(
     settings: Settings, data: Dataset, outputs: tf.Tensor, example: tf.Tensor, parts: int
 ) -> tuple[losses.Loss, str]:
-    """What the loss makes of targets and the model's outputs, and a line to say of it, or ''.
+    """Makes the loss from targets and the model's outputs, and a line to say of it, or ''.
 
     Args:
         settings: with the loss.

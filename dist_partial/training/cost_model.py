@@ -33,7 +33,7 @@ _REPEATS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a plan will run on.
+    """Describes what a plan will run on.
 
     Attributes:
         workers: how many, with one replica each.
@@ -50,7 +50,7 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a plan costs one worker in a step, on average; times in seconds.
+    """Holds what a plan costs one worker in a step, on average; times in seconds.
 
     Attributes:
         plan: the plan.
@@ -73,7 +73,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """One worker's step without communication, in seconds: forward pass, whole step and CPU time of it.
+    """Holds one worker's times without communication, in seconds: forward pass, whole step and its CPU time.
 
     `sums` is how many sums over the workers its layers wait for, one after the other.
     """

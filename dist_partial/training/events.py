@@ -25,7 +25,7 @@ from dist_partial.training.state import TrainState
 
 
 class Event(Protocol):
-    """Something that follows certain steps, up to which one call may make steps."""
+    """Follows certain steps, up to which one call may make steps."""
 
     def next_due(self, step: int) -> int: ...
 
@@ -37,7 +37,7 @@ def next_due(step: int, *events: Event) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-    """A period of steps: due after every `period` steps, if there is one, and after the last step.
+    """Repeats: due after every `period` steps, if there is one, and after the last step.
 
     Examples:
         >>> every = Every(4, last=10)

@@ -16,7 +16,7 @@ from dist_partial.step.loss_scale import LossScale
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM stopped the run; everything is saved, and the message says how to go on.
+    """Says that Ctrl-C or SIGTERM stopped the run, that everything is saved, and how to go on.
 
     Attributes:
         code: the exit code of the process.
@@ -108,7 +108,7 @@ def check_finite(losses: np.ndarray, norms: np.ndarray, done: int, saved: int, s
 
 
 def finite_steps(losses: np.ndarray, norms: np.ndarray, scale: LossScale | None) -> int:
-    """How many steps there are before the first that has spoilt the weights.
+    """Counts the steps before the first that has spoilt the weights.
 
     Under a loss scale an update whose sum overflowed was skipped, and has spoilt nothing.
 

@@ -34,7 +34,7 @@ from dist_partial.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CompiledPhase:
-    """One selection, compiled.
+    """Holds one selection, compiled.
 
     Attributes:
         units: names of the units that are trained.

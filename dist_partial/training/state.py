@@ -24,7 +24,7 @@ from dist_partial.step.outer_step import Fragment
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainState:
-    """Everything that training changes; a checkpoint holds all of it.
+    """Holds everything that training changes; a checkpoint holds all of it.
 
     The numbers are values. The variables are the live ones: slots come and go with a schedule, so that `variables`
     lists those of this moment.
