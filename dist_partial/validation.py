@@ -4,7 +4,7 @@ from typing import Any
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Where two JSON values differ: the place as a dotted name, and both values there, None for what is absent."""
+    """Finds where two JSON values differ: the dotted name, and both values there, None for what is absent."""
     if isinstance(before, list) and isinstance(now, list):
         before, now = dict(enumerate(before)), dict(enumerate(now))
     if not (isinstance(before, dict) and isinstance(now, dict)):
@@ -19,7 +19,7 @@ def differences(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, A
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it: cut if it is long."""
+    """Writes a value as messages show it: cut if it is long."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 

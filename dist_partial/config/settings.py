@@ -1,4 +1,4 @@
-"""What a run is told: the names that users bind under `run.` and `sample.`."""
+"""The settings of a run: the names that users bind under `run.` and `sample.`."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ def cross_entropy() -> keras.losses.Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How text is sampled.
+    """Describes how text is sampled: what is bound under `sample.`.
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
@@ -69,7 +69,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """One run.
+    """Describes one run: what is bound under `run.`.
 
     Attributes:
         rules: the table: `('train' | 'freeze', pattern)` lines or `Rule`s.

@@ -89,7 +89,7 @@ class Meter:
 
 
 def interface(address: str) -> Path | None:
-    """The counter of bytes sent by the network interface that has an address.
+    """Finds the network interface that has an address.
 
     Args:
         address: a host name or IPv4 address of this machine.

@@ -17,7 +17,7 @@ from dist_partial import cli
 from dist_partial.files import replacing
 
 if TYPE_CHECKING:
-    from dist_partial.training.build import Built
+    from dist_partial.training.build import Trainer
 FORMATS = {"safetensors": ".safetensors", "keras": ".keras", "savedmodel": ""}
 
 
@@ -84,7 +84,7 @@ def _checked_output(given: str | None, form: str, overwrite: bool) -> Path:
     return output
 
 
-def _base(folder: Path, built: "Built") -> dict[str, str]:
+def _base(folder: Path, built: "Trainer") -> dict[str, str]:
     """Digests of the values that the run began with, which the model as it was built has, too.
 
     Raises:

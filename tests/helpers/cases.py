@@ -14,7 +14,7 @@ from dist_partial.distributed import per_replica, traffic
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.models import byte_transformer, two_dense
 from dist_partial.step import batch_norm, optimizers
-from dist_partial.step.train_step import StepOptions, train_step
+from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 
 STEPS = 20
 GLOBAL_BATCH = 24
@@ -270,7 +270,7 @@ def train(
         groups = optimizers.build(plan, lambda: optimizer(name, options))
         states = reductions.states(plan)
     before = weights(model)
-    compiled = train_step(
+    spec = StepSpec(
         strategy,
         collectives or Collectives(),
         model,
@@ -279,7 +279,9 @@ def train(
         groups,
         states,
         StepOptions(GLOBAL_BATCH, options.clip_norm, options.accumulate, jit_compile),
+        averaged=batch_norm.local_statistics(model),
     )
+    compiled = train_step(spec)
 
     iterator = worker_iterator(strategy, data)
     traced = compiled.function.get_concrete_function(iterator, tf.constant(1))

@@ -56,8 +56,8 @@ def test_factors_train_as_the_sum_written_out(count):
     made = replicas(count)
     built = build(told, made)
     start = values(built.model)
-    step = compiled_step(built, told, built.plan, told.global_batch)
-    iterator = batches(built, told, 0, told.global_batch)
+    step = compiled_step(built, built.plan, told.global_batch)
+    iterator = batches(built, 0, told.global_batch)
     traced = step.function.get_concrete_function(iterator, tf.constant(1))
     step.function(iterator, tf.constant(STEPS))
     after = values(built.model)
@@ -66,7 +66,7 @@ def test_factors_train_as_the_sum_written_out(count):
     assert a.shape == (160, 3) and b.shape == (3, 64) and a.any() and not b.any()
     bias = start["dense2/bias"].astype(np.float64)
     one = build(told, in_process())
-    for (x, y), _ in zip(batches(one, told, 0, told.global_batch), range(STEPS), strict=False):
+    for (x, y), _ in zip(batches(one, 0, told.global_batch), range(STEPS), strict=False):
         features = np.eye(10)[x.numpy()].reshape(8, -1)
         before = features @ (start["dense1/kernel"] + a @ b) + start["dense1/bias"]
         hidden = np.maximum(before, 0)
@@ -206,8 +206,8 @@ def test_training_beside_a_rounded_base_is_that_of_the_rounded_values():
     results = []
     for told in (settings(rules, frozen_dtype="bfloat16"), settings(rules, model=rounded)):
         built = build(told, replicas())
-        step = compiled_step(built, told, built.plan, told.global_batch)
-        step.function(batches(built, told, 0, told.global_batch), tf.constant(STEPS))
+        step = compiled_step(built, built.plan, told.global_batch)
+        step.function(batches(built, 0, told.global_batch), tf.constant(STEPS))
         results.append(values(built.model)["dense2/kernel"])
     np.testing.assert_allclose(*results, rtol=1e-6)
 

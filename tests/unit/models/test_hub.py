@@ -116,7 +116,7 @@ def test_the_model_is_the_task_with_its_own_paths(name):
     # The graph is flat, so that what is frozen from the input up can be cut off.
     trained = [v for v in model.variables if "_1/" in v.path]
     part = split(model, trained)
-    assert part is not None and 8 in [tensor.shape[-1] for tensor in keras.tree.flatten(part.prefix(ids))]
+    assert part is not None and 8 in [tensor.shape[-1] for tensor in keras.tree.flatten(part.lower(ids))]
 
 
 @pytest.mark.parametrize("name", quick(HUB, "GPT2"))

@@ -21,9 +21,9 @@ from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
 from dist_partial.step import batch_norm, optimizers, outer_step
-from dist_partial.step.train_step import StepOptions, train_step
+from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 from dist_partial.training.build import build
-from dist_partial.training.state import resumable_state
+from dist_partial.training.state import TrainState
 from tests.helpers import cases
 from tests.helpers.cases import CASES, GLOBAL_BATCH, copies, dataset
 from tests.helpers.files import same_bits
@@ -46,9 +46,8 @@ class Local:
             self.states = reductions.states(self.plan)
             self.fragments = outer_step.build(self.plan, self.groups, self.states)
         options = StepOptions(GLOBAL_BATCH, clip_norm)
-        self.train = train_step(
-            strategy, Collectives(), self.model, cases.loss, self.plan, self.groups, self.states, options
-        ).function
+        spec = StepSpec(strategy, Collectives(), self.model, cases.loss, self.plan, self.groups, self.states, options)
+        self.train = train_step(spec).function
         compiled = outer_step.exchanges(strategy, Collectives(), self.plan, self.fragments, [], [])
         self.exchanges = [each.function for each in compiled]
         self.data = cases.batches(case, dtype, STEPS)
@@ -290,7 +289,8 @@ def test_another_number_of_replicas_starts_where_the_constraints_allow(mirrored)
     found = np.stack([PROJECTIONS["dense1/kernel"](w) for w in rng.normal(size=(3, 160, 64))])
     case = dataclasses.replace(DENSE, model=constrained, rules=[Rule(".*", reduction=LocalSGD(3))])
     local = Local(mirrored(2), case, "adam")
-    state = resumable_state(local.strategy, local.model, local.plan, local.groups, local.states, local.fragments, [])
+    made = TrainState(local.strategy, local.model, local.plan, local.groups, local.states, local.fragments, [])
+    state = made.variables
     state["own/dense1/kernel"].assign(found)
     expected = PROJECTIONS["dense1/kernel"](found.mean(axis=0))
     for value in local.own()["dense1/kernel"]:
@@ -529,7 +529,7 @@ def test_statistics_travel_with_the_first_exchange(mirrored):
     )
     strategy = mirrored(2)
     built = build(settings, Replicas(strategy, Collectives(), "two"))
-    train = train_step(
+    spec = StepSpec(
         strategy,
         Collectives(),
         built.model,
@@ -538,7 +538,9 @@ def test_statistics_travel_with_the_first_exchange(mirrored):
         built.optimizers,
         built.reduction_states,
         StepOptions(GLOBAL_BATCH),
-    ).function
+        averaged=built.averaged,
+    )
+    train = train_step(spec).function
     x, y = built.data.train.fetch(np.arange(24))
     iterator = cases.worker_iterator(strategy, [(x, y)])
     assert traffic.collectives(train.get_concrete_function(iterator, tf.constant(1))) == []

@@ -70,9 +70,9 @@ def test_a_graph_is_cut_below_what_is_trained(make, trained, name, tensors):
     assert (part and part.name) == name
     if part:
         x = tf.constant(np.random.default_rng(0).normal(size=(5, 6)), tf.float32)
-        between = part.prefix(x)
+        between = part.lower(x)
         assert len(between) == tensors
-        np.testing.assert_array_equal(part.suffix(between, False), model(x, training=False))
+        np.testing.assert_array_equal(part.upper(between, False), model(x, training=False))
 
 
 def test_stages_are_cut():
@@ -80,7 +80,7 @@ def test_stages_are_cut():
     ids = tf.constant(text().train.fetch(np.arange(4))[0])
     part = split_model.split(model, [v for v in model.trainable_variables if "block_2" in v.path])
     assert part.name == "block_1"
-    np.testing.assert_array_equal(part.suffix(part.prefix(ids), False), model(ids))
+    np.testing.assert_array_equal(part.upper(part.lower(ids), False), model(ids))
     assert split_model.split(model, [model.embedding.embeddings]) is None
     noisy = transformer(dropout=0.1)
     assert split_model.split(noisy, [v for v in noisy.variables if v.name == "seed_generator_state"]) is None
