@@ -1,5 +1,7 @@
-"""Compares values, and shows them in messages."""
+"""Compares values, and shows them and the names near a misspelt one in messages."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -22,6 +24,27 @@ def shown(value: Any) -> str:
     """A value as messages show it: cut if it is long."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def nearest(word: str, names: Iterable[str], always: bool = False) -> str:
+    """The end of a message about a name that is not known: the up to three names most like it.
+
+    Args:
+        word: what was written.
+        names: those that are known.
+        always: whether to show some also where none is like it.
+
+    Example:
+        >>> nearest("dens1/kernel", ["dense1/kernel", "dense2/kernel", "bias"])
+        "; nearest: 'dense1/kernel', 'dense2/kernel'"
+        >>> nearest("head", ["kernel"])
+        ''
+    """
+    known, word = list(dict.fromkeys(names)), word[:_SHOWN]
+    found = difflib.get_close_matches(word, known, 3, 0.5)
+    if always and not found:
+        found = difflib.get_close_matches(word, known, 3, 0)
+    return f"; nearest: {', '.join(map(repr, found))}" if found else ""
 
 
 _SHOWN = 200  # characters of a value in a message

@@ -1,7 +1,6 @@
 """Any tfds data set that is prepared on this machine: images with labels, or text."""
 
 import contextlib
-import difflib
 import math
 import os
 import re
@@ -18,6 +17,7 @@ from dist_partial.data.codecs import ByteCodec
 from dist_partial.data.quiet import quiet_tfds
 from dist_partial.data.source import Dataset, fingerprint
 from dist_partial.errors import UserError
+from dist_partial.validation import nearest
 
 MEMORY_LIMIT = 2**30
 """Bytes of examples that a format without random access may take in memory."""
@@ -143,13 +143,12 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
         builder = tfds.builder(name, data_dir=folder)
     except (ValueError, AssertionError) as error:  # an unknown data set, config or version
         here = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-        near = difflib.get_close_matches(name, {*here, *tfds.list_builders(with_community_datasets=False)})
+        near = nearest(name, sorted({*here, *tfds.list_builders(with_community_datasets=False)}))
         if isinstance(error, tfds.core.DatasetNotFoundError):
             problem = f"is neither prepared in {folder} nor known to tfds"
         else:
             problem = " ".join(str(error).split())
-        words = f"tfds_dataset.name={name!r}: {problem}; near it: {', '.join(near) or 'nothing'}"
-        raise UserError(words) from error
+        raise UserError(f"tfds_dataset.name={name!r}: {problem}{near}") from error
     if not builder.is_prepared():
         raise UserError(f"tfds data set {name!r} is not prepared in {folder}: run {_command(name, folder)}")
     return builder

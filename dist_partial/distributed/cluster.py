@@ -1,6 +1,5 @@
 """Which workers there are and which of them this is: TF_CONFIG, read and checked, or made of what a scheduler says."""
 
-import difflib
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 from dist_partial.errors import UserError
+from dist_partial.validation import nearest
 
 _PORT = 2222  # of a worker whose address names none; TensorFlow's own documents and Kubeflow use it
 
@@ -177,5 +177,4 @@ def near(host: str) -> str:
         for line in lines:
             if re.match(r"\s*(Host\s|[0-9a-fA-F.:]+\s)", line):
                 names.update(line.partition("#")[0].split()[1:])
-    found = difflib.get_close_matches(host, names)
-    return f"; near it there is {', '.join(found)}" if found else ""
+    return nearest(host, sorted(names))

@@ -1,6 +1,5 @@
 """Models of KerasHub, pretrained or with fresh weights, as models of one input tensor; KerasHub is the extra `hub`."""
 
-import difflib
 import functools
 import inspect
 import os
@@ -13,6 +12,7 @@ import numpy as np
 
 from dist_partial import compat
 from dist_partial.errors import UserError, first_line
+from dist_partial.validation import nearest
 
 TASKS = ("CausalLM", "ImageClassifier", "TextClassifier")
 _INSTALL = "it is no part of the core: pip install 'dist_partial[hub]'"
@@ -159,11 +159,8 @@ def _keras_hub() -> ModuleType:
 def _named(module: ModuleType, architecture: str, suffix: str) -> Any:
     if not isinstance(architecture, str) or not hasattr(module, f"{architecture}{suffix}"):
         known = [name.removesuffix(suffix) for name in dir(module) if name.endswith(suffix) and name != suffix]
-        near = difflib.get_close_matches(str(architecture), known, cutoff=0.3) or known[:8]
-        raise UserError(
-            f"hub_model.architecture is {architecture!r}: KerasHub has no {architecture}{suffix}; nearest: "
-            f"{', '.join(near)}"
-        )
+        near = nearest(str(architecture), known, always=True)
+        raise UserError(f"hub_model.architecture is {architecture!r}: KerasHub has no {architecture}{suffix}{near}")
     return getattr(module, f"{architecture}{suffix}")
 
 
@@ -185,16 +182,14 @@ def _from_preset(of: Any, preset: str, **options: Any) -> Any:
         raise UserError(f"no preset folder {preset}: {error}") from None
     if looks_local and not os.path.isdir(folder):
         siblings = [p.name for p in folder.parent.glob("*") if p.is_dir()]
-        near = difflib.get_close_matches(folder.name, siblings, cutoff=0.4)
-        raise UserError(f"no preset folder {preset}" + (f"; beside it there is {', '.join(near)}" if near else ""))
+        raise UserError(f"no preset folder {preset}{nearest(folder.name, siblings)}")
     try:
         return of.from_preset(str(folder) if os.path.isdir(folder) else preset, **options)
     except Exception as error:  # KerasHub, Kaggle and the file readers below it each raise their own
-        near = difflib.get_close_matches(preset, list(of.presets))
         raise UserError(
-            f"KerasHub cannot load the preset {preset!r} as {of.__name__} ({first_line(error).rstrip('.:')}): name "
-            + (", ".join(near) if near else "a preset of keras_hub")
-            + ", which needs the network once, or a local folder written by save_to_preset()"
+            f"KerasHub cannot load the preset {preset!r} as {of.__name__} ({first_line(error).rstrip('.:')}): name a "
+            "preset of keras_hub, which needs the network once, or a local folder written by save_to_preset()"
+            f"{nearest(preset, of.presets)}"
         ) from error
 
 

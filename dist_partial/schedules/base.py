@@ -5,7 +5,6 @@ replicas: every worker comes to the same answer by itself. Nothing here knows va
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Protocol
@@ -14,6 +13,7 @@ import numpy as np
 
 from dist_partial.errors import UserError
 from dist_partial.selection.rules import matches
+from dist_partial.validation import nearest
 
 State = dict[str, Any]  # JSON values
 Partition = list[tuple[str, tuple[str, ...]]]
@@ -148,13 +148,13 @@ def by_pattern(where: str, patterns: Sequence[str], paths: Sequence[str]) -> Par
     for path in paths:
         number = next((n for n, pattern in enumerate(patterns) if matches(pattern, path)), None)
         if number is None:
-            raise UserError(f"{where}: no pattern matches {path!r} (patterns: {nearest(path, patterns)}): add one")
+            raise UserError(f"{where}: no pattern matches {path!r}: add one{nearest(path, patterns, always=True)}")
         units[number].append(path)
     for pattern, members in zip(patterns, units, strict=True):
         if not members:
             raise UserError(
-                f"{where}: {pattern!r} matches nothing that is trained and that no pattern before it takes; nearest "
-                f"paths: {nearest(pattern, paths)}"
+                f"{where}: {pattern!r} matches nothing that is trained and that no pattern before it takes"
+                f"{nearest(pattern, paths, always=True)}"
             )
     return [(pattern, tuple(members)) for pattern, members in zip(patterns, units, strict=True)]
 
@@ -167,7 +167,7 @@ def split_always(binding: str, always: Sequence[str], units: Sequence[Unit]) -> 
         # A unit that was made by a pattern is named by it, and a pattern need not match its own text.
         found = {name for name in names if name == pattern or re.fullmatch(pattern, name)}
         if not found:
-            raise UserError(f"{binding}: no unit is called {pattern!r}; nearest: {nearest(pattern, names)}")
+            raise UserError(f"{binding}: no unit is called {pattern!r}{nearest(pattern, names, always=True)}")
         on |= found
     if len(on) == len(names):
         raise UserError(f"{binding}: all units, {quoted(names)}, are always on: nothing is left to choose from")
@@ -176,10 +176,6 @@ def split_always(binding: str, always: Sequence[str], units: Sequence[Unit]) -> 
 
 def quoted(words: Iterable[str]) -> str:
     return ", ".join(map(repr, words))
-
-
-def nearest(word: str, names: Sequence[str]) -> str:
-    return quoted(difflib.get_close_matches(word, names, cutoff=0))
 
 
 def unreached(what: str, start: int, steps: int) -> list[str]:

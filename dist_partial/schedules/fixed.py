@@ -16,12 +16,12 @@ from dist_partial.schedules.base import (
     Stateless,
     Unit,
     check_pattern,
-    nearest,
     quoted,
     split_always,
     unreached,
 )
 from dist_partial.selection.rules import matches
+from dist_partial.validation import nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Phases(Stateless):
         for number, (_, pattern) in enumerate(self.table, 1):
             if not any(number in phases for phases in classes):
                 raise UserError(
-                    f"phases.table, phase {number} ({pattern!r}) selects nothing that the rules train; nearest paths: "
-                    f"{nearest(pattern, paths)}"
+                    f"phases.table, phase {number} ({pattern!r}) selects nothing that the rules train"
+                    f"{nearest(pattern, paths, always=True)}"
                 )
         return [
             (f"phase{'s' if len(phases) > 1 else ''} {'+'.join(map(str, phases))}", tuple(members))
