@@ -50,12 +50,12 @@ def check_gin_file(values: flags.FlagValues) -> None:
 
 
 def run_folder(run_dir: str | None, gin_files: Sequence[str]) -> Path:
-    """The run folder that the flags name: by default runs/<name of the last gin file>."""
+    """Returns the run folder that the flags name: by default runs/<name of the last gin file>."""
     return Path(run_dir or Path("runs") / Path(gin_files[-1]).stem)
 
 
 def check_run_dir(run_dir: str | None) -> Path:
-    """The folder that --run_dir names; raises UserError unless a run has begun in it."""
+    """Returns the folder that --run_dir names; raises UserError unless a run has begun in it."""
     if not run_dir:
         raise UserError("no --run_dir: name the folder of a run, such as --run_dir=runs/quickstart")
     folder = Path(run_dir)

@@ -1,4 +1,4 @@
-"""What ends a run: mistakes that the user can mend, faults after which the same command goes on, and exceptions."""
+"""What ends a run: mistakes that the user can fix, faults after which the same command goes on, and exceptions."""
 
 import contextlib
 import re
@@ -24,43 +24,65 @@ class Ending(Exception):
 
     Attributes:
         code: the exit code.
+
+    Examples:
+        >>> issubclass(UserError, Ending), Fault.code
+        (True, 75)
     """
 
     code: int
 
 
 class UserError(Ending):
-    """A mistake in what the user wrote or pointed at.
+    """Reports a mistake in what the user wrote or pointed at.
 
     The message is one line: it names the thing, shows what was near it and says what to do. The
     command line prints it without a traceback and exits with 2.
+
+    Examples:
+        >>> raise UserError("run.steps is 0: it must be a whole number of at least 1")
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: run.steps is 0: it must be a whole number of at least 1
     """
 
     code = 2
 
 
 class Fault(Ending):
-    """Something around the run has failed: a worker is lost, a disk is full.
+    """Reports that something around the run has failed: a worker is lost, a disk is full.
 
     Nothing needs to be changed for the same command to go on from the last checkpoint. The message is one line; the
     command line prints it without a traceback and exits with `AGAIN`, on which launchers and schedulers start again.
+
+    Examples:
+        >>> Fault("worker 1 (10.0.0.2:5000) is lost").code
+        75
     """
 
     code = AGAIN
 
 
 class Raised(Ending):
-    """An exception that nobody has foreseen, mostly of the user's own code: a data source, a model, a loss.
+    """Reports an exception of code that is not this package's: a data source, a model, a loss.
 
     The message is one line, which says who raised what, and where. The command line prints the traceback below it and
     exits with 1.
+
+    Examples:
+        >>> Raised("run.data raised KeyError: 'id' (mine.py, line 7)").code
+        1
     """
 
     code = 1
 
 
 def raised(what: str, error: BaseException) -> Raised:
-    """The exception as what ends a run; `what` has raised it, such as 'run.loss', or '' if nobody knows."""
+    """Makes the ending of a run from an exception of `what`, such as 'run.loss', or '' if nobody knows.
+
+    Examples:
+        >>> print(raised("run.loss", ValueError("shapes differ")))
+        run.loss raised ValueError: shapes differ
+    """
     name, line = type(error).__name__, first_line(error)
     words = name if line == name else f"{name}: {line}"
     return Raised(f"{what} raised {words}{own_line(error)}".removeprefix(" raised "))
@@ -70,7 +92,7 @@ def raised(what: str, error: BaseException) -> Raised:
 def calling(what: str) -> Iterator[None]:
     """Turns an exception of what the user has bound, such as 'run.loss', into one line on it.
 
-    Example:
+    Examples:
         >>> try:
         ...     with calling("run.loss"):
         ...         [][0]
@@ -89,10 +111,14 @@ def calling(what: str) -> Iterator[None]:
 
 
 def of_graph(message: str) -> Ending | None:
-    """What Python code raised that a graph has called, of which TensorFlow makes text; None if it is none of that.
+    """Finds what Python code raised inside a graph, which TensorFlow turns into text; None if it raised nothing.
 
     Args:
         message: of a `tf.errors.OpError`.
+
+    Examples:
+        >>> print(of_graph("dist_partial.errors.Fault: worker 1 is lost"))
+        worker 1 is lost
     """
     kinds = {kind.__name__: kind for kind in (UserError, Fault, Raised)}
     # As a traceback has it: the user's classes may have the same names.
@@ -108,7 +134,12 @@ def of_graph(message: str) -> Ending | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line; its type where it says nothing."""
+    """Reduces an error of another library to one line; its type where it says nothing.
+
+    Examples:
+        >>> first_line(ValueError("shapes differ\\nin layer 'head'"))
+        'shapes differ'
+    """
     text, *_ = str(error).split("\n  In call to configurable")  # which gin adds to whatever passes through it
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if lines[:1] == ["Graph execution error:"]:
@@ -121,7 +152,12 @@ def first_line(error: BaseException) -> str:
 
 
 def own_line(error: BaseException) -> str:
-    """Where in the user's own code an error was raised, as " (file, line n)"; nothing where no such code was called."""
+    """Finds the line of the user's code that raised an error, as " (file, line n)"; nothing where none was called.
+
+    Examples:
+        >>> own_line(ValueError("raised nowhere"))
+        ''
+    """
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     return _place([*frames, *_frames(str(error))])  # an op of a graph was made there
 

@@ -15,7 +15,7 @@ from dist_partial.errors import Fault, UserError
 from dist_partial.validation import nearest
 
 CHECKPOINT = re.compile(r"step-(\d{10})\.safetensors")  # the name of one; here since launchers import no TensorFlow
-# Of the file system's failures those that the user has written, and that come again until they are mended.
+# Of the file system's failures those that the user has written, and that come again until they are fixed.
 MISTAKES = (
     errno.EACCES,
     errno.EPERM,
@@ -30,7 +30,7 @@ MISTAKES = (
 
 
 def existing(name: str, path: str | os.PathLike[str], pattern: str = "*") -> Path:
-    """A file that the user has named, with `~` expanded.
+    """Finds a file that the user has named, with `~` expanded.
 
     Args:
         name: what messages begin with, such as the binding.
@@ -132,7 +132,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         for each in (partial, *partial.rglob("*")):
             _sync(each)
-        if partial.is_dir() and path.is_dir() and not path.is_symlink():
+        if partial.is_dir() and path.is_dir() and not path.is_symlink():  # a file replaces no folder
             aside = path.with_name(f"{_PARTIAL}{os.getpid()}-replaced-{path.name}")
             os.replace(path, aside)
             try:

@@ -1,4 +1,4 @@
-"""Four simulated CPU replicas for every test, and Keras's global switches put back after each."""
+"""Four simulated CPU replicas for every test; Keras's global switches are put back after each. Marks that skip."""
 
 import os
 
@@ -9,20 +9,31 @@ import keras
 import pytest
 import tensorflow as tf
 
+from tests.helpers import hosts, strategies
+from tests.helpers.browser import CHROMIUM
+from tests.helpers.letters import letters  # noqa: F401 - a fixture
+
 _CPU = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(_CPU, [tf.config.LogicalDeviceConfiguration()] * 4)
 
 
-def mirrored_strategy(replicas: int) -> tf.distribute.Strategy:
-    """MirroredStrategy over that many simulated replicas."""
-    # Two of different sizes in one process clash by the keys of their collectives (TensorFlow 2.21).
-    tf.distribute.MirroredStrategy._collective_key_base += 100_000
-    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
+def pytest_runtest_setup(item):
+    """Skips what this machine cannot run, and says why."""
+    if item.get_closest_marker("network") and (reason := hosts.available()):
+        pytest.skip(f"hosts on one machine: {reason}")
+    if item.get_closest_marker("browser") and CHROMIUM is None:
+        pytest.skip("no chromium: apt-get install chromium")
 
 
 @pytest.fixture
 def mirrored():
-    return mirrored_strategy
+    return strategies.mirrored
+
+
+@pytest.fixture
+def no_cluster(monkeypatch):
+    """No TF_CONFIG, whatever the tests run in."""
+    monkeypatch.delenv("TF_CONFIG", raising=False)
 
 
 @pytest.fixture(autouse=True)

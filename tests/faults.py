@@ -1,4 +1,4 @@
-"""Faults in real trainings of three workers under the launchers, which have to mend them by themselves.
+"""Faults in real trainings of three workers under the launchers, which have to recover by themselves.
 
     python -m tests.faults [--rounds=10] [--seed=0] [--faults=kill,stop,disk,port,port_again,network] [--minutes=15]
 
@@ -33,9 +33,10 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from tests import hosts
-from tests.benchmarks import readme
-from tests.workers import ROOT, listening
+from tests import ROOT
+from tests.benchmarks import tables
+from tests.helpers import hosts
+from tests.helpers.workers import listening
 
 COMMAND = "python -m tests.faults"
 RESULTS = Path(__file__).parent / "benchmarks" / "results" / "faults.json"
@@ -414,20 +415,13 @@ def rows(outcomes: list[Outcome], command: str) -> list[dict[str, Any]]:
     return found
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    header = ["fault", "times", "seconds to the next step, median", "max", "of these the launcher's delay"]
-    names = ("words", "times", "seconds_median", "seconds_max", "delay_seconds_median", "recomputed_steps_max")
-    return readme.table([*header, "steps made again, max"], [[row[name] for name in names] for row in found])
-
-
-def write(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Writes the rows, beside those of other faults that are there; returns all."""
+def write(found: list[dict[str, Any]]) -> None:
+    """Writes the rows, beside those of other faults that are there."""
     before = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     every = {row["fault"]: row for row in [*before, *found]}
     every = {fault: every[fault] for fault in WORDS if fault in every}
     content = {"command": COMMAND, "workers": WORKERS, "save_every": SAVE_EVERY, "steps_per_loop": LOOP}
     RESULTS.write_text(json.dumps(content | {"rows": list(every.values())}, indent=1) + "\n")
-    return list(every.values())
 
 
 def plan(options: argparse.Namespace, generator: random.Random) -> Iterator[tuple[list[str], bool]]:
@@ -490,7 +484,8 @@ def main() -> int:
             return 1
         outcomes += found
         longest[on_hosts] = max(longest[on_hosts], time.monotonic() - begun)
-    print(table(write(rows(outcomes, shlex.join([*COMMAND.split(), *sys.argv[1:]])))))
+    write(rows(outcomes, shlex.join([*COMMAND.split(), *sys.argv[1:]])))
+    print(tables.text("faults"))
     return 0
 
 

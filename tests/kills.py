@@ -150,14 +150,14 @@ def left(folder: Path) -> dict[str, object]:
 
 def main(torn: bool, first: int, every: int) -> int:
     """Kills, compares and says what differed; returns an exit code."""
-    from tests.integration.test_loop import GIN, USER_MODULE
+    from tests.helpers.letters import GIN, MODULE
 
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        (place / "letters_module.py").write_text(USER_MODULE)
+        (place / "letters_module.py").write_text(MODULE)
         (place / "letters.gin").write_text(GIN)
         sys.path.insert(0, name)
-        import dist_partial.run  # noqa: F401 - once, for all forks
+        import dist_partial.training.loop  # noqa: F401 - once, for all forks
 
         command = [f"--gin_file={place / 'letters.gin'}", *(f"--gin_param={param}" for param in (*PARAMS, *MORE))]
         assert run(command, place / "whole", log=place / "calls") == 0

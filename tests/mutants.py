@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.workers import ROOT
+from tests import ROOT
 
 SECONDS = 300  # for the tests of one change: what hangs is noticed, too
 PASSED, FAILED = 0, 1  # pytest's exit codes; others say that no test could run
@@ -96,21 +96,21 @@ def main(names: Sequence[str]) -> int:
     return int(noticed < len(chosen))
 
 
-IDENTITY = "unit/checkpoints/test_run_fingerprint.py"
+FINGERPRINT = "unit/training/test_run_fingerprint.py"
 MUTANTS = [
     # Steps.
     changed(
         "clipping before unscaling",
-        "step.py",
+        "step/train_step.py",
         """\
         if scale is not None:
             gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
-        squares = _unit_squares(plan, gradients) if options.unit_norms else tf.zeros([0])
-        gradients, norm = _clip(gradients, shared, options.clip_norm)
+        squares = unit_squares(plan, gradients) if options.unit_norms else tf.zeros([0])
+        gradients, norm = clip(gradients, shared, options.clip_norm)
 """,
         """\
-        squares = _unit_squares(plan, gradients) if options.unit_norms else tf.zeros([0])
-        gradients, norm = _clip(gradients, shared, options.clip_norm)
+        squares = unit_squares(plan, gradients) if options.unit_norms else tf.zeros([0])
+        gradients, norm = clip(gradients, shared, options.clip_norm)
         if scale is not None:
             gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
 """,
@@ -118,64 +118,64 @@ MUTANTS = [
     ),
     changed(
         "good steps not reset after growth",
-        "loss_scale.py",
+        "step/loss_scale.py",
         "tf.where(grow, 0, good)",
         "good",
         "unit/step/test_train_step.py::test_loss_scale_grows_after_a_row_of_good_steps",
     ),
     changed(
         "loss scale without a floor",
-        "loss_scale.py",
+        "step/loss_scale.py",
         "tf.maximum(self.scale * factor, 1.0)",
         "self.scale * factor",
         "unit/step/test_train_step.py::test_loss_scale_ends_at_1",
     ),
     changed(
         "penalty once a micro-batch",
-        "step.py",
-        "_added(model, losses.dtype) / parts",
-        "_added(model, losses.dtype) / strategy.num_replicas_in_sync",
+        "step/train_step.py",
+        "added_losses(model, losses.dtype) / parts",
+        "added_losses(model, losses.dtype) / strategy.num_replicas_in_sync",
         "unit/step/test_losses.py::test_a_penalty_counts_once_however_a_batch_is_divided",
     ),
     changed(
         "clipped by the norm of all",
-        "step.py",
+        "step/gradients.py",
         "use_norm=tf.cast(norm, dtype)",
         "use_norm=tf.cast(_joint(norms), dtype)",
         "unit/step/test_outer_step.py::test_what_is_shared_stays_so_beside_what_is_not",
     ),
     changed(
         "a skipped step ends the run",
-        "run.py",
+        "training/loop.py",
         "bad = ~np.isfinite(losses) if scaled else",
         "bad = ~np.isfinite(losses) if False else",
         "integration/test_loop.py::test_a_run_in_pieces_is_the_run_in_one",
     ),
     changed(
         "probe in training mode",
-        "step.py",
-        "losses = _example_losses(loss, batch, _outputs(model, batch[0], False))",
-        "losses = _example_losses(loss, batch, _outputs(model, batch[0], True))",
+        "step/probe.py",
+        "losses = batch_losses(loss, batch, model_outputs(model, batch[0], False))",
+        "losses = batch_losses(loss, batch, model_outputs(model, batch[0], True))",
         "unit/step/test_train_step.py::test_a_probe_measures_in_inference_mode",
     ),
     # Losses and evaluation.
     changed(
         "accuracy without weights",
-        "step.py",
+        "step/evaluation_step.py",
         "losses * weights, right * weights, weights]",
         "losses * weights, right, weights]",
         "unit/step/test_losses.py::test_accuracy_is_weighted",
     ),
     changed(
         "penalty of the examples that fill a batch up",
-        "step.py",
+        "step/evaluation_step.py",
         "tf.cast(tf.clip_by_value(examples - first, 0, y.shape[0]), tf.float64)",
         "tf.cast(y.shape[0], tf.float64)",
         "unit/step/test_losses.py::test_examples_beyond_the_last_whole_batch_weigh_as_much",
     ),
     changed(
         "a target equal to the number of classes",
-        "losses.py",
+        "step/losses.py",
         "if high >= classes:",
         "if high > classes:",
         "unit/step/test_losses.py::test_class_ids_end_below_the_number_of_classes",
@@ -183,42 +183,42 @@ MUTANTS = [
     # What is sent.
     changed(
         "place 256 of top-k in one byte",
-        "compression.py",
+        "reductions/encoding.py",
         "tf.uint8 if block <= 256 else",
         "tf.uint8 if block <= 257 else",
         "unit/reductions/test_compressors.py::test_a_block_of_more_than_a_byte_has_places_beyond_it",
     ),
     changed(
         "a mean over the padding",
-        "compression.py",
+        "reductions/encoding.py",
         "np.minimum(SCALED, count - SCALED * np.arange(groups))",
         "np.full(groups, SCALED)",
         "unit/reductions/test_compressors.py::test_quantized_takes_the_nearest_level",
     ),
     changed(
         "no warm start",
-        "compression.py",
+        "reductions/power_sgd.py",
         '        state["right"].assign(total)\n',
         "",
         "unit/reductions/test_compressors.py::test_power_sgd_is_the_papers",
     ),
     changed(
         "what was kept back, divided by the replicas",
-        "local_sgd.py",
+        "step/outer_step.py",
         'start -= count * state["residual"]',
         'start -= state["residual"]',
         "unit/step/test_outer_step.py::test_what_an_exchange_leaves_out_is_trained_on_from",
     ),
     changed(
         "the outer step by the sum",
-        "local_sgd.py",
+        "step/outer_step.py",
         "window.reduce(movement / count,",
         "window.reduce(movement,",
         "unit/step/test_outer_step.py::test_replicas_train_by_themselves_and_move_on_together",
     ),
     changed(
         "rows not given back after an evaluation",
-        "local_sgd.py",
+        "step/outer_step.py",
         """\
     finally:
         for fragment in fragments:
@@ -232,78 +232,78 @@ MUTANTS = [
     ),
     changed(
         "residuals that grow with the replicas",
-        "replicas.py",
+        "distributed/per_replica.py",
         'count if self.when_fewer == "sum" else len(array)',
         "len(array)",
         "integration/test_exchanges.py::test_the_number_of_replicas_may_change",
     ),
     changed(
         "a gather that costs its own worker",
-        "selection.py",
+        "selection/payload.py",
         "fractions.Fraction(workers - 1)}",
         "fractions.Fraction(workers)}",
         "unit/selection/test_selection.py::test_bytes_at_the_network_interface",
     ),
     changed(
         "a gather of two hops",
-        "plan.py",
+        "training/cost_model.py",
         '(2 if m.kind == "sum" else 1)',
         "2",
         "unit/training/test_cost_model.py::test_bytes_and_memory_are_exact",
     ),
     changed(
         "the first call timed",
-        "traffic.py",
+        "distributed/network.py",
         "        if self._calls:\n",
         "        if True:\n",
         "integration/test_traffic.py::test_a_step_takes_the_median_of_all_calls_but_the_first",
     ),
     changed(
         "an offset that is forgotten",
-        "reduction.py",
-        "return done + 1 + (self.offset - done - 1) % self.steps",
-        "return done + 1 + (-done - 1) % self.steps",
+        "reductions/local_sgd.py",
+        "return done + 1 + (self.offset - done - 1) % self.sync_every",
+        "return done + 1 + (-done - 1) % self.sync_every",
         "unit/step/test_outer_step.py::test_due_steps",
     ),
     changed(
         "statistics in all exchanges",
-        "local_sgd.py",
-        "[] if together or i else statistics",
-        "[] if together else statistics",
+        "step/outer_step.py",
+        "[] if run_rounds or i else statistics",
+        "[] if run_rounds else statistics",
         "unit/step/test_outer_step.py::test_statistics_travel_with_the_first_exchange",
     ),
     # What is frozen, stored and shared.
     changed(
         "int8 for a layer whose bias is trained",
-        "storage.py",
+        "adapters/quantization.py",
         "if id(before) not in frozen or any(v.trainable and id(v) not in frozen for v in own):",
         "if id(before) not in frozen:",
         "unit/adapters/test_lora.py::test_a_layer_of_which_a_bias_is_trained_is_not_quantized",
     ),
     changed(
         "a merged kernel that stays frozen",
-        "lora.py",
+        "adapters/lora.py",
         "layer.lora_enabled, layer.lora_rank, kernel.trainable = False, None, True",
         "layer.lora_enabled, layer.lora_rank = False, None",
         "integration/test_take_home.py::test_merged_lora_is_the_same_model_and_can_be_trained",
     ),
     changed(
         "activations of another batch",
-        "prefix.py",
+        "training/activation_cache.py",
         "& (self._met[new] == number)",
         "",
         "unit/training/test_activation_cache.py::test_a_stopped_run_goes_on_with_the_same_bits[autofreeze]",
     ),
     changed(
         "all workers draw the first one's masks",
-        "layer_state.py",
+        "step/layer_state.py",
         "enumerate(strategy.experimental_local_results(variable.value), first)",
         "enumerate(strategy.experimental_local_results(variable.value))",
         "integration/test_exchanges.py::test_workers_are_the_replicas_that_are_simulated",
     ),
     changed(
         "generators alike after a resume",
-        "build.py",
+        "training/build.py",
         """\
         checkpoints.restore(checkpoint, built.state())
         layer_state.spread(built.replicas.strategy, built.layer_state.generators)
@@ -315,71 +315,71 @@ MUTANTS = [
     ),
     changed(
         "rows of before the loading",
-        "fit_optimizer.py",
+        "fit/optimizer.py",
         "            context.merge_call(lambda strategy: _read_rows(strategy, rows))\n",
         "            pass\n",
         "unit/fit/test_fit.py::test_a_loaded_model_goes_on_with_the_same_bits",
     ),
-    # Checkpoints and the identity.
+    # Checkpoints and the run fingerprint.
     changed(
         "loss scale not in the checkpoint",
-        "checkpoints.py",
+        "training/state.py",
         'state |= {"loss_scale/scale": scale.scale, "loss_scale/good_steps": scale.good_steps}',
         "pass",
         "integration/test_loop.py::test_a_run_in_pieces_is_the_run_in_one",
     ),
     changed(
         "good steps not in the checkpoint",
-        "checkpoints.py",
+        "training/state.py",
         '"loss_scale/scale": scale.scale, "loss_scale/good_steps": scale.good_steps',
         '"loss_scale/scale": scale.scale',
         "integration/test_loop.py::test_a_run_in_pieces_is_the_run_in_one",
     ),
     changed(
         "other rows not in the fingerprints",
-        "checkpoints.py",
+        "checkpoints/fingerprints.py",
         'prints[f"{entry.path}[other rows]"] = digest(np.delete(value, slice(start, stop), axis=0))',
         "pass",
         "integration/test_loop.py::test_rows_that_are_not_selected_are_frozen",
     ),
     changed(
         "a checkpoint of [1, nan]",
-        "checkpoints.py",
+        "checkpoints/files.py",
         "if not np.isfinite(array).all():",
         "if not np.isfinite(array).any():",
         "unit/checkpoints/test_files.py::test_one_number_that_is_not_finite_is_enough_to_save_nothing",
     ),
     changed(
         "a delta of [1, nan]",
-        "delta.py",
+        "export/delta.py",
         "if not np.isfinite(array).all():",
         "if not np.isfinite(array).any():",
         "unit/export/test_delta.py::test_nothing_is_assigned_of_what_is_refused",
     ),
     changed(
         "a second delta on top of the first",
-        "delta.py",
+        "export/delta.py",
         "for path in self._overwritten - paths}",
         "for path in ()}",
         "unit/export/test_delta.py::test_swapped_and_back_bit_for_bit",
     ),
     changed(
         "a delta whose metadata has no checksum",
-        "delta.py",
+        "export/delta.py",
         'rest = sorted((name, text) for name, text in metadata.items() if name != "sha256")',
         "rest: list[str] = []",
         "unit/export/test_delta.py::test_hostile_bytes_are_refused_or_the_same_delta",
     ),
     changed(
         "digest without shape and dtype",
-        "checkpoints.py",
+        "checkpoints/fingerprints.py",
         "str((array.dtype, array.shape)).encode()",
         'b""',
         "unit/checkpoints/test_files.py::test_a_digest_is_of_dtype_shape_and_values",
     ),
     changed(
         "newer checkpoints stay",
-        "checkpoints.py",
+        "checkpoints/files.py",
         "*damaged, *folder.glob",
         "*folder.glob",
         "unit/checkpoints/test_files.py::test_a_damaged_checkpoint_of_a_later_step_goes_with_the_next_that_is_saved",
@@ -400,20 +400,26 @@ MUTANTS = [
     ),
     changed(
         "an export that is not on the disk",
-        "export.py",
+        "export/__main__.py",
         "                _sync(path)\n",
         "                pass\n",
         "unit/export/test_formats.py::test_what_is_exported_is_on_the_disk_before_its_name_is",
     ),
     changed(
         "0 is False",
-        "identity.py",
+        "validation.py",
         "type(before) is type(now) and before == now",
         "before == now",
         "unit/distributed/test_consistency.py::test_differences_that_look_equal_are_some_too",
     ),
     *(
-        changed(f"identity without {line.split(chr(34))[1]}", "identity.py", f"        {line},\n", "", IDENTITY)
+        changed(
+            f"fingerprint without {line.split(chr(34))[1]}",
+            "training/run_fingerprint.py",
+            f"        {line},\n",
+            "",
+            FINGERPRINT,
+        )
         for line in (
             '"rules": [f"{rule}" + (f", {rule.reduction}" if rule.reduction else "") for rule in plan.rules]',
             '"reduction": str(settings.reduction)',
@@ -431,31 +437,31 @@ MUTANTS = [
         )
     ),
     *(
-        changed(f"identity without {name}", "identity.py", before, after, IDENTITY)
+        changed(f"fingerprint without {name}", "training/run_fingerprint.py", before, after, FINGERPRINT)
         for name, before, after in (
             ("schedule", '{"schedule": str(settings.schedule), ', "{"),
             ("leave", ', "leave": settings.leave}', "}"),
-            ("initial values", "    content[START] = checkpoints.model_fingerprints(model)\n", ""),
+            ("initial values", "    content[INITIAL] = checkpoints.model_fingerprints(model)\n", ""),
         )
     ),
     # Schedules.
     changed(
         "one turn later for who has waited",
-        "schedule.py",
+        "schedules/adaptive.py",
         "waits[i] >= starve",
         "waits[i] > starve",
         "unit/schedules/test_schedules.py::test_byte_budget_serves_who_has_waited",
     ),
     changed(
         "norms of all intervals",
-        "course.py",
+        "training/schedule_runner.py",
         "            self._squares = np.zeros_like(self._squares)\n",
         "",
         "unit/training/test_schedule_runner.py::test_equals_one_device_that_trains_the_same[autofreeze-float32-counts1]",
     ),
     changed(
         "an optimizer that is reset but for its slots",
-        "optimizers.py",
+        "step/optimizers.py",
         "            self.state[name].assign(value)\n",
         "            self.state[name].assign(value) if name.startswith('group_') else None\n",
         "unit/training/test_schedule_runner.py::test_slots_of_what_is_left[reset]",
@@ -477,21 +483,21 @@ MUTANTS = [
     ),
     changed(
         "boundary of top_p",
-        "sampling.py",
+        "models/sampling.py",
         "(mass_before < top_p)",
         "(mass_before <= top_p)",
         "unit/models/test_sampling.py::test_the_nucleus_ends_where_its_mass_is_reached",
     ),
     changed(
         "one id more of top_k",
-        "sampling.py",
+        "models/sampling.py",
         "ranks < top_k",
         "ranks <= top_k",
         "unit/models/test_sampling.py::test_truncate_keeps_what_numpy_keeps",
     ),
     changed(
         "an export that is not compared",
-        "export.py",
+        "export/keras_file.py",
         "return ours.shape == theirs.shape and",
         "return True or",
         "integration/test_take_home.py::test_a_file_that_loads_as_another_model_is_refused",
@@ -506,35 +512,35 @@ MUTANTS = [
     # Workers.
     changed(
         "attempts by their number",
-        "supervisor.py",
+        "launch/supervisor.py",
         "max(taken, default=0) + 1",
         "len(taken) + 1",
         "e2e/test_supervisor.py::test_an_attempt_follows_the_last_that_is_there",
     ),
     changed(
         "the caller's rank not in what is proved",
-        "handshake.py",
+        "distributed/handshake.py",
         "caller + listener + where",
         "caller[:26] + caller[30:] + listener + where",
         "unit/distributed/test_rendezvous.py::test_a_caller_that_is_proved_must_be_one_of_the_list_and_mean_this_worker",
     ),
     changed(
         "the listener's rank not in what is proved",
-        "handshake.py",
+        "distributed/handshake.py",
         "caller + listener + where",
         "caller + listener[:26] + listener[30:] + where",
         "unit/distributed/test_rendezvous.py::test_a_caller_that_is_proved_must_be_one_of_the_list_and_mean_this_worker",
     ),
     changed(
         "loopback if one is",
-        "rendezvous.py",
+        "distributed/rendezvous.py",
         'return all(host == "localhost"',
         'return any(host == "localhost"',
         "unit/distributed/test_rendezvous.py::test_one_worker_elsewhere_is_enough_to_be_reached_from_elsewhere",
     ),
     changed(
         "a proof that is not bound to its connection",
-        "handshake.py",
+        "distributed/handshake.py",
         "bound = not (mine.sealed and theirs.sealed) and",
         "bound = False and",
         "unit/distributed/test_rendezvous.py::test_all_meet_whoever_comes_first",
@@ -542,14 +548,14 @@ MUTANTS = [
     ),
     changed(
         "a worker lost while nothing is waited for",
-        "mesh.py",
+        "distributed/tcp_backend.py",
         "return self.failure or next((peer.lost for peer in self._peers.values() if peer.lost), None)",
         "return self.failure",
         "unit/distributed/test_tcp_backend.py::test_a_worker_that_is_gone_is_known_where_nothing_waits_for_it",
     ),
     changed(
         "results before a slow reader has them",
-        "mesh.py",
+        "distributed/tcp_backend.py",
         "return not self.waiting and not self.unsent",
         "return not self.waiting",
         "unit/distributed/test_tcp_backend.py::test_a_result_is_not_given_before_a_slow_reader_has_it",

@@ -1,4 +1,4 @@
-"""Programs that try to pass for workers: they speak the bytes that the docstring of `dist_partial.handshake` describes.
+"""Programs that try to pass for workers, in the bytes that `dist_partial.distributed.handshake` describes.
 
     python -m tests.strangers [--tries=20] [--attacks=relay,reflection,impostor,ambush,middle]
 
@@ -23,7 +23,8 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-from tests.workers import ROOT, free_ports, run_workers
+from tests import ROOT
+from tests.helpers.workers import loopback, run_workers
 
 HELLO, PROOF, VERDICT = 114, 32, 33  # bytes
 SECONDS = 1.0  # until a stranger gives up a connection
@@ -248,7 +249,7 @@ SETTINGS = ("run.steps = 4", "run.eval_examples = 64", "run.global_batch = 32", 
 
 def train(run_dir: Path, kind: str | None) -> tuple[Attack | None, list[tuple[int, str]]]:
     """Trains with two workers, while strangers attack; returns what came of both."""
-    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    workers = loopback(2)
     attack = Attack(kind, workers) if kind else None
     command = ["-m", "dist_partial.train", f"--gin_file={GIN}", f"--run_dir={run_dir}"]
     command += [f"--gin_param={each}" for each in SETTINGS]

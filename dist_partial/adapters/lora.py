@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021) where a rule asks for it: kernels stay frozen, and two small factors of a sum are trained."""
+"""LoRA (Hu et al. 2021) where a rule asks for it: kernels are frozen, and two small factors of a sum are trained."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -79,7 +79,7 @@ def _covered(rules: Sequence[selection.Rule], model: keras.Model) -> dict[str, t
 
 
 def merge(model: keras.Model) -> None:
-    """Adds the factors of all layers to their kernels, and turns LoRA off: what is saved then is as before `enable`.
+    """Adds the factors of all layers to their kernels and turns LoRA off, so that what is saved is as before `enable`.
 
     A layer that is stored in fewer bits stays as it is.
     """

@@ -53,14 +53,14 @@ def lower(plan: Plan, model: keras.Model, precision: str | None) -> Plan:
 
 
 def widen(plan: Plan) -> None:
-    """Stores what `lower` has rounded to bfloat16 as wide as it was before; the values stay what they are."""
+    """Stores what `lower` has rounded to bfloat16 in its former dtype; the values stay as they are."""
     for entry in plan.entries:
         if entry.variable.dtype == "bfloat16":
             store(entry.variable, entry.dtype)
 
 
 def store(variable: Any, dtype: str) -> None:
-    """Puts a variable of another dtype in the place of a Keras variable's value, in the strategy's scope."""
+    """Replaces the value of a Keras variable by a variable of another dtype, in the strategy's scope."""
     # Not by a dtype policy: it must be known before the layer is built, when no rule has been resolved yet. Within a
     # layer's call Keras casts what is read to the compute dtype.
     value = keras.ops.convert_to_numpy(variable).astype(dtype)
@@ -68,7 +68,7 @@ def store(variable: Any, dtype: str) -> None:
 
 
 def _quantize(model: keras.Model, frozen: set[int]) -> dict[int, Any]:
-    """Quantizes the layers of which nothing is trained; returns the new kernels by the identity of the old ones."""
+    """Quantizes the layers of which nothing is trained; returns the new kernels by the id of the old ones."""
     replaced = {}
     for layer in layers.layers(model):
         before = layers.raw(layer)

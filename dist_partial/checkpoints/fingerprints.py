@@ -20,7 +20,7 @@ INITIAL = "initial values"  # the key of the digests of all of them
 
 
 def frozen_fingerprints(model: keras.Model, plan: Plan, moving: Sequence[Any]) -> dict[str, str]:
-    """SHA-256 (the first 16 hex digits) of everything that training leaves as it is, by path.
+    """Computes the SHA-256 (first 16 hex digits) of everything that training leaves as it is, by path.
 
     Args:
         model: the model.
@@ -51,7 +51,7 @@ def check_frozen(before: dict[str, str], now: dict[str, str], step: int) -> None
 
 
 def variables(model: keras.Model) -> dict[str, Any]:
-    """All variables but the states of random generators, by path without the model's own leading name.
+    """Names all variables but the states of random generators, by path without the model's own leading name.
 
     Where several have one path, those after the first are called `path (2)`, `path (3)` and so on.
     """
@@ -60,19 +60,19 @@ def variables(model: keras.Model) -> dict[str, Any]:
 
 
 def model_fingerprints(model: keras.Model) -> dict[str, str]:
-    """SHA-256 (the first 16 hex digits) of the values of `variables`, by path."""
+    """Computes the SHA-256 (first 16 hex digits) of the values of `variables`, by path."""
     return {path: digest(keras.ops.convert_to_numpy(variable)) for path, variable in variables(model).items()}
 
 
 def digest(array: np.ndarray, digits: int = 16) -> str:
-    """SHA-256 of an array's dtype, shape and values: its first hex digits."""
+    """Computes the SHA-256 of an array's dtype, shape and values: its first hex digits."""
     content = hashlib.sha256(str((array.dtype, array.shape)).encode())
     content.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return content.hexdigest()[:digits]
 
 
 def check_run(folder: Path, fingerprint: dict[str, Any], may_differ: Collection[str] = ()) -> bool:
-    """Compares with the fingerprint that the folder was made with.
+    """Compares a run's fingerprint with the one that the folder was made with.
 
     Args:
         folder: which may be absent.
@@ -83,7 +83,7 @@ def check_run(folder: Path, fingerprint: dict[str, Any], may_differ: Collection[
         Whether the folder is a run folder; False if it is absent or empty.
 
     Raises:
-        UserError: it is of another run (the differences are shown), damaged, or something else.
+        UserError: it belongs to another run (the differences are shown), damaged, or something else.
     """
     path = folder / RUN_FILE
     if not path.exists():
@@ -103,6 +103,6 @@ def check_run(folder: Path, fingerprint: dict[str, Any], may_differ: Collection[
         first = "; ".join(f"{name} was {shown(old)} and is now {shown(new)}" for name, old, new in changed[:3])
         more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
-            f"{folder} is of another run: {first}{more}; choose another --run_dir, or restore the configuration"
+            f"{folder} belongs to another run: {first}{more}; choose another --run_dir, or restore the configuration"
         )
     return True

@@ -39,6 +39,10 @@ class Sampling:
         prompt: what the text goes on from.
         length: symbols to generate.
         count: how many texts.
+
+    Examples:
+        >>> Sampling(temperature=0.6, prompt="def ").length
+        200
     """
 
     temperature: float = 1.0
@@ -96,6 +100,13 @@ class Settings:
             example comes again: 'memory', 'disk', or None to compute them each time, the same up to rounding.
         replicas: makes the strategy; bound under `replicas.`.
         sampling: bound under `sample.`.
+
+    Example:
+        >>> from dist_partial.data import stdlib_corpus
+        >>> from dist_partial.models import byte_transformer
+        >>> settings = Settings([("train", "head/.*"), ("freeze", ".*")], byte_transformer, stdlib_corpus, steps=100)
+        >>> settings.global_batch, settings.precision
+        (32, 'float32')
     """
 
     rules: Sequence[Any]

@@ -20,7 +20,7 @@ PREFETCHED = 4  # batches
 def train_batches(
     source: Source, *, first_step: int, global_batch: int, seed: int, context: tf.distribute.InputContext
 ) -> tf.data.Dataset:
-    """The shuffled batches of one worker, without end.
+    """Makes the shuffled batches of one worker, without end.
 
     Each epoch visits every example once, in an order of its own; a batch may straddle two epochs.
 
@@ -38,6 +38,16 @@ def train_batches(
 
     Raises:
         UserError: the batch does not divide by the replicas; the source is empty, or not as its spec says.
+
+    Examples:
+        >>> import numpy as np
+        >>> from dist_partial.data import ArraySource
+        >>> source = ArraySource(np.arange(8, dtype=np.float32)[:, None], np.arange(8, dtype=np.int32))
+        >>> alone = tf.distribute.InputContext()
+        >>> batches = iter(train_batches(source, first_step=0, global_batch=4, seed=0, context=alone))
+        >>> first, second = next(batches)[1].numpy(), next(batches)[1].numpy()
+        >>> sorted([*first.tolist(), *second.tolist()])
+        [0, 1, 2, 3, 4, 5, 6, 7]
     """
     _check(source)
     order = {"first_step": first_step, "global_batch": global_batch, "seed": seed, "context": context}
@@ -47,14 +57,14 @@ def train_batches(
 def train_indices(
     count: int, *, first_step: int, global_batch: int, seed: int, context: tf.distribute.InputContext
 ) -> tf.data.Dataset:
-    """Which of `count` examples the batches of `train_batches` hold: int64 [b] each."""
+    """Makes the indices, int64 [b] each, of the examples that `train_batches` reads out of `count`."""
     return _batches(lambda positions: _shuffled(positions, count, seed), first_step, global_batch, context)
 
 
 def evaluation_batches(
     source: Source, *, first: int = 0, examples: int, global_batch: int, context: tf.distribute.InputContext
 ) -> tf.data.Dataset:
-    """One worker's batches of `examples` examples from the first on, in order, each exactly once.
+    """Makes one worker's batches of `examples` examples from the first on, in order, each exactly once.
 
     Args:
         source: the examples.
@@ -140,7 +150,7 @@ def _shuffled(positions: tf.Tensor, count: int, seed: int) -> tf.Tensor:
 
 
 def some_targets(source: Source) -> np.ndarray:
-    """Targets to look at before a run: all where they are in memory, or else those of 64 examples from all over.
+    """Reads targets to check before a run: all where they are in memory, else those of 64 examples from all over.
 
     Raises:
         UserError: the source is empty, or not as its spec says.
@@ -152,7 +162,7 @@ def some_targets(source: Source) -> np.ndarray:
 
 
 def fetched(source: Source, indices: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """`fetch` as a TensorFlow op, with static shapes."""
+    """Wraps `fetch` as a TensorFlow op, with static shapes."""
     spec = source.spec
     arrays = tf.numpy_function(
         functools.partial(fetch, source), [indices], [one.dtype for one in spec], stateful=False, name="fetch"
@@ -161,7 +171,7 @@ def fetched(source: Source, indices: tf.Tensor) -> tuple[tf.Tensor, ...]:
 
 
 def fetch(source: Source, indices: np.ndarray) -> tuple[np.ndarray, ...]:
-    """`source.fetch`, held against the source's spec: a model's or TensorFlow's words on it would be unreadable.
+    """Calls `source.fetch` and checks the result against the source's spec.
 
     Raises:
         UserError: it gives something else.

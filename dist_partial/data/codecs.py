@@ -10,7 +10,7 @@ operator, and other punctuation."""
 
 
 class Codec(Protocol):
-    """What sampling needs to write a prompt as ids and ids as text."""
+    """Turns a prompt into ids and ids into text, for sampling."""
 
     @property
     def size(self) -> int:
@@ -24,7 +24,13 @@ class Codec(Protocol):
 
 
 class ByteCodec:
-    """UTF-8 bytes: 256 symbols."""
+    """Encodes text as UTF-8 bytes: 256 symbols.
+
+    Examples:
+        >>> codec = ByteCodec()
+        >>> codec.decode(codec.encode("def f"))
+        'def f'
+    """
 
     size = 256
 
@@ -38,7 +44,13 @@ class ByteCodec:
 
 
 class ShapeCodec:
-    """The shape of each UTF-8 byte: ten symbols, so `def f(x1):` reads `aaa a(a0(.`."""
+    """Encodes each UTF-8 byte as its shape: ten symbols, so `def f(x1):` reads `aaa a(a0(.`.
+
+    Examples:
+        >>> codec = ShapeCodec()
+        >>> codec.decode(codec.encode("def f(x1):"))
+        'aaa a(a0(.'
+    """
 
     size = len(SHAPES)
 

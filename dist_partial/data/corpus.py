@@ -60,7 +60,7 @@ def stdlib_corpus(
     evaluation_share: float = 0.02,
     root: str | os.PathLike[str] | None = None,
 ) -> Dataset:
-    """Byte-level language modelling of Python code.
+    """Makes byte-level language modelling of the Python code of the standard library.
 
     The text differs between versions of Python; its SHA-256 is part of the fingerprint.
 
@@ -76,6 +76,11 @@ def stdlib_corpus(
 
     Raises:
         UserError: no such text, too little of it for the window, or a cache folder that cannot be used.
+
+    Examples:
+        >>> data = stdlib_corpus(window=32)
+        >>> data.train.spec[0].shape, data.unit
+        (TensorShape([32]), 'byte')
     """
     digest, text = _text("stdlib_corpus", cache_dir, root)
     train, evaluation = _split("stdlib_corpus", np.frombuffer(text, np.uint8), window, window, evaluation_share)
@@ -95,7 +100,7 @@ def stdlib_shapes(
     evaluation_share: float = 0.02,
     root: str | os.PathLike[str] | None = None,
 ) -> Dataset:
-    """Ten classes: which shape of symbol follows, in the silhouette of Python code.
+    """Makes ten classes: which shape of symbol follows, in the silhouette of Python code.
 
     Args:
         window: symbols of an example.
@@ -109,6 +114,11 @@ def stdlib_shapes(
 
     Raises:
         UserError: as for `stdlib_corpus`.
+
+    Examples:
+        >>> data = stdlib_shapes()
+        >>> data.codec.size
+        10
     """
     digest, text = _text("stdlib_shapes", cache_dir, root)
     shapes = SHAPE_OF_BYTE[np.frombuffer(text, np.uint8)]
@@ -184,7 +194,7 @@ def _source_files(name: str, root: str | os.PathLike[str] | None = None) -> dict
 
 
 def content(name: str, path: Path) -> bytes:
-    """What a file of the user's text holds.
+    """Reads a text file of the user's.
 
     Raises:
         UserError: it cannot be read.

@@ -10,7 +10,7 @@ SPLIT = "files"
 
 
 class StdlibCorpus(tfds.core.GeneratorBasedBuilder):
-    """Source files, one example each.
+    """Builds the tfds data set of the source files, one example each.
 
     Args:
         data_dir: the tfds folder.

@@ -94,7 +94,7 @@ def tfds_dataset(
     data_dir: str | os.PathLike[str] | None = None,
     window: int = 128,
 ) -> Dataset:
-    """A prepared tfds data set; nothing is ever downloaded.
+    """Loads a prepared tfds data set; it downloads nothing.
 
     Args:
         name: as tfds writes it: `mnist`, `glue/cola`, `my_text:1.2.0`.

@@ -24,7 +24,7 @@ def tokenized_text(
     limit: int | None = None,
     evaluation_share: float = 0.02,
 ) -> Dataset:
-    """Language modelling of text files in the tokens of a pretrained model.
+    """Makes language modelling of text files in the tokens of a pretrained model.
 
     Args:
         tokenizer: factory of the codec, such as `smollm2_tokenizer`.
@@ -41,6 +41,11 @@ def tokenized_text(
     Raises:
         UserError: no such text, or too little of it for the window; ids that the codec does not have; the
             tokenizer's own.
+
+    Example:
+        >>> data = tokenized_text(ByteCodec, window=32, limit=500_000, evaluation_share=0.1)
+        >>> data.train.spec[0].shape
+        TensorShape([32])
     """
     if not callable(tokenizer):
         raise UserError(f"tokenized_text.tokenizer is {tokenizer!r:.100}: {_FACTORY}")
@@ -57,11 +62,16 @@ def tokenized_text(
 
 
 def stdlib_prose(window: int = 128, evaluation_share: float = 0.1) -> Dataset:
-    """The prose of the Python standard library, in bytes: the 0.7 MB of language reference behind `help()`.
+    """Makes byte-level language modelling of prose: the 0.7 MB of language reference behind `help()`.
 
     Args:
         window: bytes of an example.
         evaluation_share: as for `tokenized_text`.
+
+    Examples:
+        >>> data = stdlib_prose(window=32)
+        >>> data.train.spec[0].shape
+        TensorShape([32])
     """
     from pydoc_data import topics  # 0.7 MB, which no other data set needs
 

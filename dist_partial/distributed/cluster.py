@@ -20,7 +20,7 @@ _FIRST_PORT, _PORTS_OF_A_JOB, _BLOCKS = 10000, 64, 352
 
 
 def tf_config(kind: str, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Makes what belongs into TF_CONFIG out of the variables that a scheduler gives each worker.
+    """Makes the content of TF_CONFIG from the variables that a scheduler gives each worker.
 
     Args:
         kind: 'slurm' (the variables that srun sets for a task; see srun(1), "OUTPUT ENVIRONMENT VARIABLES") or
@@ -114,6 +114,11 @@ def read_tf_config(text: str) -> dict[str, Any] | None:
 
     Raises:
         UserError: it is not JSON, or names no valid task of a valid cluster.
+
+    Examples:
+        >>> text = '{"cluster": {"worker": ["10.0.0.1:5000", "10.0.0.2:5000"]}, "task": {"type": "worker", "index": 1}}'
+        >>> read_tf_config(text)["task"]["index"]
+        1
     """
     if not text.strip():
         return None
@@ -158,7 +163,7 @@ def _is_address(address: Any) -> bool:
 
 
 def unresolved(host: str) -> str:
-    """Why a host's name stands for no address on this machine, and which names are near; '' if it has one."""
+    """Says why a host's name has no address on this machine, and which names are near; '' if it has one."""
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:
@@ -167,7 +172,7 @@ def unresolved(host: str) -> str:
 
 
 def near(host: str) -> str:
-    """The names like it in this machine's own lists, as the end of a message, or ''."""
+    """Lists the names like it in this machine's own lists, as the end of a message, or ''."""
     names: set[str] = set()
     for path in (Path("/etc/hosts"), Path("~/.ssh/config").expanduser()):
         try:

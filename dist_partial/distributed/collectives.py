@@ -1,7 +1,7 @@
 """One round of communication between the replicas: sums and gathers, in packs.
 
 The only place that talks to other replicas about gradients. It rides on TensorFlow's collectives, or, between workers
-of one CPU replica each, on `mesh`.
+of one CPU replica each, on `tcp_backend`.
 """
 
 import dataclasses
@@ -27,17 +27,17 @@ class AllReduceRequest:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AllGatherRequest:
-    """Asks for all replicas' messages: uint8 [n], n a multiple of 4 -> [replicas, n] in replica order."""
+    """Asks for the payloads of all replicas: uint8 [n], n a multiple of 4 -> [replicas, n] in replica order."""
 
     message: tf.Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Collectives:
-    """How replicas reach each other.
+    """Sums and gathers over the replicas, by TensorFlow's collectives or over TCP.
 
     Attributes:
-        mesh: the workers' own connections, or None for TensorFlow's collectives.
+        backend: the workers' own connections, or None for TensorFlow's collectives.
         pack_bytes: up to how many bytes travel as one.
     """
 

@@ -43,17 +43,17 @@ def check(backend: TCPBackend, facts: dict[str, Any]) -> None:
 
 
 def everyone(backend: TCPBackend | None, value: int) -> list[int]:
-    """Every worker's value, in rank order; all call it at the same point."""
+    """Gathers every worker's value, in rank order; all call it at the same point."""
     return [value] if backend is None else [int(each) for each in backend.gather(str(value).encode())]
 
 
 def names(backend: TCPBackend | None, ranks: Sequence[int]) -> str:
-    """Workers as messages name them."""
+    """Names workers as messages do."""
     return ", ".join(f"worker {rank} ({backend.workers[rank]})" if backend else "this process" for rank in ranks)
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages whose numbers could differ; of this one, which need not be installed, its source's."""
+    """Collects the versions of Python and of packages whose numbers could differ, and a digest of this source."""
     source = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         source.update(path.read_bytes())

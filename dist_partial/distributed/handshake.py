@@ -1,7 +1,7 @@
 """How two workers prove to each other that they know one secret, and agree on keys, over a connection just made.
 
 Mutual authentication by keyed hashes in three passes (ISO/IEC 9798-4): HMAC-SHA256 (RFC 2104) over all that was said
-before, first by the caller, and by the listener only to a caller who has proved. So a stranger is told nothing, and no
+before, first by the caller, and by the listener only to a caller who has proved. So a stranger learns nothing, and no
 proof is of use in the other role, to another worker or a second time. Keys come by HKDF-SHA256 (RFC 5869).
 
     1. caller -> listener    hello, 114 bytes
@@ -11,11 +11,12 @@ proof is of use in the other role, to another worker or a second time. Keys come
 
 A hello is, of fixed lengths and with numbers big-endian: the label "dist_partial handshake 1" (24 bytes); the role,
 "C" or "L" (1); 1 if records are to be sealed, or 0 (1); the speaker's rank (4); the rank that the caller means to
-call, or that the listener was told (4); 16 bytes that the process has drawn, by which one worker that calls twice is
-told from two; a nonce of 32 random bytes; the SHA-256 of the workers' addresses as a JSON list (32). The transcript is
-both hellos, the caller's first; unless both want records sealed, there follow on a loopback connection the caller's
-and the listener's end, as a JSON list of address, port, address, port. The verdict is 1 before the proof. Before 32
-zeros it is 0, the caller's proof is wrong, or 2, it has called another worker than it meant; then the listener closes.
+call, or that the listener was given (4); 16 bytes that the process has drawn, by which one worker that calls twice is
+distinguished from two; a nonce of 32 random bytes; the SHA-256 of the workers' addresses as a JSON list (32). The
+transcript is both hellos, the caller's first; unless both want records sealed, there follow on a loopback connection
+the caller's and the listener's end, as a JSON list of address, port, address, port. The verdict is 1 before the proof.
+Before 32 zeros it is 0, the caller's proof is wrong, or 2, it has called another worker than it meant; then the
+listener closes.
 
     5. each -> other, if the digests differ: 4 bytes, the length of its JSON list, and the list; then both close
 
@@ -26,7 +27,7 @@ nonces.
     key of what the caller sends      HMAC(HMAC(salt, secret), "C" + transcript + "\\1")
     key of what the listener sends    HMAC(HMAC(salt, secret), "L" + transcript + "\\1")
 
-Whoever stands between two workers and only passes on their bytes stays there. Sealed, what it changes, leaves out,
+An attacker between two workers who only passes on their bytes stays unnoticed. Sealed, what it changes, leaves out,
 repeats or adds is noticed before it is used; on loopback it gets no proof, for the two ends differ. It can read
 everything: nothing is encrypted. And it can try out secrets that somebody has thought of: draw yours.
 """
@@ -60,7 +61,7 @@ _TAG = 16  # bytes
 
 
 class Unproven(Exception):
-    """Who answers or calls says that it is a worker, and does not prove it.
+    """Reports a peer that says it is a worker and does not prove it.
 
     Attributes:
         rank: which.
@@ -73,7 +74,7 @@ class Unproven(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Worker:
-    """What a worker is to the others.
+    """Describes what a worker is to the others.
 
     Attributes:
         rank: its rank.
@@ -101,7 +102,7 @@ class Worker:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Link:
-    """A connection to a worker that has proved to be one.
+    """Holds a connection to a worker that has proved to be one.
 
     Attributes:
         socket: the connection.
@@ -119,7 +120,7 @@ class Link:
 
 
 class Seal:
-    """The tags of the records of one direction, made as their bytes come; for one thread.
+    """Computes the tags of the records of one direction, as their bytes come; for one thread.
 
     Attributes:
         length: bytes of a tag; 0 where nothing is sealed.
@@ -173,7 +174,7 @@ class _Hello:
 
 
 def call(connection: socket.socket, own: Worker, other: int) -> Link:
-    """The caller's side.
+    """Runs the caller's side of the handshake.
 
     Args:
         connection: made by this worker.
@@ -200,7 +201,7 @@ def call(connection: socket.socket, own: Worker, other: int) -> Link:
 
 
 def answer(connection: socket.socket, own: Worker) -> Link:
-    """The listener's side; raises as `call` does."""
+    """Runs the listener's side of the handshake; raises as `call` does."""
     deadline = _prepare(connection)
     theirs = _receive(connection, _HELLO.size, deadline)
     caller = _Hello.read(theirs, _CALLER)

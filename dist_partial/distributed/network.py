@@ -15,7 +15,7 @@ from dist_partial.selection.plan import Plan
 
 @dataclasses.dataclass
 class Meter:
-    """What one worker's replica has sent since this process began to train.
+    """Counts what one worker's replica has sent since this process began to train.
 
     Attributes:
         workers: how many there are.
@@ -115,5 +115,5 @@ def interface(address: str) -> Path | None:
 
 
 def sent(counter: Path) -> int:
-    """Bytes that an interface has sent since it was set up."""
+    """Reads how many bytes an interface has sent since it was set up."""
     return int(counter.read_text())

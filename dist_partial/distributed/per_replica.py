@@ -10,7 +10,7 @@ import tensorflow as tf
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PerReplica:
-    """A variable of which each replica has a value of its own, seen as one array [replicas, ...].
+    """Shows a variable of which each replica has a value of its own as one array [replicas, ...].
 
     Attributes:
         strategy: the replicas.
@@ -55,7 +55,7 @@ class PerReplica:
 
 
 def values(variables: Sequence[PerReplica], gather: Callable[[bytes], list[bytes]]) -> list[np.ndarray]:
-    """All replicas' values, [replicas, ...] each; all workers must call it, and send each other what they have.
+    """Gathers all replicas' values, [replicas, ...] each; all workers must call it.
 
     Args:
         variables: of the same strategy.
@@ -78,13 +78,13 @@ def values(variables: Sequence[PerReplica], gather: Callable[[bytes], list[bytes
 
 
 def local_count(strategy: tf.distribute.Strategy) -> int:
-    """How many of the replicas are this worker's."""
+    """Counts the replicas of this worker."""
     # The default strategy has no list of its devices to ask for.
     return len(strategy.extended.worker_devices) if strategy.num_replicas_in_sync > 1 else 1
 
 
 def input_context(strategy: tf.distribute.Strategy) -> tf.distribute.InputContext:
-    """Which part of each global batch is this worker's."""
+    """Says which part of each global batch is this worker's."""
     workers = strategy.num_replicas_in_sync // local_count(strategy)
     index = 0
     if workers > 1:

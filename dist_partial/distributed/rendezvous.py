@@ -82,7 +82,12 @@ def connect(
 
 
 def on_loopback(workers: Sequence[str]) -> bool:
-    """Whether all workers are on this machine, by their addresses, and nothing else can reach them."""
+    """Tells by their addresses whether all workers are on this machine and nothing else can reach them.
+
+    Examples:
+        >>> on_loopback(["127.0.0.1:5000", "127.0.0.1:5001"])
+        True
+    """
     hosts = [split(worker)[0] for worker in workers]
     with contextlib.suppress(ValueError):  # a name
         return all(host == "localhost" or ipaddress.ip_address(host).is_loopback for host in hosts)
@@ -132,7 +137,7 @@ def _gather(meeting: _Meeting, links: dict[int, handshake.Link], seconds: float,
         if isinstance(arrival, UserError):
             raise arrival
         before = links.pop(arrival.rank, None)
-        # Whoever stands between can make a worker call again, and keep its first connection open.
+        # An attacker in between can make a worker call again, and keep its first connection open.
         twice = before and before.process != arrival.process and not _ended(before.socket)
         if before:
             before.socket.close()
@@ -152,7 +157,7 @@ def _listen(rank: int, workers: Sequence[str], deadline: float) -> socket.socket
             own = str(address[0])
             if own != host and ipaddress.ip_address(own).is_loopback and {split(w)[0] for w in workers} != {host}:
                 raise UserError(
-                    f"worker {rank}: {host} is {own} on this host itself, where no other worker can reach it: mend "
+                    f"worker {rank}: {host} is {own} on this host itself, where no other worker can reach it: fix "
                     "/etc/hosts, or name the workers by their addresses"
                 )
             server = socket.create_server((own, port), family=family, backlog=len(workers) + 128)
@@ -257,7 +262,12 @@ def _ended(connection: socket.socket) -> bool:
 
 
 def split(address: str) -> tuple[str, int]:
-    """Host and port of a worker's address; an IPv6 address without its brackets."""
+    """Splits a worker's address into host and port; an IPv6 address loses its brackets.
+
+    Examples:
+        >>> split("[::1]:5000")
+        ('::1', 5000)
+    """
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
 

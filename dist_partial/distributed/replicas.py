@@ -32,14 +32,18 @@ _LAST_SECONDS = 5.0  # for which the first worker waits until the processes of t
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Replicas:
-    """The replicas.
+    """Holds the strategy, and how its replicas reach each other.
 
     Attributes:
         strategy: what computes on them.
-        wire: how they reach each other.
+        collectives: how they reach each other.
         description: one line that says what was picked and why.
-        mesh: this worker's connections to the others, or None where it is the only one.
+        backend: this worker's connections to the others, or None where it is the only one.
         host: this worker's name or address among several, or None.
+
+    Examples:
+        >>> create("default").is_chief
+        True
     """
 
     strategy: tf.distribute.Strategy
@@ -106,6 +110,10 @@ def create(
     Raises:
         UserError: unknown kind, malformed TF_CONFIG, no secret where one is needed, or devices that cannot be made.
         Fault: workers are missing when `start_seconds` are over.
+
+    Example:
+        >>> print(create("default").description)
+        replicas: 1, default strategy
     """
     _check_choice("kind", kind, KINDS)
     _check_choice("transport", transport, TRANSPORTS)
@@ -141,7 +149,7 @@ def create(
 
 @functools.cache
 def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
-    compat.skip_collective_keys(_KEYS)  # those of another run of this process, or of the user's own strategy
+    compat.skip_collective_keys(_KEYS)  # those of an earlier run of this process, or of the user's own strategy
     return tf.distribute.MirroredStrategy(list(devices))
 
 

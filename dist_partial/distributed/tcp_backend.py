@@ -133,7 +133,7 @@ class _Peer:
 
 
 class TCPBackend:
-    """TCP connections between all workers, and the collectives over them.
+    """Connects all workers by TCP and computes collectives over the connections.
 
     Attributes:
         size: number of workers.
@@ -157,7 +157,7 @@ class TCPBackend:
             workers: 'host:port' of each, in rank order.
             links: from `rendezvous.connect`; closed by `close`.
             patience_seconds: how long another worker may be silent until it is given up.
-            on_loss: called with the reason when a worker is lost, by a thread of the mesh.
+            on_loss: called with the reason when a worker is lost, by a thread of the backend.
         """
         self.rank, self.size, self.workers = rank, len(workers), list(workers)
         self.failure: Ending | None = None
@@ -227,7 +227,7 @@ class TCPBackend:
         return [row[:count].tobytes() for row, count in zip(rows, lengths, strict=True)]
 
     def finish(self) -> None:
-        """Waits until all workers call it; from then on one that is gone is not told to `on_loss`."""
+        """Waits until all workers call it; from then on one that is gone is not reported to `on_loss`."""
         self._on_loss = lambda reason: None  # on all of them, before any can end
         self.sum(np.zeros(1, np.float32))
 
@@ -239,7 +239,7 @@ class TCPBackend:
         """Closes the connections: what is waited for fails.
 
         Args:
-            reason: why this worker ends before the others; they are told.
+            reason: why this worker ends before the others; it is sent to them.
         """
         with self._changed:
             if self._closed:

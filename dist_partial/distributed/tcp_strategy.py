@@ -1,9 +1,9 @@
-"""MultiWorkerMirroredStrategy whose workers reach each other over `mesh` alone.
+"""MultiWorkerMirroredStrategy whose workers reach each other over `tcp_backend` alone.
 
 TensorFlow's own starts a gRPC server that listens on all addresses of the host and runs any graph that it is sent
-(its SECURITY.md says so), waits for ever for a worker that never starts, and then heeds no SIGTERM. For workers of
+(its SECURITY.md says so), waits for ever for a worker that never starts, and then handles no SIGTERM. For workers of
 one CPU replica each nothing of it is needed: here every worker computes as a single one does, and what crosses workers
-is a sum over the mesh.
+is a sum over the backend.
 
 The only module that overrides private methods of TensorFlow's strategies; `compat.TCP_OVERRIDES` lists them.
 """
@@ -18,9 +18,9 @@ from dist_partial.distributed.tcp_backend import TCPBackend
 
 
 class TCPStrategy(tf.distribute.MultiWorkerMirroredStrategy):
-    """One CPU replica on each worker of the mesh; TF_CONFIG says which worker this is.
+    """Distributes over one CPU replica on each worker; TF_CONFIG says which worker this is.
 
-    Initial values of variables are not broadcast: workers must make the same, and `agreement` checks it.
+    Initial values of variables are not broadcast: workers must make the same, and `consistency` checks it.
     """
 
     def __init__(self, backend: TCPBackend) -> None:
@@ -56,7 +56,7 @@ class _Extended(_CollectiveAllReduceExtended):
         return self._batch_reduce_to(reduce_op, [(value, destinations)], options)[0]
 
     def _gather_to_implementation(self, value: Any, destinations: Any, axis: int, options: Any) -> Any:
-        raise NotImplementedError("gather tensors with Wire.exchange")
+        raise NotImplementedError("gather tensors with Collectives.exchange")
 
     def _reduced(self, reduce_op: Any, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         tensors = [tf.convert_to_tensor(tensor) for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Bytes on the wire: counted in a traced graph, expected at the network interface, and read from it."""
+"""Bytes sent: counted in a traced graph, expected at the network interface, and read from it."""
 
 import dataclasses
 import math
@@ -27,14 +27,14 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective op of the graph.
+    """Describes one collective op of a graph.
 
     Attributes:
         op: its type, such as `CollectiveReduceV2`.
         kind: 'sum', 'gather', 'broadcast' or 'all-to-all'.
         device: where it runs; one replica has one device.
         bytes: payload that the device hands to it, in bytes.
-        in_loop: whether it stands in a loop's body, so that it runs once a step and not once a call.
+        in_loop: whether it is in a loop's body, so that it runs once a step and not once a call.
     """
 
     op: str
@@ -45,7 +45,7 @@ class Collective:
 
 
 def collectives(function: Any) -> list[Collective]:
-    """All collectives of a concrete function, through nested functions, branches and loop bodies.
+    """Finds all collectives of a concrete function, through nested functions, branches and loop bodies.
 
     Raises:
         ValueError: if the shape of a collective's input is not static, so that its bytes are not known.
@@ -54,22 +54,22 @@ def collectives(function: Any) -> list[Collective]:
 
 
 def in_step(function: Any, loop: bool = True) -> list[Collective]:
-    """What one replica's device hands over in one step of a train function: in a turn of its loop, if it has one."""
+    """Finds what one replica hands over in one step of a train function: in one turn of its loop, if it has one."""
     return _of_a_replica([c for c in collectives(function) if c.in_loop or not loop])
 
 
 def in_call(function: Any) -> list[Collective]:
-    """What one replica's device hands over once in a call, outside the loop."""
+    """Finds what one replica hands over once in a call, outside the loop."""
     return _of_a_replica([c for c in collectives(function) if not c.in_loop])
 
 
 def total(found: Sequence[Any]) -> int:
-    """Bytes of collectives, or of messages."""
+    """Adds up the bytes of collectives, or of payloads."""
     return sum(each.bytes for each in found)
 
 
 def sent_each(found: Sequence[Collective], plan: Plan, steps: int = 0) -> np.ndarray:
-    """Bytes of collectives, as `SENT`, int64 [3]; those at the interface are whole numbers, so that sums stay exact.
+    """Counts the bytes of collectives as `SENT`, int64 [3]; those at the interface are whole, so that sums stay exact.
 
     Args:
         found: what one replica hands over.
@@ -81,7 +81,7 @@ def sent_each(found: Sequence[Collective], plan: Plan, steps: int = 0) -> np.nda
 
 
 def beyond(plan: Plan, sent_in_step: Sequence[Collective], exchanges: Sequence[Any]) -> list[Payload]:
-    """What traced graphs send besides the plan's gradients and movements: the statistics of BatchNorm layers.
+    """Finds what traced graphs send besides the plan's gradients and movements: the statistics of BatchNorm layers.
 
     Args:
         plan: with what tracing has shown of it.
@@ -140,7 +140,7 @@ def _payload(op: tf.Operation) -> int:
 
 
 def called(op: tf.Operation) -> list[Any]:
-    """Graphs of the functions that an op calls."""
+    """Finds the graphs of the functions that an op calls."""
     names = []
     for attribute in op.node_def.attr.values():
         names += [attribute.func.name] if attribute.func.name else []
@@ -149,7 +149,7 @@ def called(op: tf.Operation) -> list[Any]:
 
 
 def operations(graph: Any) -> Iterator[tf.Operation]:
-    """All operations of a graph, through nested functions, branches and loop bodies."""
+    """Walks all operations of a graph, through nested functions, branches and loop bodies."""
     for op in graph.get_operations():
         yield op
         for inner in called(op):

@@ -34,7 +34,7 @@ _FIELDS = ("base", "rules", "rows", "step", "versions")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Delta:
-    """What a training has changed of a model.
+    """Holds what a training has changed of a model.
 
     Attributes:
         arrays: the trained values, and the statistics that moved, by key: a variable's path, or `path[start:stop]`.
@@ -44,6 +44,11 @@ class Delta:
         step: updates until then.
         versions: of the packages that made it.
         name: what messages call it, such as the file that it was read from.
+
+    Example:
+        >>> delta = Delta({"head/kernel": np.zeros([2, 1])}, {}, {}, ("train head/.*",), 10, {})
+        >>> delta.place("head/kernel")
+        ('head/kernel', Ellipsis)
     """
 
     arrays: dict[str, np.ndarray]
@@ -63,7 +68,7 @@ class Delta:
 
 
 def of(model: keras.Model, plan: Plan, base: Mapping[str, str], step: int) -> Delta:
-    """What a training has changed.
+    """Collects what a training has changed.
 
     Args:
         model: as it is now.
@@ -73,6 +78,14 @@ def of(model: keras.Model, plan: Plan, base: Mapping[str, str], step: int) -> De
 
     Returns:
         The delta: what the plan trains, and of what no rule covers (moving statistics) that which has changed.
+
+    Example:
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(1, name="head")])
+        >>> plan = resolve([("train", ".*/kernel"), ("freeze", ".*")], model, AllReduce())
+        >>> list(of(model, plan, model_fingerprints(model), step=0).arrays)
+        ['head/kernel']
     """
     entries = {id(entry.variable): entry for entry in plan.entries}
     arrays, rows = {}, {}
@@ -95,6 +108,14 @@ def write(path: str | Path, delta: Delta) -> None:
 
     Raises:
         UserError: a value is not finite, or the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> delta = Delta({"head/kernel": np.ones([2, 1], np.float32)}, {}, {}, ("train head/.*",), 10, {})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write(f"{folder}/mine.safetensors", delta)
+        ...     print(read(f"{folder}/mine.safetensors").step)
+        10
     """
     _check_finite(delta.name, delta.arrays)
     metadata = {name: json.dumps(getattr(delta, name), sort_keys=True) for name in _FIELDS}
@@ -114,6 +135,11 @@ def read(path: str | Path) -> Delta:
 
     Raises:
         UserError: there is no such file, or it is damaged, of another kind, or holds what is not finite.
+
+    Example:
+        >>> read("missing.safetensors")
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: the delta: no file 'missing.safetensors'
     """
     path = existing("the delta", path)
     try:
@@ -152,9 +178,14 @@ def read(path: str | Path) -> Delta:
 
 
 class Base:
-    """A model whose weights are a base, or the base with deltas: swapped and averaged without building it again.
+    """Applies deltas to a model in place: swapped and averaged without building it again.
 
     It remembers the base values of what its deltas have overwritten, and of nothing else.
+
+    Examples:
+        >>> import keras
+        >>> base = Base(keras.Sequential([keras.Input([4]), keras.layers.Dense(1)]))
+        >>> base.use(None)  # the base itself; `base.use(read("mine.safetensors"))` applies a delta
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -188,7 +219,7 @@ class Base:
         weights = dict(deltas) if isinstance(deltas, Mapping) else {} if deltas is None else {deltas: 1.0}
         for delta, weight in weights.items():
             if not isinstance(delta, Delta):
-                raise UserError(f"{delta!r:.100} is no delta: read it first, by dist_partial.delta.read(path)")
+                raise UserError(f"{delta!r:.100} is no delta: read it first, by dist_partial.export.delta.read(path)")
             if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
                 raise UserError(f"the weight of {delta.name} is {weight!r}: write a finite number, such as 0.5")
             self._check(delta)
@@ -236,9 +267,8 @@ class Base:
         ]
         if found:
             adapted = any("/lora_" in path for path in lacking)
-            first = (
-                "call dist_partial.lora.enable(rules, model) with the run's rules first; or else " if adapted else ""
-            )
+            enable = "call dist_partial.adapters.lora.enable(rules, model) with the run's rules first; or else "
+            first = enable if adapted else ""
             raise UserError(
                 f"{delta.name} is of another base: {'; '.join(found)}; {first}make the model as the run did, by its "
                 "factory after keras.utils.set_random_seed(run.seed), before any training"

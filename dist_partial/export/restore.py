@@ -49,7 +49,7 @@ def newest(folder: Path, imports: bool) -> Iterator[tuple[Settings, Built, int]]
 
 
 def base(gin_file: str | Path, imports: bool = False) -> Base:
-    """The base of the deltas of a run: its model as it was before the run, with LoRA's factors and what is stored low.
+    """Builds the base of a run's deltas: its model as it was before the run, with LoRA's factors and quantized weights.
 
     Sets all random seeds to the run's, as the run itself does.
 

@@ -53,6 +53,13 @@ def partial(
         UserError: a rule table that does not fit the model, as from `selection.resolve`; a model without variables;
             an optimizer that is wrapped or built already, was made outside the model's strategy, or accumulates,
             averages or scales by itself; a reduction with which replicas would part.
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3), keras.layers.Dense(1, name="head")])
+        >>> optimizer = partial(keras.optimizers.Adam(1e-3), [("train", "head/.*"), ("freeze", ".*")], model)
+        >>> model.compile(optimizer, loss="mse")
+        >>> [(variable.name, tuple(variable.shape)) for variable in model.trainable_variables]
+        [('kernel', (3, 1)), ('bias', (1,))]
     """
     if not isinstance(model, keras.Model):
         raise UserError(f"partial was given {model!r}: the third argument is the Keras model that will be compiled")

@@ -29,7 +29,7 @@ def freeze(variables: Iterable[Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What one rule trains: paths of variables, their rows, their reduction, and the number of their optimizer."""
+    """Describes what one rule trains: paths of variables, rows, reduction, and the number of the optimizer."""
 
     paths: tuple[str, ...]
     rows: tuple[int, int] | None
@@ -51,7 +51,7 @@ class Share:
 
 @keras.saving.register_keras_serializable(package="dist_partial")
 class Partial(keras.optimizers.Optimizer):
-    """The optimizer that `partial` makes: reduces the gradients of a selection, then updates it.
+    """Reduces the gradients of a selection, then updates it: the optimizer that `partial` makes.
 
     Args:
         inner: the optimizers; the first one's learning rate is this one's.
@@ -224,7 +224,7 @@ class Partial(keras.optimizers.Optimizer):
 
 @keras.saving.register_keras_serializable(package="dist_partial")
 class PartialLossScale(keras.optimizers.LossScaleOptimizer):
-    """Keras's dynamic loss scaling around `Partial`, which `compile` does not wrap again.
+    """Scales the loss around `Partial` as Keras does dynamically, which `compile` does not wrap again.
 
     Keras 3.15 decides about an overflow by the first replica's gradient alone, so that another one's overflow would
     reach the weights; here it sees the sum, which is the same on all of them.

@@ -30,10 +30,10 @@ from dist_partial.errors import INTERRUPTED, UserError
 from dist_partial.launch import restarts, supervisor
 
 _PORTS = 100  # how many ports attempts on hosts take in turn
-_KEEP = ("-m", "dist_partial.launch", "keep")
+_AGENT = ("-m", "dist_partial.launch", "agent")
 _EXAMPLES = {"local": "--workers=2", "hosts": "--hosts=10.0.0.1,10.0.0.2"}
 
-Place = tuple[str, Sequence[str], str]  # a worker's name, its keeper's command, and its address
+Place = tuple[str, Sequence[str], str]  # a worker's name, its agent's command, and its address
 
 
 def main(argv: Sequence[str] | None = None, program: Sequence[str] = ()) -> int:
@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None, program: Sequence[str] = ()) -> int:
         program: what workers run in place of dist_partial.train, as tests do.
     """
     kind, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
-    if kind == "keep":  # beside a worker
-        return supervisor.keep()
+    if kind == "agent":  # beside a worker
+        return supervisor.run_agent()
     if kind in ("local", "hosts"):
         return _launch(kind, rest, program)
     if kind in ("begin", "again"):
@@ -194,12 +194,12 @@ def _local(values: flags.FlagValues) -> Callable[[int], list[Place]]:
     """Workers on this machine, for each attempt on ports that are free."""
     if values.workers < 1:
         raise UserError(f"--workers={values.workers}: write how many workers to start, such as --workers=2")
-    argv = [sys.executable, *_KEEP]
+    argv = [sys.executable, *_AGENT]
     return lambda attempt: [(f"worker {k}", argv, f"127.0.0.1:{p}") for k, p in enumerate(free_ports(values.workers))]
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody uses now."""
+    """Finds ports of 127.0.0.1 that nobody uses now."""
     with contextlib.ExitStack() as stack:  # all are held at once, for they must differ
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -228,7 +228,7 @@ def _hosts(values: flags.FlagValues) -> Callable[[int], list[Place]]:
     if not ssh:
         raise UserError("--ssh is empty: write --ssh='ssh -T'")
     folder, python = shlex.quote(values.directory), shlex.quote(values.python)
-    remote = f"cd {folder} || exit 2; exec {python} {shlex.join(_KEEP)}"
+    remote = f"cd {folder} || exit 2; exec {python} {shlex.join(_AGENT)}"
 
     def places(attempt: int) -> list[Place]:
         port = values.port + attempt % _PORTS

@@ -29,7 +29,7 @@ _TAIL = 2**20  # bytes of the metrics, in which there is a line of a step
 
 
 class Seen(NamedTuple):
-    """What a run folder shows.
+    """Records what a run folder shows.
 
     Attributes:
         checkpoint: step of the newest.
@@ -43,14 +43,14 @@ class Seen(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What there is after an attempt: step of the newest checkpoint, and the last step that it has made, or 0."""
+    """Records the step of the newest checkpoint and the last step that was made, or 0, after an attempt."""
 
     checkpoint: int = 0
     step: int = 0
 
 
 def look(folder: Path) -> Seen:
-    """Looks at a run folder, which need not be there yet."""
+    """Looks at a run folder, which need not exist yet."""
     names, lines, written = [""], [b""], [0]
     with contextlib.suppress(OSError):
         names = os.listdir(folder / "checkpoints")
@@ -73,7 +73,7 @@ def look(folder: Path) -> Seen:
 
 
 def progress(before: Seen, after: Seen) -> Progress:
-    """What an attempt has done between two looks.
+    """Computes what an attempt has done between two looks.
 
     Attempts take from the metrics what follows the checkpoint from which they go on, and then add to them.
     """
@@ -126,7 +126,7 @@ class Restarts:
 
 @dataclasses.dataclass(frozen=True)
 class Ledger:
-    """A file beside the run folder that keeps the count where no process outlives all attempts of a job.
+    """Keeps the count in a file beside the run folder where no process outlives all attempts of a job.
 
     Where it cannot be written, for the disk is full, the scheduler's own count goes on, which progress does not reset.
 
@@ -158,7 +158,7 @@ class Ledger:
         done = progress(before, after)
         restarts = Restarts(**{"count": earlier, "checkpoint": before.checkpoint} | kept)
         reason = restarts.refusal(code, "", done, limit)
-        self._write(dataclasses.asdict(Restarts() if reason else restarts))  # who starts it anew has mended something
+        self._write(dataclasses.asdict(Restarts() if reason else restarts))  # who starts it again has fixed something
         return reason, restarts.count, done
 
     def _read(self) -> dict[str, Any]:

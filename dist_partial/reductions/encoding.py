@@ -15,7 +15,7 @@ OUTERMOST = {2: 1.872, 1.6: 1.534, 1: 1.0}
 
 
 def encode_values(values: tf.Tensor, bits: float) -> tf.Tensor:
-    """Flat floating [n] -> uint8 [`_value_bytes(n, bits)`]."""
+    """Encodes flat floating [n] as uint8 [`value_bytes(n, bits)`]."""
     if bits in FLOATS:
         return bytes_of(tf.cast(values, FLOATS[int(bits)]))
     count, top, in_byte = values.shape[0], LEVELS[bits] - 1, int(8 / bits)
@@ -38,7 +38,7 @@ def encode_values(values: tf.Tensor, bits: float) -> tf.Tensor:
 
 
 def decode_values(message: tf.Tensor, count: int, bits: float, dtype: tf.DType) -> tf.Tensor:
-    """The inverse of `_encode_values`; bytes beyond those of `count` values are ignored."""
+    """Inverts `encode_values`; bytes beyond those of `count` values are ignored."""
     if bits in FLOATS:
         kind = FLOATS[int(bits)]
         return tf.cast(tf.bitcast(tf.reshape(message[: count * kind.size], [count, kind.size]), kind), dtype)
@@ -51,34 +51,42 @@ def decode_values(message: tf.Tensor, count: int, bits: float, dtype: tf.DType) 
 
 
 def value_bytes(count: int, bits: float) -> int:
+    """Counts the bytes that `encode_values` makes of `count` values."""
     if bits in FLOATS:
         return count * int(bits) // 8
     return 2 * ceil(count, SCALED) + ceil(count, int(8 / bits))
 
 
 def bytes_of(tensor: tf.Tensor) -> tf.Tensor:
+    """Views a tensor as flat uint8."""
     return tf.reshape(tensor if tensor.dtype == tf.uint8 else tf.bitcast(tensor, tf.uint8), [-1])
 
 
 def index_dtype(block: int) -> tf.DType:
+    """Chooses the smallest dtype that indexes a block."""
     return tf.uint8 if block <= 256 else tf.uint16 if block <= 65536 else tf.int32
 
 
 def padded(message: tf.Tensor) -> tf.Tensor:
+    """Pads flat uint8 to whole words of 4 bytes."""
     return tf.pad(message, [[0, words(message.shape[0]) - message.shape[0]]])
 
 
 def words(size: int) -> int:
+    """Rounds a number of bytes up to whole words of 4."""
     return ceil(size, 4) * 4
 
 
 def ceil(a: int, b: int) -> int:
+    """Divides and rounds up."""
     return -(-a // b)
 
 
 def zeros(shape: Sequence[int], dtype: str) -> np.ndarray:
+    """Makes an array of zeros in a TensorFlow dtype's name."""
     return np.zeros(shape, numpy_dtype(dtype))
 
 
 def numpy_dtype(dtype: str) -> Any:
+    """Translates the name of a TensorFlow dtype."""
     return tf.as_dtype(dtype).as_numpy_dtype

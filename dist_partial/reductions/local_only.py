@@ -13,9 +13,13 @@ from dist_partial.selection.payload import Payload
 
 @dataclasses.dataclass(frozen=True)
 class LocalOnly:
-    """Each replica trains variables of its own, by the gradients of its own examples; nothing is sent.
+    """Trains each replica's own variables by the gradients of its own examples; nothing is sent.
 
     Each replica is evaluated with its own, and all of them are saved.
+
+    Examples:
+        >>> LocalOnly().payloads([8, 2], "float32")
+        ()
     """
 
     @property
@@ -36,7 +40,8 @@ class LocalOnly:
 
 
 def own_part(gradient: tf.Tensor) -> Exchange:
-    # It was divided by the global batch, and stands for the mean over this replica's part of it.
+    # It was divided by the global batch, and represents the mean over this replica's part of it.
+    """Scales a gradient to the mean over this replica's own examples; requests nothing."""
     context: Any = tf.distribute.get_replica_context()
     return gradient * context.num_replicas_in_sync
     yield  # a generator that asks for nothing

@@ -19,7 +19,7 @@ from dist_partial.selection.plan import Plan
 
 @dataclasses.dataclass(frozen=True)
 class LocalSGD:
-    """Each replica trains by itself for some steps; then what they have moved is averaged.
+    """Trains each replica by itself for some steps, then averages what they have moved.
 
     The mean movement since the last exchange, `anchor - variable`, is the gradient of an outer optimizer that updates
     the anchor, from which all replicas go on. With outer SGD(1) that is local SGD (Stich 2019, "Local SGD Converges
@@ -34,6 +34,12 @@ class LocalSGD:
         compressor: a reduction of every step, by which the movements are summed; None sends them as they are.
         keep_residual_local: what the exchange leaves out stays in the replica's own variables, from which training
             goes on, instead of waiting in a residual for the next exchange (the better choice with `top_k`).
+
+    Examples:
+        >>> from dist_partial.reductions import Quantized
+        >>> diloco = LocalSGD(sync_every=50, outer_optimizer=nesterov, compressor=Quantized(4))
+        >>> diloco.next_due(done=60), diloco.payloads([256, 16], "float32")
+        (100, (Payload(kind='gather', bytes=2080, every=50, offset=0),))
     """
 
     sync_every: int
@@ -102,12 +108,21 @@ class LocalSGD:
 
 
 def nesterov(learning_rate: float = 0.7, momentum: float = 0.9) -> keras.optimizers.Optimizer:
-    """The outer optimizer of DiLoCo, with the paper's values: SGD with Nesterov momentum."""
+    """Makes the outer optimizer of DiLoCo, with the paper's values: SGD with Nesterov momentum.
+
+    Args:
+        learning_rate: how far the anchors move along the velocity.
+        momentum: how much of the last exchange's velocity the next one keeps.
+
+    Examples:
+        >>> nesterov().momentum
+        0.9
+    """
     return keras.optimizers.SGD(learning_rate, momentum=momentum, nesterov=True)
 
 
 def averages(plan: Plan, variables: Sequence[Any]) -> tuple[Payload, ...]:
-    """How variables that are averaged over the replicas travel: with the shared gradients, or else with an exchange.
+    """Says how variables averaged over the replicas travel: with the shared gradients, else with an exchange.
 
     Args:
         plan: what is trained.

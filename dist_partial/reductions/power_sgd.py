@@ -19,7 +19,7 @@ from dist_partial.selection.payload import Payload, itemsize
 
 @dataclasses.dataclass(frozen=True)
 class PowerSGD:
-    """Send a low-rank factorisation of each gradient.
+    """Sends a low-rank factorisation of each gradient.
 
     One power iteration from the last step's right factor (warm start), with error feedback: Vogels et al. 2019,
     "PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization", algorithms 1 and 2. As both
@@ -27,10 +27,14 @@ class PowerSGD:
 
     Attributes:
         rank: columns of each factor.
-        dtype: of the factors on the wire; None for the gradient's own.
+        dtype: of the factors as they are sent; None for the gradient's own.
 
     A tensor of more than two axes is folded into the matrix that takes the fewest bytes. One whose factors would not
     be smaller than itself is sent whole.
+
+    Examples:
+        >>> PowerSGD(rank=4).payloads([256, 64], "float32")  # instead of 65,536 bytes
+        (Payload(kind='sum', bytes=4096, every=1, offset=0), Payload(kind='sum', bytes=1024, every=1, offset=0))
     """
 
     rank: int = 4
@@ -46,7 +50,7 @@ class PowerSGD:
         return True
 
     def matrix(self, shape: Sequence[int]) -> tuple[int, int] | None:
-        """Rows and columns of the matrix that stands for a gradient of `shape`; None if it is sent whole."""
+        """Rows and columns of the matrix view of a gradient of `shape`; None if it is sent whole."""
         folds = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape))]
         best = min(folds, key=sum, default=(0, 0))
         return best if self.rank * sum(best) < math.prod(best) else None

@@ -17,7 +17,7 @@ from dist_partial.selection.payload import Payload
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """Send each gradient in few bits a value, with error feedback, by gather.
+    """Sends each gradient in few bits a value, with error feedback, by gather.
 
     Values lie on evenly spaced levels, symmetric to zero, whose scale 256 values share. A gather hands every replica's
     message to every other: among N workers each sends N/2 times what a sum of as many bytes would cost, so that 4 bits
@@ -25,6 +25,10 @@ class Quantized:
 
     Attributes:
         bits: of each value: 8, 4, 2, 1.6 (three levels, five values a byte) or 1 (the sign); scales add 1/16 bit.
+
+    Examples:
+        >>> [Quantized(bits).payloads([256, 16], "float32")[0].bytes for bits in (8, 4, 2, 1.6, 1)]
+        [4128, 2080, 1056, 852, 544]
     """
 
     bits: float = 8

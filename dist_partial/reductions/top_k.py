@@ -29,7 +29,7 @@ from dist_partial.selection.payload import Payload, itemsize
 
 @dataclasses.dataclass(frozen=True)
 class TopK:
-    """Send the largest values of each gradient and their places, with error feedback, by gather.
+    """Sends the largest values of each gradient and their places, with error feedback, by gather.
 
     Lin et al. 2018, "Deep Gradient Compression". The tensor is cut into blocks, of each of which the same share is
     sent, so that a place takes one byte and no sort spans the tensor; `block=None` takes the largest of all. Among N
@@ -38,7 +38,11 @@ class TopK:
     Attributes:
         density: share of the values that is sent; at least one of each block is.
         block: values a block, or None.
-        bits: of each value on the wire: 32 (float32), 16 (bfloat16), or as in `Quantized`.
+        bits: of each value as it is sent: 32 (float32), 16 (bfloat16), or as in `Quantized`.
+
+    Examples:
+        >>> TopK(density=1 / 64).payloads([256, 64], "float32")  # instead of 65,536 bytes
+        (Payload(kind='gather', bytes=768, every=1, offset=0),)
     """
 
     density: float = 1 / 64

@@ -1,6 +1,6 @@
 """python -m dist_partial.report --run_dir=DIR [--run_dir=DIR2 ...] [--output=report.html]
 
-Writes one HTML page that needs nothing but itself: loss, bytes on the wire, what was trained when, the plan and the
+Writes one HTML page that needs nothing but itself: loss, bytes sent, what was trained when, the plan and the
 samples of one or several run folders, which may be of runs that go on.
 """
 

@@ -27,7 +27,7 @@ _REPLACED = dict.fromkeys((*_UNSHOWN, *range(0x202A, 0x202F), *range(0x2066, 0x2
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A plot with what it says in words.
+    """Holds a plot with its description.
 
     Attributes:
         title: a heading.
@@ -44,7 +44,7 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What a plan says of the variables of a layer, or of neighbouring ones about which it says the same."""
+    """Holds what a plan says of a layer's variables, or of neighbouring layers about which it says the same."""
 
     name: str
     variables: int
@@ -57,7 +57,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A sampled text: the run's number, step, temperature, prompt and what goes on from it."""
+    """Holds a sampled text: the run's number, step, temperature, prompt and continuation."""
 
     run: int
     step: int
@@ -67,7 +67,7 @@ class Sample:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The whole page as HTML."""
+    """Writes the whole page as HTML."""
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -79,7 +79,7 @@ def page(runs: Sequence[Run]) -> str:
     environment.globals |= {"svg": markupsafe.Markup, "mark": _mark}
     template = environment.from_string(resources.files(__package__).joinpath("page.html").read_text("utf-8"))
     lines = [summary(run) for run in runs]
-    # What all have in common stands above the table.
+    # What all have in common is above the table.
     common = {name: lines[0].get(name) for name in ("model", "data") if len({line.get(name) for line in lines}) == 1}
     common = {name: text for name, text in common.items() if text}
     return template.render(
@@ -103,7 +103,7 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def summary(run: Run) -> dict[str, str]:
-    """A line of the table that compares runs: what is known of them, as text."""
+    """Makes a line of the table that compares runs, as text."""
     last = run.last_step
     steps = f"{last:,}" + (f" of {run.planned_steps:,}" if run.planned_steps and run.planned_steps > last else "")
     end = run.evaluations[-1] if run.evaluations else {}
@@ -117,7 +117,7 @@ def summary(run: Run) -> dict[str, str]:
             cells[name.replace("_", " ")] = f"{end[name]:.4f}"
     share = percent(run.trained_parameters / run.parameters) if run.parameters else "-"
     cells["selected parameters"] = f"{run.trained_parameters:,} ({share})"
-    cells["bytes on the wire"] = bytes_text(run.nic_bytes)
+    cells["bytes sent"] = bytes_text(run.nic_bytes)
     if last:
         cells["of exchanging everything"] = percent(run.share)
     milliseconds = run.traffic.get("step_ms")
@@ -134,7 +134,7 @@ def summary(run: Run) -> dict[str, str]:
 
 
 def figures(runs: Sequence[Run]) -> list[Figure]:
-    """The plots in which all runs share the axes, as far as there is anything to draw."""
+    """Draws the plots in which all runs share the axes, as far as there is anything to draw."""
     name = plots.quality(runs)
     words = name.replace("_", " ")
     ends = "; ".join(
@@ -162,8 +162,8 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
         ),
         (
             f"Held-out {words} over bytes",
-            "What a byte on the wire buys: lower and further left is better.",
-            f"Held-out {words} over bytes on the wire. {ends}.",
+            "What a byte sent buys: lower and further left is better.",
+            f"Held-out {words} over bytes sent. {ends}.",
             plots.held_out(runs, "nic_bytes"),
         ),
         (
@@ -173,17 +173,17 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
             plots.held_out(runs, "step"),
         ),
         (
-            "Bytes on the wire",
+            "Bytes sent",
             "What has left each worker's network interface. Dotted: if everything were trained and exchanged.",
-            f"Cumulative bytes on the wire over steps, against exchanging everything. {sent}.",
-            plots.wire(runs),
+            f"Cumulative bytes sent over steps, against exchanging everything. {sent}.",
+            plots.sent(runs),
         ),
     ]
     return [Figure(title, note, visible(label), plot) for title, note, label, plot in drawn if plot is not None]
 
 
 def strips(runs: Sequence[Run]) -> list[Figure | None]:
-    """What each run trained when; None for one without steps."""
+    """Draws what each run trained when; None for one without steps."""
     drawn: list[Figure | None] = []
     rows = [plots.merged(run.strips()) for run in runs]
     for run, each, plot in zip(runs, rows, plots.strips(runs, rows), strict=True):
@@ -194,7 +194,7 @@ def strips(runs: Sequence[Run]) -> list[Figure | None]:
 
 
 def layers(variables: Sequence[Variable]) -> list[Layer]:
-    """A plan's lines by layer; with many layers, neighbours of which it says the same are one line."""
+    """Groups a plan's lines by layer; with many layers, equal neighbours become one line."""
     members: dict[str, list[Variable]] = {}
     for variable in variables:
         members.setdefault(variable.layer, []).append(variable)
@@ -229,7 +229,7 @@ def layers(variables: Sequence[Variable]) -> list[Layer]:
 
 
 def samples(runs: Sequence[Run]) -> list[tuple[str, list[Sample], int]]:
-    """Samples side by side: first the last of each run, then earlier steps.
+    """Puts samples side by side: first the last of each run, then earlier steps.
 
     Returns:
         A heading, "" for the last ones; texts by prompt, temperature and run; how many texts more there are.
@@ -248,7 +248,7 @@ def samples(runs: Sequence[Run]) -> list[tuple[str, list[Sample], int]]:
     groups = [("", latest)] if latest else []
     for step in reversed(_thinned(steps, _EARLIER)):
         groups.append((f"step {step:,}", [place for place in by_place if place[0] == step]))
-    # By prompt, in the order in which they came, so that what can be compared stands together.
+    # By prompt, in the order in which they came, so that what can be compared is together.
     prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for *_, prompt in by_place))}
     sets = []
     for title, places in groups:
@@ -259,14 +259,14 @@ def samples(runs: Sequence[Run]) -> list[tuple[str, list[Sample], int]]:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Bindings in which runs differ: the name, and the value in each; "" where there is none."""
+    """Lists bindings in which runs differ: the name, and the value in each; "" where there is none."""
     names = sorted({name for run in runs for name in run.bindings})
     table = [(name, [run.bindings.get(name, "") for run in runs]) for name in names]
     return [(name, values) for name, values in table if len(set(values)) > 1]
 
 
 def visible(text: str, limit: int | None = None) -> str:
-    """Text with the replacement character for what cannot be shown, and cut after `limit` characters."""
+    """Replaces what cannot be shown by the replacement character, and cuts after `limit` characters."""
     rest = len(text) - limit if limit else 0
     shown = text[:limit].translate(_REPLACED)
     return f"{shown}… ({rest:,} more characters)" if rest > 0 else shown
@@ -295,7 +295,7 @@ def _notes(run: Run) -> list[str]:
     if not run.last_step:
         notes.append("No step is recorded yet: the plan is known, the rest comes with the first steps.")
     elif run.nic_bytes == 0:
-        notes.append("Nothing is on the wire: there is one replica, or what it trains is never sent.")
+        notes.append("Nothing is sent: there is one replica, or what it trains is never sent.")
     elif run.alone:
         notes.append(
             f"All replicas are in one process, and nothing leaves the machine: bytes are what would leave each of "

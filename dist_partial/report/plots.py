@@ -70,7 +70,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A plot as SVG elements, for pages of two widths.
+    """Holds a plot as SVG elements, for pages of two widths.
 
     Attributes:
         wide: for columns of about 590 CSS pixels.
@@ -82,7 +82,7 @@ class Plot:
 
 
 def loss(runs: Sequence[Run]) -> Plot | None:
-    """Training loss (mean, and range where steps share a point) and held-out loss over steps; None without any."""
+    """Draws training loss (mean, and range where steps share a point) and held-out loss; None without any."""
 
     def draw(axes: Axes, wide: bool) -> None:
         shown: list[np.ndarray] = []
@@ -102,7 +102,7 @@ def loss(runs: Sequence[Run]) -> Plot | None:
 
 
 def held_out(runs: Sequence[Run], over: str) -> Plot | None:
-    """Held-out bits per byte, or loss where a run has none, over "step" or "nic_bytes"; None without any."""
+    """Draws held-out bits per byte, or loss, over "step" or "nic_bytes"; None without any."""
     name = quality(runs)
 
     def draw(axes: Axes, wide: bool) -> None:
@@ -117,15 +117,15 @@ def held_out(runs: Sequence[Run], over: str) -> Plot | None:
         else:
             _bytes(axes.xaxis)
             axes.set_xlim(left=0)
-            axes.set_xlabel("bytes on the wire, each worker", loc="right")
+            axes.set_xlabel("bytes sent, each worker", loc="right")
 
     # With one replica nothing is sent, and bytes tell nothing.
     known = any((np.isfinite(column(run, name)) & (column(run, over) > 0)).any() for run in runs)
     return _plot(draw, f"held-out-{over}") if known else None
 
 
-def wire(runs: Sequence[Run]) -> Plot | None:
-    """Cumulative bytes that have left each worker, and what exchanging everything would be; None without any."""
+def sent(runs: Sequence[Run]) -> Plot | None:
+    """Draws the bytes that have left each worker, and what exchanging everything would be; None without any."""
 
     def draw(axes: Axes, wide: bool) -> None:
         ends: dict[float, int] = {}
@@ -141,11 +141,11 @@ def wire(runs: Sequence[Run]) -> Plot | None:
         _bytes(axes.yaxis)
         _steps(axes)
 
-    return _plot(draw, "wire") if any((run.train[:, 2] > 0).any() for run in runs) else None
+    return _plot(draw, "sent") if any((run.train[:, 2] > 0).any() for run in runs) else None
 
 
 def strips(runs: Sequence[Run], rows: Sequence[Sequence[Strip]]) -> list[Plot | None]:
-    """Of each run its strips, shaded by the share of a layer's parameters that was trained; None without any."""
+    """Draws the strips of each run, shaded by the share of a layer's parameters that was trained; None without any."""
     last = max((run.last_step for run in runs), default=0)
     longest = max((len(strip.name) for each in rows for strip in each), default=0)
     return [
@@ -197,18 +197,18 @@ def _strips(run: Run, rows: Sequence[Strip], number: int, last: int, longest: in
 
 
 def quality(runs: Sequence[Run]) -> str:
-    """What held-out quality is compared by: bits per byte if every run that has evaluations has them."""
+    """Chooses what compares held-out quality: bits per byte if every run that has evaluations has them."""
     names = [set().union(*run.evaluations) for run in runs if run.evaluations]
     return "bits_per_byte" if names and all("bits_per_byte" in each for each in names) else "loss"
 
 
 def column(run: Run, name: str) -> np.ndarray:
-    """[evaluations], NaN where it is missing."""
+    """Reads a column as [evaluations], NaN where it is missing."""
     return np.array([row.get(name, math.nan) for row in run.evaluations], np.float64)
 
 
 def binned(x: np.ndarray, y: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """A curve in at most `count` points: rows [n] in order of `x` that fall into one bin are one point.
+    """Thins a curve to at most `count` points: rows [n] in order of `x` that fall into one bin are one point.
 
     Returns:
         Mean `x`, mean, least and greatest `y` of each bin that has any; rows whose `y` is NaN are left out.
@@ -226,7 +226,7 @@ def binned(x: np.ndarray, y: np.ndarray, count: int) -> tuple[np.ndarray, np.nda
 
 
 def cells(strip: Strip, last: int, columns: int) -> list[tuple[float, float, float]]:
-    """The spans as they can be drawn: trained ones, equal neighbours joined, and averaged where there are too many."""
+    """Joins equal neighbours of trained spans, and averages where there are too many to draw."""
     spans = list(strip.spans)
     if len(spans) > columns:
         edges = np.linspace(0, last, columns + 1)
@@ -246,7 +246,7 @@ def cells(strip: Strip, last: int, columns: int) -> list[tuple[float, float, flo
 
 
 def merged(strips: Sequence[Strip]) -> list[Strip]:
-    """With many layers, neighbours that were trained alike become one row that names the first and the last."""
+    """Merges neighbouring layers that were trained alike, where there are many, into one row."""
     if len(strips) <= _LAYERS:
         return list(strips)
     groups: list[list[Strip]] = []
@@ -262,7 +262,12 @@ def merged(strips: Sequence[Strip]) -> list[Strip]:
 
 
 def bytes_text(value: float) -> str:
-    """A number of bytes in three digits and SI units."""
+    """Writes a number of bytes in three digits and SI units.
+
+    Examples:
+        >>> bytes_text(1234567).replace("\\u00a0", " ")
+        '1.23 MB'
+    """
     if not math.isfinite(value):
         return "-"
     for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
@@ -273,7 +278,12 @@ def bytes_text(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in percent, never rounded to nothing or to everything."""
+    """Writes a share in percent, never rounded to nothing or to everything.
+
+    Examples:
+        >>> percent(0.385)
+        '38.5%'
+    """
     if not math.isfinite(share):
         return "-"
     if share in (0, 1):
@@ -295,11 +305,11 @@ def _plot(
     """Draws for both widths of the page.
 
     Args:
-        draw: puts the content into axes; told whether they are wide.
+        draw: puts the content into axes; called with whether they are wide.
         name: unique on the page.
         height: in CSS pixels.
         width: of the wide one, in CSS pixels.
-        margins: fixed, so that the axes of all plots begin and end alike; told whether they are wide.
+        margins: fixed, so that the axes of all plots begin and end alike; called with whether they are wide.
     """
     return Plot(
         _svg(draw, f"{name}-wide", (width, height or 300), margins(True), True),

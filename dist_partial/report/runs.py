@@ -15,12 +15,12 @@ from dist_partial.errors import UserError
 from dist_partial.validation import nearest
 
 _STEPS = 2**53  # the largest step that a float holds exactly
-_PHASES = 440  # stretches of a run in which what is trained is told apart
+_PHASES = 440  # stretches of a run in which what is trained is distinguished
 
 
 @dataclasses.dataclass(frozen=True)
 class Variable:
-    """A line of plan.json.
+    """Holds a line of plan.json.
 
     Attributes:
         path: without the model's own name.
@@ -61,7 +61,7 @@ class Variable:
 
 @dataclasses.dataclass(frozen=True)
 class Strip:
-    """What was trained when, of one layer.
+    """Holds what was trained when, of one layer.
 
     Attributes:
         name: of the layer.
@@ -80,7 +80,7 @@ class Strip:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run folder.
+    """Holds what was read of one run folder.
 
     Attributes:
         name: that tells it from the others of the report.
@@ -149,7 +149,7 @@ class Run:
         return sum(variable.parameters for variable in self.variables)
 
     def strips(self) -> tuple[Strip, ...]:
-        """What was trained when: of each layer, or of each unit of the schedule where its layers cannot be told."""
+        """Says what was trained when, by layer, or by unit of the schedule where layers cannot be distinguished."""
         last = self.last_step
         if not last:
             return ()
@@ -373,7 +373,7 @@ def _share(variables: Sequence[Variable], on: Callable[[Variable], bool] = lambd
 
 
 def bindings(text: str) -> dict[str, str]:
-    """The bindings of an operative configuration: name and value as text, in one line."""
+    """Reads the bindings of an operative configuration: name and value as text, in one line."""
     found: dict[str, str] = {}
     name = ""
     for line in text.splitlines():

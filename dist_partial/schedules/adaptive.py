@@ -19,13 +19,20 @@ class AutoFreeze(Periodic):
     squared gradient norms over the interval and |g'| that over the last one before it in which the unit was on (the
     paper sums the gradients themselves, which takes a copy of each). From the bottom, units are frozen as long as their
     change is below a percentile of all changes. Refreezing tests (Wang et al. 2022, "Egeria") train all units again for
-    one interval, after which the same rule decides anew.
+    one interval, after which the same rule decides again.
 
     Attributes:
         every: steps of an interval.
         percentile: above 0, at most 100.
         keep: units at the top that are never frozen.
         retest: all units are trained in each interval whose number, from 0, this divides; None never tests.
+
+    Examples:
+        >>> from dist_partial.schedules import Unit
+        >>> units = [Unit(name, (f"{name}/kernel",), 4, 1) for name in ("embedding", "block", "head")]
+        >>> autofreeze = AutoFreeze(every=50)
+        >>> sorted(autofreeze.select(0, units, 0, autofreeze.initial(units)))  # until one stops changing
+        ['block', 'embedding', 'head']
     """
 
     binding: ClassVar[str] = "autofreeze"
@@ -86,7 +93,7 @@ class AutoFreeze(Periodic):
 
 @dataclasses.dataclass(frozen=True)
 class ByteBudget(Periodic):
-    """At most so many bytes a step, spent where the gradient is.
+    """Trains the layers with the most gradient within a budget of bytes a step.
 
     Before the first step, and then every few, the gradients of all units are measured on a probe, and units are taken,
     those with the most first, as long as they fit. A unit that has been left out `starve` times in a row comes before
@@ -99,6 +106,14 @@ class ByteBudget(Periodic):
         by: 'norm_per_byte' (of the gradient, per byte that the unit sends) or 'norm'.
         always: names of units, or regular expressions of whole names, that are always on, and charged first.
         starve: times a unit may be left out before it has priority; None is the number of units.
+
+    Examples:
+        >>> from dist_partial.schedules import Unit
+        >>> units = [Unit("block", ("block/kernel",), 3000, 750), Unit("head", ("head/kernel",), 1000, 250)]
+        >>> budget = ByteBudget(bytes=3500)
+        >>> state = budget.observe(0, units, np.array([4.0, 1.0]), budget.initial(units))
+        >>> sorted(budget.select(0, units, 0, state))
+        ['head']
     """
 
     binding: ClassVar[str] = "byte_budget"
@@ -146,7 +161,7 @@ class ByteBudget(Periodic):
         starve = len(units) if self.starve is None else self.starve
 
         def rank(i: int) -> tuple[int, float]:
-            # What sends nothing fits wherever it stands.
+            # What sends nothing always fits.
             score = norms[i] / max(units[i].bytes, 1) if self.by == "norm_per_byte" else norms[i]
             return (-waits[i] if waits[i] >= starve else 0), -score
 

@@ -22,13 +22,17 @@ CHOICES = {"order": ("ascending", "descending", "random"), "by": ("norm", "norm_
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """Trained variables that are switched on and off together.
+    """Names trained variables that are switched on and off together.
 
     Attributes:
         name: by which schedules and logs call it.
         paths: of its variables.
         bytes: what leaves a worker's network interface for it in a step in which it is on.
         parameters: how many of its parameters are trained.
+
+    Examples:
+        >>> Unit("head", ("head/kernel", "head/bias"), bytes=72, parameters=18).name
+        'head'
     """
 
     name: str
@@ -38,7 +42,7 @@ class Unit:
 
 
 class Schedule(Protocol):
-    """What `run.schedule` has to offer.
+    """Decides what is trained at each step: what `run.schedule` has to offer.
 
     Units stand in order from the model's input to its output. `step` is a number of updates: what is said of it holds
     for the update that follows, and 0 is before the first.
@@ -75,14 +79,20 @@ class Schedule(Protocol):
 
 
 def observes(schedule: Schedule, step: int) -> bool:
-    """Whether `observe` is due at this step: at each `next_switch`; a probe, which needs no past, at step 0, too."""
+    """Tells whether `observe` is due at this step: at each `next_switch`; for a probe, at step 0, too.
+
+    Examples:
+        >>> from dist_partial.schedules import AutoFreeze, Constant
+        >>> observes(Constant(), 50), observes(AutoFreeze(every=50), 50)
+        (False, True)
+    """
     if step == 0 or schedule.statistics is None:
         return schedule.statistics == "probe"
     return schedule.next_switch(step - 1) == step
 
 
 class Stateless:
-    """Of the schedules that follow from step and seed alone."""
+    """Gives schedules that follow from step and seed alone the methods of those with a state."""
 
     statistics: ClassVar[str | None] = None
 
@@ -99,7 +109,7 @@ class Stateless:
 # By keyword, so that a field without a default can follow.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Periodic(Stateless):
-    """Of the schedules that may switch every few steps.
+    """Gives schedules that may switch every few steps their units and switches.
 
     Attributes:
         every: steps from one switch to the next.
@@ -136,6 +146,7 @@ class Periodic(Stateless):
 
 
 def by_layer(paths: Sequence[str]) -> Partition:
+    """Divides paths into one unit a top layer."""
     layers: dict[str, list[str]] = {}
     for path in paths:
         layers.setdefault(path.split("/")[0], []).append(path)
@@ -143,7 +154,7 @@ def by_layer(paths: Sequence[str]) -> Partition:
 
 
 def by_pattern(where: str, patterns: Sequence[str], paths: Sequence[str]) -> Partition:
-    """Units by the first pattern that matches, in the patterns' order."""
+    """Divides paths into units by the first pattern that matches, in the patterns' order."""
     units: list[list[str]] = [[] for _ in patterns]
     for path in paths:
         number = next((n for n, pattern in enumerate(patterns) if matches(pattern, path)), None)
@@ -160,7 +171,7 @@ def by_pattern(where: str, patterns: Sequence[str], paths: Sequence[str]) -> Par
 
 
 def split_always(binding: str, always: Sequence[str], units: Sequence[Unit]) -> tuple[list[str], list[str]]:
-    """Names of the units that are always on, and of the others, in the units' order."""
+    """Splits the names of the units into those that are always on, and the others, in the units' order."""
     names = [unit.name for unit in units]
     on = set()
     for pattern in always:
@@ -175,15 +186,18 @@ def split_always(binding: str, always: Sequence[str], units: Sequence[Unit]) -> 
 
 
 def quoted(words: Iterable[str]) -> str:
+    """Joins words, each in quotes."""
     return ", ".join(map(repr, words))
 
 
 def unreached(what: str, start: int, steps: int) -> list[str]:
     # No mistake: the schedule of a long run is tried for a few steps, and goes on when run.steps is more.
+    """Says, if so, that a run ends before `start`."""
     return [f"{what} after {start} steps, and run.steps is {steps}"] if start >= steps else []
 
 
 def check_pattern(where: str, pattern: Any) -> None:
+    """Raises UserError unless it is a regular expression."""
     if not isinstance(pattern, str):
         raise UserError(f"{where}: the pattern {pattern!r} must be a string")
     try:

@@ -26,7 +26,12 @@ from dist_partial.validation import nearest
 
 @dataclasses.dataclass(frozen=True)
 class Constant(Stateless):
-    """Everything that the rules train, always: one unit without a name."""
+    """Trains everything that the rules train, always: one unit without a name.
+
+    Examples:
+        >>> Constant().partition(["body/kernel", "head/kernel"])
+        [('', ('body/kernel', 'head/kernel'))]
+    """
 
     def partition(self, paths: Sequence[str]) -> Partition:
         return [("", tuple(paths))]
@@ -43,12 +48,17 @@ class Constant(Stateless):
 
 @dataclasses.dataclass(frozen=True)
 class Phases(Stateless):
-    """From each first step on, the trained variables whose whole path matches the phase's pattern.
+    """Trains, from each first step on, the variables whose whole path matches the phase's pattern.
 
     Variables that are on in the same phases are a unit.
 
     Attributes:
         table: (first step, regular expression), in order; the first is of step 0.
+
+    Examples:
+        >>> phases = Phases([(0, "head/.*"), (200, ".*")])
+        >>> phases.next_switch(0)
+        200
     """
 
     table: Sequence[tuple[int, str]]
@@ -117,11 +127,17 @@ class Phases(Stateless):
 
 @dataclasses.dataclass(frozen=True)
 class Gradual(Periodic):
-    """Gradual unfreezing: at first the top unit, then one more below it at a time (Howard & Ruder 2018, "ULMFiT").
+    """Unfreezes gradually: first the top unit, then one more below it at a time (Howard & Ruder 2018, "ULMFiT").
 
     Attributes:
         every: steps until the next are added.
         count: units that are added at a time, and on at first.
+
+    Examples:
+        >>> from dist_partial.schedules import Unit
+        >>> units = [Unit(name, (f"{name}/kernel",), 4, 1) for name in ("embedding", "block", "head")]
+        >>> [sorted(Gradual(every=10).select(step, units, 0, {})) for step in (0, 10)]
+        [['head'], ['block', 'head']]
     """
 
     binding: ClassVar[str] = "gradual_unfreezing"
@@ -146,12 +162,19 @@ class Gradual(Periodic):
 
 @dataclasses.dataclass(frozen=True)
 class Rotation(Periodic):
-    """Block coordinate descent: each unit in turn, for some steps (Luo et al. 2024, "BAdam").
+    """Trains each unit in turn, for some steps: block coordinate descent (Luo et al. 2024, "BAdam").
 
     Attributes:
         every: steps of a turn.
         order: 'ascending' (from the input), 'descending', or 'random': another order, by the seed, in each round.
         always: names of units, or regular expressions of whole names, that are on in every turn and take none.
+
+    Examples:
+        >>> from dist_partial.schedules import Unit
+        >>> units = [Unit(name, (f"{name}/kernel",), 4, 1) for name in ("embedding", "block", "head")]
+        >>> rotation = Rotation(every=10, order="ascending", always=["head"])
+        >>> [sorted(rotation.select(step, units, 0, {})) for step in (0, 10)]
+        [['embedding', 'head'], ['block', 'head']]
     """
 
     binding: ClassVar[str] = "block_rotation"
@@ -181,13 +204,20 @@ class Rotation(Periodic):
 
 @dataclasses.dataclass(frozen=True)
 class Lisa(Periodic):
-    """Some units drawn anew every few steps, by the seed, and others always on (Pan et al. 2024, "LISA").
+    """Draws units every few steps, by the seed, besides those always on (Pan et al. 2024, "LISA").
 
     Attributes:
         every: steps until the next draw.
         count: units that are drawn.
         always: names of units, or regular expressions of whole names, that are always on and not drawn; None is the
             first and the last: embedding and head, as in the paper.
+
+    Examples:
+        >>> from dist_partial.schedules import Unit
+        >>> units = [Unit(f"block_{i}", (f"block_{i}/kernel",), 4, 1) for i in range(8)]
+        >>> lisa = Lisa(every=10, count=2)  # besides the first and the last
+        >>> [len(lisa.select(step, units, 0, {})) for step in (0, 9, 10)]
+        [4, 4, 4]
     """
 
     binding: ClassVar[str] = "lisa"

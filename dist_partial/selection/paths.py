@@ -7,15 +7,27 @@ from dist_partial import compat
 
 
 def variable_paths(model: Any) -> list[str]:
-    """Paths of the model's trainable variables without the model's own leading name."""
+    """Lists the paths of the model's trainable variables without the model's own leading name.
+
+    Examples:
+        >>> import keras
+        >>> variable_paths(keras.Sequential([keras.Input([2]), keras.layers.Dense(1, name="head")]))
+        ['head/kernel', 'head/bias']
+    """
     return paths_of(model, model.trainable_variables)
 
 
 def paths_of(model: Any, variables: Sequence[Any]) -> list[str]:
-    """Paths of some of a model's variables without the model's own leading name: what they are called everywhere.
+    """Names some of a model's variables: their paths without the model's own leading name, the same everywhere.
 
     They are Keras's, `variable.path`. Functional submodels are missing from these, so that those of two towers may be
     the same: then all are made of the names of the layers, one inside the other, as `left/hidden/kernel`.
+
+    Examples:
+        >>> import keras
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, name="head")])
+        >>> paths_of(model, model.weights[:1])
+        ['head/kernel']
     """
     weights = {id(v): v.path for layer in compat.layers(model) for v in compat.own_weights(layer)}
     if len(set(weights.values())) == len(weights):
@@ -42,7 +54,14 @@ def _strip_root(root: str, paths: Sequence[str]) -> list[str]:
 
 
 def own_names(model: Any, variables: Sequence[Any]) -> list[str]:
-    """`paths_of`; of several that are the same all but the first end in ` (2)`, ` (3)`, ..."""
+    """Makes `paths_of` unique: equal paths but the first end in ` (2)`, ` (3)`, ...
+
+    Examples:
+        >>> import keras
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, name="head")])
+        >>> own_names(model, [model.weights[0], model.weights[0]])
+        ['head/kernel', 'head/kernel (2)']
+    """
     names: dict[str, None] = {}
     for path in paths_of(model, variables):
         name, number = path, 1
@@ -54,7 +73,7 @@ def own_names(model: Any, variables: Sequence[Any]) -> list[str]:
 
 
 def frozen_by_code(model: Any) -> list[str]:
-    """Paths of the weights that are out of the rules' reach because of `trainable = False`; no statistics."""
+    """Lists the paths of weights that rules cannot reach because of `trainable = False`; no statistics."""
     trainable = {id(variable) for variable in model.trainable_variables}
     weights = {id(v): v for layer in compat.layers(model) for v in compat.own_weights(layer)}
     return paths_of(model, [variable for key, variable in weights.items() if key not in trainable])

@@ -1,4 +1,4 @@
-"""What crosses the wire for one gradient, and how many bytes that is."""
+"""What is sent for one gradient, and how many bytes that is."""
 
 import fractions
 import re
@@ -7,7 +7,12 @@ from typing import Any, NamedTuple
 
 
 class Payload(NamedTuple):
-    """What one replica hands over to a 'sum' or a 'gather': `bytes` after the steps s, s % every == offset % every."""
+    """Describes what one replica hands over to a 'sum' or 'gather' after the steps s, s % every == offset % every.
+
+    Examples:
+        >>> Payload("sum", bytes=100, every=10).times(first=0, last=25)
+        2
+    """
 
     kind: str
     bytes: int
@@ -20,7 +25,7 @@ class Payload(NamedTuple):
 
 
 def nic_bytes(kind: str, payload: int, workers: int) -> fractions.Fraction:
-    """Bytes that leave the network interface of each of N workers when each hands over a payload, without headers.
+    """Counts the bytes that leave the network interface of each of N workers when each hands over a payload.
 
     Of a sum 2 (N-1)/N of the payload, by a ring or by our own connections (Patarasuk & Yuan 2009, "Bandwidth optimal
     all-reduce algorithms"); of a gather N-1 times the payload, which is N/2 times what a sum costs.
@@ -30,7 +35,7 @@ def nic_bytes(kind: str, payload: int, workers: int) -> fractions.Fraction:
         payload: bytes that one worker hands over.
         workers: how many there are, with one replica each.
 
-    Example:
+    Examples:
         >>> [int(nic_bytes(kind, 100, workers=4)) for kind in ("sum", "gather")]
         [150, 300]
     """
@@ -39,15 +44,27 @@ def nic_bytes(kind: str, payload: int, workers: int) -> fractions.Fraction:
 
 
 def average_bytes(payloads: Sequence[Any], workers: int | None = None) -> int | float:
-    """Bytes a step of messages that travel every so many steps: payload, or at the interface of each of the workers."""
+    """Averages the bytes a step of payloads that travel every so many steps, or what each worker's interface sends.
+
+    Examples:
+        >>> payloads = [Payload("sum", 100), Payload("gather", 40, every=10)]
+        >>> average_bytes(payloads), average_bytes(payloads, workers=4)
+        (104, 162)
+    """
     sizes = [m.bytes if workers is None else nic_bytes(m.kind, m.bytes, workers) for m in payloads]
     return exact_number(sum(fractions.Fraction(size, m.every) for size, m in zip(sizes, payloads, strict=True)))
 
 
 def exact_number(value: fractions.Fraction | int) -> int | float:
+    """Returns an int where the value is whole, else a float."""
     return int(value) if value == int(value) else float(value)
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of one element; `bfloat16` is not a NumPy name, so the size is read off the name."""
+    """Returns the bytes of one element; `bfloat16` is not a NumPy name, so the size is read off the name.
+
+    Examples:
+        >>> itemsize("bfloat16"), itemsize("float32")
+        (2, 4)
+    """
     return int(re.sub(r"\D", "", dtype.replace("bfloat", "float"))) // 8

@@ -29,6 +29,14 @@ def resolve(
     Raises:
         UserError: a rule that matches nothing, a variable that no rule covers, an empty selection, two
             variables with one path, a pattern that is not a regular expression, rows beyond a variable.
+
+    Examples:
+        >>> import keras
+        >>> from dist_partial.reductions import AllReduce
+        >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(2, name="head")])
+        >>> resolve([("train", "hed/.*l"), ("freeze", ".*")], model, AllReduce())
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: rule 1 ('hed/.*l') matches no variable; nearest paths: 'head/kernel', 'head/bias'
     """
     rules = parse_rules(table)
     check_reduction("all rules that name none", reduction)
@@ -86,7 +94,7 @@ def _check_unused(number: int, rules: Sequence[Rule], paths: Sequence[str], mode
     if taken:
         first = next(n for n, r in enumerate(rules) if matches(r.match, taken[0]))
         raise UserError(
-            f"rule {number + 1} ({rule.match!r}) never applies: rule {first + 1} ({rules[first].match!r}) stands "
+            f"rule {number + 1} ({rule.match!r}) never applies: rule {first + 1} ({rules[first].match!r}) is "
             f"before it and takes {taken[0]!r}; the first match wins, so move it up"
         )
     if not frozen:

@@ -13,7 +13,7 @@ from dist_partial.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One line of the table.
+    """Selects variables by their paths, and says what happens to them: one line of the table.
 
     Attributes:
         match: regular expression that must match the whole path of a variable (`dense1/kernel`, without
@@ -25,6 +25,10 @@ class Rule:
         rows: (start, stop) of the leading axis: only these rows are trained, as a variable of their own with the
             whole one's path, name and constraint (optimizers that look at a variable's norm or shape see the rows').
         lora: rank of the factors that are trained in place of the kernels that match, which stay frozen (see `lora`).
+
+    Examples:
+        >>> str(Rule("head/.*")), str(Rule("embedding/embeddings", rows=(0, 128)))
+        ('train head/.*', 'train embedding/embeddings rows 0:128')
     """
 
     match: str
@@ -46,6 +50,10 @@ def parse_rules(table: Sequence[Any]) -> tuple[Rule, ...]:
 
     Raises:
         UserError: if a line is neither, or a pattern is not a regular expression.
+
+    Examples:
+        >>> [str(rule) for rule in parse_rules([("train", "head/.*"), Rule(".*", train=False)])]
+        ['train head/.*', 'freeze .*']
     """
     if not isinstance(table, (list, tuple)) or not table:
         raise UserError(
@@ -74,7 +82,7 @@ def _parse_rule(number: int, line: Any) -> Rule:
             "such as r'block_3/.*'"
         ) from None
     _check_options(number, rule)
-    # The table's lines are told apart by identity, so each line is an object of its own.
+    # The table's lines are distinguished by id, so each line is an object of its own.
     return dataclasses.replace(rule)
 
 
@@ -110,7 +118,12 @@ def _check_options(number: int, rule: Rule) -> None:
 
 
 def check_reduction(where: str, reduction: Any) -> None:
-    """Raises UserError if it is none; `where` says which."""
+    """Raises UserError if it is no reduction; `where` says which.
+
+    Examples:
+        >>> from dist_partial.reductions import AllReduce
+        >>> check_reduction("rule 1", AllReduce())
+    """
     if isinstance(reduction, type) or not hasattr(reduction, "payloads"):
         raise UserError(
             f"{where}: reduction is {reduction!r}: give one such as AllReduce(), in a gin file @all_reduce(), "
@@ -119,10 +132,20 @@ def check_reduction(where: str, reduction: Any) -> None:
 
 
 def first_match(rules: Sequence[Rule], path: str) -> int | None:
-    """The place of the rule that covers the path, or None."""
+    """Finds the place of the rule that covers the path, or None.
+
+    Examples:
+        >>> first_match(parse_rules([("train", "head/.*"), ("freeze", ".*")]), "body/kernel")
+        1
+    """
     return next((number for number, rule in enumerate(rules) if matches(rule.match, path)), None)
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a regular expression matches a whole path, which may be written with a trailing `:0`."""
+    """Tells whether a regular expression matches a whole path, which may be written with a trailing `:0`.
+
+    Examples:
+        >>> matches("dense[12]/kernel", "dense1/kernel"), matches("dense1", "dense1/kernel")
+        (True, False)
+    """
     return any(re.fullmatch(pattern, name) is not None for name in (path, f"{path}:0"))

@@ -8,11 +8,20 @@ from dist_partial.selection.plan import Plan
 
 
 def plan_table(plan: Plan, hosts: int) -> str:
-    """The plan for people: a line a variable, then totals and the share of the whole.
+    """Writes the plan for people: a line a variable, then totals and the share of the whole.
 
     Args:
         plan: the plan.
         hosts: over how many processes with a network interface between them its replicas are spread.
+
+    Examples:
+        >>> import keras
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(2, name="head")])
+        >>> table = plan_table(resolve([("train", ".*/kernel"), ("freeze", ".*")], model, AllReduce()), 2)
+        >>> print(table.splitlines()[2])
+        head/kernel  8x2    yes      train .*/kernel  all-reduce            64
     """
     header = ("path", "shape", "trained", "rule", "reduction", "bytes a step")
     lines = [
@@ -52,6 +61,7 @@ def _interface(workers: int, hosts: int) -> str:
 
 
 def grouped(average: int | float) -> str:
+    """Writes a number with its digits grouped."""
     return f"{average:,}" if isinstance(average, int) else f"{average:,.1f}"
 
 

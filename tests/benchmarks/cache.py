@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks.cache
 
-Writes tests/benchmarks/results/cache.json and the README's table.
+Writes tests/benchmarks/results/cache.json.
 """
 
 import json
@@ -23,7 +23,7 @@ from dist_partial.distributed import replicas
 from dist_partial.models import byte_transformer
 from dist_partial.training.build import build
 from dist_partial.training.schedule_runner import ScheduleRunner
-from tests.benchmarks import readme
+from tests.benchmarks import tables
 
 COMMAND = "python -m tests.benchmarks.cache"
 RESULTS = Path(__file__).parent / "results" / "cache.json"
@@ -88,9 +88,7 @@ def main() -> None:
         keras.utils.clear_session()
     setting = f"byte_transformer({BLOCKS} layers, width {WIDTH}), {EXAMPLES} examples of {WINDOW} bytes, 2 replicas"
     RESULTS.write_text(json.dumps({"command": COMMAND, "setting": setting, "rows": rows}, indent=1) + "\n")
-    table = readme.table(list(rows[0]), [list(row.values()) for row in rows], words=2)
-    readme.write("cache", table)
-    print(table)
+    print(tables.text("cache"))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks.finetune
 
-Each row is a process of its own, one after the other. Writes results/finetune.json and the README's table.
+Each row is a process of its own, one after the other. Writes results/finetune.json.
 """
 
 import argparse
@@ -14,9 +14,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-from tests.benchmarks import readme
+from tests.benchmarks import tables
 
 COMMAND = "python -m tests.benchmarks.finetune"
 RESULTS = Path(__file__).parent / "results" / "finetune.json"
@@ -75,34 +74,6 @@ def child(name: str) -> None:
     print("RESULT " + json.dumps(found), flush=True)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    whole = rows[0]
-    header = [
-        "what is trained",
-        "parameters",
-        "MB a step",
-        "held-out loss",
-        "ms a step",
-        "of all",
-        "peak GB",
-        "checkpoint, MB",
-    ]
-    lines = [
-        [
-            row["what"],
-            f"{row['parameters']:,} ({row['share']:.1%})",
-            f"{row['wire_bytes_per_step'] / 1e6:.1f}",
-            f"{row['loss_before']:.3f} → {row['loss_after']:.3f}",
-            f"{row['step_ms']:,.0f}",
-            f"{row['step_ms'] / whole['step_ms']:.2f}",
-            f"{row['peak_gb']:.1f}",
-            f"{row['checkpoint_bytes'] / 1e6:.0f}",
-        ]
-        for row in rows
-    ]
-    return readme.table(header, lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--child")
@@ -120,8 +91,8 @@ def main() -> None:
         rows.append(json.loads(lines[0]))
         setting = f"{STEPS} steps of {BATCH} examples of 128 tokens, Adam, cosine, 2 simulated replicas on 2 cores"
         RESULTS.write_text(json.dumps({"command": COMMAND, "setting": setting, "rows": rows}, indent=1) + "\n")
-        readme.write("finetune", table(rows))
         print({key: value for key, value in rows[-1].items() if key != "samples"}, flush=True)
+    print(tables.text("finetune"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `dist_partial.plan` foretells against what a run on real hosts takes.
+"""What `dist_partial.plan` predicts against what a run on real hosts takes.
 
 python -m tests.benchmarks.plan
 
@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests import hosts
-from tests.benchmarks import readme
+from tests.benchmarks import tables
+from tests.helpers import hosts
 
 COMMAND = "python -m tests.benchmarks.plan"
 RESULTS = Path(__file__).parent / "results" / "plan.json"
@@ -36,7 +36,7 @@ run.rules = [('train', '.*')]
 LOOP = "run.steps = 24\nrun.steps_per_loop = 3\nrun.eval_examples = 32\nsample.length = 1\n"
 
 
-def foretold(config: Path, count: int) -> list[float]:
+def predicted(config: Path, count: int) -> list[float]:
     """Milliseconds a step at each rate, from a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.plan", "--child", str(config), str(count)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -64,12 +64,6 @@ def measured(config: Path, count: int, rate: str) -> dict[str, Any]:
         return json.loads(Path(folder, "run", "traffic.json").read_text())
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    header = ["what is trained", "rate", "hosts", "foretold, ms", "measured, ms", "error"]
-    names = ("config", "rate", "hosts", "foretold_ms", "measured_ms")
-    return readme.table(header, [[*(row[name] for name in names), f"{row['error']:+.1%}"] for row in rows], words=2)
-
-
 def main() -> None:
     rows = []
     for name, text in CONFIGS.items():
@@ -77,17 +71,16 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 config = Path(folder, "config.gin")
                 config.write_text(f"{text}{LOOP}run.global_batch = {8 * count}\n")
-                for rate, expected in zip(RATES, foretold(config, count), strict=True):
+                for rate, expected in zip(RATES, predicted(config, count), strict=True):
                     found = measured(config, count, rate)
                     error = expected / found["step_ms"] - 1
-                    row = {"config": name, "hosts": count, "rate": rate, "foretold_ms": round(expected, 1)}
+                    row = {"config": name, "hosts": count, "rate": rate, "predicted_ms": round(expected, 1)}
                     row |= {"measured_ms": round(found["step_ms"], 1), "error": round(error, 4)}
                     row |= {"expected_nic_bytes": found["expected_nic_bytes"], "nic_bytes": found["nic_bytes"]}
                     rows.append(row)
                     print(row, flush=True)
     RESULTS.write_text(json.dumps({"command": COMMAND, "rows": rows}, indent=1) + "\n")
-    readme.write("plan", table(rows))
-    print(table(rows))
+    print(tables.text("plan"))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import readme
+from tests.benchmarks import tables
 
 COMMAND = "python -m tests.benchmarks.quality"
 RESULTS = Path(__file__).parent / "results"
@@ -79,10 +79,10 @@ def _policies() -> list[Policy]:
         "every 10 steps, Nesterov (DiLoCo)": lambda m: m.LocalSGD(10, outer_optimizer=m.nesterov),
         "every 10 steps, 4 bits": lambda m: m.LocalSGD(10, compressor=m.Quantized(4)),
         "every 6 steps, 1.6 bits": lambda m: m.LocalSGD(6, compressor=m.Quantized(1.6)),
-        "every 2 steps, top 6 % in 1 bit, keep": lambda m: m.LocalSGD(
+        "every 2 steps, top 6 % in 1 bit, residual kept local": lambda m: m.LocalSGD(
             2, compressor=m.TopK(1 / 16, 256, 1), keep_residual_local=True
         ),
-        "never": lambda m: m.LocalOnly(),
+        "local only": lambda m: m.LocalOnly(),
     }
     smaller: dict[str, Callable[[Any], Any]] = {
         "batch 8, full": lambda m: m.AllReduce("float32"),
@@ -229,44 +229,30 @@ def measure(which: str, name: str, seeds: int) -> dict[str, Any]:
     return row
 
 
-def table(rows: list[dict[str, Any]], schedules: bool = False) -> str:
-    full = next((row for row in rows if row["policy"] == "full"), rows[0])
-    lines = []
-    for row in rows:
-        seconds = [f"{row['seconds']:.0f} s"] if schedules else []
-        ratio = f"{full['wire_bytes'] / row['wire_bytes']:,.1f}x" if row["wire_bytes"] else "all"
-        against = f"{row['eval_loss'] / full['eval_loss'] - 1:+.2%}"
-        lines.append(
-            [
-                row["policy"],
-                f"{row['eval_loss']:.4f}",
-                f"{row['spread']:.4f}",
-                against,
-                f"{row['wire_bytes']:,.0f}",
-                ratio,
-                *seconds,
-            ]
-        )
-    header = ["policy", "held-out loss", "spread", "against full", "bytes, 2 replicas", "fewer bytes"]
-    return readme.table([*header, "run"] if schedules else header, lines)
-
-
 def plot(rows: list[dict[str, Any]], which: str) -> None:
+    """A colour for each policy, with an open marker where it trains a selection."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(10, 6), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, 5.2), layout="constrained")
     full = next((row for row in rows if row["policy"] == "full"), rows[0])
+    colours = [*pyplot.get_cmap("tab20").colors[::2], *pyplot.get_cmap("tab20").colors[1::2]]
+    names = list(dict.fromkeys(row["policy"].removeprefix("selection: ") for row in rows if row["wire_bytes"]))
     for row in rows:
         if row["wire_bytes"]:
-            marker = "s" if row["selected"] == "part" else "^" if row["global_batch"] < 32 else "o"
-            axes.errorbar(row["wire_bytes"], row["eval_loss"], row["spread"], fmt=marker)
-            axes.annotate(row["policy"], (row["wire_bytes"], row["eval_loss"]), fontsize=7, rotation=15)
+            name = row["policy"].removeprefix("selection: ")
+            marker = "s" if name.startswith("constant") else "o" if row["global_batch"] == 32 else "^"
+            style = {"marker": marker, "color": colours[names.index(name)]}
+            if part := row["policy"] != name:
+                style |= {"markerfacecolor": "white"}
+            label = None if part and any(other["policy"] == name for other in rows) else name
+            axes.errorbar(row["wire_bytes"], row["eval_loss"], row["spread"], linestyle="", label=label, **style)
     axes.axhline(full["eval_loss"] * 1.01, linestyle=":", color="grey", label="1 % worse than full")
-    axes.set(xscale="log", xlabel="bytes a replica has handed over", ylabel="held-out loss, nats a byte")
-    axes.legend()
+    axes.set(xscale="log", xlabel="bytes that a replica sends in the whole run", ylabel="held-out loss, nats a byte")
+    title = "open markers: a selection is trained" if which == "quality" else None
+    figure.legend(loc="outside right upper", fontsize=8, title=title, title_fontsize=8)
     figure.savefig(RESULTS / f"{which}.png", dpi=110)
 
 
@@ -307,7 +293,7 @@ def write(rows: list[dict[str, Any]], which: str) -> None:
     content = {"command": command, "setting": setting, "rows": rows}
     (RESULTS / f"{which}.json").write_text(json.dumps(content, indent=1) + "\n")
     plot(rows, which)
-    readme.write(which, table(rows, which == "schedules"))
+    print(tables.text(which), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ import statistics
 import time
 from pathlib import Path
 
-import tensorflow as tf
-
 from dist_partial.models import byte_transformer
 from dist_partial.models.sampling import generate
+from tests.benchmarks import tables
 
 COMMAND = "python -m tests.benchmarks.sampling"
 RESULTS = Path(__file__).parent / "results" / "sampling.json"
@@ -24,9 +23,6 @@ LENGTHS = (64, 128, 256)
 def main() -> None:
     model = byte_transformer()
     rows = []
-    print(f"byte_transformer(), {COUNT} texts at once, TensorFlow {tf.__version__}")
-    print(f"tokens/s, medians of {REPEATS}\n")
-    print("| bytes a text | prefix recomputed | key-value cache | ratio |\n|--:|--:|--:|--:|")
     for length in LENGTHS:
         seconds: dict[bool, list[float]] = {False: [], True: []}
         for repeat in range(REPEATS + 1):
@@ -52,9 +48,10 @@ def main() -> None:
                 "cached_tokens_per_second": round(cached, 1),
             }
         )
-        print(f"| {length} | {recomputed:.0f} | {cached:.0f} | {cached / recomputed:.1f} |", flush=True)
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"command": COMMAND, "rows": rows}, indent=2) + "\n")
+    setting = f"byte_transformer(), {COUNT} texts at once, medians of {REPEATS}"
+    RESULTS.write_text(json.dumps({"command": COMMAND, "setting": setting, "rows": rows}, indent=1) + "\n")
+    print(tables.text("sampling"))
 
 
 if __name__ == "__main__":

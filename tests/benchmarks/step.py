@@ -23,7 +23,7 @@ from dist_partial.distributed.collectives import Collectives
 from dist_partial.models import byte_transformer
 from dist_partial.step import optimizers
 from dist_partial.step.train_step import StepOptions, train_step
-from tests.benchmarks import readme
+from tests.benchmarks import tables
 
 COMMAND = "python -m tests.benchmarks.step"
 RESULTS = Path(__file__).parent / "results" / "step.json"
@@ -142,18 +142,13 @@ def against_everything() -> list[dict[str, Any]]:
     ]
 
 
-def shown(rows: list[dict[str, Any]]) -> str:
-    return readme.table(list(rows[0]), [list(row.values()) for row in rows])
-
-
 def main() -> None:
     everything = against_everything()
-    print(f"byte_transformer of {LARGE}, {REPLICAS} replicas\n\n{shown(everything)}\n")
     hand = against_hand_written()
-    print(f"byte_transformer(), {REPLICAS} replicas, medians of {REPEATS}\n\n{shown(hand)}")
     RESULTS.parent.mkdir(exist_ok=True)
-    content = {"command": COMMAND, "against_hand_written": hand, "against_everything": everything}
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    found = {"command": COMMAND, "against_hand_written": hand, "against_everything": everything}
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    print(tables.text("step"))
 
 
 if __name__ == "__main__":

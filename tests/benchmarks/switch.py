@@ -27,7 +27,7 @@ from dist_partial.models import byte_transformer
 from dist_partial.schedules.fixed import Rotation
 from dist_partial.training.build import Built, build
 from dist_partial.training.schedule_runner import ScheduleRunner
-from tests.benchmarks import readme
+from tests.benchmarks import tables
 
 COMMAND = "python -m tests.benchmarks.switch"
 RESULTS = Path(__file__).parent / "results" / "switch.json"
@@ -107,9 +107,7 @@ def main() -> None:
         memories = list(pool.map(memory, ("keep", "drop")))
     found = {"command": COMMAND, "steps": step_times(replicas.create("mirrored", 2)), "memory": memories}
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    print(readme.table(list(found["steps"][0]), [list(row.values()) for row in found["steps"]]))
-    for row in found["memory"]:
-        print(row)
+    print(tables.text("switch"))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests import hosts
-from tests.benchmarks import readme
+from tests.benchmarks import tables
 from tests.benchmarks.wire_worker import BATCH, LAYERS, SYSTEMS, WARM_UP, WIDTH
+from tests.helpers import hosts
 
 COMMAND = "python -m tests.benchmarks.wire"
 ROOT = Path(__file__).parents[2]
@@ -136,7 +136,7 @@ def row(setting: Setting, system: str, variant: str, lines: Sequence[dict[str, A
     predicted = all_reduce_bytes(first["payload"], setting.hosts) if first else None
     return values | {
         "step_ms": round(statistics.median(blocks), 2) if blocks else None,
-        "bytes_at_card": round(statistics.mean(line["bytes_at_card"] for line in lines)) if lines else None,
+        "nic_bytes": round(statistics.mean(line["nic_bytes"] for line in lines)) if lines else None,
         "predicted_bytes": round(predicted) if predicted is not None else None,
         "blocks_ms": blocks,
         "cpu_ms": round(statistics.mean(line["cpu_ms"] for line in lines), 2) if lines else None,
@@ -159,7 +159,7 @@ def limits(setting: Setting) -> list[dict[str, Any]]:
             **dataclasses.asdict(setting),
             "dtype": dtype,
             "step_ms": round(limit, 2),
-            "bytes_at_card": None,
+            "nic_bytes": None,
             "predicted_bytes": round(setting.must_send(dtype)),
         }
         for dtype in ("float32", "bfloat16")
@@ -178,36 +178,6 @@ def compare(setting: Setting, rows: list[dict[str, Any]]) -> None:
         own = values.pop("first_losses", None)
         if own and abs(own[-1] - losses[0][-1]) > LOSS_TOLERANCE * (losses[0][0] - losses[0][-1]):
             values.setdefault("failed", []).append(f"trains something else: losses {own}, not {losses[0]}")
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Milliseconds a step, a line a setting; in brackets the part of DDP's."""
-    columns = {
-        "limit, float32": ("limit", "float32"),
-        "DDP, float32": ("ddp", "float32"),
-        "TensorFlow, float32": ("tensorflow", "float32"),
-        "dist_partial, float32": ("dist_partial", "float32"),
-        "limit, bfloat16": ("limit", "bfloat16"),
-        "dist_partial, bfloat16": ("dist_partial", "bfloat16"),
-    }
-    by_setting: dict[tuple[Any, ...], dict[tuple[str, str], dict[str, Any]]] = {}
-    for values in rows:
-        place = by_setting.setdefault((values["hosts"], values["rate"], values["selected"]), {})
-        place[values["system"], values["dtype"]] = values
-    lines = [
-        [*setting, *(cell(place.get(column)) for column in columns.values())] for setting, place in by_setting.items()
-    ]
-    return readme.table(["hosts", "link", "trained", *columns], lines, words=3)
-
-
-def cell(values: dict[str, Any] | None) -> str:
-    if values is None:
-        return ""
-    if values["step_ms"] is None:
-        return "failed"
-    took = f"{values['step_ms']:.0f}" if values["step_ms"] >= 100 else f"{values['step_ms']:.1f}"
-    compared = values["system"] in ("tensorflow", "dist_partial") and values["of_ddp"]
-    return took + (f" ({values['of_ddp']:.2f})" if compared else "") + (" failed" if "failed" in values else "")
 
 
 def write(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
@@ -274,10 +244,7 @@ def main() -> None:
                     order = order[1:] + order[:1]
                     if not options.smoke:
                         write(rows, options)
-    text = table(rows)
-    print(f"{MODEL}; ms a step, in brackets the part of DDP's\n\n{text}")
-    if not options.smoke:
-        readme.write("wire", text)
+    print(f"{MODEL}; ms a step, the ratio to DDP in brackets\n\n{tables.text('wire', {'rows': rows})}")
 
 
 if __name__ == "__main__":

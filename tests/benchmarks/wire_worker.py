@@ -25,7 +25,7 @@ WIDTH = 1024
 BATCH = 32  # a worker
 LEARNING_RATE = 0.1
 WARM_UP = 3  # steps; DDP settles its buckets after the first one, TensorFlow compiles in it
-# Longer than the 200 ms that a shaped card may queue: a block's bytes are out before they are read.
+# Longer than the 200 ms that a shaped interface may queue: a block's bytes are out before they are read.
 SETTLE = 0.3
 CARD = os.environ.get("WIRE_CARD", "e0")
 
@@ -244,7 +244,7 @@ def main() -> None:
             "variant": name,
             "step_ms": round(statistics.median(values["blocks_ms"]), 2),
             "blocks_ms": [round(value, 2) for value in values["blocks_ms"]],
-            "bytes_at_card": round(statistics.mean(values["sent"])),
+            "nic_bytes": round(statistics.mean(values["sent"])),
             "cpu_ms": round(statistics.mean(values["cpu"]), 2),
             "payload": variants[name].payload,
             "first_losses": values["first_losses"],

@@ -19,9 +19,12 @@ import pytest
 from dist_partial import train
 from dist_partial.distributed import rendezvous
 from dist_partial.launch import restarts
-from tests import strangers
-from tests.cases import assert_equal, rows, state
-from tests.workers import ROOT, free_ports, listening, run_workers, small_disk, tf_config
+from tests import ROOT, strangers
+from tests.helpers.cases import assert_equal
+from tests.helpers.files import assert_same_state, rows, state
+from tests.helpers.workers import listening, loopback, run_workers, small_disk, tf_config
+
+pytestmark = pytest.mark.slow
 
 TIMEOUT = 90.0  # seconds for whatever a test waits for, on a machine that does much else
 
@@ -29,27 +32,27 @@ TIMEOUT = 90.0  # seconds for whatever a test waits for, on a machine that does 
 USER_MODULE = """
 import os, signal, time
 import keras, numpy as np
-from dist_partial import replicas
+from dist_partial.distributed import replicas
 from dist_partial.data import ArraySource, Dataset, fingerprint
 
 if "DIE" in os.environ:  # as soon as the workers have met
-    replicas.Mesh = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    replicas.TCPBackend = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 
-if "LATE" in os.environ:  # TensorFlow hears of a loss before the mesh does
-    class _Late(replicas.Mesh):
+if "LATE" in os.environ:  # TensorFlow hears of a loss before the backend does
+    class _Late(replicas.TCPBackend):
         def _lose(self, *args):
             time.sleep(0.5)
             super()._lose(*args)
 
-    replicas.Mesh = _Late
+    replicas.TCPBackend = _Late
 
 if "LINGER" in os.environ:  # the others have long closed their connections, and ended
-    class _Linger(replicas.Mesh):
+    class _Linger(replicas.TCPBackend):
         def close(self, *args):
             time.sleep(float(os.environ["LINGER"]))
             super().close(*args)
 
-    replicas.Mesh = _Linger
+    replicas.TCPBackend = _Linger
 
 class Source(ArraySource):
     def fetch(self, indices):
@@ -139,10 +142,6 @@ def bench(tmp_path, monkeypatch):
     return Bench(tmp_path)
 
 
-def addresses(count: int) -> list[str]:
-    return [f"127.0.0.1:{port}" for port in free_ports(count)]
-
-
 def error(result: tuple[int, str], code: int) -> str:
     """The one line that a worker ends with."""
     assert result[0] == code, result
@@ -154,13 +153,6 @@ def error(result: tuple[int, str], code: int) -> str:
 
 def checkpoint_steps(run_dir: Path) -> list[int]:
     return sorted(int(path.stem[5:]) for path in (run_dir / "checkpoints").glob("*.safetensors"))
-
-
-def assert_same_bits(one: Path, other: Path, step: int) -> None:
-    left, right = state(one, step), state(other, step)
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert value.dtype == right[name].dtype and value.tobytes() == right[name].tobytes(), name
 
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:
@@ -183,7 +175,7 @@ def test_another_gin_file(bench):
 def test_another_version_of_the_package(bench):
     copy = bench.folder / "copy"
     shutil.copytree(ROOT / "dist_partial", copy / "dist_partial", ignore=shutil.ignore_patterns("__pycache__"))
-    with open(copy / "dist_partial" / "losses.py", "a") as file:
+    with open(copy / "dist_partial" / "step" / "losses.py", "a") as file:
         file.write("# changed\n")
     # PYTHONSAFEPATH, or the working directory's package would come first.
     path = os.pathsep.join(map(str, (bench.folder, copy, ROOT)))
@@ -251,7 +243,7 @@ def test_a_mistake_on_one_worker_alone(bench, transport):
 
 def test_tf_config_that_is_broken(bench):
     """Three workers say what is wrong with theirs; the one that waits for them says which are missing."""
-    where = addresses(4)
+    where = loopback(4)
     twice = [where[0], where[1], where[1], where[3]]
     results = bench.run(
         "replicas.start_seconds = 5",
@@ -273,7 +265,7 @@ def test_tf_config_that_is_broken(bench):
 
 def test_one_index_twice(bench):
     """The address is taken by one of the two, and nobody is the other worker."""
-    where = addresses(2)
+    where = loopback(2)
     results = bench.run(
         "replicas.start_seconds = 5", addresses=where, environments={1: {"TF_CONFIG": tf_config(where, 0)}}
     )
@@ -284,7 +276,7 @@ def test_one_index_twice(bench):
 
 
 def test_other_lists_of_workers(bench):
-    where = addresses(3)
+    where = loopback(3)
     results = bench.run(addresses=where[:2], environments={1: {"TF_CONFIG": tf_config(where, 1)}})
     for result in results:
         line = error(result, 2)
@@ -295,7 +287,7 @@ def test_other_lists_of_workers(bench):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_worker_that_never_starts(bench):
     """It is named, and meanwhile nobody can reach the one that waits but at the address that it was given."""
-    where = addresses(2)
+    where = loopback(2)
     seen = set()
 
     def look(processes):
@@ -311,7 +303,7 @@ def test_a_worker_that_never_starts(bench):
 
 def test_a_worker_that_ends_while_others_are_awaited_may_start_again(monkeypatch):
     """As on clusters that start each worker again by itself."""
-    where = addresses(3)
+    where = loopback(3)
     found = {}
 
     def connect(rank):
@@ -355,7 +347,7 @@ LABEL = b"dist_partial handshake 1"
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_strangers_that_greet_in_another_way(greeting):
     """Whatever is at a worker's address, or calls it, is passed over until the worker itself is there."""
-    where = addresses(2)
+    where = loopback(2)
     found = {}
 
     def connect(rank):
@@ -482,11 +474,11 @@ def test_sigterm_to_one_of_two(bench, whole):
     step = int(stops.pop())
     assert 3 <= step < 40 and max(checkpoint_steps(bench.run_dir)) == step
     assert losses(bench.run_dir) == losses(whole)[:step]
-    where = addresses(2)
+    where = loopback(2)
     results = bench.run(addresses=where)
     assert [code for code, _ in results] == [0, 0], results
     assert f"going on from step {step} " in results[0][1]
-    assert_same_bits(bench.run_dir, whole, 40)
+    assert_same_state(bench.run_dir, whole, 40)
     assert losses(bench.run_dir) == losses(whole)
     for address in where:  # nobody listens any more
         with pytest.raises(ConnectionRefusedError):
@@ -517,7 +509,7 @@ def test_a_disk_that_is_full_for_a_while(bench, whole, monkeypatch):
         assert "No space left on device" in said.read_text()
         assert "this attempt has no logs" in said.read_text()
         assert restarts.look(bench.run_dir)[:2] == (40, 40)
-        assert_same_bits(bench.run_dir, whole, 40)
+        assert_same_state(bench.run_dir, whole, 40)
         assert losses(bench.run_dir) == losses(whole)
 
 
@@ -561,7 +553,7 @@ def test_a_worker_whose_newest_checkpoint_is_damaged(bench, whole):
     results = bench.run(arguments={1: [f"--run_dir={own}"]})
     assert [code for code, _ in results] == [0, 0], results
     assert "going on from step 30 " in results[0][1]
-    assert_same_bits(bench.run_dir, whole, 40)
+    assert_same_state(bench.run_dir, whole, 40)
     assert losses(bench.run_dir) == losses(whole)
 
 

@@ -1,4 +1,4 @@
-"""Real launchers, keepers and workers: small Python scripts that print, fail, hang and are killed."""
+"""Real launchers, agents and workers: small Python scripts that print, fail, hang and are killed."""
 
 import contextlib
 import json
@@ -12,22 +12,22 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from dist_partial.errors import UserError
 from dist_partial.launch import supervisor
-from tests.workers import ROOT, small_disk
-
-TIMEOUT = 60  # seconds for whatever a test waits for, on a machine that does much else
+from tests import ROOT
+from tests.helpers.launchers import TIMEOUT, assert_gone, launched, wait_until
+from tests.helpers.workers import small_disk
 
 # A launcher. `settings` are keyword arguments of supervise, and names of the module to be replaced.
 LAUNCHER = """
 import json, sys, threading, os
 from pathlib import Path
-from dist_partial import errors, supervisor
+from dist_partial import errors
+from dist_partial.launch import supervisor
 
 folder, script, workers, settings = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 delay = settings.pop("delay", 0.05)
@@ -37,7 +37,7 @@ def commands(attempt):
     return [
         supervisor.Command(
             f"worker {index}",
-            [sys.executable, "-m", "dist_partial.launch", "keep"],
+            [sys.executable, "-m", "dist_partial.launch", "agent"],
             {
                 "program": [sys.executable, "-u", script],
                 "arguments": [str(index), str(attempt)],
@@ -62,7 +62,7 @@ assert before is None or held() == before, (before, held())
 sys.exit(code)
 """
 
-# What every worker begins with. Its pid and its keeper's are in a file once it can take signals.
+# What every worker begins with. Its pid and its agent's are in a file once it can take signals.
 WORKER = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -90,90 +90,12 @@ def save(step):
 """
 
 
-def heed_signals() -> None:
-    """As a terminal would have it, also where the tests run under nohup or in the background."""
-    for signum in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_DFL)
-
-
-class Launched:
-    """A launcher that runs; what it prints goes to files, which never block it."""
-
-    def __init__(self, folder: Path, command: list[str], stderr: int | None = None) -> None:
-        self.folder = folder
-        self._out, self._err = folder / "stdout", folder / "stderr"
-        with open(self._out, "wb") as out, open(self._err, "wb") as err:
-            self.process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                stdout=out,
-                stderr=err if stderr is None else stderr,
-                start_new_session=True,
-                preexec_fn=heed_signals,
-            )
-
-    @property
-    def out(self) -> str:
-        return self._out.read_bytes().decode()
-
-    @property
-    def err(self) -> str:
-        return self._err.read_bytes().decode()
-
-    def wait(self) -> int:
-        return self.process.wait(TIMEOUT)
-
-    def pids(self, attempt: int, workers: int = 3) -> list[tuple[int, int]]:
-        """Each worker's pid and its keeper's, once all are ready."""
-        paths = [self.folder / f"{attempt}-{index}.pid" for index in range(workers)]
-        wait_until(lambda: all(path.exists() for path in paths) or self.process.poll() is not None)
-        found = [tuple(map(int, path.read_text().split())) for path in paths]
-        return [(worker, keeper) for worker, keeper in found]
-
-    def all_pids(self) -> list[int]:
-        return [int(pid) for path in self.folder.glob("*.pid") for pid in path.read_text().split()]
-
-
-@contextlib.contextmanager
-def launched(folder: Path, command: list[str], stderr: int | None = None) -> Iterator[Launched]:
-    """Runs a launcher; however the test ends, it is killed, and nothing of it may be left."""
-    launcher = Launched(folder, command, stderr)
-    try:
-        yield launcher
-    finally:
-        launcher.process.kill()
-        launcher.process.wait()
-        assert_gone(launcher.all_pids())
-
-
 def supervised(folder: Path, script: str, workers: int = 3, stderr: int | None = None, **settings):
     """A launcher of workers that run the script after WORKER."""
     path = folder / "worker.py"
     path.write_text(WORKER.format(folder=str(folder)) + textwrap.dedent(script))
     command = [sys.executable, "-c", LAUNCHER, str(folder), str(path), str(workers), json.dumps(settings)]
     return launched(folder, command, stderr)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
-    except FileNotFoundError:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2] if Path(f"/proc/{pid}").exists() else ""
-    return bool(state.strip()) and not state.strip().startswith("Z")
-
-
-def assert_gone(pids: list[int], seconds: float = 5.0) -> None:
-    until = time.monotonic() + seconds
-    while left := [pid for pid in pids if alive(pid)]:
-        assert time.monotonic() < until, f"left: {left}"
-        time.sleep(0.05)
 
 
 def log(folder: Path, attempt: int, worker: int) -> bytes:
@@ -271,15 +193,15 @@ def test_killed_worker_and_restart(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills a child with its parent")
-def test_worker_dies_with_its_keeper(tmp_path):
+def test_worker_dies_with_its_agent(tmp_path):
     script = """
         ready()
         if attempt == 0:
             wait_for("never")
     """
     with supervised(tmp_path, script) as launcher:
-        worker, keeper = launcher.pids(0)[2]
-        os.kill(keeper, signal.SIGKILL)
+        worker, agent = launcher.pids(0)[2]
+        os.kill(agent, signal.SIGKILL)
         assert_gone([worker])
         assert launcher.wait() == 0
         assert "worker 2 was killed by SIGKILL" in launcher.out
@@ -382,8 +304,8 @@ def test_progress_resets_the_count_of_restarts(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills a child with its parent")
-def test_progress_is_known_though_keepers_are_killed(tmp_path):
-    """As where the connection to the only host breaks: the next keeper reports it."""
+def test_progress_is_known_though_agents_are_killed(tmp_path):
+    """As where the connection to the only host breaks: the next agent reports it."""
     script = """
         if attempt < 4:
             save(10 * attempt + 10)
@@ -529,7 +451,7 @@ def test_one_that_does_not_end_as_others_have(tmp_path):
 
 # Ends as a run does: on SIGINT and SIGTERM it saves, with the exit code that the signal has.
 GENTLE = """
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # and not ignored, as by its keeper
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # and not ignored, as by its agent
     told = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, frame: told.append(signum))

@@ -16,12 +16,14 @@ from safetensors.numpy import load_file
 
 from dist_partial import sample, train
 from dist_partial.data import train_batches
-from tests import ROOT, user_module
+from tests import ROOT
+from tests.helpers import user_module
+from tests.helpers.files import checkpoint_names, contents
 
 BASE = """
-import tests.user_module
-run.model = @tests.user_module.model
-run.data = @tests.user_module.data
+import tests.helpers.user_module
+run.model = @tests.helpers.user_module.model
+run.data = @tests.helpers.user_module.data
 run.rules = [('train', r'head/.*'), ('freeze', r'.*')]
 run.optimizer = @keras.optimizers.Adam
 run.steps = 4
@@ -29,10 +31,7 @@ run.save_every = 2
 run.global_batch = 4
 """
 
-
-@pytest.fixture(autouse=True)
-def no_cluster(monkeypatch):
-    monkeypatch.delenv("TF_CONFIG", raising=False)
+pytestmark = pytest.mark.usefixtures("no_cluster")
 
 
 @pytest.fixture
@@ -55,11 +54,6 @@ def train_main(gin_file, run_dir) -> Callable[..., int]:
     )
 
 
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every file below the folder with its bytes, and every folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
-
-
 def error_line(stderr: str) -> str:
     """The one line of an error that comes before any training."""
     lines = stderr.splitlines()
@@ -73,10 +67,6 @@ def last_error_line(stderr: str) -> str:
     assert [line.startswith("error: ") for line in lines].count(True) == 1, stderr
     assert lines[-1].startswith("error: ") and "Traceback" not in stderr, stderr
     return lines[-1]
-
-
-def checkpoint_names(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -15,8 +15,8 @@ import pytest
 
 from dist_partial import checkpoints
 from dist_partial.files import write_text
-from tests.cases import durable
-from tests.workers import ROOT
+from tests import ROOT
+from tests.helpers.files import durable
 
 KILLS = 50
 KEEP = 2
@@ -102,6 +102,7 @@ def main(folder: Path, seed: int) -> dict[str, int]:
     return {"in a write": in_a_write, "saved and not reported": later, "steps": saved}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_run_that_is_killed_while_it_saves_always_goes_on(tmp_path):
     # In a process of its own, whose children are forks of one that has imported everything and has no threads.

@@ -18,7 +18,7 @@ from dist_partial.data import some_targets
 from dist_partial.errors import Raised, calling, first_line, of_graph, own_line
 from dist_partial.training import evaluation
 from tests import ROOT
-from tests.workers import run_workers
+from tests.helpers.workers import run_workers
 
 # Who fails is a binding; each line that fails is marked with that name. SLOW keeps the thread that fetches ahead busy.
 MODULE = """
@@ -197,14 +197,16 @@ def test_one_batch_that_is_not_as_the_spec_says(who, gives, code, tmp_path, capf
     ), error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["command", "script"])
 def test_a_process_ends_though_examples_are_being_fetched(program, code, tmp_path):
     """The thread that fetches ahead is in Python code when the exception comes: Python would wait for it for ever."""
     params = ["own_code.data.who = 'fetch'", "own_code.data.slow = 0.05"]
     script = f"""
-from dist_partial import config, run
+from dist_partial import config
+from dist_partial.training import loop
 loaded = config.load(["{code / "own.gin"}"], {params})
-run.run(loaded.settings, "{tmp_path / "run"}")
+loop.run(loaded.settings, "{tmp_path / "run"}")
 """
     command = ["-m", "dist_partial.train", *arguments(code, tmp_path / "run", *params)]
     done = subprocess.run(
@@ -219,6 +221,7 @@ run.run(loaded.settings, "{tmp_path / "run"}")
     assert f"run.data raised RuntimeError: cannot read{place(code, 'fetch')}" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_other_workers_hear_of_it_and_end_with_the_same_code(code, tmp_path):
     first_lines = "import json, os\nRANK = json.loads(os.environ['TF_CONFIG'])['task']['index']\n"
     second_worker = MODULE.replace('if self.who == "fetch":', 'if self.who == "fetch" and RANK == 1:')
@@ -232,6 +235,7 @@ def test_the_other_workers_hear_of_it_and_end_with_the_same_code(code, tmp_path)
     assert len(second) == 1 and re.fullmatch(rf"error: {words}", second[0]), second
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_on_one_worker_keeps_no_other_waiting(code, tmp_path):
     """Though a checkpoint is due, for which each worker has to send what it has of its own."""
     held = """

@@ -9,15 +9,12 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from dist_partial import checkpoints
 from dist_partial.config import gin_files
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed import replicas
-from dist_partial.distributed.collectives import Collectives
-from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.models import two_dense
 from dist_partial.reductions.all_reduce import AllReduce
@@ -29,8 +26,9 @@ from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
 from dist_partial.training import loop
 from dist_partial.training.build import build, restore
-from tests import cases
-from tests.cases import rows, same_bits, state
+from tests.helpers import cases
+from tests.helpers.files import assert_same_state, rows, same_bits, state
+from tests.helpers.strategies import in_process
 
 # Nothing of tests.conftest or tests.integration.test_loop may be imported here: the workers below run this file, too,
 # and have one device each.
@@ -89,10 +87,7 @@ def settings(plan, made, steps=STEPS, precision="float32", **more) -> Settings:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """The same bits at the end, and the same metrics of all steps and of the evaluations that both have made."""
-    left, right = state(one, STEPS), state(other, STEPS)
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert same_bits([value, right[name]]), name
+    assert_same_state(one, other, STEPS)
     metrics = [rows(folder / "metrics.jsonl") for folder in (one, other)]
     trained = [[row for row in each if row["split"] == "train"] for each in metrics]
     assert trained[0] == trained[1] and len(trained[0]) == STEPS
@@ -108,21 +103,21 @@ def sent_after(step: int, rules) -> int:
         each = next(rule.reduction for rule in rules if re.fullmatch(rule.match, path))
         times = step
         if isinstance(each, LocalSGD):
-            times = len([s for s in range(1, step + 1) if (s - each.offset) % each.steps == 0])
-            each = each.exchange or AllReduce()
+            times = len([s for s in range(1, step + 1) if (s - each.offset) % each.sync_every == 0])
+            each = each.compressor or AllReduce()
         total += times * sum(payload.bytes for payload in each.payloads(shape, "float32"))
     return total
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_a_run_in_pieces_is_the_run_at_once(name, mirrored, tmp_path):
+def test_a_run_in_pieces_is_the_run_at_once(name, tmp_path):
     """Residuals, factors, anchors, outer slots and each replica's own come back to the bit."""
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     # Checkpoints and evaluations cut the calls of a run, too, and change nothing in it.
-    loop.run(settings(name, Replicas(mirrored(2), Collectives(), "two")), whole)
+    loop.run(settings(name, in_process(2)), whole)
     for steps in (*STOPS.get(name, (2,)), STEPS):
         keras.utils.clear_session(free_memory=False)
-        loop.run(settings(name, Replicas(mirrored(2), Collectives(), "two"), steps), pieces)
+        loop.run(settings(name, in_process(2), steps), pieces)
     assert_same_run(whole, pieces)
     # The bytes are counted at the step in which they are sent.
     assert [row["wire_bytes"] for row in rows(whole / "metrics.jsonl") if row["split"] == "train"] == [
@@ -138,7 +133,7 @@ def test_a_run_in_pieces_is_the_run_at_once(name, mirrored, tmp_path):
     assert kept == expected | ({"reductions"} if name != "never" else set())
 
 
-def test_the_number_of_replicas_may_change(mirrored, tmp_path):
+def test_the_number_of_replicas_may_change(tmp_path):
     """The residuals' sum is kept; local values become their mean; shared ones stay as they are."""
     rules = [
         Rule("dense1/kernel", reduction=TopK(1 / 16, 64, 16)),
@@ -148,7 +143,7 @@ def test_the_number_of_replicas_may_change(mirrored, tmp_path):
     ]
     steps, folder, before = 0, tmp_path / "run", None
     for count in (2, 3, 1):
-        made = Replicas(mirrored(count), Collectives(), str(count))
+        made = in_process(count)
         told = settings(rules, made, steps + 5, precision="float64")
         if before is not None:
             keras.utils.clear_session(free_memory=False)
@@ -179,7 +174,7 @@ def test_the_number_of_replicas_may_change(mirrored, tmp_path):
     assert len({row["wire_bytes"] for row in lines[9:]}) == 1, "one replica sends nothing"
 
 
-def test_bytes_at_the_network_interface(mirrored, tmp_path):
+def test_bytes_at_the_network_interface(tmp_path):
     """By arithmetic, among as many workers as there are replicas, in pieces, and when their number changes."""
     rules = [
         Rule("dense1/kernel", reduction=TopK(1 / 16, 64, 16)),
@@ -201,7 +196,7 @@ def test_bytes_at_the_network_interface(mirrored, tmp_path):
         expected.append((payload, sent, sent / share_of))
     for steps, count in ((2, 3), (5, 3), (8, 4)):
         keras.utils.clear_session(free_memory=False)
-        loop.run(settings(rules, Replicas(mirrored(count), Collectives(), str(count)), steps), tmp_path)
+        loop.run(settings(rules, in_process(count), steps), tmp_path)
         plan = json.loads((tmp_path / "plan.json").read_text())
         assert plan["workers"] == count
         by_kind = 2 * (count - 1) / count * sums + (count - 1) * (gathers + at_exchange / 4)
@@ -242,9 +237,10 @@ def _train_worker(transport: str, folder: Path) -> None:
         loop.run(settings(WORKER_RULES, made, steps, precision, model=noisy), folder / f"{transport}-{precision}")
 
 
-def test_workers_are_the_replicas_that_are_simulated(mirrored, tmp_path):
+@pytest.mark.slow
+def test_workers_are_the_replicas_that_are_simulated(tmp_path):
     """Two processes by either transport: the same bits; one process with two replicas: the same numbers."""
-    from tests.workers import run_workers
+    from tests.helpers.workers import run_workers
 
     for transport in ("sockets", "tensorflow"):
         command = ["-m", "tests.integration.test_exchanges", transport, str(tmp_path)]
@@ -255,7 +251,7 @@ def test_workers_are_the_replicas_that_are_simulated(mirrored, tmp_path):
         assert_same_run(sockets, collectives)  # so what two workers saved at step 4 was all there was
         keras.utils.clear_session(free_memory=False)
         simulated = tmp_path / f"simulated-{precision}"
-        made = Replicas(mirrored(2), Collectives(), "two")
+        made = in_process(2)
         loop.run(settings(WORKER_RULES, made, precision=precision, model=noisy), simulated)
         left, right = state(sockets, STEPS), state(simulated, STEPS)
         assert left["own/dense2/kernel"].shape == (2, 12, 10) and not same_bits(left["own/dense2/kernel"])
@@ -267,9 +263,9 @@ def test_workers_are_the_replicas_that_are_simulated(mirrored, tmp_path):
 
 
 BASE = """
-import tests.user_module
-run.model = @tests.user_module.model
-run.data = @tests.user_module.data
+import tests.helpers.user_module
+run.model = @tests.helpers.user_module.model
+run.data = @tests.helpers.user_module.data
 run.rules = [('train', r'.*')]
 """
 BAD = {
@@ -290,7 +286,7 @@ BAD = {
     ),
     "exchange is never": (
         ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.compressor = @local_only()"],
-        ["local_sgd.compressor", "Never"],
+        ["local_sgd.compressor", "LocalOnly"],
     ),
     "outer is made already": (
         ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.outer_optimizer = @nesterov()"],
@@ -330,7 +326,7 @@ def test_bad_bindings(name, tmp_path):
     file.write_text(BASE)
     with pytest.raises(UserError) as raised:
         loaded = gin_files.load([file], params).settings
-        build(loaded, Replicas(tf.distribute.get_strategy(), Collectives(), "one"))
+        build(loaded, in_process())
     payload = str(raised.value).splitlines()[0]  # gin adds lines of its own, which the command leaves out
     assert all(word in payload for word in words), payload
 
@@ -338,10 +334,10 @@ def test_bad_bindings(name, tmp_path):
 def test_an_exchange_without_brackets(tmp_path):
     file = tmp_path / "base.gin"
     file.write_text(BASE)
-    with pytest.raises(UserError, match=r"local_sgd\.exchange"):
+    with pytest.raises(UserError, match=r"local_sgd\.compressor"):
         params = ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.compressor = @quantized"]
         loaded = gin_files.load([file], params)
-        build(loaded.settings, Replicas(tf.distribute.get_strategy(), Collectives(), "one"))
+        build(loaded.settings, in_process())
 
 
 @pytest.mark.parametrize("params", [{"transport": "udp"}, {"pack_bytes": 0}, {"pack_bytes": 1e6}, {"congestion": 5}])
@@ -360,14 +356,14 @@ def test_sockets_need_other_workers(monkeypatch):
 # A matrix of 64x64 would be sent whole with rank 32; the rule is about the variables that there are.
 @pytest.mark.parametrize("each", [LocalSGD(2), LocalOnly(), PowerSGD(1), TopK(), Quantized()])
 def test_float16_needs_replicas_that_agree(each):
-    made = Replicas(tf.distribute.get_strategy(), Collectives(), "one")
+    made = in_process()
     with pytest.raises(UserError, match=r"float16.*run\.precision"):
         build(settings([Rule("dense1/.*"), Rule("dense2/.*", reduction=each)], made, precision="mixed_float16"), made)
 
 
 def test_outer_factory_of_nothing():
-    made = Replicas(tf.distribute.get_strategy(), Collectives(), "one")
-    with pytest.raises(UserError, match=r"local_sgd\.outer of rule 'dense1/\.\*'"):
+    made = in_process()
+    with pytest.raises(UserError, match=r"local_sgd\.outer_optimizer of rule 'dense1/\.\*'"):
         build(settings([Rule("dense1/.*", reduction=LocalSGD(2, 0, lambda: None)), Rule(".*")], made), made)
 
 

@@ -13,89 +13,26 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import checkpoints, sample, train
+from dist_partial import checkpoints, sample
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
-from dist_partial.distributed.collectives import Collectives
-from dist_partial.distributed.replicas import Replicas, create
+from dist_partial.distributed.replicas import create
 from dist_partial.errors import AGAIN
 from dist_partial.models import byte_transformer
 from dist_partial.selection.rules import Rule
 from dist_partial.step import loss_scale
 from dist_partial.training import loop, metric_writer
 from dist_partial.training.build import build, restore
-from tests.cases import rows, same_bits, state
-from tests.conftest import mirrored_strategy
-from tests.workers import ROOT, run_workers
-
-USER_MODULE = """
-import keras, numpy as np
-from dist_partial.data import ArraySource, Dataset, fingerprint
-from dist_partial.models import byte_transformer
-
-class Letters:
-    size = 256
-    def encode(self, text): return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-    def decode(self, ids): return bytes(np.asarray(ids, np.uint8)).decode("latin-1")
-
-def letters(seed=0):
-    ids = np.random.default_rng(seed).choice(np.frombuffer(b"abcabcabd", np.uint8), (61, 13)).astype(np.int32)
-    return Dataset("letters", ArraySource(ids[:50, :-1], ids[:50, 1:]), ArraySource(ids[50:, :-1], ids[50:, 1:]),
-                   fingerprint(ids), Letters(), "byte")
-
-def small(width=16, dropout=0.1, heads=2): return byte_transformer(1, width, heads, dropout=dropout)
-
-def spoilt():
-    # The letters have good embeddings, the newline of the prompt has none.
-    model = small()
-    rows = model.embedding.embeddings.numpy()
-    rows[10] = np.nan
-    model.embedding.embeddings.assign(rows)
-    return model
-"""
-
-GIN = """
-import letters_module
-run.rules = [('train', r'block_0/(mlp|mlp_norm)/.*'), ('train', r'head/.*'), ('freeze', r'.*')]
-run.model = @letters_module.small
-run.data = @letters_module.letters
-run.optimizer = @keras.optimizers.Adam
-Adam.learning_rate = 0.01
-run.steps = 12
-run.global_batch = 8
-run.save_every = 4
-run.eval_every = 6
-run.steps_per_loop = 3
-run.clip_norm = 1.0
-replicas.cpu = 2
-sample.length = 20
-sample.temperature = 0.6
-"""
-
-
-@pytest.fixture
-def letters(tmp_path, monkeypatch):
-    """A gin file with a model and data of its own, small enough for many runs."""
-    (tmp_path / "letters_module.py").write_text(USER_MODULE)
-    (tmp_path / "letters.gin").write_text(GIN)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    yield tmp_path / "letters.gin"
-    sys.modules.pop("letters_module", None)
-
-
-def start(gin_file: Path, folder: Path, *params: str) -> int:
-    tf.distribute.MirroredStrategy._collective_key_base += 100_000  # see conftest
-    keras.utils.clear_session()
-    return train.main([f"--gin_file={gin_file}", f"--run_dir={folder}", *[f"--gin_param={p}" for p in params]])
+from tests import ROOT
+from tests.helpers.files import assert_same_state, contents, rows, same_bits, state
+from tests.helpers.letters import start
+from tests.helpers.strategies import in_process
+from tests.helpers.workers import run_workers
 
 
 def assert_same_run(one: Path, other: Path, step: int) -> None:
     """The same bits in the last checkpoint, and the same metrics and samples."""
-    left, right = state(one, step), state(other, step)
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert value.tobytes() == right[name].tobytes(), name
+    assert_same_state(one, other, step)
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert rows(one / name) == rows(other / name)
 
@@ -194,10 +131,6 @@ def test_a_folder_has_one_run_at_a_time(letters, tmp_path, capsys):
     assert "another run is writing" in capsys.readouterr().err
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     assert start(letters, tmp_path / "run", "run.steps = 2") == 0
-
-
-def contents(path):
-    return {file: file.read_bytes() for file in [path, *path.rglob("*")] if file.is_file()}
 
 
 @pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard"])
@@ -307,6 +240,7 @@ def test_operative_configuration_alone_reproduces_the_run(letters, tmp_path):
     assert_same_run(one, other, 12)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(letters, tmp_path):
     folder, whole = tmp_path / "run", tmp_path / "whole"
     command = [sys.executable, "-m", "dist_partial.train", f"--gin_file={letters}"]
@@ -442,7 +376,7 @@ def _rows() -> Settings:
         data=_letters,
         steps=3,
         global_batch=4,
-        replicas=lambda: Replicas(mirrored_strategy(2), Collectives(), "two replicas"),
+        replicas=lambda: in_process(2),
         sampling=Sampling(length=3),
     )
 
@@ -481,6 +415,7 @@ def _letters() -> Dataset:
     return Dataset("letters", source, source, fingerprint(ids), None, "byte")
 
 
+@pytest.mark.slow
 def test_two_workers_write_one_folder_and_go_on(letters, tmp_path):
     """The same run on one device and on two workers of one folder, the second time stopped in between."""
     folder, single = tmp_path / "workers", tmp_path / "single"
@@ -530,6 +465,7 @@ def test_a_run_that_is_killed_after_its_last_checkpoint_has_written_everything(l
     assert not leftover.exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_one_worker_stops_both_at_one_step(letters, tmp_path):
     folder = tmp_path / "run"
     params = ["run.steps = 100000", "run.eval_every = None", "run.save_every = None"]
@@ -548,6 +484,7 @@ def test_ctrl_c_on_one_worker_stops_both_at_one_step(letters, tmp_path):
     assert len(list(folder.glob("checkpoints/*.safetensors"))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["@all_reduce()", "@local_sgd()"])
 def test_a_worker_that_dies_ends_the_other_with_one_line(reduction, letters, tmp_path):
     """Whether the other one waits for a gradient or, between two exchanges, for nothing but a loss."""

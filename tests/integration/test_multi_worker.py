@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 
-from tests import cases
-from tests.workers import run_workers
+from tests.helpers import cases
+from tests.helpers.workers import run_workers
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("transport", "dtypes"), [("sockets", ["float64", "float32"]), ("tensorflow", ["float64"])])
 def test_two_workers_equal_one_device(transport, dtypes, tmp_path):
-    command = ["-m", "tests.worker_train", transport, str(tmp_path), *dtypes]
+    command = ["-m", "tests.helpers.worker_train", transport, str(tmp_path), *dtypes]
     for code, output in run_workers(command, workers=2, timeout=400):
         assert code == 0, output[-3000:]
     for dtype in dtypes:

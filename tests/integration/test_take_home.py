@@ -6,7 +6,6 @@ import functools
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from dist_partial import Base, sample, train
 from dist_partial.adapters import lora
@@ -14,8 +13,6 @@ from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.data.codecs import ByteCodec
 from dist_partial.distributed import replicas
-from dist_partial.distributed.collectives import Collectives
-from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.export import __main__ as export
 from dist_partial.export import delta, restore
@@ -23,7 +20,8 @@ from dist_partial.export import keras_file as keras_export
 from dist_partial.models import keras_file
 from dist_partial.selection.rules import Rule
 from dist_partial.training import build, loop
-from tests.cases import state
+from tests.helpers.files import state
+from tests.helpers.strategies import in_process
 
 
 def towers() -> keras.Model:
@@ -54,7 +52,7 @@ def told(rate: float = 0.05, **more) -> Settings:
         "steps": 4,
         "global_batch": 8,
         "statistics": "all",
-        "replicas": lambda: Replicas(tf.distribute.get_strategy(), Collectives(), "one"),
+        "replicas": in_process,
     }
     return Settings(**given | more)
 
@@ -124,7 +122,7 @@ def test_before_the_first_checkpoint_a_folder_takes_another_configuration(tmp_pa
     assert not list(tmp_path.glob("checkpoints/step-*"))
     keras.utils.clear_session(free_memory=False)
     loop.run(told(), tmp_path)
-    with pytest.raises(UserError, match=r"is of another run: optimizers\.0\.learning_rate was 0\.05"):
+    with pytest.raises(UserError, match=r"belongs to another run: optimizers\.0\.learning_rate was 0\.05"):
         loop.run(told(rate=0.01, steps=8), tmp_path)
 
 
@@ -138,7 +136,9 @@ def test_other_exclusions_from_weight_decay_are_another_run(tmp_path):
 
     loop.run(told(optimizer=adamw), tmp_path)
     loop.run(told(optimizer=adamw), tmp_path)
-    with pytest.raises(UserError, match=r"is of another run: optimizers\.0\.exclude_from_weight_decay was .*'bias'"):
+    with pytest.raises(
+        UserError, match=r"belongs to another run: optimizers\.0\.exclude_from_weight_decay was .*'bias'"
+    ):
         loop.run(told(optimizer=lambda: keras.optimizers.AdamW(0.05, weight_decay=0.1)), tmp_path)
 
 
@@ -307,7 +307,7 @@ sample.length = 5
     (text / "a.txt").write_text("that is the question\n" * 900)
     capsys.readouterr()
     assert train.main([*again, "--gin_param=run.steps=4"]) == 2
-    assert "is of another run: data.fingerprint was" in capsys.readouterr().err
+    assert "belongs to another run: data.fingerprint was" in capsys.readouterr().err
     assert sample.main([f"--run_dir={folder}", "--prompt=to be", "--allow_imports"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("to be") and "differs between replicas: this is the first one's" in err

@@ -10,8 +10,8 @@ from dist_partial.distributed import network
 from dist_partial.plan import bytes_per_second
 from dist_partial.selection.payload import Payload, nic_bytes
 from dist_partial.selection.plan import Plan
-from tests import hosts
-from tests.cases import rows
+from tests.helpers import hosts
+from tests.helpers.files import rows
 
 BUDGET = 5_300_000  # of 5.6 MB: the largest variable and one of the two others
 PLANS = {
@@ -95,7 +95,8 @@ def test_rates(rate, expected):
     assert bytes_per_second(rate) == expected
 
 
-@pytest.mark.skipif(hosts.available() is not None, reason=f"hosts on one machine: {hosts.available()}")
+@pytest.mark.slow
+@pytest.mark.network
 def test_interface_graph_and_plan_agree(tmp_path):
     """Two hosts with an interface each, whose counters are the kernel's; one test, as there is one set of hosts."""
     config = tmp_path / "wide.gin"

@@ -6,18 +6,17 @@ import textwrap
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from dist_partial import sample, selection, session, train
 from dist_partial.config import gin_files
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset
-from dist_partial.distributed.collectives import Collectives
-from dist_partial.distributed.replicas import Replicas, create
+from dist_partial.distributed.replicas import create
 from dist_partial.errors import UserError
 from dist_partial.export import restore
 from dist_partial.training import build, loop
 from dist_partial.training.cost_model import Machine, estimate
+from tests.helpers.strategies import in_process
 
 X = np.random.default_rng(0).normal(size=(8, 3))
 
@@ -39,7 +38,7 @@ def settings(**more) -> Settings:
         "loss": keras.losses.MeanSquaredError,
         "steps": 2,
         "global_batch": 4,
-        "replicas": lambda: Replicas(tf.distribute.get_strategy(), Collectives(), "one"),
+        "replicas": in_process,
     }
     return Settings(**given | more)
 

@@ -12,8 +12,6 @@ from dist_partial.adapters import lora, quantization
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed import traffic
-from dist_partial.distributed.collectives import Collectives
-from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.models import byte_transformer, two_dense
 from dist_partial.reductions.all_reduce import AllReduce
@@ -21,8 +19,8 @@ from dist_partial.selection.rules import Rule
 from dist_partial.step import layer_state
 from dist_partial.training import loop
 from dist_partial.training.build import batches, build, compiled_step, restore
-from tests.cases import state
-from tests.conftest import mirrored_strategy
+from tests.helpers.files import state
+from tests.helpers.strategies import in_process
 
 RULES = [Rule(r"dense1/kernel", lora=3), ("train", r"dense2/bias"), ("freeze", r".*")]
 STEPS = 6
@@ -35,7 +33,7 @@ def data(window=16, symbols=10):
 
 
 def replicas(count=2):
-    return Replicas(mirrored_strategy(count), Collectives(), f"{count} replicas")
+    return in_process(count)
 
 
 def settings(rules=RULES, **more):
@@ -66,7 +64,7 @@ def test_factors_train_as_the_sum_written_out(count):
     a, b = (start[f"dense1/lora_kernel_{letter}"].astype(np.float64) for letter in "ab")
     assert a.shape == (160, 3) and b.shape == (3, 64) and a.any() and not b.any()
     bias = start["dense2/bias"].astype(np.float64)
-    one = build(told, Replicas(tf.distribute.get_strategy(), Collectives(), "one"))
+    one = build(told, in_process())
     for (x, y), _ in zip(batches(one, told, 0, told.global_batch), range(STEPS), strict=False):
         features = np.eye(10)[x.numpy()].reshape(8, -1)
         before = features @ (start["dense1/kernel"] + a @ b) + start["dense1/bias"]
@@ -226,7 +224,7 @@ def test_a_layer_of_which_a_bias_is_trained_is_not_quantized():
 def test_nothing_to_store_is_said():
     with pytest.raises(UserError, match="freeze nothing that can be stored so"):
         build(settings([("train", ".*")], frozen_dtype="int8"), replicas(1))
-    with pytest.raises(UserError, match=r"run\.frozen is 'int4'"):
+    with pytest.raises(UserError, match=r"run\.frozen_dtype is 'int4'"):
         settings(frozen_dtype="int4")
     assert quantization.PRECISIONS == (None, "bfloat16", "int8")
 

@@ -17,12 +17,13 @@ from dist_partial.errors import Raised, UserError
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.training import loop
 from dist_partial.training.build import build
-from tests import ROOT, user_module
+from tests import ROOT
+from tests.helpers import user_module
 
 BASE = """
-    import tests.user_module
-    run.model = @tests.user_module.model
-    run.data = @tests.user_module.data
+    import tests.helpers.user_module
+    run.model = @tests.helpers.user_module.model
+    run.data = @tests.helpers.user_module.data
     run.rules = [('train', r'head/.*'), ('freeze', r'.*')]
     run.steps = 3
     run.global_batch = 4
@@ -89,20 +90,20 @@ def test_each_file_includes_its_own_neighbour(tmp_path, monkeypatch, caplog):
     assert not caplog.records  # gin logs errors about files that it finds in the end
 
 
-@pytest.mark.parametrize("line", ["import tests.user_module", "from tests import user_module"])
+@pytest.mark.parametrize("line", ["import tests.helpers.user_module", "from tests.helpers import user_module"])
 def test_ways_to_import(line, tmp_path):
-    base = textwrap.dedent(BASE).replace("import tests.user_module", line)
+    base = textwrap.dedent(BASE).replace("import tests.helpers.user_module", line)
     assert gin_files.load([write(tmp_path / "user.gin", base)]).settings.data().name == "points"
 
 
 def test_scoped_references_to_a_users_module(load):
     settings = load(
         """
-        run.model = @wide/tests.user_module.model
+        run.model = @wide/tests.helpers.user_module.model
         wide/model.units = 7
         model.units = 5
         run.data = @other/user_module.data
-        other/tests.user_module.data.seed = 3
+        other/tests.helpers.user_module.data.seed = 3
         """
     ).settings
     assert settings.model().get_layer("body").units == 7
@@ -146,7 +147,7 @@ def test_rules_in_full_form(load):
         ("run.optimizer = @SGD", "optimizer", keras.optimizers.SGD),
         ("run.optimizer = @Lion\nLion.beta_1 = 0.5", "optimizer", keras.optimizers.Lion),
         ("run.loss = @keras.losses.Huber\nHuber.delta = 2.0", "loss", keras.losses.Huber),
-        ("run.loss = @tests.user_module.never_finite", "loss", object),
+        ("run.loss = @tests.helpers.user_module.never_finite", "loss", object),
         ("run.model = @two_dense", "model", keras.Model),
     ],
 )
@@ -180,7 +181,7 @@ def test_factories_by_name(text, attribute, kind, load):
         ("run.precision = 'float8'", ["run.precision is 'float8'", "'mixed_bfloat16'"]),
         ("run.statistics = 'none'", ["run.statistics is 'none'", "'trained'"]),
         ("run.clip_norm = -1.0", ["run.clip_norm is -1.0"]),
-        ("run.reduction = @all_reduce()\nevery_step.dtype = 'int8'", ["all_reduce.dtype is 'int8'"]),
+        ("run.reduction = @all_reduce()\nall_reduce.dtype = 'int8'", ["all_reduce.dtype is 'int8'"]),
         ("include 'absent.gin'", ["user.gin includes 'absent.gin'", "beside it"]),
         ("include 'user.gin'", ["user.gin", "includes itself"]),
         ("import no_such_module", ["user.gin", "no_such_module"]),
@@ -238,7 +239,7 @@ def test_a_module_is_found_on_the_path_and_its_imports_stay_private(tmp_path, mo
     write(
         tmp_path / "code" / "my_models.py",
         """
-        from tests.user_module import model, data
+        from tests.helpers.user_module import model, data
         from keras.layers import Dense
 
         def small(units=2):
@@ -249,7 +250,7 @@ def test_a_module_is_found_on_the_path_and_its_imports_stay_private(tmp_path, mo
         """,
     )
     monkeypatch.syspath_prepend(str(tmp_path / "code"))
-    base = textwrap.dedent(BASE).replace("@tests.user_module.model", "@my_models.small")
+    base = textwrap.dedent(BASE).replace("@tests.helpers.user_module.model", "@my_models.small")
     file = write(tmp_path / "user.gin", "import my_models\n" + base + "my_models.small.units = 3\n")
     assert gin_files.load([file]).settings.model().get_layer("body").units == 3
     for reference in ("my_models._hidden", "my_models.Dense"):
@@ -272,7 +273,7 @@ def test_unused_bindings(load):
     )
     settings = configuration.settings
     # Until its factory has been called, nothing tells whether a binding is going to be used.
-    assert "tests.user_module.model.units" in configuration.unused()
+    assert "tests.helpers.user_module.model.units" in configuration.unused()
     build(settings, settings.replicas())
     assert sorted(configuration.unused()) == [
         "byte_transformer.width",
@@ -285,7 +286,7 @@ def test_unused_bindings(load):
 def test_the_operative_configuration_alone_reproduces_the_run(load, tmp_path, capsys):
     configuration = load(
         """
-        run.model = @wide/tests.user_module.model
+        run.model = @wide/tests.helpers.user_module.model
         wide/model.units = 6
         run.rules = [@head/Rule(), @rest/Rule()]
         head/Rule.match = r'head/.*'
@@ -422,7 +423,7 @@ def test_a_module_that_was_loaded_again_has_its_new_functions(tmp_path, monkeypa
 def test_a_function_of_the_users_whose_result_is_bound_raises_its_own(load):
     line = user_module.spoilt_rules.__code__.co_firstlineno + 1
     with pytest.raises(Raised) as found:
-        load("run.rules = @tests.user_module.spoilt_rules()")
+        load("run.rules = @tests.helpers.user_module.spoilt_rules()")
     assert str(found.value) == f"KeyError: '' ({user_module.__file__}, line {line})"
     with pytest.raises(UserError):
-        load("run.rules = @tests.user_module.spoilt_rules()\nspoilt_rules.knd = 1")
+        load("run.rules = @tests.helpers.user_module.spoilt_rules()\nspoilt_rules.knd = 1")

@@ -16,7 +16,8 @@ import pytest
 
 from dist_partial.distributed.cluster import read_tf_config, tf_config
 from dist_partial.errors import UserError
-from tests.workers import ROOT, free_ports
+from tests import ROOT
+from tests.helpers.workers import free_ports
 
 TWO = ["a:2222", "b:2222"]
 
@@ -512,6 +513,7 @@ def first_of_two_free_ports() -> int:
             return first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("parameter", "code", "words"), [("run.steps=3", 0, ""), ("run.stepz=3", 2, "run.stepz")])
 def test_batch_trains_with_two_tasks(parameter, code, words, slurm, monkeypatch):
     (slurm / "srun").write_text(SRUN_TWO_TASKS.format(python=sys.executable))

@@ -11,8 +11,9 @@ import pytest
 from dist_partial.distributed import consistency, rendezvous
 from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.errors import Fault, UserError
-from tests.unit.distributed.test_tcp_backend import at_once
-from tests.workers import ROOT, free_ports
+from tests import ROOT
+from tests.helpers.threads import at_once
+from tests.helpers.workers import loopback
 
 FACTS = {
     "versions": {"python": "3.12.1", "dist_partial's source": "5f0c"},
@@ -29,7 +30,7 @@ def outcomes():
     made = []
 
     def check(*facts):
-        workers = [f"127.0.0.1:{port}" for port in free_ports(len(facts))]
+        workers = loopback(len(facts))
 
         def work(rank):
             backend = TCPBackend(rank, workers, rendezvous.connect(rank, workers, 20), 60.0)
@@ -133,7 +134,7 @@ def test_facts_of_some_megabytes(outcomes):
 
 
 def test_what_ends_a_worker_before_it_compares_is_told_to_the_others():
-    workers = [f"127.0.0.1:{port}" for port in free_ports(3)]
+    workers = loopback(3)
 
     def work(rank):
         backend = TCPBackend(rank, workers, rendezvous.connect(rank, workers, 20), 60.0)
@@ -151,7 +152,7 @@ def test_what_ends_a_worker_before_it_compares_is_told_to_the_others():
 
 
 def test_everyone_s_value_in_rank_order():
-    workers = [f"127.0.0.1:{port}" for port in free_ports(3)]
+    workers = loopback(3)
 
     def work(rank):
         backend = TCPBackend(rank, workers, rendezvous.connect(rank, workers, 20), 60.0)
@@ -166,7 +167,7 @@ def test_everyone_s_value_in_rank_order():
 
 
 def test_what_workers_swap_in_every_step_is_not_kept():
-    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    workers = loopback(2)
 
     def work(rank):
         backend = TCPBackend(rank, workers, rendezvous.connect(rank, workers, 20), 60.0)
@@ -185,7 +186,7 @@ def test_what_workers_swap_in_every_step_is_not_kept():
 
 
 def test_a_worker_that_is_lost_meanwhile_is_a_fault():
-    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    workers = loopback(2)
 
     def work(rank):
         backend = TCPBackend(rank, workers, rendezvous.connect(rank, workers, 20), 60.0)

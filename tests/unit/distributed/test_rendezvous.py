@@ -14,13 +14,9 @@ import pytest
 
 from dist_partial.distributed import handshake, rendezvous
 from dist_partial.errors import Fault, UserError
-from tests import strangers
-from tests.unit.distributed.test_tcp_backend import at_once
-from tests.workers import ROOT, free_ports
-
-
-def addresses(count):
-    return [f"127.0.0.1:{port}" for port in free_ports(count)]
+from tests import ROOT, strangers
+from tests.helpers.threads import at_once
+from tests.helpers.workers import loopback
 
 
 def outcomes(functions):
@@ -36,7 +32,7 @@ def outcomes(functions):
 
 
 def test_all_meet_whoever_comes_first():
-    workers = addresses(4)
+    workers = loopback(4)
 
     def come(rank):
         time.sleep([0.9, 0.3, 0, 0.6][rank])
@@ -58,11 +54,11 @@ def test_all_meet_whoever_comes_first():
 
 
 def test_one_worker_meets_nobody():
-    assert rendezvous.connect(0, addresses(1), 1) == {}
+    assert rendezvous.connect(0, loopback(1), 1) == {}
 
 
 def test_it_listens_on_its_own_address_alone():
-    workers = ["127.0.0.2:" + addresses(1)[0].split(":")[1], addresses(1)[0]]
+    workers = ["127.0.0.2:" + loopback(1)[0].split(":")[1], loopback(1)[0]]
     found = []
     thread = threading.Thread(target=lambda: found.extend(outcomes([lambda: rendezvous.connect(0, workers, 1.5)])))
     thread.start()
@@ -75,7 +71,7 @@ def test_it_listens_on_its_own_address_alone():
 
 
 def test_who_is_missing_is_named_by_all_others_within_the_deadline(capsys):
-    workers = addresses(4)
+    workers = loopback(4)
     start = time.monotonic()
     found = outcomes([functools.partial(rendezvous.connect, k, workers, 1.0) for k in (0, 2)])
     assert 0.9 < time.monotonic() - start < 3
@@ -88,13 +84,13 @@ def test_who_is_missing_is_named_by_all_others_within_the_deadline(capsys):
 
 def test_who_is_waited_for_is_said(monkeypatch, capsys):
     monkeypatch.setattr(rendezvous, "_PATIENCE_SECONDS", 0.2)
-    workers = addresses(2)
+    workers = loopback(2)
     outcomes([lambda: rendezvous.connect(0, workers, 0.6)])
     assert capsys.readouterr().err == f"worker 0 waits for worker 1 ({workers[1]})\n"
 
 
 def test_a_port_that_is_taken_is_waited_for():
-    workers = addresses(2)
+    workers = loopback(2)
     taken = socket.create_server(rendezvous.split(workers[0]))
     threading.Timer(0.5, taken.close).start()
     for connections in at_once([functools.partial(rendezvous.connect, k, workers, 10) for k in range(2)]):
@@ -121,7 +117,7 @@ def test_one_worker_elsewhere_is_enough_to_be_reached_from_elsewhere():
 
 
 def test_other_workers_in_tf_config_are_a_mistake_on_both():
-    workers = addresses(3)
+    workers = loopback(3)
     found = outcomes([lambda: rendezvous.connect(0, workers[:2], 5), lambda: rendezvous.connect(1, workers, 5)])
     for error in found:
         assert isinstance(error, UserError) and "TF_CONFIG" in str(error) and workers[2] in str(error)
@@ -136,7 +132,7 @@ def enter(connection, workers, secret, rank=1, **fields):
 
 def test_one_index_twice_is_a_mistake():
     # Two that both believe to be worker 1, on hosts of which each has the address that the table gives worker 1.
-    workers = addresses(3)
+    workers = loopback(3)
     thread, found = in_thread(lambda: rendezvous.connect(0, workers, 10, "secret"))
     with enter(strangers.await_call(workers[0]), workers, b"secret"), strangers.call(workers[0]) as second:
         enter(second, workers, b"secret")
@@ -146,7 +142,7 @@ def test_one_index_twice_is_a_mistake():
 
 def test_one_worker_may_call_again_though_its_first_connection_seems_to_stand():
     """As it does where somebody in between has closed one end only."""
-    workers = addresses(2)
+    workers = loopback(2)
     thread, found = in_thread(lambda: rendezvous.connect(0, [*workers, "127.0.0.1:1"], 1.5, "secret"))
     process = b"0123456789abcdef"
     with strangers.await_call(workers[0]) as first, strangers.call(workers[0]) as second:
@@ -178,7 +174,7 @@ class Told(io.StringIO):
 @pytest.mark.parametrize("own", ["a", ""])
 def test_who_knows_another_secret_is_told_at_once_on_both_sides(own, monkeypatch):
     """And not let in, and ends nobody: the right one may still come."""
-    workers = addresses(2)
+    workers = loopback(2)
     monkeypatch.setattr(sys, "stderr", told := Told())
     right, found = in_thread(lambda: rendezvous.connect(0, workers, 20, own))
     (wrong,) = outcomes([lambda: rendezvous.connect(1, workers, 3, "b")])
@@ -198,7 +194,7 @@ def test_who_knows_another_secret_is_told_at_once_on_both_sides(own, monkeypatch
 
 @pytest.mark.parametrize("kind", strangers.ATTACKS)
 def test_no_attack_lets_a_stranger_in_or_keeps_a_worker_out(kind):
-    workers = addresses(3)
+    workers = loopback(3)
     attack = strangers.Attack(kind, workers)
 
     def come(rank):
@@ -231,7 +227,7 @@ def test_a_training_that_is_attacked_while_it_starts(tmp_path):
     [(1, 0, 1), (2, 0, 1), (1, 2, 2), (0, 0, 2), (3, 0, 2), (2**32 - 1, 0, 2), (1, 2**32 - 1, 2)],
 )
 def test_a_caller_that_is_proved_must_be_one_of_the_list_and_mean_this_worker(rank, other, verdict):
-    workers = addresses(3)
+    workers = loopback(3)
     thread, found = in_thread(lambda: rendezvous.connect(0, workers, 1, "secret"))
     with strangers.await_call(workers[0]) as connection:
         assert strangers.greet(connection, rank, other, workers, b"secret")[0] == verdict
@@ -241,7 +237,7 @@ def test_a_caller_that_is_proved_must_be_one_of_the_list_and_mean_this_worker(ra
 
 
 def test_workers_that_seal_meet_only_those_that_do():
-    workers = addresses(2)
+    workers = loopback(2)
     found = outcomes([functools.partial(rendezvous.connect, k, workers, 10, "secret", sealed=bool(k)) for k in (0, 1)])
     for error in found:
         assert isinstance(error, UserError) and "replicas.seal makes worker 1 seal what it sends, and worker 0" in str(
@@ -252,11 +248,11 @@ def test_workers_that_seal_meet_only_those_that_do():
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit of open files")
 @pytest.mark.parametrize("limit", [40, 150])
 def test_more_silent_connections_than_files_may_be_open_keep_nobody_out(limit):
-    workers = addresses(2)
+    workers = loopback(2)
     program = f"""
 import resource, time
 resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))
-from dist_partial import rendezvous
+from dist_partial.distributed import rendezvous
 links = rendezvous.connect(0, {workers}, 60, "secret")
 print(time.process_time(), *links)
 """
@@ -280,7 +276,7 @@ print(time.process_time(), *links)
 
 def test_a_greeting_has_a_few_seconds_however_slowly_its_bytes_come(monkeypatch):
     monkeypatch.setattr(handshake, "SECONDS", 0.5)
-    workers = addresses(2)
+    workers = loopback(2)
     thread, _ = in_thread(lambda: rendezvous.connect(0, workers, 4, "secret"))
     with strangers.await_call(workers[0]) as connection:
         start = time.monotonic()
@@ -293,7 +289,7 @@ def test_a_greeting_has_a_few_seconds_however_slowly_its_bytes_come(monkeypatch)
 
 
 def test_strangers_keep_nobody_waiting():
-    workers = addresses(2)
+    workers = loopback(2)
     over = threading.Event()
     knocked = []
 

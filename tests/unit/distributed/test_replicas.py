@@ -6,12 +6,9 @@ import tensorflow as tf
 from dist_partial.distributed import rendezvous
 from dist_partial.distributed.replicas import create
 from dist_partial.errors import Fault, UserError
-from tests.workers import free_ports, tf_config
+from tests.helpers.workers import free_ports, tf_config
 
-
-@pytest.fixture(autouse=True)
-def no_cluster(monkeypatch):
-    monkeypatch.delenv("TF_CONFIG", raising=False)
+pytestmark = pytest.mark.usefixtures("no_cluster")
 
 
 @pytest.mark.parametrize(

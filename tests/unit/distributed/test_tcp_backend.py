@@ -14,40 +14,20 @@ from dist_partial.distributed import rendezvous, tcp_backend, traffic
 from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.errors import Fault, UserError
 from tests import strangers
-from tests.workers import free_ports
+from tests.helpers.threads import at_once
+from tests.helpers.workers import loopback
 
 BFLOAT16 = tf.bfloat16.as_numpy_dtype
 SIZES = [0, 1, 2, 3, 7, 10**6 + 3]
 
 
-def at_once(functions):
-    """Calls each in a thread; returns what they return, or raises what the first one raised."""
-    results, errors = [None] * len(functions), []
-
-    def call(i):
-        try:
-            results[i] = functions[i]()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=call, args=(i,), daemon=True) for i in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive(), "hangs"
-    if errors:
-        raise errors[0]
-    return results
-
-
 @pytest.fixture
 def connected():
-    """Makes `count` meshes, and closes them after the test."""
+    """Makes `count` backends, and closes them after the test."""
     made = []
 
     def make(count, patience=60.0, on_loss=lambda reason: None, sealed=False):
-        workers = [f"127.0.0.1:{port}" for port in free_ports(count)]
+        workers = loopback(count)
         connect = functools.partial(rendezvous.connect, workers=workers, seconds=10, sealed=sealed)
         found = at_once([functools.partial(connect, k) for k in range(count)])
         made.extend(TCPBackend(k, workers, sockets, patience, on_loss) for k, sockets in enumerate(found))
@@ -94,9 +74,9 @@ def same_bits(a, b):
 @pytest.mark.parametrize(("count", "sealed"), [(1, False), (2, False), (2, True), (3, True), (4, False)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, BFLOAT16, np.float16, np.int32, np.int64, np.uint8])
 def test_sums_are_those_of_numpy(connected, count, sealed, dtype):
-    meshes = connected(count, sealed=sealed)
+    backends = connected(count, sealed=sealed)
     inputs = [[draw(100 * k + i, size, dtype) for i, size in enumerate(SIZES)] for k in range(count)]
-    results = at_once([functools.partial(exchange, m, own) for m, own in zip(meshes, inputs, strict=True)])
+    results = at_once([functools.partial(exchange, m, own) for m, own in zip(backends, inputs, strict=True)])
     for i in range(len(SIZES)):
         expected = expected_sum([own[i] for own in inputs])
         for result in results:
@@ -105,19 +85,19 @@ def test_sums_are_those_of_numpy(connected, count, sealed, dtype):
 
 def test_half_precision_is_rounded_once(connected):
     # Rounded after each addition, 256 + 1 + 1 is 256 in bfloat16, which has no 257.
-    meshes = connected(3)
+    backends = connected(3)
     inputs = [np.full(5, value, BFLOAT16) for value in (256, 1, 1)]
-    for (result,) in at_once([functools.partial(exchange, m, [a]) for m, a in zip(meshes, inputs, strict=True)]):
+    for (result,) in at_once([functools.partial(exchange, m, [a]) for m, a in zip(backends, inputs, strict=True)]):
         assert result.astype(np.float32).tolist() == [258.0] * 5
 
 
 def test_what_is_not_finite_stays_so_and_warns_of_nothing(connected, recwarn):
-    meshes = connected(2)
+    backends = connected(2)
     values = np.array([np.inf, np.inf, np.nan, 3e38, -0.0], np.float32)
     others = np.array([-np.inf, 1, 1, 3e38, -0.0], np.float32)
     for dtype in (np.float32, BFLOAT16):
         inputs = [values.astype(dtype), others.astype(dtype)]
-        for (result,) in at_once([functools.partial(exchange, m, [a]) for m, a in zip(meshes, inputs, strict=True)]):
+        for (result,) in at_once([functools.partial(exchange, m, [a]) for m, a in zip(backends, inputs, strict=True)]):
             np.testing.assert_array_equal(result.astype(np.float32), [np.nan, np.inf, np.nan, np.inf, -0.0])
     assert not recwarn.list
 
@@ -125,9 +105,9 @@ def test_what_is_not_finite_stays_so_and_warns_of_nothing(connected, recwarn):
 @pytest.mark.parametrize(("count", "sealed"), [(1, False), (2, True), (3, False), (4, True)])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, BFLOAT16, np.bool_, np.int64])
 def test_gathers_hold_every_worker_s_tensor_in_rank_order(connected, count, sealed, dtype):
-    meshes = connected(count, sealed=sealed)
+    backends = connected(count, sealed=sealed)
     inputs = [[draw(100 * k + i, size, np.uint8).astype(dtype) for i, size in enumerate(SIZES)] for k in range(count)]
-    results = at_once([functools.partial(exchange, m, [], own) for m, own in zip(meshes, inputs, strict=True)])
+    results = at_once([functools.partial(exchange, m, [], own) for m, own in zip(backends, inputs, strict=True)])
     for i in range(len(SIZES)):
         expected = np.stack([own[i] for own in inputs])
         for result in results:
@@ -135,7 +115,7 @@ def test_gathers_hold_every_worker_s_tensor_in_rank_order(connected, count, seal
 
 
 def test_tensors_become_ready_in_another_order_on_each_worker(connected):
-    meshes, tensors, runs = connected(3), 6, 30
+    backends, tensors, runs = connected(3), 6, 30
 
     def work(backend):
         shuffled = np.random.default_rng(backend.rank)
@@ -146,29 +126,29 @@ def test_tensors_become_ready_in_another_order_on_each_worker(connected):
             history.append(run(backend, ops, arrays, shuffled.permutation(tensors)))
         return history
 
-    histories = at_once([functools.partial(work, m) for m in meshes])
+    histories = at_once([functools.partial(work, m) for m in backends])
     for step in range(runs):
         for i in range(tensors):
             inputs = [draw(1000 * step + 10 * i + k, 1000 + i, np.float32) for k in range(3)]
             expected = np.stack(inputs) if i == 0 else expected_sum(inputs)
             for history in histories:
                 assert same_bits(history[step][i], expected)
-    assert not any(op.runs for m in meshes for op in m._ops)  # nothing is kept
+    assert not any(op.runs for m in backends for op in m._ops)  # nothing is kept
 
 
 def test_a_worker_that_traces_later_finds_what_has_arrived(connected):
-    meshes = connected(2)
+    backends = connected(2)
 
     def work(backend):
         time.sleep(0.3 * backend.rank)
         return exchange(backend, [np.arange(9, dtype=np.float32)])
 
-    for (result,) in at_once([functools.partial(work, m) for m in meshes]):
+    for (result,) in at_once([functools.partial(work, m) for m in backends]):
         assert result.tolist() == (2.0 * np.arange(9)).tolist()
 
 
 def test_in_a_loop_of_a_traced_function(connected):
-    meshes = connected(2)
+    backends = connected(2)
 
     def work(backend):
         @tf.function(autograph=False)
@@ -197,7 +177,7 @@ def test_in_a_loop_of_a_traced_function(connected):
         [64 * v for v in (1, 2, 3)],
         [3 * v for v in base],
     ]
-    for first, second, names in at_once([functools.partial(work, m) for m in meshes]):
+    for first, second, names in at_once([functools.partial(work, m) for m in backends]):
         assert first == second == expected
         assert names == [
             (tcp_backend.GATHER_OP, 8),
@@ -217,7 +197,7 @@ def handed_over(graph):
 
 def test_results_may_be_overwritten_at_once(connected):
     # TensorFlow reuses the memory of results. A slow reader must not get what was written there since.
-    meshes = connected(3)
+    backends = connected(3)
 
     def work(backend):
         op = backend._add(False, np.float32, 3 * 10**6)
@@ -228,12 +208,12 @@ def test_results_may_be_overwritten_at_once(connected):
             result[:] = -1
         return totals
 
-    for totals in at_once([functools.partial(work, m) for m in meshes]):
+    for totals in at_once([functools.partial(work, m) for m in backends]):
         assert totals == [(3.0 * step + 3, 3.0 * step + 3) for step in range(5)]
 
 
 def test_a_result_is_not_given_before_a_slow_reader_has_it(connected, monkeypatch):
-    first, second, _ = meshes = connected(3)
+    first, second, _ = backends = connected(3)
     opened, slow = threading.Event(), first._peers[2]
     send = slow.send
 
@@ -253,17 +233,17 @@ def test_a_result_is_not_given_before_a_slow_reader_has_it(connected, monkeypatc
         result[:] = -1  # as TensorFlow does with memory of which it is told that it is free
         return found, opened.is_set()
 
-    (_, had_waited), *_ = found = at_once([functools.partial(work, m) for m in meshes])
+    (_, had_waited), *_ = found = at_once([functools.partial(work, m) for m in backends])
     assert [result for result, _ in found] == [[3.0] * 9] * 3 and had_waited
 
 
 def test_a_worker_that_is_gone_is_named_at_once_and_ever_after(connected):
     losses = []
-    meshes = connected(3, on_loss=losses.append)
-    at_once([functools.partial(exchange, m, [np.ones(4, np.float32)]) for m in meshes])
-    assert all(m.failure is None and m.lost() is None for m in meshes)
+    backends = connected(3, on_loss=losses.append)
+    at_once([functools.partial(exchange, m, [np.ones(4, np.float32)]) for m in backends])
+    assert all(m.failure is None and m.lost() is None for m in backends)
     start = time.monotonic()
-    timer = threading.Timer(0.2, meshes[1].close)
+    timer = threading.Timer(0.2, backends[1].close)
     timer.start()
 
     def work(backend):
@@ -272,7 +252,7 @@ def test_a_worker_that_is_gone_is_named_at_once_and_ever_after(connected):
                 exchange(backend, [np.ones(4, np.float32)])
         return backend.failure
 
-    for failure in at_once([functools.partial(work, meshes[k]) for k in (0, 2)]):
+    for failure in at_once([functools.partial(work, backends[k]) for k in (0, 2)]):
         assert "worker 1" in str(failure)
     assert time.monotonic() - start < 5
     assert len(losses) == 2 and all("worker 1" in loss for loss in losses)
@@ -280,34 +260,34 @@ def test_a_worker_that_is_gone_is_named_at_once_and_ever_after(connected):
 
 def test_a_worker_that_is_gone_is_known_where_nothing_waits_for_it(connected):
     told = threading.Event()
-    meshes = connected(2, on_loss=lambda reason: told.set())
-    meshes[1].close()
+    backends = connected(2, on_loss=lambda reason: told.set())
+    backends[1].close()
     assert told.wait(10)
-    assert meshes[0].failure is None and "worker 1" in str(meshes[0].lost())
+    assert backends[0].failure is None and "worker 1" in str(backends[0].lost())
 
 
 @pytest.mark.parametrize("reason", [UserError("run.steps is 'x'"), Fault("the disk is full")])
 def test_why_a_worker_ends_is_told_to_the_others(connected, reason):
-    meshes = connected(3)
-    threading.Timer(0.2, meshes[1].close, [reason]).start()
+    backends = connected(3)
+    threading.Timer(0.2, backends[1].close, [reason]).start()
 
     def work(backend):
         with pytest.raises(type(reason), match=rf"worker 1 \(127\.0\.0\.1:\d+\): {reason}$"):
             backend.gather(b"x")
 
-    at_once([functools.partial(work, meshes[k]) for k in (0, 2)])
+    at_once([functools.partial(work, backends[k]) for k in (0, 2)])
 
 
 def test_the_function_that_waits_for_a_lost_worker_fails_with_the_reason(connected):
-    meshes = connected(2)
-    threading.Timer(0.2, meshes[1].close).start()
+    backends = connected(2)
+    threading.Timer(0.2, backends[1].close).start()
     with pytest.raises(tf.errors.UnknownError, match=r"worker 1 .* is gone"):
-        tf.function(lambda: meshes[0].exchange([tf.ones([5])], [])[0][0])()
-    assert "worker 1" in str(meshes[0].lost())
+        tf.function(lambda: backends[0].exchange([tf.ones([5])], [])[0][0])()
+    assert "worker 1" in str(backends[0].lost())
 
 
 def test_what_is_swapped_outside_of_functions(connected):
-    meshes = connected(3)
+    backends = connected(3)
 
     def work(backend):
         return (
@@ -316,12 +296,12 @@ def test_what_is_swapped_outside_of_functions(connected):
             backend.sum(np.float32([1, backend.rank])).tolist(),
         )
 
-    for lengths, nothing, total in at_once([functools.partial(work, m) for m in meshes]):
+    for lengths, nothing, total in at_once([functools.partial(work, m) for m in backends]):
         assert (lengths, nothing, total) == ([b"", b"ab", b"abab"], [b""] * 3, [3, 3])
 
 
 def test_a_worker_that_closes_after_its_last_op_disturbs_nobody(connected):
-    meshes = connected(3)
+    backends = connected(3)
     for _ in range(5):
 
         def work(backend):
@@ -329,27 +309,27 @@ def test_a_worker_that_closes_after_its_last_op_disturbs_nobody(connected):
             backend.close()
             return result[0].sum(), result[1].sum()
 
-        for total, rows in at_once([functools.partial(work, m) for m in meshes]):
+        for total, rows in at_once([functools.partial(work, m) for m in backends]):
             assert (total, rows) == (3e6, 3e5)
-        meshes = connected(3)
+        backends = connected(3)
 
 
 def test_a_silent_worker_is_given_up_and_one_that_only_has_nothing_to_say_is_not(connected, monkeypatch):
     monkeypatch.setattr(tcp_backend, "HEARTBEAT_SECONDS", 0.1)
-    meshes = connected(2, patience=0.5)
+    backends = connected(2, patience=0.5)
 
     def work(backend):
         time.sleep(1.5 * backend.rank)
         return exchange(backend, [np.ones(4, np.float32)])
 
-    for (result,) in at_once([functools.partial(work, m) for m in meshes]):
+    for (result,) in at_once([functools.partial(work, m) for m in backends]):
         assert result.tolist() == [2.0] * 4
-    meshes[1]._senders.clear()
-    for peer in meshes[1]._peers.values():
+    backends[1]._senders.clear()
+    for peer in backends[1]._peers.values():
         monkeypatch.setattr(peer, "send", lambda header, data: None)
     for size in (4, 10**7):  # more than the system keeps of what nobody reads
         with pytest.raises(Fault, match=r"worker 1 \(127\.0\.0\.1:\d+\) has been silent for 0\.5 s"):
-            exchange(meshes[0], [np.ones(size, np.float32)])
+            exchange(backends[0], [np.ones(size, np.float32)])
 
 
 @pytest.mark.parametrize(
@@ -362,20 +342,20 @@ def test_a_silent_worker_is_given_up_and_one_that_only_has_nothing_to_say_is_not
     ],
 )
 def test_a_malformed_header_is_a_failure(connected, header):
-    meshes = connected(2)
-    meshes[1]._peers[0].link.socket.sendall(header)
+    backends = connected(2)
+    backends[1]._peers[0].link.socket.sendall(header)
     with pytest.raises(UserError, match=r"worker 1 \(127\.0\.0\.1:\d+\) sent what does not fit"):
-        exchange(meshes[0], [np.ones(4, np.float32)])
+        exchange(backends[0], [np.ones(4, np.float32)])
 
 
 def test_programs_that_differ_are_told_apart_by_size(connected):
-    meshes = connected(2)
+    backends = connected(2)
 
     def work(backend):
         with pytest.raises(UserError, match="same program"):
             exchange(backend, [np.ones(4 + 4 * backend.rank, np.float32)])
 
-    at_once([functools.partial(work, m) for m in meshes])
+    at_once([functools.partial(work, m) for m in backends])
 
 
 def spoken(text):
@@ -405,7 +385,7 @@ def flipped(data, place):
 @pytest.mark.parametrize("rank", [0, 1])  # of the worker: one listens, the other calls
 def test_what_is_sealed_and_changed_on_its_way_is_not_believed(rank, change):
     """By an independent program, that is the other worker and then who stands between."""
-    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    workers = loopback(2)
     thread = threading.Thread(
         target=lambda: links.update(rendezvous.connect(rank, workers, 10, "secret", sealed=True)), daemon=True
     )

@@ -17,8 +17,8 @@ from dist_partial.errors import UserError
 from dist_partial.export import delta
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.selection.resolve import resolve
-from tests import user_module
-from tests.cases import convolutional
+from tests.helpers import user_module
+from tests.helpers.cases import convolutional
 
 FUZZED = 4000
 

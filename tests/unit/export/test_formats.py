@@ -16,7 +16,7 @@ from dist_partial.errors import UserError
 from dist_partial.export import __main__ as export
 from dist_partial.export import delta, saved_model
 from dist_partial.models import byte_transformer, sampling, two_dense
-from tests.cases import durable, state
+from tests.helpers.files import contents, durable, state
 
 MODULE = """
 import keras, numpy as np
@@ -154,7 +154,6 @@ def folder(tmp_path_factory):
         patch.delenv("TF_CONFIG", raising=False)
         for name, lines in RUNS.items():
             (root / f"{name}.gin").write_text(COMMON + lines)
-            tf.distribute.MirroredStrategy._collective_key_base += 100_000  # see conftest
             keras.utils.clear_session()
             assert train.main([f"--gin_file={root / name}.gin", f"--run_dir={root / name}"]) == 0
             for form, suffix in (("safetensors", "safetensors"), ("keras", "keras"), ("savedmodel", "saved")):
@@ -362,10 +361,6 @@ def test_a_keras_file_of_classes_of_our_own(folder, capsys):
     (folder / "again.keras").unlink()
     x = np.random.default_rng(0).integers(0, 256, (2, 5)).astype(np.int32)
     np.testing.assert_array_equal(*(keras.ops.cast(m(x, training=False), "float32") for m in (loaded, model)))
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize("form", ["safetensors", "keras", "savedmodel"])

@@ -15,8 +15,8 @@ from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.top_k import TopK
-from tests import cases
-from tests.cases import CASES, GLOBAL_BATCH, OPTIONS
+from tests.helpers import cases
+from tests.helpers.cases import CASES, GLOBAL_BATCH, OPTIONS
 
 RULES = CASES["two_dense"].rules
 TWO = [
@@ -422,7 +422,7 @@ def test_what_is_thawed_after_it_is_refused():
         ({"rules": [("train", "head/.*")]}, "no rule covers 'below/kernel'"),
         ({"rules": [("freeze", ".*")]}, "the rules train nothing"),
         ({"rules": []}, "the rules (run.rules) are empty: write a list"),
-        ({"rules": [("train", ".*"), ("train", "head/.*")]}, "never applies: rule 1 ('.*') stands before it"),
+        ({"rules": [("train", ".*"), ("train", "head/.*")]}, "never applies: rule 1 ('.*') is before it"),
         ({"rules": [("trian", ".*")]}, "rule 1 is ('trian', '.*'): write ('train', pattern)"),
         ({"rules": [selection.Rule(".*", lora=2)]}, "call enable_lora(2) of the layer and match"),
         ({"rules": [selection.Rule(".*", optimizer="sgd")]}, "give what makes one, such as keras.optimizers.SGD"),

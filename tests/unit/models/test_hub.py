@@ -13,8 +13,8 @@ from dist_partial.models import hub_model, hub_tokenizer
 from dist_partial.models.hub import single_input
 from dist_partial.models.sampling import generate
 from dist_partial.training.split_model import split
-from tests import cases
-from tests.cases import Case, Options
+from tests.helpers import cases
+from tests.helpers.cases import Case, Options
 
 ARGUMENTS = {
     "GPT2": {

@@ -18,8 +18,8 @@ from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.payload import Payload
 from dist_partial.selection.rules import Rule
-from tests import cases
-from tests.cases import same_bits
+from tests.helpers import cases
+from tests.helpers.files import same_bits
 
 STEPS = 12
 SHAPES = [(12, 20), (3, 4, 10), (7,), (300,), (1000, 3)]

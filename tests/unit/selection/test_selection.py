@@ -17,7 +17,7 @@ from dist_partial.selection.resolve import resolve
 from dist_partial.selection.rules import Rule, parse_rules
 from dist_partial.selection.table import plan_table
 from dist_partial.step import optimizers
-from tests.user_module import Twins
+from tests.helpers.user_module import Twins
 
 PATHS = ["dense1/kernel", "dense1/bias", "dense2/kernel", "dense2/bias"]
 

@@ -10,16 +10,16 @@ import tensorflow as tf
 from dist_partial import selection
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, train_batches
-from dist_partial.distributed.collectives import Collectives
-from dist_partial.distributed.replicas import Replicas, create
+from dist_partial.distributed.replicas import create
 from dist_partial.errors import UserError
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.training import loop
 from dist_partial.training.build import build, restore
-from tests import cases
-from tests.cases import copies, rows, same_bits, state
-from tests.conftest import mirrored_strategy
-from tests.unit.step.test_losses import COUNT, check_against_fit, features, settings
+from tests.helpers import cases
+from tests.helpers.against_fit import COUNT, check_against_fit, features, settings
+from tests.helpers.cases import copies
+from tests.helpers.files import rows, same_bits, state
+from tests.helpers.strategies import in_process
 
 
 class Running(keras.layers.Layer):
@@ -177,7 +177,7 @@ def test_nothing_but_a_step_moves_a_random_state(tmp_path):
                 data=letters,
                 steps=6,
                 global_batch=6,
-                replicas=lambda: Replicas(mirrored_strategy(2), Collectives(), "2 replicas"),
+                replicas=lambda: in_process(2),
                 **{"sampling": Sampling(prompt="abc", length=4), **more},
             ),
             tmp_path / name,

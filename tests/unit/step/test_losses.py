@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial.config.settings import Sampling, Settings
+from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset
-from dist_partial.distributed.collectives import Collectives
-from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.reductions.power_sgd import PowerSGD
@@ -19,65 +17,9 @@ from dist_partial.reductions.top_k import TopK
 from dist_partial.step import losses
 from dist_partial.step.evaluation_step import evaluation_step
 from dist_partial.training import loop
-from tests.cases import rows, set_precision, state
-from tests.conftest import mirrored_strategy
-
-COUNT, STEPS = 18, 20  # examples, all of them in each step
-
-
-def settings(model, data, loss, *, replicas=2, steps=STEPS, rules=(("train", ".*"),), **more):
-    """A run in batches of all examples, with SGD."""
-    source = ArraySource(*data)
-    more = {"precision": "float64", "optimizer": lambda: keras.optimizers.SGD(0.05), **more}
-    strategy = mirrored_strategy(replicas) if replicas > 1 else tf.distribute.get_strategy()
-    return Settings(
-        rules=list(rules),
-        model=model,
-        data=lambda: Dataset("numbers", source, source, "1"),
-        loss=loss,
-        steps=steps,
-        global_batch=len(data[0]),
-        replicas=lambda: Replicas(strategy, Collectives(), f"{replicas} replicas"),
-        sampling=Sampling(length=1),
-        **more,
-    )
-
-
-def trained(folder, steps=STEPS):
-    return {k.removeprefix("variables/"): v for k, v in state(folder, steps).items() if k.startswith("variables/")}
-
-
-def fitted(model, data, loss, steps=STEPS, precision="float64"):
-    """The losses and weights of plain Keras on one device."""
-    keras.config.set_floatx(precision)
-    keras.config.set_dtype_policy(precision)
-    keras.utils.set_random_seed(0)
-    made = model()
-    made.compile(keras.optimizers.SGD(0.05), loss=loss())
-    x, y, *weight = data
-    history = made.fit(
-        x, y, sample_weight=weight[0] if weight else None, batch_size=len(x), epochs=steps, shuffle=False, verbose=0
-    )
-    names = [variable.path.removeprefix(f"{made.name}/") for variable in made.trainable_variables]
-    return history.history.get("loss"), dict(zip(names, map(np.array, made.trainable_variables), strict=True)), made
-
-
-def features(*shape):
-    rng = np.random.default_rng(1)
-    return rng.normal(size=(COUNT, *shape))
-
-
-def one_output():
-    return keras.Sequential([keras.Input((7,)), keras.layers.Dense(1, name="d")])
-
-
-def check_against_fit(folder, model, data, loss, tolerance=1e-9, **more):
-    losses, weights, _ = fitted(model, data, loss)
-    loop.run(settings(model, data, loss, **more), folder)
-    found = rows(folder / "metrics.jsonl")
-    np.testing.assert_allclose([row["loss"] for row in found if row["split"] == "train"], losses, rtol=1e-6)
-    for name, value in trained(folder).items():
-        np.testing.assert_allclose(value, weights[name], rtol=tolerance, atol=tolerance / 1e3, err_msg=name)
+from tests.helpers.against_fit import COUNT, check_against_fit, features, fitted, one_output, settings
+from tests.helpers.cases import set_precision
+from tests.helpers.files import rows, trained
 
 
 @pytest.mark.parametrize(("y_shape", "weight_shape"), [((), ()), ((), (1,)), ((1,), ()), ((1,), (1,))])

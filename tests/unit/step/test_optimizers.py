@@ -11,8 +11,8 @@ from dist_partial import UserError, partial, selection
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.selection.rules import Rule
 from dist_partial.step import optimizers
-from tests import cases
-from tests.cases import GLOBAL_BATCH
+from tests.helpers import cases
+from tests.helpers.cases import GLOBAL_BATCH
 
 STEPS = 5
 ROWS = 11

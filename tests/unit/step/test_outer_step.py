@@ -25,8 +25,9 @@ from dist_partial.step import batch_norm, optimizers, outer_step
 from dist_partial.step.train_step import StepOptions, train_step
 from dist_partial.training.build import build
 from dist_partial.training.state import resumable_state
-from tests import cases
-from tests.cases import CASES, GLOBAL_BATCH, copies, same_bits
+from tests.helpers import cases
+from tests.helpers.cases import CASES, GLOBAL_BATCH, copies
+from tests.helpers.files import same_bits
 
 STEPS = 12
 DENSE = CASES["two_dense"]
@@ -179,7 +180,7 @@ class Reference:
         for path, kind in self.kinds.items():
             # The exchanges follow offset, offset + steps, ... and, where the offset is larger than `steps`, as if it
             # were the rest of the division.
-            if isinstance(kind, LocalSGD) and (self.done - kind.offset) % kind.steps == 0:
+            if isinstance(kind, LocalSGD) and (self.done - kind.offset) % kind.sync_every == 0:
                 movement = self.anchors[path] - np.mean([chosen[path].numpy() for chosen in self.variables], axis=0)
                 anchor = self.outers[path].step(self.anchors[path], movement)
                 self.anchors[path] = self.projections.get(path, lambda value: value)(anchor)
@@ -507,7 +508,7 @@ def test_nothing_is_sent_in_a_step(rules, mirrored):
         payloads = [m for entry in group.entries for m in entry.payloads]
         assert traffic.total(found) == traffic.total(payloads) > 0
         assert {c.kind for c in found} == {m.kind for m in payloads}
-        assert {m.every for m in payloads} == {group.reduction.steps}
+        assert {m.every for m in payloads} == {group.reduction.sync_every}
     if len(groups) == 2:  # 640 values in three scales and a half byte each, and 10 more of them in a message of words
         assert traffic.total(traffic.in_call(local.exchanges[1].get_concrete_function())) == 6 + 320 + 2 + (2 + 5 + 1)
 

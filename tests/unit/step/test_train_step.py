@@ -17,8 +17,8 @@ from dist_partial.step import losses as losses_lib
 from dist_partial.step.loss_scale import FIRST_SCALE, LossScale
 from dist_partial.step.probe import probe
 from dist_partial.step.train_step import StepOptions, train_step
-from tests import cases
-from tests.cases import CASES, OPTIMIZERS, OPTIONS, STEPS
+from tests.helpers import cases
+from tests.helpers.cases import CASES, OPTIMIZERS, OPTIONS, STEPS
 
 reference = functools.cache(
     lambda case, name, options, dtype: cases.reference(CASES[case], name, OPTIONS[options], dtype)
@@ -215,7 +215,7 @@ def test_a_scaled_gradient_is_clipped_by_its_own_norm(replicas, mirrored):
     ("finite", "expected"), [([1, 1, 1, 0, 1, 1, 1], [1, 1, 2, 1, 1, 1, 2]), ([1] * 6, [1, 1, 2, 2, 2, 4])]
 )
 def test_loss_scale_grows_after_a_row_of_good_steps(finite, expected, monkeypatch):
-    monkeypatch.setattr("dist_partial.loss_scale.GROW_AFTER", 3)
+    monkeypatch.setattr("dist_partial.step.loss_scale.GROW_AFTER", 3)
     scale = LossScale()
     values = []
     for good in finite:

@@ -9,14 +9,13 @@ import tensorflow as tf
 
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
-from dist_partial.distributed.collectives import Collectives
-from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.models import byte_transformer
 from dist_partial.schedules.adaptive import AutoFreeze
 from dist_partial.schedules.fixed import Phases
 from dist_partial.training import activation_cache, loop, split_model
-from tests.cases import rows, same_bits, state
+from tests.helpers.files import rows, same_bits, state
+from tests.helpers.strategies import in_process
 
 LAYERS = ("a", "b", "c", "d")
 
@@ -165,7 +164,7 @@ CASES = {
 }
 
 
-def trained(folder, mirrored, cache, case, *stops):
+def trained(folder, cache, case, *stops):
     """What a run that is stopped and goes on leaves: the last checkpoint, and the lines of its training."""
     given = {
         "rules": [("train", ".*")],
@@ -178,7 +177,7 @@ def trained(folder, mirrored, cache, case, *stops):
         "sampling": Sampling(length=1),
     }
     given |= case
-    made = Replicas(mirrored(2) if given["replicas"] == 2 else tf.distribute.get_strategy(), Collectives(), "some")
+    made = in_process(given["replicas"])
     given["replicas"] = lambda: made
     for steps in stops:
         keras.utils.clear_session(free_memory=False)
@@ -187,13 +186,13 @@ def trained(folder, mirrored, cache, case, *stops):
 
 
 @pytest.mark.parametrize(("name", "where"), [*((name, "memory") for name in CASES), ("phases", "disk")])
-def test_the_run_is_the_same_up_to_rounding(name, where, mirrored, tmp_path, monkeypatch):
+def test_the_run_is_the_same_up_to_rounding(name, where, tmp_path, monkeypatch):
     filled = []
     fill = activation_cache.Activations.fill
     monkeypatch.setattr(activation_cache.Activations, "fill", lambda self, i: (filled.append(self.name), fill(self, i)))
-    want, want_rows = trained(tmp_path / "computed", mirrored, None, CASES[name], 18)
+    want, want_rows = trained(tmp_path / "computed", None, CASES[name], 18)
     assert not filled
-    have, have_rows = trained(tmp_path / "kept", mirrored, where, CASES[name], 18)
+    have, have_rows = trained(tmp_path / "kept", where, CASES[name], 18)
     tolerance = 2e-2 if "bfloat16" in name else 1e-5
     assert want.keys() == have.keys()
     for key, value in want.items():
@@ -205,11 +204,11 @@ def test_the_run_is_the_same_up_to_rounding(name, where, mirrored, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", ["mlp", "accumulated", "phases", "autofreeze"])
-def test_a_stopped_run_goes_on_with_the_same_bits(name, mirrored, tmp_path):
+def test_a_stopped_run_goes_on_with_the_same_bits(name, tmp_path):
     """Also where activations are rounded by the place of an example in its batch."""
     case = CASES[name] | {"model": placed}
-    whole, whole_rows = trained(tmp_path / "whole", mirrored, "memory", case, 18)
-    again, again_rows = trained(tmp_path / "again", mirrored, "memory", case, 7, 11, 18)
+    whole, whole_rows = trained(tmp_path / "whole", "memory", case, 18)
+    again, again_rows = trained(tmp_path / "again", "memory", case, 7, 11, 18)
     assert whole.keys() == again.keys()
     assert all(same_bits([value, again[key]]) for key, value in whole.items())
     assert whole_rows == again_rows
@@ -250,7 +249,7 @@ def patched():
 def test_a_model_that_is_more_than_its_graph_is_not_cut(kind):
     model = own_call(kind) if kind else patched()
     with pytest.raises(
-        UserError, match=r"run\.cache cuts .*, and \w+ has a call\(\) of its own: give it a method stages"
+        UserError, match=r"run\.activation_cache cuts .*, and \w+ has a call\(\) of its own: give it a method stages"
     ):
         split_model.cut(model, variables(model, "d"))
 
@@ -271,7 +270,9 @@ def test_stages_that_are_not_the_model_are_an_error(training):
     activations(model)
     model.stages = lambda: [*one_by_one, ([], lambda x, flag: x * (1.01 if flag == training else 1.0))]
     if training:
-        with pytest.raises(UserError, match=r"run\.cache: .*'c' and the rest are not the model.*\(0\.01 apart\)"):
+        with pytest.raises(
+            UserError, match=r"run\.activation_cache: .*'c' and the rest are not the model.*\(0\.01 apart\)"
+        ):
             activations(model)
     else:  # which stages are for training alone
         activations(model)
@@ -340,7 +341,7 @@ def folded():
     ],
 )
 def test_what_an_example_alone_does_not_decide_is_an_error(make, why):
-    with pytest.raises(UserError, match=rf"run\.cache: what is frozen up to {why}.*: unbind it"):
+    with pytest.raises(UserError, match=rf"run\.activation_cache: what is frozen up to {why}.*: unbind it"):
         activations(make())
 
 
@@ -397,21 +398,23 @@ class Noise(keras.layers.Layer):
 def test_what_cannot_be_kept_is_an_error(monkeypatch):
     x = keras.Input((6,))
     random = keras.Model(x, keras.layers.Dense(6, name="d")(Noise(name="noise")(keras.layers.Dense(6)(x))))
-    with pytest.raises(UserError, match=r"run\.cache: what is frozen up to 'noise' is not the same each time"):
+    with pytest.raises(
+        UserError, match=r"run\.activation_cache: what is frozen up to 'noise' is not the same each time"
+    ):
         activations(random)
     masked = keras.Sequential([keras.Input((6,)), keras.layers.Embedding(9, 4, mask_zero=True, name="words")])
     masked.add(keras.layers.LSTM(3, name="d"))
-    with pytest.raises(UserError, match=r"run\.cache: .*words' makes a mask"):
+    with pytest.raises(UserError, match=r"run\.activation_cache: .*words' makes a mask"):
         activations(masked)
     monkeypatch.setattr(activation_cache, "_free_memory", lambda: 479)
     with pytest.raises(UserError, match=r"needs up to 480 bytes, and 479 are free: bind run.activation_cache = 'disk'"):
         activations(mlp())
 
 
-def test_what_cannot_be_kept_at_a_switch_does_not_end_the_run(mirrored, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_kept_at_a_switch_does_not_end_the_run(tmp_path, monkeypatch, capsys):
     """A selection that resets the slots of what it leaves has a run behind it, too, that must not be lost."""
     monkeypatch.setattr(activation_cache, "_free_memory", lambda: 0)
-    made = Replicas(mirrored(2), Collectives(), "two")
+    made = in_process(2)
     settings = Settings(
         rules=[("train", ".*")],
         model=mlp,
@@ -430,7 +433,7 @@ def test_what_cannot_be_kept_at_a_switch_does_not_end_the_run(mirrored, tmp_path
 
 def test_bad_settings():
     given = {"rules": [("train", ".*")], "model": mlp, "data": numbers}
-    with pytest.raises(UserError, match=r"run\.cache is 'ram': write 'memory', 'disk' or None"):
+    with pytest.raises(UserError, match=r"run\.activation_cache is 'ram': write 'memory', 'disk' or None"):
         Settings(**given, activation_cache="ram")
-    with pytest.raises(UserError, match=r"run\.cache beside run\.jit_compile"):
+    with pytest.raises(UserError, match=r"run\.activation_cache beside run\.jit_compile"):
         Settings(**given, activation_cache="disk", jit_compile=True)

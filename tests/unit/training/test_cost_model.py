@@ -21,7 +21,8 @@ from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
 from dist_partial.training import loop
 from dist_partial.training.cost_model import Machine, estimate
-from tests.cases import convolutional, rows
+from tests.helpers.cases import convolutional
+from tests.helpers.files import rows
 
 TINY = """
 run.model = @two_dense

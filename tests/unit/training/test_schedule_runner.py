@@ -18,16 +18,15 @@ import tensorflow as tf
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint, train_batches
 from dist_partial.distributed import replicas
-from dist_partial.distributed.collectives import Collectives
-from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.schedules.adaptive import AutoFreeze, ByteBudget
 from dist_partial.schedules.fixed import Gradual, Lisa, Phases, Rotation
 from dist_partial.selection.rules import Rule
 from dist_partial.training import loop
-from tests import cases
-from tests.cases import rows, same_bits, state
-from tests.workers import run_workers
+from tests.helpers import cases
+from tests.helpers.files import rows, same_bits, state
+from tests.helpers.strategies import in_process
+from tests.helpers.workers import run_workers
 
 # Nothing of tests.conftest may be imported here: the workers below run this file, too, and have one device each.
 
@@ -223,21 +222,21 @@ def trained(folder: Path, steps: int = STEPS) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(("precision", "counts"), [("float64", (1, 2, 4)), ("float32", (2,))])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_equals_one_device_that_trains_the_same(name, precision, counts, mirrored, tmp_path):
+def test_equals_one_device_that_trains_the_same(name, precision, counts, tmp_path):
     schedule = budget_for(SCHEDULES[name], precision)
     for count in counts:
         keras.utils.clear_session(free_memory=False)
         folder = tmp_path / str(count)
-        made = Replicas(mirrored(count), Collectives(), str(count))
+        made = in_process(count)
         told = settings(schedule, made, precision=precision)
         loop.run(told, folder)
         check(folder, told, count)
 
 
 @pytest.mark.parametrize("leave", ["reset", "drop"])
-def test_slots_of_what_is_left(leave, mirrored, tmp_path):
+def test_slots_of_what_is_left(leave, tmp_path):
     """Reset and dropped slots begin anew; dropped ones are not in the checkpoint either."""
-    made = Replicas(mirrored(2), Collectives(), "two")
+    made = in_process(2)
     told = settings(SCHEDULES["rotation"], made, precision="float64", leave=leave)
     loop.run(told, tmp_path / "run")
     check(tmp_path / "run", told, 2, resets=True)
@@ -249,8 +248,8 @@ def test_slots_of_what_is_left(leave, mirrored, tmp_path):
 @pytest.mark.parametrize(
     ("name", "leave"), [*((name, "keep") for name in SCHEDULES), ("rotation", "reset"), ("rotation", "drop")]
 )
-def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, leave, mirrored, tmp_path, capsys):
-    made = Replicas(mirrored(2), Collectives(), "two")
+def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, leave, tmp_path, capsys):
+    made = in_process(2)
     schedule = budget_for(SCHEDULES[name], "float32")
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     loop.run(settings(schedule, made, leave=leave, compiled_plans=2), whole)  # so few that some are compiled again
@@ -266,9 +265,9 @@ def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, leave, mirrored, t
     assert metrics[0] == metrics[1]
 
 
-def test_what_is_recorded_and_sent(mirrored, tmp_path):
+def test_what_is_recorded_and_sent(tmp_path):
     """A line a switch; between two of them each step sends what the line says, counted in the graph."""
-    made = Replicas(mirrored(2), Collectives(), "two")
+    made = in_process(2)
     schedule = budget_for(SCHEDULES["byte_budget"], "float32")
     loop.run(settings(schedule, made), tmp_path)
     found = rows(tmp_path / "metrics.jsonl")
@@ -286,13 +285,13 @@ def test_what_is_recorded_and_sent(mirrored, tmp_path):
     assert traffic["planned_bytes"] == traffic["counted_bytes"] == sent
 
 
-def test_the_budget_holds_on_more_replicas(mirrored, tmp_path):
+def test_the_budget_holds_on_more_replicas(tmp_path):
     """What was chosen among two is too much among four, where a sum costs 1.5 times the payload: chosen anew."""
     schedule = budget_for(SCHEDULES["byte_budget"], "float32")
     schedule = dataclasses.replace(schedule, bytes=2 * schedule.bytes, every=100)
     for steps, count in ((2, 2), (4, 4)):
         keras.utils.clear_session(free_memory=False)
-        loop.run(settings(schedule, Replicas(mirrored(count), Collectives(), str(count)), steps), tmp_path)
+        loop.run(settings(schedule, in_process(count), steps), tmp_path)
     lines = rows(tmp_path / "metrics.jsonl")
     plans = [row for row in lines if row["split"] == "plan"]
     assert [row["step"] for row in plans] == [1, 3]
@@ -315,6 +314,7 @@ def _work(folder: Path) -> None:
         loop.run(settings(schedule, made, precision="float64", activation_cache="memory"), folder / name)
 
 
+@pytest.mark.slow
 def test_two_workers(tmp_path):
     for code, output in run_workers(
         ["-m", "tests.unit.training.test_schedule_runner", str(tmp_path)], workers=2, timeout=200
@@ -341,6 +341,7 @@ def _disagree(folder: Path) -> None:
         sys.exit(2)
 
 
+@pytest.mark.slow
 def test_workers_that_disagree_both_stop_before_the_switch(tmp_path):
     for code, output in run_workers(
         ["-m", "tests.unit.training.test_schedule_runner", str(tmp_path), "odd"], workers=2, timeout=100
@@ -354,7 +355,7 @@ def test_what_is_not_reduced_in_every_step_cannot_be_switched():
     from dist_partial.reductions.local_sgd import LocalSGD
     from dist_partial.training.build import build
 
-    made = Replicas(tf.distribute.get_strategy(), Collectives(), "one")
+    made = in_process()
     told = settings(SCHEDULES["lisa"], made, rules=[Rule(".*", reduction=LocalSGD(4))])
     with pytest.raises(UserError, match=r"run\.schedule switches .*every 4 steps.* of rule '\.\*'"):
         build(told, made)

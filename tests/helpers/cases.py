@@ -1,15 +1,11 @@
 """Models, data and a plain Keras loop on one device: what the trainer is compared with."""
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
-import safetensors.numpy
 import tensorflow as tf
 
 from dist_partial import reductions, selection
@@ -339,38 +335,3 @@ def copies(strategy: tf.distribute.Strategy, variable: Any) -> list[np.ndarray]:
     """The values that this process's replicas have of a Keras or TensorFlow variable."""
     value = variable.value if isinstance(variable, keras.Variable) else variable
     return [np.asarray(copy) for copy in strategy.experimental_local_results(value)]
-
-
-def rows(path: Path) -> list[dict]:
-    """The objects of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def state(folder: Path, step: int) -> dict[str, np.ndarray]:
-    """What the checkpoint of a run folder holds."""
-    return safetensors.numpy.load_file(folder / "checkpoints" / f"step-{step:010d}.safetensors")
-
-
-def durable(monkeypatch: Any) -> list[tuple[str, str, bytes]]:
-    """Notes each fsync and each renaming from now on: the call, the name, and what is on the disk of a file."""
-    calls: list[tuple[str, str, bytes]] = []
-
-    def noted(name: str, seen: Callable[..., Path]) -> None:
-        function = getattr(os, name)
-
-        def call(*arguments: Any) -> Any:
-            path = seen(*arguments)
-            calls.append((name, path.name, path.read_bytes() if path.is_file() else b""))
-            return function(*arguments)
-
-        monkeypatch.setattr(os, name, call)
-
-    noted("fsync", lambda descriptor: Path(os.readlink(f"/proc/self/fd/{descriptor}")))
-    for name in ("replace", "rename"):
-        noted(name, lambda old, new: Path(new))
-    return calls
-
-
-def same_bits(arrays: Any) -> bool:
-    first, *rest = arrays
-    return all(array.dtype == first.dtype and array.tobytes() == first.tobytes() for array in rest)

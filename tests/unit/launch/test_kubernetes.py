@@ -10,7 +10,7 @@ import yaml
 
 from dist_partial.distributed.cluster import read_tf_config, tf_config
 from dist_partial.errors import AGAIN
-from tests.workers import ROOT
+from tests import ROOT
 
 FOLDER = ROOT / "launch" / "kubernetes"
 OBJECTS = {

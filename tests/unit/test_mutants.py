@@ -2,8 +2,8 @@
 
 import pytest
 
+from tests import ROOT
 from tests.mutants import MUTANTS
-from tests.workers import ROOT
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

@@ -9,7 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 
 from dist_partial.distributed import replicas
-from tests import cases
+from tests.helpers import cases
 
 
 def main(made: replicas.Replicas, folder: Path, dtype: str) -> None:
@@ -24,7 +24,7 @@ def main(made: replicas.Replicas, folder: Path, dtype: str) -> None:
         statistics = case.statistics_bytes(np.dtype(dtype).itemsize)
         assert trained.bytes_per_step == trained.plan.wire_bytes + statistics, name
         slots = {f"slot {n}": v.numpy() for group in trained.optimizers for n, v in group.state.items()}
-        np.savez(folder / f"{dtype}-{name}-{made.mesh.rank}.npz", losses=trained.losses, **trained.after, **slots)
+        np.savez(folder / f"{dtype}-{name}-{made.backend.rank}.npz", losses=trained.losses, **trained.after, **slots)
     made.sum(np.zeros(1))  # none leaves before the others
 
 

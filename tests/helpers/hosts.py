@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from tests.workers import ROOT
+from tests import ROOT
 
 PREFIX = "h"  # of the namespaces' names
 BRIDGE = "br9"

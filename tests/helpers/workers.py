@@ -27,6 +27,11 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def loopback(count: int) -> list[str]:
+    """Free addresses on loopback."""
+    return [f"127.0.0.1:{port}" for port in free_ports(count)]
+
+
 def run_workers(
     command: Sequence[str],
     workers: int,
@@ -53,7 +58,7 @@ def run_workers(
         Exit code and output of each; a worker that has not ended in time is killed (one that waits for a peer may
         heed no SIGTERM) and has exit code -9.
     """
-    addresses = list(addresses) or [f"127.0.0.1:{port}" for port in free_ports(workers)]
+    addresses = list(addresses) or loopback(workers)
     processes, outputs = [], []
     try:
         for index in range(workers):
@@ -94,9 +99,9 @@ def run_workers(
     return results
 
 
-def tf_config(addresses: Sequence[str], index: int) -> str:
+def tf_config(workers: Sequence[str], index: int) -> str:
     """What the variable TF_CONFIG of a worker holds."""
-    return json.dumps({"cluster": {"worker": list(addresses)}, "task": {"type": "worker", "index": index}})
+    return json.dumps({"cluster": {"worker": list(workers)}, "task": {"type": "worker", "index": index}})
 
 
 def listening(pid: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""What makes a run another one than its folder's: a key of the identity, or a setting, without a case here fails."""
+"""What makes a run another than its folder's: a key of the fingerprint, or a setting, without a case here fails."""
 
 import dataclasses
 import functools
@@ -8,19 +8,17 @@ import re
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
-from dist_partial.distributed.collectives import Collectives
-from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.models import two_dense
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.schedules.fixed import Constant, Rotation
 from dist_partial.selection.rules import Rule
 from dist_partial.training.build import build
+from tests.helpers.strategies import in_process
 
 RULES = [("train", "dense1/.*"), ("train", "dense2/kernel"), ("freeze", "dense2/bias")]
 
@@ -80,13 +78,13 @@ CASES = [
 ]
 # How long, how fast, how often and where: what may change while a run goes on.
 FREE = {"steps", "eval_first", "eval_every", "eval_examples", "save_every", "keep", "accumulate", "steps_per_loop"}
-FREE |= {"jit_compile", "compiled_plans", "cache", "replicas", "sampling"}
+FREE |= {"jit_compile", "compiled_plans", "activation_cache", "replicas", "sampling"}
 
 
 def of(**more):
-    """The identity of a run in which all that there is has a value."""
+    """The fingerprint of a run in which all that there is has a value."""
     given = {"rules": RULES, "model": model, "data": ids, "optimizer": adam, "steps": 20, "global_batch": 4}
-    made = Replicas(tf.distribute.get_strategy(), Collectives(), "one")
+    made = in_process()
     return build(Settings(**{**given, "schedule": Rotation(every=2), **more}), made).fingerprint
 
 
@@ -114,5 +112,5 @@ def test_another_value_of_it_is_another_run(key, more, base, tmp_path):
     if key == "initial values":
         assert fingerprints.check_run(tmp_path, only)
     else:
-        with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))} is of another run: {key}\b"):
+        with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))} belongs to another run: {key}\b"):
             fingerprints.check_run(tmp_path, only)

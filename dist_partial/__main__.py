@@ -1,0 +1,53 @@
+"""dist-partial COMMAND [flags]: one name for all commands; `python -m dist_partial COMMAND` is the same."""
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+# Each is a module `dist_partial.COMMAND` with a function `main(argv)`, or a package with that module's `__main__`.
+COMMANDS = {
+    "train": "Trains what the rules of a gin file select.",
+    "sample": "Generates text from the newest checkpoint of a run folder.",
+    "plan": "Prints what a step would send, hold and take, without training.",
+    "export": "Writes what a run has trained as safetensors, or the whole model for Keras or TensorFlow Serving.",
+    "launch": "Starts the workers of a run, and starts them again after a fault.",
+    "report": "Writes one HTML page about one or several run folders.",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command with the arguments that follow its name.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code of the command; 2 if there is no such command.
+    """
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1) or COMMANDS
+        problem = f"no command {name!r}; nearest: {', '.join(near)}" if name else f"no command: {', '.join(near)}"
+        print(f"error: {problem} (dist-partial --help lists them)", file=sys.stderr)
+        return 2
+    spec = importlib.util.find_spec(f"dist_partial.{name}")
+    assert spec is not None
+    package = spec.submodule_search_locations is not None
+    code: int = importlib.import_module(f"{spec.name}.__main__" if package else spec.name).main(rest)
+    return code
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {line}" for name, line in COMMANDS.items()]
+    return "\n".join(
+        ["usage: dist-partial COMMAND [flags]", "", *lines, "", "dist-partial COMMAND --help lists the flags of one."]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""The Markdown tables of the results: what the benchmarks print and the documentation shows.
+
+python -m tests.benchmarks.tables [NAME ...]
+
+A function for each file of results/, by its name: it takes the file's content and returns the tables by their titles.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+# Columns of the table of the wire: a system and the type in which its gradients travel.
+_WIRE = {
+    "limit, float32": ("limit", "float32"),
+    "DDP, float32": ("ddp", "float32"),
+    "TensorFlow, float32": ("tensorflow", "float32"),
+    "dist_partial, float32": ("dist_partial", "float32"),
+    "limit, bfloat16": ("limit", "bfloat16"),
+    "dist_partial, bfloat16": ("dist_partial", "bfloat16"),
+}
+_TRAINED = {"all": "everything", "part": "the last block of each half, the last norm, the head"}  # of 8 blocks
+_TRAINED_OF_FOUR = {"all": "everything", "part": "the last block, the last norm, the head"}
+
+Rows = Sequence[Mapping[str, Any]]
+Tables = dict[str, str]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]], words: int = 1) -> str:
+    """A Markdown table whose columns after the first `words` hold numbers, to the right."""
+    lines = [header, [*["---"] * words, *["--:"] * (len(header) - words)], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def columns(rows: Rows, words: int = 1) -> str:
+    """A table that shows the rows as they are."""
+    return markdown(list(rows[0]), [list(row.values()) for row in rows], words)
+
+
+def cache(found: Mapping[str, Any]) -> Tables:
+    return {"": columns(found["rows"], words=2)}
+
+
+def faults(found: Mapping[str, Any]) -> Tables:
+    names = {
+        "words": "fault",
+        "times": "times",
+        "seconds_median": "seconds to the next step, median",
+        "seconds_max": "maximum",
+        "delay_seconds_median": "of these the launcher's delay",
+        "recomputed_steps_max": "steps computed again, maximum",
+    }
+    return {"": markdown(list(names.values()), [[row[name] for name in names] for row in found["rows"]])}
+
+
+def finetune(found: Mapping[str, Any]) -> Tables:
+    whole = found["rows"][0]
+    header = ("what is trained", "parameters", "MB a step", "held-out loss", "ms a step", "relative time")
+    lines = [
+        [
+            row["what"],
+            f"{row['parameters']:,} ({row['share']:.1%})",
+            f"{row['wire_bytes_per_step'] / 1e6:.1f}",
+            f"{row['loss_before']:.3f} → {row['loss_after']:.3f}",
+            f"{row['step_ms']:,.0f}",
+            f"{row['step_ms'] / whole['step_ms']:.2f}",
+            f"{row['peak_gb']:.1f}",
+            f"{row['checkpoint_bytes'] / 1e6:.0f}",
+        ]
+        for row in found["rows"]
+    ]
+    return {"": markdown([*header, "peak GB", "checkpoint, MB"], lines)}
+
+
+def plan(found: Mapping[str, Any]) -> Tables:
+    header = ["what is trained", "rate", "hosts", "predicted, ms", "measured, ms", "error"]
+    names = ("config", "rate", "hosts", "predicted_ms", "measured_ms")
+    lines = [[*(row[name] for name in names), f"{row['error']:+.1%}"] for row in found["rows"]]
+    return {"": markdown(header, lines, words=2)}
+
+
+def quality(found: Mapping[str, Any]) -> Tables:
+    return {"": _losses(found["rows"])}
+
+
+def sampling(found: Mapping[str, Any]) -> Tables:
+    header = ["bytes a text", "everything recomputed, tokens a second", "key-value cache, tokens a second", "ratio"]
+    lines = []
+    for row in found["rows"]:
+        recomputed, cached = row["recomputed_tokens_per_second"], row["cached_tokens_per_second"]
+        lines.append([row["length"], f"{recomputed:,.0f}", f"{cached:,.0f}", f"{cached / recomputed:.1f}"])
+    return {"Sampling": markdown(header, lines, words=0)}
+
+
+def schedules(found: Mapping[str, Any]) -> Tables:
+    return {"": _losses(found["rows"], seconds=True)}
+
+
+def step(found: Mapping[str, Any]) -> Tables:
+    tables = {
+        "A part against everything": (found["against_everything"], _TRAINED),
+        "Against a hand-written loop": (found["against_hand_written"], _TRAINED_OF_FOUR),
+    }
+    return {
+        title: columns([{"trained": names[row["selected"]], **_without(row, "selected")} for row in rows])
+        for title, (rows, names) in tables.items()
+    }
+
+
+def switch(found: Mapping[str, Any]) -> Tables:
+    header = ["unit", "first steps after a switch, ms", "later steps, ms", "ratio"]
+    steps = [[row["unit"], row["after_ms"], row["steady_ms"], row["ratio"]] for row in found["steps"]]
+    held = ["run.leave", "after the first visit, MiB", "after the last visit, MiB", "slots at the end, MiB"]
+    memory = [
+        [row["leave"], row["MiB_above_start"][0], row["MiB_above_start"][-1], row["slots_MiB_at_the_end"]]
+        for row in found["memory"]
+    ]
+    return {"Time of a switch": markdown(header, steps), "Memory of the slots": markdown(held, memory)}
+
+
+def wire(found: Mapping[str, Any]) -> Tables:
+    """Milliseconds a step, a line a setting; the ratio to DDP's in brackets."""
+    settings: dict[tuple[Any, ...], dict[tuple[str, str], Mapping[str, Any]]] = {}
+    for row in found["rows"]:
+        place = settings.setdefault((row["hosts"], row["rate"], row["selected"]), {})
+        place[row["system"], row["dtype"]] = row
+    lines = [[*key, *(_cell(place.get(column)) for column in _WIRE.values())] for key, place in settings.items()]
+    return {"": markdown(["hosts", "link", "trained", *_WIRE], lines, words=3)}
+
+
+def _without(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return {key: value for key, value in row.items() if key != name}
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if row["step_ms"] is None:
+        return "failed"
+    took = f"{row['step_ms']:.0f}" if row["step_ms"] >= 100 else f"{row['step_ms']:.1f}"
+    compared = row["system"] in ("tensorflow", "dist_partial") and row["of_ddp"]
+    return took + (f" ({row['of_ddp']:.2f})" if compared else "") + (" failed" if "failed" in row else "")
+
+
+def _losses(rows: Rows, seconds: bool = False) -> str:
+    full = next((row for row in rows if row["policy"] == "full"), rows[0])
+    lines = [
+        [
+            row["policy"],
+            f"{row['eval_loss']:.4f}",
+            f"{row['spread']:.4f}",
+            f"{row['eval_loss'] / full['eval_loss'] - 1:+.2%}",
+            f"{row['wire_bytes']:,.0f}",
+            f"{full['wire_bytes'] / row['wire_bytes']:,.1f}x" if row["wire_bytes"] else "all",
+            *([f"{row['seconds']:.0f} s"] if seconds else []),
+        ]
+        for row in rows
+    ]
+    header = ["policy", "held-out loss", "spread", "against full", "bytes, 2 replicas", "fewer bytes"]
+    return markdown([*header, "run"] if seconds else header, lines)
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], Tables]] = {
+    each.__name__: each for each in (cache, faults, finetune, plan, quality, sampling, schedules, step, switch, wire)
+}
+
+
+def text(name: str, found: Mapping[str, Any] | None = None, heading: str = "##") -> str:
+    """The tables of one file of results, each under its title.
+
+    Args:
+        name: of the file, without `.json`.
+        found: its content; None reads the file.
+        heading: Markdown's marks before a title.
+    """
+    found = found or json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    tables = TABLES[name](found)
+    return "\n\n".join(f"{heading} {title}\n\n{table}" if title else table for title, table in tables.items())
+
+
+if __name__ == "__main__":
+    print("\n\n".join(text(name) for name in sys.argv[1:] or TABLES))

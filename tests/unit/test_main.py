@@ -1,0 +1,57 @@
+"""The command dist-partial: it knows its subcommands, and each of them is the module of that name."""
+
+import importlib
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+from dist_partial import __main__ as main
+
+
+def test_help_lists_the_commands(capsys):
+    assert main.main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    for name, line in main.COMMANDS.items():
+        assert f"  {name} " in listed and line in listed
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_a_subcommand_is_the_module_of_its_name(name, capsys):
+    assert main.main([name, "--help"]) == 0
+    ours = capsys.readouterr().out
+    done = subprocess.run(
+        [sys.executable, "-m", f"dist_partial.{name}", "--help"], capture_output=True, text=True, check=True
+    )
+    # The heading of the flags is the name of the module that defines them, which is __main__ where it is run.
+    flags = [line for line in done.stdout.splitlines() if line.startswith("  -")]
+    assert set(flags) <= set(ours.splitlines())
+    assert done.stdout.splitlines()[0] == ours.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        ([], "error: no command: train, sample, plan, export, launch, report (dist-partial --help lists them)\n"),
+        (["trian"], "error: no command 'trian'; nearest: train (dist-partial --help lists them)\n"),
+        (["--gin_file=a.gin"], "error: no command '--gin_file=a.gin'; nearest: train, sample, plan, export, launch, "),
+        (["sample"], "error: no --run_dir: name the folder of a run"),
+    ],
+)
+def test_mistakes_have_code_2(arguments, line, capsys):
+    assert main.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith(line)
+
+
+def test_the_script_is_this_function():
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="dist-partial")
+    assert script.load() is main.main
+
+
+def test_as_a_module_without_tensorflow():
+    command = [sys.executable, "-X", "importtime", "-m", "dist_partial", "plan", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "dist_partial.plan" in done.stdout
+    assert "tensorflow" not in done.stderr and "keras" not in done.stderr
