@@ -70,7 +70,7 @@ def stored_kernel(layer: Any) -> Any:
 
 
 def is_generator(variable: Any) -> bool:
-    """Whether a variable is the state of a random generator.
+    """Tells whether a variable is the state of a random generator.
 
     Keras 3.15: `SeedGenerator.state` is public, and lists of variables do not say which is one: its name does.
     Unnecessary with a mark on the variable.
@@ -133,7 +133,7 @@ def inputs_structure(model: Any) -> Any:
 
 
 def is_functional(operation: Any) -> bool:
-    """Whether `run_graph` can run it: whether it is a functional model.
+    """Tells whether `run_graph` can run it: whether it is a functional model.
 
     Keras 3.15: as for `run_graph`.
     """
@@ -256,7 +256,7 @@ def _global_state() -> Any:
 
 
 def has_cache(task: Any) -> bool:
-    """Whether a task of KerasHub generates with a key-value cache that `build_cache` can make.
+    """Tells whether a task of KerasHub generates with a key-value cache that `build_cache` can make.
 
     KerasHub 0.32: as for `build_cache`.
     """

@@ -84,5 +84,5 @@ def checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str], dige
 
 
 def raw(array: np.ndarray) -> memoryview:
-    """The values of an array, in the order of C; a view where they are in it."""
+    """Views the values of an array as bytes, in the order of C; copies them where they are in another."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -75,7 +75,7 @@ _KERAS = ("optimizers", "optimizers.schedules", "losses", "applications", "initi
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """What the gin files say.
+    """Holds what the gin files say.
 
     Attributes:
         settings: of the run.
@@ -280,7 +280,7 @@ def _explain(error: Exception, place: str) -> str:
         first = "not bound: " + ", ".join(f"{match[1]}.{name}" for name in re.findall(r"'(\w+)'", match[2]))
     elif match := re.search(r"missing \d+ required positional arguments?: (.*)", text):
         missing = re.findall(r"'(\w+)'", match[1])
-        # The innermost call stands first.
+        # The innermost call comes first.
         caller = re.search(r"In call to configurable '([\w.]+)' \(.*?\)(?: in scope '([\w./]+)')?", text)
         prefix = f"{caller[2]}/{caller[1]}" if caller and caller[2] else caller[1] if caller else "run"
         first = "not bound: " + ", ".join(f"{prefix}.{name}" for name in missing)

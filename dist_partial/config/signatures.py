@@ -104,7 +104,7 @@ def _references(value: Any) -> Iterator[Any]:
 
 
 def _written_out(value: Any) -> Any:
-    """A bound value, or what the macro that it names stands for."""
+    """A bound value, or the value of the macro that it names."""
     names: set[str] = set()
     while isinstance(value, gin.config.ConfigurableReference) and value.selector in ("macro", "gin.macro"):
         key = ("/".join(value.scopes), "gin.macro")

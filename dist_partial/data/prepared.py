@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tensorflow as tf
@@ -16,7 +16,7 @@ from dist_partial.data.codecs import ByteCodec
 from dist_partial.data.quiet import quiet_tfds
 from dist_partial.data.source import Dataset, fingerprint
 from dist_partial.errors import UserError
-from dist_partial.validation import nearest
+from dist_partial.validation import AtLeast, check_arguments, nearest
 
 MEMORY_LIMIT = 2**30
 """Bytes of examples that a format without random access may take in memory."""
@@ -91,7 +91,7 @@ def tfds_dataset(
     split_train: str = "train",
     split_evaluation: str = "test",
     data_dir: str | os.PathLike[str] | None = None,
-    window: int = 128,
+    window: Annotated[int, AtLeast(1)] = 128,
 ) -> Dataset:
     """Loads a prepared tfds data set; it downloads nothing.
 
@@ -111,6 +111,7 @@ def tfds_dataset(
         UserError: not prepared, no such split, features other than these, or a split that is larger than
             `MEMORY_LIMIT` in a format without random access.
     """
+    check_arguments(tfds_dataset, locals())
     with quiet_tfds(), _own_classes_only():
         builder = _builder(name, data_dir)
         form = _form(builder.info, window)
@@ -200,8 +201,6 @@ def _form(info: Any, window: int) -> _Images | _Texts:
         dtype = np.dtype(feature.np_dtype)
         return _Images(image, label, feature.shape, np.iinfo(dtype).max if dtype.kind in "iu" else 1)
     if text:
-        if window < 1:
-            raise UserError(f"tfds_dataset.window={window}: a window has at least one byte")
         return _Texts(text, window)
     raise UserError(
         f"{info.full_name} has the features {', '.join(info.features)}, and not one image with one class "

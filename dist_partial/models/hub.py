@@ -5,25 +5,25 @@ import inspect
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import keras
 import numpy as np
 
 from dist_partial import compat
 from dist_partial.errors import UserError, first_line
-from dist_partial.validation import nearest
+from dist_partial.validation import AtLeast, OneOf, check_arguments, nearest
 
 TASKS = ("CausalLM", "ImageClassifier", "TextClassifier")
 _INSTALL = "it is no part of the core: pip install 'dist_partial[hub]'"
 
 
 def hub_model(
-    task: str = "CausalLM",
+    task: Annotated[str, OneOf(*TASKS)] = "CausalLM",
     preset: str | None = None,
     architecture: str | None = None,
     arguments: dict[str, Any] | None = None,
-    classes: int | None = None,
+    classes: Annotated[int | None, AtLeast(1)] = None,
     load_weights: bool = True,
 ) -> keras.Model:
     """Builds a task of KerasHub (https://keras.io/keras_hub) from a preset, or an architecture with fresh weights.
@@ -53,15 +53,12 @@ def hub_model(
         >>> hub_model(architecture="GPT2", arguments=sizes).output.shape
         (None, None, 100)
     """
+    check_arguments(hub_model, locals())
     hub = _keras_hub()
-    if task not in TASKS:
-        raise UserError(f"hub_model.task is {task!r}: write one of {', '.join(map(repr, TASKS))}")
     if (preset is None) == (architecture is None):
         raise UserError("hub_model needs one of preset and architecture: bind hub_model.preset = 'gpt2_base_en'")
     if arguments is not None and preset is not None:
         raise UserError("hub_model.arguments are of an architecture, and a preset has its own: unbind one of them")
-    if classes is not None and classes < 1:
-        raise UserError(f"hub_model.classes is {classes}: a classifier has at least 1, or None for the preset's own")
     if task != "CausalLM" and preset is None and classes is None:
         raise UserError(f"hub_model.classes is not bound: a {task} with fresh weights needs their number")
     if task == "CausalLM" and classes is not None:

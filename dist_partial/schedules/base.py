@@ -7,17 +7,16 @@ replicas: every worker comes to the same answer by itself. Nothing here knows va
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import numpy as np
 
 from dist_partial.errors import UserError
 from dist_partial.selection.rules import matches
-from dist_partial.validation import nearest
+from dist_partial.validation import AtLeast, Patterns, check, nearest
 
 State = dict[str, Any]  # JSON values
 Partition = list[tuple[str, tuple[str, ...]]]
-CHOICES = {"order": ("ascending", "descending", "random"), "by": ("norm", "norm_per_byte")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,26 +116,13 @@ class Periodic(Stateless):
             matches counts; None makes a unit of each top layer, the first component of the paths.
     """
 
-    every: int = 100
-    units: Sequence[str] | None = None
+    every: Annotated[int, AtLeast(1)] = 100
+    units: Annotated[Sequence[str] | None, Patterns(empty=False)] = None
 
     binding: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            where, value = f"{self.binding}.{field.name}", getattr(self, field.name)
-            if value is None and field.default is None:
-                continue
-            if field.name in ("units", "always"):
-                if not isinstance(value, (list, tuple)) or (field.name == "units" and not value):
-                    raise UserError(f"{where} is {value!r}: write a list of patterns, such as [r'block_0/.*']")
-                for pattern in value:
-                    check_pattern(where, pattern)
-            elif field.name in CHOICES:
-                if value not in CHOICES[field.name]:
-                    raise UserError(f"{where} is {value!r}: write {' or '.join(map(repr, CHOICES[field.name]))}")
-            elif field.type in (int, int | None) and (type(value) is not int or value < 1):
-                raise UserError(f"{where} is {value!r}: it must be a whole number of at least 1")
+        check(self, self.binding)
 
     def partition(self, paths: Sequence[str]) -> Partition:
         return by_layer(paths) if self.units is None else by_pattern(f"{self.binding}.units", self.units, paths)
@@ -194,13 +180,3 @@ def unreached(what: str, start: int, steps: int) -> list[str]:
     # No mistake: the schedule of a long run is tried for a few steps, and goes on when run.steps is more.
     """Says, if so, that a run ends before `start`."""
     return [f"{what} after {start} steps, and run.steps is {steps}"] if start >= steps else []
-
-
-def check_pattern(where: str, pattern: Any) -> None:
-    """Raises UserError unless it is a regular expression."""
-    if not isinstance(pattern, str):
-        raise UserError(f"{where}: the pattern {pattern!r} must be a string")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{where}: {pattern!r} is not a regular expression: {error}") from None

@@ -3,13 +3,13 @@
 import collections
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 from dist_partial.errors import UserError
 from dist_partial.selection.paths import frozen_by_code, variable_paths
 from dist_partial.selection.plan import Adapter, Plan, VariablePlan
-from dist_partial.selection.rules import Rule, check_reduction, first_match, matches, parse_rules
-from dist_partial.validation import nearest
+from dist_partial.selection.rules import REDUCTION, Rule, first_match, matches, parse_rules
+from dist_partial.validation import check_value, nearest
 
 
 def resolve(
@@ -36,10 +36,10 @@ def resolve(
         >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(2, name="head")])
         >>> resolve([("train", "hed/.*l"), ("freeze", ".*")], model, AllReduce())
         Traceback (most recent call last):
-        dist_partial.errors.UserError: rule 1 ('hed/.*l') matches no variable; nearest paths: 'head/kernel', 'head/bias'
+        dist_partial.errors.UserError: rule 1 ('hed/.*l') matches no variable; nearest: 'head/kernel', 'head/bias'
     """
     rules = parse_rules(table)
-    check_reduction("all rules that name none", reduction)
+    check_value("all rules that name none: reduction", reduction, Annotated[Any, REDUCTION])
     paths = variable_paths(model)
     if not paths:
         why = "; its own code has set trainable = False, which is for the rules to do" if model.weights else ""
