@@ -1,9 +1,11 @@
 """What the commands share: reading flags, and errors in one line with exit code 2."""
 
+import contextlib
+import dataclasses
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -13,12 +15,15 @@ from dist_partial.files import MISTAKES
 
 __all__ = [
     "INTERRUPTED",
+    "Ended",
     "UserError",
     "call",
     "check_gin_file",
     "check_run_dir",
     "define_gin_flags",
+    "ending",
     "import_tensorflow_quietly",
+    "parse",
     "run_folder",
 ]
 
@@ -64,44 +69,78 @@ def check_run_dir(run_dir: str | None) -> Path:
     return folder
 
 
-def call(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | None, command: Callable[[], int]) -> int:
-    """Parses the flags and runs the command.
+@dataclasses.dataclass
+class Ended:
+    """Records how a command has ended.
 
-    Args:
-        usage: what --help prints before the flags.
-        values: the command's flags.
-        argv: arguments without the program's name; None takes the process's own.
-        command: returns an exit code; reads `values`.
-
-    Returns:
-        The command's exit code; 2 after an error in the flags or a `UserError`, 75 after a `Fault`, 1 after any other
-        exception, 130 after Ctrl-C.
+    Attributes:
+        code: the exit code: 0; 2 after an error in the flags or a `UserError`, 75 after a `Fault`, 1 after any other
+            exception, 130 after Ctrl-C.
     """
-    flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
+
+    code: int = 0
+
+
+class _Helped(Exception):
+    """`--help` was given and answered."""
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[Ended]:
+    """Turns what ends a command into one line on stderr and an exit code.
+
+    Example:
+        >>> with ending() as ended:
+        ...     raise UserError("no --gin_file")
+        >>> ended.code
+        2
+    """
+    ended = Ended()
     try:
-        rest = values([sys.argv[0], *(sys.argv[1:] if argv is None else argv)])[1:]
-        if values.help:
-            print(f"{usage}\n{values.main_module_help() or values.get_help()}")
-            return 0
-        if rest:
-            raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
-        return command()
+        yield ended
+    except _Helped:
+        pass
     except KeyboardInterrupt:  # before there was anything to save, or a second time
         print("stopped", file=sys.stderr)
-        return INTERRUPTED
+        ended.code = INTERRUPTED
     except OSError as error:  # a name that is too long for the file system, say, wherever it is first looked for
         if error.errno not in MISTAKES or not error.filename:
             raise
         print(f"error: {str(error.filename)[:300]}: {error.strerror}; name another file or folder", file=sys.stderr)
-        return 2
+        ended.code = 2
     except (UserError, Fault, flags.Error) as error:
         _say(error)
-        return error.code if isinstance(error, Fault) else 2
+        ended.code = error.code if isinstance(error, Fault) else 2
     except (Exception, SystemExit) as error:  # whose code would say what has not happened
-        # To print it here and to return lets go of what it holds, see `run.run`.
+        # To print it here and to go on lets go of what it holds, see `failures.released`.
         _say(error if isinstance(error, Raised) else raised("", error))
         traceback.print_exception(error.__cause__ or error)
-        return Raised.code
+        ended.code = Raised.code
+
+
+def parse(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | None) -> None:
+    """Parses a command's flags; prints them and ends the command if --help is among them. Call it in `ending`.
+
+    Args:
+        usage: what --help prints before the flags.
+        values: the command's flags, which get their values.
+        argv: arguments without the program's name; None takes the process's own.
+    """
+    flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
+    rest = values([sys.argv[0], *(sys.argv[1:] if argv is None else argv)])[1:]
+    if values.help:
+        print(f"{usage}\n{values.main_module_help() or values.get_help()}")
+        raise _Helped
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
+
+
+def call(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | None, command: Callable[[], int]) -> int:
+    """Parses the flags, runs a command that reads `values`, and returns its exit code: see `Ended`."""
+    with ending() as ended:
+        parse(usage, values, argv)
+        ended.code = command()
+    return ended.code
 
 
 def _say(error: BaseException) -> None:

@@ -34,7 +34,7 @@ def bytes_per_second(rate: str) -> float:
 
 
 def report(cost: "Cost", full: "Cost", machine: "Machine") -> str:
-    """The comparison, and the rules by what they cost, for people."""
+    """Compares the plan with training everything, and lists the rules by what they cost."""
     rows = [
         ("trained parameters", *(f"{sum(e.trained_parameters for e in c.plan.entries):,}" for c in (cost, full))),
         ("payload a step and replica", *(_size(c.payload) for c in (cost, full))),

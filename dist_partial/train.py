@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.define_gin_flags(values)
     flags.DEFINE_string("run_dir", None, "run folder; default: runs/<name of the last gin file>", flag_values=values)
 
-    def command() -> int:
+    with cli.ending() as ended:
+        cli.parse(__doc__, values, argv)
         cli.check_gin_file(values)
         cli.import_tensorflow_quietly()
         from dist_partial.config import gin_files
@@ -35,10 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             loop.run(loaded.settings, folder, loaded.operative, loaded.unused, loaded.bindings)
         except failures.Interrupted as interrupted:
             print(interrupted)
-            return interrupted.code
-        return 0
-
-    return cli.call(__doc__, values, argv, command)
+            ended.code = interrupted.code
+    return ended.code
 
 
 if __name__ == "__main__":

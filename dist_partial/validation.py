@@ -1,12 +1,14 @@
 """Checks arguments by their annotations, compares values, and shows them and names near a misspelt one in messages.
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    steps: Annotated[int, AtLeast(1)] = 1000
-    precision: Annotated[str, OneOf("float32", "float64")] = "float32"
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        steps: Annotated[int, AtLeast(1)] = 1000
+        precision: Annotated[str, OneOf("float32", "float64")] = "float32"
 
-    def __post_init__(self) -> None:
-        check(self, "run")      # run.steps is 0: it must be a whole number of at least 1
+        def __post_init__(self) -> None:
+            check(self, "run")
+
+`Settings(steps=0)` then raises "run.steps is 0: it must be a whole number of at least 1".
 """
 
 import dataclasses

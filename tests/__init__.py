@@ -1,4 +1,4 @@
-"""The tests: see README.md here for where each kind stands."""
+"""The tests: see README.md here for where each kind is."""
 
 from pathlib import Path
 

@@ -31,7 +31,7 @@ class Mutant:
     Attributes:
         name: of the change.
         file: in which it is made, below dist_partial.
-        before: what stands there, exactly once.
+        before: the text that is replaced, there exactly once.
         after: what takes its place.
         tests: files of this folder, or tests in them, that ought to notice it.
     """
@@ -366,8 +366,8 @@ MUTANTS = [
     changed(
         "a delta whose metadata has no checksum",
         "export/delta.py",
-        'rest = sorted((name, text) for name, text in metadata.items() if name != "sha256")',
-        "rest: list[str] = []",
+        'rest = {name: text for name, text in metadata.items() if name != "sha256"}',
+        "rest: dict[str, str] = {}",
         "unit/export/test_delta.py::test_hostile_bytes_are_refused_or_the_same_delta",
     ),
     changed(
@@ -380,29 +380,29 @@ MUTANTS = [
     changed(
         "newer checkpoints stay",
         "checkpoints/files.py",
-        "*damaged, *folder.glob",
-        "*folder.glob",
+        "], *damaged]:",
+        "]]:",
         "unit/checkpoints/test_files.py::test_a_damaged_checkpoint_of_a_later_step_goes_with_the_next_that_is_saved",
     ),
     changed(
         "no fsync of a file",
         "files.py",
-        "            os.fsync(file.fileno())\n",
-        "",
+        "            _sync(each)\n",
+        "            pass\n",
         "integration/test_checkpoint_kill.py::test_what_a_name_leads_to_is_on_the_disk_before_the_name_is",
     ),
     changed(
         "no fsync of the folder",
         "files.py",
-        "        os.fsync(folder)  #",
+        "        _sync(path.parent)  #",
         "        pass  #",
         "integration/test_checkpoint_kill.py::test_what_a_name_leads_to_is_on_the_disk_before_the_name_is",
     ),
     changed(
-        "an export that is not on the disk",
-        "export/__main__.py",
-        "                _sync(path)\n",
-        "                pass\n",
+        "a folder whose files are not on the disk",
+        "files.py",
+        '(partial, *partial.rglob("*"))',
+        "(partial,)",
         "unit/export/test_formats.py::test_what_is_exported_is_on_the_disk_before_its_name_is",
     ),
     changed(

@@ -175,7 +175,7 @@ def relay(attack: Attack, stack: contextlib.ExitStack) -> None:
 
 
 def reflect(attack: Attack, stack: contextlib.ExitStack) -> None:
-    """Two connections to one worker, each told what the other hears."""
+    """Two connections to one worker, each of which is sent what the other hears."""
     left, right = attack.call(0, stack), attack.call(0, stack)
     left.sendall(hello(b"C", 1, 0, attack.workers))
     heard = exactly(left, HELLO)

@@ -24,7 +24,7 @@ from dist_partial.validation import shown
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Holds a checkpoint that was read whole: arrays by the names of `resumable_state`, and the metadata."""
+    """Holds a checkpoint that was read whole: arrays by the names of `resumable_state`, and its metadata."""
 
     path: Path
     step: int
@@ -36,7 +36,7 @@ _FORMAT = "dist_partial_checkpoint"  # the key of the metadata, whose value begi
 
 
 def read(state: dict[str, Any], step: int, gather: Callable[[bytes], list[bytes]]) -> dict[str, np.ndarray]:
-    """Reads the values of a state; called by all workers, which send each other what differs between replicas.
+    """Reads the values of all of it; called by all workers, which send each other what differs between replicas.
 
     Args:
         state: from `resumable_state`.

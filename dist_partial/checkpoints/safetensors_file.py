@@ -84,5 +84,5 @@ def checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str], dige
 
 
 def raw(array: np.ndarray) -> memoryview:
-    """Views the values of an array as bytes, in the order of C; copies them where they are in another."""
+    """Views the values of an array as bytes, in the order of C."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -1,4 +1,4 @@
-"""Describes a run: the names that users bind under `run.` and `sample.`."""
+"""The settings of a run: the names that users bind under `run.` and `sample.`."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ def cross_entropy() -> keras.losses.Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Says how text is sampled.
+    """Describes how text is sampled: what is bound under `sample.`.
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
@@ -55,7 +55,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Describes one run.
+    """Describes one run: what is bound under `run.`.
 
     Attributes:
         rules: the table: `('train' | 'freeze', pattern)` lines or `Rule`s.
@@ -87,7 +87,7 @@ class Settings:
         replicas: makes the strategy; bound under `replicas.`.
         sampling: bound under `sample.`.
 
-    Example:
+    Examples:
         >>> from dist_partial.data import stdlib_corpus
         >>> from dist_partial.models import byte_transformer
         >>> settings = Settings([("train", "head/.*"), ("freeze", ".*")], byte_transformer, stdlib_corpus, steps=100)

@@ -44,7 +44,7 @@ def tokenized_text(
         UserError: no such text, or too little of it for the window; ids that the codec does not have; the
             tokenizer's own.
 
-    Example:
+    Examples:
         >>> data = tokenized_text(ByteCodec, window=32, limit=500_000, evaluation_share=0.1)
         >>> data.train.spec[0].shape
         TensorShape([32])

@@ -89,7 +89,7 @@ class Meter:
 
 
 def interface(address: str) -> str | None:
-    """Returns the name of the network interface that has an address.
+    """Finds the name of the network interface that has an address.
 
     Args:
         address: a host name or an IP address of this machine.
@@ -109,6 +109,6 @@ def interface(address: str) -> str | None:
 
 
 def sent(interface: str) -> int:
-    """Returns the bytes that an interface has sent since it was set up."""
+    """Reads how many bytes an interface has sent since it was set up."""
     # In the network namespace of this process; /sys shows that in which it was mounted.
     return psutil.net_io_counters(pernic=True, nowrap=False)[interface].bytes_sent

@@ -58,6 +58,16 @@ class Replicas:
         """Whether this worker writes the run folder."""
         return self.backend is None or self.backend.rank == 0
 
+    @property
+    def workers(self) -> int:
+        """How many processes the replicas are divided among."""
+        return 1 if self.backend is None else self.backend.size
+
+    def say(self, line: str) -> None:
+        """Prints a line, on the worker that writes the run folder."""
+        if self.is_chief:
+            print(line)
+
     def sum(self, value: Any) -> np.ndarray:
         """The sum of a vector over the workers; all call it at the same point."""
         return np.asarray(value) if self.backend is None else self.backend.sum(np.asarray(value))
@@ -112,7 +122,7 @@ def create(
         UserError: unknown kind, malformed TF_CONFIG, no secret where one is needed, or devices that cannot be made.
         Fault: workers are missing when `start_seconds` are over.
 
-    Example:
+    Examples:
         >>> print(create("default").description)
         replicas: 1, default strategy
     """

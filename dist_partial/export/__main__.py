@@ -1,7 +1,7 @@
 """python -m dist_partial.export --run_dir=DIR --format=safetensors|keras|savedmodel --output=PATH [--overwrite] ...
 
-Takes the newest checkpoint of a run folder home: what was trained alone (safetensors; see dist_partial.delta), or the
-whole model, for Keras (keras) or for TensorFlow Serving (savedmodel).
+Takes the newest checkpoint of a run folder home: what was trained alone (safetensors; see dist_partial.export.delta),
+or the whole model, for Keras (keras) or for TensorFlow Serving (savedmodel).
 """
 
 import json
@@ -17,7 +17,7 @@ from dist_partial import cli
 from dist_partial.files import replacing
 
 if TYPE_CHECKING:
-    from dist_partial.training.build import Built
+    from dist_partial.training.build import Trainer
 FORMATS = {"safetensors": ".safetensors", "keras": ".keras", "savedmodel": ""}
 
 
@@ -84,7 +84,7 @@ def _checked_output(given: str | None, form: str, overwrite: bool) -> Path:
     return output
 
 
-def _base(folder: Path, built: "Built") -> dict[str, str]:
+def _base(folder: Path, built: "Trainer") -> dict[str, str]:
     """Digests of the values that the run began with, which the model as it was built has, too.
 
     Raises:

@@ -45,7 +45,7 @@ class Delta:
         versions: of the packages that made it.
         name: what messages call it, such as the file that it was read from.
 
-    Example:
+    Examples:
         >>> delta = Delta({"head/kernel": np.zeros([2, 1])}, {}, {}, ("train head/.*",), 10, {})
         >>> delta.place("head/kernel")
         ('head/kernel', Ellipsis)
@@ -79,7 +79,7 @@ def of(model: keras.Model, plan: Plan, base: Mapping[str, str], step: int) -> De
     Returns:
         The delta: what the plan trains, and of what no rule covers (moving statistics) that which has changed.
 
-    Example:
+    Examples:
         >>> from dist_partial.reductions import AllReduce
         >>> from dist_partial.selection import resolve
         >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(1, name="head")])
@@ -109,7 +109,7 @@ def write(path: str | Path, delta: Delta) -> None:
     Raises:
         UserError: a value is not finite, or the file cannot be written.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> delta = Delta({"head/kernel": np.ones([2, 1], np.float32)}, {}, {}, ("train head/.*",), 10, {})
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +136,7 @@ def read(path: str | Path) -> Delta:
     Raises:
         UserError: there is no such file, or it is damaged, of another kind, or holds what is not finite.
 
-    Example:
+    Examples:
         >>> read("missing.safetensors")
         Traceback (most recent call last):
         dist_partial.errors.UserError: the delta: no file 'missing.safetensors'

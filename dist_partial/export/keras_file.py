@@ -10,10 +10,10 @@ from dist_partial import compat
 from dist_partial.adapters import lora, quantization
 from dist_partial.errors import UserError, first_line
 from dist_partial.step import layer_state
-from dist_partial.training.build import Built
+from dist_partial.training.build import Trainer
 
 
-def write_keras(path: Path, built: Built, _: int | None) -> str:
+def write_keras(path: Path, built: Trainer, _: int | None) -> str:
     """Writes a .keras file, and loads it again to see that it is the model; the model is not for training any more.
 
     Raises:
@@ -60,7 +60,7 @@ def write_keras(path: Path, built: Built, _: int | None) -> str:
     return notes + (f"; import {', '.join(sorted(modules))} before loading it" if modules else "")
 
 
-def _same_outputs(built: Built, loaded: Any) -> bool:
+def _same_outputs(built: Trainer, loaded: Any) -> bool:
     """Whether two models give the same on held-out examples."""
     for state in layer_state.recurrent(built.model):  # Keras saves none
         state.assign(np.zeros(state.shape))

@@ -13,11 +13,11 @@ from dist_partial.export.delta import Base
 from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.session import put_back
 from dist_partial.step import outer_step
-from dist_partial.training.build import Built, build, restore
+from dist_partial.training.build import Trainer, build, restore
 
 
 @contextlib.contextmanager
-def newest(folder: Path, imports: bool) -> Iterator[tuple[Settings, Built, int]]:
+def newest(folder: Path, imports: bool) -> Iterator[tuple[Settings, Trainer, int]]:
     """Builds a run's model in this process, on one replica, with the weights of its newest checkpoint.
 
     The data may have changed since, as long as the run's model takes it: only training goes on from it.
@@ -38,14 +38,14 @@ def newest(folder: Path, imports: bool) -> Iterator[tuple[Settings, Built, int]]
 
     settings = gin_files.load([folder / "operative_config.gin"], imports=imports).settings
     with put_back():
-        built = build(settings, replicas.create("default"))
-        checkpoint = restore(built, folder, say, may_differ=("data",))
-        if checkpoint is None:
+        trainer = build(settings, replicas.create("default"))
+        state = restore(trainer, folder, say, may_differ=("data",))
+        if state.checkpoint is None:
             raise UserError(f"{folder} has no checkpoint yet: let the run save one first")
-        if alone := [entry.path for entry in built.plan.trained if isinstance(entry.reduction, LocalOnly)]:
+        if alone := [entry.path for entry in trainer.plan.trained if isinstance(entry.reduction, LocalOnly)]:
             say(f"{alone[0]!r} and what else @local_only() trains differs between replicas: this is the first one's")
-        with outer_step.agreed(built.replicas.strategy, built.fragments):
-            yield settings, built, checkpoint.step
+        with outer_step.agreed(trainer.replicas.strategy, trainer.fragments):
+            yield settings, trainer, state.step
 
 
 def base(gin_file: str | Path, imports: bool = False) -> Base:

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from dist_partial.errors import UserError, first_line
 from dist_partial.models import sampling
-from dist_partial.training.build import Built
+from dist_partial.training.build import Trainer
 
 # What `generate` takes: shape, dtype and name.
 _GENERATE: tuple[tuple[list[None], str, str], ...] = (
@@ -21,7 +21,7 @@ _GENERATE: tuple[tuple[list[None], str, str], ...] = (
 )
 
 
-def write_saved_model(path: Path, built: Built, max_length: int | None) -> str:
+def write_saved_model(path: Path, built: Trainer, max_length: int | None) -> str:
     """Writes a SavedModel with the signatures `serving_default` and, where the run samples text, `generate`.
 
     `serving_default` takes `x` (of `run.data`'s shape; of any time where the model has a cache) and gives `outputs`.

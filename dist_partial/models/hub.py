@@ -48,7 +48,7 @@ def hub_model(
     Raises:
         UserError: KerasHub is not installed, a name that it does not know, or arguments that it does not take.
 
-    Example:
+    Examples:
         >>> sizes = {"vocabulary_size": 100, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 16}
         >>> hub_model(architecture="GPT2", arguments=sizes).output.shape
         (None, None, 100)

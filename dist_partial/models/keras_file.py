@@ -19,7 +19,7 @@ def keras_file(path: str) -> keras.Model:
     Raises:
         UserError: there is no such file, or Keras cannot load a model from it.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     keras.Sequential([keras.Input([4]), keras.layers.Dense(1, name="head")]).save(f"{folder}/mine.keras")

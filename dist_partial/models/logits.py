@@ -33,7 +33,8 @@ def as_logits(outputs: tf.Tensor) -> tf.Tensor:
 
 def logits_behind(probabilities: tf.Tensor, kind: str) -> tf.Tensor:
     """Finds the logits behind probabilities: those in the graph, else logarithms, of which the softmax is the same."""
-    if (activation := activation_op(probabilities, kind)) is not None:
+    activation = activation_op(probabilities, kind)  # no :=, which AutoGraph cannot transform
+    if activation is not None:
         return tf.reshape(tf.cast(activation.inputs[0], probabilities.dtype), tf.shape(probabilities))
     return tf.math.log(tf.maximum(probabilities, np.finfo(np.float32).tiny))
 

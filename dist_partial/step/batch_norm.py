@@ -10,7 +10,7 @@ from dist_partial.selection.plan import Plan
 
 
 def layers(model: keras.Model) -> list[keras.layers.BatchNormalization]:
-    """The layers whose mode `set_modes` sets: those that the user has not frozen."""
+    """Finds the layers whose mode `set_modes` sets: those that the user has not frozen."""
     return [layer for layer in _layers(model) if layer.trainable]
 
 
@@ -42,14 +42,14 @@ def set_mode(layer: keras.layers.BatchNormalization, training: bool) -> None:
 
 
 def local_statistics(model: keras.Model) -> list[Any]:
-    """Moving means and variances that each replica updates from its own part of the batch."""
+    """Finds moving means and variances that each replica updates from its own part of the batch."""
     # Keras 3.15 updates these on each replica from its own part of the batch and never brings them together:
     # replicas would evaluate, and save, different models. (Synchronised layers see the same numbers everywhere.)
     return unsynchronised_statistics([layer for layer in _layers(model) if layer.trainable])
 
 
 def unsynchronised_statistics(layers: Sequence[keras.layers.BatchNormalization]) -> list[Any]:
-    """Moving means and variances of those layers whose replicas do not normalise together."""
+    """Finds moving means and variances of those layers whose replicas do not normalise together."""
     own = [layer for layer in layers if not layer.synchronized]
     return [variable for layer in own for variable in (layer.moving_mean, layer.moving_variance)]
 

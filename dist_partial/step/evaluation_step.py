@@ -1,5 +1,7 @@
-"""The compiled evaluation step."""
+"""The compiled evaluation step: top-level functions over one frozen spec."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import keras
@@ -11,38 +13,59 @@ from dist_partial.step.gradients import Batch, added_losses, local_sum, model_ou
 from dist_partial.step.losses import Loss, class_ids, element_weights, example_losses
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class EvaluationSpec:
+    """Holds what an evaluation computes with: the replicas, the model, and the loss (y, outputs) -> losses."""
+
+    strategy: tf.distribute.Strategy
+    model: keras.Model
+    loss: Loss
+
+
 def evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model, loss: Loss) -> Any:
-    """Builds the compiled evaluation pass.
+    """Compiles the evaluation pass: a function of what `evaluation_steps` takes after the spec."""
+    return tf.function(functools.partial(evaluation_steps, EvaluationSpec(strategy, model, loss)), autograph=False)
+
+
+def evaluation_steps(spec: EvaluationSpec, iterator: Any, steps: tf.Tensor, examples: tf.Tensor) -> tf.Tensor:
+    """Evaluates the batches of one pass; called in the cross-replica context of a graph.
+
+    Args:
+        spec: what it computes with.
+        iterator: of this worker's (x, y, weight).
+        steps: number of batches, an int32 scalar.
+        examples: number of examples in them; what the last batch has beyond them has weight 0.
 
     Returns:
-        A function (iterator of this worker's (x, y, weight), number of steps, number of examples) -> float64 [5]: this
-        worker's sums of the examples' losses, as in training; of what layers add to the loss, for each example; of
-        weighted losses of elements; of weighted correct predictions (NaN if `y` is no class); and of weights. What the
-        last batch has beyond the examples has weight 0.
+        float64 [5], this worker's sums: see `replica_sums`.
     """
 
-    def replica_sums(batch: Batch, step: tf.Tensor, examples: tf.Tensor) -> tf.Tensor:
-        x, y, weight = batch = own_part(strategy, batch)
-        outputs = full_precision(model_outputs(model, x, False))
-        with calling("run.loss"):
-            losses = tf.cast(loss(y, outputs), tf.float64)
-        weights = tf.cast(element_weights(weight, losses), tf.float64)
-        right = tf.fill(tf.shape(losses), tf.constant(float("nan"), tf.float64))
-        if (ids := class_ids(y, outputs)) is not None:
-            right = tf.cast(tf.argmax(outputs, axis=-1, output_type=tf.int64) == tf.cast(ids, tf.int64), tf.float64)
-        context: Any = tf.distribute.get_replica_context()
-        first = (step * strategy.num_replicas_in_sync + context.replica_id_in_sync_group) * y.shape[0]
-        real = tf.cast(tf.clip_by_value(examples - first, 0, y.shape[0]), tf.float64)
-        sums = [example_losses(losses, weight), losses * weights, right * weights, weights]
-        total, elements, correct, weight = (tf.reduce_sum(each) for each in sums)
-        return tf.stack([total, added_losses(model, tf.float64) * real, elements, correct, weight])
+    def one_step(i: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        own = spec.strategy.run(replica_sums, args=(spec, next(iterator), i, examples))
+        return i + 1, sums + local_sum(spec.strategy, own)
 
-    @tf.function(autograph=False)
-    def evaluate(iterator: Any, steps: tf.Tensor, examples: tf.Tensor) -> tf.Tensor:
-        def one_step(i: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            return i + 1, sums + local_sum(strategy, strategy.run(replica_sums, args=(next(iterator), i, examples)))
+    start = [tf.constant(0), tf.zeros([5], tf.float64)]
+    return tf.while_loop(lambda i, _: i < steps, one_step, start, parallel_iterations=1)[1]
 
-        start = [tf.constant(0), tf.zeros([5], tf.float64)]
-        return tf.while_loop(lambda i, _: i < steps, one_step, start, parallel_iterations=1)[1]
 
-    return evaluate
+def replica_sums(spec: EvaluationSpec, batch: Batch, step: tf.Tensor, examples: tf.Tensor) -> tf.Tensor:
+    """Sums over one replica's part of a batch; called in a replica context.
+
+    Returns:
+        float64 [5]: sums of the examples' losses, as in training; of what layers add to the loss, for each example; of
+        weighted losses of elements; of weighted correct predictions (NaN if `y` is no class); and of weights.
+    """
+    x, y, weight = batch = own_part(spec.strategy, batch)
+    outputs = full_precision(model_outputs(spec.model, x, False))
+    with calling("run.loss"):
+        losses = tf.cast(spec.loss(y, outputs), tf.float64)
+    weights = tf.cast(element_weights(weight, losses), tf.float64)
+    right = tf.fill(tf.shape(losses), tf.constant(float("nan"), tf.float64))
+    if (ids := class_ids(y, outputs)) is not None:
+        right = tf.cast(tf.argmax(outputs, axis=-1, output_type=tf.int64) == tf.cast(ids, tf.int64), tf.float64)
+    context: Any = tf.distribute.get_replica_context()
+    first = (step * spec.strategy.num_replicas_in_sync + context.replica_id_in_sync_group) * y.shape[0]
+    real = tf.cast(tf.clip_by_value(examples - first, 0, y.shape[0]), tf.float64)
+    sums = [example_losses(losses, weight), losses * weights, right * weights, weights]
+    total, elements, correct, weight = (tf.reduce_sum(each) for each in sums)
+    return tf.stack([total, added_losses(spec.model, tf.float64) * real, elements, correct, weight])

@@ -1,6 +1,6 @@
 """What a training step, an evaluation step and a probe compute alike: outputs, losses, gradients of the selection."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -17,23 +17,25 @@ Batch = tuple[tf.Tensor, ...]
 
 
 def model_outputs(model: keras.Model, x: tf.Tensor, training: bool) -> tf.Tensor:
+    """Calls the model; an exception of its code names `run.model`."""
     with calling("run.model"):
         return model(x, training=training)
 
 
 def batch_losses(loss: Loss, batch: Batch, outputs: tf.Tensor) -> tf.Tensor:
+    """Computes one loss an example; an exception of the loss names `run.loss`."""
     with calling("run.loss"):
         losses = loss(batch[1], full_precision(outputs))
     return example_losses(losses, batch[2] if len(batch) == 3 else None)
 
 
 def added_losses(model: keras.Model, dtype: tf.DType) -> tf.Tensor:
-    """What layers add to the loss of the batch that the model was called on last: regularisers, `add_loss`."""
+    """Adds up what layers add to the loss of the batch that the model was last called on: regularisers, `add_loss`."""
     return tf.add_n([tf.cast(each, dtype) for each in model.losses] or [tf.zeros([], dtype)])
 
 
 def own_part(strategy: tf.distribute.Strategy, batch: Batch) -> Batch:
-    """The slice of this replica of its worker's batch; called in a replica context."""
+    """Slices out this replica's part of its worker's batch; called in a replica context."""
     context: Any = tf.distribute.get_replica_context()
     local = per_replica.local_count(strategy)
     index = context.replica_id_in_sync_group % local
@@ -42,10 +44,12 @@ def own_part(strategy: tf.distribute.Strategy, batch: Batch) -> Batch:
 
 
 def local_sum(strategy: tf.distribute.Strategy, value: Any) -> tf.Tensor:
+    """Adds up a value over this worker's replicas."""
     return tf.add_n(strategy.experimental_local_results(value))
 
 
 def selected_rows(gradient: Any, rows: tuple[int, int] | None) -> Any:
+    """Reduces a gradient to the selected rows, and sums repeated rows of an embedding."""
     if gradient is None:
         return None
     if not isinstance(gradient, tf.IndexedSlices):
@@ -59,7 +63,7 @@ def selected_rows(gradient: Any, rows: tuple[int, int] | None) -> Any:
 
 
 def unit_squares(plan: Plan, gradients: Sequence[Any]) -> tf.Tensor:
-    """The squared norm of the gradients of each of the plan's units, float32."""
+    """Computes the squared norm of the gradients of each of the plan's units, float32."""
     squares = {unit: [tf.zeros([])] for unit in plan.units}
     for entry, gradient in zip(plan.trained, gradients, strict=True):
         if gradient is not None:
@@ -97,21 +101,8 @@ def _joint(norms: Sequence[tf.Tensor]) -> tf.Tensor:
     return tf.sqrt(tf.add_n([tf.cast(norm, widest) ** 2 for norm in norms]))
 
 
-def accumulate(
-    compute: Callable[[Batch, tf.Tensor], tuple[tf.Tensor, list[Any]]], batch: Batch, loss_scale: tf.Tensor, parts: int
-) -> tuple[tf.Tensor, list[Any]]:
-    """Sums loss and gradients over `parts` micro-batches of a replica's batch."""
+def micro_batches(batch: Batch, parts: int) -> list[Batch]:
+    """Cuts a replica's batch into `parts` equal parts, in order."""
     if parts == 1:
-        return compute(batch, loss_scale)
-    pieces = list(zip(*[tf.split(tensor, parts) for tensor in batch], strict=True))
-    total, gradients = compute(pieces[0], loss_scale)
-    for piece in pieces[1:]:
-        # The control dependency keeps the executor from running all micro-batches at once, which would hold all of
-        # their activations. A tf.while_loop would do the same, but a model that reduces in its forward pass
-        # (synchronised BatchNorm) cannot leave the replica context from inside one.
-        with tf.control_dependencies([total, *[g for g in gradients if g is not None]]):
-            piece = tuple(tf.identity(tensor) for tensor in piece)
-            part, more = compute(piece, loss_scale)
-            total += part
-            gradients = [g if g is None else g + m for g, m in zip(gradients, more, strict=True)]
-    return total, gradients
+        return [batch]
+    return list(zip(*[tf.split(tensor, parts) for tensor in batch], strict=True))

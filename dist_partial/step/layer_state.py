@@ -35,7 +35,7 @@ _ASSIGNS = re.compile(r"Assign(Add|Sub)?VariableOp|Resource(Scatter|StridedSlice
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerState:
-    """What a model's layers change in a training step.
+    """Lists what a model's layers change in a training step.
 
     Attributes:
         moving: all of it that no optimizer updates: statistics, counters, states of generators.
@@ -61,7 +61,7 @@ def recurrent(model: keras.Model) -> list[Any]:
 
 
 def batch_size(model: keras.Model) -> int | None:
-    """The number of examples that a model takes at a time, if a stateful layer has fixed it."""
+    """Finds the number of examples that a model takes at a time, if a stateful layer has fixed it."""
     return next((state.shape[0] for state in recurrent(model)), None)
 
 

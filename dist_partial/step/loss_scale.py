@@ -14,7 +14,7 @@ FIRST_SCALE = 2.0**15
 
 
 class LossScale:
-    """The scale by which the loss is multiplied before backprop, so that small gradients survive float16.
+    """Scales the loss before backprop, so that small gradients survive float16.
 
     Make it in the strategy's scope. Both variables are mirrored, and are changed in the cross-replica
     context by what is known of the *summed* gradient, so replicas cannot disagree.
@@ -45,5 +45,5 @@ class LossScale:
 
 
 def needs_loss_scale(model: keras.Model) -> bool:
-    """Whether any layer computes in float16."""
+    """Tells whether any layer computes in float16."""
     return any(layer.compute_dtype == "float16" for layer in compat.layers(model))

@@ -16,7 +16,7 @@ _TRIED = 2**20  # outputs of an example, up to which a loss is tried out
 
 
 def unreduced(loss: Any, weighted: bool = False) -> Loss:
-    """What a Keras loss or a function makes of targets and outputs, before Keras takes its mean.
+    """Computes what a Keras loss or a function makes of targets and outputs, before Keras takes its mean.
 
     As in Keras, targets and outputs are cast to the loss's dtype first; of a plain function, which Keras wraps for
     that, they are also brought to one rank ([b] and [b, 1] become [b, 1], lest they broadcast to [b, b]).
@@ -65,7 +65,7 @@ def _of_one_rank(y: tf.Tensor, outputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor
 
 
 def of_model(loss: Any, function: Loss, outputs: tf.Tensor, example: tf.Tensor) -> tuple[Loss, str]:
-    """The loss of what the model gives, which may be probabilities where the loss is one of logits.
+    """Adapts a loss to what the model gives, which may be probabilities where the loss is one of logits.
 
     Keras looks for the logits behind a softmax or sigmoid, too, but a Cast (mixed precision) or a Reshape hides them
     from Keras, which then takes the softmax of a softmax.
@@ -193,7 +193,7 @@ def check_class_ids(loss: Any, name: str, y: np.ndarray, classes: int) -> None:
 
 
 def example_losses(losses: tf.Tensor, weight: tf.Tensor | None) -> tf.Tensor:
-    """One loss an example: the mean over its other axes, weighted.
+    """Computes one loss an example: the mean over its other axes, weighted.
 
     Args:
         losses: [batch, ...].
@@ -223,7 +223,7 @@ def example_losses(losses: tf.Tensor, weight: tf.Tensor | None) -> tf.Tensor:
 
 
 def element_weights(weight: tf.Tensor, losses: tf.Tensor) -> tf.Tensor:
-    """The weight of each element of `losses` [batch, ...].
+    """Computes the weight of each element of `losses` [batch, ...].
 
     Args:
         weight: [batch], or the shape of `losses` but for axes of 1, of which there may be another at the end: a weight
@@ -247,7 +247,7 @@ def element_weights(weight: tf.Tensor, losses: tf.Tensor) -> tf.Tensor:
 
 
 def class_ids(y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor | None:
-    """The targets [...] as ids of the classes of `outputs` [..., classes]; None if they are no such ids.
+    """Reads the targets [...] as ids of the classes of `outputs` [..., classes]; None if they are no such ids.
 
     A last axis of 1 of the targets is left out, as Keras's sparse losses do.
     """

@@ -18,7 +18,7 @@ from dist_partial.selection.plan import Group, Plan, VariablePlan
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OptimizerVariable:
-    """One trained entry and the variable that its optimizer updates.
+    """Pairs a trained entry with the variable that its optimizer updates.
 
     That is the model's variable itself, or, where rows are selected, a stand-in of those rows alone, so that
     the optimizer holds slots for nothing else; `write_rows` copies it into the model after the update.
@@ -30,7 +30,7 @@ class OptimizerVariable:
 
 @dataclasses.dataclass(eq=False)
 class GroupOptimizer:
-    """One group's optimizer, whose slots can come and go.
+    """Holds one group's optimizer, whose slots can come and go.
 
     Attributes:
         members: the group's variables, in the group's order.
@@ -191,7 +191,7 @@ def _trained_variable(entry: VariablePlan) -> Any:
 
 
 def stand_in(variable: Any, value: np.ndarray) -> Any:
-    """A variable of another value in which an optimizer finds all that it may read of the given one.
+    """Makes a variable of another value in which an optimizer finds all that it may read of the given one.
 
     Its path, name and constraint decide on weight decay, on the kind of update (Muon) and on what follows it.
     """
@@ -256,7 +256,7 @@ def _build_slots(number: int, optimizer: Any, members: Sequence[OptimizerVariabl
 
 
 def exclusions(optimizer: Any, members: Sequence[OptimizerVariable]) -> dict[str, Any]:
-    """What `exclude_from_weight_decay` was told, which no config of Keras's has; empty if nothing was.
+    """Finds what `exclude_from_weight_decay` was given, which is in no config; empty if nothing was.
 
     Returns:
         "paths" of the members that it was given one by one, and the "pattern" of names, or None.

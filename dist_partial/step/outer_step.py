@@ -1,7 +1,8 @@
-"""The exchange of groups whose replicas train by themselves for some steps: see `reduction.LocalSGD`."""
+"""The exchange of groups whose replicas train by themselves for some steps: see `reductions.LocalSGD`."""
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from dist_partial.step.optimizers import GroupOptimizer, OptimizerVariable
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fragment:
-    """One group that is exchanged every few steps.
+    """Holds one group that is exchanged every few steps.
 
     Attributes:
         reduction: when, and how.
@@ -41,8 +42,27 @@ class Fragment:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class ExchangeSpec:
+    """Holds everything that the exchange of one fragment computes with.
+
+    Attributes:
+        strategy: the replicas.
+        collectives: how they reach each other.
+        fragment: what is exchanged.
+        moved: numbers of the members that move, those on which the loss depends.
+        statistics: variables that travel with it and are averaged.
+    """
+
+    strategy: tf.distribute.Strategy
+    collectives: Collectives
+    fragment: Fragment
+    moved: Sequence[int]
+    statistics: Sequence[Any] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Exchange:
-    """The compiled exchange of one fragment.
+    """Holds the compiled exchange of one fragment, and knows when it is due.
 
     Attributes:
         fragment: what is exchanged.
@@ -54,6 +74,14 @@ class Exchange:
     function: Any
     sent: list[traffic.Collective]
 
+    def due(self, step: int) -> bool:
+        """Tells whether an exchange follows `step`, counted from 1."""
+        return self.fragment.reduction.due(step)
+
+    def next_due(self, step: int) -> int:
+        """Gives the first step after `step` that an exchange follows."""
+        return self.fragment.reduction.next_due(step)
+
 
 def build(
     plan: Plan, groups: Sequence[GroupOptimizer], states: Sequence[dict[str, tf.Variable]]
@@ -63,7 +91,7 @@ def build(
     Args:
         plan: the plan.
         groups: from `optimizers.build`.
-        states: from `reduction.states`.
+        states: from `reductions.states`.
 
     Raises:
         UserError: if an outer factory does not make a Keras optimizer.
@@ -107,75 +135,80 @@ def exchanges(
         statistics: variables that are to be averaged; where no group is shared in every step, which would take them
             along, the first fragment does.
     """
-    run_rounds = any(group.reduction.shared for group in plan.groups)
+    shared = any(group.reduction.shared for group in plan.groups)
     found = []
     for i, fragment in enumerate(fragments):
-        function = _exchange(strategy, collectives, fragment, without_gradient, [] if run_rounds or i else statistics)
+        moved = [n for n, member in enumerate(fragment.members) if member.entry.path not in without_gradient]
+        spec = ExchangeSpec(strategy, collectives, fragment, moved, [] if shared or i else statistics)
+        function = tf.function(functools.partial(exchange, spec), autograph=False)
         found.append(Exchange(fragment, function, traffic.in_call(function.get_concrete_function())))
     return found
 
 
-def _exchange(
-    strategy: tf.distribute.Strategy,
-    collectives: Collectives,
-    fragment: Fragment,
-    without_gradient: Sequence[str],
-    statistics: Sequence[Any],
-) -> Any:
-    moved = [i for i, member in enumerate(fragment.members) if member.entry.path not in without_gradient]
+def exchange(spec: ExchangeSpec) -> None:
+    """Makes one exchange; called in the cross-replica context of a graph."""
+    if not spec.moved and not spec.statistics:
+        return
+    means, statistics = spec.strategy.run(replica_means, args=(spec,))
+    spec.strategy.run(replica_update, args=(spec, means, statistics))
+    local = spec.fragment.reduction.keep_residual_local
+    starts = spec.strategy.run(replica_starts, args=(spec.fragment,)) if local else _anchors(spec.fragment)
+    _go_to(spec.strategy, spec.fragment, starts)
 
-    def replica_means() -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        exchanges = []
-        for i in reversed(moved):
-            anchor, own = fragment.outer.members[i].variable.value, fragment.members[i].variable.value
-            movement = tf.convert_to_tensor(anchor) - tf.convert_to_tensor(own)
-            count = tf.distribute.get_replica_context().num_replicas_in_sync
-            exchanges.append(fragment.reduction.window.reduce(movement / count, fragment.states[i]))
-        means = run_rounds(collectives, [*exchanges, *[mean(tf.convert_to_tensor(v.value)) for v in statistics]])
-        return means[: len(moved)][::-1], means[len(moved) :]
 
-    def replica_update(means: list[tf.Tensor], averages: list[tf.Tensor]) -> None:
-        if moved:
-            fragment.outer.optimizer.apply(means, [fragment.outer.members[i].variable for i in moved])
-        for variable, average in zip(statistics, averages, strict=True):
-            variable.assign(average)
-
-    def replica_starts() -> list[tf.Tensor]:
-        """Where the next steps start: at the anchor, but for what was left out, which was divided by the replicas."""
+def replica_means(spec: ExchangeSpec) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    """Averages the movements of the members, and the statistics, over the replicas; called in a replica context."""
+    movements = []
+    for i in reversed(spec.moved):
+        anchor, own = spec.fragment.outer.members[i].variable.value, spec.fragment.members[i].variable.value
+        movement = tf.convert_to_tensor(anchor) - tf.convert_to_tensor(own)
         count = tf.distribute.get_replica_context().num_replicas_in_sync
-        starts = []
-        for member, state in zip(fragment.outer.members, fragment.states, strict=True):
-            start = tf.convert_to_tensor(member.variable.value)
-            if "residual" in state:
-                start -= count * state["residual"]
-                state["residual"].assign(tf.zeros_like(start))
-                if member.variable.constraint is not None:  # as after any step
-                    start = member.variable.constraint(start)
-            starts.append(start)
-        return starts
+        movements.append(spec.fragment.reduction.window.reduce(movement / count, spec.fragment.states[i]))
+    statistics = [mean(tf.convert_to_tensor(variable.value)) for variable in spec.statistics]
+    means = run_rounds(spec.collectives, [*movements, *statistics])
+    return means[: len(spec.moved)][::-1], means[len(spec.moved) :]
 
-    @tf.function(autograph=False)
-    def exchanged() -> None:
-        if moved or statistics:
-            strategy.run(replica_update, args=strategy.run(replica_means))
-            _go_to(
-                strategy,
-                fragment,
-                strategy.run(replica_starts) if fragment.reduction.keep_residual_local else _anchors(fragment),
-            )
 
-    return exchanged
+def replica_update(spec: ExchangeSpec, means: list[tf.Tensor], statistics: list[tf.Tensor]) -> None:
+    """Moves the anchors by the outer optimizer, and assigns the statistics; called in a replica context."""
+    if spec.moved:
+        spec.fragment.outer.optimizer.apply(means, [spec.fragment.outer.members[i].variable for i in spec.moved])
+    for variable, average in zip(spec.statistics, statistics, strict=True):
+        variable.assign(average)
+
+
+def replica_starts(fragment: Fragment) -> list[tf.Tensor]:
+    """Computes where the replica's next steps start: at the anchors, but for what the exchange left out.
+
+    The residual was divided by the number of replicas.
+    """
+    count = tf.distribute.get_replica_context().num_replicas_in_sync
+    starts = []
+    for member, state in zip(fragment.outer.members, fragment.states, strict=True):
+        start = tf.convert_to_tensor(member.variable.value)
+        if "residual" in state:
+            start -= count * state["residual"]
+            state["residual"].assign(tf.zeros_like(start))
+            if member.variable.constraint is not None:  # as after any step
+                start = member.variable.constraint(start)
+        starts.append(start)
+    return starts
 
 
 def averages(strategy: tf.distribute.Strategy, collectives: Collectives, variables: Sequence[Any]) -> Any:
-    """Builds the compiled function that gives all replicas the mean of what each has of some variables."""
+    """Compiles the function that gives all replicas the mean of what each has of some variables."""
+    return tf.function(functools.partial(_average, strategy, collectives, variables), autograph=False)
 
-    def replica_average() -> None:
-        means = run_rounds(collectives, [mean(tf.convert_to_tensor(variable.value)) for variable in variables])
-        for variable, average in zip(variables, means, strict=True):
-            variable.assign(average)
 
-    return tf.function(lambda: strategy.run(replica_average), autograph=False)
+def _average(strategy: tf.distribute.Strategy, collectives: Collectives, variables: Sequence[Any]) -> None:
+    strategy.run(replica_average, args=(collectives, variables))
+
+
+def replica_average(collectives: Collectives, variables: Sequence[Any]) -> None:
+    """Averages variables over the replicas; called in a replica context."""
+    means = run_rounds(collectives, [mean(tf.convert_to_tensor(variable.value)) for variable in variables])
+    for variable, average in zip(variables, means, strict=True):
+        variable.assign(average)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
-"""The compiled probe: the gradient norms of all units, of which nothing is trained."""
+"""The compiled probe, which measures the gradient norms of all units and trains nothing."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import keras
@@ -19,36 +21,55 @@ from dist_partial.step.gradients import (
 from dist_partial.step.losses import Loss
 
 
-def probe(
-    strategy: tf.distribute.Strategy,
-    model: keras.Model,
-    loss: Loss,
-    plan: Plan,
-    parts: int,
-) -> Any:
-    """Builds the function that differentiates every unit of a plan and trains nothing.
+@dataclasses.dataclass(frozen=True, eq=False)
+class ProbeSpec:
+    """Holds everything that a probe computes with.
 
-    Each replica takes the first of the `parts` micro-batches of its batch, and no gradient travels: that alone would
-    cost more than a budget saves.
+    Attributes:
+        strategy: the replicas.
+        model: built in the strategy's scope.
+        loss: (y, outputs) -> losses, the batch axis first.
+        plan: the units that are measured.
+        parts: micro-batches of a replica's batch, of which the first is read.
+    """
+
+    strategy: tf.distribute.Strategy
+    model: keras.Model
+    loss: Loss
+    plan: Plan
+    parts: int
+
+
+def probe(spec: ProbeSpec) -> Any:
+    """Compiles the function that differentiates every unit of a plan: (iterator of this worker's batches) -> [units].
+
+    No gradient travels: that alone would cost more than a budget saves.
+    """
+    return tf.function(functools.partial(squares, spec), autograph=False)
+
+
+def squares(spec: ProbeSpec, iterator: Any) -> tf.Tensor:
+    """Probes the next batch of an iterator; called in the cross-replica context of a graph.
 
     Returns:
-        A function (iterator of this worker's batches) -> float32 [units]: the sum over this worker's replicas of the
-        squared norms of each unit's gradient, each of the mean loss of its own examples.
+        float32 [units]: the sum over this worker's replicas of `replica_squares`.
     """
-    values = [entry.variable.value for entry in plan.trained]
+    return local_sum(spec.strategy, spec.strategy.run(replica_squares, args=(spec, next(iterator))))
 
-    def replica_squares(batch: Batch) -> tf.Tensor:
-        batch = tuple(tensor[: tensor.shape[0] // parts] for tensor in own_part(strategy, batch))
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(values)
-            # In inference mode: dropout draws nothing and BatchNorm's statistics stay as they are.
-            losses = batch_losses(loss, batch, model_outputs(model, batch[0], False))
-            total = tf.reduce_mean(losses) + added_losses(model, losses.dtype)
-        gradients = tape.gradient(total, values)
-        return unit_squares(plan, [selected_rows(g, e.rule.rows) for g, e in zip(gradients, plan.trained, strict=True)])
 
-    @tf.function(autograph=False)
-    def squares(iterator: Any) -> tf.Tensor:
-        return local_sum(strategy, strategy.run(replica_squares, args=(next(iterator),)))
+def replica_squares(spec: ProbeSpec, batch: Batch) -> tf.Tensor:
+    """Computes the squared norm of each unit's gradient; called in a replica context.
 
-    return squares
+    Returns:
+        float32 [units], of the mean loss of the replica's own examples.
+    """
+    trained = spec.plan.trained
+    values = [entry.variable.value for entry in trained]
+    batch = tuple(tensor[: tensor.shape[0] // spec.parts] for tensor in own_part(spec.strategy, batch))
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(values)
+        # In inference mode: dropout draws nothing and BatchNorm's statistics stay as they are.
+        losses = batch_losses(spec.loss, batch, model_outputs(spec.model, batch[0], False))
+        total = tf.reduce_mean(losses) + added_losses(spec.model, losses.dtype)
+    gradients = tape.gradient(total, values)
+    return unit_squares(spec.plan, [selected_rows(g, e.rule.rows) for g, e in zip(gradients, trained, strict=True)])

@@ -1,6 +1,11 @@
-"""The compiled training step."""
+"""The compiled training step: top-level functions over one frozen spec, each above the one that it calls.
+
+One call makes several steps (`train_steps`). In each step (`one_step`) every replica computes the gradients of its
+part of the batch (`replica_gradients`, `backprop`) and reduces them, and then all replicas update alike (`update`).
+"""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,14 +17,13 @@ from dist_partial.errors import calling
 from dist_partial.reductions.base import reduce
 from dist_partial.selection.plan import Plan
 from dist_partial.step import optimizers as optimizers_lib
-from dist_partial.step.batch_norm import local_statistics
 from dist_partial.step.gradients import (
     Batch,
-    accumulate,
     added_losses,
     batch_losses,
     clip,
     local_sum,
+    micro_batches,
     model_outputs,
     own_part,
     selected_rows,
@@ -32,7 +36,7 @@ from dist_partial.step.optimizers import GroupOptimizer
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """What a step does besides the plan.
+    """Describes how a step computes, whatever its plan is.
 
     Attributes:
         global_batch: examples in a step over all replicas; the loss is the mean over them.
@@ -43,6 +47,10 @@ class StepOptions:
         jit_compile: whether XLA compiles the gradient computation of a replica.
         unit_norms: whether the step also returns the squared gradient norm of each unit of the plan.
         loop: whether a call may make another number of steps than one; without, it takes less time to compile.
+
+    Example:
+        >>> StepOptions(global_batch=32, clip_norm=1.0).accumulate
+        1
     """
 
     global_batch: int
@@ -54,125 +62,175 @@ class StepOptions:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TrainStep:
-    """The compiled step and what tracing it has shown.
+class StepSpec:
+    """Holds everything that a step computes with; nothing of it changes while the step is in use.
 
     Attributes:
-        function: (iterator of this worker's batches, number of steps, an int32 scalar) -> {"loss": [steps],
-            "gradient_norm": [steps]}, float32. The losses are this worker's part of the sum. The norm
-            is of the gradient before clipping; where replicas train by themselves, this worker's first replica's.
-            With `unit_norms` also "unit_norms" [steps, units], in the order of the plan's units.
-        without_gradient: paths of selected variables on which the loss does not depend; filled by tracing.
-    """
-
-    function: Any
-    without_gradient: list[str]
-
-
-def train_step(
-    strategy: tf.distribute.Strategy,
-    collectives: Collectives,
-    model: keras.Model,
-    loss: Loss,
-    plan: Plan,
-    optimizers: Sequence[GroupOptimizer],
-    states: Sequence[dict[str, tf.Variable]],
-    options: StepOptions,
-    scale: LossScale | None = None,
-    outputs: Callable[[tf.Tensor, bool], tf.Tensor] | None = None,
-    averaged: Sequence[Any] = (),
-) -> TrainStep:
-    """Builds the function that makes several steps of one plan in a call.
-
-    Args:
         strategy: the replicas.
         collectives: how they reach each other.
         model: built in the strategy's scope.
         loss: (y, outputs) -> losses, the batch axis first.
         plan: what is trained and how it travels.
         optimizers: one a group, from `optimizers.build`.
-        states: what the reductions keep, from `reduction.states`.
+        states: what the reductions keep, from `reductions.states`.
         options: batch size, clipping, accumulation, compilation.
         scale: the loss scale of float16 training, or None.
-        outputs: (x, training) -> the model's outputs, where x is something else than the model's input.
-        averaged: variables that layers change in the step, besides BatchNorm's statistics, and replicas average.
+        outputs: (x, training) -> the model's outputs, where x is something else than the model's input; None calls
+            the model.
+        averaged: variables that layers change in the step and replicas average, BatchNorm's statistics among them.
+        without_gradient: paths of selected variables on which the loss does not depend; tracing fills it.
     """
-    outputs = outputs or (lambda x, training: model_outputs(model, x, training))
-    trained = plan.trained
-    values = [entry.variable.value for entry in trained]
-    without_gradient: list[str] = []
-    parts = strategy.num_replicas_in_sync * options.accumulate
-    shared = [entry.reduction.shared for entry in trained]
-    # Where every group trains by itself nothing is sent in a step; the statistics travel with the exchanges.
-    statistics = [*local_statistics(model), *averaged] if any(shared) else []
 
-    def backprop(batch: Batch, loss_scale: tf.Tensor) -> tuple[tf.Tensor, list[Any]]:
-        # Watching the selection alone lets TensorFlow leave out all of the backward pass that it does not need.
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(values)
-            losses = batch_losses(loss, batch, outputs(batch[0], True))
-            # Every part of the batch adds its share of the one penalty.
-            total = tf.reduce_sum(losses) / options.global_batch + added_losses(model, losses.dtype) / parts
-            scaled = total * tf.cast(loss_scale, total.dtype)
-        gradients = tape.gradient(scaled, values)
-        return total, [selected_rows(g, e.rule.rows) for g, e in zip(gradients, trained, strict=True)]
+    strategy: tf.distribute.Strategy
+    collectives: Collectives
+    model: keras.Model
+    loss: Loss
+    plan: Plan
+    optimizers: Sequence[GroupOptimizer]
+    states: Sequence[dict[str, tf.Variable]]
+    options: StepOptions
+    scale: LossScale | None = None
+    outputs: Callable[[tf.Tensor, bool], tf.Tensor] | None = None
+    averaged: Sequence[Any] = ()
+    without_gradient: list[str] = dataclasses.field(default_factory=list)
 
-    def replica_gradients(batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, list[Any], list[tf.Tensor]]:
-        loss_scale = tf.constant(1.0) if scale is None else scale.value()
-        batch = own_part(strategy, batch)
-        compute = tf.function(backprop, jit_compile=True, autograph=False) if options.jit_compile else backprop
-        total, gradients = accumulate(compute, batch, loss_scale, options.accumulate)
-        without_gradient[:] = [e.path for e, g in zip(trained, gradients, strict=True) if g is None]
-        gradients, means = reduce(
-            collectives, plan, gradients, states, [tf.convert_to_tensor(v.value) for v in statistics]
-        )
-        # Only now, on the sum that all replicas share bit for bit, may anything depend on the gradient's values:
-        # what one replica decided by its own part alone would set it apart from the others.
-        if scale is not None:
-            gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
-        squares = unit_squares(plan, gradients) if options.unit_norms else tf.zeros([0])
-        gradients, norm = clip(gradients, shared, options.clip_norm)
-        return total, norm, squares, gradients, means
+    @property
+    def statistics(self) -> Sequence[Any]:
+        """The variables that this step averages.
 
-    def replica_update(gradients: list[Any]) -> None:
-        with calling("run.optimizer"):
-            optimizers_lib.apply(optimizers, gradients)
+        Where every group trains by itself a step sends nothing; the statistics travel with the exchanges.
+        """
+        return self.averaged if any(entry.reduction.shared for entry in self.plan.trained) else ()
 
-    def replica_statistics(means: list[tf.Tensor]) -> None:
-        for variable, mean in zip(statistics, means, strict=True):
-            variable.assign(mean)
 
-    def update(gradients: Any) -> None:
-        strategy.run(replica_update, args=(gradients,))
-        for group in optimizers:
-            optimizers_lib.write_rows(strategy, group.members)
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainStep:
+    """Holds the compiled step and what tracing it has shown.
 
+    Attributes:
+        function: (iterator of this worker's batches, number of steps, an int32 scalar) -> what `train_steps` returns.
+        without_gradient: paths of selected variables on which the loss does not depend; tracing fills it.
+    """
+
+    function: Any
+    without_gradient: list[str]
+
+
+def train_step(spec: StepSpec) -> TrainStep:
+    """Compiles the function that makes several steps of one plan in a call; its first call traces it."""
     # Without autograph, as in Keras's own `fit`: a model's Python code runs as written, and tracing takes less time.
-    @tf.function(autograph=False)
-    def train(iterator: Any, steps: tf.Tensor) -> dict[str, tf.Tensor]:
-        def one_step(i: tf.Tensor, losses: tf.TensorArray, norms: tf.TensorArray, units: tf.TensorArray) -> Any:
-            total, norm, squares, gradients, means = strategy.run(replica_gradients, args=(next(iterator),))
-            strategy.run(replica_statistics, args=(means,))
-            norm, squares = (strategy.experimental_local_results(value)[0] for value in (norm, squares))
-            if scale is None:
-                update(gradients)
-            else:
-                # An update cannot be skipped inside `strategy.run`, where Keras's optimizers leave the replica
-                # context to assign; that is why a step is two calls of it.
-                finite = tf.math.is_finite(norm)
-                tf.cond(finite, lambda: update(gradients), lambda: None)
-                scale.adjust(finite)
-            losses = losses.write(i, tf.cast(local_sum(strategy, total), tf.float32))
-            return i + 1, losses, norms.write(i, tf.cast(norm, tf.float32)), units.write(i, squares)
+    return TrainStep(tf.function(functools.partial(train_steps, spec), autograph=False), spec.without_gradient)
 
-        shapes = [[], [], [len(plan.units) if options.unit_norms else 0]]
-        arrays = [tf.TensorArray(tf.float32, steps, element_shape=shape) for shape in shapes]
-        state = [0, *arrays]
-        if options.loop:
-            state = tf.while_loop(lambda i, *_: i < steps, one_step, state, parallel_iterations=1)
-        else:
-            state = one_step(*state)
-        _, losses, norms, units = state
-        return {"loss": losses.stack(), "gradient_norm": norms.stack(), "unit_norms": units.stack()}
 
-    return TrainStep(train, without_gradient)
+def train_steps(spec: StepSpec, iterator: Any, steps: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Makes `steps` steps on the batches of an iterator; called in the cross-replica context of a graph.
+
+    Returns:
+        float32 "loss" [steps], this worker's part of the sum; "gradient_norm" [steps], before clipping, and where
+        replicas train by themselves that of this worker's first replica; "unit_norms" [steps, units], squared, in the
+        order of the plan's units, or [steps, 0] without `options.unit_norms`.
+    """
+    shapes = [[], [], [len(spec.plan.units) if spec.options.unit_norms else 0]]
+    state = [0, *[tf.TensorArray(tf.float32, steps, element_shape=shape) for shape in shapes]]
+    step = functools.partial(one_step, spec, iterator)
+    if spec.options.loop:
+        state = tf.while_loop(lambda i, *_: i < steps, step, state, parallel_iterations=1)
+    else:
+        state = step(*state)
+    _, losses, norms, units = state
+    return {"loss": losses.stack(), "gradient_norm": norms.stack(), "unit_norms": units.stack()}
+
+
+def one_step(
+    spec: StepSpec,
+    iterator: Any,
+    i: tf.Tensor,
+    losses: tf.TensorArray,
+    norms: tf.TensorArray,
+    units: tf.TensorArray,
+) -> Any:
+    """Makes step `i` of a call: gradients on all replicas, then the update; returns the loop's next state."""
+    strategy = spec.strategy
+    total, norm, squares, gradients, means = strategy.run(replica_gradients, args=(spec, next(iterator)))
+    strategy.run(replica_statistics, args=(spec, means))
+    norm, squares = (strategy.experimental_local_results(value)[0] for value in (norm, squares))
+    if spec.scale is None:
+        update(spec, gradients)
+    else:
+        # An update cannot be skipped inside `strategy.run`, where Keras's optimizers leave the replica
+        # context to assign; that is why a step is two calls of it.
+        finite = tf.math.is_finite(norm)
+        tf.cond(finite, lambda: update(spec, gradients), lambda: None)
+        spec.scale.adjust(finite)
+    losses = losses.write(i, tf.cast(local_sum(strategy, total), tf.float32))
+    return i + 1, losses, norms.write(i, tf.cast(norm, tf.float32)), units.write(i, squares)
+
+
+def replica_gradients(spec: StepSpec, batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, list[Any], list[Any]]:
+    """Computes, sums over the replicas and clips the gradients of the selection; called in a replica context.
+
+    Returns:
+        This replica's part of the loss, the norm before clipping, squared norms of the units, the gradients in the
+        order of `plan.trained`, and the means of `spec.statistics`.
+    """
+    options, trained = spec.options, spec.plan.trained
+    loss_scale = tf.constant(1.0) if spec.scale is None else spec.scale.value()
+    first, *others = micro_batches(own_part(spec.strategy, batch), options.accumulate)
+    compute = functools.partial(backprop, spec)
+    if options.jit_compile:
+        compute = tf.function(compute, jit_compile=True, autograph=False)
+    total, gradients = compute(first, loss_scale)
+    for part in others:
+        # The control dependency keeps the executor from running all micro-batches at once, which would hold all of
+        # their activations. A tf.while_loop would do the same, but a model that reduces in its forward pass
+        # (synchronised BatchNorm) cannot leave the replica context from inside one.
+        with tf.control_dependencies([total, *[g for g in gradients if g is not None]]):
+            loss, more = compute(tuple(tf.identity(tensor) for tensor in part), loss_scale)
+            total += loss
+            gradients = [g if g is None else g + m for g, m in zip(gradients, more, strict=True)]
+    spec.without_gradient[:] = [e.path for e, g in zip(trained, gradients, strict=True) if g is None]
+    statistics = [tf.convert_to_tensor(variable.value) for variable in spec.statistics]
+    gradients, means = reduce(spec.collectives, spec.plan, gradients, spec.states, statistics)
+    # Only now, on the sum that all replicas share bit for bit, may anything depend on the gradient's values:
+    # what one replica decided by its own part alone would set it apart from the others.
+    if spec.scale is not None:
+        gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
+    squares = unit_squares(spec.plan, gradients) if options.unit_norms else tf.zeros([0])
+    gradients, norm = clip(gradients, [entry.reduction.shared for entry in trained], options.clip_norm)
+    return total, norm, squares, gradients, means
+
+
+def backprop(spec: StepSpec, batch: Batch, loss_scale: tf.Tensor) -> tuple[tf.Tensor, list[Any]]:
+    """Differentiates the loss of one micro-batch of one replica by the selection, and by nothing else."""
+    trained = spec.plan.trained
+    values = [entry.variable.value for entry in trained]
+    # Watching the selection alone lets TensorFlow leave out all of the backward pass that it does not need.
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(values)
+        outputs = spec.outputs(batch[0], True) if spec.outputs else model_outputs(spec.model, batch[0], True)
+        losses = batch_losses(spec.loss, batch, outputs)
+        # Every part of the batch adds its share of the one penalty.
+        parts = spec.strategy.num_replicas_in_sync * spec.options.accumulate
+        total = tf.reduce_sum(losses) / spec.options.global_batch + added_losses(spec.model, losses.dtype) / parts
+        scaled = total * tf.cast(loss_scale, total.dtype)
+    gradients = tape.gradient(scaled, values)
+    return total, [selected_rows(g, e.rule.rows) for g, e in zip(gradients, trained, strict=True)]
+
+
+def replica_statistics(spec: StepSpec, means: list[tf.Tensor]) -> None:
+    """Gives the averaged variables their means; called in a replica context."""
+    for variable, mean in zip(spec.statistics, means, strict=True):
+        variable.assign(mean)
+
+
+def update(spec: StepSpec, gradients: Any) -> None:
+    """Updates all groups on all replicas by reduced gradients; called in the cross-replica context."""
+    spec.strategy.run(replica_update, args=(spec, gradients))
+    for group in spec.optimizers:
+        optimizers_lib.write_rows(spec.strategy, group.members)
+
+
+def replica_update(spec: StepSpec, gradients: list[Any]) -> None:
+    """Applies the optimizers; called in a replica context."""
+    with calling("run.optimizer"):
+        optimizers_lib.apply(spec.optimizers, gradients)

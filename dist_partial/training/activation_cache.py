@@ -35,9 +35,9 @@ _HARMLESS = {
 
 
 class Activations:
-    """What the prefix of a model gives for each example, kept from the first time that it is needed.
+    """Caches the outputs of the frozen lower part of a model, example by example, from the first use on.
 
-    The value of an example is what the prefix gives for it in the batch in which this worker meets it first. In
+    The value of an example is what the lower part gives for it in the batch in which this worker meets it first. In
     another place of a batch the last bits may round otherwise, so after a stop it is computed in that batch again.
 
     Args:
@@ -49,14 +49,14 @@ class Activations:
         past: int64 [rows] each, the examples that this worker has met since it reads from here, in order.
 
     Raises:
-        UserError: there is no room, or what the prefix gives for an example does not depend on that example alone.
+        UserError: there is no room, or what the lower part gives for an example does not depend on that example alone.
     """
 
     def __init__(
         self, source: Source, part: SplitModel, rows: int, expected: int, where: str, past: Iterable[np.ndarray] = ()
     ) -> None:
         self.name = part.name
-        self._source, self._rows, self._suffix = source, rows, part.suffix
+        self._source, self._rows, self._upper = source, rows, part.upper
         self._computed, self._specs = _compiled(part, rows, source.spec[0])
         size = sum(_size(spec) for spec in self._specs)
         self.bytes = expected * size
@@ -106,7 +106,7 @@ class Activations:
 
     def outputs(self, x: tf.Tensor, training: bool) -> tf.Tensor:
         """The model's outputs for the activations that `read` gives."""
-        return self._suffix(self._tensors(x), training)
+        return self._upper(self._tensors(x), training)
 
     def _tensors(self, x: tf.Tensor) -> list[tf.Tensor]:
         sizes = [_size(spec) for spec in self._specs]
@@ -151,7 +151,7 @@ class Activations:
 
 
 def _compiled(part: SplitModel, rows: int, x: tf.TensorSpec) -> tuple[Any, list[tf.TensorSpec]]:
-    """The prefix as a function [rows, ...] -> uint8 [rows, bytes of an example], and its tensors for one example.
+    """The lower part as a function [rows, ...] -> uint8 [rows, bytes of an example], and its tensors for one example.
 
     Raises:
         UserError: its tensors are not all that it gives, or are not an example's.
@@ -161,7 +161,7 @@ def _compiled(part: SplitModel, rows: int, x: tf.TensorSpec) -> tuple[Any, list[
     @tf.function(autograph=False, input_signature=[tf.TensorSpec([rows, *x.shape], x.dtype)])
     def computed(x: tf.Tensor) -> tf.Tensor:
         with _Watched() as scope:
-            tensors = part.prefix(x)
+            tensors = part.lower(x)
         if scope.losses:
             raise part.refusal("adds to the loss (add_loss), which a cache does not remember")
         if scope.state_mapping:

@@ -1,4 +1,4 @@
-"""Everything that a run computes with: built from its settings, and restored from its folder."""
+"""Builds everything that a run computes with from its settings, and restores it from its folder."""
 
 import dataclasses
 import math
@@ -24,15 +24,35 @@ from dist_partial.selection.payload import average_bytes
 from dist_partial.step import batch_norm, layer_state, optimizers, outer_step
 from dist_partial.step.gradients import Batch
 from dist_partial.step.loss_scale import LossScale, needs_loss_scale
-from dist_partial.step.train_step import StepOptions, TrainStep, train_step
-from dist_partial.training import run_fingerprint, state
-from dist_partial.training.checks import check_batch, make_loss, make_model, taking
+from dist_partial.step.train_step import StepOptions, StepSpec, TrainStep, train_step
+from dist_partial.training import run_fingerprint
+from dist_partial.training.checks import check_batch, check_scaled, make_loss, make_model, taking
+from dist_partial.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Built:
-    """Everything that a run computes with, made from its settings in one strategy's scope."""
+class Trainer:
+    """Holds everything that a run computes with, made from its settings in one strategy's scope.
 
+    Attributes:
+        settings: what to do.
+        replicas: what computes, and how workers reach each other.
+        data: the data set.
+        model: the model.
+        loss: (y, outputs) -> losses, the batch axis first.
+        plan: all that is ever trained.
+        optimizers: one a group of the plan.
+        reduction_states: what the reductions keep, in the order of `plan.trained`.
+        fragments: what is exchanged every few steps.
+        scale: the loss scale, or None.
+        units: what the schedule switches.
+        batch_norms: layers whose mode depends on what is trained.
+        layer_state: what layers change in a step.
+        fingerprint: what must not change under a run folder.
+        notes: lines that the user should read.
+    """
+
+    settings: Settings
     replicas: Replicas
     data: Dataset
     model: keras.Model
@@ -42,16 +62,15 @@ class Built:
     reduction_states: list[dict[str, tf.Variable]]
     fragments: tuple[outer_step.Fragment, ...]
     scale: LossScale | None
-    schedule: Schedule
     units: tuple[Unit, ...]
     batch_norms: list[keras.layers.BatchNormalization]
     layer_state: layer_state.LayerState
     fingerprint: dict[str, Any]
-    notes: tuple[str, ...] = ()  # what the user should hear of, in lines
+    notes: tuple[str, ...] = ()
 
-    def state(self) -> dict[str, Any]:
-        """All variables that training changes, as they are now: see `checkpoints.resumable_state`."""
-        return state.resumable_state(
+    def state(self) -> TrainState:
+        """The state before the first step; its variables are the live ones."""
+        return TrainState(
             self.replicas.strategy,
             self.model,
             self.plan,
@@ -61,6 +80,11 @@ class Built:
             self.layer_state.moving,
             self.scale,
         )
+
+    @property
+    def schedule(self) -> Schedule:
+        """What is trained when."""
+        return self.settings.schedule
 
     @property
     def moving(self) -> list[Any]:
@@ -74,7 +98,7 @@ class Built:
         return [*batch_norm.local_statistics(self.model), *self.layer_state.averaged]
 
 
-def build(settings: Settings, replicas: Replicas) -> Built:
+def build(settings: Settings, replicas: Replicas) -> Trainer:
     """Builds data, model, plan and optimizers; reads and writes nothing of the run folder.
 
     Sets Keras's precision and all random seeds to the run's; `session.put_back` around it undoes the former.
@@ -88,12 +112,13 @@ def build(settings: Settings, replicas: Replicas) -> Built:
         return _build(settings, replicas)
 
 
-def _build(settings: Settings, replicas: Replicas) -> Built:
+def _build(settings: Settings, replicas: Replicas) -> Trainer:
     with calling("run.data"):
         data = settings.data()
-    if not isinstance(data, Dataset):
-        raise UserError(f"run.data made a {type(data).__name__}: its factory must return a dist_partial.data.Dataset")
-    with calling("run.data"):
+        if not isinstance(data, Dataset):
+            raise UserError(
+                f"run.data made a {type(data).__name__}: its factory must return a dist_partial.data.Dataset"
+            )
         for name in ("train", "evaluation"):
             check_source(f"{name} of {data.name}", getattr(data, name))
     strategy, x = replicas.strategy, data.train.spec[0]
@@ -110,27 +135,24 @@ def _build(settings: Settings, replicas: Replicas) -> Built:
         plan, units, notes = _divided(quantization.lower(plan, model, settings.frozen_dtype), settings, batch_norms)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
         with calling("run.model"), taking(data.name, x):
-            state, outputs = layer_state.find(model, x, plan)
+            changed, outputs = layer_state.find(model, x, plan)
         with calling("run.optimizer"):
             groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))
         reduction_states = reductions.states(plan)
         fragments = outer_step.build(plan, groups, reduction_states)
         scale = LossScale() if needs_loss_scale(model) else None
-    for entry, kept in zip(plan.trained, reduction_states, strict=True):
-        if scale is not None and (kept or not entry.reduction.shared):
-            raise UserError(
-                f"float16 scales the loss and skips the steps that overflow on any replica, which {entry.reduction} of "
-                f"rule {entry.rule.match!r} cannot: bind run.precision = 'mixed_bfloat16', or @all_reduce()"
-            )
+    if scale is not None:
+        check_scaled(plan, reduction_states)
     parts = strategy.num_replicas_in_sync * settings.accumulate
     with calling("run.loss"):
         loss, note = make_loss(settings, data, outputs, example, parts)
-    layer_state.spread(strategy, state.generators)
+    layer_state.spread(strategy, changed.generators)
     notes += [note] if note else []
     if model.compiled and not type(model).__module__.startswith("keras_hub."):  # which compiles its tasks by itself
         notes.append("run.model is compiled: run.loss and run.optimizer take the place of its own loss and optimizer")
     optimizers_ = [*groups, *[fragment.outer for fragment in fragments]]
-    return Built(
+    return Trainer(
+        settings=settings,
         replicas=replicas,
         data=data,
         model=model,
@@ -140,11 +162,10 @@ def _build(settings: Settings, replicas: Replicas) -> Built:
         reduction_states=reduction_states,
         fragments=fragments,
         scale=scale,
-        schedule=settings.schedule,
         units=units,
         batch_norms=batch_norms,
-        layer_state=state,
-        fingerprint=run_fingerprint.of_run(settings, data, model, plan, state.moving, optimizers_),
+        layer_state=changed,
+        fingerprint=run_fingerprint.of_run(settings, data, model, plan, changed.moving, optimizers_),
         notes=tuple(notes),
     )
 
@@ -178,93 +199,100 @@ def _divided(
     return plan, tuple(units), notes
 
 
-def restore(
-    built: Built, folder: Path, say: Callable[[str], None], may_differ: Collection[str] = ()
-) -> checkpoints.Checkpoint | None:
+def restore(trainer: Trainer, folder: Path, say: Callable[[str], None], may_differ: Collection[str] = ()) -> TrainState:
     """Restores the newest checkpoint of the folder that every worker can read, if there is one; all call it.
 
     Args:
-        built: whose variables take its values.
+        trainer: whose variables take its values.
         folder: the run folder.
         say: takes a line of text.
-        may_differ: for `identity.check`.
+        may_differ: for `fingerprints.check_run`.
+
+    Returns:
+        The state from which to go on: that before the first step, without `checkpoint`, if there is none.
 
     Raises:
-        UserError: the folder is of another run, or damaged.
+        UserError: the folder belongs to another run, or is damaged.
     """
-    known = fingerprints.check_run(folder, built.fingerprint, may_differ)
+    known = fingerprints.check_run(folder, trainer.fingerprint, may_differ)
     checkpoint = checkpoints.newest(folder / "checkpoints", say) if known else None
-    while len(set(steps := consistency.everyone(built.replicas.backend, checkpoint.step if checkpoint else 0))) > 1:
+    backend = trainer.replicas.backend
+    while len(set(steps := consistency.everyone(backend, checkpoint.step if checkpoint else 0))) > 1:
         least = min(steps)
         if not least:
-            names = consistency.names(built.replicas.backend, [k for k, found in enumerate(steps) if not found])
+            names = consistency.names(backend, [k for k, found in enumerate(steps) if not found])
             raise UserError(
                 f"{names} cannot see the checkpoint of step {max(steps)} in {folder}: all workers need the same run "
                 "folder, on a disk that they share"
             )
         if checkpoint is not None and checkpoint.step > least:  # another worker cannot read it
             checkpoint = checkpoints.newest(folder / "checkpoints", say, least)
-    if checkpoint is not None:
-        if checkpoint.metadata["frozen"] != built.fingerprint["frozen"]:
-            raise UserError(f"{checkpoint.path} was saved beside other frozen variables: it is of another run")
-        with built.replicas.strategy.scope():
-            for number in checkpoint.metadata.get("schedule", {}).get("allocated", ()):
-                built.optimizers[number].allocate()
-        checkpoints.restore(checkpoint, built.state())
-        layer_state.spread(built.replicas.strategy, built.layer_state.generators)
-        for group in built.optimizers:
-            optimizers.write_rows(built.replicas.strategy, group.members)
-    return checkpoint
+    state = trainer.state()
+    if checkpoint is None:
+        return state
+    if checkpoint.metadata["frozen"] != trainer.fingerprint["frozen"]:
+        raise UserError(f"{checkpoint.path} was saved beside other frozen variables: it belongs to another run")
+    with trainer.replicas.strategy.scope():
+        for number in checkpoint.metadata.get("schedule", {}).get("allocated", ()):
+            trainer.optimizers[number].allocate()
+    state = state.restored(checkpoint)
+    layer_state.spread(trainer.replicas.strategy, trainer.layer_state.generators)
+    for group in trainer.optimizers:
+        optimizers.write_rows(trainer.replicas.strategy, group.members)
+    return state
 
 
 def compiled_step(
-    built: Built,
-    settings: Settings,
+    trainer: Trainer,
     plan: selection.Plan,
     global_batch: int,
     norms: bool = False,
     outputs: Callable[[tf.Tensor, bool], tf.Tensor] | None = None,
     loop: bool = True,
 ) -> TrainStep:
-    """The compiled step of a plan, which is the whole one or a part of it.
+    """Compiles the step of a plan, which is the whole one or a part of it.
 
     Args:
-        built: what it computes with.
-        settings: how.
-        plan: from `built.plan`; its groups have slots.
+        trainer: what it computes with.
+        plan: from `trainer.plan`; its groups have slots.
         global_batch: examples in a step.
-        norms: whether it is to return the squared gradient norms of the plan's units.
+        norms: whether it returns the squared gradient norms of the plan's units.
         outputs: for `step.train_step`.
         loop: whether a call may make another number of steps than one.
     """
-    numbers = {entry.path: number for number, group in enumerate(built.plan.groups) for entry in group.entries}
-    states = {e.path: state for e, state in zip(built.plan.trained, built.reduction_states, strict=True)}
-    batch_norm.set_modes(built.batch_norms, plan, everywhere=settings.statistics == "all")
+    settings = trainer.settings
+    numbers = {entry.path: number for number, group in enumerate(trainer.plan.groups) for entry in group.entries}
+    states = {e.path: state for e, state in zip(trainer.plan.trained, trainer.reduction_states, strict=True)}
+    batch_norm.set_modes(trainer.batch_norms, plan, everywhere=settings.statistics == "all")
     return train_step(
-        built.replicas.strategy,
-        built.replicas.collectives,
-        built.model,
-        built.loss,
-        plan,
-        [built.optimizers[numbers[group.entries[0].path]] for group in plan.groups],
-        [states[entry.path] for entry in plan.trained],
-        StepOptions(global_batch, settings.clip_norm, settings.accumulate, settings.jit_compile, norms, loop),
-        built.scale,
-        outputs,
-        built.layer_state.averaged,
+        StepSpec(
+            strategy=trainer.replicas.strategy,
+            collectives=trainer.replicas.collectives,
+            model=trainer.model,
+            loss=trainer.loss,
+            plan=plan,
+            optimizers=[trainer.optimizers[numbers[group.entries[0].path]] for group in plan.groups],
+            states=[states[entry.path] for entry in plan.trained],
+            options=StepOptions(
+                global_batch, settings.clip_norm, settings.accumulate, settings.jit_compile, norms, loop
+            ),
+            scale=trainer.scale,
+            outputs=outputs,
+            averaged=trainer.averaged,
+        )
     )
 
 
-def batches(built: Built, settings: Settings, first_step: int, global_batch: int) -> Iterator[Batch]:
+def batches(trainer: Trainer, first_step: int, global_batch: int) -> Iterator[Batch]:
     """This worker's batches from `first_step` on."""
-    return iter(train_batches(built.data.train, **order(built, settings, first_step, global_batch)))
+    return iter(train_batches(trainer.data.train, **order(trainer, first_step, global_batch)))
 
 
-def order(built: Built, settings: Settings, first_step: int, global_batch: int) -> dict[str, Any]:
-    """Which examples this worker reads from `first_step` on: for `data.train_batches` and `data.train_indices`."""
+def order(trainer: Trainer, first_step: int, global_batch: int) -> dict[str, Any]:
+    """Says which examples this worker reads from `first_step` on: for `train_batches` and `train_indices`."""
     return {
         "first_step": first_step,
         "global_batch": global_batch,
-        "seed": settings.seed,
-        "context": input_context(built.replicas.strategy),
+        "seed": trainer.settings.seed,
+        "context": input_context(trainer.replicas.strategy),
     }

@@ -1,15 +1,20 @@
 """Checks a model, its data and its loss against each other before anything is compiled."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from dist_partial import compat
+from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
 from dist_partial.data import Dataset, some_targets
+from dist_partial.distributed import consistency
+from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError, first_line, own_line
+from dist_partial.selection.plan import Plan
 from dist_partial.step import layer_state, losses
 
 
@@ -92,6 +97,35 @@ def _check_symbols(model: keras.Model, name: str, symbols: int, outputs: int) ->
             )
 
 
+def check_division(settings: Settings, replicas: int) -> None:
+    """Raises UserError unless a batch divides into the micro-batches of that many replicas."""
+    if settings.global_batch % (parts := replicas * settings.accumulate):
+        raise UserError(
+            f"run.global_batch = {settings.global_batch} does not divide into {replicas} replicas x "
+            f"{settings.accumulate} micro-batches: bind a multiple of {parts}"
+        )
+
+
+def check_workers(replicas: Replicas, fingerprint: dict[str, Any], bindings: Mapping[str, str]) -> None:
+    """Raises UserError, the same on every worker, unless all have built the same from the same bindings."""
+    if replicas.backend is not None:
+        facts = {"versions": consistency.versions(), "bindings": dict(bindings)}
+        start = {
+            fingerprints.INITIAL: fingerprint[fingerprints.INITIAL]
+        }  # first: all else that differs follows from it
+        consistency.check(replicas.backend, facts | start | fingerprint)
+
+
+def check_scaled(plan: Plan, states: Sequence[dict[str, tf.Variable]]) -> None:
+    """Raises UserError unless all of a plan, with what its reductions keep, can skip a step that overflows."""
+    for entry, kept in zip(plan.trained, states, strict=True):
+        if kept or not entry.reduction.shared:
+            raise UserError(
+                f"float16 scales the loss and skips the steps that overflow on any replica, which {entry.reduction} of "
+                f"rule {entry.rule.match!r} cannot: bind run.precision = 'mixed_bfloat16', or @all_reduce()"
+            )
+
+
 @contextlib.contextmanager
 def taking(name: str, x: tf.TensorSpec) -> Iterator[None]:
     """Turns what a model says of the examples of the data set of that name into a mistake of the user's."""
@@ -111,7 +145,7 @@ def _example(name: str, x: tf.TensorSpec) -> str:
 def make_loss(
     settings: Settings, data: Dataset, outputs: tf.Tensor, example: tf.Tensor, parts: int
 ) -> tuple[losses.Loss, str]:
-    """What the loss makes of targets and the model's outputs, and a line to say of it, or ''.
+    """Makes the loss from targets and the model's outputs, and a line to say of it, or ''.
 
     Args:
         settings: with the loss.

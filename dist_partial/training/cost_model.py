@@ -33,7 +33,7 @@ _REPEATS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a plan will run on.
+    """Describes what a plan will run on.
 
     Attributes:
         workers: how many, with one replica each.
@@ -50,7 +50,7 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a plan costs one worker in a step, on average; times in seconds.
+    """Holds what a plan costs one worker in a step, on average; times in seconds.
 
     Attributes:
         plan: the plan.
@@ -73,7 +73,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """One worker's step without communication, in seconds: forward pass, whole step and CPU time of it.
+    """Holds one worker's times without communication, in seconds: forward pass, whole step and its CPU time.
 
     `sums` is how many sums over the workers its layers wait for, one after the other.
     """
@@ -135,26 +135,28 @@ def _measure(settings: Settings, batch: int) -> tuple[Plan, Computation, float, 
     # Of a schedule the costliest case: everything that it may train, at once.
     if not isinstance(settings.schedule, Constant):
         print("run.schedule trains a part of this at a time; what follows is of all that the rules train together")
-    built = build(dataclasses.replace(settings, schedule=Constant()), replicas.create("default"))
-    strategy, wire = built.replicas.strategy, built.replicas.collectives
+    trainer = build(dataclasses.replace(settings, schedule=Constant()), replicas.create("default"))
+    strategy, wire = trainer.replicas.strategy, trainer.replicas.collectives
     batch = -(-batch // settings.accumulate) * settings.accumulate
-    train, inputs = compiled_step(built, settings, built.plan, batch), batches(built, settings, 0, batch)
+    train, inputs = compiled_step(trainer, trainer.plan, batch), batches(trainer, 0, batch)
     one = next(inputs)
     weighted = (*one[:2], tf.ones(one[1].shape[:1]))
-    forward = evaluation_step(strategy, built.model, built.loss)
+    forward = evaluation_step(strategy, trainer.model, trainer.loss)
     again = iter(tf.data.Dataset.from_tensors(weighted).repeat())
     forward_time, _ = _time(lambda n: forward(again, tf.constant(n), tf.constant(n * batch)).numpy())
     with _summed() as sums:
         train.function.get_concrete_function(inputs, tf.constant(1))
-    averages = reductions.averages(built.plan, built.averaged)
+    averages = reductions.averages(trainer.plan, trainer.averaged)
     step_time, cpu = _time(lambda n: train.function(inputs, tf.constant(n))["loss"].numpy())
     exchanges = 0.0
-    for exchange in outer_step.exchanges(strategy, wire, built.plan, built.fragments, train.without_gradient, []):
+    for exchange in outer_step.exchanges(strategy, wire, trainer.plan, trainer.fragments, train.without_gradient, []):
         once, _ = _time(lambda n, exchange=exchange: [exchange.function() for _ in range(n)])
         exchanges += once / exchange.fragment.reduction.sync_every
-    memory = sum(_bytes(v) for k, v in built.state().items() if k.startswith(("slots/", "outer/", "reductions/")))
-    memory += sum(_bytes(anchor.variable) for fragment in built.fragments for anchor in fragment.outer.members)
-    plan = built.plan.traced(train.without_gradient, [*averages, *sums])
+    memory = sum(
+        _bytes(v) for k, v in trainer.state().variables.items() if k.startswith(("slots/", "outer/", "reductions/"))
+    )
+    memory += sum(_bytes(anchor.variable) for fragment in trainer.fragments for anchor in fragment.outer.members)
+    plan = trainer.plan.traced(train.without_gradient, [*averages, *sums])
     return plan, Computation(forward_time, step_time, cpu, len(sums)), exchanges, memory
 
 

@@ -7,14 +7,16 @@ import traceback
 from collections.abc import Iterator
 from types import FrameType
 
+import numpy as np
 import tensorflow as tf
 
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import Ending, Fault, UserError, of_graph, raised
+from dist_partial.step.loss_scale import LossScale
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM stopped the run; everything is saved, and the message says how to go on.
+    """Says that Ctrl-C or SIGTERM stopped the run, that everything is saved, and how to go on.
 
     Attributes:
         code: the exit code of the process.
@@ -23,6 +25,14 @@ class Interrupted(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+@contextlib.contextmanager
+def ended_together(replicas: Replicas) -> Iterator[None]:
+    """Tells the other workers why this one ends, in one line, and closes the connections to them."""
+    backend = contextlib.closing(replicas.backend) if replicas.backend else contextlib.nullcontext()
+    with backend, connected(replicas), explained():
+        yield
 
 
 @contextlib.contextmanager
@@ -69,6 +79,57 @@ def explained() -> Iterator[None]:
                 raise UserError(ids.format(what, found[1], found[2])) from error
         if reason := of_graph(error.message):
             raise reason from error
+        raise
+
+
+def check_finite(losses: np.ndarray, norms: np.ndarray, done: int, saved: int, scale: LossScale | None) -> None:
+    """Raises UserError if one of the steps after `done` has spoilt the weights.
+
+    Args:
+        losses: of the steps.
+        norms: of their gradients.
+        done: steps before them.
+        saved: the step of the newest checkpoint; 0 if there is none.
+        scale: the loss scale, or None.
+    """
+    good = finite_steps(losses, norms, scale)
+    if good < len(losses):
+        what = "loss" if not np.isfinite(losses[good]) else "gradient"
+        kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was due before it"
+        raise UserError(
+            f"the {what} is not finite at step {done + good + 1} (loss {losses[good]:.4g}, gradient norm "
+            f"{norms[good]:.4g}); {kept}; lower the learning rate or bind run.clip_norm"
+        )
+    if scale is not None and scale.exhausted(norms):
+        raise UserError(
+            f"the gradient overflowed in every step up to {done + len(losses)}, though the loss is no longer scaled: "
+            "bind run.precision = 'mixed_bfloat16'"
+        )
+
+
+def finite_steps(losses: np.ndarray, norms: np.ndarray, scale: LossScale | None) -> int:
+    """Counts the steps before the first that has spoilt the weights.
+
+    Under a loss scale an update whose sum overflowed was skipped, and has spoilt nothing.
+
+    Example:
+        >>> finite_steps(np.array([2.0, 3.0]), np.array([1.0, np.inf]), None)
+        1
+    """
+    bad = ~np.isfinite(losses) if scale is not None else ~(np.isfinite(losses) & np.isfinite(norms))
+    return int(np.argmax(bad)) if bad.any() else len(losses)
+
+
+@contextlib.contextmanager
+def released() -> Iterator[None]:
+    """Decorates a function whose exceptions are to hold nothing of what its frames hold, see `let_go`.
+
+    As a decorator and not within the function: a frame that still runs cannot be cleared.
+    """
+    try:
+        yield
+    except BaseException as error:
+        let_go(error)
         raise
 
 

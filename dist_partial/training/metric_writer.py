@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +30,25 @@ class MetricWriter:
         steps: the step at which it ends.
         sent: bytes until then, as `traffic.SENT`.
         active: whether this process writes; the others' calls do nothing.
+        evaluated: whether the evaluation that was due after `step` was made; if not, what it wrote is removed.
 
     Raises:
         UserError, Fault: (from every method, too) the folder cannot be written, or is full.
     """
 
-    def __init__(self, folder: Path, step: int, steps: int, sent: np.ndarray, active: bool) -> None:
+    def __init__(
+        self, folder: Path, step: int, steps: int, sent: np.ndarray, active: bool, evaluated: bool = True
+    ) -> None:
         self._folder = folder
         self._sent = sent
         self._steps = steps
         self._active = active
+        self._configured = False
         self._board = tf.summary.create_noop_writer()
         if active:
             with _writing(folder):
                 for name in ("metrics.jsonl", "samples.jsonl"):
-                    _keep_until(folder / name, step)
+                    _keep_until(folder / name, step, evaluated)
                 for path in [] if step else (folder / "tensorboard").glob("events.out.tfevents.*"):
                     path.unlink()
                 self._board = tf.summary.create_file_writer(str(folder / "tensorboard"))
@@ -109,14 +113,18 @@ class MetricWriter:
             head = f"step {row['step']}: sample at temperature {row['temperature']}"
             self.say(f"--- {head}\n{row['prompt']}{row['text']}\n---")
 
-    def configuration(self, operative: str, unused: Sequence[str]) -> None:
-        """Writes the bindings in use, and says which were never used."""
-        if self._active and operative:
+    def configuration(self, operative: Callable[[], str], unused: Callable[[], Sequence[str]]) -> None:
+        """Writes the bindings in use, and says which were never used; only the first call does anything."""
+        if self._configured:
+            return
+        self._configured = True
+        text, names = operative(), unused()
+        if self._active and text:
             path = self._folder / "operative_config.gin"
             with _writing(path):
-                write_text(path, operative)
-        if unused:
-            self.say(f"bound but never used: {', '.join(unused)}")
+                write_text(path, text)
+        if names:
+            self.say(f"bound but never used: {', '.join(names)}")
 
     def traffic(self, row: dict[str, Any]) -> None:
         """Writes traffic.json, and says at the end of the run what was planned, counted and read."""
@@ -176,14 +184,20 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Removes the lines of what follows `step`; at 0, where an evaluation may come first, all of them."""
+def _keep_until(path: Path, step: int, evaluated: bool) -> None:
+    """Removes the lines of what follows `step`; at 0, where an evaluation may come first, all of them.
+
+    Unless `evaluated`, the evaluation after `step` follows it, too, and its samples, which name no split.
+    """
     if not path.exists():
         return
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if not 0 <= json.loads(line)["step"] <= step or step == 0:
+            row = json.loads(line)
+            if not 0 <= row["step"] <= step or step == 0:
+                continue
+            if not evaluated and row["step"] == step and row.get("split", "eval") == "eval":
                 continue
         except (ValueError, KeyError, TypeError):
             continue  # the last line of a run that was killed while it wrote

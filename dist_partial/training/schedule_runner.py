@@ -1,18 +1,17 @@
-"""What is trained in which steps: the selections of the schedule, each compiled once, and what they need."""
+"""Follows the schedule through a run: which selection is trained now, each compiled once, and what it reads."""
 
 import collections
 import dataclasses
 import gc
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from dist_partial import reductions
-from dist_partial.config.settings import Settings
 from dist_partial.data import train_indices
 from dist_partial.distributed import consistency, traffic
 from dist_partial.distributed.per_replica import input_context
@@ -20,19 +19,22 @@ from dist_partial.errors import UserError
 from dist_partial.schedules.adaptive import ByteBudget
 from dist_partial.schedules.base import observes
 from dist_partial.schedules.fixed import Constant
+from dist_partial.selection.payload import average_bytes
 from dist_partial.selection.plan import Plan
 from dist_partial.step import batch_norm, outer_step
 from dist_partial.step.gradients import Batch
 from dist_partial.step.layer_state import untouched
-from dist_partial.step.probe import probe
+from dist_partial.step.probe import ProbeSpec, probe
 from dist_partial.step.train_step import TrainStep
 from dist_partial.training import activation_cache, split_model
-from dist_partial.training.build import Built, batches, compiled_step, order
+from dist_partial.training.build import Trainer, batches, compiled_step, order
+from dist_partial.training.metric_writer import MetricWriter
+from dist_partial.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CompiledPhase:
-    """One selection, compiled.
+    """Holds one selection, compiled.
 
     Attributes:
         units: names of the units that are trained.
@@ -57,25 +59,29 @@ class CompiledPhase:
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
+# A step that is about to be traced, and batches such as it will read.
+Untraced = tuple[TrainStep, Iterator[Batch]]
+
+
 class ScheduleRunner:
-    """Where a run stands in its schedule.
+    """Follows the schedule of a run.
 
     Attributes:
-        notes: what has happened that the user should hear of; whoever tells it clears them.
+        trainer: what the run computes with.
+        switched: whether the last `enter` changed the selection.
+        notes: lines that the user should read, until `report` writes them.
 
     Args:
-        built: what the run computes with.
-        settings: of the run.
-        done: steps that have been made.
-        saved: what `to_json` gave when the run was stopped, or None at the start.
+        trainer: what the run computes with.
+        state: from which the run goes on.
     """
 
-    def __init__(self, built: Built, settings: Settings, done: int, saved: dict[str, Any] | None) -> None:
-        self._built, self._settings = built, settings
-        saved = saved or {}
-        self._state = saved.get("state", built.schedule.initial(built.units))
+    def __init__(self, trainer: Trainer, state: TrainState) -> None:
+        self.trainer, self._settings = trainer, trainer.settings
+        saved = state.schedule or {}
+        self._state = saved.get("state", trainer.schedule.initial(trainer.units))
         self._active = frozenset(saved["active"]) if saved.get("active") is not None else None
-        self._squares = np.array(saved.get("squares", [0.0] * len(built.units)))
+        self._squares = np.array(saved.get("squares", [0.0] * len(trainer.units)))
         self._phases: collections.OrderedDict[tuple[frozenset[str], activation_cache.Activations | None], CompiledPhase]
         self._phases = collections.OrderedDict()
         self._phase: CompiledPhase | None = None
@@ -83,20 +89,30 @@ class ScheduleRunner:
         self._reading: activation_cache.Activations | None = None
         # From which step on the activations up to which layer are read.
         self._since: dict[str, int] = saved.get("since", {})
-        self._inputs = batches(built, settings, done, settings.global_batch)
+        self._inputs = batches(trainer, state.step, self._settings.global_batch)
         self._indices: Iterator[tf.Tensor] | None = None
         self._probe: Any = None
+        self.switched = False
         self.notes: list[str] = []
 
-    def to_json(self) -> dict[str, Any]:
-        """What a run needs to go on exactly from here, as JSON values; groups of which there are slots among it."""
+    def to_json(self) -> dict[str, Any] | None:
+        """What a run needs to go on exactly from here, as JSON values; None for a constant schedule.
+
+        The groups of which there are slots are among it.
+        """
+        if self._constant:
+            return None
         return {
             "state": self._state,
             "active": None if self._active is None else sorted(self._active),
             "squares": self._squares.tolist(),
             "since": self._since,
-            "allocated": [number for number, group in enumerate(self._built.optimizers) if group.state],
+            "allocated": [number for number, group in enumerate(self.trainer.optimizers) if group.state],
         }
+
+    @property
+    def _constant(self) -> bool:
+        return isinstance(self.trainer.schedule, Constant)
 
     @property
     def phase(self) -> CompiledPhase:
@@ -104,13 +120,117 @@ class ScheduleRunner:
         assert self._phase is not None
         return self._phase
 
-    def next_switch(self, done: int) -> int | None:
-        """The next number of steps after which another selection may hold."""
-        return self._built.schedule.next_switch(done)
+    @property
+    def plan(self) -> Plan:
+        """What the run trains: with what tracing has shown, if that is one selection."""
+        return self.phase.plan if self._constant else self.trainer.plan
 
-    def compile_ahead(self, done: int) -> None:
+    def next_due(self, step: int) -> int:
+        """Gives the first step after `step` that a switch to another selection may follow, or the end."""
+        switch = self.trainer.schedule.next_switch(step)
+        return self._settings.steps if switch is None else switch
+
+    def enter(self, done: int) -> Iterator[Untraced]:
+        """Makes `phase` what the step after `done` steps trains; all workers call it at the same steps.
+
+        Yields:
+            Each step that is not compiled yet, for the caller to trace before it goes on: the first time also those of
+            all later selections, where they are known and few enough to be kept.
+        """
+        if not self._phases:
+            yield from self._ahead(done)
+        schedule, trainer = self.trainer.schedule, self.trainer
+        backend = trainer.replicas.backend
+        if observes(schedule, done) or self._overspends():
+            squares = self._probed(done) if schedule.statistics == "probe" else self._squares
+            if schedule.statistics == "norms" and backend is not None:
+                # Workers on processors of another make could round their norms otherwise, and freeze something else.
+                squares = trainer.replicas.sum(squares.astype(np.float32)) / backend.size
+            self._state = schedule.observe(done, trainer.units, squares, self._state)
+            self._squares = np.zeros_like(self._squares)
+        units, remaining = self._selected(done)
+        self.switched = units != self._active
+        if backend is not None and (self._phase is None or schedule.next_switch(done - 1) == done):
+            # Before anything is traced: workers that disagree would wait for each other in different functions.
+            consistency.check(backend, {f"what is trained from step {done + 1} on": sorted(units)})
+        activations = self._activations(remaining, done)
+        if self._active is not None and self.switched:
+            self._leave(self._active - units)
+        phase = self._phase = yield from self._found(units, activations, done)
+        self._active = units
+        if phase.activations is not self._reading:
+            for known in [known for known in self._phases if known[1] is self._reading]:
+                del self._phases[known]  # what is frozen for good does not come back
+            self._kept = {of: kept for of, kept in self._kept.items() if kept is not self._reading}
+            self._reading, self._inputs = phase.activations, self._batches(phase.activations, done)
+            self._since = {}
+            if kept := phase.activations:
+                self._since = {kept.name: self._begun(kept.name, done)}
+                self.notes.append(
+                    f"run.activation_cache keeps the activations up to {kept.name!r}, at most {kept.bytes:,} bytes"
+                )
+            self._indices = iter(self._order(done))
+
+    def report(self, writer: MetricWriter, done: int) -> None:
+        """Records a switch after `done` steps, and the notes."""
+        if self.switched and not self._constant:
+            writer.plan(done + 1, self.phase.plan, self.phase.digest)
+        while self.notes:
+            writer.say(self.notes.pop(0))
+
+    def opening_notes(self) -> Iterator[str]:
+        """Lines that the user should read before the first step of this process."""
+        steps = self._settings.steps
+        if self.phase.train.without_gradient:
+            yield f"selected, but the loss does not depend on it: {', '.join(self.phase.train.without_gradient)}"
+        for exchange in self.phase.exchanges:
+            local = exchange.fragment.reduction
+            last = local.next_due(steps) - local.sync_every
+            if last != steps:
+                yield (
+                    f"{local}: the last exchange follows step {last} of {steps}; what replicas train after it "
+                    "is not in the weights on which they agree"
+                    if last > 0
+                    else f"{local}: run.steps = {steps} ends before the first exchange"
+                )
+        if self.plan.statistics:
+            yield (
+                f"running statistics of layers add {average_bytes(self.plan.statistics):,} bytes a step to the payload"
+            )
+        if self._settings.activation_cache and self.phase.activations is None:
+            yield "run.activation_cache keeps nothing yet: nothing below all that may be trained is frozen for good"
+
+    def advance(self, count: int) -> dict[str, tf.Tensor]:
+        """Makes so many steps of the current phase; returns what its `train` does."""
+        if self._reading is not None and self._indices is not None:
+            for _ in range(count):
+                self._reading.fill(next(self._indices).numpy())
+        result = self.phase.train.function(self._inputs, tf.constant(count))
+        if self.trainer.schedule.statistics == "norms":
+            squares = result["unit_norms"].numpy().astype(np.float64).sum(axis=0)
+            places = {unit.name: i for i, unit in enumerate(self.trainer.units)}
+            for name, square in zip(self.phase.plan.units, squares, strict=True):
+                self._squares[places[name]] += square
+        return result
+
+    def _overspends(self) -> bool:
+        """Whether what was chosen among fewer workers costs more than the budget among these."""
+        schedule, units = self.trainer.schedule, self.trainer.units
+        if not isinstance(schedule, ByteBudget):
+            return False
+        return sum(unit.bytes for unit in units if unit.name in self._state["trained"]) > schedule.bytes
+
+    def _selected(self, done: int) -> tuple[frozenset[str], frozenset[str]]:
+        """Names of the units that are trained at a step, and of those that may be trained from it on."""
+        schedule, units = self.trainer.schedule, self.trainer.units
+        return (
+            schedule.select(done, units, self._settings.seed, self._state),
+            schedule.remaining(done, units, self._state),
+        )
+
+    def _ahead(self, done: int) -> Iterator[Untraced]:
         """Compiles all selections that are still to come, where they are known and few enough to be kept."""
-        schedule, settings = self._built.schedule, self._settings
+        schedule, settings = self.trainer.schedule, self._settings
         if schedule.statistics is not None or settings.leave == "drop":
             return
         ahead: dict[tuple[frozenset[str], frozenset[str]], None] = {}
@@ -120,77 +240,14 @@ class ScheduleRunner:
             switch = schedule.next_switch(switch)
         if len(ahead) <= settings.compiled_plans:
             for units, remaining in ahead:
-                self._found(units, self._activations(remaining, done), done)
-
-    def enter(self, done: int) -> bool:
-        """Makes `leg` what the step after `done` steps trains; returns whether it is another selection than before.
-
-        All workers call it at the same steps.
-        """
-        schedule, built = self._built.schedule, self._built
-        backend = built.replicas.backend
-        if observes(schedule, done) or self._overspends():
-            squares = self._probed(done) if schedule.statistics == "probe" else self._squares
-            if schedule.statistics == "norms" and backend is not None:
-                # Workers on processors of another make could round their norms otherwise, and freeze something else.
-                squares = built.replicas.sum(squares.astype(np.float32)) / backend.size
-            self._state = schedule.observe(done, built.units, squares, self._state)
-            self._squares = np.zeros_like(self._squares)
-        units, remaining = self._selected(done)
-        switched = units != self._active
-        if backend is not None and (self._phase is None or schedule.next_switch(done - 1) == done):
-            # Before anything is traced: workers that disagree would wait for each other in different functions.
-            consistency.check(backend, {f"what is trained from step {done + 1} on": sorted(units)})
-        activations = self._activations(remaining, done)
-        if self._active is not None and switched:
-            self._leave(self._active - units)
-        phase = self._phase = self._found(units, activations, done)
-        self._active = units
-        if phase.activations is not self._reading:
-            for known in [known for known in self._phases if known[1] is self._reading]:
-                del self._phases[known]  # what is frozen for good does not come back
-            self._kept = {of: kept for of, kept in self._kept.items() if kept is not self._reading}
-            self._reading, self._inputs = phase.activations, self._batches(phase.activations, done)
-            self._since = (
-                {phase.activations.name: self._begun(phase.activations.name, done)} if phase.activations else {}
-            )
-            self._indices = iter(self._order(done))
-        return switched
-
-    def advance(self, count: int) -> dict[str, tf.Tensor]:
-        """Makes so many steps of the current leg; returns what its `train` does."""
-        if self._reading is not None and self._indices is not None:
-            for _ in range(count):
-                self._reading.fill(next(self._indices).numpy())
-        result = self.phase.train.function(self._inputs, tf.constant(count))
-        if self._built.schedule.statistics == "norms":
-            squares = result["unit_norms"].numpy().astype(np.float64).sum(axis=0)
-            places = {unit.name: i for i, unit in enumerate(self._built.units)}
-            for name, square in zip(self.phase.plan.units, squares, strict=True):
-                self._squares[places[name]] += square
-        return result
-
-    def _overspends(self) -> bool:
-        """Whether what was chosen among fewer workers costs more than the budget among these."""
-        schedule, units = self._built.schedule, self._built.units
-        if not isinstance(schedule, ByteBudget):
-            return False
-        return sum(unit.bytes for unit in units if unit.name in self._state["trained"]) > schedule.bytes
-
-    def _selected(self, done: int) -> tuple[frozenset[str], frozenset[str]]:
-        """Names of the units that are trained at a step, and of those that may be trained from it on."""
-        schedule, units = self._built.schedule, self._built.units
-        return (
-            schedule.select(done, units, self._settings.seed, self._state),
-            schedule.remaining(done, units, self._state),
-        )
+                yield from self._found(units, self._activations(remaining, done), done)
 
     def _found(
         self, units: frozenset[str], activations: activation_cache.Activations | None, done: int
-    ) -> CompiledPhase:
+    ) -> Generator[Untraced, None, CompiledPhase]:
         key = units, activations
         if key not in self._phases:
-            self._phases[key] = self._compiled(units, activations, done)
+            self._phases[key] = yield from self._compiled(units, activations, done)
         self._phases.move_to_end(key)
         while len(self._phases) > self._settings.compiled_plans:
             self._phases.popitem(last=False)
@@ -198,18 +255,18 @@ class ScheduleRunner:
 
     def _activations(self, remaining: frozenset[str], done: int) -> activation_cache.Activations | None:
         """Of what lies below all that may still be trained; None if they are not to be kept."""
-        built, settings = self._built, self._settings
+        trainer, settings = self.trainer, self._settings
         if settings.activation_cache is None:
             return None
         if remaining not in self._kept:
             # The layers of what is frozen for good run in inference mode from here on.
-            later = built.plan.only(remaining)
-            batch_norm.set_modes(built.batch_norms, later, everywhere=settings.statistics == "all")
+            later = trainer.plan.only(remaining)
+            batch_norm.set_modes(trainer.batch_norms, later, everywhere=settings.statistics == "all")
             known = {kept.name: kept for kept in self._kept.values() if kept is not None}
             part = None
             try:
-                changing = [*(entry.variable for entry in later.trained), *built.moving]
-                part = split_model.split(built.model, changing)
+                changing = [*(entry.variable for entry in later.trained), *trainer.moving]
+                part = split_model.split(trainer.model, changing)
                 if part is not None and part.name not in known:
                     known[part.name] = self._kept_from(part, settings.activation_cache, done)
             except UserError as error:
@@ -221,24 +278,24 @@ class ScheduleRunner:
         return self._kept[remaining]
 
     def _kept_from(self, part: split_model.SplitModel, where: str, done: int) -> activation_cache.Activations:
-        built, settings = self._built, self._settings
-        context = input_context(built.replicas.strategy)
+        trainer, settings = self.trainer, self._settings
+        context = input_context(trainer.replicas.strategy)
         rows = settings.global_batch // context.num_replicas_in_sync // settings.accumulate
         begun = self._begun(part.name, done)
         read = settings.global_batch // context.num_input_pipelines * (settings.steps - begun)
         past = self._order(begun).take(done - begun)
         return activation_cache.Activations(
-            built.data.train,
+            trainer.data.train,
             part,
             rows,
-            expected=min(len(built.data.train), read),
+            expected=min(len(trainer.data.train), read),
             where=where,
             past=(batch for indices in past for batch in indices.numpy().reshape(-1, rows)),
         )
 
     def _begun(self, name: str, done: int) -> int:
         """From which step on the activations up to a layer are read, `done` steps having been made."""
-        return 0 if isinstance(self._built.schedule, Constant) else self._since.get(name, done)
+        return 0 if self._constant else self._since.get(name, done)
 
     def _batches(self, activations: activation_cache.Activations | None, done: int) -> Iterator[Batch]:
         # Not prefetched: what was read before it was asked for might not be there yet.
@@ -246,44 +303,44 @@ class ScheduleRunner:
 
     def _order(self, done: int) -> tf.data.Dataset:
         """Indices of this worker's examples, from a step on."""
-        at = order(self._built, self._settings, done, self._settings.global_batch)
-        return train_indices(len(self._built.data.train), **at)
+        at = order(self.trainer, done, self._settings.global_batch)
+        return train_indices(len(self.trainer.data.train), **at)
 
     def _compiled(
         self, units: frozenset[str], activations: activation_cache.Activations | None, done: int
-    ) -> CompiledPhase:
-        built, settings = self._built, self._settings
-        strategy, collectives = built.replicas.strategy, built.replicas.collectives
-        plan = built.plan.only(units)
+    ) -> Generator[Untraced, None, CompiledPhase]:
+        trainer, settings = self.trainer, self._settings
+        strategy, collectives = trainer.replicas.strategy, trainer.replicas.collectives
+        plan = trainer.plan.only(units)
         with strategy.scope():
-            for planned, group in zip(built.plan.groups, built.optimizers, strict=True):
+            for planned, group in zip(trainer.plan.groups, trainer.optimizers, strict=True):
                 if planned.entries[0].unit in units:
                     group.allocate()
-        constant = isinstance(built.schedule, Constant)
-        loop = settings.steps_per_loop > 1 or not constant  # a selection that comes later is compiled by no step
+        loop = settings.steps_per_loop > 1 or not self._constant  # a selection that comes later is compiled by no step
         train = compiled_step(
-            built,
-            settings,
+            trainer,
             plan,
             settings.global_batch,
-            built.schedule.statistics == "norms",
-            activations.outputs if activations else None,
-            loop,
+            norms=trainer.schedule.statistics == "norms",
+            outputs=activations.outputs if activations else None,
+            loop=loop,
         )
         inputs = self._batches(activations, done)
-        traced = train.function.get_concrete_function(inputs, tf.constant(1))
-        sent = traffic.in_step(traced, loop)
-        averaged = built.averaged
-        exchanges = outer_step.exchanges(strategy, collectives, plan, built.fragments, train.without_gradient, averaged)
+        yield train, inputs
+        sent = traffic.in_step(train.function.get_concrete_function(inputs, tf.constant(1)), loop)
+        averaged = trainer.averaged
+        exchanges = outer_step.exchanges(
+            strategy, collectives, plan, trainer.fragments, train.without_gradient, averaged
+        )
         plan = plan.traced(train.without_gradient, reductions.averages(plan, averaged))
         if strategy.num_replicas_in_sync > 1:  # or else nothing is sent
             plan = plan.traced(train.without_gradient, traffic.beyond(plan, sent, exchanges))
-        if isinstance(built.schedule, ByteBudget) and plan.nic_bytes > built.schedule.bytes:
+        if isinstance(trainer.schedule, ByteBudget) and plan.nic_bytes > trainer.schedule.bytes:
             raise UserError(
-                f"byte_budget.bytes is {built.schedule.bytes:,}, and {', '.join(plan.units)} send {plan.nic_bytes:,} "
+                f"byte_budget.bytes is {trainer.schedule.bytes:,}, and {', '.join(plan.units)} send {plan.nic_bytes:,} "
                 f"bytes among {plan.workers} workers with what synchronised BatchNorm layers add: bind more"
             )
-        if not constant:
+        if not self._constant:
             train.function(inputs, tf.constant(0))  # TensorFlow optimises a graph when it first runs
         return CompiledPhase(units, plan, train, sent, exchanges, activations)
 
@@ -292,8 +349,8 @@ class ScheduleRunner:
         if self._settings.leave == "keep":
             return
         self._phase = None
-        with self._built.replicas.strategy.scope():
-            for planned, group in zip(self._built.plan.groups, self._built.optimizers, strict=True):
+        with self.trainer.replicas.strategy.scope():
+            for planned, group in zip(self.trainer.plan.groups, self.trainer.optimizers, strict=True):
                 if planned.entries[0].unit in units:
                     group.reset() if self._settings.leave == "reset" else group.drop()
         if self._settings.leave == "drop":
@@ -303,12 +360,12 @@ class ScheduleRunner:
 
     def _probed(self, done: int) -> np.ndarray:
         """The squared gradient norms of all units on the batch that comes next, summed over the replicas."""
-        built, settings = self._built, self._settings
+        trainer, settings = self.trainer, self._settings
         if self._probe is None:
             parts = settings.accumulate
-            self._probe = probe(built.replicas.strategy, built.model, built.loss, built.plan, parts)
-        ahead: Iterator[Batch] = batches(built, settings, done, settings.global_batch)
-        with untouched(built.replicas.strategy, built.layer_state.states):
+            self._probe = probe(ProbeSpec(trainer.replicas.strategy, trainer.model, trainer.loss, trainer.plan, parts))
+        ahead: Iterator[Batch] = batches(trainer, done, settings.global_batch)
+        with untouched(trainer.replicas.strategy, trainer.layer_state.states):
             local = self._probe(ahead).numpy()
-        squares = dict(zip(built.plan.units, built.replicas.sum(local), strict=True))
-        return np.array([squares[unit.name] for unit in built.units], np.float64)
+        squares = dict(zip(trainer.plan.units, trainer.replicas.sum(local), strict=True))
+        return np.array([squares[unit.name] for unit in trainer.units], np.float64)

@@ -14,19 +14,19 @@ from dist_partial.errors import UserError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SplitModel:
-    """A model in two.
+    """Holds a model in two parts.
 
     Attributes:
         model: the whole.
-        prefix: inputs -> the tensors on which the rest depends.
-        suffix: (those tensors, training) -> the model's outputs.
-        name: of the last layers of the prefix.
+        lower: inputs -> the tensors on which the rest depends.
+        upper: (those tensors, training) -> the model's outputs.
+        name: of the last layers of the lower part.
         changing: variables that training may change.
     """
 
     model: keras.Model
-    prefix: Callable[[tf.Tensor], list[tf.Tensor]]
-    suffix: Callable[[Sequence[tf.Tensor], bool], tf.Tensor]
+    lower: Callable[[tf.Tensor], list[tf.Tensor]]
+    upper: Callable[[Sequence[tf.Tensor], bool], tf.Tensor]
     name: str
     changing: Collection[Any]
 
@@ -84,18 +84,18 @@ def _cut_stages(stages: Sequence[Any], fixed: Callable[[Sequence[Any]], bool]) -
     if not above or not any(layer.weights for layers, _ in below for layer in layers):
         return None
 
-    def suffix(tensors: Sequence[tf.Tensor], training: bool) -> tf.Tensor:
+    def upper(tensors: Sequence[tf.Tensor], training: bool) -> tf.Tensor:
         (x,) = tensors
         for _, function in above:
             x = function(x, training)
         return x
 
-    def prefix(x: tf.Tensor) -> list[tf.Tensor]:
+    def lower(x: tf.Tensor) -> list[tf.Tensor]:
         for _, function in below:
             x = function(x, True)
         return [x]
 
-    return prefix, suffix, below[-1][0][0].name
+    return lower, upper, below[-1][0][0].name
 
 
 def _cut_graph(model: keras.Model, fixed: Callable[[Sequence[Any]], bool]) -> tuple[Any, Any, str] | None:

@@ -1,12 +1,17 @@
-"""The variables that training changes, by names that do not depend on their order."""
+"""The state of a run: a value with the step, the bytes sent, and every variable that training changes, by name."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from dist_partial import checkpoints
 from dist_partial.compat import is_generator
+from dist_partial.distributed import traffic
 from dist_partial.distributed.per_replica import PerReplica
 from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.local_sgd import LocalSGD
@@ -17,60 +22,108 @@ from dist_partial.step.optimizers import GroupOptimizer
 from dist_partial.step.outer_step import Fragment
 
 
-def resumable_state(
-    strategy: tf.distribute.Strategy,
-    model: keras.Model,
-    plan: Plan,
-    optimizers: Sequence[GroupOptimizer],
-    states: Sequence[dict[str, Any]],
-    fragments: Sequence[Fragment],
-    moving: Sequence[Any],
-    scale: LossScale | None = None,
-) -> dict[str, Any]:
-    """All variables that training changes, by a name that does not depend on their order.
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainState:
+    """Holds everything that training changes; a checkpoint holds all of it.
 
-    Selected variables (or their selected rows) and slots by path, what reductions keep, statistics of layers that
-    run in training mode, states of random generators, and the loss scale. Of what differs between replicas all
-    values are kept; `variables/` of a group that is exchanged every few steps are the anchors, on which they agree.
+    The numbers are values. The variables are the live ones: slots come and go with a schedule, so that `variables`
+    lists those of this moment.
 
-    Args:
+    Attributes:
         strategy: the replicas.
         model: the model.
         plan: all that is ever trained.
         optimizers: one a group; those without slots have none in the state.
-        states: from `reduction.states`.
-        fragments: from `local_sgd.build`.
+        reduction_states: what the reductions keep, from `reductions.states`.
+        fragments: what is exchanged every few steps, from `outer_step.build`.
         moving: what layers change, see `layer_state.find`.
         scale: the loss scale, or None.
+        step: updates made so far.
+        sent: bytes sent so far, int64 [3], as `traffic.SENT`.
+        schedule: where the schedule is, from `ScheduleRunner.to_json`; None at the start, and if it is constant.
+        evaluated: False if an evaluation was due after this step and has failed.
+        checkpoint: the file from which the state was restored, or None.
     """
-    state: dict[str, Any] = {}
-    for group, planned in zip(optimizers, plan.groups, strict=True):
-        when_fewer = "own" if isinstance(planned.reduction, LocalOnly) else "mean"
-        shared = planned.reduction.shared
 
-        def kept(variable: Any, shared: bool = shared, when_fewer: str = when_fewer) -> Any:
-            return variable if shared else PerReplica(strategy, variable.value, when_fewer, variable.constraint)
+    strategy: tf.distribute.Strategy
+    model: keras.Model
+    plan: Plan
+    optimizers: Sequence[GroupOptimizer]
+    reduction_states: Sequence[dict[str, Any]]
+    fragments: Sequence[Fragment]
+    moving: Sequence[Any]
+    scale: LossScale | None = None
+    step: int = 0
+    sent: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(len(traffic.SENT), np.int64))
+    schedule: dict[str, Any] | None = None
+    evaluated: bool = True
+    checkpoint: Path | None = None
 
-        folder = "own" if isinstance(planned.reduction, LocalSGD) else "variables"
-        for member in group.members:
-            state[f"{folder}/{member.entry.path}"] = kept(member.variable)
-        state |= {f"slots/{name}": kept(variable) for name, variable in group.state.items()}
-    for fragment in fragments:
-        for anchor in fragment.outer.members:
-            state[f"variables/{anchor.entry.path}"] = anchor.variable
-        state |= {f"outer/{name}": variable for name, variable in fragment.outer.state.items()}
-    for entry, own in zip(plan.trained, states, strict=True):
-        for name, variable in own.items():
-            when_fewer = "sum" if name == "residual" else "own"
-            state[f"reductions/{entry.path}/{name}"] = PerReplica(strategy, variable, when_fewer)
-    # Keras numbers generators through the whole process (`seed_generator_7`), so they go by their order here.
-    generators = [v for v in moving if is_generator(v)]
-    state |= {f"generators/{i}": variable for i, variable in enumerate(generators)}
-    statistics = [v for v in moving if not is_generator(v)]
-    names = own_names(model, statistics)
-    averaged = any(group.reduction.shared for group in plan.groups)
-    for name, variable in zip(names, statistics, strict=True):
-        state[f"statistics/{name}"] = variable if averaged else PerReplica(strategy, variable.value, "mean")
-    if scale is not None:
-        state |= {"loss_scale/scale": scale.scale, "loss_scale/good_steps": scale.good_steps}
-    return state
+    @property
+    def variables(self) -> dict[str, Any]:
+        """All variables that training changes, by names that do not depend on their order.
+
+        Selected variables (or their selected rows) and slots by path, what reductions keep, statistics of layers that
+        run in training mode, states of random generators, and the loss scale. Of what differs between replicas all
+        values are kept; `variables/` of a group that is exchanged every few steps are the anchors, on which they agree.
+        """
+        found: dict[str, Any] = {}
+        for group, planned in zip(self.optimizers, self.plan.groups, strict=True):
+            folder = "own" if isinstance(planned.reduction, LocalSGD) else "variables"
+            kept = self._kept(planned.reduction)
+            for member in group.members:
+                found[f"{folder}/{member.entry.path}"] = kept(member.variable)
+            found |= {f"slots/{name}": kept(variable) for name, variable in group.state.items()}
+        for fragment in self.fragments:
+            for anchor in fragment.outer.members:
+                found[f"variables/{anchor.entry.path}"] = anchor.variable
+            found |= {f"outer/{name}": variable for name, variable in fragment.outer.state.items()}
+        for entry, own in zip(self.plan.trained, self.reduction_states, strict=True):
+            for name, variable in own.items():
+                when_fewer = "sum" if name == "residual" else "own"
+                found[f"reductions/{entry.path}/{name}"] = PerReplica(self.strategy, variable, when_fewer)
+        # Keras numbers generators through the whole process (`seed_generator_7`), so they go by their order here.
+        generators = [v for v in self.moving if is_generator(v)]
+        found |= {f"generators/{i}": variable for i, variable in enumerate(generators)}
+        statistics = [v for v in self.moving if not is_generator(v)]
+        averaged = any(group.reduction.shared for group in self.plan.groups)
+        for name, variable in zip(own_names(self.model, statistics), statistics, strict=True):
+            found[f"statistics/{name}"] = variable if averaged else PerReplica(self.strategy, variable.value, "mean")
+        if self.scale is not None:
+            found |= {"loss_scale/scale": self.scale.scale, "loss_scale/good_steps": self.scale.good_steps}
+        return found
+
+    def _kept(self, reduction: Any) -> Callable[[Any], Any]:
+        """How a variable of a group is kept: as it is, or with the values of all replicas."""
+        when_fewer = "own" if isinstance(reduction, LocalOnly) else "mean"
+        if reduction.shared:
+            return lambda variable: variable
+        return lambda variable: PerReplica(self.strategy, variable.value, when_fewer, variable.constraint)
+
+    def after(self, sent: np.ndarray) -> "TrainState":
+        """The state after the steps for which `sent` [steps, 3] gives the bytes until then."""
+        return dataclasses.replace(self, step=self.step + len(sent), sent=sent[-1], evaluated=True, checkpoint=None)
+
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the variables, as JSON values."""
+        found: dict[str, Any] = dict(zip(traffic.SENT, self.sent.tolist(), strict=True))
+        found |= {} if self.schedule is None else {"schedule": self.schedule}
+        return found | ({} if self.evaluated else {"evaluated": False})
+
+    def restored(self, checkpoint: checkpoints.Checkpoint) -> "TrainState":
+        """Assigns a checkpoint's arrays to the variables; returns the state with its numbers.
+
+        Call it in the cross-replica context, once all groups have slots that have some in the checkpoint.
+
+        Raises:
+            UserError: a name or a shape differs; then nothing has been assigned.
+        """
+        checkpoints.restore(checkpoint, self.variables)
+        return dataclasses.replace(
+            self,
+            step=checkpoint.step,
+            sent=np.array([checkpoint.metadata[name] for name in traffic.SENT]),
+            schedule=checkpoint.metadata.get("schedule"),
+            evaluated=checkpoint.metadata.get("evaluated", True),
+            checkpoint=checkpoint.path,
+        )

@@ -49,7 +49,8 @@ def start(made: replicas.Replicas, frozen: int, cache: str | None) -> ScheduleRu
         activation_cache=cache,
         steps_per_loop=4,
     )
-    return ScheduleRunner(build(settings, made), settings, 0, None)
+    trainer = build(settings, made)
+    return ScheduleRunner(trainer, trainer.state())
 
 
 def epochs(made: replicas.Replicas, frozen: int) -> list[dict[str, Any]]:
@@ -57,7 +58,7 @@ def epochs(made: replicas.Replicas, frozen: int) -> list[dict[str, Any]]:
     courses = {cache: start(made, frozen, cache) for cache in CACHES}
     took: dict[str | None, list[float]] = {cache: [] for cache in CACHES}
     for runner in courses.values():
-        runner.enter(0)  # compiles
+        list(runner.enter(0))  # compiles
         runner.advance(0)
     kept = {cache: runner.phase.activations for cache, runner in courses.items()}
     for _ in range(EPOCHS):

@@ -22,7 +22,7 @@ from dist_partial.config.settings import cross_entropy
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.models import byte_transformer
 from dist_partial.step import optimizers
-from dist_partial.step.train_step import StepOptions, train_step
+from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 from tests.benchmarks import tables
 
 COMMAND = "python -m tests.benchmarks.step"
@@ -60,7 +60,8 @@ def ours(
         groups = optimizers.build(plan, keras.optimizers.Adam)
         states = reductions.states(plan)
     options = StepOptions(global_batch)
-    train = train_step(strategy, Collectives(), model, cross_entropy().call, plan, groups, states, options).function
+    spec = StepSpec(strategy, Collectives(), model, cross_entropy().call, plan, groups, states, options)
+    train = train_step(spec).function
     iterator = iter(dataset(global_batch))
     return lambda: train(iterator, tf.constant(STEPS_A_CALL))["loss"].numpy()
 

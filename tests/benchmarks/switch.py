@@ -25,7 +25,7 @@ from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed import replicas
 from dist_partial.models import byte_transformer
 from dist_partial.schedules.fixed import Rotation
-from dist_partial.training.build import Built, build
+from dist_partial.training.build import Trainer, build
 from dist_partial.training.schedule_runner import ScheduleRunner
 from tests.benchmarks import tables
 
@@ -51,13 +51,13 @@ def wide() -> keras.Model:
     return keras.Sequential([keras.Input((WIDTH,)), *[keras.layers.Dense(WIDTH, name=f"dense{i}") for i in range(4)]])
 
 
-def start(made: replicas.Replicas, model: Any, data: Any, leave: str, steps: int) -> tuple[Built, ScheduleRunner]:
+def start(made: replicas.Replicas, model: Any, data: Any, leave: str, steps: int) -> tuple[Trainer, ScheduleRunner]:
     schedule = Rotation(every=EVERY, order="ascending")
     settings = Settings(
         [("train", ".*")], model, data, steps=steps, global_batch=8, schedule=schedule, leave=leave, compiled_plans=24
     )
     built = build(settings, made)
-    return built, ScheduleRunner(built, settings, 0, None)
+    return built, ScheduleRunner(built, built.state())
 
 
 def step_times(made: replicas.Replicas) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ def step_times(made: replicas.Replicas) -> list[dict[str, Any]]:
     steady: dict[str, list[float]] = {}
     for done in range(EVERY * units * (1 + ROUNDS)):
         begun = time.perf_counter()
-        runner.enter(done)
+        list(runner.enter(done))  # compiles what is new
         runner.advance(1)["loss"].numpy()
         took = (time.perf_counter() - begun) * 1e3  # what choosing and changing takes is a part of the step
         if done >= EVERY * units:
@@ -95,7 +95,7 @@ def memory(leave: str) -> dict[str, Any]:
     before = resident()
     visits = []
     for done in range(0, 3 * len(built.units) * EVERY, EVERY):
-        runner.enter(done)
+        list(runner.enter(done))  # compiles what is new
         runner.advance(2)["loss"].numpy()
         visits.append(round(resident() - before))
     slots = sum(v.numpy().nbytes for group in built.optimizers for v in group.state.values()) / 2**20

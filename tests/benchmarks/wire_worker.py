@@ -181,7 +181,7 @@ def dist_partial_variant(replicas: Any, worker: Worker, selected: str, dtype: st
 
     from dist_partial import reductions, selection
     from dist_partial.step import optimizers
-    from dist_partial.step.train_step import StepOptions, train_step
+    from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 
     rules = {"all": [("train", r".*")], "part": [("train", rf"dense_{LAYERS - 1}/.*"), ("freeze", r".*")]}
     with replicas.strategy.scope():
@@ -194,7 +194,8 @@ def dist_partial_variant(replicas: Any, worker: Worker, selected: str, dtype: st
         return tf.reduce_mean(tf.square(outputs - y), axis=1)
 
     options = StepOptions(BATCH * worker.count)
-    compiled = train_step(replicas.strategy, replicas.collectives, model, loss, plan, groups, states, options)
+    spec = StepSpec(replicas.strategy, replicas.collectives, model, loss, plan, groups, states, options)
+    compiled = train_step(spec)
     iterator = iter(batches(worker))
 
     def train(steps: int) -> Iterable[float]:

@@ -1,4 +1,4 @@
-"""Workers that differ, are missing, are killed, stopped or told to end: real processes on loopback."""
+"""Workers that differ, are missing, are killed, stopped or asked to end: real processes on loopback."""
 
 import contextlib
 import os
@@ -429,7 +429,7 @@ def test_a_worker_that_is_stopped(bench, transport):
 
 
 def test_a_worker_that_is_killed_when_they_have_just_met(bench):
-    """Before TensorFlow has connected them, too, which waits for all, heeds nothing and lets no Python run."""
+    """Before TensorFlow has connected them, too, which waits for all, handles no signal and lets no Python run."""
     params = ("replicas.transport = 'tensorflow'", "replicas.patience_seconds = 4")
     results = bench.run(*params, environments={1: {"DIE": "1"}}, timeout=40.0)
     assert results[1][0] == -signal.SIGKILL

@@ -99,6 +99,7 @@ def test_scripts(name):
     assert done.stderr == "error: Unknown command line flag 'no_such'\n"
 
 
+@pytest.mark.slow
 def test_train_is_what_workers_run(tmp_path):
     command = [
         str(ROOT / "launch" / "local"),

@@ -155,7 +155,7 @@ def test_others_may_say_why_before_they_are_killed(tmp_path):
 
 
 def test_a_mistake_is_not_tried_again(tmp_path):
-    # Worker 0 is the first to fail, but what worker 2 says is what the user can mend.
+    # Worker 0 is the first to fail, but what worker 2 says is what the user can fix.
     script = """
         ready()
         if index == 2:

@@ -9,11 +9,12 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial import reductions, selection
+from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed import per_replica, traffic
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.models import byte_transformer, two_dense
 from dist_partial.step import batch_norm, optimizers
-from dist_partial.step.train_step import StepOptions, train_step
+from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 
 STEPS = 20
 GLOBAL_BATCH = 24
@@ -43,6 +44,15 @@ def convolutional(synchronized: bool) -> keras.Model:
         ],
         name="convolutional",
     )
+
+
+LAYERS = ("a", "b", "c", "d")
+
+
+def mlp(width: int = 6) -> keras.Model:
+    """Dense layers of one width, with the names of LAYERS."""
+    layers = [keras.layers.Dense(width, "tanh" if name != LAYERS[-1] else None, name=name) for name in LAYERS]
+    return keras.Sequential([keras.Input((width,)), *layers])
 
 
 def shared_embedding() -> keras.Model:
@@ -140,6 +150,12 @@ ROTATION = [
     ("shared_embedding", "adam", "accumulate"),
     ("mobilenet", "momentum", "plain"),
 ]
+
+
+def dataset(name: str, *columns: np.ndarray) -> Dataset:
+    """The same examples to train on and to evaluate."""
+    source = ArraySource(*columns)
+    return Dataset(name, source, source, fingerprint(*columns))
 
 
 def loss(y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
@@ -254,7 +270,7 @@ def train(
         groups = optimizers.build(plan, lambda: optimizer(name, options))
         states = reductions.states(plan)
     before = weights(model)
-    compiled = train_step(
+    spec = StepSpec(
         strategy,
         collectives or Collectives(),
         model,
@@ -263,7 +279,9 @@ def train(
         groups,
         states,
         StepOptions(GLOBAL_BATCH, options.clip_norm, options.accumulate, jit_compile),
+        averaged=batch_norm.local_statistics(model),
     )
+    compiled = train_step(spec)
 
     iterator = worker_iterator(strategy, data)
     traced = compiled.function.get_concrete_function(iterator, tf.constant(1))

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,10 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-def same_bits(arrays: Any) -> bool:
+def same_bits(arrays: Iterable[Any]) -> bool:
+    """Whether NumPy arrays are the same to the last bit, and of one dtype and shape."""
     first, *rest = arrays
-    return all(array.dtype == first.dtype and array.tobytes() == first.tobytes() for array in rest)
+    return all((a.dtype, a.shape, a.tobytes()) == (first.dtype, first.shape, first.tobytes()) for a in rest)
 
 
 def durable(monkeypatch: Any) -> list[tuple[str, str, bytes]]:

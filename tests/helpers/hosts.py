@@ -45,7 +45,7 @@ def address(host: int) -> str:
 
 @contextlib.contextmanager
 def hosts(count: int, rate: str | None = None) -> Iterator[None]:
-    """Makes hosts 1 to `count`, each with one network card, and removes them at the end.
+    """Makes hosts 1 to `count`, each with one network interface, and removes them at the end.
 
     Args:
         count: how many.
@@ -74,7 +74,7 @@ def hosts(count: int, rate: str | None = None) -> Iterator[None]:
 
 
 def sent_bytes(host: int) -> int:
-    """What has left the host's card so far, with all headers."""
+    """What has left the host's interface so far, with all headers."""
     path = "/sys/class/net/e0/statistics/tx_bytes"
     return int(_run("ip", "netns", "exec", name(host), "cat", path))
 

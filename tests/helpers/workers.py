@@ -56,7 +56,7 @@ def run_workers(
 
     Returns:
         Exit code and output of each; a worker that has not ended in time is killed (one that waits for a peer may
-        heed no SIGTERM) and has exit code -9.
+        handle no SIGTERM) and has exit code -9.
     """
     addresses = list(addresses) or loopback(workers)
     processes, outputs = [], []

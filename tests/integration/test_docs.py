@@ -19,8 +19,9 @@ import pytest
 import dist_partial
 from dist_partial import __main__ as commands
 from dist_partial.config import gin_files
-from tests import ROOT, snippets
-from tests.snippets import Block
+from tests import ROOT
+from tests.helpers import snippets
+from tests.helpers.snippets import Block
 
 PAGES = snippets.pages()
 BLOCKS = [block for page in PAGES for block in snippets.blocks(page)]
@@ -59,7 +60,8 @@ def test_blocks_have_a_language_and_reasons():
             assert re.match(r"[-*!?]|\d+\.", before), f"{page}: {line!r} is a block without a language"
 
 
-def test_the_commands_that_ci_runs_are_marked():
+def test_the_readme_is_short_and_marks_what_ci_runs():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
     marked = [note for block in snippets.blocks(ROOT / "README.md") for note in block.notes]
     assert sorted(note for note in marked if note in snippets.ELSEWHERE) == sorted(snippets.ELSEWHERE)
 
@@ -180,7 +182,7 @@ def quickstart(tmp_path_factory):
 def test_snippets_run(page, quickstart, tmp_path):
     folder = tmp_path / "root"
     shutil.copytree(quickstart, folder, symlinks=True)
-    code = "import sys, pathlib; from tests import snippets; snippets.run(*map(pathlib.Path, sys.argv[1:]))"
+    code = "import sys, pathlib; from tests.helpers import snippets; snippets.run(*map(pathlib.Path, sys.argv[1:]))"
     with open(tmp_path / "output", "w+") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", code, page, folder],

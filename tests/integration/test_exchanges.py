@@ -28,6 +28,7 @@ from dist_partial.training import loop
 from dist_partial.training.build import build, restore
 from tests.helpers import cases
 from tests.helpers.files import assert_same_state, rows, same_bits, state
+from tests.helpers.marks import quick
 from tests.helpers.strategies import in_process
 
 # Nothing of tests.conftest or tests.integration.test_loop may be imported here: the workers below run this file, too,
@@ -109,7 +110,7 @@ def sent_after(step: int, rules) -> int:
     return total
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", quick(PLANS, "mixed"))
 def test_a_run_in_pieces_is_the_run_at_once(name, tmp_path):
     """Residuals, factors, anchors, outer slots and each replica's own come back to the bit."""
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
@@ -174,6 +175,7 @@ def test_the_number_of_replicas_may_change(tmp_path):
     assert len({row["wire_bytes"] for row in lines[9:]}) == 1, "one replica sends nothing"
 
 
+@pytest.mark.slow
 def test_bytes_at_the_network_interface(tmp_path):
     """By arithmetic, among as many workers as there are replicas, in pieces, and when their number changes."""
     rules = [

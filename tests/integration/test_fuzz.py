@@ -54,6 +54,7 @@ def saved(tmp_path_factory):
     return path.read_bytes(), arrays
 
 
+@pytest.mark.slow
 def test_checkpoints(saved, tmp_path):
     content, arrays = saved
     path, counts = tmp_path / "step-0000000007.safetensors", {"refused": 0, "read": 0}
@@ -77,7 +78,7 @@ def test_checkpoints(saved, tmp_path):
     assert counts["refused"] > 1000 and counts["read"] > 10, counts
 
 
-def test_identities(tmp_path):
+def test_run_fingerprints(tmp_path):
     content = {"rules": ["train a/.*", "freeze .*"], "seed": 1, "optimizers": [{"class": "Adam", "epsilon": 1e-7}]}
     text = json.dumps(content).encode()
     (tmp_path / "checkpoints").mkdir()

@@ -20,6 +20,7 @@ from dist_partial.export import keras_file as keras_export
 from dist_partial.models import keras_file
 from dist_partial.selection.rules import Rule
 from dist_partial.training import build, loop
+from tests.helpers.cases import dataset
 from tests.helpers.files import state
 from tests.helpers.strategies import in_process
 
@@ -39,8 +40,7 @@ def towers() -> keras.Model:
 
 def points() -> Dataset:
     rng = np.random.default_rng(0)
-    source = ArraySource(rng.normal(size=(40, 6)).astype(np.float32), rng.integers(0, 3, 40).astype(np.int32))
-    return Dataset("points", source, source, fingerprint(source.x))
+    return dataset("points", rng.normal(size=(40, 6)).astype(np.float32), rng.integers(0, 3, 40).astype(np.int32))
 
 
 def told(rate: float = 0.05, **more) -> Settings:

@@ -268,7 +268,7 @@ def test_alias_is_excluded_from_weight_decay():
         optimizer.apply([tf.zeros([1])], [alias])
         return alias.numpy()[0] < 1
 
-    assert decayed(lambda *_: None)  # Keras does not know the stand-in
+    assert decayed(lambda *_: None)  # Keras does not know the replacement
     assert not decayed(lambda optimizer, *pair: compat.alias_variables(optimizer, [pair]))
 
 

@@ -10,20 +10,20 @@ import pytest
 from dist_partial import sample, selection, session, train
 from dist_partial.config import gin_files
 from dist_partial.config.settings import Settings
-from dist_partial.data import ArraySource, Dataset
+from dist_partial.data import Dataset
 from dist_partial.distributed.replicas import create
 from dist_partial.errors import UserError
 from dist_partial.export import restore
 from dist_partial.training import build, loop
 from dist_partial.training.cost_model import Machine, estimate
+from tests.helpers.cases import dataset
 from tests.helpers.strategies import in_process
 
 X = np.random.default_rng(0).normal(size=(8, 3))
 
 
 def data() -> Dataset:
-    source = ArraySource(X, X.sum(1))
-    return Dataset("points", source, source, "1")
+    return dataset("points", X, X.sum(1))
 
 
 def unnamed() -> keras.Model:
@@ -108,6 +108,7 @@ def test_precision_is_put_back(tmp_path):
     assert other() == before
 
 
+@pytest.mark.slow
 def test_commands_put_precision_back(tmp_path, monkeypatch):
     file = tmp_path / "c.gin"
     file.write_text(

@@ -20,13 +20,14 @@ OLD = {
     r"\bJournal\b": "MetricWriter",
     r"\bcard_bytes\b|network cards?\b": "network interface, nic_bytes",
     r"\bidentity\.json\b": "run_fingerprint.json",
-    r"\bagents?\b": "agent",
+    r"\bkeepers?\b": "agent",
     r"\bforetold\b|\bforetells?\b": "predicted, predicts",
     r"\bmends?\b|\bmended\b": "fix",
     r"\bheeds?\b": "handle",
     r"\banew\b": "again",
     r"\btold\b": "reported",
     r"\bstands\b": "is",
+    r"\bthe prefix\b|\bprefix (cache|of the model)": "the lower part, the activation cache",
     r"\bof another run\b": "belongs to another run",
 }
 # Need files that a test has not: a preset of KerasHub, a package with weights, a prepared data set.

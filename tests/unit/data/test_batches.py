@@ -61,6 +61,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert not np.array_equal(epochs, steps(train(numbered(50), 50, seed=4), 1, 1, 20))
 
 
+@pytest.mark.slow
 def test_order_is_uniform():
     """Over many epochs every example comes first equally often, and neighbours are not correlated."""
     count = 8

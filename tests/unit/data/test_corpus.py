@@ -183,6 +183,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_build_at_once_and_after_a_killed_one(code, tmp_path):
     killed = run_python(BUILD_AND_DIE, tmp_path, code)
     killed.communicate(timeout=60)
@@ -202,6 +203,7 @@ def test_two_processes_build_at_once_and_after_a_killed_one(code, tmp_path):
     assert [path.name for path in tmp_path.glob("stdlib_corpus/*/*")] == ["1.0.0"]
 
 
+@pytest.mark.slow
 def test_full_cache_folder(code, tmp_path):
     process = run_python(BUILD_ON_A_FULL_DISK, tmp_path, code)
     output, errors = process.communicate(timeout=60)

@@ -301,7 +301,7 @@ def test_an_unknown_scheduler():
 
 BATCH = ROOT / "launch" / "slurm.sbatch"
 
-# Stand-ins for Slurm's commands. At SIGTERM the real srun kills all tasks: the exit code 137 here. What scancel sends
+# Replacements of Slurm's commands. At SIGTERM the real srun kills all tasks: the exit code 137 here. What scancel sends
 # reaches the tasks, and not srun.
 RECORD = """#!/bin/bash
 { printf '%s' "${0##*/}"; printf ' %q' "$@"; echo; } >> "$SLURM_TEST/calls"
@@ -323,7 +323,7 @@ kill -USR1 "$(cat "$SLURM_TEST/srun.pid")"
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """The folder in which stand-ins for Slurm's commands note how they were called."""
+    """The folder in which replacements of Slurm's commands note how they were called."""
     for name, text in {"srun": SRUN, "scancel": SCANCEL, "scontrol": RECORD}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -342,7 +342,7 @@ def calls(folder: Path, command: str) -> list[str]:
 
 
 def run_batch(*arguments: str) -> subprocess.CompletedProcess:
-    """Runs the script as one attempt of a job, on the run folder `run` beside the stand-ins."""
+    """Runs the script as one attempt of a job, on the run folder `run` beside the replacements."""
     flags = ["--gin_file=a b.gin", f"--run_dir={os.environ['SLURM_TEST']}/run", *arguments]
     return subprocess.run(["bash", BATCH, *flags], capture_output=True, text=True, timeout=60)
 

@@ -215,6 +215,7 @@ def test_no_attack_lets_a_stranger_in_or_keeps_a_worker_out(kind):
             link.socket.close()
 
 
+@pytest.mark.slow
 def test_a_training_that_is_attacked_while_it_starts(tmp_path):
     attack, results = strangers.train(tmp_path, "relay+reflection+impostor")
     assert attack.proofs and not attack.admitted

@@ -14,6 +14,7 @@ from dist_partial.distributed import rendezvous, tcp_backend, traffic
 from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.errors import Fault, UserError
 from tests import strangers
+from tests.helpers.files import same_bits
 from tests.helpers.threads import at_once
 from tests.helpers.workers import loopback
 
@@ -67,10 +68,6 @@ def expected_sum(arrays):
     return functools.reduce(operator.add, arrays).astype(dtype)
 
 
-def same_bits(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
 @pytest.mark.parametrize(("count", "sealed"), [(1, False), (2, False), (2, True), (3, True), (4, False)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, BFLOAT16, np.float16, np.int32, np.int64, np.uint8])
 def test_sums_are_those_of_numpy(connected, count, sealed, dtype):
@@ -80,7 +77,7 @@ def test_sums_are_those_of_numpy(connected, count, sealed, dtype):
     for i in range(len(SIZES)):
         expected = expected_sum([own[i] for own in inputs])
         for result in results:
-            assert same_bits(result[i], expected)
+            assert same_bits([result[i], expected])
 
 
 def test_half_precision_is_rounded_once(connected):
@@ -111,7 +108,7 @@ def test_gathers_hold_every_worker_s_tensor_in_rank_order(connected, count, seal
     for i in range(len(SIZES)):
         expected = np.stack([own[i] for own in inputs])
         for result in results:
-            assert same_bits(result[i], expected)
+            assert same_bits([result[i], expected])
 
 
 def test_tensors_become_ready_in_another_order_on_each_worker(connected):
@@ -132,7 +129,7 @@ def test_tensors_become_ready_in_another_order_on_each_worker(connected):
             inputs = [draw(1000 * step + 10 * i + k, 1000 + i, np.float32) for k in range(3)]
             expected = np.stack(inputs) if i == 0 else expected_sum(inputs)
             for history in histories:
-                assert same_bits(history[step][i], expected)
+                assert same_bits([history[step][i], expected])
     assert not any(op.runs for m in backends for op in m._ops)  # nothing is kept
 
 
@@ -230,7 +227,7 @@ def test_a_result_is_not_given_before_a_slow_reader_has_it(connected, monkeypatc
         if backend is second:  # by now the first has all that it waits for
             threading.Timer(0.3, opened.set).start()
         found = result.tolist()
-        result[:] = -1  # as TensorFlow does with memory of which it is told that it is free
+        result[:] = -1  # as TensorFlow does with memory that is said to be free
         return found, opened.is_set()
 
     (_, had_waited), *_ = found = at_once([functools.partial(work, m) for m in backends])
@@ -384,7 +381,7 @@ def flipped(data, place):
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("rank", [0, 1])  # of the worker: one listens, the other calls
 def test_what_is_sealed_and_changed_on_its_way_is_not_believed(rank, change):
-    """By an independent program, that is the other worker and then who stands between."""
+    """By an independent program, that is the other worker and then the one in between."""
     workers = loopback(2)
     thread = threading.Thread(
         target=lambda: links.update(rendezvous.connect(rank, workers, 10, "secret", sealed=True)), daemon=True

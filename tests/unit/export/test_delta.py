@@ -336,7 +336,7 @@ def mutated(content: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
 
 
 def lying(content: bytes, numbers: list[tuple[int, int]]) -> bytes:
-    """Numbers in the header replaced, and its length told right again."""
+    """Numbers in the header replaced, and its length made right again."""
     length = struct.unpack("<Q", content[:8])[0]
     header, data = content[8 : 8 + length].decode(), content[8 + length :]
     for place, number in numbers:

@@ -270,6 +270,7 @@ def test_base_and_delta_are_the_trained_model(name, folder):
     assert all(old.tobytes() == new.numpy().tobytes() for old, new in zip(before, model.variables, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rows", "local", "images"])
 def test_keras_alone_loads_the_whole_model(name, folder, elsewhere):
     inputs, found = elsewhere
@@ -279,6 +280,7 @@ def test_keras_alone_loads_the_whole_model(name, folder, elsewhere):
     assert found[f"{name}.dtypes"].tolist() == [v.dtype for v in model.variables]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_tensorflow_alone_serves_any_batch(name, folder, elsewhere):
     inputs, found = elsewhere
@@ -289,6 +291,7 @@ def test_tensorflow_alone_serves_any_batch(name, folder, elsewhere):
         np.testing.assert_allclose(found[f"{name}.saved.{count}"], expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tied", "rows"])
 def test_tensorflow_alone_generates_what_sampling_does(name, folder, elsewhere):
     inputs, found = elsewhere
@@ -311,6 +314,7 @@ def test_serving_needs_no_op_of_xla(folder):
     assert "TensorStridedSliceUpdate" in ops and not [op for op in ops if op.startswith("Xla")]
 
 
+@pytest.mark.slow
 def test_a_model_without_text_has_no_generate(folder, elsewhere):
     assert "local.text" not in elsewhere[1] and "tied.text" in elsewhere[1]
 

@@ -40,6 +40,7 @@ def test_prose():
     assert text.count("the ") > 100 and data.unit == "byte" and 1000 > len(data.evaluation) > 500
 
 
+@pytest.mark.slow
 def test_evaluated_and_sampled_before_the_first_step(tmp_path):
     """What tiny_finetune.gin does, smaller: the first line is of the model as it was saved."""
     model = byte_transformer(layers=2, width=16, heads=2)

@@ -22,7 +22,7 @@ def softmax(logits):
 
 
 def kept_ids(row, top_k, top_p):
-    """The ids that stay, told one after another; of equal logits the lower id comes first."""
+    """The ids that stay, found one after another; of equal logits the lower id comes first."""
     ids = sorted(range(len(row)), key=lambda i: (-row[i], i))[:top_k]
     probabilities = softmax(np.array([row[i] for i in ids], np.float64))
     kept, mass = set(), 0.0

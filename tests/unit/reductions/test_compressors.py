@@ -275,7 +275,7 @@ TOP_K = [
     ("replicas", "members", "dtype"),
     [
         (1, TOP_K[3:5], "float64"),
-        (2, TOP_K, "float64"),
+        pytest.param(2, TOP_K, "float64", marks=pytest.mark.slow),
         (3, [TOP_K[1], TOP_K[5]], "float64"),
         # In float32 a value within rounding of the middle of two levels may go to either, so it has none of these.
         (2, [TOP_K[0], TOP_K[2]], "float32"),

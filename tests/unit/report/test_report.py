@@ -319,6 +319,7 @@ def test_nothing_is_fetched(tmp_path):
     assert {value[1:] for value in links} <= set(ids)
 
 
+@pytest.mark.slow
 def test_a_large_run_is_thinned(tmp_path):
     steps = 100_000
     variables = [(f"layer_{i}/kernel", [8, 8], True) for i in range(500)]
@@ -487,6 +488,7 @@ _CONTRASTS = """
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_was_trained(letters, tmp_path):
     """From the folders of real runs, one of which goes on with a schedule."""
     params = ["run.rules = [('train', '.*')]", "run.schedule = @lisa()", "lisa.every = 3", "lisa.count = 1"]

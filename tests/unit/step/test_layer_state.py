@@ -19,6 +19,7 @@ from tests.helpers import cases
 from tests.helpers.against_fit import COUNT, check_against_fit, features, settings
 from tests.helpers.cases import copies
 from tests.helpers.files import rows, same_bits, state
+from tests.helpers.marks import quick
 from tests.helpers.strategies import in_process
 
 
@@ -163,6 +164,7 @@ def recurrent():
     return keras.Sequential([keras.Input((None,), dtype="int32"), *layers])
 
 
+@pytest.mark.slow
 def test_nothing_but_a_step_moves_a_random_state(tmp_path):
     """Evaluating and sampling more often, or more, trains the same weights; an evaluation repeats itself."""
     for name, more in {
@@ -194,7 +196,7 @@ def stateful(count):
     return lambda: keras.Sequential([keras.Input(batch_shape=(count, 4, 3)), *layers])
 
 
-@pytest.mark.parametrize("count", [1, 6])
+@pytest.mark.parametrize("count", quick([1, 6], 6))
 def test_a_stateful_layer_trains_as_in_keras_and_goes_on_bit_for_bit(count, tmp_path):
     """In the batches of the run, which Keras is given; no evaluation between them moves the state."""
     x = features(4, 3)

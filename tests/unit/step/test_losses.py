@@ -20,10 +20,13 @@ from dist_partial.training import loop
 from tests.helpers.against_fit import COUNT, check_against_fit, features, fitted, one_output, settings
 from tests.helpers.cases import set_precision
 from tests.helpers.files import rows, trained
+from tests.helpers.marks import quick
 
 
-@pytest.mark.parametrize(("y_shape", "weight_shape"), [((), ()), ((), (1,)), ((1,), ()), ((1,), (1,))])
-@pytest.mark.parametrize("loss", ["class", "function"])
+@pytest.mark.parametrize(
+    ("y_shape", "weight_shape"), quick([((), ()), ((), (1,)), ((1,), ()), ((1,), (1,))], ((), (1,)), ((1,), ()))
+)
+@pytest.mark.parametrize("loss", quick(["class", "function"], "class"))
 def test_weights_of_examples_in_any_shape_are_those_of_fit(tmp_path, y_shape, weight_shape, loss):
     x = features(7)
     y = x.sum(1).reshape(COUNT, *y_shape)
@@ -35,7 +38,7 @@ def test_weights_of_examples_in_any_shape_are_those_of_fit(tmp_path, y_shape, we
     check_against_fit(tmp_path / "run", one_output, (x, y, weight), makers[loss])
 
 
-@pytest.mark.parametrize("y_last", [(), (1,)])
+@pytest.mark.parametrize("y_last", [pytest.param((), marks=pytest.mark.slow), (1,)])
 @pytest.mark.parametrize("weight_last", [(), (1,)])
 def test_weights_of_elements_in_any_shape(tmp_path, y_last, weight_last):
     """An example's loss is the weighted mean over its own elements: NumPy counts it at the first step."""
@@ -198,7 +201,10 @@ def test_a_penalty_counts_once_however_a_batch_is_divided(tmp_path, replicas, ac
     check_against_fit(tmp_path / "run", penalised, data, keras.losses.MeanSquaredError, **made)
 
 
-@pytest.mark.parametrize(("replicas", "examples", "batch"), [(2, 13, 2), (1, 3, 8), (2, 3, 8), (3, 17, 6), (4, 18, 8)])
+@pytest.mark.parametrize(
+    ("replicas", "examples", "batch"),
+    quick([(2, 13, 2), (1, 3, 8), (2, 3, 8), (3, 17, 6), (4, 18, 8)], (2, 13, 2), (2, 3, 8)),
+)
 def test_examples_beyond_the_last_whole_batch_weigh_as_much(tmp_path, replicas, examples, batch):
     """Held-out examples that do not fill the batches, and what layers add for them: Keras's evaluate, one at a time."""
     x = features(7)
@@ -212,6 +218,7 @@ def test_examples_beyond_the_last_whole_batch_weigh_as_much(tmp_path, replicas, 
     assert rows(tmp_path / "run" / "metrics.jsonl")[0]["loss"] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_ctc_is_that_of_fit(tmp_path):
     """Whose graph calls functions of TensorFlow's old kind, in float32."""
     model = lambda: keras.Sequential([keras.Input((6, 4)), keras.layers.Dense(5, name="d")])  # noqa: E731
@@ -375,7 +382,11 @@ def test_a_layer_in_bfloat16_trains_beside_others(clip_norm, tmp_path):
     assert np.abs(ours - theirs).max() < 0.05 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("reduction", [PowerSGD(1), TopK(1 / 4, block=4), Quantized(4), LocalSGD(2)], ids=str)
+@pytest.mark.parametrize(
+    "reduction",
+    quick([PowerSGD(1), TopK(1 / 4, block=4), Quantized(4), LocalSGD(2)], PowerSGD(1), LocalSGD(2)),
+    ids=str,
+)
 def test_a_layer_in_bfloat16_travels_by_any_reduction(reduction, tmp_path):
     x = features(7).astype(np.float32)
     told = settings(mixed, (x, x[:, :2]), keras.losses.MeanSquaredError, precision="float32", reduction=reduction)
@@ -420,7 +431,7 @@ def test_what_is_no_source_is_said(tmp_path):
             loop.run(Settings(**{**vars(made), "data": lambda data=data: data}), tmp_path / "run")
 
 
-@pytest.mark.parametrize("kind", [object, "S3", "U3"])
+@pytest.mark.parametrize("kind", quick([object, "S3", "U3"], object))
 def test_text_is_a_models_input(tmp_path, kind):
     texts = ["a b", "b", "c a"]
     x = np.array([[texts[i % 3]] for i in range(COUNT)]).astype("S3" if kind is object else kind).astype(kind)

@@ -13,6 +13,7 @@ from dist_partial.selection.rules import Rule
 from dist_partial.step import optimizers
 from tests.helpers import cases
 from tests.helpers.cases import GLOBAL_BATCH
+from tests.helpers.marks import quick
 
 STEPS = 5
 ROWS = 11
@@ -108,7 +109,7 @@ def fitted(strategy, make, constraint=None, rows=None, rules=None, path=None):
     return cases.weights(model)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(KINDS, "names", "constraint"))
 def test_all_rows_are_the_whole_variable(kind, mirrored):
     cases.set_precision("float64")
     make, constraint = KINDS[kind]
@@ -202,7 +203,7 @@ def test_a_rule_with_a_learning_rate_keeps_what_no_config_has(make, mirrored):
     cases.assert_equal(fitted(mirrored(2), make, rules=rules), expected, 1e-12)
 
 
-@pytest.mark.parametrize(("given", "rows"), [("names", None), ("variables", (0, ROWS))])
+@pytest.mark.parametrize(("given", "rows"), quick([("names", None), ("variables", (0, ROWS))], "names"))
 def test_exclusions_are_saved_with_the_model(given, rows, mirrored, tmp_path):
     """Plain Keras forgets them."""
     cases.set_precision("float64")

@@ -10,7 +10,6 @@ import tensorflow as tf
 
 from dist_partial import reductions, selection
 from dist_partial.config.settings import Settings
-from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed import traffic
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.distributed.replicas import Replicas
@@ -22,12 +21,13 @@ from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
 from dist_partial.step import batch_norm, optimizers, outer_step
-from dist_partial.step.train_step import StepOptions, train_step
+from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 from dist_partial.training.build import build
-from dist_partial.training.state import resumable_state
+from dist_partial.training.state import TrainState
 from tests.helpers import cases
-from tests.helpers.cases import CASES, GLOBAL_BATCH, copies
+from tests.helpers.cases import CASES, GLOBAL_BATCH, copies, dataset
 from tests.helpers.files import same_bits
+from tests.helpers.marks import quick
 
 STEPS = 12
 DENSE = CASES["two_dense"]
@@ -46,9 +46,8 @@ class Local:
             self.states = reductions.states(self.plan)
             self.fragments = outer_step.build(self.plan, self.groups, self.states)
         options = StepOptions(GLOBAL_BATCH, clip_norm)
-        self.train = train_step(
-            strategy, Collectives(), self.model, cases.loss, self.plan, self.groups, self.states, options
-        ).function
+        spec = StepSpec(strategy, Collectives(), self.model, cases.loss, self.plan, self.groups, self.states, options)
+        self.train = train_step(spec).function
         compiled = outer_step.exchanges(strategy, Collectives(), self.plan, self.fragments, [], [])
         self.exchanges = [each.function for each in compiled]
         self.data = cases.batches(case, dtype, STEPS)
@@ -207,11 +206,7 @@ def _with(rules, case=DENSE):
 
 @pytest.mark.parametrize(
     ("replicas", "inner", "outer"),
-    [
-        (2, "momentum", None),
-        (3, "adam", "nesterov"),
-        (2, "adam", "adam"),
-    ],
+    quick([(2, "momentum", None), (3, "adam", "nesterov"), (2, "adam", "adam")], (2, "momentum", None)),
 )
 def test_replicas_train_by_themselves_and_move_on_together(replicas, inner, outer, mirrored):
     """Two fragments that take turns: one after the steps 3, 6, 9 and 12, one after 2, 6 and 10."""
@@ -294,7 +289,8 @@ def test_another_number_of_replicas_starts_where_the_constraints_allow(mirrored)
     found = np.stack([PROJECTIONS["dense1/kernel"](w) for w in rng.normal(size=(3, 160, 64))])
     case = dataclasses.replace(DENSE, model=constrained, rules=[Rule(".*", reduction=LocalSGD(3))])
     local = Local(mirrored(2), case, "adam")
-    state = resumable_state(local.strategy, local.model, local.plan, local.groups, local.states, local.fragments, [])
+    made = TrainState(local.strategy, local.model, local.plan, local.groups, local.states, local.fragments, [])
+    state = made.variables
     state["own/dense1/kernel"].assign(found)
     expected = PROJECTIONS["dense1/kernel"](found.mean(axis=0))
     for value in local.own()["dense1/kernel"]:
@@ -516,7 +512,7 @@ def test_nothing_is_sent_in_a_step(rules, mirrored):
 def _points():
     x = np.random.default_rng(0).normal(size=(24, 8, 8, 3))
     y = np.arange(24, dtype=np.int32) % 5
-    return Dataset("points", ArraySource(x, y), ArraySource(x, y), fingerprint(x, y), None)
+    return dataset("points", x, y)
 
 
 def test_statistics_travel_with_the_first_exchange(mirrored):
@@ -533,7 +529,7 @@ def test_statistics_travel_with_the_first_exchange(mirrored):
     )
     strategy = mirrored(2)
     built = build(settings, Replicas(strategy, Collectives(), "two"))
-    train = train_step(
+    spec = StepSpec(
         strategy,
         Collectives(),
         built.model,
@@ -542,7 +538,9 @@ def test_statistics_travel_with_the_first_exchange(mirrored):
         built.optimizers,
         built.reduction_states,
         StepOptions(GLOBAL_BATCH),
-    ).function
+        averaged=built.averaged,
+    )
+    train = train_step(spec).function
     x, y = built.data.train.fetch(np.arange(24))
     iterator = cases.worker_iterator(strategy, [(x, y)])
     assert traffic.collectives(train.get_concrete_function(iterator, tf.constant(1))) == []

@@ -15,10 +15,11 @@ from dist_partial.errors import UserError
 from dist_partial.step import batch_norm, optimizers
 from dist_partial.step import losses as losses_lib
 from dist_partial.step.loss_scale import FIRST_SCALE, LossScale
-from dist_partial.step.probe import probe
-from dist_partial.step.train_step import StepOptions, train_step
+from dist_partial.step.probe import ProbeSpec, probe
+from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 from tests.helpers import cases
 from tests.helpers.cases import CASES, OPTIMIZERS, OPTIONS, STEPS
+from tests.helpers.marks import quick
 
 reference = functools.cache(
     lambda case, name, options, dtype: cases.reference(CASES[case], name, OPTIONS[options], dtype)
@@ -50,8 +51,11 @@ def test_two_dense_equals_one_device(replicas, optimizer, option, mirrored):
     _check(trained, case)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "two_dense"])
-@pytest.mark.parametrize("replicas", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "name",
+    quick([n for n in CASES if n != "two_dense"], "byte_transformer", "batch_norm_synchronised", "shared_embedding"),
+)
+@pytest.mark.parametrize("replicas", quick([1, 2, 3, 4], 2))
 def test_models_equal_one_device(name, replicas, mirrored):
     cases.set_precision("float64")
     case = CASES[name]
@@ -63,7 +67,7 @@ def test_models_equal_one_device(name, replicas, mirrored):
     _check(trained, case)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, "two_dense", "batch_norm_untrained"))
 def test_float32(name, mirrored):
     cases.set_precision("float32")
     case = CASES[name]
@@ -83,6 +87,7 @@ def test_steps_per_call_change_nothing(mirrored):
         assert value.tobytes() == many.after[name].tobytes()
 
 
+@pytest.mark.slow
 def test_jit_compiles_the_gradient_computation(mirrored):
     cases.set_precision("float64")
     case = CASES["byte_transformer"]
@@ -176,7 +181,8 @@ def one_weight(strategy, optimizer, x, **options):
         scale = LossScale()
     loss = lambda y, out: tf.reduce_sum(out, 1)  # noqa: E731
     told = StepOptions(x.shape[1], **options)
-    function = train_step(strategy, Collectives(), model, loss, plan, groups, [{}], told, scale).function
+    spec = StepSpec(strategy, Collectives(), model, loss, plan, groups, [{}], told, scale)
+    function = train_step(spec).function
     iterator = cases.worker_iterator(strategy, list(zip(x, x, strict=True)))
     return model.weights[0], groups[0].optimizer, scale, lambda: function(iterator, tf.constant(1))
 
@@ -245,7 +251,7 @@ def test_a_probe_measures_in_inference_mode(replicas, mirrored):
     rng = np.random.default_rng(0)
     x, y = rng.normal(2.0, size=(8, 3)).astype(np.float32), rng.integers(0, 5, 8).astype(np.int32)
     before = cases.weights(model)
-    probed = probe(strategy, model, cases.loss, plan, 2)(cases.worker_iterator(strategy, [(x, y)]))
+    probed = probe(ProbeSpec(strategy, model, cases.loss, plan, 2))(cases.worker_iterator(strategy, [(x, y)]))
     for name, value in cases.weights(model).items():
         assert value.tobytes() == before[name].tobytes(), name
     expected = dict.fromkeys(plan.units, 0.0)

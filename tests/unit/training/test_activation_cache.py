@@ -8,21 +8,16 @@ import pytest
 import tensorflow as tf
 
 from dist_partial.config.settings import Sampling, Settings
-from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.data import ArraySource, Dataset
 from dist_partial.errors import UserError
 from dist_partial.models import byte_transformer
 from dist_partial.schedules.adaptive import AutoFreeze
 from dist_partial.schedules.fixed import Phases
 from dist_partial.training import activation_cache, loop, split_model
+from tests.helpers.cases import LAYERS, dataset, mlp
 from tests.helpers.files import rows, same_bits, state
+from tests.helpers.marks import quick
 from tests.helpers.strategies import in_process
-
-LAYERS = ("a", "b", "c", "d")
-
-
-def mlp():
-    layers = [keras.layers.Dense(6, "tanh" if name != "d" else None, name=name) for name in LAYERS]
-    return keras.Sequential([keras.Input((6,)), *layers])
 
 
 def branches():
@@ -38,14 +33,12 @@ def numbers() -> Dataset:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(20, 6)).astype(keras.config.floatx())
     y = np.argmax(x @ rng.normal(size=(6, 6)), axis=1).astype(np.int32)
-    source = ArraySource(x, y, rng.uniform(size=20).astype(np.float32))
-    return Dataset("numbers", source, source, fingerprint(x, y))
+    return dataset("numbers", x, y, rng.uniform(size=20).astype(np.float32))
 
 
 def text() -> Dataset:
     ids = np.random.default_rng(0).integers(0, 16, (20, 9), np.int32)
-    source = ArraySource(ids[:, :-1], ids[:, 1:])
-    return Dataset("text", source, source, fingerprint(ids))
+    return dataset("text", ids[:, :-1], ids[:, 1:])
 
 
 transformer = functools.partial(byte_transformer, layers=3, width=16, heads=2, vocabulary=16)
@@ -73,30 +66,30 @@ def test_a_graph_is_cut_below_what_is_trained(make, trained, name, tensors):
     for layer in model.layers:  # as a run does with layers of which nothing is trained
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.trainable = "b" in trained
-    part = split_model.cut(model, variables(model, set(trained)))
+    part = split_model.split(model, variables(model, set(trained)))
     assert (part and part.name) == name
     if part:
         x = tf.constant(np.random.default_rng(0).normal(size=(5, 6)), tf.float32)
-        between = part.prefix(x)
+        between = part.lower(x)
         assert len(between) == tensors
-        np.testing.assert_array_equal(part.suffix(between, False), model(x, training=False))
+        np.testing.assert_array_equal(part.upper(between, False), model(x, training=False))
 
 
 def test_stages_are_cut():
     model = transformer(tied=True)
     ids = tf.constant(text().train.fetch(np.arange(4))[0])
-    part = split_model.cut(model, [v for v in model.trainable_variables if "block_2" in v.path])
+    part = split_model.split(model, [v for v in model.trainable_variables if "block_2" in v.path])
     assert part.name == "block_1"
-    np.testing.assert_array_equal(part.suffix(part.prefix(ids), False), model(ids))
-    assert split_model.cut(model, [model.embedding.embeddings]) is None
+    np.testing.assert_array_equal(part.upper(part.lower(ids), False), model(ids))
+    assert split_model.split(model, [model.embedding.embeddings]) is None
     noisy = transformer(dropout=0.1)
-    assert split_model.cut(noisy, [v for v in noisy.variables if v.name == "seed_generator_state"]) is None
+    assert split_model.split(noisy, [v for v in noisy.variables if v.name == "seed_generator_state"]) is None
 
 
 def activations(model, trained="d", **more):
     source = numbers().train
     given = {"rows": 5, "expected": 20, "where": "memory"} | more
-    return activation_cache.Activations(source, split_model.cut(model, variables(model, trained)), **given)
+    return activation_cache.Activations(source, split_model.split(model, variables(model, trained)), **given)
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
@@ -132,7 +125,7 @@ def placed():
 
 def test_after_a_stop_an_example_is_computed_where_it_was_met_first():
     source, model = numbers().train, placed()
-    part = split_model.cut(model, variables(model, "d"))
+    part = split_model.split(model, variables(model, "d"))
     rng = np.random.default_rng(2)
     batches = [rng.integers(0, 20, 10) for _ in range(9)]  # of two replicas; an example comes twice in some
     assert len(set(np.concatenate(batches[:4]))) < 20
@@ -185,7 +178,9 @@ def trained(folder, cache, case, *stops):
     return state(folder, stops[-1]), [r for r in rows(folder / "metrics.jsonl") if r["split"] != "eval"]
 
 
-@pytest.mark.parametrize(("name", "where"), [*((name, "memory") for name in CASES), ("phases", "disk")])
+@pytest.mark.parametrize(
+    ("name", "where"), quick([*((name, "memory") for name in CASES), ("phases", "disk")], "mlp", ("phases", "disk"))
+)
 def test_the_run_is_the_same_up_to_rounding(name, where, tmp_path, monkeypatch):
     filled = []
     fill = activation_cache.Activations.fill
@@ -203,7 +198,7 @@ def test_the_run_is_the_same_up_to_rounding(name, where, tmp_path, monkeypatch):
     assert len(set(filled)) == {"phases": 2}.get(name, 1)
 
 
-@pytest.mark.parametrize("name", ["mlp", "accumulated", "phases", "autofreeze"])
+@pytest.mark.parametrize("name", quick(["mlp", "accumulated", "phases", "autofreeze"], "mlp"))
 def test_a_stopped_run_goes_on_with_the_same_bits(name, tmp_path):
     """Also where activations are rounded by the place of an example in its batch."""
     case = CASES[name] | {"model": placed}
@@ -249,9 +244,9 @@ def patched():
 def test_a_model_that_is_more_than_its_graph_is_not_cut(kind):
     model = own_call(kind) if kind else patched()
     with pytest.raises(
-        UserError, match=r"run\.activation_cache cuts .*, and \w+ has a call\(\) of its own: give it a method stages"
+        UserError, match=r"run\.activation_cache splits .*, and \w+ has a call\(\) of its own: give it a method stages"
     ):
-        split_model.cut(model, variables(model, "d"))
+        split_model.split(model, variables(model, "d"))
 
 
 def test_a_subclass_with_keras_own_call_is_cut():
@@ -259,7 +254,7 @@ def test_a_subclass_with_keras_own_call_is_cut():
         pass
 
     model = mlp()
-    assert split_model.cut(Named(model.inputs, model.outputs), variables(model, "d")).name == "c"
+    assert split_model.split(Named(model.inputs, model.outputs), variables(model, "d")).name == "c"
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -361,7 +356,7 @@ def shared():
 
 
 def widened():
-    """What crosses is float32 in a model of bfloat16, and what stands above draws and adds to the loss."""
+    """What crosses is float32 in a model of bfloat16, and what is above draws and adds to the loss."""
     return stack(keras.layers.LayerNormalization(dtype="float32"), last(), keras.layers.Dropout(0.5), Penalty())
 
 
@@ -382,7 +377,7 @@ def test_an_example_that_is_no_number_is_kept_like_the_others():
     model, x = mlp(), numbers().train.x.copy()
     x[0], x[1, 2], x[2] = np.nan, np.inf, 0
     kept = activation_cache.Activations(
-        ArraySource(x, x), split_model.cut(model, variables(model, "d")), 5, 20, "memory"
+        ArraySource(x, x), split_model.split(model, variables(model, "d")), 5, 20, "memory"
     )
     kept.fill(np.arange(5))
     outputs = kept.outputs(kept.read(tf.constant(np.arange(5)))[0], False)

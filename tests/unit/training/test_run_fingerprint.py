@@ -11,13 +11,13 @@ import pytest
 
 from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
-from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.errors import UserError
 from dist_partial.models import two_dense
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.schedules.fixed import Constant, Rotation
 from dist_partial.selection.rules import Rule
 from dist_partial.training.build import build
+from tests.helpers.cases import dataset
 from tests.helpers.strategies import in_process
 
 RULES = [("train", "dense1/.*"), ("train", "dense2/kernel"), ("freeze", "dense2/bias")]
@@ -26,7 +26,7 @@ RULES = [("train", "dense1/.*"), ("train", "dense2/kernel"), ("freeze", "dense2/
 def ids(seed=0, name="ids"):
     rng = np.random.default_rng(seed)
     x, y = rng.integers(0, 10, (8, 16)).astype(np.int32), rng.integers(0, 10, 8).astype(np.int32)
-    return Dataset(name, ArraySource(x, y), ArraySource(x, y), fingerprint(x, y))
+    return dataset(name, x, y)
 
 
 def model(hidden=8, **changed):

@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 
 from dist_partial.config.settings import Settings
-from dist_partial.data import ArraySource, Dataset, fingerprint, train_batches
+from dist_partial.data import Dataset, train_batches
 from dist_partial.distributed import replicas
 from dist_partial.errors import UserError
 from dist_partial.schedules.adaptive import AutoFreeze, ByteBudget
@@ -24,14 +24,15 @@ from dist_partial.schedules.fixed import Gradual, Lisa, Phases, Rotation
 from dist_partial.selection.rules import Rule
 from dist_partial.training import loop
 from tests.helpers import cases
+from tests.helpers.cases import LAYERS, dataset, mlp
 from tests.helpers.files import rows, same_bits, state
+from tests.helpers.marks import quick
 from tests.helpers.strategies import in_process
 from tests.helpers.workers import run_workers
 
 # Nothing of tests.conftest may be imported here: the workers below run this file, too, and have one device each.
 
 STEPS, BATCH, WIDTH = 20, 8, 6
-LAYERS = ("a", "b", "c", "d")
 SCHEDULES = {
     "phases": Phases([(0, "d/.*"), (3, "[cd]/.*"), (7, "[ab]/kernel"), (12, ".*"), (15, "d/bias"), (17, "[cd]/.*")]),
     "gradual": Gradual(every=4, units=["a/.*", "b/.*", "c/.*", "d/kernel", "d/bias"]),
@@ -42,17 +43,11 @@ SCHEDULES = {
 }
 
 
-def mlp() -> keras.Model:
-    layers = [keras.layers.Dense(WIDTH, "tanh" if name != "d" else None, name=name) for name in LAYERS]
-    return keras.Sequential([keras.Input((WIDTH,)), *layers])
-
-
 def points() -> Dataset:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(40, WIDTH)).astype(keras.config.floatx())
     y = np.argmax(x @ rng.normal(size=(WIDTH, WIDTH)), axis=1).astype(np.int32)
-    source = ArraySource(x, y)
-    return Dataset("points", source, source, fingerprint(x, y))
+    return dataset("points", x, y)
 
 
 def settings(schedule, made, steps=STEPS, precision="float32", **more) -> Settings:
@@ -220,8 +215,8 @@ def trained(folder: Path, steps: int = STEPS) -> dict[str, np.ndarray]:
     return {name: value for name, value in state(folder, steps).items() if name.startswith("variables/")}
 
 
-@pytest.mark.parametrize(("precision", "counts"), [("float64", (1, 2, 4)), ("float32", (2,))])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("precision", "counts"), quick([("float64", (1, 2, 4)), ("float32", (2,))], "float32"))
+@pytest.mark.parametrize("name", quick(SCHEDULES, "phases", "autofreeze"))
 def test_equals_one_device_that_trains_the_same(name, precision, counts, tmp_path):
     schedule = budget_for(SCHEDULES[name], precision)
     for count in counts:
@@ -233,9 +228,10 @@ def test_equals_one_device_that_trains_the_same(name, precision, counts, tmp_pat
         check(folder, told, count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leave", ["reset", "drop"])
 def test_slots_of_what_is_left(leave, tmp_path):
-    """Reset and dropped slots begin anew; dropped ones are not in the checkpoint either."""
+    """Reset and dropped slots begin again; dropped ones are not in the checkpoint either."""
     made = in_process(2)
     told = settings(SCHEDULES["rotation"], made, precision="float64", leave=leave)
     loop.run(told, tmp_path / "run")
@@ -246,7 +242,8 @@ def test_slots_of_what_is_left(leave, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "leave"), [*((name, "keep") for name in SCHEDULES), ("rotation", "reset"), ("rotation", "drop")]
+    ("name", "leave"),
+    quick([*((name, "keep") for name in SCHEDULES), ("rotation", "reset"), ("rotation", "drop")], "lisa"),
 )
 def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, leave, tmp_path, capsys):
     made = in_process(2)
@@ -285,6 +282,7 @@ def test_what_is_recorded_and_sent(tmp_path):
     assert traffic["planned_bytes"] == traffic["counted_bytes"] == sent
 
 
+@pytest.mark.slow
 def test_the_budget_holds_on_more_replicas(tmp_path):
     """What was chosen among two is too much among four, where a sum costs 1.5 times the payload: chosen anew."""
     schedule = budget_for(SCHEDULES["byte_budget"], "float32")

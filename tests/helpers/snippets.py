@@ -1,6 +1,6 @@
 """The code blocks of a page of the documentation, and a program that runs them.
 
-python -m tests.snippets PAGE [PAGE ...]
+python -m tests.helpers.snippets PAGE [PAGE ...]
 
 Every block has a language. The `sh` and `python` blocks of a page run in order, in a folder that looks like the
 repository's root and has a short run of the quickstart in runs/quickstart. The python blocks share one namespace, and

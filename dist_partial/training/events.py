@@ -1,0 +1,257 @@
+"""What happens between steps: evaluation, sampling, saving and stopping. Each event knows when it is due."""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dist_partial import checkpoints
+from dist_partial.distributed import network
+from dist_partial.errors import AGAIN, INTERRUPTED, Ending, UserError
+from dist_partial.step import outer_step
+from dist_partial.step.evaluation_step import evaluation_step
+from dist_partial.step.layer_state import untouched
+from dist_partial.training import evaluation
+from dist_partial.training.build import Trainer
+from dist_partial.training.failures import Interrupted, connected, explained
+from dist_partial.training.metric_writer import MetricWriter
+from dist_partial.training.run_folder import held
+from dist_partial.training.state import TrainState
+
+
+class Event(Protocol):
+    """Follows certain steps, up to which one call may make steps."""
+
+    def next_due(self, step: int) -> int: ...
+
+
+def next_due(step: int, *events: Event) -> int:
+    """Gives the first step after `step` that one of the events follows."""
+    return min(event.next_due(step) for event in events)
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """Repeats: due after every `period` steps, if there is one, and after the last step.
+
+    Example:
+        >>> every = Every(4, last=10)
+        >>> [step for step in range(1, 11) if every.due(step)]
+        [4, 8, 10]
+        >>> every.next_due(8)
+        10
+    """
+
+    period: int | None
+    last: int
+
+    def due(self, step: int) -> bool:
+        """Tells whether the event follows `step`, counted from 1."""
+        return step == self.last or (self.period is not None and step % self.period == 0)
+
+    def next_due(self, step: int) -> int:
+        """Gives the first step after `step` that the event follows."""
+        return self.last if self.period is None else min(self.last, (step // self.period + 1) * self.period)
+
+
+class Sampling:
+    """Samples texts after each evaluation, on the first worker, if the data is text."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def due(self) -> bool:
+        """Tells whether this worker samples after an evaluation."""
+        return self._trainer.replicas.is_chief and self._trainer.data.codec is not None
+
+    def __call__(self, state: TrainState, writer: MetricWriter) -> None:
+        trainer = self._trainer
+        try:
+            texts = evaluation.samples(trainer.model, trainer.data, trainer.settings.sampling, state.step)
+        except UserError as error:  # of the first worker alone; the others train on
+            writer.say(f"step {state.step}: no sample: {error}")
+        else:
+            writer.samples(texts)
+
+
+class Evaluation:
+    """Evaluates every `run.eval_every` steps and at the end, on all workers; then samples.
+
+    Compiles the evaluation: a mistake in the model or the loss shows now, and not after the training.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        settings, replicas = trainer.settings, trainer.replicas
+        self._trainer = trainer
+        self._every = Every(settings.eval_every, settings.steps)
+        self._sample = Sampling(trainer)
+        self._evaluate = evaluation.evaluation(
+            replicas.strategy,
+            evaluation_step(replicas.strategy, trainer.model, trainer.loss),
+            replicas.sum,
+            trainer.data,
+            examples=min(settings.eval_examples or len(trainer.data.evaluation), len(trainer.data.evaluation)),
+            global_batch=settings.global_batch,
+        )
+        # Between two exchanges replicas have statistics of their own, too; what is evaluated is one model.
+        apart = bool(trainer.fragments) and not any(group.reduction.shared for group in trainer.plan.groups)
+        self._average: Callable[[], None] = lambda: None
+        if apart and trainer.averaged:
+            self._average = outer_step.averages(replicas.strategy, replicas.collectives, trainer.averaged)
+
+    def due(self, step: int) -> bool:
+        return self._every.due(step)
+
+    def next_due(self, step: int) -> int:
+        return self._every.next_due(step)
+
+    def __call__(self, state: TrainState, writer: MetricWriter) -> None:
+        trainer, strategy = self._trainer, self._trainer.replicas.strategy
+        # Nothing but a step moves a state: recurrent layers with dropout draw random numbers in inference, too.
+        with outer_step.agreed(strategy, trainer.fragments), untouched(strategy, trainer.layer_state.states):
+            self._average()
+            with (
+                connected(trainer.replicas),
+                explained(),
+            ):  # the others wait here, and what fails must not wait for them
+                metrics = self._evaluate()
+            writer.evaluation(state.step, metrics, state.sent)
+            if self._sample.due():
+                self._sample(state, writer)
+
+
+class Saving:
+    """Saves a checkpoint every `run.save_every` steps and at the end.
+
+    Attributes:
+        meter: counts what this process has sent.
+        saved: the step of the newest checkpoint; 0 if there is none.
+
+    Args:
+        trainer: of the run.
+        folder: the run folder.
+        state: with which the run begins.
+    """
+
+    def __init__(self, trainer: Trainer, folder: Path, state: TrainState) -> None:
+        replicas = trainer.replicas
+        interface = network.interface(replicas.host) if replicas.host else None
+        self._trainer, self._folder = trainer, folder
+        self.meter = network.Meter(replicas.workers, interface, state.step)
+        self._every = Every(trainer.settings.save_every, trainer.settings.steps)
+        self.saved = state.step
+
+    def due(self, step: int) -> bool:
+        return self._every.due(step)
+
+    def next_due(self, step: int) -> int:
+        return self._every.next_due(step)
+
+    def __call__(self, state: TrainState, writer: MetricWriter) -> None:
+        trainer = self._trainer
+        frozen = checkpoints.frozen_fingerprints(trainer.model, trainer.plan, trainer.layer_state.moving)
+        checkpoints.check_frozen(trainer.fingerprint["frozen"], frozen, state.step)
+        arrays = checkpoints.read(state.variables, state.step, trainer.replicas.gather)
+        # First, for a run that is killed once its last checkpoint is there has nothing left to do.
+        writer.traffic(self.meter.to_json(state.step))
+        if trainer.replicas.is_chief:
+            metadata = state.metadata() | {"frozen": trainer.fingerprint["frozen"]}
+            checkpoints.save(self._folder / "checkpoints", state.step, arrays, metadata, trainer.settings.keep)
+        self.saved = state.step
+
+
+class Stopping:
+    """Stops all workers after the same step once one of them got Ctrl-C or SIGTERM; a second Ctrl-C is not caught.
+
+    A context manager, which catches the signals. Workers vote by sums, which they make anyway.
+
+    Args:
+        last: the step at which the run ends by itself.
+    """
+
+    def __init__(self, last: int) -> None:
+        self._last = last
+        self._received: set[int] = set()
+        self._before: dict[int, Any] = {}
+        self._interrupted = self._terminated = False
+
+    def __enter__(self) -> "Stopping":
+        if threading.current_thread() is threading.main_thread():  # to which alone Python hands signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, previous in self._before.items():
+            signal.signal(number, previous)
+
+    def _receive(self, number: int, _: Any) -> None:
+        self._received.add(number)
+        # A scheduler may repeat SIGTERM while the last checkpoint is written, and has SIGKILL; people have Ctrl-C.
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGTERM else self._before[number])
+
+    def votes(self) -> np.ndarray:
+        """What this worker got, float32 [2]; the sum over the workers goes to `count`."""
+        return np.array([number in self._received for number in (signal.SIGINT, signal.SIGTERM)], np.float32)
+
+    def count(self, votes: np.ndarray) -> None:
+        """Takes what all workers got, [2]."""
+        self._interrupted, self._terminated = (votes > 0).tolist()
+
+    def due(self, step: int) -> bool:
+        """Tells whether the run ends after `step`: it is the last, or a worker has got a signal."""
+        return step >= self._last or self._interrupted or self._terminated
+
+    def __call__(self, state: TrainState, folder: Path) -> None:
+        """Raises Interrupted, with the exit code that fits what was received."""
+        raise Interrupted(
+            f"stopped at step {state.step} of {self._last}, saved in {folder}; run the same command again to go on",
+            AGAIN if self._terminated else INTERRUPTED,
+        )
+
+
+def after_steps(state: TrainState, writer: MetricWriter, evaluate: Evaluation, save: Saving, stop: Stopping) -> None:
+    """Evaluates and saves where that is due; a failed evaluation costs no training.
+
+    The checkpoint then says that the evaluation is owed, and the next run in the folder makes it up: see `make_up`.
+    """
+    to_save = save.due(state.step) or stop.due(state.step)
+    try:
+        if evaluate.due(state.step):
+            evaluate(state, writer)
+    except BaseException:
+        if to_save:
+            with contextlib.suppress(Ending):  # what differs between workers cannot be had without the others
+                save(dataclasses.replace(state, evaluated=False), writer)
+        raise
+    if to_save:
+        save(state, writer)
+
+
+def going_on(state: TrainState, folder: Path, steps: int) -> str:
+    """Says from where a run goes on, or that it is finished."""
+    if state.step >= steps:
+        return f"finished: {folder} is at step {state.step} of {steps}; bind a larger run.steps to go on"
+    return f"going on from step {state.step} ({state.checkpoint})"
+
+
+def make_up(trainer: Trainer, folder: Path, state: TrainState) -> TrainState:
+    """Makes the evaluation that the restored checkpoint owes, if it is still due, and notes it in the checkpoint."""
+    settings, active = trainer.settings, trainer.replicas.is_chief
+    trainer.replicas.say(f"step {state.step}: making up the evaluation that failed")
+    evaluate = Evaluation(trainer)
+    if not evaluate.due(state.step):  # by settings that have changed since
+        return state
+    with held(folder, active), MetricWriter(folder, state.step, settings.steps, state.sent, active, False) as writer:
+        evaluate(state, writer)
+        if active:
+            checkpoint = checkpoints.newest(folder / "checkpoints", lambda _: None, state.step)
+            assert checkpoint is not None
+            metadata = {name: value for name, value in checkpoint.metadata.items() if name != "evaluated"}
+            checkpoints.save(folder / "checkpoints", state.step, checkpoint.arrays, metadata, settings.keep)
+    return dataclasses.replace(state, evaluated=True)

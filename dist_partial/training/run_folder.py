@@ -1,0 +1,37 @@
+"""The run folder: one run at a time holds it, and begins with the files that say what the run is."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from dist_partial.checkpoints import fingerprints
+from dist_partial.files import locked, refuse_links, write_json, write_text, writing
+from dist_partial.selection.plan import Plan
+from dist_partial.selection.table import plan_table
+from dist_partial.training.build import Trainer
+
+
+@contextlib.contextmanager
+def held(folder: Path, active: bool) -> Iterator[None]:
+    """Locks the folder for this run; does nothing on a worker that does not write it.
+
+    Raises:
+        UserError: another run holds it, or something that will be written there is a link.
+    """
+    with locked(folder) if active else contextlib.nullcontext():
+        if active:  # whatever else is written there replaces what has its name
+            refuse_links(*(folder / name for name in ("checkpoints", "tensorboard", "metrics.jsonl", "samples.jsonl")))
+        yield
+
+
+@contextlib.contextmanager
+def begun(folder: Path, trainer: Trainer, plan: Plan) -> Iterator[None]:
+    """Holds the folder, and writes the run's fingerprint and its plan."""
+    active = trainer.replicas.is_chief
+    with held(folder, active):
+        if active:
+            with writing(folder):
+                write_json(folder / fingerprints.RUN_FILE, trainer.fingerprint)
+                write_json(folder / "plan.json", plan.to_json())
+                write_text(folder / "plan.txt", plan_table(plan, trainer.replicas.workers) + "\n")
+        yield
