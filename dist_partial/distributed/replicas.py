@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tensorflow as tf
@@ -23,6 +23,7 @@ from dist_partial.distributed.collectives import PACK_BYTES, Collectives
 from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.distributed.tcp_strategy import TCPStrategy
 from dist_partial.errors import UserError
+from dist_partial.validation import Above, AtLeast, OneOf, check
 
 KINDS = ("auto", "default", "mirrored", "multi_worker")
 TRANSPORTS = ("auto", "tensorflow", "sockets")
@@ -107,47 +108,26 @@ class ReplicaOptions:
             while they start can pass for one.
 
     Raises:
-        UserError: a value is none of these.
+        UserError: a value is not one of these.
 
     Examples:
         >>> ReplicaOptions(cpu=0)
         Traceback (most recent call last):
-        dist_partial.errors.UserError: replicas.cpu is 0: write how many simulated replicas, 1 or more
+        dist_partial.errors.UserError: replicas.cpu is 0: it must be a whole number of at least 1
     """
 
-    kind: str = "auto"
-    cpu: int = 1
-    transport: str = "auto"
-    pack_bytes: int = PACK_BYTES
+    kind: Annotated[str, OneOf(*KINDS)] = "auto"
+    cpu: Annotated[int, AtLeast(1)] = 1
+    transport: Annotated[str, OneOf(*TRANSPORTS)] = "auto"
+    pack_bytes: Annotated[int, AtLeast(1)] = PACK_BYTES
     congestion: str | None = "cubic"
-    start_seconds: float = 300.0
-    patience_seconds: float = 60.0
+    start_seconds: Annotated[float, Above(0)] = 300.0
+    patience_seconds: Annotated[float, Above(0)] = 60.0
     seal: bool | None = None
     allow_no_secret: bool = False
 
     def __post_init__(self) -> None:
-        choices = {
-            "kind": KINDS,
-            "transport": TRANSPORTS,
-            "seal": (True, False, None),
-            "allow_no_secret": (True, False),
-        }
-        for name, known in choices.items():
-            _check_choice(name, getattr(self, name), known)
-        if self.congestion is not None and not isinstance(self.congestion, str):
-            raise UserError(
-                f"replicas.congestion is {self.congestion!r}: write a name that the kernel knows, such as 'cubic'"
-            )
-        if type(self.pack_bytes) is not int or self.pack_bytes < 1:
-            raise UserError(
-                f"replicas.pack_bytes is {self.pack_bytes!r}: write a whole number of bytes, such as {PACK_BYTES}"
-            )
-        for name in ("start_seconds", "patience_seconds"):
-            seconds = getattr(self, name)
-            if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
-                raise UserError(f"replicas.{name} is {seconds!r}: write a number of seconds above 0")
-        if type(self.cpu) is not int or self.cpu < 1:
-            raise UserError(f"replicas.cpu is {self.cpu!r}: write how many simulated replicas, 1 or more")
+        check(self, "replicas")
 
     def connect(self) -> Replicas:
         """Makes the distribution strategy, and connects the workers.
@@ -192,11 +172,6 @@ def create(kind: str = "auto", cpu: int = 1, **options: Any) -> Replicas:
 def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
     compat.skip_collective_keys(_KEYS)  # those of an earlier run of this process, or of the user's own strategy
     return tf.distribute.MirroredStrategy(list(devices))
-
-
-def _check_choice(name: str, choice: Any, choices: Sequence[Any]) -> None:
-    if not any(type(choice) is type(each) and choice == each for each in choices):  # 1 is True to Python
-        raise UserError(f"replicas.{name} is {choice!r}: write one of {', '.join(map(repr, choices))}")
 
 
 def _chosen(cluster: bool, gpus: int, cpu: int) -> tuple[str, str]:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import keras
 import numpy as np
@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from dist_partial.errors import UserError
 from dist_partial.models.logits import as_logits
+from dist_partial.validation import Above, AtLeast, AtMost, check, check_arguments
 
 NOT_FINITE = "logits are not finite"  # what the assertion in `draw` says
 _FLOAT32 = np.finfo(np.float32)
@@ -115,26 +116,18 @@ class Generation:
     Examples:
         >>> Generation(count=2, length=5, temperature=-1.0)
         Traceback (most recent call last):
-        dist_partial.errors.UserError: temperature is -1.0: it must be 0 (greedy) or a positive number
+        dist_partial.errors.UserError: temperature is -1.0: it must be a number of at least 0
     """
 
-    count: int
-    length: int
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    count: Annotated[int, AtLeast(1)]
+    length: Annotated[int, AtLeast(1)]
+    temperature: Annotated[float, AtLeast(0)] = 1.0
+    top_k: Annotated[int | None, AtLeast(1)] = None
+    top_p: Annotated[float | None, Above(0), AtMost(1)] = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("count", "length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: generate at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}: it must be 0 (greedy) or a positive number")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}: keep at least 1 id, or write None to keep all")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}: it must be above 0 and at most 1, or None to keep all ids")
+        check(self, "", separator="")
 
 
 # Of one generation, as tensors: temperature, top_k, top_p, seed.
@@ -145,15 +138,14 @@ def generate(
     model: Any,
     prompt_ids: Sequence[int] | np.ndarray,
     generation: Generation,
-    window: int | None = None,
+    window: Annotated[int | None, AtLeast(1)] = None,
     use_cache: bool = True,
 ) -> np.ndarray:
     """Writes continuations of one prompt, on one device; the same seed gives the same ids.
 
-    A model with `make_cache` and `decode` (see `ByteTransformer`) reads each id once. Any other is called on
-    the whole text again for each id, or on the last `window` ids if its input shape is fixed to
-    [batch, window]; a prompt shorter than the window is then repeated until it fills it. Compiled once for a
-    model, count, length and length of the prompt, whatever the other arguments.
+    A model with `make_cache` and `decode` (see `ByteTransformer`) reads each id once. Any other is called on the whole
+    text for each id, or on the last `window` ids if its input shape is fixed to [batch, window]; a shorter prompt is
+    then repeated until it fills the window. It is compiled once for each model, count, length and length of the prompt.
 
     Args:
         model: int ids [B, T] to logits, or probabilities, [B, T, V] or [B, V] of the next id.
@@ -174,6 +166,7 @@ def generate(
         >>> [len(ids) for ids in generate(model, [100, 101, 102], Generation(count=2, length=5, seed=1))]
         [5, 5]
     """
+    check_arguments(generate, locals(), "")
     window = window or _window(model)
     writer, vocabulary = _compiled(model, window)
     prompt = _checked(np.asarray(prompt_ids, np.int32).reshape(-1), vocabulary, model.name)

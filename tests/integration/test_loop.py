@@ -26,6 +26,7 @@ from dist_partial.training.build import build, restore
 from tests import ROOT
 from tests.helpers.files import assert_same_state, contents, rows, same_bits, state
 from tests.helpers.letters import start
+from tests.helpers.marks import quick
 from tests.helpers.strategies import in_process
 from tests.helpers.workers import run_workers
 
@@ -70,6 +71,7 @@ def test_the_folder_keeps_the_contract(letters, tmp_path, capsys):
     assert not any("attention" in name or "embedding" in name for name in saved)
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_same_scalars(letters, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -83,7 +85,9 @@ def test_tensorboard_has_the_same_scalars(letters, tmp_path):
     assert len(events.Tensors("samples/0")) == 2
 
 
-@pytest.mark.parametrize(("precision", "stops"), [("mixed_float16", [3]), ("float32", [3, 8, 11])])
+@pytest.mark.parametrize(
+    ("precision", "stops"), quick([("mixed_float16", [3]), ("float32", [3, 8, 11])], "mixed_float16")
+)
 def test_a_run_in_pieces_is_the_run_in_one(precision, stops, letters, tmp_path, capsys, monkeypatch):
     """Also where the first gradients overflow, for a scale that is halved then and doubled after three good steps."""
     scale, good = 2.0**19, 0
@@ -110,6 +114,7 @@ def test_a_run_in_pieces_is_the_run_in_one(precision, stops, letters, tmp_path, 
     assert "finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["Adafactor", "Nadam", "Muon"])
 def test_optimizers_with_slots_of_their_own_resume(optimizer, letters, tmp_path):
     """Adafactor's factored slots all have one name, and Keras numbers one of Nadam's through the process."""
@@ -133,7 +138,9 @@ def test_a_folder_has_one_run_at_a_time(letters, tmp_path, capsys):
     assert start(letters, tmp_path / "run", "run.steps = 2") == 0
 
 
-@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard"])
+@pytest.mark.parametrize(
+    "name", quick([".lock", "metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard"], "metrics.jsonl")
+)
 def test_nothing_in_a_run_folder_is_written_through_a_link(name, letters, tmp_path, capsys):
     run, mine = tmp_path / "run", tmp_path / "mine"
     assert start(letters, run, "run.steps = 1") == 0
@@ -176,6 +183,7 @@ def test_a_model_of_the_same_shapes_is_another_model(letters, tmp_path, capsys):
     assert "model_config.heads was 2 and is now 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_was_done_after_the_last_checkpoint_is_done_again(letters, tmp_path):
     """As after a kill at step 11: metrics and samples are there beyond the checkpoint, and half a line."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -188,7 +196,8 @@ def test_what_was_done_after_the_last_checkpoint_is_done_again(letters, tmp_path
     assert_same_run(whole, killed, 12)
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(letters, tmp_path):
+@pytest.mark.slow
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(letters, tmp_path):
     """What it had recorded, the evaluation and sample of step 0 among it, is there once and not twice."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     bound = ("run.eval_first = True", "run.steps = 6")
@@ -203,6 +212,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(letters, 
     assert len(list((killed / "tensorboard").iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [4, 8])
 def test_each_switch_is_recorded_once(stop, letters, tmp_path):
     """Stopped where one is due, and killed after it: a line of the plan is of the step that follows."""
@@ -233,6 +243,7 @@ def test_the_bar_shows_what_the_last_call_sent(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_operative_configuration_alone_reproduces_the_run(letters, tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     assert start(letters, one) == 0
@@ -268,6 +279,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(letters, tmp_path):
     assert_same_run(folder, whole, done + 2)
 
 
+@pytest.mark.slow
 def test_the_number_of_replicas_may_change(letters, tmp_path):
     one, changed = tmp_path / "one", tmp_path / "changed"
     params = ["letters_module.small.width = 32", "run.precision = 'float64'"]
@@ -281,6 +293,7 @@ def test_the_number_of_replicas_may_change(letters, tmp_path):
         assert difference <= 1e-10 * max(np.linalg.norm(value), 1e-12), name
 
 
+@pytest.mark.slow
 def test_samples_are_the_same_on_any_number_of_replicas(letters, tmp_path):
     texts = []
     for cpu in (1, 2, 4):
@@ -292,6 +305,7 @@ def test_samples_are_the_same_on_any_number_of_replicas(letters, tmp_path):
     assert len(set(texts[0])) == 3
 
 
+@pytest.mark.slow
 def test_a_sample_that_fails_costs_no_training(letters, tmp_path, capsys):
     folder = tmp_path / "run"
     assert start(letters, folder, "run.model = @letters_module.spoilt") == 0
@@ -322,6 +336,7 @@ def test_sample_command(letters, tmp_path, capsys):
     assert len(first) == 7
 
 
+@pytest.mark.slow
 def test_sample_takes_the_anchors_of_a_run_folder(letters, tmp_path, capsys):
     """Between two exchanges: the text is the one that the run itself has sampled, from what all replicas agree on."""
     folder = tmp_path / "run"
