@@ -1,9 +1,10 @@
 """dist-partial COMMAND [flags]: one name for all commands; `python -m dist_partial COMMAND` is the same."""
 
-import difflib
 import importlib.util
 import sys
 from collections.abc import Sequence
+
+from dist_partial.validation import nearest
 
 # Each is a module `dist_partial.COMMAND` with a function `main(argv)`, or a package with that module's `__main__`.
 COMMANDS = {
@@ -30,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1) or COMMANDS
-        problem = f"no command {name!r}; nearest: {', '.join(near)}" if name else f"no command: {', '.join(near)}"
+        what = f"no command {name!r}" if name else "no command"
+        problem = f"{what}{nearest(name, COMMANDS) or ': write ' + ', '.join(COMMANDS)}"
         print(f"error: {problem} (dist-partial --help lists them)", file=sys.stderr)
         return 2
     spec = importlib.util.find_spec(f"dist_partial.{name}")

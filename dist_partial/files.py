@@ -1,7 +1,6 @@
 """Files: finding those that the user names, and writing them whole or not at all."""
 
 import contextlib
-import difflib
 import errno
 import fcntl
 import json
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_partial.errors import Fault, UserError
+from dist_partial.validation import nearest
 
 CHECKPOINT = re.compile(r"step-(\d{10})\.safetensors")  # the name of one; here since launchers import no TensorFlow
 # Of the file system's failures those that the user has written, and that come again until they are fixed.
@@ -46,15 +46,15 @@ def existing(name: str, path: str | os.PathLike[str], pattern: str = "*") -> Pat
         raise UserError(f"{name}: {str(path)!r}: {error}") from None
     if os.path.isfile(place):  # which, unlike Path.is_file, has no exception for names that are too long
         return place
-    near: list[str] = []
+    near = ""
     if os.path.isdir(place) and str(path):  # an empty path is this folder to pathlib
         what, folder = f"{str(path)!r} is a folder, and a file is needed", place
     else:
         what, folder = f"no file {str(path)[:300]!r}", place.parent
     with contextlib.suppress(OSError):
         names = sorted(entry.name for entry in folder.glob(pattern) if entry.is_file())
-        near = difflib.get_close_matches(place.name, names) or (names[:5] if pattern != "*" else [])
-    raise UserError(f"{name}: {what}" + (f"; in that folder there is {', '.join(near)}" if near else ""))
+        near = nearest(place.name, names, always=pattern != "*")
+    raise UserError(f"{name}: {what}{near}")
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -201,10 +202,12 @@ def _about(value: Callable[..., Any]) -> tuple[str, dict[str, str]]:
 
 
 def _type(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Annotated:  # with what it is checked by
+        annotation = typing.get_args(annotation)[0]
     text = annotation.__name__ if inspect.isclass(annotation) else str(annotation)
     text = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text)
     text = re.sub(r"Callable\[(?:\[\]|\.\.\.), \w+\]", "factory", text)
-    return "" if text == "Any" else f"`{text}`"
+    return "" if text in ("Any", "Optional[Any]") else f"`{text}`"
 
 
 def _default(value: Callable[..., Any], parameter: inspect.Parameter) -> str:

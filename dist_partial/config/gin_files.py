@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import importlib
 import inspect
@@ -29,6 +28,7 @@ from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
+from dist_partial.validation import nearest
 
 _OURS: dict[str, Callable[..., Any]] = {
     "run": settings.Settings,
@@ -121,8 +121,9 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
         for param in params:
             place = f" (in {param!r})"
             if "." not in (name := param.split("=")[0].strip()) and (name, "gin.macro") not in gin.config._CONFIG:
-                near = difflib.get_close_matches(name, [field.name for field in dataclasses.fields(settings.Settings)])
-                raise UserError(f"{param!r} binds nothing: write run.{near[0] if near else 'steps'} = ..., with a dot")
+                fields = [f"run.{field.name}" for field in dataclasses.fields(settings.Settings)]
+                near = nearest(f"run.{name}", fields, always=True)
+                raise UserError(f"{param!r} binds nothing: a name has a dot{near}")
             gin.parse_config(param)
         place = ""
         gin.config.find_missing_overrides_hook(gin.config._CONFIG)  # what is bound to %gin.REQUIRED
@@ -193,8 +194,7 @@ def _prepare(file: Path, including: tuple[Path, ...], imports: bool) -> None:
         imports: whether it may import modules.
     """
     if not file.is_file():
-        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.gin")])
-        raise UserError(f"no gin file {file}" + (f"; in that folder there is {', '.join(near)}" if near else ""))
+        raise UserError(f"no gin file {file}{nearest(file.name, [p.name for p in file.parent.glob('*.gin')])}")
     if file.resolve() in including:
         raise UserError(f"{file} includes itself: remove the include")
     try:
@@ -268,13 +268,12 @@ def _explain(error: Exception, place: str) -> str:
     elif match := re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
         name = match[1].split("/")[-1]
         names = [selector for selector, _ in gin.config._REGISTRY.items() if not selector.startswith("gin.")]
-        short = {selector.split(".")[-1]: selector.removeprefix("dist_partial.") for selector in names}
-        near = difflib.get_close_matches(name.split(".")[-1], list(short), cutoff=0.5)
-        first = f"nothing is called {name!r}; nearest: {', '.join(short[n] for n in near) or 'none'}"
+        dotted = "." in name
+        known = [s.removeprefix("dist_partial.") if dotted else s.split(".")[-1] for s in names]
+        first = f"nothing is called {name!r}{nearest(name, known)}"
     elif match := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text):
         parameters = list(inspect.signature(gin.config._REGISTRY.get_match(match[1]).wrapped).parameters)
-        near = difflib.get_close_matches(match[2], parameters, cutoff=0.5) or parameters
-        first = f"{match[1]} has no parameter {match[2]!r}; nearest: {', '.join(near)}"
+        first = f"{match[1]} has no parameter {match[2]!r}{nearest(match[2], parameters, always=True)}"
     elif match := re.search(r"In call to configurable 'macro' .* in scope '([\w./]+)'", text):
         first = f"%{match[1]} is not defined: bind {match[1]} = ..."
     elif match := _REQUIRED.search(text):

@@ -2,23 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import keras
 
-from dist_partial.adapters import quantization
 from dist_partial.distributed import replicas
 from dist_partial.errors import UserError
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.schedules.fixed import Constant
-from dist_partial.selection.rules import check_reduction
+from dist_partial.selection.rules import REDUCTION
+from dist_partial.validation import Above, AtLeast, AtMost, Factory, Has, OneOf, check
 
-_FACTORIES = {  # each with an example
-    "model": "@byte_transformer",
-    "data": "@stdlib_corpus",
-    "optimizer": "@keras.optimizers.Adam",
-    "loss": "@keras.losses.MeanSquaredError",
-}
 PRECISIONS = ("float32", "float64", "mixed_bfloat16", "mixed_float16")
 
 
@@ -45,26 +39,18 @@ class Sampling:
         200
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
+    temperature: Annotated[float, AtLeast(0)] = 1.0
+    top_k: Annotated[int | None, AtLeast(1)] = None
+    top_p: Annotated[float | None, Above(0), AtMost(1)] = None
+    seed: Annotated[int, AtLeast(0), AtMost(2**63 - 1)] = 0
     prompt: str = "\n"
-    length: int = 200
-    count: int = 1
+    length: Annotated[int, AtLeast(1)] = 200
+    count: Annotated[int, AtLeast(1)] = 1
 
     def __post_init__(self) -> None:
-        _number("sample.temperature", self.temperature, least=0)
-        _count("sample.top_k", self.top_k, optional=True)
-        _count("sample.length", self.length)
-        _count("sample.count", self.count)
-        _count("sample.seed", self.seed, least=0, most=2**63 - 1)
-        if self.top_p is not None:
-            _number("sample.top_p", self.top_p, least=0)
-            if not 0 < self.top_p <= 1:
-                raise UserError(f"sample.top_p is {self.top_p}: it is a probability above 0 and at most 1")
-        if not isinstance(self.prompt, str) or not self.prompt:
-            raise UserError(f"sample.prompt is {self.prompt!r}: write at least one character, such as '\\n'")
+        check(self, "sample")
+        if not self.prompt:
+            raise UserError("sample.prompt is '': write at least one character, such as '\\n'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,78 +96,38 @@ class Settings:
     """
 
     rules: Sequence[Any]
-    model: Callable[[], Any]
-    data: Callable[[], Any]
-    optimizer: Callable[..., Any] = keras.optimizers.Adam
-    loss: Callable[[], Any] = cross_entropy
-    reduction: Any = dataclasses.field(default_factory=AllReduce)
-    steps: int = 1000
-    global_batch: int = 32
-    seed: int = 0
+    model: Annotated[Callable[[], Any], Factory("@byte_transformer", (keras.Layer,))]
+    data: Annotated[Callable[[], Any], Factory("@stdlib_corpus")]
+    optimizer: Annotated[Callable[..., Any], Factory("@keras.optimizers.Adam")] = keras.optimizers.Adam
+    loss: Annotated[Callable[[], Any], Factory("@keras.losses.MeanSquaredError", (keras.losses.Loss,))] = cross_entropy
+    reduction: Annotated[Any, REDUCTION] = dataclasses.field(default_factory=AllReduce)
+    steps: Annotated[int, AtLeast(1)] = 1000
+    global_batch: Annotated[int, AtLeast(1)] = 32
+    seed: Annotated[int, AtLeast(0), AtMost(2**32 - 1)] = 0  # NumPy takes no more
     eval_first: bool = False
-    eval_every: int | None = None
-    eval_examples: int | None = None
-    save_every: int | None = None
-    keep: int = 3
-    clip_norm: float | None = None
-    accumulate: int = 1
-    steps_per_loop: int = 1
-    precision: str = "float32"
-    frozen_dtype: str | None = None
+    eval_every: Annotated[int | None, AtLeast(1)] = None
+    eval_examples: Annotated[int | None, AtLeast(1)] = None
+    save_every: Annotated[int | None, AtLeast(1)] = None
+    keep: Annotated[int, AtLeast(1)] = 3
+    clip_norm: Annotated[float | None, Above(0)] = None
+    accumulate: Annotated[int, AtLeast(1)] = 1
+    steps_per_loop: Annotated[int, AtLeast(1)] = 1
+    precision: Annotated[str, OneOf(*PRECISIONS)] = "float32"
+    frozen_dtype: Annotated[str | None, OneOf("bfloat16", "int8", None)] = None
     jit_compile: bool = False
-    statistics: str = "trained"
-    schedule: Any = dataclasses.field(default_factory=Constant)
-    leave: str = "keep"
-    compiled_plans: int = 8
-    activation_cache: str | None = None
+    statistics: Annotated[str, OneOf("trained", "all")] = "trained"
+    schedule: Annotated[Any, Has("next_switch", "bind a schedule such as @lisa(), with the ()")] = dataclasses.field(
+        default_factory=Constant
+    )
+    leave: Annotated[str, OneOf("keep", "reset", "drop")] = "keep"
+    compiled_plans: Annotated[int, AtLeast(1)] = 8
+    activation_cache: Annotated[str | None, OneOf("memory", "disk", None)] = None
     replicas: Callable[[], Any] = replicas.create
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "keep", "accumulate", "steps_per_loop", "compiled_plans"):
-            _count(f"run.{name}", getattr(self, name))
-        for name in ("eval_every", "eval_examples", "save_every"):
-            _count(f"run.{name}", getattr(self, name), optional=True)
-        _count("run.seed", self.seed, least=0, most=2**32 - 1)  # NumPy takes no more
-        if self.clip_norm is not None:
-            _number("run.clip_norm", self.clip_norm, least=0)
-            if self.clip_norm == 0:
-                raise UserError("run.clip_norm is 0, which would train nothing: it must be above 0, or None")
-        for name in _FACTORIES:
-            value = getattr(self, name)
-            # Models and losses can be called too, but not to make one.
-            if not callable(value) or isinstance(value, (keras.Layer, keras.losses.Loss)):
-                example = _FACTORIES[name]
-                raise UserError(f"run.{name} is {value!r}: bind a factory, such as {example} without ()")
-        check_reduction("run", self.reduction)
-        if self.precision not in PRECISIONS:
-            raise UserError(f"run.precision is {self.precision!r}: write one of {', '.join(map(repr, PRECISIONS))}")
-        if self.frozen_dtype not in quantization.PRECISIONS:
-            raise UserError(f"run.frozen_dtype is {self.frozen_dtype!r}: write 'bfloat16', 'int8' or None")
-        if isinstance(self.schedule, type) or not hasattr(self.schedule, "next_switch"):
-            raise UserError(f"run.schedule is {self.schedule!r}: bind a schedule such as @lisa(), with the ()")
-        if self.leave not in ("keep", "reset", "drop"):
-            raise UserError(f"run.leave is {self.leave!r}: write 'keep', 'reset' or 'drop'")
-        if self.activation_cache not in (None, "memory", "disk"):
-            raise UserError(f"run.activation_cache is {self.activation_cache!r}: write 'memory', 'disk' or None")
+        check(self, "run")
         if self.activation_cache and self.jit_compile:
             raise UserError(
                 "run.activation_cache beside run.jit_compile: XLA rounds what it compiles together otherwise; bind one"
             )
-        if self.statistics not in ("trained", "all"):
-            raise UserError(f"run.statistics is {self.statistics!r}: write 'trained' or 'all'")
-
-
-def _count(name: str, value: Any, least: int = 1, most: int | None = None, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if type(value) is not int or value < least:
-        raise UserError(f"{name} is {value!r}: it must be a whole number of at least {least}")
-    if most is not None and value > most:
-        raise UserError(f"{name} is {value!r}: it must be at most {most}")
-
-
-def _number(name: str, value: Any, least: float) -> None:
-    # `not >=` and not `<`, so that NaN is refused too.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
-        raise UserError(f"{name} is {value!r}: it must be a number of at least {least}")

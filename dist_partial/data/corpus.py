@@ -6,6 +6,7 @@ import shutil
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tensorflow as tf
@@ -15,10 +16,13 @@ from dist_partial.data.quiet import quiet_tfds
 from dist_partial.data.source import Dataset, fingerprint
 from dist_partial.errors import UserError
 from dist_partial.files import lock
+from dist_partial.validation import Above, AtLeast, AtMost, Below, check_value
 
 BLOCK = 4096
 """Symbols of text that go to training or to evaluation together, whatever the window, so that the losses of two
 windows are of the same text. Files would split too coarsely: a single one is 8 % of the library."""
+Window = Annotated[int, AtLeast(1), AtMost(BLOCK)]
+Share = Annotated[float, Above(0), Below(1)]
 
 SKIPPED = {
     *("test", "tests", "idlelib", "turtledemo", "lib2to3", "encodings", "ensurepip"),
@@ -28,13 +32,15 @@ SKIPPED = {
 
 @dataclass(frozen=True, eq=False)
 class _Windows:
-    """Windows of symbols as a source.
+    """WWindow = Annotated[int, AtLeast(1), AtMost(BLOCK)]
+    Share = Annotated[float, Above(0), Below(1)]
+    indows of symbols as a source.
 
-    Neighbours in index are far apart in the text, so that a short evaluation, the first few, sees all of it.
+        Neighbours in index are far apart in the text, so that a short evaluation, the first few, sees all of it.
 
-    Args:
-        symbols: uint8 [blocks, windows of a block, window + 1].
-        next_only: whether the target is only the symbol after the window, not one for each of its symbols.
+        Args:
+            symbols: uint8 [blocks, windows of a block, window + 1].
+            next_only: whether the target is only the symbol after the window, not one for each of its symbols.
     """
 
     symbols: np.ndarray
@@ -55,9 +61,9 @@ class _Windows:
 
 
 def stdlib_corpus(
-    window: int = 128,
+    window: Window = 128,
     cache_dir: str | os.PathLike[str] | None = None,
-    evaluation_share: float = 0.02,
+    evaluation_share: Share = 0.02,
     root: str | os.PathLike[str] | None = None,
 ) -> Dataset:
     """Makes byte-level language modelling of the Python code of the standard library.
@@ -95,9 +101,9 @@ def stdlib_corpus(
 
 
 def stdlib_shapes(
-    window: int = 16,
+    window: Window = 16,
     cache_dir: str | os.PathLike[str] | None = None,
-    evaluation_share: float = 0.02,
+    evaluation_share: Share = 0.02,
     root: str | os.PathLike[str] | None = None,
 ) -> Dataset:
     """Makes ten classes: which shape of symbol follows, in the silhouette of Python code.
@@ -140,12 +146,8 @@ def _split(
     No window crosses the border of its block; the last target in one block is the first input of the next. Messages
     have the name of the data set, and what a symbol is.
     """
-    if not 1 <= window <= BLOCK:
-        raise UserError(
-            f"{name}.window={window} is not in 1..{BLOCK}: windows are cut from blocks of {BLOCK} {unit} of text"
-        )
-    if not 0 < share < 1:
-        raise UserError(f"{name}.evaluation_share={share}: the part held out lies between 0 and 1, such as 0.1")
+    check_value(f"{name}.window", window, Window)
+    check_value(f"{name}.evaluation_share", share, Share)
     count = max(len(symbols) - 1, 0) // BLOCK
     if count < 2:
         raise UserError(

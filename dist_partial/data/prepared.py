@@ -1,15 +1,13 @@
 """Any tfds data set that is prepared on this machine: images with labels, or text."""
 
 import contextlib
-import difflib
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from typing import Annotated, Any
 
 import numpy as np
 import tensorflow as tf
@@ -18,6 +16,7 @@ from dist_partial.data.codecs import ByteCodec
 from dist_partial.data.quiet import quiet_tfds
 from dist_partial.data.source import Dataset, fingerprint
 from dist_partial.errors import UserError
+from dist_partial.validation import AtLeast, check_arguments, nearest
 
 MEMORY_LIMIT = 2**30
 """Bytes of examples that a format without random access may take in memory."""
@@ -92,7 +91,7 @@ def tfds_dataset(
     split_train: str = "train",
     split_evaluation: str = "test",
     data_dir: str | os.PathLike[str] | None = None,
-    window: int = 128,
+    window: Annotated[int, AtLeast(1)] = 128,
 ) -> Dataset:
     """Loads a prepared tfds data set; it downloads nothing.
 
@@ -112,6 +111,7 @@ def tfds_dataset(
         UserError: not prepared, no such split, features other than these, or a split that is larger than
             `MEMORY_LIMIT` in a format without random access.
     """
+    check_arguments(tfds_dataset, locals())
     with quiet_tfds(), _own_classes_only():
         builder = _builder(name, data_dir)
         form = _form(builder.info, window)
@@ -143,13 +143,12 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
         builder = tfds.builder(name, data_dir=folder)
     except (ValueError, AssertionError) as error:  # an unknown data set, config or version
         here = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-        near = difflib.get_close_matches(name, {*here, *tfds.list_builders(with_community_datasets=False)})
+        near = nearest(name, sorted({*here, *tfds.list_builders(with_community_datasets=False)}))
         if isinstance(error, tfds.core.DatasetNotFoundError):
             problem = f"is neither prepared in {folder} nor known to tfds"
         else:
             problem = " ".join(str(error).split())
-        words = f"tfds_dataset.name={name!r}: {problem}; near it: {', '.join(near) or 'nothing'}"
-        raise UserError(words) from error
+        raise UserError(f"tfds_dataset.name={name!r}: {problem}{near}") from error
     if not builder.is_prepared():
         raise UserError(f"tfds data set {name!r} is not prepared in {folder}: run {_command(name, folder)}")
     return builder
@@ -160,15 +159,19 @@ def _own_classes_only() -> Iterator[None]:
     """Has tfds (4.9.10) import no code but its own, whatever class the files of a data set name, and wherever."""
     import tensorflow_datasets as tfds
 
-    find = tfds.features.FeatureConnector.cls_from_name  # which imports the class's module
+    connector: Any = tfds.features.FeatureConnector
+    find, method = connector.cls_from_name, vars(connector)["cls_from_name"]  # it imports the class's module
 
     def found(name: str) -> Any:
         if not name.startswith("tensorflow_datasets."):
             raise UserError(f"the data set names the class {name!r}, whose code would run: only tfds's own are read")
         return find(name)
 
-    with mock.patch.object(tfds.features.FeatureConnector, "cls_from_name", found):
+    connector.cls_from_name = staticmethod(found)
+    try:
         yield
+    finally:
+        connector.cls_from_name = method
 
 
 def _command(name: str, folder: Path) -> str:
@@ -198,8 +201,6 @@ def _form(info: Any, window: int) -> _Images | _Texts:
         dtype = np.dtype(feature.np_dtype)
         return _Images(image, label, feature.shape, np.iinfo(dtype).max if dtype.kind in "iu" else 1)
     if text:
-        if window < 1:
-            raise UserError(f"tfds_dataset.window={window}: a window has at least one byte")
         return _Texts(text, window)
     raise UserError(
         f"{info.full_name} has the features {', '.join(info.features)}, and not one image with one class "

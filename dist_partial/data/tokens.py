@@ -5,24 +5,26 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
 from dist_partial.data.codecs import ByteCodec, Codec
-from dist_partial.data.corpus import _source_files, _split, _Windows, content
+from dist_partial.data.corpus import Share, Window, _source_files, _split, _Windows, content
 from dist_partial.data.source import Dataset, fingerprint
 from dist_partial.errors import UserError
+from dist_partial.validation import AtLeast, Factory, check_arguments
 
 _FACTORY = "bind a factory of a codec such as @smollm2_tokenizer, without ()"
 
 
 def tokenized_text(
-    tokenizer: Callable[[], Codec],
-    window: int = 128,
+    tokenizer: Annotated[Callable[[], Codec], Factory("@smollm2_tokenizer"), _FACTORY],
+    window: Window = 128,
     root: str | os.PathLike[str] | None = None,
     pattern: str = "*.txt",
-    limit: int | None = None,
-    evaluation_share: float = 0.02,
+    limit: Annotated[int | None, AtLeast(1)] = None,
+    evaluation_share: Share = 0.02,
 ) -> Dataset:
     """Makes language modelling of text files in the tokens of a pretrained model.
 
@@ -47,8 +49,7 @@ def tokenized_text(
         >>> data.train.spec[0].shape
         TensorShape([32])
     """
-    if not callable(tokenizer):
-        raise UserError(f"tokenized_text.tokenizer is {tokenizer!r:.100}: {_FACTORY}")
+    check_arguments(tokenized_text, locals())
     codec = tokenizer()
     if not all(hasattr(codec, name) for name in ("encode", "decode", "size")):
         raise UserError(f"tokenized_text.tokenizer made a {type(codec).__name__}, which is no codec: {_FACTORY}")
@@ -61,7 +62,7 @@ def tokenized_text(
     return _of_texts("tokenized_text", codec, texts, window, evaluation_share)
 
 
-def stdlib_prose(window: int = 128, evaluation_share: float = 0.1) -> Dataset:
+def stdlib_prose(window: Window = 128, evaluation_share: Share = 0.1) -> Dataset:
     """Makes byte-level language modelling of prose: the 0.7 MB of language reference behind `help()`.
 
     Args:
@@ -134,8 +135,6 @@ def _drawn(files: dict[str, bytes], limit: int | None) -> dict[str, bytes]:
     """Whole files up to the limit, in the order of their paths."""
     if limit is None:
         return files
-    if limit < 1:
-        raise UserError(f"tokenized_text.limit = {limit}: it counts bytes, at least 1; None reads all")
     # By a hash of the name: neighbours are alike, and a draw does not depend on what else is there.
     order = sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())
     sizes = np.cumsum([len(files[name]) for name in order])

@@ -1,16 +1,16 @@
 """Which workers there are and which of them this is: TF_CONFIG, read and checked, or made of what a scheduler says."""
 
-import difflib
+import contextlib
 import json
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from dist_partial.errors import UserError
+from dist_partial.validation import nearest
 
 _PORT = 2222  # of a worker whose address names none; TensorFlow's own documents and Kubeflow use it
 
@@ -64,7 +64,7 @@ def _slurm(environ: Mapping[str, str]) -> tuple[list[str], int, str]:
         port = _whole_number(environ, "DIST_PARTIAL_PORT", "write the port of a node's first worker, such as 20000")
         source += f" and DIST_PARTIAL_PORT={port}"
     try:
-        with mock.patch.dict(os.environ, environ):  # which is all that the resolver reads
+        with _environment(environ):  # which is all that the resolver reads
             # It deals a node's GPUs out to its tasks: by itself it would run nvidia-smi, and fail where there is none.
             # srun does that (--gpus-per-task), so the numbers only have to be enough for any number of tasks.
             resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
@@ -79,6 +79,18 @@ def _slurm(environ: Mapping[str, str]) -> tuple[list[str], int, str]:
     if here not in workers:
         raise UserError(f"SLURMD_NODENAME={node!r} and SLURM_LOCALID={local} are no task of {source}: {advice}")
     return workers, workers.index(here), source
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Adds variables to the process's environment for a while."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _kubernetes(environ: Mapping[str, str]) -> tuple[list[str], int, str]:
@@ -182,5 +194,4 @@ def near(host: str) -> str:
         for line in lines:
             if re.match(r"\s*(Host\s|[0-9a-fA-F.:]+\s)", line):
                 names.update(line.partition("#")[0].split()[1:])
-    found = difflib.get_close_matches(host, names)
-    return f"; near it there is {', '.join(found)}" if found else ""
+    return nearest(host, sorted(names))

@@ -1,13 +1,13 @@
 """Bytes that leave a network interface: predicted, and as the system counts them."""
 
 import dataclasses
-import fcntl
+import ipaddress
 import socket
 import statistics
-import struct
 import time
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from dist_partial.selection.payload import nic_bytes
 from dist_partial.selection.plan import Plan
@@ -19,7 +19,7 @@ class Meter:
 
     Attributes:
         workers: how many there are.
-        interface: the counter of this worker's network interface, from `interface`, or None.
+        interface: this worker's network interface, from `interface`, or None.
         first: the step before the first that is metered.
         planned: bytes by the plans of these steps.
         expected: bytes at the interface for them, without headers.
@@ -31,7 +31,7 @@ class Meter:
     """
 
     workers: int
-    interface: Path | None
+    interface: str | None
     first: int
     planned: int = 0
     expected: float = 0.0
@@ -83,37 +83,32 @@ class Meter:
             "full_bytes": self.full,
             "expected_nic_bytes": round(self.expected + nic_bytes("sum", self.metrics, self.workers)),
             "nic_bytes": self.read if self.interface else None,
-            "nic": self.interface.parts[-3] if self.interface else None,
+            "nic": self.interface,
             "step_ms": round(statistics.median(self.step_ms), 3) if self.step_ms else None,
         }
 
 
-def interface(address: str) -> Path | None:
-    """Finds the network interface that has an address.
+def interface(address: str) -> str | None:
+    """Finds the name of the network interface that has an address.
 
     Args:
-        address: a host name or IPv4 address of this machine.
+        address: a host name or an IP address of this machine.
 
     Returns:
-        The file that Linux keeps, or None: on another system, or for the loopback device, through which the peers'
-        bytes go, too.
+        The name, or None: no interface has it, or it is the loopback device's, through which the peers' bytes go, too.
     """
     try:
-        wanted = socket.gethostbyname(address)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            for _, name in socket.if_nameindex():
-                try:
-                    found = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
-                except OSError:  # it has no address
-                    continue
-                path = Path("/sys/class/net", name, "statistics/tx_bytes")
-                if socket.inet_ntoa(found[20:24]) == wanted and name != "lo" and path.is_file():
-                    return path
+        wanted = {str(info[4][0]) for info in socket.getaddrinfo(address, None)}
     except OSError:
-        pass
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        own = {each.address.partition("%")[0] for each in addresses if each.family in (socket.AF_INET, socket.AF_INET6)}
+        if any(not ipaddress.ip_address(each).is_loopback for each in own & wanted):
+            return name
     return None
 
 
-def sent(counter: Path) -> int:
+def sent(interface: str) -> int:
     """Reads how many bytes an interface has sent since it was set up."""
-    return int(counter.read_text())
+    # In the network namespace of this process; /sys shows that in which it was mounted.
+    return psutil.net_io_counters(pernic=True, nowrap=False)[interface].bytes_sent

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tensorflow as tf
@@ -23,6 +23,7 @@ from dist_partial.distributed.collectives import PACK_BYTES, Collectives
 from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.distributed.tcp_strategy import TCPStrategy
 from dist_partial.errors import UserError
+from dist_partial.validation import Above, AtLeast, OneOf, check_arguments
 
 KINDS = ("auto", "default", "mirrored", "multi_worker")
 TRANSPORTS = ("auto", "tensorflow", "sockets")
@@ -85,13 +86,13 @@ class Replicas:
 
 
 def create(
-    kind: str = "auto",
-    cpu: int = 1,
-    transport: str = "auto",
-    pack_bytes: int = PACK_BYTES,
+    kind: Annotated[str, OneOf(*KINDS)] = "auto",
+    cpu: Annotated[int, AtLeast(1)] = 1,
+    transport: Annotated[str, OneOf(*TRANSPORTS)] = "auto",
+    pack_bytes: Annotated[int, AtLeast(1)] = PACK_BYTES,
     congestion: str | None = "cubic",
-    start_seconds: float = 300.0,
-    patience_seconds: float = 60.0,
+    start_seconds: Annotated[float, Above(0)] = 300.0,
+    patience_seconds: Annotated[float, Above(0)] = 60.0,
     seal: bool | None = None,
     allow_no_secret: bool = False,
 ) -> Replicas:
@@ -125,19 +126,7 @@ def create(
         >>> print(create("default").description)
         replicas: 1, default strategy
     """
-    _check_choice("kind", kind, KINDS)
-    _check_choice("transport", transport, TRANSPORTS)
-    _check_choice("seal", seal, (True, False, None))
-    _check_choice("allow_no_secret", allow_no_secret, (True, False))
-    if congestion is not None and not isinstance(congestion, str):
-        raise UserError(f"replicas.congestion is {congestion!r}: write a name that the kernel knows, such as 'cubic'")
-    if type(pack_bytes) is not int or pack_bytes < 1:
-        raise UserError(f"replicas.pack_bytes is {pack_bytes!r}: write a whole number of bytes, such as {PACK_BYTES}")
-    for name, seconds in (("start_seconds", start_seconds), ("patience_seconds", patience_seconds)):
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
-            raise UserError(f"replicas.{name} is {seconds!r}: write a number of seconds above 0")
-    if type(cpu) is not int or cpu < 1:
-        raise UserError(f"replicas.cpu is {cpu!r}: write how many simulated replicas, 1 or more")
+    check_arguments(create, locals(), "replicas")
     cluster = read_tf_config(os.environ.get("TF_CONFIG", ""))
     gpus = len(tf.config.list_logical_devices("GPU")) if tf.config.list_physical_devices("GPU") else 0
     reason = ""
@@ -161,11 +150,6 @@ def create(
 def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
     compat.skip_collective_keys(_KEYS)  # those of an earlier run of this process, or of the user's own strategy
     return tf.distribute.MirroredStrategy(list(devices))
-
-
-def _check_choice(name: str, choice: Any, choices: Sequence[Any]) -> None:
-    if not any(type(choice) is type(each) and choice == each for each in choices):  # 1 is True to Python
-        raise UserError(f"replicas.{name} is {choice!r}: write one of {', '.join(map(repr, choices))}")
 
 
 def _chosen(cluster: bool, gpus: int, cpu: int) -> tuple[str, str]:

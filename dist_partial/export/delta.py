@@ -10,7 +10,6 @@ holds digests of every variable of the model as it was before the training, so t
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import numbers
@@ -27,6 +26,7 @@ from dist_partial.distributed import consistency
 from dist_partial.errors import UserError, first_line
 from dist_partial.files import existing
 from dist_partial.selection.plan import Plan
+from dist_partial.validation import nearest
 
 FORMAT = "1"
 _FIELDS = ("base", "rules", "rows", "step", "versions")
@@ -276,10 +276,8 @@ class Base:
         for key, array in delta.arrays.items():
             path, rows = delta.place(key)
             if path not in self._variables:
-                near = difflib.get_close_matches(path[:200], list(self._variables), cutoff=0.0)
-                raise UserError(
-                    f"{delta.name} holds {key[:200]!r}, which is no variable of the model; nearest: {_some(near)}"
-                )
+                near = nearest(path, self._variables, always=True)
+                raise UserError(f"{delta.name} holds {key[:200]!r}, which is no variable of the model{near}")
             variable = self._variables[path]
             shape = tuple(variable.shape)
             wanted = (rows.stop - rows.start, *shape[1:]) if key in delta.rows else shape

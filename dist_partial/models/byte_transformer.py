@@ -6,13 +6,16 @@ normalisation (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), and no
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from dist_partial.errors import UserError
+from dist_partial.validation import AtLeast, Below, check_arguments
+
+Size = Annotated[int, AtLeast(1)]
 
 Tensor = Any  # a tensor, or Keras's symbolic stand-in for one
 Shape = tuple[int | None, ...]
@@ -22,13 +25,13 @@ Cache = tuple[LayerCache, ...]
 
 
 def byte_transformer(
-    layers: int = 4,
-    width: int = 128,
-    heads: int = 4,
-    mlp_ratio: int = 4,
-    vocabulary: int = 256,
+    layers: Size = 4,
+    width: Size = 128,
+    heads: Size = 4,
+    mlp_ratio: Size = 4,
+    vocabulary: Size = 256,
     tied: bool = False,
-    dropout: float = 0.0,
+    dropout: Annotated[float, AtLeast(0), Below(1)] = 0.0,
 ) -> keras.Model:
     """Builds a byte-level language model in Keras's current dtype policy.
 
@@ -55,17 +58,13 @@ def byte_transformer(
         >>> model(np.zeros([1, 5], np.int32)).shape
         TensorShape([1, 5, 256])
     """
-    sizes = dict(layers=layers, width=width, heads=heads, mlp_ratio=mlp_ratio, vocabulary=vocabulary)
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"byte_transformer.{name} is {size}: it must be at least 1")
+    check_arguments(byte_transformer, locals())
     if width % (2 * heads):
         raise UserError(
             f"byte_transformer.width is {width} with {heads} heads: the width must be a multiple of "
             f"{2 * heads}, as rotary positions need heads of one even size"
         )
-    if not 0 <= dropout < 1:
-        raise UserError(f"byte_transformer.dropout is {dropout}: it must be in [0, 1)")
+    sizes = dict(layers=layers, width=width, heads=heads, mlp_ratio=mlp_ratio, vocabulary=vocabulary)
     model = ByteTransformer(**sizes, tied=tied, dropout=dropout, name="byte_transformer")
     model.build((None, None))
     return model

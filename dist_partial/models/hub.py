@@ -1,29 +1,29 @@
 """Models of KerasHub, pretrained or with fresh weights, as models of one input tensor; KerasHub is the extra `hub`."""
 
-import difflib
 import functools
 import inspect
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import keras
 import numpy as np
 
 from dist_partial import compat
 from dist_partial.errors import UserError, first_line
+from dist_partial.validation import AtLeast, OneOf, check_arguments, nearest
 
 TASKS = ("CausalLM", "ImageClassifier", "TextClassifier")
 _INSTALL = "it is no part of the core: pip install 'dist_partial[hub]'"
 
 
 def hub_model(
-    task: str = "CausalLM",
+    task: Annotated[str, OneOf(*TASKS)] = "CausalLM",
     preset: str | None = None,
     architecture: str | None = None,
     arguments: dict[str, Any] | None = None,
-    classes: int | None = None,
+    classes: Annotated[int | None, AtLeast(1)] = None,
     load_weights: bool = True,
 ) -> keras.Model:
     """Builds a task of KerasHub (https://keras.io/keras_hub) from a preset, or an architecture with fresh weights.
@@ -53,15 +53,12 @@ def hub_model(
         >>> hub_model(architecture="GPT2", arguments=sizes).output.shape
         (None, None, 100)
     """
+    check_arguments(hub_model, locals())
     hub = _keras_hub()
-    if task not in TASKS:
-        raise UserError(f"hub_model.task is {task!r}: write one of {', '.join(map(repr, TASKS))}")
     if (preset is None) == (architecture is None):
         raise UserError("hub_model needs one of preset and architecture: bind hub_model.preset = 'gpt2_base_en'")
     if arguments is not None and preset is not None:
         raise UserError("hub_model.arguments are of an architecture, and a preset has its own: unbind one of them")
-    if classes is not None and classes < 1:
-        raise UserError(f"hub_model.classes is {classes}: a classifier has at least 1, or None for the preset's own")
     if task != "CausalLM" and preset is None and classes is None:
         raise UserError(f"hub_model.classes is not bound: a {task} with fresh weights needs their number")
     if task == "CausalLM" and classes is not None:
@@ -164,11 +161,8 @@ def _keras_hub() -> ModuleType:
 def _named(module: ModuleType, architecture: str, suffix: str) -> Any:
     if not isinstance(architecture, str) or not hasattr(module, f"{architecture}{suffix}"):
         known = [name.removesuffix(suffix) for name in dir(module) if name.endswith(suffix) and name != suffix]
-        near = difflib.get_close_matches(str(architecture), known, cutoff=0.3) or known[:8]
-        raise UserError(
-            f"hub_model.architecture is {architecture!r}: KerasHub has no {architecture}{suffix}; nearest: "
-            f"{', '.join(near)}"
-        )
+        near = nearest(str(architecture), known, always=True)
+        raise UserError(f"hub_model.architecture is {architecture!r}: KerasHub has no {architecture}{suffix}{near}")
     return getattr(module, f"{architecture}{suffix}")
 
 
@@ -190,16 +184,14 @@ def _from_preset(of: Any, preset: str, **options: Any) -> Any:
         raise UserError(f"no preset folder {preset}: {error}") from None
     if looks_local and not os.path.isdir(folder):
         siblings = [p.name for p in folder.parent.glob("*") if p.is_dir()]
-        near = difflib.get_close_matches(folder.name, siblings, cutoff=0.4)
-        raise UserError(f"no preset folder {preset}" + (f"; beside it there is {', '.join(near)}" if near else ""))
+        raise UserError(f"no preset folder {preset}{nearest(folder.name, siblings)}")
     try:
         return of.from_preset(str(folder) if os.path.isdir(folder) else preset, **options)
     except Exception as error:  # KerasHub, Kaggle and the file readers below it each raise their own
-        near = difflib.get_close_matches(preset, list(of.presets))
         raise UserError(
-            f"KerasHub cannot load the preset {preset!r} as {of.__name__} ({first_line(error).rstrip('.:')}): name "
-            + (", ".join(near) if near else "a preset of keras_hub")
-            + ", which needs the network once, or a local folder written by save_to_preset()"
+            f"KerasHub cannot load the preset {preset!r} as {of.__name__} ({first_line(error).rstrip('.:')}): name a "
+            "preset of keras_hub, which needs the network once, or a local folder written by save_to_preset()"
+            f"{nearest(preset, of.presets)}"
         ) from error
 
 

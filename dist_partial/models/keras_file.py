@@ -4,6 +4,7 @@ import keras
 
 from dist_partial.errors import UserError, first_line
 from dist_partial.files import existing
+from dist_partial.validation import check_arguments
 
 
 def keras_file(path: str) -> keras.Model:
@@ -25,8 +26,7 @@ def keras_file(path: str) -> keras.Model:
         ...     print([layer.name for layer in keras_file(f"{folder}/mine.keras").layers])
         ['head']
     """
-    if not isinstance(path, str):
-        raise UserError(f"keras_file.path is {path!r}: write the path of a .keras file")
+    check_arguments(keras_file, locals())
     file = existing("keras_file.path", path, "*.keras")
     if file.suffix not in (".keras", ".h5"):
         raise UserError(f"keras_file.path is {path!r}: Keras reads files that end in .keras or .h5, which it has saved")

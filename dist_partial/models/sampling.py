@@ -3,7 +3,7 @@
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import keras
 import numpy as np
@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from dist_partial.errors import UserError
 from dist_partial.models.logits import as_logits
+from dist_partial.validation import Above, AtLeast, AtMost, check_arguments
 
 NOT_FINITE = "logits are not finite"  # what the assertion in `draw` says
 _FLOAT32 = np.finfo(np.float32)
@@ -100,13 +101,13 @@ def generate(
     model: Any,
     prompt_ids: Sequence[int] | np.ndarray,
     *,
-    count: int,
-    length: int,
-    temperature: float,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    count: Annotated[int, AtLeast(1)],
+    length: Annotated[int, AtLeast(1)],
+    temperature: Annotated[float, AtLeast(0)],
+    top_k: Annotated[int | None, AtLeast(1)] = None,
+    top_p: Annotated[float | None, Above(0), AtMost(1)] = None,
     seed: int,
-    window: int | None = None,
+    window: Annotated[int | None, AtLeast(1)] = None,
     use_cache: bool = True,
 ) -> np.ndarray:
     """Writes `count` continuations of one prompt, on one device; the same seed gives the same ids.
@@ -141,7 +142,7 @@ def generate(
         >>> [len(ids) for ids in generate(model, [100, 101, 102], count=2, length=5, temperature=0.6, seed=1)]
         [5, 5]
     """
-    _check(count, length, temperature, top_k, top_p)
+    check_arguments(generate, locals(), "")
     window = window or _window(model)
     writer, vocabulary = _compiled(model, window)
     prompt = np.asarray(prompt_ids, np.int32).reshape(-1)
@@ -270,15 +271,3 @@ def continued(
         parallel_iterations=1,  # or weights that are stored in fewer bits are cast for ten ids at once
     )
     return tf.transpose(write(text, logits, last)[start:])
-
-
-def _check(count: int, length: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    for name, value in (("count", count), ("length", length)):
-        if value < 1:
-            raise UserError(f"{name} is {value}: generate at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature is {temperature}: it must be 0 (greedy) or a positive number")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k is {top_k}: keep at least 1 id, or write None to keep all")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}: it must be above 0 and at most 1, or None to keep all ids")

@@ -1,11 +1,18 @@
 """The smallest model worth selecting in: two dense layers over a window of symbols or features."""
 
+from typing import Annotated
+
 import keras
 
-from dist_partial.errors import UserError
+from dist_partial.validation import AtLeast, check_arguments
 
 
-def two_dense(window: int = 16, symbols: int | None = 10, hidden: int = 64, classes: int = 10) -> keras.Model:
+def two_dense(
+    window: Annotated[int, AtLeast(1)] = 16,
+    symbols: Annotated[int | None, AtLeast(1)] = 10,
+    hidden: Annotated[int, AtLeast(1)] = 64,
+    classes: Annotated[int, AtLeast(1)] = 10,
+) -> keras.Model:
     """Builds a classifier of two dense layers: `dense1`, `dense2`, each a kernel and a bias.
 
     It is made of Keras's own layers only, so a saved copy loads without this package.
@@ -27,12 +34,7 @@ def two_dense(window: int = 16, symbols: int | None = 10, hidden: int = 64, clas
         >>> [(v.path, tuple(v.shape)) for v in two_dense().weights]
         [('dense1/kernel', (160, 64)), ('dense1/bias', (64,)), ('dense2/kernel', (64, 10)), ('dense2/bias', (10,))]
     """
-    sizes = {"window": window, "hidden": hidden, "classes": classes} | (
-        {"symbols": symbols} if symbols is not None else {}
-    )
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"two_dense.{name} is {size}: it must be at least 1")
+    check_arguments(two_dense, locals())
     if symbols is None:
         inputs = features = keras.Input((window,), name="features")
     else:

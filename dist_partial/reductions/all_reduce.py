@@ -9,8 +9,9 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.distributed.collectives import AllReduceRequest
-from dist_partial.reductions.base import Exchange, check_dtype
+from dist_partial.reductions.base import Dtype, Exchange
 from dist_partial.selection.payload import Payload, itemsize
+from dist_partial.validation import check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +28,10 @@ class AllReduce:
         ('all-reduce', (Payload(kind='sum', bytes=32, every=1, offset=0),))
     """
 
-    dtype: str | None = None
+    dtype: Dtype = None
 
     def __post_init__(self) -> None:
-        check_dtype("all_reduce.dtype", self.dtype)
+        check(self, "all_reduce")
 
     @property
     def shared(self) -> bool:

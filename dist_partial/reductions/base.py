@@ -5,17 +5,19 @@ generator that yields the requests of `distributed.collectives` and returns the 
 """
 
 from collections.abc import Generator, Sequence
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import tensorflow as tf
 
 from dist_partial.distributed.collectives import AllGatherRequest, AllReduceRequest, Collectives, run_rounds
-from dist_partial.errors import UserError
 from dist_partial.selection.payload import Payload
 from dist_partial.selection.plan import Plan
+from dist_partial.validation import OneOf
 
 Exchange = Generator[AllReduceRequest | AllGatherRequest, tf.Tensor, tf.Tensor]
+# In which gradients can travel; None is their own.
+Dtype = Annotated[str | None, OneOf("float64", "float32", "bfloat16", "float16", None)]
 
 
 class Reduction(Protocol):
@@ -92,9 +94,3 @@ def mean(value: tf.Tensor) -> Exchange:
     """Asks for the mean of a tensor over all replicas."""
     context: Any = tf.distribute.get_replica_context()
     return (yield AllReduceRequest(value / context.num_replicas_in_sync))
-
-
-def check_dtype(name: str, dtype: str | None) -> None:
-    """Raises UserError, which names the binding, if gradients cannot travel in this dtype."""
-    if dtype not in (None, "float64", "float32", "bfloat16", "float16"):
-        raise UserError(f"{name} is {dtype!r}: write 'float32', 'bfloat16', 'float16' or None")

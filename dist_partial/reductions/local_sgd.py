@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import keras
 import numpy as np
@@ -15,6 +15,7 @@ from dist_partial.reductions.base import Exchange
 from dist_partial.reductions.local_only import own_part
 from dist_partial.selection.payload import Payload, itemsize
 from dist_partial.selection.plan import Plan
+from dist_partial.validation import AtLeast, Factory, check, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,29 +43,19 @@ class LocalSGD:
         (100, (Payload(kind='gather', bytes=2080, every=50, offset=0),))
     """
 
-    sync_every: int
-    offset: int = 0
-    outer_optimizer: Callable[..., Any] | None = None
+    sync_every: Annotated[int, AtLeast(1)]
+    offset: Annotated[int, AtLeast(0)] = 0
+    outer_optimizer: Annotated[Callable[..., Any] | None, Factory("@nesterov", (keras.optimizers.Optimizer,))] = None
     compressor: Any = None
     keep_residual_local: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("sync_every", 1), ("offset", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise UserError(f"local_sgd.{name} is {value!r}: it must be a whole number of at least {least}")
-        if self.outer_optimizer is not None and (
-            not callable(self.outer_optimizer) or isinstance(self.outer_optimizer, keras.optimizers.Optimizer)
-        ):
-            raise UserError(
-                f"local_sgd.outer_optimizer is {self.outer_optimizer!r}: bind a factory, such as @nesterov without ()"
-            )
-        if not isinstance(self.keep_residual_local, bool):
-            raise UserError(f"local_sgd.keep_residual_local is {self.keep_residual_local!r}: write True or False")
+        check(self, "local_sgd")
         # Of a class, not made by (), `shared` would be the property itself.
         if self.compressor is not None and getattr(self.compressor, "shared", False) is not True:
             raise UserError(
-                f"local_sgd.compressor is {self.compressor!r}: bind a reduction of every step, such as @quantized()"
+                f"local_sgd.compressor is {shown(self.compressor)}: bind a reduction of every step, such as "
+                "@quantized()"
             )
 
     @property

@@ -4,17 +4,17 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tensorflow as tf
 
 from dist_partial.distributed.collectives import AllReduceRequest
-from dist_partial.errors import UserError
 from dist_partial.reductions.all_reduce import AllReduce
-from dist_partial.reductions.base import Exchange, check_dtype
+from dist_partial.reductions.base import Dtype, Exchange
 from dist_partial.reductions.encoding import numpy_dtype, zeros
 from dist_partial.selection.payload import Payload, itemsize
+from dist_partial.validation import AtLeast, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +37,11 @@ class PowerSGD:
         (Payload(kind='sum', bytes=4096, every=1, offset=0), Payload(kind='sum', bytes=1024, every=1, offset=0))
     """
 
-    rank: int = 4
-    dtype: str | None = None
+    rank: Annotated[int, AtLeast(1)] = 4
+    dtype: Dtype = None
 
     def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise UserError(f"power_sgd.rank is {self.rank!r}: it must be a whole number of at least 1")
-        check_dtype("power_sgd.dtype", self.dtype)
+        check(self, "power_sgd")
 
     @property
     def shared(self) -> bool:

@@ -3,16 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tensorflow as tf
 
 from dist_partial.distributed.collectives import AllGatherRequest
-from dist_partial.errors import UserError
 from dist_partial.reductions.base import Exchange
 from dist_partial.reductions.encoding import LEVELS, decode_values, encode_values, padded, value_bytes, words, zeros
 from dist_partial.selection.payload import Payload
+from dist_partial.validation import OneOf, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +31,10 @@ class Quantized:
         [4128, 2080, 1056, 852, 544]
     """
 
-    bits: float = 8
+    bits: Annotated[float, OneOf(*LEVELS)] = 8
 
     def __post_init__(self) -> None:
-        if type(self.bits) not in (int, float) or self.bits not in LEVELS:
-            raise UserError(f"quantized.bits is {self.bits!r}: write 8, 4, 2, 1.6 or 1")
+        check(self, "quantized")
 
     @property
     def shared(self) -> bool:

@@ -3,13 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tensorflow as tf
 
 from dist_partial.distributed.collectives import AllGatherRequest
-from dist_partial.errors import UserError
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.reductions.base import Exchange
 from dist_partial.reductions.encoding import (
@@ -25,6 +24,7 @@ from dist_partial.reductions.encoding import (
     zeros,
 )
 from dist_partial.selection.payload import Payload, itemsize
+from dist_partial.validation import Above, AtLeast, AtMost, OneOf, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +45,12 @@ class TopK:
         (Payload(kind='gather', bytes=768, every=1, offset=0),)
     """
 
-    density: float = 1 / 64
-    block: int | None = 256
-    bits: float = 16
+    density: Annotated[float, Above(0), AtMost(1)] = 1 / 64
+    block: Annotated[int | None, AtLeast(1), "write how many values a block has, such as 256, or None"] = 256
+    bits: Annotated[float, OneOf(*FLOATS, *LEVELS)] = 16
 
     def __post_init__(self) -> None:
-        if isinstance(self.density, bool) or not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
-            raise UserError(f"top_k.density is {self.density!r}: it is a share above 0 and at most 1")
-        if self.block is not None and (type(self.block) is not int or self.block < 1):
-            raise UserError(f"top_k.block is {self.block!r}: write how many values a block has, such as 256, or None")
-        if type(self.bits) not in (int, float) or (self.bits not in FLOATS and self.bits not in LEVELS):
-            raise UserError(f"top_k.bits is {self.bits!r}: write 32, 16, 8, 4, 2, 1.6 or 1")
+        check(self, "top_k")
 
     @property
     def shared(self) -> bool:

@@ -1,7 +1,6 @@
 """Run folders as the report reads them: damaged lines are left out and counted, and a run may be going on."""
 
 import dataclasses
-import difflib
 import itertools
 import json
 import math
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dist_partial.errors import UserError
+from dist_partial.validation import nearest
 
 _STEPS = 2**53  # the largest step that a float holds exactly
 _PHASES = 440  # stretches of a run in which what is trained is distinguished
@@ -204,8 +204,7 @@ def read(folders: Sequence[Path]) -> list[Run]:
 def _check(folder: Path) -> None:
     if not folder.exists():
         around = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        near = difflib.get_close_matches(folder.name, around)
-        raise UserError(f"no folder {folder}" + (f"; beside it there is {', '.join(near)}" if near else ""))
+        raise UserError(f"no folder {folder}{nearest(folder.name, around)}")
     if not folder.is_dir():
         raise UserError(f"{folder} is a file: name the run folder that it is in")
     if not (folder / "plan.json").is_file():

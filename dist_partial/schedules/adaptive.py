@@ -3,12 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
 from dist_partial.errors import UserError
 from dist_partial.schedules.base import Periodic, State, Unit, quoted, split_always, unreached
+from dist_partial.validation import Above, AtLeast, AtMost, OneOf, Patterns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +38,9 @@ class AutoFreeze(Periodic):
 
     binding: ClassVar[str] = "autofreeze"
     statistics: ClassVar[str | None] = "norms"
-    percentile: float = 50
-    keep: int = 1
-    retest: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.retest == 1:
-            raise UserError("autofreeze.retest is 1, which would never freeze: write at least 2, or None")
-        if type(self.percentile) not in (int, float) or not 0 < self.percentile <= 100:
-            raise UserError(f"autofreeze.percentile is {self.percentile!r}: it must be above 0 and at most 100")
+    percentile: Annotated[float, Above(0), AtMost(100)] = 50
+    keep: Annotated[int, AtLeast(1)] = 1
+    retest: Annotated[int | None, AtLeast(2)] = None  # 1 would never freeze
 
     def check(self, units: Sequence[Unit], steps: int) -> list[str]:
         if self.keep >= len(units):
@@ -118,10 +112,10 @@ class ByteBudget(Periodic):
 
     binding: ClassVar[str] = "byte_budget"
     statistics: ClassVar[str | None] = "probe"
-    bytes: int
-    by: str = "norm_per_byte"
-    always: Sequence[str] = ()
-    starve: int | None = None
+    bytes: Annotated[int, AtLeast(1)]
+    by: Annotated[str, OneOf("norm", "norm_per_byte")] = "norm_per_byte"
+    always: Annotated[Sequence[str], Patterns()] = ()
+    starve: Annotated[int | None, AtLeast(1)] = None
 
     def check(self, units: Sequence[Unit], steps: int) -> list[str]:
         always, others = split_always("byte_budget.always", self.always, units)

@@ -5,19 +5,18 @@ replicas: every worker comes to the same answer by itself. Nothing here knows va
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import numpy as np
 
 from dist_partial.errors import UserError
 from dist_partial.selection.rules import matches
+from dist_partial.validation import AtLeast, Patterns, check, nearest
 
 State = dict[str, Any]  # JSON values
 Partition = list[tuple[str, tuple[str, ...]]]
-CHOICES = {"order": ("ascending", "descending", "random"), "by": ("norm", "norm_per_byte")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,26 +116,13 @@ class Periodic(Stateless):
             matches counts; None makes a unit of each top layer, the first component of the paths.
     """
 
-    every: int = 100
-    units: Sequence[str] | None = None
+    every: Annotated[int, AtLeast(1)] = 100
+    units: Annotated[Sequence[str] | None, Patterns(empty=False)] = None
 
     binding: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            where, value = f"{self.binding}.{field.name}", getattr(self, field.name)
-            if value is None and field.default is None:
-                continue
-            if field.name in ("units", "always"):
-                if not isinstance(value, (list, tuple)) or (field.name == "units" and not value):
-                    raise UserError(f"{where} is {value!r}: write a list of patterns, such as [r'block_0/.*']")
-                for pattern in value:
-                    check_pattern(where, pattern)
-            elif field.name in CHOICES:
-                if value not in CHOICES[field.name]:
-                    raise UserError(f"{where} is {value!r}: write {' or '.join(map(repr, CHOICES[field.name]))}")
-            elif field.type in (int, int | None) and (type(value) is not int or value < 1):
-                raise UserError(f"{where} is {value!r}: it must be a whole number of at least 1")
+        check(self, self.binding)
 
     def partition(self, paths: Sequence[str]) -> Partition:
         return by_layer(paths) if self.units is None else by_pattern(f"{self.binding}.units", self.units, paths)
@@ -159,13 +145,13 @@ def by_pattern(where: str, patterns: Sequence[str], paths: Sequence[str]) -> Par
     for path in paths:
         number = next((n for n, pattern in enumerate(patterns) if matches(pattern, path)), None)
         if number is None:
-            raise UserError(f"{where}: no pattern matches {path!r} (patterns: {nearest(path, patterns)}): add one")
+            raise UserError(f"{where}: no pattern matches {path!r}: add one{nearest(path, patterns, always=True)}")
         units[number].append(path)
     for pattern, members in zip(patterns, units, strict=True):
         if not members:
             raise UserError(
-                f"{where}: {pattern!r} matches nothing that is trained and that no pattern before it takes; nearest "
-                f"paths: {nearest(pattern, paths)}"
+                f"{where}: {pattern!r} matches nothing that is trained and that no pattern before it takes"
+                f"{nearest(pattern, paths, always=True)}"
             )
     return [(pattern, tuple(members)) for pattern, members in zip(patterns, units, strict=True)]
 
@@ -178,7 +164,7 @@ def split_always(binding: str, always: Sequence[str], units: Sequence[Unit]) -> 
         # A unit that was made by a pattern is named by it, and a pattern need not match its own text.
         found = {name for name in names if name == pattern or re.fullmatch(pattern, name)}
         if not found:
-            raise UserError(f"{binding}: no unit is called {pattern!r}; nearest: {nearest(pattern, names)}")
+            raise UserError(f"{binding}: no unit is called {pattern!r}{nearest(pattern, names, always=True)}")
         on |= found
     if len(on) == len(names):
         raise UserError(f"{binding}: all units, {quoted(names)}, are always on: nothing is left to choose from")
@@ -190,22 +176,7 @@ def quoted(words: Iterable[str]) -> str:
     return ", ".join(map(repr, words))
 
 
-def nearest(word: str, names: Sequence[str]) -> str:
-    """Names the nearest words, in quotes."""
-    return quoted(difflib.get_close_matches(word, names, cutoff=0))
-
-
 def unreached(what: str, start: int, steps: int) -> list[str]:
     # No mistake: the schedule of a long run is tried for a few steps, and goes on when run.steps is more.
     """Says, if so, that a run ends before `start`."""
     return [f"{what} after {start} steps, and run.steps is {steps}"] if start >= steps else []
-
-
-def check_pattern(where: str, pattern: Any) -> None:
-    """Raises UserError unless it is a regular expression."""
-    if not isinstance(pattern, str):
-        raise UserError(f"{where}: the pattern {pattern!r} must be a string")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{where}: {pattern!r} is not a regular expression: {error}") from None

@@ -4,7 +4,7 @@ import bisect
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
@@ -15,13 +15,12 @@ from dist_partial.schedules.base import (
     State,
     Stateless,
     Unit,
-    check_pattern,
-    nearest,
     quoted,
     split_always,
     unreached,
 )
 from dist_partial.selection.rules import matches
+from dist_partial.validation import AtLeast, OneOf, Patterns, check_pattern, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +92,8 @@ class Phases(Stateless):
         for number, (_, pattern) in enumerate(self.table, 1):
             if not any(number in phases for phases in classes):
                 raise UserError(
-                    f"phases.table, phase {number} ({pattern!r}) selects nothing that the rules train; nearest paths: "
-                    f"{nearest(pattern, paths)}"
+                    f"phases.table, phase {number} ({pattern!r}) selects nothing that the rules train"
+                    f"{nearest(pattern, paths, always=True)}"
                 )
         return [
             (f"phase{'s' if len(phases) > 1 else ''} {'+'.join(map(str, phases))}", tuple(members))
@@ -141,7 +140,7 @@ class Gradual(Periodic):
     """
 
     binding: ClassVar[str] = "gradual_unfreezing"
-    count: int = 1
+    count: Annotated[int, AtLeast(1)] = 1
 
     def check(self, units: Sequence[Unit], steps: int) -> list[str]:
         if self.count >= len(units):
@@ -178,8 +177,8 @@ class Rotation(Periodic):
     """
 
     binding: ClassVar[str] = "block_rotation"
-    order: str = "random"
-    always: Sequence[str] = ()
+    order: Annotated[str, OneOf("ascending", "descending", "random")] = "random"
+    always: Annotated[Sequence[str], Patterns()] = ()
 
     def check(self, units: Sequence[Unit], steps: int) -> list[str]:
         _, others = split_always("block_rotation.always", self.always, units)
@@ -221,9 +220,9 @@ class Lisa(Periodic):
     """
 
     binding: ClassVar[str] = "lisa"
-    every: int = 20
-    count: int = 2
-    always: Sequence[str] | None = None
+    every: Annotated[int, AtLeast(1)] = 20
+    count: Annotated[int, AtLeast(1)] = 2
+    always: Annotated[Sequence[str] | None, Patterns()] = None
 
     def check(self, units: Sequence[Unit], steps: int) -> list[str]:
         always, others = self._split(units)

@@ -4,7 +4,7 @@ from dist_partial.selection.paths import own_names, paths_of, variable_paths
 from dist_partial.selection.payload import Payload, average_bytes, itemsize, nic_bytes
 from dist_partial.selection.plan import Adapter, Group, Plan, VariablePlan
 from dist_partial.selection.resolve import resolve
-from dist_partial.selection.rules import Rule, check_reduction, first_match, matches, parse_rules
+from dist_partial.selection.rules import Rule, first_match, matches, parse_rules
 
 __all__ = [
     "Adapter",
@@ -14,7 +14,6 @@ __all__ = [
     "Rule",
     "VariablePlan",
     "average_bytes",
-    "check_reduction",
     "first_match",
     "itemsize",
     "matches",

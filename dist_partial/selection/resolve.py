@@ -1,15 +1,15 @@
 """Resolves a table of rules against a built model. It is pure: it reads names and shapes, and changes nothing."""
 
 import collections
-import difflib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 from dist_partial.errors import UserError
 from dist_partial.selection.paths import frozen_by_code, variable_paths
 from dist_partial.selection.plan import Adapter, Plan, VariablePlan
-from dist_partial.selection.rules import Rule, check_reduction, first_match, matches, parse_rules
+from dist_partial.selection.rules import REDUCTION, Rule, first_match, matches, parse_rules
+from dist_partial.validation import check_value, nearest
 
 
 def resolve(
@@ -36,10 +36,10 @@ def resolve(
         >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(2, name="head")])
         >>> resolve([("train", "hed/.*l"), ("freeze", ".*")], model, AllReduce())
         Traceback (most recent call last):
-        dist_partial.errors.UserError: rule 1 ('hed/.*l') matches no variable; nearest paths: 'head/kernel', 'head/bias'
+        dist_partial.errors.UserError: rule 1 ('hed/.*l') matches no variable; nearest: 'head/kernel', 'head/bias'
     """
     rules = parse_rules(table)
-    check_reduction("all rules that name none", reduction)
+    check_value("all rules that name none: reduction", reduction, Annotated[Any, REDUCTION])
     paths = variable_paths(model)
     if not paths:
         why = "; its own code has set trainable = False, which is for the rules to do" if model.weights else ""
@@ -53,8 +53,8 @@ def resolve(
         path = kernels.get(id(variable), own_path)
         number = first_match(rules, path)
         if number is None:
-            near = _nearest(path, [rule.match for rule in rules])
-            raise UserError(f"no rule covers {path!r} (rules: {near}): end the table with ('freeze', r'.*') or name it")
+            near = nearest(path, [rule.match for rule in rules], always=True)
+            raise UserError(f"no rule covers {path!r}: end the table with ('freeze', r'.*') or name it{near}")
         used.add(number)
         rule, shape = rules[number], tuple(variable.shape)
         if rule.rows is not None and (not shape or rule.rows[1] > shape[0]):
@@ -98,8 +98,8 @@ def _check_unused(number: int, rules: Sequence[Rule], paths: Sequence[str], mode
             f"before it and takes {taken[0]!r}; the first match wins, so move it up"
         )
     if not frozen:
-        near = _nearest(rule.match, paths)
-        raise UserError(f"rule {number + 1} ({rule.match!r}) matches no variable; nearest paths: {near}")
+        near = nearest(rule.match, paths, always=True)
+        raise UserError(f"rule {number + 1} ({rule.match!r}) matches no variable{near}")
     if rule.train:
         layer = frozen[0].rpartition("/")[0]
         factors = [path for path in paths if path.startswith(f"{layer}/lora_")]
@@ -108,10 +108,3 @@ def _check_unused(number: int, rules: Sequence[Rule], paths: Sequence[str], mode
             what = f"enable_lora: match its factors, such as {factors[0]!r}, or take that out of the code"
         where = f"rule {number + 1} ({rule.match!r})"
         raise UserError(f"{where} would train {frozen[0]!r}, which the model's own code has frozen by {what}")
-
-
-def _nearest(word: str, names: Sequence[str], count: int = 3) -> str:
-    def likeness(name: str) -> float:
-        return difflib.SequenceMatcher(None, word, name).ratio()
-
-    return ", ".join(repr(name) for name in sorted(names, key=likeness, reverse=True)[:count])

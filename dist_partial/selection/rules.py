@@ -6,9 +6,12 @@ Rules are ordered and the first match wins, like a router's.
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from dist_partial.errors import UserError
+from dist_partial.validation import AtLeast, Factory, Has, check, check_pattern
+
+REDUCTION = Has("payloads", "give one such as AllReduce(), in a gin file @all_reduce(), with the ()")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +36,16 @@ class Rule:
 
     match: str
     train: bool = True
-    optimizer: Callable[..., Any] | None = None
+    optimizer: Annotated[
+        Callable[..., Any] | None,
+        Factory("@keras.optimizers.SGD"),
+        "give what makes one, such as keras.optimizers.SGD (in a gin file @keras.optimizers.SGD) without (), and "
+        "learning_rate beside it",
+    ] = None
     learning_rate: Any = None
-    reduction: Any = None
+    reduction: Annotated[Any | None, REDUCTION] = None
     rows: tuple[int, int] | None = None
-    lora: int | None = None
+    lora: Annotated[int | None, AtLeast(1), "write its rank, a whole number of at least 1"] = None
 
     def __str__(self) -> str:
         rows = f" rows {self.rows[0]}:{self.rows[1]}" if self.rows else ""
@@ -72,15 +80,7 @@ def _parse_rule(number: int, line: Any) -> Rule:
             f"rule {number} is {line!r}: write ('train', pattern), ('freeze', pattern) or a Rule, in a gin file "
             "@name/Rule()"
         )
-    if not isinstance(rule.match, str):
-        raise UserError(f"rule {number} matches {rule.match!r}: the pattern must be a string")
-    try:
-        re.compile(rule.match)
-    except re.error as error:
-        raise UserError(
-            f"rule {number} ({rule.match!r}) is not a regular expression: {error}; it must match whole paths, "
-            "such as r'block_3/.*'"
-        ) from None
+    check_pattern(f"rule {number}", rule.match)
     _check_options(number, rule)
     # The table's lines are distinguished by id, so each line is an object of its own.
     return dataclasses.replace(rule)
@@ -88,47 +88,22 @@ def _parse_rule(number: int, line: Any) -> Rule:
 
 def _check_options(number: int, rule: Rule) -> None:
     where = f"rule {number} ({rule.match!r})"
-    if not isinstance(rule.train, bool):
-        raise UserError(f"{where}: train is {rule.train!r}: write True or False")
+    check(rule, where, ": ")
     options = [
         name for name in ("optimizer", "learning_rate", "reduction", "rows", "lora") if getattr(rule, name) is not None
     ]
     if not rule.train and options:
         raise UserError(f"{where} freezes what it matches, so {options[0]} has no use: remove it or set train = True")
-    if rule.optimizer is not None and not callable(rule.optimizer):
-        raise UserError(
-            f"{where}: optimizer is {rule.optimizer!r}: give what makes one, such as keras.optimizers.SGD (in a gin "
-            "file @keras.optimizers.SGD) without (), and learning_rate beside it"
-        )
-    if rule.reduction is not None:
-        check_reduction(where, rule.reduction)
     if rule.rows is not None:
         rows = rule.rows
         if not (isinstance(rows, (list, tuple)) and len(rows) == 2 and all(type(row) is int for row in rows)):
             raise UserError(f"{where}: rows is {rows!r}: write (start, stop) of the leading axis")
         if not 0 <= rows[0] < rows[1]:
             raise UserError(f"{where}: rows {tuple(rows)} is empty or negative: write 0 <= start < stop")
-    if rule.lora is not None:
-        if type(rule.lora) is not int or rule.lora < 1:
-            raise UserError(f"{where}: lora is {rule.lora!r}: write its rank, a whole number of at least 1")
-        if rule.rows is not None:
+        if rule.lora is not None:
             raise UserError(f"{where}: lora trains factors of whole kernels, so rows has no use: remove one of them")
     if isinstance(rule.learning_rate, (int, float)) and not rule.learning_rate > 0:
         raise UserError(f"{where}: learning_rate is {rule.learning_rate}: it must be above 0")
-
-
-def check_reduction(where: str, reduction: Any) -> None:
-    """Raises UserError if it is no reduction; `where` says which.
-
-    Examples:
-        >>> from dist_partial.reductions import AllReduce
-        >>> check_reduction("rule 1", AllReduce())
-    """
-    if isinstance(reduction, type) or not hasattr(reduction, "payloads"):
-        raise UserError(
-            f"{where}: reduction is {reduction!r}: give one such as AllReduce(), in a gin file @all_reduce(), "
-            "with the ()"
-        )
 
 
 def first_match(rules: Sequence[Rule], path: str) -> int | None:

@@ -8,11 +8,11 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
+import psutil
 import tensorflow as tf
 
 from dist_partial import compat
@@ -249,7 +249,7 @@ def _from_bytes(x: tf.Tensor, spec: tf.TensorSpec) -> tf.Tensor:
 
 def _room(shape: tuple[int, int], needed: int, where: str) -> np.ndarray:
     free = shutil.disk_usage(tempfile.gettempdir()).free if where == "disk" else _free_memory()
-    if free is not None and needed > free:
+    if needed > free:
         hint = "set TMPDIR to a larger disk" if where == "disk" else "bind run.activation_cache = 'disk'"
         raise UserError(
             f"run.activation_cache = {where!r} needs up to {needed:,} bytes, and {free:,} are free: {hint}, or "
@@ -260,10 +260,6 @@ def _room(shape: tuple[int, int], needed: int, where: str) -> np.ndarray:
     return np.empty(shape, np.uint8)
 
 
-def _free_memory() -> int | None:
-    """Bytes that the system could give; None where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+def _free_memory() -> int:
+    """Returns the bytes that the system could give."""
+    return int(psutil.virtual_memory().available)

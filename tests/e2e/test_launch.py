@@ -234,7 +234,7 @@ def test_a_host_that_its_workers_do_not_know(tmp_path):
     with on_hosts(tmp_path, "127.0.0.1,lokalhost") as launcher:
         assert launcher.wait() == 2
         assert "restart" not in launcher.out
-        assert re.search(r"no host 'lokalhost' is known here: .*; near it there is .*localhost", launcher.err)
+        assert re.search(r"no host 'lokalhost' is known here: .*; nearest: .*localhost", launcher.err)
 
 
 def test_a_host_that_ssh_does_not_know(tmp_path):
@@ -247,7 +247,7 @@ def test_a_host_that_ssh_does_not_know(tmp_path):
         assert launcher.err.startswith(
             "error: worker 0 (lokalhost): ssh: Could not resolve hostname lokalhost: Name or"
         )
-        assert "near it there is " in launcher.err and launcher.err.count("\n") == 1
+        assert "nearest: " in launcher.err and launcher.err.count("\n") == 1
 
 
 def test_a_host_that_cannot_be_reached_now(tmp_path):

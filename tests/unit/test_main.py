@@ -33,9 +33,9 @@ def test_a_subcommand_is_the_module_of_its_name(name, capsys):
 @pytest.mark.parametrize(
     "arguments, line",
     [
-        ([], "error: no command: train, sample, plan, export, launch, report (dist-partial --help lists them)\n"),
-        (["trian"], "error: no command 'trian'; nearest: train (dist-partial --help lists them)\n"),
-        (["--gin_file=a.gin"], "error: no command '--gin_file=a.gin'; nearest: train, sample, plan, export, launch, "),
+        ([], "error: no command: write train, sample, plan, export, launch, report (dist-partial --help lists them)\n"),
+        (["trian"], "error: no command 'trian'; nearest: 'train' (dist-partial --help lists them)\n"),
+        (["--gin_file=a.gin"], "error: no command '--gin_file=a.gin': write train, sample, plan, export, launch, "),
         (["sample"], "error: no --run_dir: name the folder of a run"),
     ],
 )

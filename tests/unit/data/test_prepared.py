@@ -158,7 +158,7 @@ def test_batches(folders, file_format):
             {"name": "mnist"},
             r"'mnist' is not prepared in .*tfds\.builder\('mnist', data_dir='.*'\)\.download_and",
         ),
-        ({"name": "smal_images"}, "'smal_images': is neither prepared in .* near it: small_images"),
+        ({"name": "smal_images"}, "'smal_images': is neither prepared in .* nearest: 'small_images'"),
         ({"name": "mnist/none"}, "BuilderConfig none not found"),
         ({"name": "mnist:9.9.9"}, "cannot be loaded at version 9.9.9"),
         (

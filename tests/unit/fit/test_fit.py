@@ -428,7 +428,7 @@ def test_what_is_thawed_after_it_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rules": [("train", "haed/.*"), ("freeze", ".*")]}, "matches no variable; nearest paths: 'head/bias'"),
+        ({"rules": [("train", "haed/.*"), ("freeze", ".*")]}, "matches no variable; nearest: 'head/bias'"),
         ({"rules": [("train", "head/.*")]}, "no rule covers 'below/kernel'"),
         ({"rules": [("freeze", ".*")]}, "the rules train nothing"),
         ({"rules": []}, "the rules (run.rules) are empty: write a list"),

@@ -206,7 +206,7 @@ def test_an_image_preset_folder_brings_its_preprocessing(tmp_path):
     ("arguments", "words"),
     [
         ({}, "one of preset and architecture"),
-        ({"architecture": "GTP2"}, "nearest: GPT2"),
+        ({"architecture": "GTP2"}, "nearest: 'GPT2'"),
         ({"architecture": "GPT2", "arguments": {"layers": 1}}, "GPT2Backbone takes vocabulary_size"),
         ({"architecture": "ResNet", "task": "Classifier"}, "'ImageClassifier'"),
         ({"architecture": "Bert", "task": "TextClassifier"}, "hub_model.classes is not bound"),

@@ -528,7 +528,7 @@ def message(call):
         (lambda: Gradual(units=[r"head(", r".*"]), ["gradual_unfreezing.units", "'head('", "regular expression"]),
         (lambda: Gradual(units=[3]), ["gradual_unfreezing.units", "3", "string"]),
         (lambda: Rotation(every=True), ["block_rotation.every is True"]),
-        (lambda: Rotation(order="up"), ["block_rotation.order is 'up'", "'ascending' or 'descending' or 'random'"]),
+        (lambda: Rotation(order="up"), ["block_rotation.order is 'up'", "'ascending', 'descending' or 'random'"]),
         (lambda: Rotation(always=None), ["block_rotation.always is None"]),
         (lambda: Rotation(always="head"), ["block_rotation.always is 'head'", "list"]),
         (lambda: Lisa(every=-1), ["lisa.every is -1"]),

@@ -348,7 +348,7 @@ def test_rules_about_what_the_models_own_code_has_frozen():
     words = r"rule 1 \('dense1/.\*'\) would train 'dense1/kernel', .* by trainable = False: take that out"
     with pytest.raises(UserError, match=words):
         plan_of([("train", r"dense1/.*"), ("freeze", ".*")], model)
-    with pytest.raises(UserError, match="matches no variable; nearest paths: 'dense2/bias'"):
+    with pytest.raises(UserError, match="matches no variable; nearest: 'dense2/bias'"):
         plan_of([("freeze", r"dense3/.*"), head], model)
     model.trainable = False
     with pytest.raises(UserError, match=r"no trainable variables: .*; its own code has set trainable = False"):
