@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from dist_partial.errors import UserError
 from dist_partial.models.logits import as_logits
-from dist_partial.validation import Above, AtLeast, AtMost, check, check_arguments
+from dist_partial.validation import Above, AtLeast, AtMost, check
 
 NOT_FINITE = "logits are not finite"  # what the assertion in `draw` says
 _FLOAT32 = np.finfo(np.float32)
@@ -116,7 +116,7 @@ class Generation:
     Examples:
         >>> Generation(count=2, length=5, temperature=-1.0)
         Traceback (most recent call last):
-        dist_partial.errors.UserError: temperature is -1.0: it must be a number of at least 0
+        dist_partial.errors.UserError: temperature is -1.0: it must be 0 (greedy) or a positive number
     """
 
     count: Annotated[int, AtLeast(1)]
@@ -127,7 +127,7 @@ class Generation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(self, "", separator="")
+        check(self, "", "")
 
 
 # Of one generation, as tensors: temperature, top_k, top_p, seed.
@@ -138,14 +138,15 @@ def generate(
     model: Any,
     prompt_ids: Sequence[int] | np.ndarray,
     generation: Generation,
-    window: Annotated[int | None, AtLeast(1)] = None,
+    window: int | None = None,
     use_cache: bool = True,
 ) -> np.ndarray:
     """Writes continuations of one prompt, on one device; the same seed gives the same ids.
 
-    A model with `make_cache` and `decode` (see `ByteTransformer`) reads each id once. Any other is called on the whole
-    text for each id, or on the last `window` ids if its input shape is fixed to [batch, window]; a shorter prompt is
-    then repeated until it fills the window. It is compiled once for each model, count, length and length of the prompt.
+    A model with `make_cache` and `decode` (see `ByteTransformer`) reads each id once. Any other is called on
+    the whole text again for each id, or on the last `window` ids if its input shape is fixed to
+    [batch, window]; a prompt shorter than the window is then repeated until it fills it. Compiled once for a
+    model, count, length and length of the prompt, whatever the other arguments.
 
     Args:
         model: int ids [B, T] to logits, or probabilities, [B, T, V] or [B, V] of the next id.
@@ -166,7 +167,6 @@ def generate(
         >>> [len(ids) for ids in generate(model, [100, 101, 102], Generation(count=2, length=5, seed=1))]
         [5, 5]
     """
-    check_arguments(generate, locals(), "")
     window = window or _window(model)
     writer, vocabulary = _compiled(model, window)
     prompt = _checked(np.asarray(prompt_ids, np.int32).reshape(-1), vocabulary, model.name)

@@ -469,7 +469,7 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="full"), files.replacing(tmp_path / "old") as partial:
         partial.mkdir()
-    assert contents(tmp_path) == {"old/saved_model.pb": b"old"}
+    assert contents(tmp_path) == {".": None, "old": None, "old/saved_model.pb": b"old"}
 
 
 def test_what_is_exported_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
