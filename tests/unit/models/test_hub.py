@@ -257,11 +257,11 @@ class Shifted:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"limit": 0}, r"tokenized_text\.limit = 0"),
-        ({"limit": -1}, r"tokenized_text\.limit = -1"),
+        ({"limit": 0}, r"tokenized_text\.limit is 0"),
+        ({"limit": -1}, r"tokenized_text\.limit is -1"),
         ({"limit": 5}, r"tokenized_text\.limit = 5 .* 15000 bytes"),
-        ({"window": 0}, r"tokenized_text\.window=0 .* tokens"),
-        ({"evaluation_share": 2}, r"tokenized_text\.evaluation_share=2: .* between 0 and 1"),
+        ({"window": 0}, r"tokenized_text\.window is 0"),
+        ({"evaluation_share": 2}, r"tokenized_text\.evaluation_share is 2: .* above 0 and below 1"),
         ({"evaluation_share": 0.02}, r"tokenized_text\.evaluation_share=0\.02 of 15,000 tokens .* at least 0\.334"),
         ({"pattern": "/*.txt"}, r"tokenized_text\.pattern is '/\*\.txt'"),
         ({"root": "a" * 300}, r"tokenized_text\.root 'a{300}' is no folder"),
