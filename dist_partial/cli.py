@@ -89,7 +89,7 @@ class _Helped(Exception):
 def ending() -> Iterator[Ended]:
     """Turns what ends a command into one line on stderr and an exit code.
 
-    Example:
+    Examples:
         >>> with ending() as ended:
         ...     raise UserError("no --gin_file")
         >>> ended.code

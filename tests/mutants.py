@@ -103,16 +103,16 @@ MUTANTS = [
         "clipping before unscaling",
         "step/train_step.py",
         """\
-        if scale is not None:
-            gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
-        squares = unit_squares(plan, gradients) if options.unit_norms else tf.zeros([0])
-        gradients, norm = clip(gradients, shared, options.clip_norm)
+    if spec.scale is not None:
+        gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
+    squares = unit_squares(spec.plan, gradients) if options.unit_norms else tf.zeros([0])
+    gradients, norm = clip(gradients, [entry.reduction.shared for entry in trained], options.clip_norm)
 """,
         """\
-        squares = unit_squares(plan, gradients) if options.unit_norms else tf.zeros([0])
-        gradients, norm = clip(gradients, shared, options.clip_norm)
-        if scale is not None:
-            gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
+    squares = unit_squares(spec.plan, gradients) if options.unit_norms else tf.zeros([0])
+    gradients, norm = clip(gradients, [entry.reduction.shared for entry in trained], options.clip_norm)
+    if spec.scale is not None:
+        gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
 """,
         "unit/step/test_train_step.py::test_a_scaled_gradient_is_clipped_by_its_own_norm",
     ),
@@ -133,8 +133,8 @@ MUTANTS = [
     changed(
         "penalty once a micro-batch",
         "step/train_step.py",
-        "added_losses(model, losses.dtype) / parts",
-        "added_losses(model, losses.dtype) / strategy.num_replicas_in_sync",
+        "added_losses(spec.model, losses.dtype) / parts",
+        "added_losses(spec.model, losses.dtype) / spec.strategy.num_replicas_in_sync",
         "unit/step/test_losses.py::test_a_penalty_counts_once_however_a_batch_is_divided",
     ),
     changed(
@@ -146,16 +146,16 @@ MUTANTS = [
     ),
     changed(
         "a skipped step ends the run",
-        "training/loop.py",
-        "bad = ~np.isfinite(losses) if scaled else",
+        "training/failures.py",
+        "bad = ~np.isfinite(losses) if scale is not None else",
         "bad = ~np.isfinite(losses) if False else",
         "integration/test_loop.py::test_a_run_in_pieces_is_the_run_in_one",
     ),
     changed(
         "probe in training mode",
         "step/probe.py",
-        "losses = batch_losses(loss, batch, model_outputs(model, batch[0], False))",
-        "losses = batch_losses(loss, batch, model_outputs(model, batch[0], True))",
+        "losses = batch_losses(spec.loss, batch, model_outputs(spec.model, batch[0], False))",
+        "losses = batch_losses(spec.loss, batch, model_outputs(spec.model, batch[0], True))",
         "unit/step/test_train_step.py::test_a_probe_measures_in_inference_mode",
     ),
     # Losses and evaluation.
@@ -268,8 +268,8 @@ MUTANTS = [
     changed(
         "statistics in all exchanges",
         "step/outer_step.py",
-        "[] if run_rounds or i else statistics",
-        "[] if run_rounds else statistics",
+        "[] if shared or i else statistics",
+        "[] if shared else statistics",
         "unit/step/test_outer_step.py::test_statistics_travel_with_the_first_exchange",
     ),
     # What is frozen, stored and shared.
@@ -305,11 +305,11 @@ MUTANTS = [
         "generators alike after a resume",
         "training/build.py",
         """\
-        checkpoints.restore(checkpoint, built.state())
-        layer_state.spread(built.replicas.strategy, built.layer_state.generators)
+    state = state.restored(checkpoint)
+    layer_state.spread(trainer.replicas.strategy, trainer.layer_state.generators)
 """,
         """\
-        checkpoints.restore(checkpoint, built.state())
+    state = state.restored(checkpoint)
 """,
         "unit/step/test_layer_state.py::test_masks_go_on_after_a_resume_on_any_number_of_replicas",
     ),
@@ -324,15 +324,15 @@ MUTANTS = [
     changed(
         "loss scale not in the checkpoint",
         "training/state.py",
-        'state |= {"loss_scale/scale": scale.scale, "loss_scale/good_steps": scale.good_steps}',
+        'found |= {"loss_scale/scale": self.scale.scale, "loss_scale/good_steps": self.scale.good_steps}',
         "pass",
         "integration/test_loop.py::test_a_run_in_pieces_is_the_run_in_one",
     ),
     changed(
         "good steps not in the checkpoint",
         "training/state.py",
-        '"loss_scale/scale": scale.scale, "loss_scale/good_steps": scale.good_steps',
-        '"loss_scale/scale": scale.scale',
+        '"loss_scale/scale": self.scale.scale, "loss_scale/good_steps": self.scale.good_steps',
+        '"loss_scale/scale": self.scale.scale',
         "integration/test_loop.py::test_a_run_in_pieces_is_the_run_in_one",
     ),
     changed(

@@ -48,7 +48,7 @@ class StepOptions:
         unit_norms: whether the step also returns the squared gradient norm of each unit of the plan.
         loop: whether a call may make another number of steps than one; without, it takes less time to compile.
 
-    Example:
+    Examples:
         >>> StepOptions(global_batch=32, clip_norm=1.0).accumulate
         1
     """

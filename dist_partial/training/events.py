@@ -39,7 +39,7 @@ def next_due(step: int, *events: Event) -> int:
 class Every:
     """Repeats: due after every `period` steps, if there is one, and after the last step.
 
-    Example:
+    Examples:
         >>> every = Every(4, last=10)
         >>> [step for step in range(1, 11) if every.due(step)]
         [4, 8, 10]

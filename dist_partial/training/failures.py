@@ -112,7 +112,7 @@ def finite_steps(losses: np.ndarray, norms: np.ndarray, scale: LossScale | None)
 
     Under a loss scale an update whose sum overflowed was skipped, and has spoilt nothing.
 
-    Example:
+    Examples:
         >>> finite_steps(np.array([2.0, 3.0]), np.array([1.0, np.inf]), None)
         1
     """

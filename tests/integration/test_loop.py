@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import checkpoints, sample
+from dist_partial import checkpoints, sample, train
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed.replicas import create
@@ -21,11 +21,12 @@ from dist_partial.errors import AGAIN
 from dist_partial.models import byte_transformer
 from dist_partial.selection.rules import Rule
 from dist_partial.step import loss_scale
-from dist_partial.training import loop, metric_writer
+from dist_partial.training import evaluation, loop, metric_writer
 from dist_partial.training.build import build, restore
 from tests import ROOT
 from tests.helpers.files import assert_same_state, contents, rows, same_bits, state
 from tests.helpers.letters import start
+from tests.helpers.marks import quick
 from tests.helpers.strategies import in_process
 from tests.helpers.workers import run_workers
 
@@ -70,6 +71,7 @@ def test_the_folder_keeps_the_contract(letters, tmp_path, capsys):
     assert not any("attention" in name or "embedding" in name for name in saved)
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_same_scalars(letters, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -83,7 +85,9 @@ def test_tensorboard_has_the_same_scalars(letters, tmp_path):
     assert len(events.Tensors("samples/0")) == 2
 
 
-@pytest.mark.parametrize(("precision", "stops"), [("mixed_float16", [3]), ("float32", [3, 8, 11])])
+@pytest.mark.parametrize(
+    ("precision", "stops"), quick([("mixed_float16", [3]), ("float32", [3, 8, 11])], "mixed_float16")
+)
 def test_a_run_in_pieces_is_the_run_in_one(precision, stops, letters, tmp_path, capsys, monkeypatch):
     """Also where the first gradients overflow, for a scale that is halved then and doubled after three good steps."""
     scale, good = 2.0**19, 0
@@ -110,6 +114,7 @@ def test_a_run_in_pieces_is_the_run_in_one(precision, stops, letters, tmp_path, 
     assert "finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["Adafactor", "Nadam", "Muon"])
 def test_optimizers_with_slots_of_their_own_resume(optimizer, letters, tmp_path):
     """Adafactor's factored slots all have one name, and Keras numbers one of Nadam's through the process."""
@@ -133,7 +138,9 @@ def test_a_folder_has_one_run_at_a_time(letters, tmp_path, capsys):
     assert start(letters, tmp_path / "run", "run.steps = 2") == 0
 
 
-@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard"])
+@pytest.mark.parametrize(
+    "name", quick([".lock", "metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard"], "metrics.jsonl")
+)
 def test_nothing_in_a_run_folder_is_written_through_a_link(name, letters, tmp_path, capsys):
     run, mine = tmp_path / "run", tmp_path / "mine"
     assert start(letters, run, "run.steps = 1") == 0
@@ -176,6 +183,7 @@ def test_a_model_of_the_same_shapes_is_another_model(letters, tmp_path, capsys):
     assert "model_config.heads was 2 and is now 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_was_done_after_the_last_checkpoint_is_done_again(letters, tmp_path):
     """As after a kill at step 11: metrics and samples are there beyond the checkpoint, and half a line."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -188,7 +196,8 @@ def test_what_was_done_after_the_last_checkpoint_is_done_again(letters, tmp_path
     assert_same_run(whole, killed, 12)
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(letters, tmp_path):
+@pytest.mark.slow
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(letters, tmp_path):
     """What it had recorded, the evaluation and sample of step 0 among it, is there once and not twice."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     bound = ("run.eval_first = True", "run.steps = 6")
@@ -203,6 +212,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(letters, 
     assert len(list((killed / "tensorboard").iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [4, 8])
 def test_each_switch_is_recorded_once(stop, letters, tmp_path):
     """Stopped where one is due, and killed after it: a line of the plan is of the step that follows."""
@@ -233,6 +243,7 @@ def test_the_bar_shows_what_the_last_call_sent(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_operative_configuration_alone_reproduces_the_run(letters, tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     assert start(letters, one) == 0
@@ -268,6 +279,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(letters, tmp_path):
     assert_same_run(folder, whole, done + 2)
 
 
+@pytest.mark.slow
 def test_the_number_of_replicas_may_change(letters, tmp_path):
     one, changed = tmp_path / "one", tmp_path / "changed"
     params = ["letters_module.small.width = 32", "run.precision = 'float64'"]
@@ -281,6 +293,7 @@ def test_the_number_of_replicas_may_change(letters, tmp_path):
         assert difference <= 1e-10 * max(np.linalg.norm(value), 1e-12), name
 
 
+@pytest.mark.slow
 def test_samples_are_the_same_on_any_number_of_replicas(letters, tmp_path):
     texts = []
     for cpu in (1, 2, 4):
@@ -292,6 +305,7 @@ def test_samples_are_the_same_on_any_number_of_replicas(letters, tmp_path):
     assert len(set(texts[0])) == 3
 
 
+@pytest.mark.slow
 def test_a_sample_that_fails_costs_no_training(letters, tmp_path, capsys):
     folder = tmp_path / "run"
     assert start(letters, folder, "run.model = @letters_module.spoilt") == 0
@@ -322,6 +336,7 @@ def test_sample_command(letters, tmp_path, capsys):
     assert len(first) == 7
 
 
+@pytest.mark.slow
 def test_sample_takes_the_anchors_of_a_run_folder(letters, tmp_path, capsys):
     """Between two exchanges: the text is the one that the run itself has sampled, from what all replicas agree on."""
     folder = tmp_path / "run"
@@ -345,7 +360,6 @@ def test_evaluation_is_that_of_one_device_on_every_example(mirrored):
     weight = rng.integers(0, 2, (11, 6)).astype(np.float32)
     source = ArraySource(x, y, weight)
     from dist_partial.step.evaluation_step import evaluation_step
-    from dist_partial.training import evaluation
 
     for replicas in (1, 2, 4):
         strategy = mirrored(replicas)
@@ -504,3 +518,84 @@ def test_a_worker_that_dies_ends_the_other_with_one_line(reduction, letters, tmp
     last = output.strip().splitlines()[-1]
     assert code == AGAIN, output[-2000:]
     assert "error: " in last and "worker 1" in last and "Traceback" not in output, output[-2000:]
+
+
+@pytest.mark.parametrize("step", [6, 12])
+def test_an_evaluation_that_failed_is_made_up(step, letters, tmp_path, capsys, monkeypatch):
+    """Also at the end, and after it has failed again; what it had written is not there twice."""
+    make, made, fails = evaluation.evaluation, [], {step // 6, step // 6 + 1}
+
+    def flaky(*args, **kwargs):
+        evaluate = make(*args, **kwargs)
+
+        def call():
+            made.append(None)
+            if len(made) in fails:
+                raise RuntimeError("no such luck")
+            return evaluate()
+
+        return call
+
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    bound = ("run.save_every = 3", "replicas.cpu = 1")
+    assert start(letters, whole, *bound) == 0
+    monkeypatch.setattr(evaluation, "evaluation", flaky)
+    for _ in fails:
+        assert start(letters, pieces, *bound) == 1
+        assert "no such luck" in capsys.readouterr().err
+        assert state(pieces, step)
+        assert [row["step"] for row in rows(pieces / "metrics.jsonl") if row["split"] == "eval"] == [6][: step // 6 - 1]
+    assert start(letters, pieces, *bound) == 0
+    said = capsys.readouterr().out
+    assert said.count(f"step {step}: making up the evaluation that failed") == 1
+    assert ("finished" in said) == (step == 12)
+    assert_same_run(whole, pieces, 12)
+    count = len(made)
+    assert start(letters, pieces, *bound) == 0
+    assert "making up" not in capsys.readouterr().out and len(made) == count
+
+
+def test_an_evaluation_is_made_up_once_though_the_run_was_killed_then(letters, tmp_path, monkeypatch):
+    """After it had written its line, and before the checkpoint said so."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    bound = ("run.steps = 3", "replicas.cpu = 1")
+    assert start(letters, whole, *bound) == 0
+    samples = evaluation.samples
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "samples", lambda *args: 1 / 0)
+        assert start(letters, killed, *bound) == start(letters, killed, *bound) == 1
+    assert len(rows(killed / "metrics.jsonl")) == 4 and samples is evaluation.samples
+    assert start(letters, killed, *bound) == 0
+    assert_same_run(whole, killed, 3)
+
+
+def test_the_command_reaches_the_gradient_by_few_functions(letters, tmp_path, monkeypatch):
+    """From `train.main` to the call of `tape.gradient`: at most 7 functions of the package, in 3 files."""
+    package, gradient, ways = str(Path(train.__file__).parent), tf.GradientTape.gradient, []
+
+    def watched(*args, **kwargs):
+        codes, frame = [], sys._getframe(1)
+        while frame is not None and frame.f_code is not train.main.__code__:
+            codes.append(frame.f_code)
+            frame = frame.f_back
+        if frame is not None:  # a run of one device traces in the thread of the command
+            way = dict.fromkeys(code for code in [*codes, train.main.__code__] if code.co_filename.startswith(package))
+            ways.append([f"{Path(code.co_filename).stem}.{code.co_name}" for code in reversed(way)])
+        return gradient(*args, **kwargs)
+
+    monkeypatch.setattr(tf.GradientTape, "gradient", watched)
+    bound = ("run.steps = 2", "block_rotation.every = 1", "replicas.cpu = 1", "run.accumulate = 2")
+    for schedule in ("constant", "block_rotation"):
+        more = () if schedule == "constant" else (f"run.schedule = @{schedule}()",)
+        assert start(letters, tmp_path / schedule, *bound, *more) == 0
+    assert len(ways) >= 3
+    for way in ways:
+        assert way == [
+            "train.main",
+            "loop.run",
+            "loop._enter",
+            "train_step.train_steps",
+            "train_step.one_step",
+            "train_step.replica_gradients",
+            "train_step.backprop",
+        ]

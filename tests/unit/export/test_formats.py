@@ -298,8 +298,8 @@ def test_tensorflow_alone_generates_what_sampling_does(name, folder, elsewhere):
     model = trained_model(folder, name)
     prompt = inputs[f"{name}.prompt"]
     for ids, (seed, temperature) in zip(found[f"{name}.text"], ((0, 0.0), (3, 0.7), (4, 1.5)), strict=True):
-        options = {"count": 2, "length": 9, "temperature": temperature, "seed": seed}
-        np.testing.assert_array_equal(ids, sampling.generate(model, prompt[0], **options))
+        generation = sampling.Generation(count=2, length=9, temperature=temperature, seed=seed)
+        np.testing.assert_array_equal(ids, sampling.generate(model, prompt[0], generation))
 
 
 def test_serving_needs_no_op_of_xla(folder):
@@ -469,7 +469,7 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="full"), files.replacing(tmp_path / "old") as partial:
         partial.mkdir()
-    assert contents(tmp_path) == {"old/saved_model.pb": b"old"}
+    assert contents(tmp_path) == {".": None, "old": None, "old/saved_model.pb": b"old"}
 
 
 def test_what_is_exported_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
