@@ -113,7 +113,7 @@ class ReplicaOptions:
     Examples:
         >>> ReplicaOptions(cpu=0)
         Traceback (most recent call last):
-        dist_partial.errors.UserError: replicas.cpu is 0: write how many simulated replicas, 1 or more
+        dist_partial.errors.UserError: replicas.cpu is 0: it must be a whole number of at least 1
     """
 
     kind: Annotated[str, OneOf(*KINDS)] = "auto"
