@@ -263,7 +263,7 @@ def nearest(word: str, names: Iterable[str], always: bool = False) -> str:
         names: those that are known.
         always: whether to show some also where none is like it.
 
-    Example:
+    Examples:
         >>> nearest("dens1/kernel", ["dense1/kernel", "dense2/kernel", "bias"])
         "; nearest: 'dense1/kernel', 'dense2/kernel'"
         >>> nearest("head", ["kernel"])

@@ -304,8 +304,13 @@ MUTANTS = [
     changed(
         "generators alike after a resume",
         "training/build.py",
-        "    layer_state.spread(trainer.replicas.strategy, trainer.layer_state.generators)\n",
-        "",
+        """\
+    state = state.restored(checkpoint)
+    layer_state.spread(trainer.replicas.strategy, trainer.layer_state.generators)
+""",
+        """\
+    state = state.restored(checkpoint)
+""",
         "unit/step/test_layer_state.py::test_masks_go_on_after_a_resume_on_any_number_of_replicas",
     ),
     changed(

@@ -33,7 +33,7 @@ from dist_partial.validation import nearest
 _OURS: dict[str, Callable[..., Any]] = {
     "run": settings.Settings,
     "sample": settings.Sampling,
-    "replicas": replicas.create,
+    "replicas": replicas.ReplicaOptions,
     "Rule": Rule,
     "all_reduce": AllReduce,
     "power_sgd": PowerSGD,
@@ -130,7 +130,7 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
         known = {name: each.wrapped for name, each in gin.config._REGISTRY.items()}
         signatures.check({f"dist_partial.{name}" for name in _OURS}, known)
         run, sample, replicas = (gin.get_configurable(f"dist_partial.{name}") for name in ("run", "sample", "replicas"))
-        bound = run(replicas=replicas, sampling=sample())
+        bound = run(replicas=replicas().connect, sampling=sample())
         factories = {name: _explained(getattr(bound, name)) for name in ("model", "data", "loss", "optimizer")}
         bound = dataclasses.replace(bound, **factories)
     except UserError as error:  # to which gin adds lines with the names of its own functions

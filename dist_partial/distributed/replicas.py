@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from dist_partial.distributed.collectives import PACK_BYTES, Collectives
 from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.distributed.tcp_strategy import TCPStrategy
 from dist_partial.errors import UserError
-from dist_partial.validation import Above, AtLeast, OneOf, check_arguments
+from dist_partial.validation import Above, AtLeast, OneOf, check
 
 KINDS = ("auto", "default", "mirrored", "multi_worker")
 TRANSPORTS = ("auto", "tensorflow", "sockets")
@@ -85,22 +85,11 @@ class Replicas:
             _outlive(self.backend.workers[1:])
 
 
-def create(
-    kind: Annotated[str, OneOf(*KINDS)] = "auto",
-    cpu: Annotated[int, AtLeast(1)] = 1,
-    transport: Annotated[str, OneOf(*TRANSPORTS)] = "auto",
-    pack_bytes: Annotated[int, AtLeast(1)] = PACK_BYTES,
-    congestion: str | None = "cubic",
-    start_seconds: Annotated[float, Above(0)] = 300.0,
-    patience_seconds: Annotated[float, Above(0)] = 60.0,
-    seal: bool | None = None,
-    allow_no_secret: bool = False,
-) -> Replicas:
-    """Makes the distribution strategy, and connects the workers.
+@dataclasses.dataclass(frozen=True)
+class ReplicaOptions:
+    """Says which replicas to make, and how workers reach each other; bound under `replicas.`.
 
-    Call it before TensorFlow has run any op: devices cannot be added later.
-
-    Args:
+    Attributes:
         kind: 'default' (one device), 'mirrored' (all GPUs of this host, or `cpu` simulated replicas where it has
             none), 'multi_worker' (the cluster in TF_CONFIG), or 'auto': multi_worker if TF_CONFIG names a cluster,
             else mirrored if there are several GPUs or `cpu` > 1, else default.
@@ -119,31 +108,64 @@ def create(
             while they start can pass for one.
 
     Raises:
-        UserError: unknown kind, malformed TF_CONFIG, no secret where one is needed, or devices that cannot be made.
-        Fault: workers are missing when `start_seconds` are over.
+        UserError: a value is none of these.
+
+    Examples:
+        >>> ReplicaOptions(cpu=0)
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: replicas.cpu is 0: write how many simulated replicas, 1 or more
+    """
+
+    kind: Annotated[str, OneOf(*KINDS)] = "auto"
+    cpu: Annotated[int, AtLeast(1)] = 1
+    transport: Annotated[str, OneOf(*TRANSPORTS)] = "auto"
+    pack_bytes: Annotated[int, AtLeast(1)] = PACK_BYTES
+    congestion: str | None = "cubic"
+    start_seconds: Annotated[float, Above(0)] = 300.0
+    patience_seconds: Annotated[float, Above(0)] = 60.0
+    seal: bool | None = None
+    allow_no_secret: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, "replicas")
+
+    def connect(self) -> Replicas:
+        """Makes the distribution strategy, and connects the workers.
+
+        Call it before TensorFlow has run any op: devices cannot be added later.
+
+        Raises:
+            UserError: malformed TF_CONFIG, no secret where one is needed, or devices that cannot be made.
+            Fault: workers are missing when `start_seconds` are over.
+        """
+        cluster = read_tf_config(os.environ.get("TF_CONFIG", ""))
+        gpus = len(tf.config.list_logical_devices("GPU")) if tf.config.list_physical_devices("GPU") else 0
+        kind, reason = self.kind, ""
+        if kind == "auto":
+            kind, reason = _chosen(bool(cluster), gpus, self.cpu)
+        if kind == "multi_worker":
+            return _multi_worker(self, cluster, reason)
+        if self.transport == "sockets":
+            raise UserError(
+                "replicas.transport = 'sockets' connects the workers of TF_CONFIG; here there is one process"
+            )
+        collectives = Collectives(pack_bytes=self.pack_bytes)
+        if kind == "default":
+            return Replicas(tf.distribute.get_strategy(), collectives, f"replicas: 1, default strategy{reason}")
+        devices = [f"GPU:{i}" for i in range(gpus)] or _simulated(self.cpu)
+        what = f"{gpus} GPUs" if gpus else f"{self.cpu} simulated on the CPU"
+        description = f"replicas: {len(devices)}, MirroredStrategy over {what}{reason}"
+        return Replicas(_mirrored(tuple(devices)), collectives, description)
+
+
+def create(kind: str = "auto", cpu: int = 1, **options: Any) -> Replicas:
+    """Makes the replicas and connects the workers: `ReplicaOptions(kind, cpu, **options).connect()`.
 
     Examples:
         >>> print(create("default").description)
         replicas: 1, default strategy
     """
-    check_arguments(create, locals(), "replicas")
-    cluster = read_tf_config(os.environ.get("TF_CONFIG", ""))
-    gpus = len(tf.config.list_logical_devices("GPU")) if tf.config.list_physical_devices("GPU") else 0
-    reason = ""
-    if kind == "auto":
-        kind, reason = _chosen(bool(cluster), gpus, cpu)
-    if kind == "multi_worker":
-        connect = functools.partial(_connect, start_seconds, congestion, seal, allow_no_secret)
-        return _multi_worker(cluster, reason, transport, pack_bytes, patience_seconds, connect)
-    if transport == "sockets":
-        raise UserError("replicas.transport = 'sockets' connects the workers of TF_CONFIG; here there is one process")
-    collectives = Collectives(pack_bytes=pack_bytes)
-    if kind == "default":
-        return Replicas(tf.distribute.get_strategy(), collectives, f"replicas: 1, default strategy{reason}")
-    devices = [f"GPU:{i}" for i in range(gpus)] or _simulated(cpu)
-    what = f"{gpus} GPUs" if gpus else f"{cpu} simulated on the CPU"
-    description = f"replicas: {len(devices)}, MirroredStrategy over {what}{reason}"
-    return Replicas(_mirrored(tuple(devices)), collectives, description)
+    return ReplicaOptions(kind, cpu, **options).connect()
 
 
 @functools.cache
@@ -174,32 +196,25 @@ def _simulated(count: int) -> list[str]:
     return [f"CPU:{i}" for i in range(count)]
 
 
-def _multi_worker(
-    cluster: dict[str, Any] | None,
-    reason: str,
-    transport: str,
-    pack_bytes: int,
-    patience_seconds: float,
-    connect: Callable[[int, list[str]], dict[int, handshake.Link]],
-) -> Replicas:
+def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reason: str) -> Replicas:
     if cluster is None:
         raise UserError("replicas.kind is 'multi_worker', but TF_CONFIG names no cluster: set it on every worker")
     everyone = [address for kind in ("chief", "worker") for address in cluster["cluster"].get(kind, [])]
     task = cluster["task"]
     rank = everyone.index(cluster["cluster"][task["type"]][task["index"]])
     gpus = bool(tf.config.list_physical_devices("GPU"))
-    if gpus and transport == "sockets":
+    if gpus and options.transport == "sockets":
         raise UserError("replicas.transport = 'sockets' is for workers without GPUs: bind 'auto' or 'tensorflow'")
-    tensorflow = gpus or transport == "tensorflow"
+    tensorflow = gpus or options.transport == "tensorflow"
     started = threading.Event()  # before, TensorFlow has no collectives to abort, and would make others then
     connected = TCPBackend(
         rank,
         everyone,
-        connect(rank, everyone),
-        patience_seconds,
+        _connect(options, rank, everyone),
+        options.patience_seconds,
         lambda reason: _abort(reason) if started.is_set() else None,
     )
-    strategy = _tensorflow_strategy(patience_seconds) if tensorflow else TCPStrategy(connected)
+    strategy = _tensorflow_strategy(options.patience_seconds) if tensorflow else TCPStrategy(connected)
     if tensorflow:
         started.set()
         if lost := connected.lost():
@@ -207,7 +222,7 @@ def _multi_worker(
     how = "TensorFlow's collectives" if tensorflow else "direct connections"
     return Replicas(
         strategy,
-        Collectives(None if tensorflow else connected, pack_bytes),
+        Collectives(None if tensorflow else connected, options.pack_bytes),
         f"replicas: {strategy.num_replicas_in_sync}, MultiWorkerMirroredStrategy over {len(everyone)} workers, this is "
         f"{task['type']} {task['index']}{reason}; gradients travel by {how}",
         connected,
@@ -215,14 +230,7 @@ def _multi_worker(
     )
 
 
-def _connect(
-    start_seconds: float,
-    congestion: str | None,
-    seal: bool | None,
-    allow_no_secret: bool,
-    rank: int,
-    workers: list[str],
-) -> dict[int, handshake.Link]:
+def _connect(options: ReplicaOptions, rank: int, workers: list[str]) -> dict[int, handshake.Link]:
     """Connects by the secret in the environment; without one only on loopback, or where that is allowed."""
     secret, loopback = os.environ.get(handshake.SECRET, ""), rendezvous.on_loopback(workers)
     if not secret and len(workers) > 1:
@@ -230,12 +238,11 @@ def _connect(
             f"no {handshake.SECRET}: whoever reaches {workers[rank]} while workers start can pass for one; set the "
             "same on all, such as `openssl rand -hex 32` draws"
         )
-        if not (loopback or allow_no_secret):
+        if not (loopback or options.allow_no_secret):
             raise UserError(f"{what}, or bind replicas.allow_no_secret = True")
         print(f"warning: {what}", file=sys.stderr, flush=True)
-    if seal is None:
-        seal = bool(secret) and not loopback
-    return rendezvous.connect(rank, workers, start_seconds, secret, congestion, seal)
+    seal = bool(secret) and not loopback if options.seal is None else options.seal
+    return rendezvous.connect(rank, workers, options.start_seconds, secret, options.congestion, seal)
 
 
 def _tensorflow_strategy(patience_seconds: float) -> tf.distribute.Strategy:

@@ -12,6 +12,7 @@ from dist_partial import compat, reductions
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.errors import UserError
 from dist_partial.reductions.all_reduce import AllReduce
+from dist_partial.reductions.reduce_gradients import make_states, reduce_gradients
 from dist_partial.selection.plan import Plan, VariablePlan
 from dist_partial.selection.rules import Rule
 from dist_partial.step import optimizers
@@ -96,7 +97,7 @@ class Partial(keras.optimizers.Optimizer):
                     group.optimizer.exclude_from_weight_decay(listed, pattern and [pattern])
             for group in groups.values():
                 group.allocate()
-            self._groups, self._states = tuple(groups.values()), reductions.states(plan)
+            self._groups, self._states = tuple(groups.values()), make_states(plan)
         self.awake = self.asleep(variables)
         freeze(v for v in variables if v.trainable and all(v is not chosen for chosen in self.selected))
         super().build(self.selected)
@@ -141,7 +142,7 @@ class Partial(keras.optimizers.Optimizer):
             gradients.append(gradient)
         if all(gradient is None for gradient in gradients):
             raise UserError(f"the loss depends on none of the selected variables ({trained[0].path!r}, ...)")
-        return reductions.reduce(Collectives(), self.plan, gradients, self._states)[0]
+        return reduce_gradients(Collectives(), self.plan, gradients, self._states)[0]
 
     @property
     def selected(self) -> list[Any]:

@@ -69,18 +69,22 @@ def hub_model(
         whole = _from_preset(getattr(hub.models, task), preset, load_weights=load_weights, **head)
     else:
         assert architecture is not None
-        backbone = _named(hub.models, architecture, "Backbone")
-        of_task = _named(hub.models, architecture, task)
-        _check_sizes(backbone, arguments or {})
-        try:
-            whole = of_task(backbone=backbone(**(arguments or {})), preprocessor=None, **head)
-        except Exception as error:  # KerasHub divides by what it does not check
-            taken = [name for name in inspect.signature(backbone).parameters if name != "kwargs"]
-            raise UserError(
-                f"hub_model.arguments {arguments!r}: {first_line(error)}; {architecture}Backbone takes "
-                f"{', '.join(taken)}"
-            ) from error
+        whole = _fresh(hub.models, task, architecture, arguments or {}, head)
     return single_input(whole, "hub_model")
+
+
+def _fresh(models: ModuleType, task: str, architecture: str, arguments: dict[str, Any], head: dict[str, Any]) -> Any:
+    """Makes a task with fresh weights; raises UserError if the architecture does not take the arguments."""
+    backbone = _named(models, architecture, "Backbone")
+    of_task = _named(models, architecture, task)
+    _check_sizes(backbone, arguments)
+    try:
+        return of_task(backbone=backbone(**arguments), preprocessor=None, **head)
+    except Exception as error:  # KerasHub divides by what it does not check
+        taken = [name for name in inspect.signature(backbone).parameters if name != "kwargs"]
+        raise UserError(
+            f"hub_model.arguments {arguments!r}: {first_line(error)}; {architecture}Backbone takes {', '.join(taken)}"
+        ) from error
 
 
 def single_input(task: Any, name: str) -> keras.Model:

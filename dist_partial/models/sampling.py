@@ -1,5 +1,6 @@
 """Draws ids from a model's logits: temperature, top-k, top-p, and the loop that writes a text."""
 
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import tensorflow as tf
 
 from dist_partial.errors import UserError
 from dist_partial.models.logits import as_logits
-from dist_partial.validation import Above, AtLeast, AtMost, check_arguments
+from dist_partial.validation import Above, AtLeast, AtMost, check
 
 NOT_FINITE = "logits are not finite"  # what the assertion in `draw` says
 _FLOAT32 = np.finfo(np.float32)
@@ -97,20 +98,50 @@ def draw(
     return tf.argmax(likely + noise, axis=-1, output_type=tf.int32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Says how many texts to write, how long, and how their ids are drawn.
+
+    Attributes:
+        count: how many continuations of the prompt.
+        length: ids of each continuation.
+        temperature: divides the logits; 0 is greedy.
+        top_k: only the k likeliest ids, at least 1, or None for all.
+        top_p: only the likeliest ids that together have this probability, in (0, 1], or None for all.
+        seed: of the noise; the same seed gives the same ids.
+
+    Raises:
+        UserError: a value is out of its range.
+
+    Examples:
+        >>> Generation(count=2, length=5, temperature=-1.0)
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: temperature is -1.0: it must be 0 (greedy) or a positive number
+    """
+
+    count: Annotated[int, AtLeast(1)]
+    length: Annotated[int, AtLeast(1)]
+    temperature: Annotated[float, AtLeast(0)] = 1.0
+    top_k: Annotated[int | None, AtLeast(1)] = None
+    top_p: Annotated[float | None, Above(0), AtMost(1)] = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self, "", "")
+
+
+# Of one generation, as tensors: temperature, top_k, top_p, seed.
+Drawing = tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]
+
+
 def generate(
     model: Any,
     prompt_ids: Sequence[int] | np.ndarray,
-    *,
-    count: Annotated[int, AtLeast(1)],
-    length: Annotated[int, AtLeast(1)],
-    temperature: Annotated[float, AtLeast(0)],
-    top_k: Annotated[int | None, AtLeast(1)] = None,
-    top_p: Annotated[float | None, Above(0), AtMost(1)] = None,
-    seed: int,
-    window: Annotated[int | None, AtLeast(1)] = None,
+    generation: Generation,
+    window: int | None = None,
     use_cache: bool = True,
 ) -> np.ndarray:
-    """Writes `count` continuations of one prompt, on one device; the same seed gives the same ids.
+    """Writes continuations of one prompt, on one device; the same seed gives the same ids.
 
     A model with `make_cache` and `decode` (see `ByteTransformer`) reads each id once. Any other is called on
     the whole text again for each id, or on the last `window` ids if its input shape is fixed to
@@ -120,12 +151,7 @@ def generate(
     Args:
         model: int ids [B, T] to logits, or probabilities, [B, T, V] or [B, V] of the next id.
         prompt_ids: At least one id, [P].
-        count: How many continuations.
-        length: Ids of each continuation.
-        temperature: >= 0; 0 is greedy.
-        top_k: >= 1, or None for all ids.
-        top_p: In (0, 1], or None for all ids.
-        seed: Of the noise.
+        generation: How many texts, how long, and how ids are drawn.
         window: How many ids the model reads at once; None takes it from the model's input shape, if that is fixed.
         use_cache: False recomputes the whole text even where the model has a cache.
 
@@ -133,35 +159,30 @@ def generate(
         int32 ids [count, length], without the prompt.
 
     Raises:
-        UserError: An argument is out of its range, the prompt is empty or holds an unknown id, or the model's logits
-            are not finite (-inf forbids an id; not all may be).
+        UserError: The prompt is empty or holds an unknown id, or logits are not finite (-inf alone forbids an id).
 
     Examples:
         >>> from dist_partial.models import byte_transformer
         >>> model = byte_transformer(layers=1, width=16, heads=2)
-        >>> [len(ids) for ids in generate(model, [100, 101, 102], count=2, length=5, temperature=0.6, seed=1)]
+        >>> [len(ids) for ids in generate(model, [100, 101, 102], Generation(count=2, length=5, seed=1))]
         [5, 5]
     """
-    check_arguments(generate, locals(), "")
     window = window or _window(model)
     writer, vocabulary = _compiled(model, window)
-    prompt = np.asarray(prompt_ids, np.int32).reshape(-1)
-    if not prompt.size:
-        raise UserError("the prompt is empty: a text needs at least one id to go on from")
-    unknown = prompt[(prompt < 0) | (prompt >= vocabulary)]
-    if unknown.size:
-        raise UserError(f"the prompt holds the id {unknown[0]}: {model.name} knows 0 to {vocabulary - 1}")
+    prompt = _checked(np.asarray(prompt_ids, np.int32).reshape(-1), vocabulary, model.name)
     if window and prompt.size < window:
         prompt = np.tile(prompt, -(-window // prompt.size))[-window:]
     try:
         ids = writer(
             tf.constant(prompt),
-            tf.constant(temperature, tf.float32),
-            tf.constant(min(top_k or vocabulary, vocabulary), tf.int32),
-            tf.constant(top_p or 1.0, tf.float32),
-            tf.constant(seed, tf.int64),
-            count=count,
-            length=length,
+            (
+                tf.constant(generation.temperature, tf.float32),
+                tf.constant(min(generation.top_k or vocabulary, vocabulary), tf.int32),
+                tf.constant(generation.top_p or 1.0, tf.float32),
+                tf.constant(generation.seed, tf.int64),
+            ),
+            count=generation.count,
+            length=generation.length,
             window=window,
             cached=use_cache and hasattr(model, "decode"),
         )
@@ -173,6 +194,16 @@ def generate(
             "weights from before they were spoilt, or a precision of more range"
         ) from None
     return ids.numpy()
+
+
+def _checked(prompt: np.ndarray, vocabulary: int, name: str) -> np.ndarray:
+    """The prompt; raises UserError if it is empty, or if the model of that name does not know one of its ids."""
+    if not prompt.size:
+        raise UserError("the prompt is empty: a text needs at least one id to go on from")
+    unknown = prompt[(prompt < 0) | (prompt >= vocabulary)]
+    if unknown.size:
+        raise UserError(f"the prompt holds the id {unknown[0]}: {name} knows 0 to {vocabulary - 1}")
+    return prompt
 
 
 _writers: weakref.WeakKeyDictionary[Any, tuple[Callable[..., tf.Tensor], int]] = weakref.WeakKeyDictionary()
@@ -195,10 +226,7 @@ def _window(model: Any) -> int | None:
 def _write(
     model_ref: weakref.ref,
     prompt: tf.Tensor,
-    temperature: tf.Tensor,
-    top_k: tf.Tensor,
-    top_p: tf.Tensor,
-    seed: tf.Tensor,
+    drawing: Drawing,
     *,
     count: int,
     length: int,
@@ -206,6 +234,7 @@ def _write(
     cached: bool,
 ) -> tf.Tensor:
     """`generate` after its checks: prompt [P] to ids [count, length]."""
+    temperature, top_k, top_p, seed = drawing
 
     def choose(logits: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
         return draw(logits, temperature, top_k, top_p, seed, position)

@@ -1,7 +1,7 @@
 """Carries gradients across the replicas: each reduction says what it sends, what it keeps, and how it sums."""
 
 from dist_partial.reductions.all_reduce import AllReduce
-from dist_partial.reductions.base import Exchange, Reduction, mean, reduce, states
+from dist_partial.reductions.base import Exchange, Reduction, mean
 from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.local_sgd import LocalSGD, averages, nesterov
 from dist_partial.reductions.power_sgd import PowerSGD
@@ -20,6 +20,4 @@ __all__ = [
     "averages",
     "mean",
     "nesterov",
-    "reduce",
-    "states",
 ]

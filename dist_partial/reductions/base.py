@@ -1,6 +1,6 @@
 """How one group's gradients cross the replicas.
 
-A reduction says what it sends (`messages`), what it keeps on each replica (`state`) and what it does (`reduce`, a
+A reduction says what it sends (`payloads`), what it keeps on each replica (`state`) and what it does (`reduce`, a
 generator that yields the requests of `distributed.collectives` and returns the result).
 """
 
@@ -10,9 +10,8 @@ from typing import Annotated, Any, Protocol
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.distributed.collectives import AllGatherRequest, AllReduceRequest, Collectives, run_rounds
+from dist_partial.distributed.collectives import AllGatherRequest, AllReduceRequest
 from dist_partial.selection.payload import Payload
-from dist_partial.selection.plan import Plan
 from dist_partial.validation import OneOf
 
 Exchange = Generator[AllReduceRequest | AllGatherRequest, tf.Tensor, tf.Tensor]
@@ -38,56 +37,6 @@ class Reduction(Protocol):
 
     def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
         """Yields requests and returns the sum of all replicas' `value`, or an approximation of it; updates `state`."""
-
-
-def reduce(
-    collectives: Collectives,
-    plan: Plan,
-    gradients: Sequence[tf.Tensor | None],
-    states: Sequence[dict[str, Any]],
-    statistics: Sequence[tf.Tensor] = (),
-) -> tuple[list[tf.Tensor | None], list[tf.Tensor]]:
-    """Reduces each gradient by its rule's reduction, all of them together in packs.
-
-    Called in a replica context.
-
-    Args:
-        collectives: how replicas reach each other.
-        plan: what travels, and how.
-        gradients: in the order of `plan.trained`, divided by the global batch; None stays None and sends nothing.
-        states: what each reduction keeps, in the same order; from `states`.
-        statistics: tensors to be averaged, which travel in the same packs.
-
-    Returns:
-        The sums and the averages, in the shapes and dtypes they came in: the same bits on every replica, except
-        where a reduction is not `shared`.
-    """
-    trained = plan.trained
-    # Backprop produces the last layers' gradients first: they go first, while the rest is still computed.
-    members = [i for i in reversed(range(len(gradients))) if gradients[i] is not None]
-    exchanges = [trained[i].reduction.reduce(gradients[i], states[i]) for i in members]
-    results = run_rounds(collectives, [*exchanges, *map(mean, statistics)])
-    reduced: list[tf.Tensor | None] = [None] * len(gradients)
-    for i, result in zip(members, results, strict=False):
-        reduced[i] = result
-    return reduced, results[len(members) :]
-
-
-def states(plan: Plan) -> list[dict[str, tf.Variable]]:
-    """Makes what the reductions keep on each replica, in the order of `plan.trained`; called in the scope."""
-    return [
-        {
-            name: tf.Variable(
-                value,
-                trainable=False,
-                name=name,
-                synchronization=tf.VariableSynchronization.ON_READ,
-                aggregation=tf.VariableAggregation.NONE,
-            )
-            for name, value in entry.reduction.state(entry.path, entry.trained_shape, entry.dtype).items()
-        }
-        for entry in plan.trained
-    ]
 
 
 def mean(value: tf.Tensor) -> Exchange:

@@ -57,15 +57,7 @@ def resolve(
             raise UserError(f"no rule covers {path!r}: end the table with ('freeze', r'.*') or name it{near}")
         used.add(number)
         rule, shape = rules[number], tuple(variable.shape)
-        if rule.rows is not None and (not shape or rule.rows[1] > shape[0]):
-            raise UserError(
-                f"rule {number + 1} ({rule.match!r}): rows {rule.rows} lie beyond {path!r} of shape {shape}"
-            )
-        if rule.lora is not None and path not in adapters:
-            raise UserError(
-                f"rule {number + 1} ({rule.match!r}) asks for LoRA of {path!r}, and nothing has enabled it: call "
-                f"enable_lora({rule.lora}) of the layer and match r'.*/lora_.*', or train with dist_partial.train"
-            )
+        _check_applies(f"rule {number + 1} ({rule.match!r})", rule, path, shape, path in adapters)
         if path in adapters and path not in frozen:
             frozen.add(path)
             kernel = adapters[path].kernel
@@ -79,6 +71,17 @@ def resolve(
     if not plan.trained:
         raise UserError(f"the rules train nothing: all {len(paths)} variables are frozen; add ('train', pattern)")
     return plan
+
+
+def _check_applies(where: str, rule: Rule, path: str, shape: tuple[int, ...], adapted: bool) -> None:
+    """Raises UserError if a rule asks for rows or LoRA that the variable which it covers does not have."""
+    if rule.rows is not None and (not shape or rule.rows[1] > shape[0]):
+        raise UserError(f"{where}: rows {rule.rows} lie beyond {path!r} of shape {shape}")
+    if rule.lora is not None and not adapted:
+        raise UserError(
+            f"{where} asks for LoRA of {path!r}, and nothing has enabled it: call enable_lora({rule.lora}) of the "
+            "layer and match r'.*/lora_.*', or train with dist_partial.train"
+        )
 
 
 def _closes(number: int, rules: Sequence[Rule], paths: Sequence[str]) -> bool:

@@ -91,7 +91,7 @@ def build(
     Args:
         plan: the plan.
         groups: from `optimizers.build`.
-        states: from `reductions.states`.
+        states: from `make_states`.
 
     Raises:
         UserError: if an outer factory does not make a Keras optimizer.

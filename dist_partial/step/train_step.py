@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.errors import calling
-from dist_partial.reductions.base import reduce
+from dist_partial.reductions.reduce_gradients import reduce_gradients
 from dist_partial.selection.plan import Plan
 from dist_partial.step import optimizers as optimizers_lib
 from dist_partial.step.gradients import (
@@ -72,7 +72,7 @@ class StepSpec:
         loss: (y, outputs) -> losses, the batch axis first.
         plan: what is trained and how it travels.
         optimizers: one a group, from `optimizers.build`.
-        states: what the reductions keep, from `reductions.states`.
+        states: what the reductions keep, from `make_states`.
         options: batch size, clipping, accumulation, compilation.
         scale: the loss scale of float16 training, or None.
         outputs: (x, training) -> the model's outputs, where x is something else than the model's input; None calls
@@ -190,7 +190,7 @@ def replica_gradients(spec: StepSpec, batch: Batch) -> tuple[tf.Tensor, tf.Tenso
             gradients = [g if g is None else g + m for g, m in zip(gradients, more, strict=True)]
     spec.without_gradient[:] = [e.path for e, g in zip(trained, gradients, strict=True) if g is None]
     statistics = [tf.convert_to_tensor(variable.value) for variable in spec.statistics]
-    gradients, means = reduce(spec.collectives, spec.plan, gradients, spec.states, statistics)
+    gradients, means = reduce_gradients(spec.collectives, spec.plan, gradients, spec.states, statistics)
     # Only now, on the sum that all replicas share bit for bit, may anything depend on the gradient's values:
     # what one replica decided by its own part alone would set it apart from the others.
     if spec.scale is not None:

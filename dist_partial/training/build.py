@@ -18,6 +18,7 @@ from dist_partial.distributed import consistency
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError, calling
+from dist_partial.reductions.reduce_gradients import make_states
 from dist_partial.schedules.base import Schedule, Unit
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.payload import average_bytes
@@ -138,7 +139,7 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
             changed, outputs = layer_state.find(model, x, plan)
         with calling("run.optimizer"):
             groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))
-        reduction_states = reductions.states(plan)
+        reduction_states = make_states(plan)
         fragments = outer_step.build(plan, groups, reduction_states)
         scale = LossScale() if needs_loss_scale(model) else None
     if scale is not None:

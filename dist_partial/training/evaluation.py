@@ -10,7 +10,7 @@ from dist_partial.config.settings import Sampling
 from dist_partial.data import Dataset, evaluation_batches
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.errors import UserError, calling
-from dist_partial.models.sampling import generate
+from dist_partial.models.sampling import Generation, generate
 
 
 def evaluation(
@@ -87,17 +87,16 @@ def samples(model: Any, data: Dataset, sampling: Sampling, step: int) -> list[di
     x, y = data.train.spec[:2]
     with calling("run.data"):
         prompt = data.codec.encode(sampling.prompt)
-    ids = generate(
-        model,
-        prompt,
+    generation = Generation(
         count=sampling.count,
         length=sampling.length,
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         seed=sampling.seed,
-        window=x.shape[0] if y.shape.rank < x.shape.rank else None,  # one target for a whole window
     )
+    # A target of fewer axes is one for a whole window.
+    ids = generate(model, prompt, generation, window=x.shape[0] if y.shape.rank < x.shape.rank else None)
     row = {"step": step, "temperature": sampling.temperature, "prompt": sampling.prompt}
     with calling("run.data"):
         return [{**row, "text": data.codec.decode(text)} for text in ids]

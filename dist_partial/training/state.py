@@ -34,7 +34,7 @@ class TrainState:
         model: the model.
         plan: all that is ever trained.
         optimizers: one a group; those without slots have none in the state.
-        reduction_states: what the reductions keep, from `reductions.states`.
+        reduction_states: what the reductions keep, from `make_states`.
         fragments: what is exchanged every few steps, from `outer_step.build`.
         moving: what layers change, see `layer_state.find`.
         scale: the loss scale, or None.

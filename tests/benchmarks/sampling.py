@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from dist_partial.models import byte_transformer
-from dist_partial.models.sampling import generate
+from dist_partial.models.sampling import Generation, generate
 from tests.benchmarks import tables
 
 COMMAND = "python -m tests.benchmarks.sampling"
@@ -28,15 +28,7 @@ def main() -> None:
         for repeat in range(REPEATS + 1):
             for use_cache, times in seconds.items():
                 start = time.perf_counter()
-                generate(
-                    model,
-                    PROMPT,
-                    count=COUNT,
-                    length=length,
-                    temperature=1.0,
-                    seed=repeat,
-                    use_cache=use_cache,
-                )
+                generate(model, PROMPT, Generation(COUNT, length, seed=repeat), use_cache=use_cache)
                 if repeat:  # The first one compiles.
                     times.append(time.perf_counter() - start)
         recomputed, cached = (COUNT * length / statistics.median(seconds[cache]) for cache in (False, True))

@@ -21,6 +21,7 @@ from dist_partial import reductions, selection
 from dist_partial.config.settings import cross_entropy
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.models import byte_transformer
+from dist_partial.reductions.reduce_gradients import make_states
 from dist_partial.step import optimizers
 from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 from tests.benchmarks import tables
@@ -58,7 +59,7 @@ def ours(
         model = byte_transformer(**model_arguments)
         plan = selection.resolve(rules, model, reductions.AllReduce())
         groups = optimizers.build(plan, keras.optimizers.Adam)
-        states = reductions.states(plan)
+        states = make_states(plan)
     options = StepOptions(global_batch)
     spec = StepSpec(strategy, Collectives(), model, cross_entropy().call, plan, groups, states, options)
     train = train_step(spec).function

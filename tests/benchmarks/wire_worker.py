@@ -180,6 +180,7 @@ def dist_partial_variant(replicas: Any, worker: Worker, selected: str, dtype: st
     import tensorflow as tf
 
     from dist_partial import reductions, selection
+    from dist_partial.reductions.reduce_gradients import make_states
     from dist_partial.step import optimizers
     from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 
@@ -188,7 +189,7 @@ def dist_partial_variant(replicas: Any, worker: Worker, selected: str, dtype: st
         model = keras_model()
         plan = selection.resolve(rules[selected], model, reductions.AllReduce(dtype))
         groups = optimizers.build(plan, lambda: keras.optimizers.SGD(LEARNING_RATE))
-        states = reductions.states(plan)
+        states = make_states(plan)
 
     def loss(y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
         return tf.reduce_mean(tf.square(outputs - y), axis=1)

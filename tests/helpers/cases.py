@@ -13,6 +13,7 @@ from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed import per_replica, traffic
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.models import byte_transformer, two_dense
+from dist_partial.reductions.reduce_gradients import make_states
 from dist_partial.step import batch_norm, optimizers
 from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 
@@ -268,7 +269,7 @@ def train(
         plan = selection.resolve(case.rules, model, all_reduce)
         batch_norm.set_modes(batch_norm.layers(model), plan, everywhere=False)
         groups = optimizers.build(plan, lambda: optimizer(name, options))
-        states = reductions.states(plan)
+        states = make_states(plan)
     before = weights(model)
     spec = StepSpec(
         strategy,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import checkpoints, sample
+from dist_partial import checkpoints, sample, train
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
 from dist_partial.distributed.replicas import create
@@ -21,7 +21,7 @@ from dist_partial.errors import AGAIN
 from dist_partial.models import byte_transformer
 from dist_partial.selection.rules import Rule
 from dist_partial.step import loss_scale
-from dist_partial.training import loop, metric_writer
+from dist_partial.training import evaluation, loop, metric_writer
 from dist_partial.training.build import build, restore
 from tests import ROOT
 from tests.helpers.files import assert_same_state, contents, rows, same_bits, state
@@ -360,7 +360,6 @@ def test_evaluation_is_that_of_one_device_on_every_example(mirrored):
     weight = rng.integers(0, 2, (11, 6)).astype(np.float32)
     source = ArraySource(x, y, weight)
     from dist_partial.step.evaluation_step import evaluation_step
-    from dist_partial.training import evaluation
 
     for replicas in (1, 2, 4):
         strategy = mirrored(replicas)
@@ -519,3 +518,84 @@ def test_a_worker_that_dies_ends_the_other_with_one_line(reduction, letters, tmp
     last = output.strip().splitlines()[-1]
     assert code == AGAIN, output[-2000:]
     assert "error: " in last and "worker 1" in last and "Traceback" not in output, output[-2000:]
+
+
+@pytest.mark.parametrize("step", [6, 12])
+def test_an_evaluation_that_failed_is_made_up(step, letters, tmp_path, capsys, monkeypatch):
+    """Also at the end, and after it has failed again; what it had written is not there twice."""
+    make, made, fails = evaluation.evaluation, [], {step // 6, step // 6 + 1}
+
+    def flaky(*args, **kwargs):
+        evaluate = make(*args, **kwargs)
+
+        def call():
+            made.append(None)
+            if len(made) in fails:
+                raise RuntimeError("no such luck")
+            return evaluate()
+
+        return call
+
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    bound = ("run.save_every = 3", "replicas.cpu = 1")
+    assert start(letters, whole, *bound) == 0
+    monkeypatch.setattr(evaluation, "evaluation", flaky)
+    for _ in fails:
+        assert start(letters, pieces, *bound) == 1
+        assert "no such luck" in capsys.readouterr().err
+        assert state(pieces, step)
+        assert [row["step"] for row in rows(pieces / "metrics.jsonl") if row["split"] == "eval"] == [6][: step // 6 - 1]
+    assert start(letters, pieces, *bound) == 0
+    said = capsys.readouterr().out
+    assert said.count(f"step {step}: making up the evaluation that failed") == 1
+    assert ("finished" in said) == (step == 12)
+    assert_same_run(whole, pieces, 12)
+    count = len(made)
+    assert start(letters, pieces, *bound) == 0
+    assert "making up" not in capsys.readouterr().out and len(made) == count
+
+
+def test_an_evaluation_is_made_up_once_though_the_run_was_killed_then(letters, tmp_path, monkeypatch):
+    """After it had written its line, and before the checkpoint said so."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    bound = ("run.steps = 3", "replicas.cpu = 1")
+    assert start(letters, whole, *bound) == 0
+    samples = evaluation.samples
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "samples", lambda *args: 1 / 0)
+        assert start(letters, killed, *bound) == start(letters, killed, *bound) == 1
+    assert len(rows(killed / "metrics.jsonl")) == 4 and samples is evaluation.samples
+    assert start(letters, killed, *bound) == 0
+    assert_same_run(whole, killed, 3)
+
+
+def test_the_command_reaches_the_gradient_by_few_functions(letters, tmp_path, monkeypatch):
+    """From `train.main` to the call of `tape.gradient`: at most 7 functions of the package, in 3 files."""
+    package, gradient, ways = str(Path(train.__file__).parent), tf.GradientTape.gradient, []
+
+    def watched(*args, **kwargs):
+        codes, frame = [], sys._getframe(1)
+        while frame is not None and frame.f_code is not train.main.__code__:
+            codes.append(frame.f_code)
+            frame = frame.f_back
+        if frame is not None:  # a run of one device traces in the thread of the command
+            way = dict.fromkeys(code for code in [*codes, train.main.__code__] if code.co_filename.startswith(package))
+            ways.append([f"{Path(code.co_filename).stem}.{code.co_name}" for code in reversed(way)])
+        return gradient(*args, **kwargs)
+
+    monkeypatch.setattr(tf.GradientTape, "gradient", watched)
+    bound = ("run.steps = 2", "block_rotation.every = 1", "replicas.cpu = 1", "run.accumulate = 2")
+    for schedule in ("constant", "block_rotation"):
+        more = () if schedule == "constant" else (f"run.schedule = @{schedule}()",)
+        assert start(letters, tmp_path / schedule, *bound, *more) == 0
+    assert len(ways) >= 3
+    for way in ways:
+        assert way == [
+            "train.main",
+            "loop.run",
+            "loop._enter",
+            "train_step.train_steps",
+            "train_step.one_step",
+            "train_step.replica_gradients",
+            "train_step.backprop",
+        ]

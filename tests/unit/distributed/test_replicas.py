@@ -50,7 +50,7 @@ def test_a_malformed_tf_config_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["Mirrored", "tpu", None, 3])
 def test_unknown_kind(kind):
-    with pytest.raises(UserError, match=r"replicas\.kind is .*'auto', 'default', 'mirrored', 'multi_worker'"):
+    with pytest.raises(UserError, match=r"replicas\.kind is .*'auto', 'default', 'mirrored' or 'multi_worker'"):
         create(kind)
 
 
@@ -128,5 +128,5 @@ def test_what_is_sealed(addresses, secret, seal, sealed, monkeypatch):
 
 @pytest.mark.parametrize(("name", "value"), [("seal", "auto"), ("seal", 1), ("allow_no_secret", None)])
 def test_bindings_that_are_true_or_false(name, value):
-    with pytest.raises(UserError, match=rf"replicas\.{name} is {value!r}: write one of True, False"):
+    with pytest.raises(UserError, match=rf"replicas\.{name} is {value!r}: write True or False"):
         create("auto", **{name: value})

@@ -312,8 +312,8 @@ def test_tensorflow_alone_generates_what_sampling_does(name, runs, elsewhere):
     model = trained_model(folder, name)
     prompt = inputs[f"{name}.prompt"]
     for ids, (seed, temperature) in zip(found[f"{name}.text"], ((0, 0.0), (3, 0.7), (4, 1.5)), strict=True):
-        options = {"count": 2, "length": 9, "temperature": temperature, "seed": seed}
-        np.testing.assert_array_equal(ids, sampling.generate(model, prompt[0], **options))
+        generation = sampling.Generation(count=2, length=9, temperature=temperature, seed=seed)
+        np.testing.assert_array_equal(ids, sampling.generate(model, prompt[0], generation))
 
 
 def test_serving_needs_no_op_of_xla(runs):

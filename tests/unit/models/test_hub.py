@@ -11,7 +11,7 @@ from dist_partial.data import tokenized_text
 from dist_partial.errors import UserError
 from dist_partial.models import hub_model, hub_tokenizer
 from dist_partial.models.hub import single_input
-from dist_partial.models.sampling import generate
+from dist_partial.models.sampling import Generation, generate
 from dist_partial.training.split_model import split
 from tests.helpers import cases
 from tests.helpers.cases import Case, Options
@@ -126,9 +126,9 @@ def test_generation_with_the_cache_equals_that_without(name):
     model = hub_model(architecture=name, arguments=ARGUMENTS[name])
     for variable in model.variables:  # fresh weights would give all ids about the same logits
         variable.assign(variable + 0.3 * keras.random.normal(variable.shape, seed=1))
-    arguments = {"count": 2, "length": 9, "temperature": 0.7, "seed": 3}
-    cached = generate(model, [3, 4, 5], **arguments)
-    np.testing.assert_array_equal(cached, generate(model, [3, 4, 5], **arguments, use_cache=False))
+    generation = Generation(2, 9, 0.7, seed=3)
+    cached = generate(model, [3, 4, 5], generation)
+    np.testing.assert_array_equal(cached, generate(model, [3, 4, 5], generation, use_cache=False))
     assert len(set(cached.ravel().tolist())) > 3
 
 
@@ -136,7 +136,7 @@ def test_longer_than_the_positions_is_refused():
     pytest.importorskip("keras_hub")
     model = hub_model(architecture="GPT2", arguments=ARGUMENTS["GPT2"])
     with pytest.raises(UserError, match="25 tokens, and the model reads 24"):
-        generate(model, [3] * 10, count=1, length=15, temperature=0.0, seed=0)
+        generate(model, [3] * 10, Generation(1, 15, 0.0))
 
 
 def test_a_text_classifier_masks_padding():
@@ -257,11 +257,11 @@ class Shifted:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"limit": 0}, r"tokenized_text\.limit = 0"),
-        ({"limit": -1}, r"tokenized_text\.limit = -1"),
+        ({"limit": 0}, r"tokenized_text\.limit is 0"),
+        ({"limit": -1}, r"tokenized_text\.limit is -1"),
         ({"limit": 5}, r"tokenized_text\.limit = 5 .* 15000 bytes"),
-        ({"window": 0}, r"tokenized_text\.window=0 .* tokens"),
-        ({"evaluation_share": 2}, r"tokenized_text\.evaluation_share=2: .* between 0 and 1"),
+        ({"window": 0}, r"tokenized_text\.window is 0"),
+        ({"evaluation_share": 2}, r"tokenized_text\.evaluation_share is 2: .* below 1"),
         ({"evaluation_share": 0.02}, r"tokenized_text\.evaluation_share=0\.02 of 15,000 tokens .* at least 0\.334"),
         ({"pattern": "/*.txt"}, r"tokenized_text\.pattern is '/\*\.txt'"),
         ({"root": "a" * 300}, r"tokenized_text\.root 'a{300}' is no folder"),

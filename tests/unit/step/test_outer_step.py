@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial import reductions, selection
+from dist_partial import selection
 from dist_partial.config.settings import Settings
 from dist_partial.distributed import traffic
 from dist_partial.distributed.collectives import Collectives
@@ -18,6 +18,7 @@ from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.local_sgd import LocalSGD, nesterov
 from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
+from dist_partial.reductions.reduce_gradients import make_states
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
 from dist_partial.step import batch_norm, optimizers, outer_step
@@ -43,7 +44,7 @@ class Local:
             self.plan = selection.resolve(case.rules, self.model, AllReduce())
             batch_norm.set_modes(batch_norm.layers(self.model), self.plan, everywhere=False)
             self.groups = optimizers.build(self.plan, lambda: cases.optimizer(inner, cases.Options()))
-            self.states = reductions.states(self.plan)
+            self.states = make_states(self.plan)
             self.fragments = outer_step.build(self.plan, self.groups, self.states)
         options = StepOptions(GLOBAL_BATCH, clip_norm)
         spec = StepSpec(strategy, Collectives(), self.model, cases.loss, self.plan, self.groups, self.states, options)

@@ -12,6 +12,7 @@ from dist_partial import reductions, selection
 from dist_partial.distributed import collectives
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.errors import UserError
+from dist_partial.reductions.reduce_gradients import reduce_gradients
 from dist_partial.step import batch_norm, optimizers
 from dist_partial.step import losses as losses_lib
 from dist_partial.step.loss_scale import FIRST_SCALE, LossScale
@@ -119,7 +120,7 @@ def test_float16_divides_before_it_sums(mirrored):
 
     @tf.function
     def reduced():
-        return strategy.run(lambda: reductions.reduce(Collectives(), plan, [tf.fill([1, 1], 60000.0 / 2)], [{}])[0][0])
+        return strategy.run(lambda: reduce_gradients(Collectives(), plan, [tf.fill([1, 1], 60000.0 / 2)], [{}])[0][0])
 
     for copy in strategy.experimental_local_results(reduced()):
         assert copy.numpy() == pytest.approx(60000.0, rel=1e-3)
