@@ -17,6 +17,7 @@ from dist_partial.export import __main__ as export
 from dist_partial.export import delta, saved_model
 from dist_partial.models import byte_transformer, sampling, two_dense
 from tests.helpers.files import contents, durable, state
+from tests.helpers.marks import quick
 
 MODULE = """
 import keras, numpy as np
@@ -145,22 +146,28 @@ np.savez(out, **found)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Run folders `<name>` of all runs, and beside them their exports in every format."""
+def runs(tmp_path_factory):
+    """Trains runs by name, each once; returns the folder that has `<name>` and its exports in every format."""
     root = tmp_path_factory.mktemp("runs")
     (root / "export_module.py").write_text(MODULE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(root)
-        patch.delenv("TF_CONFIG", raising=False)
-        for name, lines in RUNS.items():
-            (root / f"{name}.gin").write_text(COMMON + lines)
+
+    def made(*names: str) -> Path:
+        for name in names:
+            if (root / name).exists():
+                continue
+            (root / f"{name}.gin").write_text(COMMON + RUNS[name])
             keras.utils.clear_session()
             assert train.main([f"--gin_file={root / name}.gin", f"--run_dir={root / name}"]) == 0
             for form, suffix in (("safetensors", "safetensors"), ("keras", "keras"), ("savedmodel", "saved")):
                 assert main(root, name, form, f"{name}.{suffix}") == 0, (name, form)
             keras.config.set_floatx("float32")
             keras.config.set_dtype_policy("float32")
-        yield root
+        return root
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root)
+        patch.delenv("TF_CONFIG", raising=False)
+        yield made
     sys.modules.pop("export_module", None)
 
 
@@ -208,8 +215,9 @@ def trained_model(folder: Path, name: str) -> keras.Model:
 
 
 @pytest.fixture(scope="module")
-def elsewhere(folder):
+def elsewhere(runs):
     """Numbers from the exports, as `ELSEWHERE` reads them, and what it was given."""
+    folder = runs(*RUNS)
     rng = np.random.default_rng(1)
     inputs = {name: rng.integers(0, 10, (3, 4)).astype(np.int32) for name in ("rows", "local")}
     inputs["tied"] = rng.integers(97, 101, (3, 7)).astype(np.int32)
@@ -227,8 +235,9 @@ def elsewhere(folder):
     return inputs, dict(np.load(folder / "found.npz"))
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_the_delta_is_what_the_checkpoint_holds(name, folder):
+@pytest.mark.parametrize("name", quick(RUNS, "rows", "local", "tied"))
+def test_the_delta_is_what_the_checkpoint_holds(name, runs):
+    folder = runs(name)
     step = 3 if name == "images" else 6
     saved = {
         key.split("/", 1)[1]: array
@@ -250,16 +259,18 @@ def test_the_delta_is_what_the_checkpoint_holds(name, folder):
         assert "conv_pw_13_bn/moving_mean" in found.arrays and "conv_pw_12_bn/moving_mean" not in found.arrays
 
 
-def test_an_anchor_is_what_replicas_agree_on(folder):
+def test_an_anchor_is_what_replicas_agree_on(runs):
     """The last exchange of `local` was two steps before its end, and replicas have gone apart since then."""
+    folder = runs("local")
     saved = state(folder / "local", 6)
     found = delta.read(folder / "local.safetensors").arrays["dense2/kernel"]
     for replica in saved["own/dense2/kernel"]:
         assert not np.array_equal(found, replica)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_base_and_delta_are_the_trained_model(name, folder):
+@pytest.mark.parametrize("name", quick(RUNS, "rows", "local", "tied"))
+def test_base_and_delta_are_the_trained_model(name, runs):
+    folder = runs(name)
     model = base_model(name)
     before = [np.array(v) for v in model.variables]
     base = Base(model)
@@ -272,7 +283,8 @@ def test_base_and_delta_are_the_trained_model(name, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rows", "local", "images"])
-def test_keras_alone_loads_the_whole_model(name, folder, elsewhere):
+def test_keras_alone_loads_the_whole_model(name, runs, elsewhere):
+    folder = runs(name)
     inputs, found = elsewhere
     model = trained_model(folder, name)
     np.testing.assert_allclose(found[f"{name}.keras"], model(inputs[name], training=False), rtol=1e-6, atol=1e-6)
@@ -282,7 +294,8 @@ def test_keras_alone_loads_the_whole_model(name, folder, elsewhere):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_tensorflow_alone_serves_any_batch(name, folder, elsewhere):
+def test_tensorflow_alone_serves_any_batch(name, runs, elsewhere):
+    folder = runs(name)
     inputs, found = elsewhere
     model = trained_model(folder, name)
     for count in (1, 3):
@@ -293,7 +306,8 @@ def test_tensorflow_alone_serves_any_batch(name, folder, elsewhere):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tied", "rows"])
-def test_tensorflow_alone_generates_what_sampling_does(name, folder, elsewhere):
+def test_tensorflow_alone_generates_what_sampling_does(name, runs, elsewhere):
+    folder = runs(name)
     inputs, found = elsewhere
     model = trained_model(folder, name)
     prompt = inputs[f"{name}.prompt"]
@@ -302,7 +316,8 @@ def test_tensorflow_alone_generates_what_sampling_does(name, folder, elsewhere):
         np.testing.assert_array_equal(ids, sampling.generate(model, prompt[0], generation))
 
 
-def test_serving_needs_no_op_of_xla(folder):
+def test_serving_needs_no_op_of_xla(runs):
+    folder = runs("tied")
     saved = saved_model_pb2.SavedModel()
     saved.ParseFromString((folder / "tied.saved" / "saved_model.pb").read_bytes())
     graph = saved.meta_graphs[0].graph_def
@@ -315,7 +330,7 @@ def test_serving_needs_no_op_of_xla(folder):
 
 
 @pytest.mark.slow
-def test_a_model_without_text_has_no_generate(folder, elsewhere):
+def test_a_model_without_text_has_no_generate(elsewhere):
     assert "local.text" not in elsewhere[1] and "tied.text" in elsewhere[1]
 
 
@@ -329,7 +344,8 @@ def test_a_model_without_text_has_no_generate(folder, elsewhere):
         (dict(prompt=np.zeros((1, 0), np.int32)), "the prompt is empty"),
     ],
 )
-def test_generate_refuses(arguments, words, folder):
+def test_generate_refuses(arguments, words, runs):
+    folder = runs("tied")
     generate = tf.saved_model.load(folder / "tied.saved").signatures["generate"]
     given = dict(prompt=np.array([[97, 98, 99]], np.int32), length=2, temperature=1.0, seed=0) | arguments
     with pytest.raises(tf.errors.InvalidArgumentError, match=words):
@@ -341,7 +357,8 @@ def test_generate_refuses(arguments, words, folder):
         )
 
 
-def test_generate_refuses_logits_that_are_not_finite(folder):
+def test_generate_refuses_logits_that_are_not_finite(runs):
+    folder = runs("tied")
     loaded = tf.saved_model.load(folder / "tied.saved")
     for variable in loaded.variables:
         if variable.dtype.is_floating:
@@ -355,7 +372,8 @@ def test_generate_refuses_logits_that_are_not_finite(folder):
         )
 
 
-def test_a_keras_file_of_classes_of_our_own(folder, capsys):
+def test_a_keras_file_of_classes_of_our_own(runs, capsys):
+    folder = runs("tied")
     assert main(folder, "tied", "keras", "again.keras") == 0
     said = capsys.readouterr().out
     assert "set_dtype_policy('mixed_bfloat16')" in said and "import dist_partial.models.byte_transformer before" in said
@@ -368,7 +386,8 @@ def test_a_keras_file_of_classes_of_our_own(folder, capsys):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "keras", "savedmodel"])
-def test_what_is_there_is_replaced_only_when_told_to(form, folder, capsys):
+def test_what_is_there_is_replaced_only_when_told_to(form, runs, capsys):
+    folder = runs("rows")
     output = "rows.saved" if form == "savedmodel" else f"rows.{form}"
     target = folder / output
     before = contents(folder)
@@ -383,7 +402,8 @@ def test_what_is_there_is_replaced_only_when_told_to(form, folder, capsys):
         assert delta.read(target).step == 6
 
 
-def test_a_folder_that_is_no_saved_model_is_never_replaced(folder, tmp_path, capsys):
+def test_a_folder_that_is_no_saved_model_is_never_replaced(runs, tmp_path, capsys):
+    folder = runs("rows")
     (tmp_path / "precious").write_text("mine")
     assert (
         export.main([f"--run_dir={folder / 'rows'}", "--format=savedmodel", f"--output={tmp_path}", "--overwrite"]) == 2
@@ -406,7 +426,8 @@ def test_a_folder_that_is_no_saved_model_is_never_replaced(folder, tmp_path, cap
         (["--run_dir={}/rows", "--format=keras", "--output=/dev/null/a.keras", "--allow_imports"], "cannot write"),
     ],
 )
-def test_mistakes_in_the_flags(arguments, words, folder, capsys):
+def test_mistakes_in_the_flags(arguments, words, runs, capsys):
+    folder = runs("rows")
     before = contents(folder)
     assert export.main([argument.format(folder) for argument in arguments]) == 2
     message = capsys.readouterr().err.strip()
@@ -414,7 +435,8 @@ def test_mistakes_in_the_flags(arguments, words, folder, capsys):
     assert contents(folder) == before
 
 
-def test_a_model_that_cannot_be_made_again_is_no_keras_file(folder, capsys):
+def test_a_model_that_cannot_be_made_again_is_no_keras_file(runs, capsys):
+    folder = runs()
     (folder / "nameless.gin").write_text(
         COMMON + "run.model = @export_module.nameless\nrun.data = @export_module.digits\n"
         "run.rules = [('train', r'.*')]\nreplicas.cpu = 1\n"
@@ -429,7 +451,8 @@ def test_a_model_that_cannot_be_made_again_is_no_keras_file(folder, capsys):
     assert main(folder, "nameless", "savedmodel", "nameless.saved") == 0
 
 
-def test_a_wrong_base_is_refused(folder):
+def test_a_wrong_base_is_refused(runs):
+    folder = runs("rows")
     keras.utils.set_random_seed(1)
     other = FACTORIES["rows"]()
     with pytest.raises(UserError, match=r"is of another base: 'dense1/kernel', 'dense2/kernel' differ"):
