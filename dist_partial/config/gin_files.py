@@ -18,7 +18,8 @@ from typing import Any
 import gin
 
 from dist_partial import data, models, schedules, session
-from dist_partial.config import settings, signatures
+from dist_partial.config import settings
+from dist_partial.config.bindings import check_bindings
 from dist_partial.distributed import replicas
 from dist_partial.errors import UserError, own_line, raised
 from dist_partial.reductions.all_reduce import AllReduce
@@ -128,7 +129,7 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
         place = ""
         gin.config.find_missing_overrides_hook(gin.config._CONFIG)  # what is bound to %gin.REQUIRED
         known = {name: each.wrapped for name, each in gin.config._REGISTRY.items()}
-        signatures.check({f"dist_partial.{name}" for name in _OURS}, known)
+        check_bindings({f"dist_partial.{name}" for name in _OURS}, known)
         run, sample, replicas = (gin.get_configurable(f"dist_partial.{name}") for name in ("run", "sample", "replicas"))
         bound = run(replicas=replicas().connect, sampling=sample())
         factories = {name: _explained(getattr(bound, name)) for name in ("model", "data", "loss", "optimizer")}

@@ -1,19 +1,100 @@
-"""The distributed evaluation pass, and samples."""
+"""Evaluation: on all replicas, when it is due, made up for where it failed; and samples after it."""
 
+import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
+from dist_partial import checkpoints
 from dist_partial.config.settings import Sampling
 from dist_partial.data import Dataset, evaluation_batches
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.errors import UserError, calling
 from dist_partial.models.sampling import Generation, generate
+from dist_partial.step import outer_step
+from dist_partial.step.evaluation_step import evaluation_step
+from dist_partial.step.layer_state import untouched
+from dist_partial.training.build import Trainer
+from dist_partial.training.events import Every
+from dist_partial.training.failures import connected, explained
+from dist_partial.training.metric_writer import MetricWriter
+from dist_partial.training.run_folder import held
+from dist_partial.training.state import TrainState
 
 
-def evaluation(
+class Evaluation:
+    """Evaluates every `run.eval_every` steps and at the end, on all workers; then samples.
+
+    Compiles the evaluation: a mistake in the model or the loss shows now, and not after the training.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        settings, replicas = trainer.settings, trainer.replicas
+        self._trainer = trainer
+        self._every = Every(settings.eval_every, settings.steps)
+        self._evaluate = prepare_evaluation(
+            replicas.strategy,
+            evaluation_step(replicas.strategy, trainer.model, trainer.loss),
+            replicas.sum,
+            trainer.data,
+            examples=min(settings.eval_examples or len(trainer.data.evaluation), len(trainer.data.evaluation)),
+            global_batch=settings.global_batch,
+        )
+        # Between two exchanges replicas have statistics of their own, too; what is evaluated is one model.
+        apart = bool(trainer.fragments) and not any(group.reduction.shared for group in trainer.plan.groups)
+        self._average: Callable[[], None] = lambda: None
+        if apart and trainer.averaged:
+            self._average = outer_step.averages(replicas.strategy, replicas.collectives, trainer.averaged)
+
+    def due(self, step: int) -> bool:
+        return self._every.due(step)
+
+    def next_due(self, step: int) -> int:
+        return self._every.next_due(step)
+
+    def __call__(self, state: TrainState, writer: MetricWriter) -> None:
+        trainer, strategy = self._trainer, self._trainer.replicas.strategy
+        # Nothing but a step moves a state: recurrent layers with dropout draw random numbers in inference, too.
+        with outer_step.agreed(strategy, trainer.fragments), untouched(strategy, trainer.layer_state.states):
+            self._average()
+            # The others wait here, and what fails must not wait for them.
+            with connected(trainer.replicas), explained():
+                metrics = self._evaluate()
+            writer.evaluation(state.step, metrics, state.sent)
+            if trainer.replicas.is_chief and trainer.data.codec is not None:
+                self._sample(state, writer)
+
+    def _sample(self, state: TrainState, writer: MetricWriter) -> None:
+        trainer = self._trainer
+        try:
+            texts = samples(trainer.model, trainer.data, trainer.settings.sampling, state.step)
+        except UserError as error:  # of the first worker alone; the others train on
+            writer.say(f"step {state.step}: no sample: {error}")
+        else:
+            writer.samples(texts)
+
+
+def make_up(trainer: Trainer, folder: Path, state: TrainState) -> TrainState:
+    """Makes the evaluation that the restored checkpoint owes, if it is still due, and notes it in the checkpoint."""
+    settings, active = trainer.settings, trainer.replicas.is_chief
+    trainer.replicas.say(f"step {state.step}: making up the evaluation that failed")
+    evaluate = Evaluation(trainer)
+    if not evaluate.due(state.step):  # by settings that have changed since
+        return state
+    with held(folder, active), MetricWriter(folder, state.step, settings.steps, state.sent, active, False) as writer:
+        evaluate(state, writer)
+        if active:
+            checkpoint = checkpoints.newest(folder / "checkpoints", lambda _: None, state.step)
+            assert checkpoint is not None
+            metadata = {name: value for name, value in checkpoint.metadata.items() if name != "evaluated"}
+            checkpoints.save(folder / "checkpoints", state.step, checkpoint.arrays, metadata, settings.keep)
+    return dataclasses.replace(state, evaluated=True)
+
+
+def prepare_evaluation(
     strategy: tf.distribute.Strategy,
     step: Any,
     total: Callable[[Any], Any],

@@ -1,10 +1,8 @@
-"""What happens between steps: evaluation, sampling, saving and stopping. Each event knows when it is due."""
+"""Events between steps, which know when they are due: periods, saving and stopping; `evaluation.py` has evaluation."""
 
-import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,15 +10,10 @@ import numpy as np
 
 from dist_partial import checkpoints
 from dist_partial.distributed import network
-from dist_partial.errors import AGAIN, INTERRUPTED, Ending, UserError
-from dist_partial.step import outer_step
-from dist_partial.step.evaluation_step import evaluation_step
-from dist_partial.step.layer_state import untouched
-from dist_partial.training import evaluation
+from dist_partial.errors import AGAIN, INTERRUPTED
 from dist_partial.training.build import Trainer
-from dist_partial.training.failures import Interrupted, connected, explained
+from dist_partial.training.failures import Interrupted
 from dist_partial.training.metric_writer import MetricWriter
-from dist_partial.training.run_folder import held
 from dist_partial.training.state import TrainState
 
 
@@ -62,70 +55,6 @@ class Every:
     def next_due(self, step: int) -> int:
         """Gives the first step after `step` that the event follows."""
         return self.last if self.period is None else min(self.last, (step // self.period + 1) * self.period)
-
-
-class Sampling:
-    """Samples texts after each evaluation, on the first worker, if the data is text."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    def due(self) -> bool:
-        """Tells whether this worker samples after an evaluation."""
-        return self._trainer.replicas.is_chief and self._trainer.data.codec is not None
-
-    def __call__(self, state: TrainState, writer: MetricWriter) -> None:
-        trainer = self._trainer
-        try:
-            texts = evaluation.samples(trainer.model, trainer.data, trainer.settings.sampling, state.step)
-        except UserError as error:  # of the first worker alone; the others train on
-            writer.say(f"step {state.step}: no sample: {error}")
-        else:
-            writer.samples(texts)
-
-
-class Evaluation:
-    """Evaluates every `run.eval_every` steps and at the end, on all workers; then samples.
-
-    Compiles the evaluation: a mistake in the model or the loss shows now, and not after the training.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        settings, replicas = trainer.settings, trainer.replicas
-        self._trainer = trainer
-        self._every = Every(settings.eval_every, settings.steps)
-        self._sample = Sampling(trainer)
-        self._evaluate = evaluation.evaluation(
-            replicas.strategy,
-            evaluation_step(replicas.strategy, trainer.model, trainer.loss),
-            replicas.sum,
-            trainer.data,
-            examples=min(settings.eval_examples or len(trainer.data.evaluation), len(trainer.data.evaluation)),
-            global_batch=settings.global_batch,
-        )
-        # Between two exchanges replicas have statistics of their own, too; what is evaluated is one model.
-        apart = bool(trainer.fragments) and not any(group.reduction.shared for group in trainer.plan.groups)
-        self._average: Callable[[], None] = lambda: None
-        if apart and trainer.averaged:
-            self._average = outer_step.averages(replicas.strategy, replicas.collectives, trainer.averaged)
-
-    def due(self, step: int) -> bool:
-        return self._every.due(step)
-
-    def next_due(self, step: int) -> int:
-        return self._every.next_due(step)
-
-    def __call__(self, state: TrainState, writer: MetricWriter) -> None:
-        trainer, strategy = self._trainer, self._trainer.replicas.strategy
-        # Nothing but a step moves a state: recurrent layers with dropout draw random numbers in inference, too.
-        with outer_step.agreed(strategy, trainer.fragments), untouched(strategy, trainer.layer_state.states):
-            self._average()
-            # The others wait here, and what fails must not wait for them.
-            with connected(trainer.replicas), explained():
-                metrics = self._evaluate()
-            writer.evaluation(state.step, metrics, state.sent)
-            if self._sample.due():
-                self._sample(state, writer)
 
 
 class Saving:
@@ -227,43 +156,8 @@ class Stopping:
         )
 
 
-def after_steps(state: TrainState, writer: MetricWriter, evaluate: Evaluation, save: Saving, stop: Stopping) -> None:
-    """Evaluates and saves where that is due; a failed evaluation costs no training.
-
-    The checkpoint then says that the evaluation is owed, and the next run in the folder makes it up: see `make_up`.
-    """
-    to_save = save.due(state.step) or stop.due(state.step)
-    try:
-        if evaluate.due(state.step):
-            evaluate(state, writer)
-    except BaseException:
-        if to_save:
-            with contextlib.suppress(Ending):  # what differs between workers cannot be had without the others
-                save(dataclasses.replace(state, evaluated=False), writer)
-        raise
-    if to_save:
-        save(state, writer)
-
-
 def going_on(state: TrainState, folder: Path, steps: int) -> str:
     """Says from where a run goes on, or that it is finished."""
     if state.step >= steps:
         return f"finished: {folder} is at step {state.step} of {steps}; bind a larger run.steps to go on"
     return f"going on from step {state.step} ({state.checkpoint})"
-
-
-def make_up(trainer: Trainer, folder: Path, state: TrainState) -> TrainState:
-    """Makes the evaluation that the restored checkpoint owes, if it is still due, and notes it in the checkpoint."""
-    settings, active = trainer.settings, trainer.replicas.is_chief
-    trainer.replicas.say(f"step {state.step}: making up the evaluation that failed")
-    evaluate = Evaluation(trainer)
-    if not evaluate.due(state.step):  # by settings that have changed since
-        return state
-    with held(folder, active), MetricWriter(folder, state.step, settings.steps, state.sent, active, False) as writer:
-        evaluate(state, writer)
-        if active:
-            checkpoint = checkpoints.newest(folder / "checkpoints", lambda _: None, state.step)
-            assert checkpoint is not None
-            metadata = {name: value for name, value in checkpoint.metadata.items() if name != "evaluated"}
-            checkpoints.save(folder / "checkpoints", state.step, checkpoint.arrays, metadata, settings.keep)
-    return dataclasses.replace(state, evaluated=True)

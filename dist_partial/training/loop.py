@@ -4,6 +4,7 @@ What happens between steps is in `events.py`, what is trained when in `schedule_
 `step/train_step.py`, which `_enter` traces and `_advance` runs.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,9 +14,10 @@ import tensorflow as tf
 
 from dist_partial.config.settings import Settings
 from dist_partial.distributed import traffic
+from dist_partial.errors import Ending
 from dist_partial.selection.table import plan_table
 from dist_partial.session import put_back
-from dist_partial.training import events, failures, run_folder
+from dist_partial.training import evaluation, events, failures, run_folder
 from dist_partial.training.build import build, restore
 from dist_partial.training.checks import check_division, check_workers
 from dist_partial.training.metric_writer import MetricWriter
@@ -55,12 +57,12 @@ def run(
         replicas.say("\n".join([plan_table(trainer.plan, replicas.workers), *trainer.notes]))
         state = restore(trainer, folder, replicas.say)
         if not state.evaluated:
-            state = events.make_up(trainer, folder, state)
+            state = evaluation.make_up(trainer, folder, state)
         if state.checkpoint:
             replicas.say(events.going_on(state, folder, settings.steps))
         if state.step >= settings.steps:
             return replicas.finish()
-        runner, evaluate = ScheduleRunner(trainer, state), events.Evaluation(trainer)
+        runner, evaluate = ScheduleRunner(trainer, state), evaluation.Evaluation(trainer)
         _enter(runner, state.step)
         save = events.Saving(trainer, folder, state)
         with (
@@ -78,7 +80,7 @@ def run(
                 count = min(settings.steps_per_loop, due - state.step)
                 state = _advance(runner, state, count, writer, save, stop)
                 writer.configuration(operative, unused)
-                events.after_steps(state, writer, evaluate, save, stop)
+                _after_steps(state, writer, evaluate, save, stop)
                 if not stop.due(state.step):
                     _enter(runner, state.step)
         replicas.finish()  # none ends before the last checkpoint is written
@@ -123,3 +125,27 @@ def _advance(
     writer.train(state.step + 1, losses[:good], norms[:good], sent[:good])
     failures.check_finite(losses, norms, state.step, save.saved, trainer.scale)
     return dataclasses.replace(state.after(sent), schedule=runner.to_json())
+
+
+def _after_steps(
+    state: TrainState,
+    writer: MetricWriter,
+    evaluate: evaluation.Evaluation,
+    save: events.Saving,
+    stop: events.Stopping,
+) -> None:
+    """Evaluates and saves where that is due; a failed evaluation costs no training.
+
+    The checkpoint then says that the evaluation is owed, and the next run in the folder makes it up: see `make_up`.
+    """
+    to_save = save.due(state.step) or stop.due(state.step)
+    try:
+        if evaluate.due(state.step):
+            evaluate(state, writer)
+    except BaseException:
+        if to_save:
+            with contextlib.suppress(Ending):  # what differs between workers cannot be had without the others
+                save(dataclasses.replace(state, evaluated=False), writer)
+        raise
+    if to_save:
+        save(state, writer)

@@ -374,7 +374,7 @@ def test_evaluation_is_that_of_one_device_on_every_example(mirrored):
             strategy, model, lambda y, o: keras.losses.sparse_categorical_crossentropy(y, o, from_logits=True)
         )
         data = Dataset("random", source, source, fingerprint(x), None, "byte")
-        evaluate = evaluation.evaluation(strategy, compiled, np.asarray, data, examples=11, global_batch=4)
+        evaluate = evaluation.prepare_evaluation(strategy, compiled, np.asarray, data, examples=11, global_batch=4)
         metrics = evaluate()
         assert evaluate() == metrics
         examples = (losses * weight).sum(1) / np.maximum(weight.sum(1), 1)  # the loss of each, as in training
@@ -523,7 +523,7 @@ def test_a_worker_that_dies_ends_the_other_with_one_line(reduction, letters, tmp
 @pytest.mark.parametrize("step", [6, 12])
 def test_an_evaluation_that_failed_is_made_up(step, letters, tmp_path, capsys, monkeypatch):
     """Also at the end, and after it has failed again; what it had written is not there twice."""
-    make, made, fails = evaluation.evaluation, [], {step // 6, step // 6 + 1}
+    make, made, fails = evaluation.prepare_evaluation, [], {step // 6, step // 6 + 1}
 
     def flaky(*args, **kwargs):
         evaluate = make(*args, **kwargs)
@@ -539,7 +539,7 @@ def test_an_evaluation_that_failed_is_made_up(step, letters, tmp_path, capsys, m
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     bound = ("run.save_every = 3", "replicas.cpu = 1")
     assert start(letters, whole, *bound) == 0
-    monkeypatch.setattr(evaluation, "evaluation", flaky)
+    monkeypatch.setattr(evaluation, "prepare_evaluation", flaky)
     for _ in fails:
         assert start(letters, pieces, *bound) == 1
         assert "no such luck" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Bindings held against the signatures of what they are for: arguments of another type, and missing ones."""
+"""Checks bindings against the signatures of what they are for: arguments of another type, and missing ones."""
 
 import inspect
 import os
@@ -24,7 +24,7 @@ _PLAIN: dict[Any, str] = {
 }
 
 
-def check(ours: Collection[str], bindable: Mapping[str, Callable[..., Any]]) -> None:
+def check_bindings(ours: Collection[str], bindable: Mapping[str, Callable[..., Any]]) -> None:
     """Looks at what gin has parsed, before anything is called.
 
     Args:
