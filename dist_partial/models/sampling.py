@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.errors import UserError
-from dist_partial.models.logits import as_logits
+from dist_partial.models.output_logits import as_logits
 from dist_partial.validation import Above, AtLeast, AtMost, check
 
 NOT_FINITE = "logits are not finite"  # what the assertion in `draw` says

@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from dist_partial.errors import calling
-from dist_partial.models.logits import full_precision
+from dist_partial.models.output_logits import full_precision
 from dist_partial.step.gradients import Batch, added_losses, local_sum, model_outputs, own_part
 from dist_partial.step.losses import Loss, class_ids, element_weights, example_losses
 

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from dist_partial.distributed import per_replica
 from dist_partial.errors import calling
-from dist_partial.models.logits import full_precision
+from dist_partial.models.output_logits import full_precision
 from dist_partial.selection.plan import Plan
 from dist_partial.step.losses import Loss, example_losses
 

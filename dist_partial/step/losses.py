@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.errors import UserError, first_line, own_line
-from dist_partial.models.logits import activation_op, full_precision, is_distribution, logits_behind
+from dist_partial.models.output_logits import activation_op, full_precision, is_distribution, logits_behind
 
 Loss = Callable[[Any, Any], tf.Tensor]
 _TRIED = 2**20  # outputs of an example, up to which a loss is tried out
