@@ -116,7 +116,7 @@ class Generation:
     Examples:
         >>> Generation(count=2, length=5, temperature=-1.0)
         Traceback (most recent call last):
-        dist_partial.errors.UserError: temperature is -1.0: it must be 0 (greedy) or a positive number
+        dist_partial.errors.UserError: temperature is -1.0: it must be a number of at least 0
     """
 
     count: Annotated[int, AtLeast(1)]
