@@ -210,12 +210,14 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def _words(kinds: Sequence[Any], bounds: Sequence[Any]) -> str:
-    limits = " and ".join(map(str, bounds))
+    limits, optional = " and ".join(map(str, bounds)), types.NoneType in kinds
     if float in kinds or int in kinds:
         number = "a number" if float in kinds else "a whole number"
         of = " of" if limits.startswith("at") else ""
-        return f"it must be {number}{of}{' ' if limits else ''}{limits}{', or None' if types.NoneType in kinds else ''}"
-    return "write True or False" if bool in kinds else "write a text in quotes"
+        return f"it must be {number}{of}{' ' if limits else ''}{limits}{', or None' if optional else ''}"
+    if bool in kinds:
+        return "write True, False or None" if optional else "write True or False"
+    return f"write a text in quotes{', or None' if optional else ''}"
 
 
 def _pattern_problem(pattern: Any) -> str:

@@ -52,14 +52,17 @@ def _covered(rules: Sequence[selection.Rule], model: keras.Model) -> dict[str, t
     """By the kernel's path, the number of the rule with `lora` that covers it, and its layer; changes nothing yet."""
     owners = {id(layers.raw(layer)): layer for layer in layers.layers(model)}
     given = {id(v): layer for layer in owners.values() if layer.lora_enabled for v in layers.factors(layer)}
+    trainable, kernels = model.trainable_variables, [layers.raw(layer) for layer in owners.values()]
+    paths = selection.paths_of(model, [*trainable, *kernels])[len(trainable) :] if given else []
+    kernel_paths = {id(kernel): path for kernel, path in zip(kernels, paths, strict=False)}
     covered = {}
-    for own_path, variable in zip(selection.variable_paths(model), model.trainable_variables, strict=True):
+    for own_path, variable in zip(selection.variable_paths(model), trainable, strict=True):
         path, layer = own_path, owners.get(id(variable))
         if id(variable) in given:  # the kernel's path, unless a rule of their own trains the factors
             number = selection.first_match(rules, own_path)
             if number is None or not rules[number].train or rules[number].lora:
                 layer = given[id(variable)]
-                path = selection.paths_of(model, [*model.trainable_variables, layers.raw(layer)])[-1]
+                path = kernel_paths[id(layers.raw(layer))]
         number = selection.first_match(rules, path)
         if number is None or not (rank := rules[number].lora):
             continue

@@ -24,7 +24,7 @@ from dist_partial.validation import shown
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Holds a checkpoint that was read whole: arrays by the names of `resumable_state`, and its metadata."""
+    """Holds a checkpoint that was read whole: arrays by the names of `TrainState.variables`, and its metadata."""
 
     path: Path
     step: int
@@ -39,7 +39,7 @@ def read(state: dict[str, Any], step: int, gather: Callable[[bytes], list[bytes]
     """Reads the values of all of it; called by all workers, which send each other what differs between replicas.
 
     Args:
-        state: from `resumable_state`.
+        state: from `TrainState.variables`.
         step: which the values are of.
         gather: gives every worker's bytes, from `Replicas.gather`.
 

@@ -108,12 +108,12 @@ class ReplicaOptions:
             while they start can pass for one.
 
     Raises:
-        UserError: a value is none of these.
+        UserError: a value is not one of these.
 
     Examples:
         >>> ReplicaOptions(cpu=0)
         Traceback (most recent call last):
-        dist_partial.errors.UserError: replicas.cpu is 0: write how many simulated replicas, 1 or more
+        dist_partial.errors.UserError: replicas.cpu is 0: it must be a whole number of at least 1
     """
 
     kind: Annotated[str, OneOf(*KINDS)] = "auto"

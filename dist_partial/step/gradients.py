@@ -74,7 +74,13 @@ def unit_squares(plan: Plan, gradients: Sequence[Any]) -> tf.Tensor:
 def clip(
     gradients: Sequence[Any], shared: Sequence[bool], clip_norm: float | None
 ) -> tuple[list[tf.Tensor | None], tf.Tensor]:
-    """Clips what replicas share by its norm, the same everywhere, and the rest by its; returns the whole norm, too."""
+    """Clips what replicas share by its norm, the same everywhere, and the rest by its; returns the whole norm, too.
+
+    Examples:
+        >>> gradients, norm = clip([tf.constant([3.0, 4.0])], [True], 1.0)
+        >>> float(norm), gradients[0].numpy().round(2).tolist()
+        (5.0, [0.6..., 0.8...])
+    """
     clipped: list[Any] = list(gradients)
     norms = []
     for kind in sorted(set(shared)):
@@ -102,7 +108,12 @@ def _joint(norms: Sequence[tf.Tensor]) -> tf.Tensor:
 
 
 def micro_batches(batch: Batch, parts: int) -> list[Batch]:
-    """Cuts a replica's batch into `parts` equal parts, in order."""
+    """Cuts a replica's batch into `parts` equal parts, in order.
+
+    Examples:
+        >>> [x.numpy().tolist() for (x,) in micro_batches((tf.constant([1, 2, 3, 4]),), 2)]
+        [[1, 2], [3, 4]]
+    """
     if parts == 1:
         return [batch]
     return list(zip(*[tf.split(tensor, parts) for tensor in batch], strict=True))

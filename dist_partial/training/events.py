@@ -31,7 +31,12 @@ class Event(Protocol):
 
 
 def next_due(step: int, *events: Event) -> int:
-    """Gives the first step after `step` that one of the events follows."""
+    """Gives the first step after `step` that one of the events follows.
+
+    Examples:
+        >>> next_due(4, Every(6, last=10), Every(5, last=10))
+        5
+    """
     return min(event.next_due(step) for event in events)
 
 
@@ -115,10 +120,8 @@ class Evaluation:
         # Nothing but a step moves a state: recurrent layers with dropout draw random numbers in inference, too.
         with outer_step.agreed(strategy, trainer.fragments), untouched(strategy, trainer.layer_state.states):
             self._average()
-            with (
-                connected(trainer.replicas),
-                explained(),
-            ):  # the others wait here, and what fails must not wait for them
+            # The others wait here, and what fails must not wait for them.
+            with connected(trainer.replicas), explained():
                 metrics = self._evaluate()
             writer.evaluation(state.step, metrics, state.sent)
             if self._sample.due():
@@ -172,6 +175,15 @@ class Stopping:
 
     Args:
         last: the step at which the run ends by itself.
+
+    Examples:
+        >>> stop = Stopping(last=10)
+        >>> stop.count(stop.votes())
+        >>> stop.due(9), stop.due(10)
+        (False, True)
+        >>> stop.count(np.array([0, 1]))  # one worker got SIGTERM
+        >>> stop.due(9)
+        True
     """
 
     def __init__(self, last: int) -> None:

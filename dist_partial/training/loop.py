@@ -60,7 +60,7 @@ def run(
             replicas.say(events.going_on(state, folder, settings.steps))
         if state.step >= settings.steps:
             return replicas.finish()
-        evaluate, runner = events.Evaluation(trainer), ScheduleRunner(trainer, state)
+        runner, evaluate = ScheduleRunner(trainer, state), events.Evaluation(trainer)
         _enter(runner, state.step)
         save = events.Saving(trainer, folder, state)
         with (

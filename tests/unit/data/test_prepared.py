@@ -167,7 +167,7 @@ def test_batches(folders, file_format):
         ),
         ({"name": "small_images", "split_evaluation": "test[:x%]"}, "split_evaluation='test"),
         ({"name": "small_numbers", "split_evaluation": "train"}, "features number"),
-        ({"name": "small_texts", "window": 0}, "window=0"),
+        ({"name": "small_texts", "window": 0}, "window is 0"),
     ],
 )
 def test_mistakes_are_named_in_one_line(folders, options, words):

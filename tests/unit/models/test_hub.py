@@ -261,7 +261,7 @@ class Shifted:
         ({"limit": -1}, r"tokenized_text\.limit is -1"),
         ({"limit": 5}, r"tokenized_text\.limit = 5 .* 15000 bytes"),
         ({"window": 0}, r"tokenized_text\.window is 0"),
-        ({"evaluation_share": 2}, r"tokenized_text\.evaluation_share is 2: .* below 1"),
+        ({"evaluation_share": 2}, r"tokenized_text\.evaluation_share is 2: .* above 0 and below 1"),
         ({"evaluation_share": 0.02}, r"tokenized_text\.evaluation_share=0\.02 of 15,000 tokens .* at least 0\.334"),
         ({"pattern": "/*.txt"}, r"tokenized_text\.pattern is '/\*\.txt'"),
         ({"root": "a" * 300}, r"tokenized_text\.root 'a{300}' is no folder"),
