@@ -203,9 +203,9 @@ def test_a_process_ends_though_examples_are_being_fetched(program, code, tmp_pat
     """The thread that fetches ahead is in Python code when the exception comes: Python would wait for it for ever."""
     params = ["own_code.data.who = 'fetch'", "own_code.data.slow = 0.05"]
     script = f"""
-from dist_partial import config
+from dist_partial.config import gin_files
 from dist_partial.training import loop
-loaded = config.load(["{code / "own.gin"}"], {params})
+loaded = gin_files.load(["{code / "own.gin"}"], {params})
 loop.run(loaded.settings, "{tmp_path / "run"}")
 """
     command = ["-m", "dist_partial.train", *arguments(code, tmp_path / "run", *params)]

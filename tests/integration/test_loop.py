@@ -155,6 +155,7 @@ def test_nothing_in_a_run_folder_is_written_through_a_link(name, letters, tmp_pa
     assert contents(mine) == before
 
 
+@pytest.mark.slow
 def test_what_has_a_name_that_is_to_be_written_is_replaced_and_not_written_to(letters, tmp_path):
     """Files are written beside their names first, under names that can be guessed."""
     run, mine = tmp_path / "run", tmp_path / "mine"
@@ -447,6 +448,7 @@ def test_two_workers_write_one_folder_and_go_on(letters, tmp_path):
     assert (last["step"], last["wire_bytes"]) == (12, 12 * plan["wire_bytes_per_step"])
 
 
+@pytest.mark.slow
 def test_one_step_a_call_is_the_same_as_several(letters, tmp_path):
     """It is compiled without a loop. With micro-batches, for these are a loop of their own."""
     params = ["run.steps = 6", "run.accumulate = 2", "run.eval_every = None", "run.save_every = None"]
@@ -520,7 +522,7 @@ def test_a_worker_that_dies_ends_the_other_with_one_line(reduction, letters, tmp
     assert "error: " in last and "worker 1" in last and "Traceback" not in output, output[-2000:]
 
 
-@pytest.mark.parametrize("step", [6, 12])
+@pytest.mark.parametrize("step", quick([6, 12], 12))
 def test_an_evaluation_that_failed_is_made_up(step, letters, tmp_path, capsys, monkeypatch):
     """Also at the end, and after it has failed again; what it had written is not there twice."""
     make, made, fails = evaluation.prepare_evaluation, [], {step // 6, step // 6 + 1}
@@ -555,6 +557,7 @@ def test_an_evaluation_that_failed_is_made_up(step, letters, tmp_path, capsys, m
     assert "making up" not in capsys.readouterr().out and len(made) == count
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_made_up_once_though_the_run_was_killed_then(letters, tmp_path, monkeypatch):
     """After it had written its line, and before the checkpoint said so."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
