@@ -1,6 +1,7 @@
 """dist-partial COMMAND [flags]: one name for all commands; `python -m dist_partial COMMAND` is the same."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = f"{what}{nearest(name, COMMANDS) or ': write ' + ', '.join(COMMANDS)}"
         print(f"error: {problem} (dist-partial --help lists them)", file=sys.stderr)
         return 2
+    if not {"", os.getcwd()} & set(sys.path):  # gin files import from here, as under `python -m`
+        sys.path.insert(0, os.getcwd())
     spec = importlib.util.find_spec(f"dist_partial.{name}")
     assert spec is not None
     package = spec.submodule_search_locations is not None

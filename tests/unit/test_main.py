@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import os
 import subprocess
 import sys
 
@@ -43,6 +44,13 @@ def test_mistakes_have_code_2(arguments, line, capsys):
     assert main.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith(line)
+
+
+def test_gin_files_import_from_the_working_directory(tmp_path, monkeypatch):
+    """As under `python -m`, though a script's path begins with its own folder."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", os.getcwd())])
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["sample"]) == 2 and sys.path[0] == str(tmp_path)
 
 
 def test_the_script_is_this_function():
