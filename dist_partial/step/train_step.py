@@ -17,6 +17,7 @@ from dist_partial.errors import calling
 from dist_partial.reductions.reduce_gradients import reduce_gradients
 from dist_partial.selection.plan import Plan
 from dist_partial.step import optimizers as optimizers_lib
+from dist_partial.step.batch_norm import local_statistics
 from dist_partial.step.gradients import (
     Batch,
     added_losses,
@@ -77,7 +78,7 @@ class StepSpec:
         scale: the loss scale of float16 training, or None.
         outputs: (x, training) -> the model's outputs, where x is something else than the model's input; None calls
             the model.
-        averaged: variables that layers change in the step and replicas average, BatchNorm's statistics among them.
+        averaged: variables that layers change in the step and replicas average, besides BatchNorm's statistics.
         without_gradient: paths of selected variables on which the loss does not depend; tracing fills it.
     """
 
@@ -96,11 +97,12 @@ class StepSpec:
 
     @property
     def statistics(self) -> Sequence[Any]:
-        """The variables that this step averages.
+        """The variables that this step averages, in the modes that the layers are in while it is traced.
 
         Where every group trains by itself a step sends nothing; the statistics travel with the exchanges.
         """
-        return self.averaged if any(entry.reduction.shared for entry in self.plan.trained) else ()
+        shared = any(entry.reduction.shared for entry in self.plan.trained)
+        return [*local_statistics(self.model), *self.averaged] if shared else []
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

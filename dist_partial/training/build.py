@@ -279,7 +279,7 @@ def compiled_step(
             ),
             scale=trainer.scale,
             outputs=outputs,
-            averaged=trainer.averaged,
+            averaged=trainer.layer_state.averaged,
         )
     )
 

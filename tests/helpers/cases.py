@@ -280,7 +280,6 @@ def train(
         groups,
         states,
         StepOptions(GLOBAL_BATCH, options.clip_norm, options.accumulate, jit_compile),
-        averaged=batch_norm.local_statistics(model),
     )
     compiled = train_step(spec)
 

@@ -539,7 +539,6 @@ def test_statistics_travel_with_the_first_exchange(mirrored):
         built.optimizers,
         built.reduction_states,
         StepOptions(GLOBAL_BATCH),
-        averaged=built.averaged,
     )
     train = train_step(spec).function
     x, y = built.data.train.fetch(np.arange(24))
