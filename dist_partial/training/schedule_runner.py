@@ -163,9 +163,9 @@ class ScheduleRunner:
                 del self._phases[known]  # what is frozen for good does not come back
             self._kept = {of: kept for of, kept in self._kept.items() if kept is not self._reading}
             self._reading, self._inputs = phase.activations, self._batches(phase.activations, done)
-            self._since = {}
-            if kept := phase.activations:
-                self._since = {kept.name: self._begun(kept.name, done)}
+            kept = phase.activations
+            self._since = {kept.name: self._begun(kept.name, done)} if kept else {}  # which reads the old one
+            if kept:
                 self.notes.append(
                     f"run.activation_cache keeps the activations up to {kept.name!r}, at most {kept.bytes:,} bytes"
                 )

@@ -110,7 +110,7 @@ def test_a_run_that_is_killed_while_it_saves_always_goes_on(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
-    assert counts["in a write"] >= KILLS // 3 and counts["steps"] >= KILLS // 3, counts
+    assert counts["in a write"] >= KILLS // 5 and counts["steps"] >= KILLS // 3, counts
 
 
 def test_what_a_name_leads_to_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
