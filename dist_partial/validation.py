@@ -263,7 +263,7 @@ def nearest(word: str, names: Iterable[str], always: bool = False) -> str:
     Args:
         word: what was written.
         names: those that are known.
-        always: whether to show some also where none is like it.
+        always: whether to show three also where fewer are like it.
 
     Examples:
         >>> nearest("dens1/kernel", ["dense1/kernel", "dense2/kernel", "bias"])
@@ -272,9 +272,7 @@ def nearest(word: str, names: Iterable[str], always: bool = False) -> str:
         ''
     """
     known, word = list(dict.fromkeys(names)), word[:_SHOWN]
-    found = difflib.get_close_matches(word, known, 3, 0.5)
-    if always and not found:
-        found = difflib.get_close_matches(word, known, 3, 0)
+    found = difflib.get_close_matches(word, known, 3, 0 if always else 0.5)
     return f"; nearest: {', '.join(map(repr, found))}" if found else ""
 
 
