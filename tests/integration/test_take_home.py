@@ -68,7 +68,7 @@ def restored(settings, folder):
 def test_variables_of_one_path_are_kept_apart(tmp_path):
     loop.run(told(), tmp_path)
     built, base, found = restored(told(), tmp_path)
-    statistics = [name for name in found.arrays if name.startswith("statistics/")]
+    statistics = [name for name in found.variables if name.startswith("statistics/")]
     assert len(statistics) == 4
     norms = [layer for layer in built.model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
     means = [np.array(layer.moving_mean) for layer in norms]
