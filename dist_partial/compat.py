@@ -5,6 +5,7 @@ Each function says why a public name does not serve and what would make the func
 private name. TensorFlow and Keras are imported within the functions: what imports this module needs neither.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -147,6 +148,93 @@ def run_graph(model: Any, inputs: Sequence[Any], operation: Callable[[Any], Any]
     Unnecessary with a clone that can keep layers and take nested models apart.
     """
     return model._run_through_graph(inputs, operation)
+
+
+# -------------------------------------------------------------------------------------------- Keras: losses, metrics
+
+
+@contextlib.contextmanager
+def as_one_device() -> Iterator[None]:
+    """Has Keras's losses compute within it as they do on one device.
+
+    Keras 3.15: under a strategy every built-in loss divides by the number of replicas, and regularisers, `add_loss` and
+    what a `compute_loss` adds by itself do not, so that N replicas train on something else than one device.
+    Unnecessary with an option not to scale.
+    """
+    from keras.src.losses import loss as module
+
+    names = ("scale_loss_for_distribution", "unscale_loss_for_distribution")
+    kept = [getattr(module, name) for name in names]
+    try:
+        for name in names:
+            setattr(module, name, lambda value: value)
+        yield
+    finally:
+        for name, function in zip(names, kept, strict=True):
+            setattr(module, name, function)
+
+
+def compute_loss(model: Any, x: Any, y: Any, outputs: Any, weight: Any, training: bool) -> Any:
+    """Calls a compiled model's `compute_loss`, with or without `training`, as its signature has it.
+
+    Keras 3.15: the public method of a user's class may lack the argument, and Keras keeps which it is to itself.
+    Unnecessary once all take it.
+    """
+    return model._compute_loss(x, y, outputs, weight, training=training)
+
+
+def overrides(model: Any, name: str) -> bool:
+    """Tells whether a model has a method of that name of its own, in its class or on the object.
+
+    Keras 3.15: nothing marks what a user's class overrides. No private name of Keras's is used.
+    """
+    import keras
+
+    return getattr(getattr(model, name), "__func__", None) is not getattr(keras.Model, name)
+
+
+def compiled_loss(model: Any) -> Any:
+    """Returns what a model was compiled with as (loss, loss_weights), or None.
+
+    Keras 3.15: `Model.loss` lacks the weights, and a model that was not compiled has it not.
+    Unnecessary with a public name for both.
+    """
+    compiled = getattr(model, "_compile_loss", None)
+    return compiled and (compiled._user_loss, compiled._user_loss_weights)
+
+
+def loss_function(function: Callable[..., Any]) -> Any:
+    """Makes a Keras loss of a function of targets and outputs, as `Model.compile` does.
+
+    Keras 3.15: brings both to one rank and casts them; the class is not exported.
+    Unnecessary once it is.
+    """
+    from keras.src.losses.losses import LossFunctionWrapper
+
+    return LossFunctionWrapper(function, name=getattr(function, "__name__", None))
+
+
+def set_mask(tensor: Any, mask: Any) -> None:
+    """Puts a mask on a tensor, as Keras's layers and losses do.
+
+    Keras 3.15: as for `mask`.
+    """
+    tensor._keras_mask = mask
+
+
+def compiled_metrics(model: Any) -> list[tuple[str, Any]]:
+    """Lists the metrics of a compiled model that has been called on targets, by the names of their results.
+
+    Keras 3.15: `Model.metrics` has those of `compile` in one object, which names them by their outputs.
+    Unnecessary with a public list of it.
+    """
+    found = []
+    for metric in model.metrics:
+        if metric is model._compile_metrics:
+            found += zip(metric.result(), metric.metrics, strict=True)
+        elif metric is not model._loss_tracker:
+            found.append((metric.name, metric))
+    return found
 
 
 # --------------------------------------------------------------------------------------------- Keras: optimizers

@@ -17,8 +17,8 @@ PRECISIONS = ("float32", "float64", "mixed_bfloat16", "mixed_float16")
 
 
 def cross_entropy() -> keras.losses.Loss:
-    """Cross-entropy of logits against class ids: the default loss."""
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    """Makes the default loss: cross-entropy of logits against class ids, the weighted mean over all targets."""
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,13 @@ class Settings:
         model: factory of the Keras model.
         data: factory of the `data.Dataset`.
         optimizer: factory of the Keras optimizer of the rules that name none.
-        loss: factory of a Keras loss, or of a function (y, outputs) -> losses with the batch axis first.
+        loss: factory of a Keras loss, or of a function (y, outputs) -> losses with the batch axis first; the name of a
+            Keras loss; or a dict or list of such, by output, as `Model.compile` takes it. None takes what the model was
+            compiled with, else its own `compute_loss`, else `cross_entropy`.
+        loss_weights: of several losses: a dict or list as `loss`.
+        metrics: Keras metrics, or their names, in a list, or by output in a dict; None chooses by the data.
+        weighted_metrics: the same, of metrics that weigh targets as the loss does.
+        class_weight: weights of the training examples by class id, which a dict has.
         reduction: how gradients travel under the rules that do not say.
         steps: updates in the whole run.
         global_batch: examples an update, over all replicas.
@@ -99,7 +105,11 @@ class Settings:
     model: Annotated[Callable[[], Any], Factory("@byte_transformer", (keras.Layer,))]
     data: Annotated[Callable[[], Any], Factory("@stdlib_corpus")]
     optimizer: Annotated[Callable[..., Any], Factory("@keras.optimizers.Adam")] = keras.optimizers.Adam
-    loss: Annotated[Callable[[], Any], Factory("@keras.losses.MeanSquaredError", (keras.losses.Loss,))] = cross_entropy
+    loss: Any = None
+    loss_weights: Any = None
+    metrics: Any = None
+    weighted_metrics: Any = None
+    class_weight: Any = None
     reduction: Annotated[Any, REDUCTION] = dataclasses.field(default_factory=AllReduce)
     steps: Annotated[int, AtLeast(1)] = 1000
     global_batch: Annotated[int, AtLeast(1)] = 32

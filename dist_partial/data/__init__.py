@@ -4,11 +4,12 @@ from dist_partial.data.batches import evaluation_batches, fetch, fetched, some_t
 from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
 from dist_partial.data.prepared import tfds_dataset
-from dist_partial.data.source import ArraySource, Dataset, Source, check_source, fingerprint
+from dist_partial.data.source import ArraySource, ClassWeighted, Dataset, Source, check_source, fingerprint
 from dist_partial.data.tokens import stdlib_prose, tokenized_text
 
 __all__ = [
     "ArraySource",
+    "ClassWeighted",
     "Codec",
     "Dataset",
     "Source",

@@ -4,7 +4,6 @@ The examples of a run have one global order, whatever the number of workers. Ste
 [s * global_batch, (s + 1) * global_batch), and replica i of n takes the i-th of n contiguous slices of them.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -75,8 +74,8 @@ def evaluation_batches(
 
     Returns:
         A data set of infinite cardinality and static shapes that starts over after
-        ceil(examples / global_batch) steps. Its elements are those of `train_batches`, always with a weight:
-        that of the source, or ones, and 0 where the last batch is filled up with repetitions.
+        ceil(examples / global_batch) steps. Its elements are those of `train_batches`; the last batch is filled up by
+        repeating the last example.
 
     Raises:
         UserError: there are fewer examples, or as for `train_batches`.
@@ -86,12 +85,8 @@ def evaluation_batches(
         raise UserError(f"cannot evaluate {first + examples} examples: ask for 1 to {len(source)}, that is all")
     padded = -(-examples // global_batch) * global_batch
 
-    def fetch(positions: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        positions %= padded
-        x, y, *weights = fetched(source, first + tf.minimum(positions, examples - 1))
-        weight = weights[0] if weights else tf.ones_like(positions, tf.float32)
-        real = tf.reshape(positions < examples, [-1] + [1] * (weight.shape.rank - 1))
-        return x, y, tf.where(real, weight, tf.zeros_like(weight))
+    def fetch(positions: tf.Tensor) -> tuple[Any, ...]:
+        return fetched(source, first + tf.minimum(positions % padded, examples - 1))
 
     return _batches(fetch, 0, global_batch, context).prefetch(PREFETCHED)
 
@@ -149,28 +144,38 @@ def _shuffled(positions: tf.Tensor, count: int, seed: int) -> tf.Tensor:
     )
 
 
-def some_targets(source: Source) -> np.ndarray:
+def some_targets(source: Source) -> Any:
     """Reads targets to check before a run: all where they are in memory, else those of 64 examples from all over.
+
+    Returns:
+        A nest of arrays as `y` of the spec; None if there is no y.
 
     Raises:
         UserError: the source is empty, or not as its spec says.
     """
     _check(source)
-    if isinstance(source, ArraySource) and source.y.nbytes <= 2**30:
+    if len(source.spec) == 1:
+        return None
+    if isinstance(source, ArraySource) and sum(array.nbytes for array in tf.nest.flatten(source.y)) <= 2**30:
         return source.y
     return fetch(source, np.unique(np.linspace(0, len(source) - 1, 64).astype(np.int64)))[1]
 
 
-def fetched(source: Source, indices: tf.Tensor) -> tuple[tf.Tensor, ...]:
+def fetched(source: Source, indices: tf.Tensor) -> tuple[Any, ...]:
     """Wraps `fetch` as a TensorFlow op, with static shapes."""
-    spec = source.spec
+    spec = tf.nest.flatten(source.spec)
     arrays = tf.numpy_function(
-        functools.partial(fetch, source), [indices], [one.dtype for one in spec], stateful=False, name="fetch"
+        lambda indices: tf.nest.flatten(fetch(source, indices)),
+        [indices],
+        [one.dtype for one in spec],
+        stateful=False,
+        name="fetch",
     )
-    return tuple(tf.ensure_shape(a, indices.shape + one.shape) for a, one in zip(arrays, spec, strict=True))
+    flat = [tf.ensure_shape(a, indices.shape + one.shape) for a, one in zip(arrays, spec, strict=True)]
+    return tf.nest.pack_sequence_as(source.spec, flat)
 
 
-def fetch(source: Source, indices: np.ndarray) -> tuple[np.ndarray, ...]:
+def fetch(source: Source, indices: np.ndarray) -> tuple[Any, ...]:
     """Calls `source.fetch` and checks the result against the source's spec.
 
     Raises:
@@ -178,21 +183,29 @@ def fetch(source: Source, indices: np.ndarray) -> tuple[np.ndarray, ...]:
         Raised: it raises an exception.
     """
     with calling("run.data"):
-        arrays = source.fetch(indices)
-        want = [f"{one.dtype.name} {(len(indices), *one.shape)}" for one in source.spec]
-    have = [_described(array) for array in (arrays if isinstance(arrays, (tuple, list)) else [arrays])]
-    if len(want) in (2, 3) and want == have:
-        return tuple(arrays)
+        found = source.fetch(indices)
+        arrays = tuple(found) if isinstance(found, list) else found
+        want = tf.nest.map_structure(lambda one: f"{one.dtype.name} {(len(indices), *one.shape)}", source.spec)
+    have = tf.nest.map_structure(_described, arrays)
+    if want == have:
+        return arrays
     some = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
     raise UserError(
-        f"{type(source).__name__}.fetch gives [{', '.join(have)}] for the examples {some}, and its spec says "
-        f"[{', '.join(want)}]: both must be the same (x, y) or (x, y, weight)"
+        f"{type(source).__name__}.fetch gives {_listed(have)} for the examples {some}, and its spec says "
+        f"{_listed(want)}: both must be the same (x, y) or (x, y, weight)"
     )
+
+
+def _listed(parts: Any) -> str:
+    if isinstance(parts, dict):
+        return "{" + ", ".join(f"{name!r}: {_listed(part)}" for name, part in parts.items()) + "}"
+    return f"[{', '.join(map(_listed, parts))}]" if isinstance(parts, (tuple, list)) else parts
 
 
 def _described(array: Any) -> str:
     try:
-        return f"{tf.as_dtype(array.dtype).name} {tuple(array.shape)}"
+        dtype = tf.string if array.dtype.kind in "OSU" else tf.as_dtype(array.dtype)
+        return f"{dtype.name} {tuple(array.shape)}"
     except (AttributeError, TypeError):  # no array, or none that TensorFlow knows
         return type(array).__name__
 

@@ -1,6 +1,7 @@
 """What a data set is: examples that are fetched by index."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -9,21 +10,24 @@ import tensorflow as tf
 
 from dist_partial.data.codecs import Codec
 from dist_partial.errors import UserError
+from dist_partial.validation import shown
 
 
 class Source(Protocol):
     """Gives random access to examples, the only thing the pipeline needs."""
 
     @property
-    def spec(self) -> tuple[tf.TensorSpec, ...]:
-        """(x, y) or (x, y, weight) of one example, without a batch axis.
+    def spec(self) -> tuple[Any, ...]:
+        """(x,), (x, y) or (x, y, weight) of one example, without a batch axis.
 
-        The weight is a float of shape (), or of the shape of the loss of y where each target has its own.
+        Each is a `tf.TensorSpec`, or a dict, tuple or list of them, as `Model.fit` takes arrays: named as the model
+        names its inputs and outputs. A weight is a float of shape (), or of the shape of the loss of y where each
+        target has its own.
         """
 
     def __len__(self) -> int: ...
 
-    def fetch(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
+    def fetch(self, indices: np.ndarray) -> tuple[Any, ...]:
         """Reads examples.
 
         Args:
@@ -64,11 +68,11 @@ class Dataset:
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Reads examples from arrays in memory.
+    """Reads examples from arrays in memory: each argument an array, or a dict, tuple or list of arrays.
 
     Args:
-        x: inputs [n, ...].
-        y: targets [n, ...].
+        x: inputs [n, ...]; numbers, booleans or strings.
+        y: targets [n, ...]; None where the model needs none.
         weight: float [n], or where each target has its own of the shape of y, or of its first axes; further axes of 1
             at the end are as none. None weighs all alike.
 
@@ -79,24 +83,29 @@ class ArraySource:
         >>> source = ArraySource(np.arange(6.0, dtype=np.float32).reshape(3, 2), np.array([0, 1, 2], np.int32))
         >>> [array.tolist() for array in source.fetch(np.array([2, 0]))]
         [[[4.0, 5.0], [0.0, 1.0]], [2, 0]]
+        >>> source = ArraySource({"age": np.array([31, 54]), "name": np.array(["Ada", "Grace"])}, np.array([0.5, 1.0]))
+        >>> source.spec[0]["name"].dtype
+        tf.string
     """
 
-    x: np.ndarray
-    y: np.ndarray
-    weight: np.ndarray | None = None
+    x: Any
+    y: Any = None
+    weight: Any = None
 
     def __post_init__(self) -> None:
-        for name, array in (("x", self.x), ("y", self.y), ("weight", self.weight)):
-            optional = name == "weight" and array is None
-            if not optional and not (hasattr(array, "shape") and hasattr(array, "dtype")):
-                raise UserError(
-                    f"ArraySource got {name} as a {type(array).__name__}: give one array, such as np.asarray makes; a "
-                    "run feeds models of one input"
-                )
-        shapes = [array.shape for array in self._arrays]
+        for name, arrays in (("x", self.x), ("y", self.y), ("weight", self.weight)):
+            for array in [] if arrays is None and name != "x" else tf.nest.flatten(arrays):
+                if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+                    raise UserError(
+                        f"ArraySource got a {type(array).__name__} in {name}: give an array, such as np.asarray makes, "
+                        "or a dict, tuple or list of arrays"
+                    )
+        if self.y is None and self.weight is not None:
+            raise UserError("ArraySource got a weight and no y: give the targets that it weighs")
+        shapes = [array.shape for array in tf.nest.flatten(self._arrays)]
         if len({shape[:1] for shape in shapes}) != 1 or shapes[0] == ():
             raise UserError(f"ArraySource got shapes {shapes}: axis 0 counts the examples, alike in all")
-        if self.weight is None:
+        if self.weight is None or tf.nest.is_nested(self.weight) or tf.nest.is_nested(self.y):
             return
         shape = self.weight.shape
         while len(shape) > 1 and shape[-1] == 1:
@@ -108,39 +117,94 @@ class ArraySource:
             )
 
     @property
-    def _arrays(self) -> tuple[np.ndarray, ...]:
-        return (self.x, self.y) if self.weight is None else (self.x, self.y, self.weight)
+    def _arrays(self) -> tuple[Any, ...]:
+        return tuple(each for each in (self.x, self.y, self.weight) if each is not None)
 
     @property
-    def spec(self) -> tuple[tf.TensorSpec, ...]:
-        """(x, y) or (x, y, weight) of one example."""
-        return tuple(tf.TensorSpec(array.shape[1:], array.dtype) for array in self._arrays)
+    def spec(self) -> tuple[Any, ...]:
+        """(x,), (x, y) or (x, y, weight) of one example."""
+        return tf.nest.map_structure(
+            lambda array: tf.TensorSpec(array.shape[1:], tf.string if array.dtype.kind in "OSU" else array.dtype),
+            self._arrays,
+        )
 
     def __len__(self) -> int:
-        return len(self.x)
+        return len(tf.nest.flatten(self.x)[0])
 
-    def fetch(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
+    def fetch(self, indices: np.ndarray) -> tuple[Any, ...]:
         """Rows `indices`, int64 [b], of every array."""
-        return tuple(array[indices] for array in self._arrays)
+        return tf.nest.map_structure(lambda array: array[indices], self._arrays)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassWeighted:
+    """Weighs the examples of a source by their classes, as `class_weight` of `Model.fit` does.
+
+    Args:
+        source: of one target, a class id [] or [1], or one-hot [classes].
+        weights: by class id; 1 for those that it lacks.
+
+    Raises:
+        UserError: the source has several targets, or those of an example are several.
+
+    Examples:
+        >>> source = ClassWeighted(ArraySource(np.zeros([3, 1]), np.array([0, 1, 1])), {1: 5.0})
+        >>> source.fetch(np.arange(3))[2].tolist()
+        [1.0, 5.0, 5.0]
+    """
+
+    source: Source
+    weights: Mapping[int, float]
+
+    def __post_init__(self) -> None:
+        y = self.source.spec[1] if len(self.source.spec) > 1 else None
+        if not isinstance(y, tf.TensorSpec) or y.shape.rank > 1:
+            raise UserError(
+                "run.class_weight weighs examples of one class each, and run.data gives targets of "
+                f"{y if y is None or tf.nest.is_nested(y) else y.shape.as_list()}: have it give (x, y, weight)"
+            )
+
+    @property
+    def spec(self) -> tuple[Any, ...]:
+        """That of the source, with a weight."""
+        x, y, *weight = self.source.spec
+        return (x, y, *(weight or [tf.TensorSpec([], tf.float32)]))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def fetch(self, indices: np.ndarray) -> tuple[Any, ...]:
+        """Examples `indices`, each weight times that of the class."""
+        x, y, *given = self.source.fetch(indices)
+        flat = y.reshape(len(y), -1)
+        classes = flat[:, 0] if flat.shape[1] == 1 else flat.argmax(axis=1)
+        found = np.array([self.weights.get(int(each), 1.0) for each in classes], np.float32)
+        if not given:
+            return x, y, found
+        return x, y, (given[0] * found.reshape(-1, *[1] * (given[0].ndim - 1))).astype(given[0].dtype)
 
 
 def check_source(name: str, source: Any) -> None:
-    """Raises UserError unless `source` has one x, one y and perhaps one weight; `name` says whose it is."""
+    """Raises UserError unless `source` has x and perhaps y and a weight; `name` says whose it is."""
     if not all(hasattr(source, each) for each in ("spec", "fetch", "__len__")):
         raise UserError(
             f"{name} is a {type(source).__name__}: a Dataset holds sources, with spec, fetch(indices) and a length, "
             "such as dist_partial.ArraySource(x, y)"
         )
-    spec = source.spec if isinstance(source.spec, (tuple, list)) else (source.spec,)
-    if not all(isinstance(each, tf.TensorSpec) for each in spec):
+    spec = source.spec
+    flat = tf.nest.flatten(spec)
+    if not isinstance(spec, tuple) or not 1 <= len(spec) <= 3 or not all(isinstance(s, tf.TensorSpec) for s in flat):
         raise UserError(
-            f"{name} has a spec of ({', '.join(type(each).__name__ for each in spec)}): write one tf.TensorSpec for x, "
-            "one for y, and one for a weight; a run feeds models of one input"
+            f"{name} has a spec of {shown(spec)}: write a tuple (x, y), or (x, y, weight), each a tf.TensorSpec or a "
+            "dict, tuple or list of them"
         )
 
 
-def fingerprint(*parts: np.ndarray | bytes | str | int | float) -> str:
+def fingerprint(*parts: Any) -> str:
     """Computes the hex SHA-256 of the parts: content, order, and for arrays type and shape too.
+
+    Args:
+        *parts: arrays, bytes, text, numbers; dicts, tuples and lists of such.
 
     Examples:
         >>> fingerprint("a set", np.arange(3)) == fingerprint("a set", np.arange(3))
@@ -148,7 +212,12 @@ def fingerprint(*parts: np.ndarray | bytes | str | int | float) -> str:
     """
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, np.ndarray):
+        if isinstance(part, (dict, list, tuple)):
+            items = sorted(part.items()) if isinstance(part, dict) else enumerate(part)
+            head, content = type(part).__name__, "".join(f"{key}={fingerprint(each)};" for key, each in items).encode()
+        elif isinstance(part, np.ndarray) and part.dtype == object:  # whose bytes are addresses
+            head, content = f"object{part.shape}", fingerprint(*part.ravel().tolist()).encode()
+        elif isinstance(part, np.ndarray):
             head, content = f"{part.dtype.str}{part.shape}", np.ascontiguousarray(part).tobytes()
         elif isinstance(part, bytes):
             head, content = "bytes", part

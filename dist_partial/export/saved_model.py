@@ -30,18 +30,21 @@ def write_saved_model(path: Path, built: Trainer, max_length: int | None) -> str
     """
     tf.get_logger().setLevel("ERROR")  # it says where it writes assets, which is not where they will be
     model, data = built.model, built.data
-    x, y = data.train.spec[:2]
+    x, *y = data.train.spec
+    named = tf.nest.map_structure(lambda one: tf.TensorSpec([None, *one.shape], one.dtype), x)
 
     def serve(x: Any) -> dict[str, Any]:
-        return {"outputs": model(x, training=False)}
+        outputs = model(x, training=False)
+        return outputs if isinstance(outputs, dict) else {"outputs": outputs}
 
-    shape = [None, None] if hasattr(model, "decode") else [None, *x.shape]
     notes = ""
     archive = keras.export.ExportArchive()
     archive.track(model)
-    archive.add_endpoint("serving_default", serve, [tf.TensorSpec(shape, x.dtype, "x")])
+    if isinstance(x, tf.TensorSpec):
+        named = tf.TensorSpec([None, None] if hasattr(model, "decode") else [None, *x.shape], x.dtype, "x")
+    archive.add_endpoint("serving_default", serve, [named])
     if data.codec is not None or hasattr(model, "decode"):
-        window = x.shape[0] if y.shape.rank < x.shape.rank else None
+        window = x.shape[0] if y[0].shape.rank < x.shape.rank else None
         capacity = _capacity(model, max_length)
         archive.add_endpoint(
             "generate", _generator(model, window, capacity), [tf.TensorSpec(*spec) for spec in _GENERATE]

@@ -4,18 +4,13 @@ import numpy as np
 import tensorflow as tf
 
 
-def is_distribution(outputs: tf.Tensor, example: tf.Tensor) -> bool:
-    """Tells whether a model's outputs are probabilities: a softmax by the graph, or a distribution by value.
+def adds_up(values: tf.Tensor) -> tf.Tensor:
+    """Tells, as a boolean scalar, whether all of `values` [..., classes] are distributions.
 
-    Args:
-        outputs: in a traced graph.
-        example: the outputs for some example, [1, ..., classes].
+    Examples:
+        >>> bool(adds_up(tf.constant([[0.25, 0.75]]))), bool(adds_up(tf.constant([[0.25, 0.25]])))
+        (True, False)
     """
-    return activation_op(outputs, "Softmax") is not None or bool(_adds_up(example))
-
-
-def _adds_up(values: tf.Tensor) -> tf.Tensor:
-    """Whether all of `values` [..., classes] are distributions."""
     if values.shape.rank < 2 or values.shape[-1] == 1:
         return tf.constant(False)
     # Half precision rounds a sum of many; logits that are all positive and add up to 1 are not seen.
@@ -28,7 +23,7 @@ def as_logits(outputs: tf.Tensor) -> tf.Tensor:
     outputs = full_precision(outputs)
     if activation_op(outputs, "Softmax") is not None:
         return logits_behind(outputs, "Softmax")
-    return tf.where(_adds_up(outputs), logits_behind(outputs, "Softmax"), outputs)
+    return tf.where(adds_up(outputs), logits_behind(outputs, "Softmax"), outputs)
 
 
 def logits_behind(probabilities: tf.Tensor, kind: str) -> tf.Tensor:

@@ -43,3 +43,8 @@ def mean(value: tf.Tensor) -> Exchange:
     """Asks for the mean of a tensor over all replicas."""
     context: Any = tf.distribute.get_replica_context()
     return (yield AllReduceRequest(value / context.num_replicas_in_sync))
+
+
+def total(value: tf.Tensor) -> Exchange:
+    """Asks for the sum of a tensor over all replicas."""
+    return (yield AllReduceRequest(value))

@@ -7,65 +7,70 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_partial.errors import calling
-from dist_partial.models.output_logits import full_precision
-from dist_partial.step.gradients import Batch, added_losses, local_sum, model_outputs, own_part
-from dist_partial.step.losses import Loss, class_ids, element_weights, example_losses
+from dist_partial.distributed.collectives import Collectives, run_rounds
+from dist_partial.reductions.base import total
+from dist_partial.step.gradients import local_sum, model_outputs, own_part
+from dist_partial.step.objective import Batch, Objective
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvaluationSpec:
-    """Holds what an evaluation computes with: the replicas, the model, and the loss (y, outputs) -> losses."""
+    """Holds what an evaluation computes with: the replicas, how they reach each other, the model, what is computed."""
 
     strategy: tf.distribute.Strategy
+    collectives: Collectives
     model: keras.Model
-    loss: Loss
+    objective: Objective
 
 
-def evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model, loss: Loss) -> Any:
+def evaluation_step(spec: EvaluationSpec) -> Any:
     """Compiles the evaluation pass: a function of what `evaluation_steps` takes after the spec."""
-    return tf.function(functools.partial(evaluation_steps, EvaluationSpec(strategy, model, loss)), autograph=False)
+    return tf.function(functools.partial(evaluation_steps, spec), autograph=False)
 
 
-def evaluation_steps(spec: EvaluationSpec, iterator: Any, steps: tf.Tensor, examples: tf.Tensor) -> tf.Tensor:
+def evaluation_steps(spec: EvaluationSpec, iterator: Any, steps: tf.Tensor, examples: int) -> tf.Tensor:
     """Evaluates the batches of one pass; called in the cross-replica context of a graph.
 
     Args:
         spec: what it computes with.
-        iterator: of this worker's (x, y, weight).
+        iterator: of this worker's batches.
         steps: number of batches, an int32 scalar.
-        examples: number of examples in them; what the last batch has beyond them has weight 0.
+        examples: number of examples in each; what a batch holds beyond them fills it up.
 
     Returns:
-        float64 [5], this worker's sums: see `replica_sums`.
+        float64 [1 + numbers of the metrics], this worker's sums: of the batches' losses, and of what they add to the
+        metrics.
     """
 
     def one_step(i: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        own = spec.strategy.run(replica_sums, args=(spec, next(iterator), i, examples))
+        own = spec.strategy.run(replica_sums, args=(spec, next(iterator), examples))
         return i + 1, sums + local_sum(spec.strategy, own)
 
-    start = [tf.constant(0), tf.zeros([5], tf.float64)]
+    start = (tf.constant(0), tf.zeros([1 + spec.objective.size(training=False)], tf.float64))
     return tf.while_loop(lambda i, _: i < steps, one_step, start, parallel_iterations=1)[1]
 
 
-def replica_sums(spec: EvaluationSpec, batch: Batch, step: tf.Tensor, examples: tf.Tensor) -> tf.Tensor:
-    """Sums over one replica's part of a batch; called in a replica context.
+def replica_sums(spec: EvaluationSpec, batch: Batch, examples: int) -> tf.Tensor:
+    """Evaluates one replica's part of a batch; called in a replica context.
+
+    Replicas read `examples` in turn, as many as there is room for; one that has none reads one that counts nothing, for
+    there are models that take no empty batch.
 
     Returns:
-        float64 [5]: sums of the examples' losses, as in training; of what layers add to the loss, for each example; of
-        weighted losses of elements; of weighted correct predictions (NaN if `y` is no class); and of weights.
+        float64 [1 + numbers of the metrics]: what the part adds to the loss of the batch, and to the metrics.
     """
-    x, y, weight = batch = own_part(spec.strategy, batch)
-    outputs = full_precision(model_outputs(spec.model, x, False))
-    with calling("run.loss"):
-        losses = tf.cast(spec.loss(y, outputs), tf.float64)
-    weights = tf.cast(element_weights(weight, losses), tf.float64)
-    right = tf.fill(tf.shape(losses), tf.constant(float("nan"), tf.float64))
-    if (ids := class_ids(y, outputs)) is not None:
-        right = tf.cast(tf.argmax(outputs, axis=-1, output_type=tf.int64) == tf.cast(ids, tf.int64), tf.float64)
     context: Any = tf.distribute.get_replica_context()
-    first = (step * spec.strategy.num_replicas_in_sync + context.replica_id_in_sync_group) * y.shape[0]
-    real = tf.cast(tf.clip_by_value(examples - first, 0, y.shape[0]), tf.float64)
-    sums = [example_losses(losses, weight), losses * weights, right * weights, weights]
-    total, elements, correct, weight = (tf.reduce_sum(each) for each in sums)
-    return tf.stack([total, added_losses(spec.model, tf.float64) * real, elements, correct, weight])
+    batch = own_part(spec.strategy, batch)
+    room = tf.nest.flatten(batch)[0].shape[0]
+    replica = int(tf.get_static_value(context.replica_id_in_sync_group))
+    own = min(max(examples - replica * room, 0), room)
+    batch = tf.nest.map_structure(lambda tensor: tensor[: max(own, 1)], batch)
+    outputs = model_outputs(spec.model, batch[0], False)
+    share, counts = own / examples, None
+    if spec.objective.counts and spec.strategy.num_replicas_in_sync > 1:
+        mine = spec.objective.counted(batch, outputs, False) * (1 if own else 0)
+        counts = run_rounds(spec.collectives, [total(mine)])[0]
+    loss, changed = spec.objective.loss(batch, outputs, False, share or 1.0, counts)
+    added = spec.objective.added(batch, outputs, False, changed)
+    sums = tf.concat([tf.cast(loss * share, tf.float64)[tf.newaxis], added], axis=0)
+    return sums if own else tf.zeros_like(sums)

@@ -8,30 +8,14 @@ import tensorflow as tf
 
 from dist_partial.distributed import per_replica
 from dist_partial.errors import calling
-from dist_partial.models.output_logits import full_precision
 from dist_partial.selection.plan import Plan
-from dist_partial.step.losses import Loss, example_losses
-
-# (x, y) or (x, y, weight), each with the batch axis first.
-Batch = tuple[tf.Tensor, ...]
+from dist_partial.step.objective import Batch
 
 
-def model_outputs(model: keras.Model, x: tf.Tensor, training: bool) -> tf.Tensor:
+def model_outputs(model: keras.Model, x: Any, training: bool) -> Any:
     """Calls the model; an exception of its code names `run.model`."""
     with calling("run.model"):
         return model(x, training=training)
-
-
-def batch_losses(loss: Loss, batch: Batch, outputs: tf.Tensor) -> tf.Tensor:
-    """Computes one loss an example; an exception of the loss names `run.loss`."""
-    with calling("run.loss"):
-        losses = loss(batch[1], full_precision(outputs))
-    return example_losses(losses, batch[2] if len(batch) == 3 else None)
-
-
-def added_losses(model: keras.Model, dtype: tf.DType) -> tf.Tensor:
-    """Adds up what layers add to the loss of the batch that the model was last called on: regularisers, `add_loss`."""
-    return tf.add_n([tf.cast(each, dtype) for each in model.losses] or [tf.zeros([], dtype)])
 
 
 def own_part(strategy: tf.distribute.Strategy, batch: Batch) -> Batch:
@@ -40,7 +24,9 @@ def own_part(strategy: tf.distribute.Strategy, batch: Batch) -> Batch:
     local = per_replica.local_count(strategy)
     index = context.replica_id_in_sync_group % local
     with tf.device("CPU"):  # so that a GPU is sent its slice and no more
-        return tuple(tf.reshape(t, [local, t.shape[0] // local, *t.shape[1:]])[index] for t in batch)
+        return tf.nest.map_structure(
+            lambda t: tf.reshape(t, [local, t.shape[0] // local, *t.shape[1:]])[index], batch
+        )
 
 
 def local_sum(strategy: tf.distribute.Strategy, value: Any) -> tf.Tensor:
@@ -116,4 +102,5 @@ def micro_batches(batch: Batch, parts: int) -> list[Batch]:
     """
     if parts == 1:
         return [batch]
-    return list(zip(*[tf.split(tensor, parts) for tensor in batch], strict=True))
+    flat = [tf.split(tensor, parts) for tensor in tf.nest.flatten(batch)]
+    return [tf.nest.pack_sequence_as(batch, part) for part in zip(*flat, strict=True)]

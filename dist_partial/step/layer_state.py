@@ -13,7 +13,7 @@ All of it is in the checkpoint and in what is exported. What the rules freeze no
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -27,6 +27,7 @@ from dist_partial.errors import UserError
 from dist_partial.selection.paths import paths_of
 from dist_partial.selection.plan import Plan
 from dist_partial.step import batch_norm
+from dist_partial.step.objective import Batch, Objective
 
 # Far apart for neighbouring replicas, and from what people choose as the seeds of neighbouring layers.
 _SEED_STRIDE, _SEEDS = 0x9E3779B9, 2**31 - 1
@@ -65,32 +66,36 @@ def batch_size(model: keras.Model) -> int | None:
     return next((state.shape[0] for state in recurrent(model)), None)
 
 
-def find(model: keras.Model, x: tf.TensorSpec, plan: Plan) -> tuple[LayerState, tf.Tensor]:
-    """Traces the model in training mode to see which variables it assigns; runs and changes nothing.
+def find(model: keras.Model, example: Batch, plan: Plan, objective: Objective) -> LayerState:
+    """Traces the model and its loss in training mode to see which variables it assigns; runs and changes nothing.
 
     Args:
         model: built, its BatchNorm layers in the modes of the run.
-        x: of one example.
+        example: the spec of one example.
         plan: all that is ever trained.
+        objective: its loss.
 
     Returns:
-        What its layers change, and its outputs in the traced graph.
+        What its layers change.
 
     Raises:
         UserError: a layer changes what the rules freeze, what no checkpoint would hold, or an integer on which
             replicas could not agree.
     """
-    outputs: list[tf.Tensor] = []
 
-    def traced(x: tf.Tensor) -> None:
+    def traced(*flat: tf.Tensor) -> None:
+        batch = tf.nest.pack_sequence_as(example, flat)
         with keras.StatelessScope() as scope:  # assignments are noted in it, and not made
-            outputs.append(model(x, training=True))
+            outputs = model(batch[0], training=True)
         new.clear()  # if TensorFlow traces twice
         new.update(scope.state_mapping)
+        objective.loss(batch, outputs, training=True)
 
     new: dict[int, tf.Tensor] = {}  # values by the identity of the variable
-    spec = tf.TensorSpec([batch_size(model) or 2, *x.shape], x.dtype)
-    graph = tf.function(traced, autograph=False).get_concrete_function(spec).graph
+    count = batch_size(model) or 2
+    specs = [tf.TensorSpec([count, *one.shape], one.dtype) for one in tf.nest.flatten(example)]
+    graph = tf.function(traced, autograph=False).get_concrete_function(*specs).graph
+    inputs = {tensor.op for tensor in graph.inputs[: len(tf.nest.flatten(example[0]))]}
     _check_own(model, graph, new)
     entries = {id(entry.variable): entry for entry in plan.entries}
     shared = all(group.reduction.shared for group in plan.groups)
@@ -109,7 +114,7 @@ def find(model: keras.Model, x: tf.TensorSpec, plan: Plan) -> tuple[LayerState, 
             )
         if is_generator(variable) or id(variable) in of_batch_norm:
             continue
-        seen, floats = _depends_on_data(new[id(variable)], graph.inputs[0]), tf.as_dtype(variable.dtype).is_floating
+        seen, floats = _depends_on_data(new[id(variable)], inputs), tf.as_dtype(variable.dtype).is_floating
         if seen and not floats:
             raise UserError(
                 f"{paths_of(model, [variable])[0]!r} is {variable.dtype} and a layer changes it by what each replica "
@@ -119,7 +124,7 @@ def find(model: keras.Model, x: tf.TensorSpec, plan: Plan) -> tuple[LayerState, 
         if seen or (floats and not shared):
             averaged.append(variable)
     unused = [v for v in model.variables if is_generator(v) and id(v) not in new]
-    return LayerState(tuple(moving), tuple(averaged), (*moving, *unused)), outputs[-1]
+    return LayerState(tuple(moving), tuple(averaged), (*moving, *unused))
 
 
 def _check_own(model: keras.Model, graph: Any, new: Mapping[int, tf.Tensor]) -> None:
@@ -139,8 +144,8 @@ def _check_own(model: keras.Model, graph: Any, new: Mapping[int, tf.Tensor]) -> 
         )
 
 
-def _depends_on_data(value: tf.Tensor, x: tf.Tensor) -> bool:
-    """Whether a tensor of a graph depends on `x` or on random numbers."""
+def _depends_on_data(value: tf.Tensor, inputs: Collection[Any]) -> bool:
+    """Whether a tensor of a graph depends on the operations `inputs` or on random numbers."""
     seen: set[str] = set()
     waiting = [value.op]
     while waiting:
@@ -149,7 +154,7 @@ def _depends_on_data(value: tf.Tensor, x: tf.Tensor) -> bool:
             continue
         seen.add(operation.name)
         inner = [each for function in traffic.called(operation) for each in traffic.operations(function)]
-        if operation is x.op or any("Random" in each.type for each in [operation, *inner]):
+        if operation in inputs or any("Random" in each.type for each in [operation, *inner]):
             return True
         waiting += [tensor.op for tensor in operation.inputs]
     return False

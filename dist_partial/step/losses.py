@@ -1,162 +1,268 @@
-"""Losses of examples: what one example counts, and in which precision."""
+"""Losses of a batch that is divided among replicas and micro-batches: Keras's own, with the divisors of the whole.
 
-import math
-from collections.abc import Callable, Sequence
+A loss is a sum over elements by a divisor. Where Keras divides by a number that the shapes give, the mean of the
+parts' losses is the loss of the whole. Where it divides by what a mask, `ignore_class` or weights leave, the divisor is
+counted over all parts first.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.errors import UserError, first_line, own_line
-from dist_partial.models.output_logits import activation_op, full_precision, is_distribution, logits_behind
+from dist_partial import compat
+from dist_partial.errors import UserError
+from dist_partial.models.output_logits import activation_op, adds_up, logits_behind
 
-Loss = Callable[[Any, Any], tf.Tensor]
-_TRIED = 2**20  # outputs of an example, up to which a loss is tried out
+_LARGEST = 2**20  # elements of a target and its output, up to which a loss is tried out
 
 
-def unreduced(loss: Any, weighted: bool = False) -> Loss:
-    """Computes what a Keras loss or a function makes of targets and outputs, before Keras takes its mean.
+@dataclasses.dataclass(eq=False)
+class Part:
+    """Describes the part of a batch whose loss is computed.
 
-    As in Keras, targets and outputs are cast to the loss's dtype first; of a plain function, which Keras wraps for
-    that, they are also brought to one rank ([b] and [b, 1] become [b, 1], lest they broadcast to [b, b]).
+    Attributes:
+        share: its share of the examples of the whole batch.
+        counts: what the losses divide by over the whole batch, in the order in which they are called, of those whose
+            divisor depends on the data; None divides each by the part's own.
+        found: the part's own, noted as the losses are called.
+    """
+
+    share: Any = 1.0
+    counts: Iterator[tf.Tensor] | None = None
+    found: list[tf.Tensor] = dataclasses.field(default_factory=list)
+
+
+_current = threading.local()  # each replica is traced in a thread of its own
+
+
+@contextlib.contextmanager
+def computing(part: Part) -> Iterator[Part]:
+    """Has the losses that are called within it compute what they are of one part; as on one device otherwise."""
+    before = getattr(_current, "part", None)
+    _current.part = part
+    try:
+        with compat.as_one_device():
+            yield part
+    finally:
+        _current.part = before
+
+
+class DividedLoss(keras.losses.Loss):
+    """Computes a Keras loss of one part of a batch so that the parts' values, weighted by share, add up to the whole's.
+
+    A loss of logits is given those behind the model's probabilities. Keras looks for a softmax or sigmoid, too, but a
+    Cast (mixed precision) or a Reshape hides it from Keras, which then takes the softmax of a softmax.
+
+    Attributes:
+        inner: the loss.
+        probabilities: what outputs were found to be where the loss takes logits: 'softmax', 'sigmoid' or ''.
+        seen: the targets and outputs of the last call.
+
+    Examples:
+        >>> loss = DividedLoss(keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0))
+        >>> y, outputs = tf.constant([0, 0, 0, 1, 1, 1]), tf.random.stateless_normal([6, 3], [0, 0])
+        >>> whole = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)(y, outputs)
+        >>> counts = [tf.constant(3.0)]
+        >>> with computing(Part(4 / 6, iter(counts))):
+        ...     first = loss(y[:4], outputs[:4])
+        >>> with computing(Part(2 / 6, iter(counts))):
+        ...     second = loss(y[4:], outputs[4:])
+        >>> bool(abs(first * 4 / 6 + second * 2 / 6 - whole) < 1e-6)
+        True
+    """
+
+    def __init__(self, inner: keras.losses.Loss) -> None:
+        super().__init__(inner.name, inner.reduction, inner.dtype)
+        self.inner = inner
+        self.probabilities = ""
+        self.seen: tuple[Any, Any] | None = None
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        part = getattr(_current, "part", None)
+        y_pred = self._logits(y_pred)
+        self.seen = y_true, y_pred
+        value = self.inner(y_true, y_pred, sample_weight)
+        if part is None:
+            return value
+        if self.reduction in ("sum", "none", None):  # `fit` trains on the sum of the last two as well
+            return keras.ops.sum(value) / part.share
+        count = self._count(y_true, y_pred, sample_weight)
+        if count is None:
+            return value
+        part.found.append(count)
+        if part.counts is None:
+            return value
+        return tf.math.divide_no_nan(value * count, next(part.counts) * tf.cast(part.share, count.dtype))
+
+    def _count(self, y_true: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor | None:
+        """What the loss divides by up to a constant factor, or None if the shapes give it."""
+        if type(self.inner).__call__ is not keras.losses.Loss.__call__:
+            return None
+        by_weight = self.reduction == "mean_with_sample_weight"
+        ones = _Ones(self.inner)
+        # Keras's own sum of ones brings mask and weights to one shape as its sum of losses does.
+        count = ones(y_true, y_pred, sample_weight if by_weight else None)
+        masked = ones.masked or compat.mask(y_pred) is not None
+        return count if masked or (by_weight and sample_weight is not None) else None
+
+    def _logits(self, y_pred: Any) -> Any:
+        if not getattr(self.inner, "from_logits", False) or not tf.is_tensor(y_pred):
+            return y_pred
+        if isinstance(self.inner, (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)):
+            kind, found = "Sigmoid", activation_op(y_pred, "Sigmoid") is not None
+        else:
+            kind = "Softmax"
+            found = activation_op(y_pred, kind) is not None or self.probabilities == "softmax"
+            if tf.executing_eagerly() and y_pred.dtype.is_floating:  # by value
+                found = found or bool(adds_up(y_pred))
+        if not found:
+            return y_pred
+        self.probabilities = kind.lower()
+        logits = logits_behind(y_pred, kind)
+        if (mask := compat.mask(y_pred)) is not None:
+            compat.set_mask(logits, mask)
+        return logits
+
+    def elements(self, y_true: Any, y_pred: Any) -> Any:
+        """Computes the losses that `__call__` reduces."""
+        y_true, y_pred = (keras.ops.convert_to_tensor(v, dtype=self.dtype) for v in (y_true, self._logits(y_pred)))
+        return self.inner.call(y_true, y_pred)
+
+    def get_config(self) -> dict[str, Any]:
+        raise NotImplementedError("it is made for one run")
+
+
+class _Ones(keras.losses.Loss):
+    """Counts what a loss sums."""
+
+    def __init__(self, inner: keras.losses.Loss) -> None:
+        super().__init__(inner.name, "sum", inner.dtype)
+        self._inner = inner
+        self.masked = False
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        values = self._inner.call(y_true, y_pred)
+        ones = keras.ops.ones_like(values)
+        if (mask := compat.mask(values)) is not None:
+            self.masked = True
+            compat.set_mask(ones, mask)
+        return ones
+
+
+def made(loss: Any) -> Any:
+    """Makes what `run.loss` describes: a `DividedLoss`, None, or a dict or list of such, by output.
 
     Args:
-        loss: what `run.loss` has made.
-        weighted: whether the data has weights.
+        loss: a factory of it, the name of a loss of Keras's, a Keras loss, a function (y, outputs) -> losses, or None.
 
     Raises:
-        UserError: it is neither; or a loss whose mean would be another one here than in Keras.
+        UserError: it is something else.
+
+    Examples:
+        >>> losses = made({"label": keras.losses.BinaryCrossentropy, "box": "mse", "mask": None})
+        >>> losses["label"].name, losses["box"].name, losses["mask"]
+        ('binary_crossentropy', 'mean_squared_error', None)
     """
+    if isinstance(loss, dict):
+        return {name: made(each) for name, each in loss.items()}
+    if isinstance(loss, (list, tuple)):
+        return [made(each) for each in loss]
+    if isinstance(loss, str):
+        try:
+            loss = keras.losses.get(loss)
+        except ValueError as error:
+            raise UserError(f"run.loss: Keras has no loss {loss!r}; write a name such as 'mse', or a class") from error
+    elif callable(loss) and not isinstance(loss, keras.losses.Loss) and not takes_targets(loss):
+        loss = loss()
+        if isinstance(loss, (dict, list, tuple)):
+            return made(loss)
+    if loss is None:
+        return None
     if not callable(loss):
         raise UserError(f"run.loss made a {type(loss).__name__}: its factory must return a Keras loss or a function")
     if not isinstance(loss, keras.losses.Loss):
-        dtype = keras.config.floatx()
-        return lambda y, outputs: loss(*_of_one_rank(_cast(y, dtype), _cast(outputs, dtype)))
-    if getattr(loss, "ignore_class", None) is not None:  # Keras divides by what is left in the whole batch
-        raise UserError(
-            f"run.loss ignores the class {loss.ignore_class}, which would count as a loss of 0: unbind ignore_class, "
-            "and have run.data give weights (x, y, weight) that are 0 there"
-        )
-    if loss.reduction in ("sum", "none", None):  # of the last two `fit` trains on the sum as well
-        raise UserError(
-            f"run.loss sums over the batch (reduction={loss.reduction!r}), and a run trains on the mean: unbind its "
-            "reduction"
-        )
-    if loss.reduction == "mean_with_sample_weight" and weighted:  # whose sum differs from batch to batch
-        raise UserError(
-            "run.loss divides by the weights of a batch (reduction='mean_with_sample_weight'), and a run divides by "
-            "the number of its examples: unbind its reduction"
-        )
-    return lambda y, outputs: loss.call(_cast(y, loss.dtype), _cast(outputs, loss.dtype))
+        loss = compat.loss_function(loss)
+    elif loss.dtype != keras.config.floatx():  # made before the run's precision was known
+        loss = type(loss).from_config(loss.get_config())
+    return DividedLoss(loss)
 
 
-def _cast(value: Any, dtype: str) -> tf.Tensor:
-    return keras.ops.convert_to_tensor(value, dtype=dtype)
+def takes_targets(function: Callable[..., Any]) -> bool:
+    """Tells a function of targets and outputs from a factory: by the arguments that it needs.
 
-
-def _of_one_rank(y: tf.Tensor, outputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Adds or takes away a last axis of 1 where the ranks differ by it, as Keras does for plain functions."""
-    if y.shape.rank == outputs.shape.rank + 1 and y.shape[-1] == 1:
-        return (y, outputs[..., tf.newaxis]) if outputs.shape.rank == 1 else (tf.squeeze(y, -1), outputs)
-    if outputs.shape.rank == y.shape.rank + 1 and outputs.shape[-1] == 1:
-        return (y[..., tf.newaxis], outputs) if y.shape.rank == 1 else (y, tf.squeeze(outputs, -1))
-    return y, outputs
-
-
-def of_model(loss: Any, function: Loss, outputs: tf.Tensor, example: tf.Tensor) -> tuple[Loss, str]:
-    """Adapts a loss to what the model gives, which may be probabilities where the loss is one of logits.
-
-    Keras looks for the logits behind a softmax or sigmoid, too, but a Cast (mixed precision) or a Reshape hides them
-    from Keras, which then takes the softmax of a softmax.
-
-    Args:
-        loss: what `run.loss` has made.
-        function: `unreduced` of it.
-        outputs: the model's, in a traced graph.
-        example: the model's outputs for some example, [1, ...].
-
-    Returns:
-        The function, and a line that says what is taken for what, or ''.
+    Examples:
+        >>> takes_targets(keras.losses.mean_squared_error), takes_targets(keras.losses.MeanSquaredError)
+        (True, False)
     """
-    if not getattr(loss, "from_logits", False):
-        return function, ""
-    if isinstance(loss, (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)):
-        kind, found = "Sigmoid", activation_op(outputs, "Sigmoid") is not None
-    else:
-        kind, found = "Softmax", is_distribution(outputs, example)
-    if not found:
-        return function, ""
-    line = f"run.model gives probabilities ({kind.lower()}), and run.loss takes logits: it is given those behind them"
-    return lambda y, outputs: function(y, logits_behind(outputs, kind)), line
-
-
-def check_shapes(loss: Loss, spec: Sequence[tf.TensorSpec], outputs: tf.Tensor, batch: int) -> None:
-    """Looks whether targets, outputs and weights go together under a loss; computes nothing.
-
-    Args:
-        loss: from `unreduced`.
-        spec: (x, y) or (x, y, weight) of one example.
-        outputs: of one example, [1, ...].
-        batch: examples that a replica reads at once.
-
-    Raises:
-        UserError: they do not, or the loss gives one number for a batch.
-    """
-    specs = [tf.TensorSpec([batch, *each.shape], each.dtype) for each in spec[1:]]
-    outputs = tf.TensorSpec([batch, *outputs.shape[1:]], outputs.dtype)
-
-    def traced(outputs: tf.Tensor, y: tf.Tensor, weight: tf.Tensor | None = None) -> tf.Tensor:
-        losses = loss(y, full_precision(outputs))
-        if losses.shape.rank and losses.shape[0] not in (None, batch):
-            raise UserError(
-                f"run.loss gives losses of the shape {losses.shape.as_list()} for {batch} examples: it must give one "
-                "an example, the batch axis first"
-            )
-        return example_losses(losses, weight)
-
+    if inspect.isclass(function):
+        return False
     try:
-        tf.function(traced, autograph=False).get_concrete_function(outputs, *specs)
-    except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
-        shapes = " and outputs ".join(f"{each.dtype.name} {each.shape.as_list()}" for each in (specs[0], outputs))
-        raise UserError(
-            f"run.loss does not take run.data's targets {shapes} of run.model: {first_line(error)}{own_line(error)}; "
-            "bind another loss, or a model of other outputs"
-        ) from error
+        parameters = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError):
+        return False
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return len([p for p in parameters if p.kind in kinds and p.default is p.empty]) >= 2
 
 
-def check_alone(loss: Loss, y: np.ndarray, outputs: tf.Tensor, parts: int) -> None:
-    """Looks whether the loss of an example stays the same beside others, as a batch that is divided needs.
+def check_divisible(loss: DividedLoss, y: np.ndarray, parts: int) -> None:
+    """Looks whether the loss of a batch is the mean of the losses of its parts, as a batch that is divided needs.
 
     Args:
-        loss: from `unreduced`.
+        loss: which has been called on some of the model's outputs.
         y: some targets, [n, ...].
-        outputs: of one example, [1, ...], for its shape and dtype.
         parts: into how many a batch is divided, among replicas and micro-batches.
 
     Raises:
-        UserError: it does not (Keras's Circle, contrastive losses), and batches are divided.
+        UserError: it is not (Keras's Circle, contrastive losses), and batches are divided.
     """
-    if parts == 1 or math.prod(outputs.shape) > _TRIED:
+    assert loss.seen is not None
+    outputs = loss.seen[1]
+    if parts == 1 or not tf.is_tensor(outputs) or np.prod(outputs.shape[1:]) * 12 > _LARGEST:
         return
     rng = np.random.default_rng(0)
-    some = y[rng.integers(0, len(y), 12)]
+    some = tf.constant(y[rng.integers(0, len(y), 12)])
     shape = (12, *outputs.shape[1:])
     # As probabilities are, and as embeddings are.
     for values in (rng.uniform(0.05, 0.95, shape), rng.normal(scale=0.1, size=shape)):
-        found = []
-        for beside in (slice(4, 8), slice(8, 12)):
-            own = (tf.constant(np.concatenate([each[:4], each[beside]])) for each in (some, values))
-            try:
-                found.append(loss(next(own), full_precision(tf.cast(next(own), outputs.dtype)))[:4])
-            except (ValueError, TypeError, tf.errors.OpError):  # it takes no such values, or not so many examples
-                return
-        first, second = (keras.ops.convert_to_numpy(tf.cast(each, tf.float64)) for each in found)
-        if not np.allclose(first, second, rtol=1e-3, equal_nan=True):
+        predicted = tf.cast(tf.constant(values), outputs.dtype)
+        try:
+            whole = loss_of(loss, [(some, predicted)])
+            apart = loss_of(loss, [(some[:6], predicted[:6]), (some[6:], predicted[6:])])
+        except (ValueError, TypeError, UserError, tf.errors.OpError):  # it takes no such values, or not so many
+            return
+        if not np.allclose(whole, apart, rtol=1e-3, equal_nan=True):
             raise UserError(
                 "run.loss makes of an example what depends on the others of its batch, and a batch is divided into "
                 f"{parts} parts: train it on one replica without run.accumulate, or bind another loss"
             )
+
+
+def loss_of(loss: Callable[..., Any], parts: Sequence[tuple[Any, Any]]) -> float:
+    """Computes a `DividedLoss` of a batch from its equal parts, pairs of targets and outputs.
+
+    Examples:
+        >>> y, outputs = tf.constant([[0.0], [1.0]]), tf.constant([[1.0], [3.0]])
+        >>> loss_of(DividedLoss(keras.losses.MeanSquaredError()), [(y[:1], outputs[:1]), (y[1:], outputs[1:])])
+        2.5
+    """
+    found = []
+    for y, outputs in parts:
+        with computing(Part()) as part:
+            loss(y, outputs)
+        found.append(part.found)
+    counts = [tf.add_n(each) for each in zip(*found, strict=True)]
+    total = 0.0
+    for y, outputs in parts:
+        with computing(Part(1 / len(parts), iter(counts))):
+            total += float(loss(y, outputs)) / len(parts)
+    return total
 
 
 def check_class_ids(loss: Any, name: str, y: np.ndarray, classes: int) -> None:
@@ -165,7 +271,7 @@ def check_class_ids(loss: Any, name: str, y: np.ndarray, classes: int) -> None:
     TensorFlow fails on others in the first step, or on a GPU trains on NaN; it cuts fractions off.
 
     Args:
-        loss: a Keras loss or a function; of others than Keras's own sparse cross-entropy nothing is asked.
+        loss: a Keras loss; of others than Keras's own sparse cross-entropy nothing is asked.
         name: of the data set.
         y: targets of any shape.
         classes: how many logits the model gives.
@@ -175,6 +281,7 @@ def check_class_ids(loss: Any, name: str, y: np.ndarray, classes: int) -> None:
     """
     if type(loss) is not keras.losses.SparseCategoricalCrossentropy or loss.get_config().get("axis", -1) != -1:
         return
+    y = y if loss.ignore_class is None else y[y != loss.ignore_class]
     if not y.size or y.dtype.kind not in "iufb":
         return
     low, high = np.min(y), np.max(y)
@@ -190,69 +297,3 @@ def check_class_ids(loss: Any, name: str, y: np.ndarray, classes: int) -> None:
             f"{name} has targets up to {high:g} and run.model gives logits for the classes 0 to {classes - 1}: "
             f"bind a model of at least {high + 1:g} classes, or another run.loss if the targets are no class ids"
         )
-
-
-def example_losses(losses: tf.Tensor, weight: tf.Tensor | None) -> tf.Tensor:
-    """Computes one loss an example: the mean over its other axes, weighted.
-
-    Args:
-        losses: [batch, ...].
-        weight: None, [batch], or one an element as for `element_weights`, where an example's loss is the weighted mean
-            over its own elements: what an example counts does not depend on how the others in its batch are masked, so
-            that any division of a batch among replicas gives the same sum.
-
-    Returns:
-        [batch].
-
-    Raises:
-        UserError: `losses` has no axis of examples, or the weights do not fit them.
-    """
-    if losses.shape.rank == 0:
-        raise UserError(
-            "run.loss gives one number for a whole batch: it must give one an example, without reduce_mean; Keras's "
-            "losses do for outputs [batch, 1], not [batch]"
-        )
-    axes = list(range(1, losses.shape.rank))
-    if weight is None:
-        return tf.reduce_mean(losses, axes)
-    weight = tf.cast(weight, losses.dtype)
-    if weight.shape[1:].num_elements() == 1:  # [batch], [batch, 1]: what the example counts
-        return tf.reduce_mean(losses, axes) * tf.reshape(weight, [-1])
-    weight = element_weights(weight, losses)
-    return tf.math.divide_no_nan(tf.reduce_sum(losses * weight, axes), tf.reduce_sum(weight, axes))
-
-
-def element_weights(weight: tf.Tensor, losses: tf.Tensor) -> tf.Tensor:
-    """Computes the weight of each element of `losses` [batch, ...].
-
-    Args:
-        weight: [batch], or the shape of `losses` but for axes of 1, of which there may be another at the end: a weight
-            for each of the targets [batch, ..., 1] whose losses are [batch, ...].
-        losses: what is weighted.
-
-    Raises:
-        UserError: it has another shape.
-    """
-    shape = weight.shape.as_list()
-    while len(shape) > max(losses.shape.rank, 1) and shape[-1] == 1:
-        shape.pop()
-    wanted = losses.shape.as_list()
-    shape += [1] * (len(wanted) - len(shape))
-    if len(shape) > len(wanted) or any(own not in (1, size) for own, size in zip(shape[1:], wanted[1:], strict=True)):
-        raise UserError(
-            f"run.data's weights are {weight.shape.as_list()[1:]} an example, and run.loss gives losses of "
-            f"{wanted[1:]}: give one weight an example, or one a loss"
-        )
-    return tf.broadcast_to(tf.reshape(weight, [tf.shape(losses)[0], *shape[1:]]), tf.shape(losses))
-
-
-def class_ids(y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor | None:
-    """Reads the targets [...] as ids of the classes of `outputs` [..., classes]; None if they are no such ids.
-
-    A last axis of 1 of the targets is left out, as Keras's sparse losses do.
-    """
-    if not y.dtype.is_integer or not (outputs.shape.rank and outputs.shape[-1] > 1):
-        return None
-    if y.shape.rank == outputs.shape.rank and y.shape[-1] == 1:
-        y = tf.squeeze(y, -1)
-    return y if y.shape.rank == outputs.shape.rank - 1 else None

@@ -8,17 +8,8 @@ import keras
 import tensorflow as tf
 
 from dist_partial.selection.plan import Plan
-from dist_partial.step.gradients import (
-    Batch,
-    added_losses,
-    batch_losses,
-    local_sum,
-    model_outputs,
-    own_part,
-    selected_rows,
-    unit_squares,
-)
-from dist_partial.step.losses import Loss
+from dist_partial.step.gradients import local_sum, model_outputs, own_part, selected_rows, unit_squares
+from dist_partial.step.objective import Batch, Objective
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,14 +19,14 @@ class ProbeSpec:
     Attributes:
         strategy: the replicas.
         model: built in the strategy's scope.
-        loss: (y, outputs) -> losses, the batch axis first.
+        objective: the loss.
         plan: the units that are measured.
         parts: micro-batches of a replica's batch, of which the first is read.
     """
 
     strategy: tf.distribute.Strategy
     model: keras.Model
-    loss: Loss
+    objective: Objective
     plan: Plan
     parts: int
 
@@ -65,11 +56,10 @@ def replica_squares(spec: ProbeSpec, batch: Batch) -> tf.Tensor:
     """
     trained = spec.plan.trained
     values = [entry.variable.value for entry in trained]
-    batch = tuple(tensor[: tensor.shape[0] // spec.parts] for tensor in own_part(spec.strategy, batch))
+    batch = tf.nest.map_structure(lambda t: t[: t.shape[0] // spec.parts], own_part(spec.strategy, batch))
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(values)
         # In inference mode: dropout draws nothing and BatchNorm's statistics stay as they are.
-        losses = batch_losses(spec.loss, batch, model_outputs(spec.model, batch[0], False))
-        total = tf.reduce_mean(losses) + added_losses(spec.model, losses.dtype)
+        total, _ = spec.objective.loss(batch, model_outputs(spec.model, batch[0], False), training=False)
     gradients = tape.gradient(total, values)
     return unit_squares(spec.plan, [selected_rows(g, e.rule.rows) for g, e in zip(gradients, trained, strict=True)])

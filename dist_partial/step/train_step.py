@@ -12,16 +12,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_partial.distributed.collectives import Collectives
+from dist_partial.distributed.collectives import Collectives, run_rounds
 from dist_partial.errors import calling
+from dist_partial.reductions.base import total as total_over_replicas
 from dist_partial.reductions.reduce_gradients import reduce_gradients
 from dist_partial.selection.plan import Plan
 from dist_partial.step import optimizers as optimizers_lib
 from dist_partial.step.batch_norm import local_statistics
 from dist_partial.step.gradients import (
-    Batch,
-    added_losses,
-    batch_losses,
     clip,
     local_sum,
     micro_batches,
@@ -31,7 +29,7 @@ from dist_partial.step.gradients import (
     unit_squares,
 )
 from dist_partial.step.loss_scale import LossScale
-from dist_partial.step.losses import Loss
+from dist_partial.step.objective import Batch, Objective
 from dist_partial.step.optimizers import GroupOptimizer
 
 
@@ -40,7 +38,6 @@ class StepOptions:
     """Describes how a step computes, whatever its plan is.
 
     Attributes:
-        global_batch: examples in a step over all replicas; the loss is the mean over them.
         clip_norm: global norm to which the summed gradient is clipped, over all of the selection that replicas
             share; what each trains by itself is clipped to the same norm by itself. None clips nothing.
         accumulate: micro-batches into which each replica cuts its batch, one after the other; they are
@@ -50,11 +47,10 @@ class StepOptions:
         loop: whether a call may make another number of steps than one; without, it takes less time to compile.
 
     Examples:
-        >>> StepOptions(global_batch=32, clip_norm=1.0).accumulate
+        >>> StepOptions(clip_norm=1.0).accumulate
         1
     """
 
-    global_batch: int
     clip_norm: float | None = None
     accumulate: int = 1
     jit_compile: bool = False
@@ -70,7 +66,7 @@ class StepSpec:
         strategy: the replicas.
         collectives: how they reach each other.
         model: built in the strategy's scope.
-        loss: (y, outputs) -> losses, the batch axis first.
+        objective: the loss and the metrics.
         plan: what is trained and how it travels.
         optimizers: one a group, from `optimizers.build`.
         states: what the reductions keep, from `make_states`.
@@ -85,7 +81,7 @@ class StepSpec:
     strategy: tf.distribute.Strategy
     collectives: Collectives
     model: keras.Model
-    loss: Loss
+    objective: Objective
     plan: Plan
     optimizers: Sequence[GroupOptimizer]
     states: Sequence[dict[str, tf.Variable]]
@@ -128,32 +124,30 @@ def train_steps(spec: StepSpec, iterator: Any, steps: tf.Tensor) -> dict[str, tf
     """Makes `steps` steps on the batches of an iterator; called in the cross-replica context of a graph.
 
     Returns:
-        float32 "loss" [steps], this worker's part of the sum; "gradient_norm" [steps], before clipping, and where
-        replicas train by themselves that of this worker's first replica; "unit_norms" [steps, units], squared, in the
-        order of the plan's units, or [steps, 0] without `options.unit_norms`.
+        float64 "loss" [steps] and "metrics" [steps, numbers], this worker's parts of the sums; float32
+        "gradient_norm" [steps], before clipping, and where replicas train by themselves that of this worker's first
+        replica; "unit_norms" [steps, units], squared, in the order of the plan's units, or [steps, 0] without
+        `options.unit_norms`.
     """
-    shapes = [[], [], [len(spec.plan.units) if spec.options.unit_norms else 0]]
-    state = [0, *[tf.TensorArray(tf.float32, steps, element_shape=shape) for shape in shapes]]
+    kinds = {
+        "loss": (tf.float64, []),
+        "metrics": (tf.float64, [spec.objective.size(training=True)]),
+        "gradient_norm": (tf.float32, []),
+        "unit_norms": (tf.float32, [len(spec.plan.units) if spec.options.unit_norms else 0]),
+    }
+    arrays = {name: tf.TensorArray(dtype, steps, element_shape=shape) for name, (dtype, shape) in kinds.items()}
     step = functools.partial(one_step, spec, iterator)
     if spec.options.loop:
-        state = tf.while_loop(lambda i, *_: i < steps, step, state, parallel_iterations=1)
+        _, arrays = tf.while_loop(lambda i, _: i < steps, step, (0, arrays), parallel_iterations=1)
     else:
-        state = step(*state)
-    _, losses, norms, units = state
-    return {"loss": losses.stack(), "gradient_norm": norms.stack(), "unit_norms": units.stack()}
+        _, arrays = step(0, arrays)
+    return {name: array.stack() for name, array in arrays.items()}
 
 
-def one_step(
-    spec: StepSpec,
-    iterator: Any,
-    i: tf.Tensor,
-    losses: tf.TensorArray,
-    norms: tf.TensorArray,
-    units: tf.TensorArray,
-) -> Any:
+def one_step(spec: StepSpec, iterator: Any, i: tf.Tensor, arrays: dict[str, tf.TensorArray]) -> Any:
     """Makes step `i` of a call: gradients on all replicas, then the update; returns the loop's next state."""
     strategy = spec.strategy
-    total, norm, squares, gradients, means = strategy.run(replica_gradients, args=(spec, next(iterator)))
+    sums, norm, squares, gradients, means = strategy.run(replica_gradients, args=(spec, next(iterator)))
     strategy.run(replica_statistics, args=(spec, means))
     norm, squares = (strategy.experimental_local_results(value)[0] for value in (norm, squares))
     if spec.scale is None:
@@ -164,31 +158,34 @@ def one_step(
         finite = tf.math.is_finite(norm)
         tf.cond(finite, lambda: update(spec, gradients), lambda: None)
         spec.scale.adjust(finite)
-    losses = losses.write(i, tf.cast(local_sum(strategy, total), tf.float32))
-    return i + 1, losses, norms.write(i, tf.cast(norm, tf.float32)), units.write(i, squares)
+    loss, metrics = (tf.cast(local_sum(strategy, value), tf.float64) for value in sums)
+    values = {"loss": loss, "metrics": metrics, "gradient_norm": tf.cast(norm, tf.float32), "unit_norms": squares}
+    return i + 1, {name: array.write(i, values[name]) for name, array in arrays.items()}
 
 
-def replica_gradients(spec: StepSpec, batch: Batch) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, list[Any], list[Any]]:
+def replica_gradients(spec: StepSpec, batch: Batch) -> tuple[Any, tf.Tensor, tf.Tensor, list[Any], list[Any]]:
     """Computes, sums over the replicas and clips the gradients of the selection; called in a replica context.
 
     Returns:
-        This replica's part of the loss, the norm before clipping, squared norms of the units, the gradients in the
-        order of `plan.trained`, and the means of `spec.statistics`.
+        This replica's parts of the loss and of the metrics' sums, the norm before clipping, squared norms of the units,
+        the gradients in the order of `plan.trained`, and the means of `spec.statistics`.
     """
     options, trained = spec.options, spec.plan.trained
     loss_scale = tf.constant(1.0) if spec.scale is None else spec.scale.value()
-    first, *others = micro_batches(own_part(spec.strategy, batch), options.accumulate)
+    first, *others = parts = micro_batches(own_part(spec.strategy, batch), options.accumulate)
     compute = functools.partial(backprop, spec)
     if options.jit_compile:
         compute = tf.function(compute, jit_compile=True, autograph=False)
-    total, gradients = compute(first, loss_scale)
+    counts = divisors(spec, parts)
+    total, metrics, gradients = compute(first, loss_scale, counts)
     for part in others:
         # The control dependency keeps the executor from running all micro-batches at once, which would hold all of
         # their activations. A tf.while_loop would do the same, but a model that reduces in its forward pass
         # (synchronised BatchNorm) cannot leave the replica context from inside one.
         with tf.control_dependencies([total, *[g for g in gradients if g is not None]]):
-            loss, more = compute(tuple(tf.identity(tensor) for tensor in part), loss_scale)
+            loss, added, more = compute(tf.nest.map_structure(tf.identity, part), loss_scale, counts)
             total += loss
+            metrics += added
             gradients = [g if g is None else g + m for g, m in zip(gradients, more, strict=True)]
     spec.without_gradient[:] = [e.path for e, g in zip(trained, gradients, strict=True) if g is None]
     statistics = [tf.convert_to_tensor(variable.value) for variable in spec.statistics]
@@ -199,10 +196,35 @@ def replica_gradients(spec: StepSpec, batch: Batch) -> tuple[tf.Tensor, tf.Tenso
         gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
     squares = unit_squares(spec.plan, gradients) if options.unit_norms else tf.zeros([0])
     gradients, norm = clip(gradients, [entry.reduction.shared for entry in trained], options.clip_norm)
-    return total, norm, squares, gradients, means
+    return (total, metrics), norm, squares, gradients, means
 
 
-def backprop(spec: StepSpec, batch: Batch, loss_scale: tf.Tensor) -> tuple[tf.Tensor, list[Any]]:
+def divisors(spec: StepSpec, parts: Sequence[Batch]) -> tf.Tensor | None:
+    """Counts what the losses of a step divide by, over all replicas and micro-batches, where the data decides on it.
+
+    Known before any gradient, for several losses, regularisers and what a reduction keeps need it then. It depends on
+    the data and its masks: TensorFlow leaves out all else of this pass through the model. Where each replica trains by
+    itself, it counts its own.
+
+    Returns:
+        [objective.counts], or None.
+    """
+    if not spec.objective.counts or (len(parts) == 1 and spec.strategy.num_replicas_in_sync == 1):
+        return None
+    counts = []
+    for part in parts:
+        with keras.StatelessScope():  # no layer counts this pass
+            outputs = model_outputs(spec.model, part[0], True)
+        counts.append(spec.objective.counted(part, outputs, True))
+    own = tf.add_n(counts)
+    if not any(entry.reduction.shared for entry in spec.plan.trained):
+        return own * spec.strategy.num_replicas_in_sync
+    return run_rounds(spec.collectives, [total_over_replicas(own)])[0]
+
+
+def backprop(
+    spec: StepSpec, batch: Batch, loss_scale: tf.Tensor, counts: tf.Tensor | None
+) -> tuple[tf.Tensor, tf.Tensor, list[Any]]:
     """Differentiates the loss of one micro-batch of one replica by the selection, and by nothing else."""
     trained = spec.plan.trained
     values = [entry.variable.value for entry in trained]
@@ -210,13 +232,13 @@ def backprop(spec: StepSpec, batch: Batch, loss_scale: tf.Tensor) -> tuple[tf.Te
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(values)
         outputs = spec.outputs(batch[0], True) if spec.outputs else model_outputs(spec.model, batch[0], True)
-        losses = batch_losses(spec.loss, batch, outputs)
-        # Every part of the batch adds its share of the one penalty.
-        parts = spec.strategy.num_replicas_in_sync * spec.options.accumulate
-        total = tf.reduce_sum(losses) / spec.options.global_batch + added_losses(spec.model, losses.dtype) / parts
-        scaled = total * tf.cast(loss_scale, total.dtype)
+        share = 1 / (spec.strategy.num_replicas_in_sync * spec.options.accumulate)
+        loss, changed = spec.objective.loss(batch, outputs, True, share, counts)
+        loss *= share
+        scaled = loss * tf.cast(loss_scale, loss.dtype)
     gradients = tape.gradient(scaled, values)
-    return total, [selected_rows(g, e.rule.rows) for g, e in zip(gradients, trained, strict=True)]
+    metrics = spec.objective.added(batch, outputs, True, changed)
+    return loss, metrics, [selected_rows(g, e.rule.rows) for g, e in zip(gradients, trained, strict=True)]
 
 
 def replica_statistics(spec: StepSpec, means: list[tf.Tensor]) -> None:

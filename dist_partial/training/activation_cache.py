@@ -89,7 +89,7 @@ class Activations:
         new, where = np.unique(batch, return_index=True)
         missing = (self._place[new] < 0) & (self._met[new] == number)
         if missing.any():
-            computed = self._computed(tf.constant(fetch(self._source, batch)[0])).numpy()
+            computed = self._computed(_inputs(self._source, batch)).numpy()
             new, where = new[missing], where[missing]
             self._place[new] = self._count + np.arange(len(new))
             self._kept[self._place[new]] = computed[where]
@@ -104,7 +104,7 @@ class Activations:
         assert (self._place[indices] >= 0).all()
         return self._kept[self._place[indices]]
 
-    def outputs(self, x: tf.Tensor, training: bool) -> tf.Tensor:
+    def outputs(self, x: tf.Tensor, training: bool) -> Any:
         """The model's outputs for the activations that `read` gives."""
         return self._upper(self._tensors(x), training)
 
@@ -123,7 +123,7 @@ class Activations:
         first, half = some[:rows], rows // 2
         beside = np.roll(some, -half - rows)[:rows]  # half of the first, in other places, and half of the others
         repeated = np.repeat(first[[0, -1]], [rows - half, half])
-        x, *others = (tf.constant(fetch(self._source, batch)[0]) for batch in (first, beside, repeated))
+        x, *others = (_inputs(self._source, batch) for batch in (first, beside, repeated))
         bytes_of_x = self._computed(x)
         known = dict(zip(first, range(rows), strict=True))
         limit = _rounding(part.model)
@@ -136,7 +136,7 @@ class Activations:
                 raise part.refusal(f"depends on the other examples of a batch, or is random ({apart:.2g} apart)")
         self._compare(part, x, bytes_of_x, limit)
 
-    def _compare(self, part: SplitModel, x: tf.Tensor, kept: tf.Tensor, limit: float) -> None:
+    def _compare(self, part: SplitModel, x: Any, kept: tf.Tensor, limit: float) -> None:
         def apart(a: list[np.ndarray], b: list[np.ndarray]) -> float:
             return max(itertools.starmap(_apart, zip(a, b, strict=True)))
 
@@ -150,7 +150,11 @@ class Activations:
         raise part.refusal("cannot be compared with the whole model, which gives something else each time")
 
 
-def _compiled(part: SplitModel, rows: int, x: tf.TensorSpec) -> tuple[Any, list[tf.TensorSpec]]:
+def _inputs(source: Source, indices: np.ndarray) -> Any:
+    return tf.nest.map_structure(tf.constant, fetch(source, indices)[0])
+
+
+def _compiled(part: SplitModel, rows: int, x: Any) -> tuple[Any, list[tf.TensorSpec]]:
     """The lower part as a function [rows, ...] -> uint8 [rows, bytes of an example], and its tensors for one example.
 
     Raises:
@@ -158,8 +162,10 @@ def _compiled(part: SplitModel, rows: int, x: tf.TensorSpec) -> tuple[Any, list[
     """
     specs: list[tf.TensorSpec] = []
 
-    @tf.function(autograph=False, input_signature=[tf.TensorSpec([rows, *x.shape], x.dtype)])
-    def computed(x: tf.Tensor) -> tf.Tensor:
+    spec = tf.nest.map_structure(lambda one: tf.TensorSpec([rows, *one.shape], one.dtype), x)
+
+    @tf.function(autograph=False, input_signature=[spec])
+    def computed(x: Any) -> tf.Tensor:
         with _Watched() as scope:
             tensors = part.lower(x)
         if scope.losses:
@@ -197,11 +203,11 @@ class _Watched(keras.StatelessScope):
         return super().get_current_value(variable)
 
 
-def _outputs(model: Callable[..., tf.Tensor], x: tf.Tensor, training: bool) -> list[np.ndarray]:
+def _outputs(model: Callable[..., Any], x: Any, training: bool) -> list[np.ndarray]:
     """Outputs and the losses that layers add; the same masks are drawn each time."""
     with _Watched() as scope:
         y = model(x, training=training)
-    return [y.numpy(), *(loss.numpy().reshape(1, -1) for loss in scope.losses)]
+    return [*(one.numpy() for one in tf.nest.flatten(y)), *(loss.numpy().reshape(1, -1) for loss in scope.losses)]
 
 
 def _apart(a: np.ndarray, b: np.ndarray) -> float:

@@ -13,7 +13,7 @@ from dist_partial import checkpoints, reductions, selection, session
 from dist_partial.adapters import lora, quantization
 from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
-from dist_partial.data import Dataset, check_source, train_batches
+from dist_partial.data import ClassWeighted, Dataset, check_source, train_batches
 from dist_partial.distributed import consistency
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.distributed.replicas import Replicas
@@ -23,11 +23,11 @@ from dist_partial.schedules.base import Schedule, Unit
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.payload import average_bytes
 from dist_partial.step import batch_norm, layer_state, optimizers, outer_step
-from dist_partial.step.gradients import Batch
 from dist_partial.step.loss_scale import LossScale, needs_loss_scale
+from dist_partial.step.objective import Batch, Objective
 from dist_partial.step.train_step import StepOptions, StepSpec, TrainStep, train_step
 from dist_partial.training import run_fingerprint
-from dist_partial.training.checks import check_batch, check_scaled, make_loss, make_model, taking
+from dist_partial.training.checks import check_batch, check_scaled, make_model, make_objective, notes_on, taking
 from dist_partial.training.state import TrainState
 
 
@@ -40,7 +40,7 @@ class Trainer:
         replicas: what computes, and how workers reach each other.
         data: the data set.
         model: the model.
-        loss: (y, outputs) -> losses, the batch axis first.
+        objective: its loss and metrics.
         plan: all that is ever trained.
         optimizers: one a group of the plan.
         reduction_states: what the reductions keep, in the order of `plan.trained`.
@@ -57,7 +57,7 @@ class Trainer:
     replicas: Replicas
     data: Dataset
     model: keras.Model
-    loss: Callable[[Any, Any], tf.Tensor]
+    objective: Objective
     plan: selection.Plan
     optimizers: tuple[optimizers.GroupOptimizer, ...]
     reduction_states: list[dict[str, tf.Variable]]
@@ -122,11 +122,13 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
             )
         for name in ("train", "evaluation"):
             check_source(f"{name} of {data.name}", getattr(data, name))
-    strategy, x = replicas.strategy, data.train.spec[0]
+        if settings.class_weight:
+            data = dataclasses.replace(data, train=ClassWeighted(data.train, settings.class_weight))
+    strategy, spec = replicas.strategy, data.train.spec
     with strategy.scope():
         keras.utils.set_random_seed(settings.seed)
         with calling("run.model"):
-            model, example = make_model(settings, data, strategy)
+            model, examples, outputs = make_model(settings, data, strategy)
             if fixed := layer_state.batch_size(model):
                 check_batch(fixed, model, settings, data, strategy)
         batch_norms = batch_norm.layers(model)
@@ -135,8 +137,10 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
         plan = dataclasses.replace(plan, workers=max(2, replicas.strategy.num_replicas_in_sync))
         plan, units, notes = _divided(quantization.lower(plan, model, settings.frozen_dtype), settings, batch_norms)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
-        with calling("run.model"), taking(data.name, x):
-            changed, outputs = layer_state.find(model, x, plan)
+        parts = strategy.num_replicas_in_sync * settings.accumulate
+        objective, divided = make_objective(settings, data, model, examples, outputs, parts)
+        with calling("run.model"), taking(data.name, spec[0]):
+            changed = layer_state.find(model, spec, plan, objective)
         with calling("run.optimizer"):
             groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))
         reduction_states = make_states(plan)
@@ -144,20 +148,15 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
         scale = LossScale() if needs_loss_scale(model) else None
     if scale is not None:
         check_scaled(plan, reduction_states)
-    parts = strategy.num_replicas_in_sync * settings.accumulate
-    with calling("run.loss"):
-        loss, note = make_loss(settings, data, outputs, example, parts)
     layer_state.spread(strategy, changed.generators)
-    notes += [note] if note else []
-    if model.compiled and not type(model).__module__.startswith("keras_hub."):  # which compiles its tasks by itself
-        notes.append("run.model is compiled: run.loss and run.optimizer take the place of its own loss and optimizer")
+    notes += notes_on(divided)
     optimizers_ = [*groups, *[fragment.outer for fragment in fragments]]
     return Trainer(
         settings=settings,
         replicas=replicas,
         data=data,
         model=model,
-        loss=loss,
+        objective=objective,
         plan=plan,
         optimizers=groups,
         reduction_states=reduction_states,
@@ -166,7 +165,7 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
         units=units,
         batch_norms=batch_norms,
         layer_state=changed,
-        fingerprint=run_fingerprint.of_run(settings, data, model, plan, changed.moving, optimizers_),
+        fingerprint=run_fingerprint.of_run(settings, data, objective, plan, changed.moving, optimizers_),
         notes=tuple(notes),
     )
 
@@ -246,9 +245,8 @@ def restore(trainer: Trainer, folder: Path, say: Callable[[str], None], may_diff
 def compiled_step(
     trainer: Trainer,
     plan: selection.Plan,
-    global_batch: int,
     norms: bool = False,
-    outputs: Callable[[tf.Tensor, bool], tf.Tensor] | None = None,
+    outputs: Callable[[Any, bool], Any] | None = None,
     loop: bool = True,
 ) -> TrainStep:
     """Compiles the step of a plan, which is the whole one or a part of it.
@@ -256,7 +254,6 @@ def compiled_step(
     Args:
         trainer: what it computes with.
         plan: from `trainer.plan`; its groups have slots.
-        global_batch: examples in a step.
         norms: whether it returns the squared gradient norms of the plan's units.
         outputs: for `step.train_step`.
         loop: whether a call may make another number of steps than one.
@@ -270,13 +267,11 @@ def compiled_step(
             strategy=trainer.replicas.strategy,
             collectives=trainer.replicas.collectives,
             model=trainer.model,
-            loss=trainer.loss,
+            objective=trainer.objective,
             plan=plan,
             optimizers=[trainer.optimizers[numbers[group.entries[0].path]] for group in plan.groups],
             states=[states[entry.path] for entry in plan.trained],
-            options=StepOptions(
-                global_batch, settings.clip_norm, settings.accumulate, settings.jit_compile, norms, loop
-            ),
+            options=StepOptions(settings.clip_norm, settings.accumulate, settings.jit_compile, norms, loop),
             scale=trainer.scale,
             outputs=outputs,
             averaged=trainer.layer_state.averaged,

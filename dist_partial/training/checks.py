@@ -5,21 +5,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from dist_partial import compat
 from dist_partial.checkpoints import fingerprints
-from dist_partial.config.settings import Settings
-from dist_partial.data import Dataset, some_targets
+from dist_partial.config.settings import Settings, cross_entropy
+from dist_partial.data import Dataset, fetch, some_targets
 from dist_partial.distributed import consistency
 from dist_partial.distributed.replicas import Replicas
-from dist_partial.errors import UserError, first_line, own_line
+from dist_partial.errors import UserError, calling, first_line, own_line
 from dist_partial.selection.plan import Plan
-from dist_partial.step import layer_state, losses
+from dist_partial.step import layer_state, losses, metrics
+from dist_partial.step.objective import Batch, Objective, prepare, unpacked
 
 
-def make_model(settings: Settings, data: Dataset, strategy: tf.distribute.Strategy) -> tuple[keras.Model, tf.Tensor]:
-    """Makes the model, with its variables, and what it gives for one example of zeros; in the strategy's scope.
+_TRIED = 8  # examples on which a model is tried
+
+
+def make_model(
+    settings: Settings, data: Dataset, strategy: tf.distribute.Strategy
+) -> tuple[keras.Model, Batch, Any]:
+    """Makes the model, with its variables, in the strategy's scope; some examples, and what it gives for them.
 
     Raises:
         UserError: it is none, or not one that a run trains as Keras would, or it does not fit the data.
@@ -27,35 +34,34 @@ def make_model(settings: Settings, data: Dataset, strategy: tf.distribute.Strate
     model = settings.model()
     if not isinstance(model, keras.Model):
         raise UserError(f"run.model made a {type(model).__name__}: its factory must return a keras.Model")
-    for name in ("train_step", "test_step", "compute_loss", "compute_metrics"):
-        own = getattr(getattr(model, name), "__func__", None)
-        if own is not getattr(keras.Model, name):
+    for name in ("train_step", "test_step"):
+        if compat.overrides(model, name):
             raise UserError(
                 f"run.model has a {name} of its own ({type(model).__name__}), which a run does not call: train it by "
-                "model.fit with dist_partial.partial, or bind a model without it and its loss as run.loss"
+                "model.fit with dist_partial.partial, or give it its loss by a compute_loss of its own"
             )
     x = data.train.spec[0]
     generators = [variable for variable in model.variables if compat.is_generator(variable)]
     generators += layer_state.recurrent(model)
+    inputs = getattr(model, "inputs", None)
+    if isinstance(x, tf.TensorSpec) and x.dtype.is_floating and inputs and len(inputs) == 1 and "int" in inputs[0].dtype:
+        raise UserError(  # Keras would cut the fractions off
+            f"run.model reads ids ({inputs[0].dtype}) and not {_example(data.name, x)}: bind a model of features, or "
+            "other data"
+        )
+    count = layer_state.batch_size(model) or (2 if _plain_loss(model) else _TRIED)
+    batch = tf.nest.map_structure(tf.constant, fetch(data.train, np.arange(count) % len(data.train)))
     # A subclassed model has its variables only once it has been called.
     with taking(data.name, x), layer_state.untouched(strategy, generators):
-        wanted = model.inputs[0].dtype if getattr(model, "inputs", None) else x.dtype.name
-        if x.dtype.is_floating and "int" in wanted:  # Keras would cut the fractions off
-            raise UserError(
-                f"run.model reads ids ({wanted}) and not {_example(data.name, x)}: bind a model of features, or other "
-                "data"
-            )
-        outputs = model(tf.zeros([layer_state.batch_size(model) or 1, *x.shape], x.dtype))
-    if not isinstance(outputs, tf.Tensor):
-        raise UserError(f"run.model gives a {type(outputs).__name__} of outputs: its model must give one tensor")
-    if compat.mask(outputs) is not None:  # which Keras's `fit` would apply to the loss
-        raise UserError(
-            "run.model's outputs have a mask of Keras's (mask_zero, Masking), and here weights mask a loss: have "
-            "run.data give (x, y, weight) with 0 where it pads, and take the mask out of the model"
-        )
-    if data.codec is not None:
+        outputs = model(batch[0], training=False)
+    if data.codec is not None and tf.is_tensor(outputs):
         _check_symbols(model, data.name, data.codec.size, outputs.shape[-1])
-    return model, outputs
+    return model, batch, outputs
+
+
+def _plain_loss(model: keras.Model) -> bool:
+    """Whether the loss of a model is that of `run.loss`, and nothing that the model or its layers add."""
+    return not compat.overrides(model, "compute_loss")
 
 
 def check_batch(
@@ -127,7 +133,7 @@ def check_scaled(plan: Plan, states: Sequence[dict[str, tf.Variable]]) -> None:
 
 
 @contextlib.contextmanager
-def taking(name: str, x: tf.TensorSpec) -> Iterator[None]:
+def taking(name: str, x: Any) -> Iterator[None]:
     """Turns what a model says of the examples of the data set of that name into a mistake of the user's."""
     try:
         yield
@@ -138,30 +144,97 @@ def taking(name: str, x: tf.TensorSpec) -> Iterator[None]:
         ) from error
 
 
-def _example(name: str, x: tf.TensorSpec) -> str:
-    return f"one of {name}'s examples, {x.dtype.name} {list(x.shape)}"
+def _example(name: str, x: Any) -> str:
+    return f"one of {name}'s examples, {described(x)}"
 
 
-def make_loss(
-    settings: Settings, data: Dataset, outputs: tf.Tensor, example: tf.Tensor, parts: int
-) -> tuple[losses.Loss, str]:
-    """Makes the loss from targets and the model's outputs, and a line to say of it, or ''.
+def described(spec: Any) -> str:
+    """Writes a nest of tensors or their specs as messages show it.
+
+    Examples:
+        >>> described({"age": tf.TensorSpec([2], tf.int32)})
+        "{'age': int32 [2]}"
+    """
+    if isinstance(spec, dict):
+        return "{" + ", ".join(f"{name!r}: {described(each)}" for name, each in spec.items()) + "}"
+    if isinstance(spec, (list, tuple)):
+        return f"({', '.join(map(described, spec))})"
+    return f"{spec.dtype.name} {spec.shape.as_list()}"
+
+
+def make_objective(
+    settings: Settings, data: Dataset, model: keras.Model, batch: Batch, outputs: Any, parts: int
+) -> tuple[Objective, list[losses.DividedLoss]]:
+    """Makes the loss and the metrics, and lines to say of them; in the strategy's scope.
 
     Args:
-        settings: with the loss.
+        settings: with the loss and the metrics.
         data: the data set.
-        outputs: the model's, in a traced graph.
-        example: the same for some example.
+        model: the model.
+        batch: some examples.
+        outputs: the model's for them.
         parts: into how many a batch is divided.
 
     Raises:
-        UserError: the loss does not go with the model or the data.
+        UserError: the loss or the metrics do not go with the model or the data.
     """
-    loss, batch = settings.loss(), max(1, settings.global_batch // parts)
-    unreduced = losses.unreduced(loss, weighted=len(data.train.spec) == 3)
+    with calling("run.loss"):
+        loss, weights = _loss(settings, model)
+        loss = losses.made(loss)
+    x, y, weight = unpacked(batch)
+    compiled = {"loss": loss, "loss_weights": weights}
+    with calling("run.metrics"):
+        names = ("metrics", "weighted_metrics")
+        compiled |= {name: metrics.made(getattr(settings, name), f"run.{name}") for name in names}
+        quiet = []
+        if settings.metrics is None and settings.weighted_metrics is None:
+            text = data.codec is not None
+            compiled["weighted_metrics"] = metrics.suggested(y, outputs, loss, text, data.unit) or None
+            quiet = [metric.name for metric in compiled["weighted_metrics"] or ()]
+    try:
+        objective = prepare(model, batch, outputs, compiled, quiet)
+    except (ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError) as error:
+        raise UserError(
+            f"run.loss or run.metrics does not take run.data's targets {'none' if y is None else _batchless(y)} and "
+            f"outputs {_batchless(outputs)} of run.model: {first_line(error)}{own_line(error)}; bind another loss, or a "
+            "model of other outputs"
+        ) from error
+    flat_loss = [each for each in tf.nest.flatten(loss) if each is not None and each.seen is not None]
     for source in (data.train, data.evaluation):
         targets = some_targets(source)
-        losses.check_class_ids(loss, data.name, targets, example.shape[-1])
-        losses.check_shapes(unreduced, source.spec, example, batch)
-    losses.check_alone(unreduced, targets, example, parts)
-    return losses.of_model(loss, unreduced, outputs, example)
+        for each, found in _targets_of(flat_loss, y, targets):
+            outputs_of = each.seen[1]
+            losses.check_class_ids(each.inner, data.name, found, outputs_of.shape[-1])
+            losses.check_divisible(each, found, parts)
+    return objective, flat_loss
+
+
+def _loss(settings: Settings, model: keras.Model) -> tuple[Any, Any]:
+    """What is bound; or what the model was compiled with; or its own `compute_loss` alone; or cross-entropy."""
+    if settings.loss is not None:
+        return settings.loss, settings.loss_weights
+    compiled = compat.compiled_loss(model)
+    if compiled or compat.overrides(model, "compute_loss"):
+        return compiled or (None, None)
+    return cross_entropy(), settings.loss_weights
+
+
+def _batchless(values: Any) -> str:
+    return described(tf.nest.map_structure(lambda value: tf.TensorSpec(value.shape[1:], value.dtype), values))
+
+
+def _targets_of(
+    found: Sequence[losses.DividedLoss], y: Any, targets: Any
+) -> Iterator[tuple[losses.DividedLoss, np.ndarray]]:
+    """Pairs each loss with the targets that it takes, of those of the whole data set."""
+    places = {id(tensor): array for tensor, array in zip(tf.nest.flatten(y), tf.nest.flatten(targets), strict=True)}
+    for loss in found:
+        assert loss.seen is not None
+        if id(loss.seen[0]) in places:
+            yield loss, places[id(loss.seen[0])]
+
+
+def notes_on(found: Sequence[losses.DividedLoss]) -> list[str]:
+    """Says what outputs are taken for, where the loss takes logits."""
+    kinds = sorted({loss.probabilities for loss in found} - {""})
+    return [f"run.model gives probabilities ({k}), and run.loss takes logits: it is given those behind them" for k in kinds]

@@ -20,7 +20,7 @@ from dist_partial.selection.payload import Payload, average_bytes, itemsize
 from dist_partial.selection.plan import Plan
 from dist_partial.session import put_back
 from dist_partial.step import outer_step
-from dist_partial.step.evaluation_step import evaluation_step
+from dist_partial.step.evaluation_step import EvaluationSpec, evaluation_step
 from dist_partial.training.build import batches, build, compiled_step
 
 # Of the bits on a wire, those that are payload: a frame of 1514 bytes carries 1448, and a few are acknowledgements.
@@ -138,12 +138,10 @@ def _measure(settings: Settings, batch: int) -> tuple[Plan, Computation, float, 
     trainer = build(dataclasses.replace(settings, schedule=Constant()), replicas.create("default"))
     strategy, wire = trainer.replicas.strategy, trainer.replicas.collectives
     batch = -(-batch // settings.accumulate) * settings.accumulate
-    train, inputs = compiled_step(trainer, trainer.plan, batch), batches(trainer, 0, batch)
-    one = next(inputs)
-    weighted = (*one[:2], tf.ones(one[1].shape[:1]))
-    forward = evaluation_step(strategy, trainer.model, trainer.loss)
-    again = iter(tf.data.Dataset.from_tensors(weighted).repeat())
-    forward_time, _ = _time(lambda n: forward(again, tf.constant(n), tf.constant(n * batch)).numpy())
+    train, inputs = compiled_step(trainer, trainer.plan), batches(trainer, 0, batch)
+    forward = evaluation_step(EvaluationSpec(strategy, wire, trainer.model, trainer.objective))
+    again = iter(tf.data.Dataset.from_tensors(next(inputs)).repeat())
+    forward_time, _ = _time(lambda n: forward(again, tf.constant(n), batch).numpy())
     with _summed() as sums:
         train.function.get_concrete_function(inputs, tf.constant(1))
     averages = reductions.averages(trainer.plan, trainer.averaged)

@@ -1,7 +1,6 @@
 """Evaluation: on all replicas, when it is due, made up for where it failed; and samples after it."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,14 @@ import tensorflow as tf
 
 from dist_partial import checkpoints
 from dist_partial.config.settings import Sampling
-from dist_partial.data import Dataset, evaluation_batches
+from dist_partial.data import Dataset, Source, evaluation_batches
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.errors import UserError, calling
 from dist_partial.models.sampling import Generation, generate
 from dist_partial.step import outer_step
-from dist_partial.step.evaluation_step import evaluation_step
+from dist_partial.step.evaluation_step import EvaluationSpec, evaluation_step
 from dist_partial.step.layer_state import untouched
+from dist_partial.step.objective import Objective
 from dist_partial.training.build import Trainer
 from dist_partial.training.events import Every
 from dist_partial.training.failures import connected, explained
@@ -35,13 +35,16 @@ class Evaluation:
         settings, replicas = trainer.settings, trainer.replicas
         self._trainer = trainer
         self._every = Every(settings.eval_every, settings.steps)
+        source = trainer.data.evaluation
+        spec = EvaluationSpec(replicas.strategy, replicas.collectives, trainer.model, trainer.objective)
         self._evaluate = prepare_evaluation(
-            replicas.strategy,
-            evaluation_step(replicas.strategy, trainer.model, trainer.loss),
+            trainer.objective,
+            evaluation_step(spec),
             replicas.sum,
-            trainer.data,
-            examples=min(settings.eval_examples or len(trainer.data.evaluation), len(trainer.data.evaluation)),
+            source,
+            examples=min(settings.eval_examples or len(source), len(source)),
             global_batch=settings.global_batch,
+            context=input_context(replicas.strategy),
         )
         # Between two exchanges replicas have statistics of their own, too; what is evaluated is one model.
         apart = bool(trainer.fragments) and not any(group.reduction.shared for group in trainer.plan.groups)
@@ -95,62 +98,49 @@ def make_up(trainer: Trainer, folder: Path, state: TrainState) -> TrainState:
 
 
 def prepare_evaluation(
-    strategy: tf.distribute.Strategy,
+    objective: Objective,
     step: Any,
     total: Callable[[Any], Any],
-    data: Dataset,
+    source: Source,
     *,
     examples: int,
     global_batch: int,
+    context: tf.distribute.InputContext,
 ) -> Callable[[], dict[str, float]]:
     """Prepares the evaluation on the first `examples` held-out examples, each exactly once.
 
     Args:
-        strategy: the replicas.
+        objective: the loss and the metrics.
         step: from `step.evaluation_step`.
         total: sums over the workers, from `Replicas.sum`.
-        data: the data set.
+        source: the held-out examples.
         examples: how many examples.
         global_batch: examples a step over all replicas.
+        context: which worker this is, and how many replicas there are.
 
     Returns:
-        A function that makes one pass and returns `loss` (as in training: the mean over the examples, each weighted,
-        and what layers add), `examples`, and, as weighted means over the targets, `accuracy` where they are classes and
-        `bits_per_byte` where they are bytes.
-    """
-    context = input_context(strategy)
-    passes = []
-    for first, count, batch in _passes(examples, global_batch, context.num_replicas_in_sync):
-        batches = evaluation_batches(data.evaluation, first=first, examples=count, global_batch=batch, context=context)
-        # After a pass the batches start over, so one iterator serves them all.
-        arguments = iter(batches), tf.constant(-(-count // batch)), tf.constant(count)
-        step.get_concrete_function(*arguments)  # a mistake in the model or the loss shows now, not after the training
-        passes.append(arguments)
-
-    def evaluate() -> dict[str, float]:
-        sums = tf.add_n([step(*arguments) for arguments in passes])
-        loss, added, elements, correct, weight = total(sums).tolist()
-        metrics = {"loss": (loss + added) / examples, "examples": examples}
-        if not math.isnan(correct):
-            metrics["accuracy"] = correct / weight if weight else math.nan
-        if data.unit == "byte":
-            metrics["bits_per_byte"] = elements / weight / math.log(2) if weight else math.nan
-        return metrics
-
-    return evaluate
-
-
-def _passes(examples: int, global_batch: int, replicas: int) -> list[tuple[int, int, int]]:
-    """The first example, the number of examples and the global batch of up to three passes.
-
-    No replica ever reads an example beside repetitions that fill its part up: layers would add to the loss what these
-    are to them. Those that are left over in the last pass read nothing but such.
+        A function that makes one pass and returns `loss`, the metrics by name, and `examples`. As in `Model.evaluate`
+        the loss is the mean over the examples of the loss of their batch, the last of which may be shorter.
     """
     whole = examples // global_batch * global_batch
-    even = (examples - whole) // replicas * replicas
-    rest = examples - whole - even
-    passes = [(0, whole, global_batch), (whole, even, even), (whole + even, rest, replicas)]
-    return [each for each in passes if each[1]]
+    rest = examples - whole
+    padded = -(-rest // context.num_replicas_in_sync) * context.num_replicas_in_sync
+    passes = []
+    for first, count, batch, own in ((0, whole, global_batch, global_batch), (whole, rest, padded, rest)):
+        if count:
+            batches = evaluation_batches(source, first=first, examples=count, global_batch=batch, context=context)
+            # After a pass the batches start over, so one iterator serves them all.
+            arguments = iter(batches), tf.constant(-(-count // batch)), own
+            step.get_concrete_function(*arguments)  # a mistake in the model or the loss shows before the training
+            passes.append(arguments)
+
+    def evaluate() -> dict[str, float]:
+        # The sum over batches of their losses, each of as many examples as the pass has in a batch.
+        sums = total(tf.stack([step(*arguments) for arguments in passes]).numpy())
+        loss = sum(row[0] * own for row, (*_, own) in zip(sums, passes, strict=True)) / examples
+        return {"loss": float(loss), **objective.results(sums[:, 1:].sum(axis=0), training=False), "examples": examples}
+
+    return evaluate
 
 
 def samples(model: Any, data: Dataset, sampling: Sampling, step: int) -> list[dict[str, Any]]:

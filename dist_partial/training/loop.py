@@ -117,12 +117,15 @@ def _advance(
             sent[-1] += traffic.sent_each(exchange.sent, trainer.plan)
     # All workers stop after the same call, whichever of them got the signal, and all hear of a norm that is not finite
     # on one of them alone, which trains by itself.
-    sums = trainer.replicas.sum(np.concatenate([result["loss"], result["gradient_norm"], stop.votes()]))
-    losses, norms = sums[:count], sums[count : 2 * count] / trainer.replicas.workers
-    stop.count(sums[2 * count :])
+    parts = [result["loss"], result["gradient_norm"], stop.votes(), tf.reshape(result["metrics"], [-1])]
+    sums = trainer.replicas.sum(np.concatenate(parts, dtype=np.float64))
+    losses, norms, votes, metrics = np.split(sums, np.cumsum([len(part) for part in parts])[:-1])
+    norms = norms / trainer.replicas.workers
+    stop.count(votes)
     save.meter.stop(phase.plan, state.step, done, int(sent[-1, 0] - state.sent[0]), sums.nbytes)
     good = failures.finite_steps(losses, norms, trainer.scale)
-    writer.train(state.step + 1, losses[:good], norms[:good], sent[:good])
+    measured = [trainer.objective.results(row, training=True) for row in metrics.reshape(count, -1)[:good]]
+    writer.train(state.step + 1, losses[:good], norms[:good], sent[:good], measured)
     failures.check_finite(losses, norms, state.step, save.saved, trainer.scale)
     return dataclasses.replace(state.after(sent), schedule=runner.to_json())
 

@@ -62,7 +62,14 @@ class MetricWriter:
         with _writing(self._folder):
             self._board.close()
 
-    def train(self, step: int, losses: np.ndarray, norms: np.ndarray, sent: np.ndarray) -> None:
+    def train(
+        self,
+        step: int,
+        losses: np.ndarray,
+        norms: np.ndarray,
+        sent: np.ndarray,
+        metrics: Sequence[dict[str, float]] | None = None,
+    ) -> None:
         """Records consecutive steps, the first of which is `step`; all arrays have a value, or a row, a step.
 
         Args:
@@ -70,11 +77,12 @@ class MetricWriter:
             losses: mean loss over the global batch.
             norms: global norm of the summed gradient, before clipping.
             sent: bytes since the run began, each row as `traffic.SENT`.
+            metrics: of each step's batch, by name.
         """
-        columns = zip(losses.tolist(), norms.tolist(), sent, strict=True)
+        columns = zip(losses.tolist(), norms.tolist(), sent, metrics or [{} for _ in losses], strict=True)
         rows = [
-            {"step": step + i, "split": "train", "loss": loss, "gradient_norm": norm, **_sent(row)}
-            for i, (loss, norm, row) in enumerate(columns)
+            {"step": step + i, "split": "train", "loss": loss, **measured, "gradient_norm": norm, **_sent(row)}
+            for i, (loss, norm, row, measured) in enumerate(columns)
         ]
         if not rows:
             return
@@ -83,7 +91,9 @@ class MetricWriter:
         _, now, full = (sent[-1] - self._sent).tolist()
         self._sent = sent[-1]
         size = tqdm.format_sizeof(now / len(rows), "B")
-        self._bar.set_postfix_str(f"loss {losses[-1]:.3f}, {size}/step at the interface ({now / full:.2%})")
+        values = {"loss": losses[-1], **(metrics[-1] if metrics else {})}
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        self._bar.set_postfix_str(f"{shown}, {size}/step at the interface ({now / full:.2%})")
 
     def evaluation(self, step: int, metrics: dict[str, float], sent: np.ndarray) -> None:
         """Records an evaluation after `step` updates; `sent` as for `train`, of one step."""

@@ -5,25 +5,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
 
-from dist_partial import checkpoints
+from dist_partial import checkpoints, compat
 from dist_partial.checkpoints.fingerprints import INITIAL
 from dist_partial.config.settings import Settings
 from dist_partial.data import Dataset
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.plan import Plan
+from dist_partial.step.objective import Objective
 from dist_partial.step.optimizers import GroupOptimizer, exclusions
 
 
 def of_run(
     settings: Settings,
     data: Dataset,
-    model: keras.Model,
+    objective: Objective,
     plan: Plan,
     moving: Sequence[Any],
     optimizers: Sequence[GroupOptimizer],
 ) -> dict[str, Any]:
-    """Rules, optimizers, model, fingerprints of all that is frozen, data, seed: as plain JSON values."""
+    """Collects rules, optimizers, model, fingerprints of all that is frozen, data, seed: as plain JSON values."""
+    model = objective.model
     content = {
         "rules": [f"{rule}" + (f", {rule.reduction}" if rule.reduction else "") for rule in plan.rules],
         "reduction": str(settings.reduction),
@@ -32,7 +35,7 @@ def of_run(
         "precision": settings.precision,
         "clip_norm": settings.clip_norm,
         "statistics": settings.statistics,
-        "loss": _loss(settings.loss()),
+        "loss": _loss(objective),
         "data": {"name": data.name, "fingerprint": data.fingerprint},
         "model": {entry.path: f"{entry.dtype}{list(entry.shape)}" for entry in plan.entries},
         "model_config": _model_config(model),
@@ -52,9 +55,21 @@ def _optimizer(group: GroupOptimizer) -> dict[str, Any]:
     return content | ({"exclude_from_weight_decay": excluded} if excluded else {})
 
 
-def _loss(loss: Any) -> Any:
-    name = getattr(loss, "__qualname__", type(loss).__name__)
-    return {"class": name, **loss.get_config()} if isinstance(loss, keras.losses.Loss) else name
+def _loss(objective: Objective) -> Any:
+    found, weights = compat.compiled_loss(objective.model) or (None, None)
+
+    def described(loss: Any) -> Any:
+        if loss is None:
+            return None
+        config = loss.inner.get_config()
+        name = type(loss.inner).__name__
+        # A plain function goes by its name.
+        return {"class": name, **{k: getattr(v, "__qualname__", v) for k, v in config.items()}}
+
+    content = {"loss": tf.nest.map_structure(described, found), "weights": weights}
+    if compat.overrides(objective.model, "compute_loss"):
+        content["compute_loss"] = type(objective.model).__qualname__
+    return content
 
 
 def _model_config(model: keras.Model) -> Any:

@@ -22,8 +22,8 @@ from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.payload import average_bytes
 from dist_partial.selection.plan import Plan
 from dist_partial.step import batch_norm, outer_step
-from dist_partial.step.gradients import Batch
 from dist_partial.step.layer_state import untouched
+from dist_partial.step.objective import Batch
 from dist_partial.step.probe import ProbeSpec, probe
 from dist_partial.step.train_step import TrainStep
 from dist_partial.training import activation_cache, split_model
@@ -320,7 +320,6 @@ class ScheduleRunner:
         train = compiled_step(
             trainer,
             plan,
-            settings.global_batch,
             norms=trainer.schedule.statistics == "norms",
             outputs=activations.outputs if activations else None,
             loop=loop,
@@ -363,7 +362,7 @@ class ScheduleRunner:
         trainer, settings = self.trainer, self._settings
         if self._probe is None:
             parts = settings.accumulate
-            self._probe = probe(ProbeSpec(trainer.replicas.strategy, trainer.model, trainer.loss, trainer.plan, parts))
+            self._probe = probe(ProbeSpec(trainer.replicas.strategy, trainer.model, trainer.objective, trainer.plan, parts))
         ahead: Iterator[Batch] = batches(trainer, done, settings.global_batch)
         with untouched(trainer.replicas.strategy, trainer.layer_state.states):
             local = self._probe(ahead).numpy()

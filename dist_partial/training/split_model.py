@@ -25,8 +25,8 @@ class SplitModel:
     """
 
     model: keras.Model
-    lower: Callable[[tf.Tensor], list[tf.Tensor]]
-    upper: Callable[[Sequence[tf.Tensor], bool], tf.Tensor]
+    lower: Callable[[Any], list[tf.Tensor]]
+    upper: Callable[[Sequence[tf.Tensor], bool], Any]
     name: str
     changing: Collection[Any]
 
@@ -129,12 +129,16 @@ def _cut_graph(model: keras.Model, fixed: Callable[[Sequence[Any]], bool]) -> tu
         for tensor in [tensor for tensor in edge.values() if id(compat.producer(tensor)) in called]:
             above.append(edge.pop(id(tensor)))
     tensors = list(edge.values())
-    below, rest = keras.Model(model.inputs, tensors), keras.Model(tensors, model.outputs)
+    below = keras.Model(compat.inputs_structure(model), tensors)
+    rest = keras.Model(tensors, model.outputs)
     if not below.weights:  # the inputs alone, or little more
         return None
     names = {compat.producer(tensor).name for tensor in tensors if compat.producer_inputs(tensor)}
     return (
-        lambda x: tf.nest.flatten(below([x], training=True)),
-        lambda given, training: tf.nest.flatten(rest(list(given), training=training))[0],
+        lambda x: tf.nest.flatten(below(x, training=True)),
+        lambda given, training: tf.nest.pack_sequence_as(
+            model.output, tf.nest.flatten(rest(list(given), training=training))
+        ),
         " and ".join(sorted(names)),
     )
+

@@ -1,0 +1,222 @@
+"""What a model is trained on and measured by: its `compute_loss` and its metrics, as Keras compiles them.
+
+Both are computed without changing a variable of a metric: what a batch adds to the metrics' variables is a tensor,
+which is summed over parts, replicas and workers like a loss.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dist_partial import compat
+from dist_partial.errors import UserError, calling
+from dist_partial.step import losses
+
+# (x,), (x, y) or (x, y, weight), each a nest of tensors with the batch axis first.
+Batch = tuple[Any, ...]
+# Numbers of a metric's variables up to which it is computed in every step, too.
+_CHEAP = 16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measure:
+    """Holds a metric with the values that its variables have before the first batch.
+
+    Attributes:
+        name: of its result.
+        metric: a Keras metric.
+        initial: the values of its variables, in their order.
+        training: whether it is computed in training, too.
+    """
+
+    name: str
+    metric: keras.metrics.Metric
+    initial: tuple[np.ndarray, ...]
+    training: bool
+
+    @property
+    def size(self) -> int:
+        """Numbers in its variables."""
+        return sum(math.prod(value.shape) for value in self.initial)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Objective:
+    """Computes the loss and the metrics of a compiled model on one part of a batch.
+
+    Attributes:
+        model: compiled.
+        counts: how many of its losses divide by a number that the data decides on, see `losses.Part`.
+        measures: its metrics.
+    """
+
+    model: keras.Model
+    counts: int = 0
+    measures: Sequence[Measure] = ()
+
+    def chosen(self, training: bool) -> list[Measure]:
+        """The metrics that are computed: in training the cheap ones."""
+        return [each for each in self.measures if each.training or not training]
+
+    def size(self, training: bool) -> int:
+        """Numbers that `values` gives of the metrics."""
+        return sum(each.size for each in self.chosen(training))
+
+    def counted(self, batch: Batch, outputs: Any, training: bool) -> tf.Tensor:
+        """Counts what this part adds to the divisors: [counts]."""
+        with keras.StatelessScope(), losses.computing(losses.Part()) as part:
+            self._loss(batch, outputs, training)
+        return tf.stack([tf.reshape(count, []) for count in part.found])
+
+    def loss(
+        self, batch: Batch, outputs: Any, training: bool, share: Any = 1.0, counts: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, Mapping[Any, Any]]:
+        """Computes the loss of one part of a batch.
+
+        Args:
+            batch: the part.
+            outputs: the model's.
+            training: the mode, for the model's `compute_loss`.
+            share: the part's share of the whole batch; the sum over the parts of share times loss is the loss.
+            counts: [counts], summed over the parts; None divides by the part's own.
+
+        Returns:
+            A scalar, and what it has changed, for `added`.
+        """
+        separate = None if counts is None else iter(tf.unstack(counts))
+        with keras.StatelessScope(self._start()) as scope, losses.computing(losses.Part(share, separate)):
+            return self._loss(batch, outputs, training), scope.state_mapping
+
+    def added(self, batch: Batch, outputs: Any, training: bool, changed: Mapping[Any, Any]) -> tf.Tensor:
+        """Computes what a part adds to the variables of the metrics: float64 [size(training)]."""
+        chosen = self.chosen(training)
+        if not chosen:
+            return tf.zeros([0], tf.float64)
+        x, y, weight = unpacked(batch)
+        start = [(variable, changed.get(id(variable), value)) for variable, value in self._start()]
+        with keras.StatelessScope(start) as scope, compat.as_one_device(), calling("run.metrics"):
+            self.model.compute_metrics(x, y, outputs, weight)
+        parts = []
+        for each in chosen:
+            for variable, initial in zip(each.metric.variables, each.initial, strict=True):
+                new = tf.cast(scope.get_current_value(variable), tf.float64)
+                parts.append(tf.reshape(new - tf.constant(initial, tf.float64), [-1]))
+        return tf.concat(parts, axis=0)
+
+    def results(self, sums: np.ndarray, training: bool) -> dict[str, float]:
+        """Computes the metrics.
+
+        Args:
+            sums: [size(training)], `added` up over whatever is measured.
+            training: as for `added`.
+
+        Returns:
+            The results by name; those of several numbers by name and place, `f1_score_0`.
+        """
+        found: dict[str, float] = {}
+        place = 0
+        for each in self.chosen(training):
+            values = []
+            for variable, initial in zip(each.metric.variables, each.initial, strict=True):
+                size = math.prod(initial.shape)
+                value = initial + sums[place : place + size].reshape(initial.shape)
+                values.append((variable, tf.constant(value, variable.dtype)))
+                place += size
+            with keras.StatelessScope(values), calling("run.metrics"):
+                found |= _named(each.name, each.metric.result())
+        return found
+
+    def _start(self) -> list[tuple[Any, tf.Tensor]]:
+        return [
+            (variable, tf.constant(value, variable.dtype))
+            for each in self.measures
+            for variable, value in zip(each.metric.variables, each.initial, strict=True)
+        ]
+
+    def _loss(self, batch: Batch, outputs: Any, training: bool) -> tf.Tensor:
+        x, y, weight = unpacked(batch)
+        with calling("run.loss"):
+            return compat.compute_loss(self.model, x, y, outputs, weight, training)
+
+
+def unpacked(batch: Batch) -> tuple[Any, Any, Any]:
+    """Gives x, y and weight of a batch, None for what it lacks.
+
+    Examples:
+        >>> unpacked((1, 2))
+        (1, 2, None)
+    """
+    x, y, weight = (*batch, None, None)[:3]
+    return x, y, weight
+
+
+def prepare(
+    model: keras.Model, batch: Batch, outputs: Any, compiled: Mapping[str, Any], quiet: Collection[str] = ()
+) -> Objective:
+    """Compiles a model and tries its loss and metrics on some examples; changes nothing else.
+
+    Called in the strategy's scope, eagerly.
+
+    Args:
+        model: built.
+        batch: some examples.
+        outputs: the model's for them.
+        compiled: what `Model.compile` takes: loss (of `losses.made`), loss_weights, metrics, weighted_metrics.
+        quiet: names of metrics that are computed in evaluation only, as are those that are not cheap.
+
+    Raises:
+        UserError: a metric cannot be summed over parts of the data.
+        ValueError, TypeError, KeyError: Keras or the user's code, of structures and shapes that do not fit.
+    """
+    # The class's own `compile` may take and do something else.
+    keras.Model.compile(model, optimizer=None, **compiled)
+    x, y, weight = unpacked(batch)
+    # The variables of metrics are made here.
+    with keras.StatelessScope(), losses.computing(losses.Part()) as part:
+        compat.compute_loss(model, x, y, outputs, weight, False)
+        model.compute_metrics(x, y, outputs, weight)
+        metrics = compat.compiled_metrics(model)
+    measures = []
+    local = tf.distribute.get_strategy().experimental_local_results
+    for name, metric in metrics:
+        # Of this worker's first replica: a sum over all is what else a variable of a metric gives.
+        initial = tuple(local(variable.value)[0].numpy() for variable in metric.variables)
+        cheap = sum(value.size for value in initial) <= _CHEAP
+        measures.append(Measure(name, metric, initial, cheap and name not in quiet))
+    objective = Objective(model, len(part.found), measures)
+    _check_sums(objective, batch, outputs)
+    return objective
+
+
+def _check_sums(objective: Objective, batch: Batch, outputs: Any) -> None:
+    """Raises UserError unless a metric of two batches follows from what each of them adds."""
+    x, y, weight = unpacked(batch)
+    for each in objective.measures:
+        start = list(zip(each.metric.variables, each.initial, strict=True))
+        values: Any = start
+        found = []
+        for _ in range(2):
+            with keras.StatelessScope([(v, tf.constant(value, v.dtype)) for v, value in values]) as scope:
+                objective.model.compute_metrics(x, y, outputs, weight)
+                values = [(v, keras.ops.convert_to_numpy(scope.get_current_value(v))) for v, _ in start]
+            found.append([value for _, value in values])
+        for first, second, initial in zip(*found, each.initial, strict=True):
+            if not np.allclose(second - first, first - initial, rtol=1e-3, atol=1e-6, equal_nan=True):
+                raise UserError(
+                    f"run.metrics: {each.name!r} keeps numbers that are no sums over batches, so that replicas cannot "
+                    "add them up: make it a keras.metrics.Metric whose variables only grow by what a batch adds"
+                )
+
+
+def _named(name: str, result: Any) -> dict[str, float]:
+    if isinstance(result, Mapping):
+        return {key: value for own, each in result.items() for key, value in _named(own, each).items()}
+    values = keras.ops.convert_to_numpy(result)
+    if values.ndim == 0:
+        return {name: float(values)}
+    return {f"{name}_{i}": float(value) for i, value in enumerate(values.ravel())}
