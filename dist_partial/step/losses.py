@@ -99,7 +99,7 @@ class DividedLoss(keras.losses.Loss):
         part.found.append(count)
         if part.counts is None:
             return value
-        return tf.math.divide_no_nan(value * count, next(part.counts) * tf.cast(part.share, count.dtype))
+        return tf.math.divide_no_nan(value * count, next(part.counts) * part.share)
 
     def _count(self, y_true: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor | None:
         """What the loss divides by up to a constant factor, or None if the shapes give it."""

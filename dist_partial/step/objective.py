@@ -69,7 +69,7 @@ class Objective:
 
     def counted(self, batch: Batch, outputs: Any, training: bool) -> tf.Tensor:
         """Counts what this part adds to the divisors: [counts]."""
-        with keras.StatelessScope(), losses.computing(losses.Part()) as part:
+        with keras.StatelessScope(_regularised(self.model)), losses.computing(losses.Part()) as part:
             self._loss(batch, outputs, training)
         return tf.stack([tf.reshape(count, []) for count in part.found])
 
@@ -89,7 +89,8 @@ class Objective:
             A scalar, and what it has changed, for `added`.
         """
         separate = None if counts is None else iter(tf.unstack(counts))
-        with keras.StatelessScope(self._start()) as scope, losses.computing(losses.Part(share, separate)):
+        start = [*self._start(), *_regularised(self.model)]
+        with keras.StatelessScope(start) as scope, losses.computing(losses.Part(share, separate)):
             return self._loss(batch, outputs, training), scope.state_mapping
 
     def added(self, batch: Batch, outputs: Any, training: bool, changed: Mapping[Any, Any]) -> tf.Tensor:
@@ -144,6 +145,11 @@ class Objective:
             return compat.compute_loss(self.model, x, y, outputs, weight, training)
 
 
+def _regularised(model: keras.Model) -> list[tuple[Any, Any]]:
+    """The variables with a regulariser, which Keras 3.15 reads from the scope alone, and their values."""
+    return [(v, v.value) for v in model.trainable_variables if v.regularizer is not None]
+
+
 def unpacked(batch: Batch) -> tuple[Any, Any, Any]:
     """Gives x, y and weight of a batch, None for what it lacks.
 
@@ -177,7 +183,7 @@ def prepare(
     keras.Model.compile(model, optimizer=None, **compiled)
     x, y, weight = unpacked(batch)
     # The variables of metrics are made here.
-    with keras.StatelessScope(), losses.computing(losses.Part()) as part:
+    with keras.StatelessScope(_regularised(model)), losses.computing(losses.Part()) as part:
         compat.compute_loss(model, x, y, outputs, weight, False)
         model.compute_metrics(x, y, outputs, weight)
         metrics = compat.compiled_metrics(model)
