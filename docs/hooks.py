@@ -66,8 +66,8 @@ MODULES: dict[str, tuple[str, ...]] = {
 }
 # Page: title, files of results, pictures.
 BENCHMARKS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "step": ("A step, and sampling", ("step", "sampling"), ()),
-    "wire": ("On the wire", ("wire",), ()),
+    "step": ("Step time and sampling", ("step", "sampling"), ()),
+    "wire": ("Network", ("wire",), ()),
     "quality": ("Bytes and quality", ("quality",), ("quality.png",)),
     "schedules": ("Schedules", ("schedules", "switch"), ("schedules.png",)),
     "activation_cache": ("Activation cache", ("cache",), ()),

@@ -27,7 +27,7 @@ from absl import flags
 
 from dist_partial import cli
 from dist_partial.errors import INTERRUPTED, UserError
-from dist_partial.launch import restarts, supervisor
+from dist_partial.launch import agent, output, restarts, supervisor
 
 _PORTS = 100  # how many ports attempts on hosts take in turn
 _AGENT = ("-m", "dist_partial.launch", "agent")
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None, program: Sequence[str] = ()) -> int:
     """
     kind, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     if kind == "agent":  # beside a worker
-        return supervisor.run_agent()
+        return agent.run_agent()
     if kind in ("local", "hosts"):
         return _launch(kind, rest, program)
     if kind in ("begin", "again"):
@@ -158,7 +158,7 @@ def _launch(kind: str, argv: list[str], program: Sequence[str]) -> int:
             logs=_logs(folder),
             restarts=values.restarts,
             grace_seconds=values.grace_seconds,
-            console=supervisor.Console(),
+            console=output.Console(),
         )
 
     return cli.call(__doc__, values, [] if misplaced else mine, command)

@@ -1,19 +1,14 @@
-"""Runs the workers of one run together, shows what they print, and starts all of them again after a fault.
+"""Runs the workers of one run together, and starts all of them again after a fault.
 
-Beside each worker, on its host, runs an agent. It reads from its stdin one line of JSON that says what to start, then
-signals to forward; when stdin ends, with the launcher or with the connection to it, it kills the worker. What the
-worker prints goes to stdout; on stderr the agent reports what the run folder shows, which the launcher's own machine
-need not see.
+Each worker is started by an agent beside it (`agent`). What both print is shown and kept (`output`); whether there is
+to be another start is decided in `restarts`.
 """
 
-import collections
 import contextlib
-import ctypes
 import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -25,12 +20,13 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from dist_partial.cli import INTERRUPTED
-from dist_partial.distributed.cluster import near, unresolved
+from dist_partial.distributed.cluster import near
 from dist_partial.errors import AGAIN, Fault, UserError
 from dist_partial.files import writing
-from dist_partial.launch.restarts import EXCEPTION, MISTAKES, Progress, Restarts, look, progress
+from dist_partial.launch.agent import exit_code, kill_group
+from dist_partial.launch.output import Console, Output
+from dist_partial.launch.restarts import EXCEPTION, MISTAKES, Restarts
 
-_REPORT = b"dist_partial agent: "  # begins an agent's report, a line of JSON
 _FINISH = 60.0  # seconds in which the others may end after one has ended well; the first worker still saves
 _KILL = 2.0  # seconds in which an agent kills its worker
 _POLL = 0.05  # seconds
@@ -44,7 +40,7 @@ class Command:
     Attributes:
         name: what messages call it, such as 'worker 1 (10.0.0.2)'.
         argv: runs an agent, here or on another host.
-        order: the line that the agent reads first, see `run_agent`.
+        order: the line that the agent reads first, see `agent.run_agent`.
         python: what messages call the Python that runs both.
     """
 
@@ -61,133 +57,12 @@ class Worker:
     command: Command
     process: subprocess.Popen[bytes]
     stdin: IO[bytes]
-    output: "_Output"
+    output: Output
     readers: Sequence[threading.Thread]
 
     @property
     def name(self) -> str:
         return self.command.name
-
-
-def run_agent() -> int:
-    """Runs one worker; this is all that an agent does.
-
-    The first line of stdin is `{"run_dir", "names": [], "arguments": [], "environment": {}, "program": []}`: the run
-    folder, to be reported on; hosts, which must be known here; arguments of the program, by default dist_partial.train,
-    and variables to be set besides the agent's own. They are on no command line, where all users of the host could
-    read them. Each further line is the name of a signal, such as 'INT'.
-
-    Returns:
-        The worker's exit code; 128 + n if signal n has ended it; 2 if a host is not known.
-    """
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, lambda *_: None)  # SIG_IGN would be inherited by the worker
-    # Python would not end while a thread waits in a buffered read.
-    orders = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115 - for as long as the process lives
-    order = json.loads(orders.readline())
-    folder = Path(order["run_dir"])
-    before = look(folder)
-    _report(Progress(before.checkpoint))
-    for name in order["names"]:
-        if reason := unresolved(name):
-            print(f"error: no host {name!r} is known here: {reason}; fix --hosts or /etc/hosts", flush=True)
-            return 2
-    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None
-    worker = subprocess.Popen(
-        [*(order.get("program") or [sys.executable, "-u", "-m", "dist_partial.train"]), *order["arguments"]],
-        env={**os.environ, **order["environment"]},
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.STDOUT,  # one pipe keeps the order of what is printed, over ssh too
-        process_group=0,
-        preexec_fn=lambda: prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG: it dies with an agent that is killed
-    )
-    threading.Thread(target=_obey, args=(worker, orders), daemon=True).start()
-    code = worker.wait()
-    _kill_group(worker.pid)  # what the worker has started and left
-    _report(progress(before, look(folder)))
-    return _exit_code(code)
-
-
-def _report(progress: Progress) -> None:
-    with contextlib.suppress(OSError):  # the launcher is gone
-        os.write(2, _REPORT + json.dumps(progress).encode() + b"\n")
-
-
-def _obey(worker: subprocess.Popen[bytes], orders: IO[bytes]) -> None:
-    for line in orders:
-        worker.send_signal(signal.Signals[f"SIG{line.decode().strip()}"])
-    _kill_group(worker.pid)
-
-
-def _kill_group(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left in it
-        os.killpg(group, signal.SIGKILL)
-
-
-def _exit_code(code: int) -> int:
-    return 128 - code if code < 0 else code
-
-
-class Console:
-    """Writes the launcher's terminal: lines on stdout and, if stderr is a terminal, one progress bar below them.
-
-    Args:
-        out: file descriptor that takes the lines.
-        err: file descriptor that takes the bar.
-    """
-
-    def __init__(self, out: int = 1, err: int = 2) -> None:
-        self._out, self._err = out, err
-        self._terminal = os.isatty(err)
-        self._bars: dict[int, str] = {}
-        self._drawn = ""
-        self._lock = threading.Lock()  # each worker's thread writes here
-
-    def say(self, text: str) -> None:
-        """Prints a line of the launcher's own."""
-        with self._lock:
-            self._update([text.encode()])
-
-    def show(self, worker: int, lines: Sequence[bytes], bar: str | None = None) -> None:
-        """Prints a worker's lines, and draws its progress bar: '' if it has none, None for the one that it has."""
-        with self._lock:
-            if bar is not None:
-                self._bars[worker] = bar
-            self._update([b"[%d] %b" % (worker, line) for line in lines])
-
-    def _update(self, lines: Sequence[bytes]) -> None:
-        bar = next(filter(None, self._bars.values()), "") if self._terminal else ""
-        if not lines and bar == self._drawn:
-            return
-        # Whoever read this may be gone, as behind `| head`; the run is worth more, and the logs have everything.
-        with contextlib.suppress(OSError):
-            if self._drawn:
-                _write(self._err, b"\r\x1b[K")
-            _write(self._out, b"".join(line + b"\n" for line in lines))
-            if bar:  # cut, for a bar that wraps cannot be erased
-                _write(self._err, bar[: (os.get_terminal_size(self._err).columns or 80) - 1].encode())
-        self._drawn = bar
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
-def split(text: bytes) -> tuple[list[bytes], bytes, str]:
-    """Splits what a worker has printed into lines.
-
-    Returns:
-        The finished lines, of which carriage returns leave what a terminal would show; the rest, which the next output
-        continues; and the progress bar that the rest shows, or ''.
-    """
-    *lines, rest = text.split(b"\n")
-    lines = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines]
-    if b"\r" not in rest:
-        return lines, rest, ""
-    before, last = rest.split(b"\r")[-2:]
-    bar = last if last.strip() else before
-    return lines, before + b"\r" + last, bar.decode(errors="replace").strip()
 
 
 def backoff(restart: int) -> float:
@@ -350,73 +225,6 @@ def _last_words(failure: _Failure, reason: str) -> str:
     return "\n".join([f"error: {failure.text}; not again: {reason}; its last lines{where}:", *output.lines])
 
 
-class _Output:
-    """What a worker and its agent print, as two threads read it.
-
-    Attributes:
-        path: of the log, or None.
-        lines: the last.
-        error: the last that begins with "error:" and has a traceback below it, in which there may be others; where
-            there is none, the last that begins so.
-        progress: what the agent has reported.
-    """
-
-    def __init__(self, index: int, folder: Path | None, console: Console) -> None:
-        self.path = folder / f"worker-{index}.log" if folder else None
-        self.lines: collections.deque[str] = collections.deque(maxlen=20)
-        self.error = ""
-        self._traced = False
-        self.progress = Progress()
-        self._index, self._console = index, console
-        self._log: IO[bytes] | None = None
-        if self.path:
-            with contextlib.suppress(OSError):  # a full disk, with which the run may be able to go on
-                self._log = open(self.path, "wb", buffering=0)  # noqa: SIM115 - for as long as anything is read
-
-    def read(self, stdout: IO[bytes]) -> None:
-        """Shows and keeps what a worker prints, to the end."""
-        rest = b""
-        with stdout:
-            while chunk := os.read(stdout.fileno(), 1 << 16):
-                self._write(chunk)
-                lines, rest, bar = split(rest + chunk)
-                self._keep(lines)
-                self._console.show(self._index, lines, bar)
-            lines, _, _ = split(rest + b"\n" if rest.strip() else b"")
-            self._keep(lines)
-            self._console.show(self._index, lines, "")
-
-    def listen(self, stderr: IO[bytes]) -> None:
-        """Takes the agent's reports, and shows what else ssh, a shell or Python says there."""
-        with stderr:
-            for line in stderr:
-                if line.startswith(_REPORT):
-                    self.progress = Progress(*json.loads(line.removeprefix(_REPORT)))
-                    continue
-                self._write(line)
-                lines, _, _ = split(line.rstrip(b"\n") + b"\n")
-                self._keep(lines)
-                self._console.show(self._index, lines)
-
-    def close(self) -> None:
-        if self._log:
-            self._log.close()
-
-    def _write(self, data: bytes) -> None:
-        with contextlib.suppress(OSError, ValueError):  # a full disk; closed, as a process of the worker's is left
-            if self._log:
-                self._log.write(data)
-
-    def _keep(self, lines: Sequence[bytes]) -> None:
-        for line in lines:
-            if (text := line.decode(errors="replace")).strip():
-                if text.startswith("Traceback (") and self.lines and self.lines[-1].startswith("error:"):
-                    self.error, self._traced = self.lines[-1], True
-                elif text.startswith("error:") and not self._traced:
-                    self.error = text
-                self.lines.append(text)
-
-
 def _start(index: int, command: Command, folder: Path | None, console: Console) -> Worker:
     pipe = subprocess.PIPE
     try:
@@ -425,7 +233,7 @@ def _start(index: int, command: Command, folder: Path | None, console: Console) 
     except OSError as error:
         raise UserError(f"cannot start {command.argv[0]!r}: {error.strerror}") from None
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    output = _Output(index, folder, console)
+    output = Output(index, folder, console)
     readers = [
         threading.Thread(target=output.read, args=(process.stdout,), daemon=True),
         threading.Thread(target=output.listen, args=(process.stderr,), daemon=True),
@@ -463,7 +271,7 @@ def _watch(
                 console.say(f"{signal.Signals(signum).name}: the workers have {grace_seconds:g} s to save and end")
                 until = min(until, time.monotonic() + grace_seconds)
         waited = [worker for worker in workers if worker not in ended]
-        new = {worker: _exit_code(code) for worker in waited if (code := worker.process.poll()) is not None}
+        new = {worker: exit_code(code) for worker in waited if (code := worker.process.poll()) is not None}
         # Of those that end together, one with AGAIN has probably lost one of the others.
         ended.update(sorted(new.items(), key=lambda each: each[1] == AGAIN))
         if new and set(signals) <= {signal.SIGINT}:
@@ -482,7 +290,7 @@ def _stop(workers: Sequence[Worker]) -> None:
         try:
             worker.process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            _kill_group(worker.process.pid)
+            kill_group(worker.process.pid)
             worker.process.wait()
     for worker in workers:
         for reader in worker.readers:

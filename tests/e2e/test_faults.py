@@ -32,19 +32,19 @@ TIMEOUT = 90.0  # seconds for whatever a test waits for, on a machine that does 
 USER_MODULE = """
 import os, signal, time
 import keras, numpy as np
-from dist_partial.distributed import replicas
+from dist_partial.distributed import replicas, tcp_backend
 from dist_partial.data import ArraySource, Dataset, fingerprint
 
 if "DIE" in os.environ:  # as soon as the workers have met
     replicas.TCPBackend = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 
 if "LATE" in os.environ:  # TensorFlow hears of a loss before the backend does
-    class _Late(replicas.TCPBackend):
+    class _Late(tcp_backend.Connections):
         def _lose(self, *args):
             time.sleep(0.5)
             super()._lose(*args)
 
-    replicas.TCPBackend = _Late
+    tcp_backend.Connections = _Late
 
 if "LINGER" in os.environ:  # the others have long closed their connections, and ended
     class _Linger(replicas.TCPBackend):

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from dist_partial.errors import UserError
-from dist_partial.launch import supervisor
+from dist_partial.launch import output, supervisor
 from tests import ROOT
 from tests.helpers.launchers import TIMEOUT, assert_gone, launched, wait_until
 from tests.helpers.workers import small_disk
@@ -27,7 +27,7 @@ LAUNCHER = """
 import json, sys, threading, os
 from pathlib import Path
 from dist_partial import errors
-from dist_partial.launch import supervisor
+from dist_partial.launch import output, supervisor
 
 folder, script, workers, settings = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 delay = settings.pop("delay", 0.05)
@@ -55,7 +55,7 @@ def held():
 before = held() if sys.platform == "linux" else None
 options = {"restarts": 10, "grace_seconds": 30, "settle": 0.5, "delay": lambda restart: delay, **settings}
 try:
-    code = supervisor.supervise(commands, logs=folder / "logs", console=supervisor.Console(), **options)
+    code = supervisor.supervise(commands, logs=folder / "logs", console=output.Console(), **options)
 except errors.UserError as error:
     code = f"error: {error}"
 assert before is None or held() == before, (before, held())
@@ -643,38 +643,10 @@ def test_progress_bar_on_a_terminal(tmp_path):
     assert all(len(bar.decode()) < 80 for bar in bars)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (b"", ([], b"", "")),
-        (b"part", ([], b"part", "")),
-        (b"one\ntwo\nthr", ([b"one", b"two"], b"thr", "")),
-        (b"dos\r\nnext", ([b"dos"], b"next", "")),
-        (b"\r 10%|", ([], b"\r 10%|", "10%|")),
-        (b" 10%\r", ([], b" 10%\r", "10%")),
-        (b"\r 10%|\r 20%|", ([], b" 10%|\r 20%|", "20%|")),
-        (b" 10%\r 20%\r", ([], b" 20%\r", "20%")),
-        (b"\r 20%|\r      \r", ([], b"      \r", "")),
-        (b"\r 20%|\r      \rtext\n\r 20%|", ([b"text"], b"\r 20%|", "20%|")),
-        (b"\r100%|##|\n", ([b"100%|##|"], b"", "")),
-        (b"\n\n", ([b"", b""], b"", "")),
-    ],
-)
-def test_split(text, expected):
-    assert supervisor.split(text) == expected
-    # However the pipe cuts it, the same lines come out.
-    lines, rest = [], b""
-    for i in range(len(text)):
-        more, rest, bar = supervisor.split(rest + text[i : i + 1])
-        lines += more
-    if text:
-        assert (lines, bar) == (expected[0], expected[2])
-
-
 def test_what_cannot_be_started(tmp_path):
     python = [sys.executable, "-c", "import sys; sys.stdin.read()"]
     good, bad = (supervisor.Command("worker", argv, {}) for argv in (python, ["/no/such/ssh"]))
-    options = {"restarts": 0, "grace_seconds": 1, "console": supervisor.Console()}
+    options = {"restarts": 0, "grace_seconds": 1, "console": output.Console()}
     before = threading.active_count()
     with pytest.raises(UserError, match=r"cannot start '/no/such/ssh': No such file"):
         supervisor.supervise(lambda attempt: [good, bad], logs=tmp_path / "logs", **options)

@@ -2,7 +2,6 @@
 
 import functools
 import operator
-import struct
 import threading
 import time
 
@@ -10,10 +9,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial.distributed import rendezvous, tcp_backend, traffic
+from dist_partial.distributed import rendezvous, tcp_backend, tcp_connections, traffic
 from dist_partial.distributed.tcp_backend import TCPBackend
+from dist_partial.distributed.tcp_connections import Message
 from dist_partial.errors import Fault, UserError
-from tests import strangers
 from tests.helpers.files import same_bits
 from tests.helpers.threads import at_once
 from tests.helpers.workers import loopback
@@ -211,7 +210,7 @@ def test_results_may_be_overwritten_at_once(connected):
 
 def test_a_result_is_not_given_before_a_slow_reader_has_it(connected, monkeypatch):
     first, second, _ = backends = connected(3)
-    opened, slow = threading.Event(), first._peers[2]
+    opened, slow = threading.Event(), first._connections._peers[2]
     send = slow.send
 
     def late(header, data):
@@ -312,7 +311,7 @@ def test_a_worker_that_closes_after_its_last_op_disturbs_nobody(connected):
 
 
 def test_a_silent_worker_is_given_up_and_one_that_only_has_nothing_to_say_is_not(connected, monkeypatch):
-    monkeypatch.setattr(tcp_backend, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(tcp_connections, "HEARTBEAT_SECONDS", 0.1)
     backends = connected(2, patience=0.5)
 
     def work(backend):
@@ -321,26 +320,19 @@ def test_a_silent_worker_is_given_up_and_one_that_only_has_nothing_to_say_is_not
 
     for (result,) in at_once([functools.partial(work, m) for m in backends]):
         assert result.tolist() == [2.0] * 4
-    backends[1]._senders.clear()
-    for peer in backends[1]._peers.values():
+    backends[1]._connections._senders.clear()
+    for peer in backends[1]._connections._peers.values():
         monkeypatch.setattr(peer, "send", lambda header, data: None)
     for size in (4, 10**7):  # more than the system keeps of what nobody reads
         with pytest.raises(Fault, match=r"worker 1 \(127\.0\.0\.1:\d+\) has been silent for 0\.5 s"):
             exchange(backends[0], [np.ones(size, np.float32)])
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"GET / HTTP/1.1\r\nHost: someone\r\n\r\n",
-        tcp_backend._HEADER.pack(b"dpm2", 0, 0, 0, 2**60),  # bytes
-        tcp_backend._HEADER.pack(b"dpm2", 0, 0, 2**40, 8),  # run
-        tcp_backend._HEADER.pack(b"dpm2", 7, 0, 0, 8),  # kind
-    ],
-)
-def test_a_malformed_header_is_a_failure(connected, header):
+@pytest.mark.parametrize("message", [Message(0, 0, 0, 2**60), Message(0, 0, 2**40, 8), Message(7, 0, 0, 8)])
+def test_a_message_that_fits_no_op_is_a_failure(connected, message):
+    """By its bytes, its run and its kind."""
     backends = connected(2)
-    backends[1]._peers[0].link.socket.sendall(header)
+    backends[1]._connections.send(0, message, b"")
     with pytest.raises(UserError, match=r"worker 1 \(127\.0\.0\.1:\d+\) sent what does not fit"):
         exchange(backends[0], [np.ones(4, np.float32)])
 
@@ -353,60 +345,3 @@ def test_programs_that_differ_are_told_apart_by_size(connected):
             exchange(backend, [np.ones(4 + 4 * backend.rank, np.float32)])
 
     at_once([functools.partial(work, m) for m in backends])
-
-
-def spoken(text):
-    """A sign of life, and the last words of a worker that has made a mistake: a header, and the text."""
-    return [struct.pack("<4sBIQQ", b"dpm2", kind, 0, 0, size) for kind, size in ((2, 0), (3, len(text)))] + [text]
-
-
-CHANGES = {
-    "nothing": lambda life, header, words: [life, header, words],
-    "a byte of a header": lambda life, header, words: [life, flipped(header, 4), words],
-    "a byte of the words": lambda life, header, words: [life, header, flipped(words, 3)],
-    "a byte of a tag": lambda life, header, words: [life, header, flipped(words, -1)],
-    "one left out": lambda life, header, words: [header, words],
-    "one twice": lambda life, header, words: [life, life, header, words],
-    "another order": lambda life, header, words: [header, words, life],
-    "no tags": lambda life, header, words: [life[:-16], header[:-16], words[:-16]],
-}
-
-
-def flipped(data, place):
-    changed = bytearray(data)
-    changed[place] ^= 1
-    return bytes(changed)
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("rank", [0, 1])  # of the worker: one listens, the other calls
-def test_what_is_sealed_and_changed_on_its_way_is_not_believed(rank, change):
-    """By an independent program, that is the other worker and then the one in between."""
-    workers = loopback(2)
-    thread = threading.Thread(
-        target=lambda: links.update(rendezvous.connect(rank, workers, 10, "secret", sealed=True)), daemon=True
-    )
-    links = {}
-    if rank == 0:
-        thread.start()
-        connection = strangers.await_call(workers[0])
-        verdict, transcript = strangers.greet(connection, 1, 0, workers, b"secret", sealed=True)
-        assert verdict == 1
-    else:
-        with strangers.listen(workers[0]) as server:
-            thread.start()
-            connection, _ = server.accept()
-        transcript = strangers.welcome(connection, 0, 1, workers, b"secret", sealed=True)
-    thread.join(10)
-    backend = TCPBackend(rank, workers, links, 60.0)
-    key = strangers.key(b"secret", b"C" if rank == 0 else b"L", transcript)
-    records = [strangers.record(key, i, each) for i, each in enumerate(spoken(b"the disk is full"))]
-    with connection:
-        connection.sendall(b"".join(CHANGES[change](*records)) + bytes(200))
-        with pytest.raises((UserError, Fault)) as raised:
-            backend.gather(b"x")
-        if change == "nothing":
-            assert raised.type is UserError and str(raised.value).endswith(": the disk is full")
-        else:
-            assert raised.type is Fault and "is not what it has sent: something between" in str(raised.value)
-        backend.close()
