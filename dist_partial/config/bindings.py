@@ -60,11 +60,12 @@ def _check_missing(ours: Collection[str], bindable: Mapping[str, Callable[..., A
             alone = owner == "dist_partial.run" and name in ("model", "data", "loss")
             if reference.evaluate or selector not in bindable or not (alone or {owner, selector} <= set(ours)):
                 continue
-            if missing := [each for each in _required(bindable[selector]) if (selector, each) not in bound]:
-                own, hint = reference.scoped_selector, ""
-                if name == "loss":
-                    hint = "; run.loss is a factory: bind a function that returns the loss"
-                raise UserError("not bound: " + ", ".join(f"{own}.{argument}" for argument in missing) + hint)
+            missing = [each for each in _required(bindable[selector]) if (selector, each) not in bound]
+            if name == "loss" and len(missing) == 2:  # a loss itself, of targets and outputs
+                continue
+            if missing:
+                own = reference.scoped_selector
+                raise UserError("not bound: " + ", ".join(f"{own}.{argument}" for argument in missing))
 
 
 def _misfit(function: Callable[..., Any], name: str, value: Any) -> str | None:

@@ -132,7 +132,9 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
         check_bindings({f"dist_partial.{name}" for name in _OURS}, known)
         run, sample, replicas = (gin.get_configurable(f"dist_partial.{name}") for name in ("run", "sample", "replicas"))
         bound = run(replicas=replicas().connect, sampling=sample())
-        factories = {name: _explained(getattr(bound, name)) for name in ("model", "data", "loss", "optimizer")}
+        given = {name: getattr(bound, name) for name in ("model", "data", "loss", "optimizer")}
+        # What has no name is made already, or describes several.
+        factories = {name: _explained(value) for name, value in given.items() if hasattr(value, "__name__")}
         bound = dataclasses.replace(bound, **factories)
     except UserError as error:  # to which gin adds lines with the names of its own functions
         raise UserError(str(error).splitlines()[0]) from error

@@ -24,9 +24,7 @@ def own_part(strategy: tf.distribute.Strategy, batch: Batch) -> Batch:
     local = per_replica.local_count(strategy)
     index = context.replica_id_in_sync_group % local
     with tf.device("CPU"):  # so that a GPU is sent its slice and no more
-        return tf.nest.map_structure(
-            lambda t: tf.reshape(t, [local, t.shape[0] // local, *t.shape[1:]])[index], batch
-        )
+        return tf.nest.map_structure(lambda t: tf.reshape(t, [local, t.shape[0] // local, *t.shape[1:]])[index], batch)
 
 
 def local_sum(strategy: tf.distribute.Strategy, value: Any) -> tf.Tensor:

@@ -214,12 +214,17 @@ def divisors(spec: StepSpec, parts: Sequence[Batch]) -> tf.Tensor | None:
     counts = []
     for part in parts:
         with keras.StatelessScope():  # no layer counts this pass
-            outputs = model_outputs(spec.model, part[0], True)
+            outputs = outputs_of(spec, part[0])
         counts.append(spec.objective.counted(part, outputs, True))
     own = tf.add_n(counts)
     if not any(entry.reduction.shared for entry in spec.plan.trained):
         return own * spec.strategy.num_replicas_in_sync
     return run_rounds(spec.collectives, [total_over_replicas(own)])[0]
+
+
+def outputs_of(spec: StepSpec, x: Any) -> Any:
+    """Computes the model's outputs in training mode, from its inputs or from what is kept in their place."""
+    return spec.outputs(x, True) if spec.outputs else model_outputs(spec.model, x, True)
 
 
 def backprop(
@@ -231,7 +236,7 @@ def backprop(
     # Watching the selection alone lets TensorFlow leave out all of the backward pass that it does not need.
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(values)
-        outputs = spec.outputs(batch[0], True) if spec.outputs else model_outputs(spec.model, batch[0], True)
+        outputs = outputs_of(spec, batch[0])
         share = 1 / (spec.strategy.num_replicas_in_sync * spec.options.accumulate)
         loss, changed = spec.objective.loss(batch, outputs, True, share, counts)
         loss *= share

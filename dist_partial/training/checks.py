@@ -23,9 +23,7 @@ from dist_partial.step.objective import Batch, Objective, prepare, unpacked
 _TRIED = 8  # examples on which a model is tried
 
 
-def make_model(
-    settings: Settings, data: Dataset, strategy: tf.distribute.Strategy
-) -> tuple[keras.Model, Batch, Any]:
+def make_model(settings: Settings, data: Dataset, strategy: tf.distribute.Strategy) -> tuple[keras.Model, Batch, Any]:
     """Makes the model, with its variables, in the strategy's scope; some examples, and what it gives for them.
 
     Raises:
@@ -44,7 +42,13 @@ def make_model(
     generators = [variable for variable in model.variables if compat.is_generator(variable)]
     generators += layer_state.recurrent(model)
     inputs = getattr(model, "inputs", None)
-    if isinstance(x, tf.TensorSpec) and x.dtype.is_floating and inputs and len(inputs) == 1 and "int" in inputs[0].dtype:
+    if (
+        isinstance(x, tf.TensorSpec)
+        and x.dtype.is_floating
+        and inputs
+        and len(inputs) == 1
+        and "int" in inputs[0].dtype
+    ):
         raise UserError(  # Keras would cut the fractions off
             f"run.model reads ids ({inputs[0].dtype}) and not {_example(data.name, x)}: bind a model of features, or "
             "other data"
@@ -237,4 +241,6 @@ def _targets_of(
 def notes_on(found: Sequence[losses.DividedLoss]) -> list[str]:
     """Says what outputs are taken for, where the loss takes logits."""
     kinds = sorted({loss.probabilities for loss in found} - {""})
-    return [f"run.model gives probabilities ({k}), and run.loss takes logits: it is given those behind them" for k in kinds]
+    return [
+        f"run.model gives probabilities ({k}), and run.loss takes logits: it is given those behind them" for k in kinds
+    ]

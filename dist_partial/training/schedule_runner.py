@@ -362,7 +362,9 @@ class ScheduleRunner:
         trainer, settings = self.trainer, self._settings
         if self._probe is None:
             parts = settings.accumulate
-            self._probe = probe(ProbeSpec(trainer.replicas.strategy, trainer.model, trainer.objective, trainer.plan, parts))
+            self._probe = probe(
+                ProbeSpec(trainer.replicas.strategy, trainer.model, trainer.objective, trainer.plan, parts)
+            )
         ahead: Iterator[Batch] = batches(trainer, done, settings.global_batch)
         with untouched(trainer.replicas.strategy, trainer.layer_state.states):
             local = self._probe(ahead).numpy()

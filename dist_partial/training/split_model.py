@@ -129,16 +129,18 @@ def _cut_graph(model: keras.Model, fixed: Callable[[Sequence[Any]], bool]) -> tu
         for tensor in [tensor for tensor in edge.values() if id(compat.producer(tensor)) in called]:
             above.append(edge.pop(id(tensor)))
     tensors = list(edge.values())
-    below = keras.Model(compat.inputs_structure(model), tensors)
-    rest = keras.Model(tensors, model.outputs)
+    # A sequential model has neither under Keras 3.15, nor more than one of each.
+    inputs, outputs = (
+        (model.inputs[0], model.outputs[0]) if isinstance(model, keras.Sequential) else (model.input, model.output)
+    )
+    below, rest = keras.Model(inputs, tensors), keras.Model(tensors, model.outputs)
     if not below.weights:  # the inputs alone, or little more
         return None
     names = {compat.producer(tensor).name for tensor in tensors if compat.producer_inputs(tensor)}
     return (
         lambda x: tf.nest.flatten(below(x, training=True)),
         lambda given, training: tf.nest.pack_sequence_as(
-            model.output, tf.nest.flatten(rest(list(given), training=training))
+            outputs, tf.nest.flatten(rest(list(given), training=training))
         ),
         " and ".join(sorted(names)),
     )
-
