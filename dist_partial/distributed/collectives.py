@@ -20,14 +20,26 @@ PACK_BYTES = 2 * 2**20
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AllReduceRequest:
-    """Asks for the sum of a tensor over all replicas."""
+    """Asks for the sum of a tensor over all replicas.
+
+    Examples:
+        >>> [total] = Collectives().exchange([AllReduceRequest(tf.constant([1.0, 2.0]))])
+        >>> total.numpy().tolist()  # of one replica
+        [1.0, 2.0]
+    """
 
     tensor: tf.Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AllGatherRequest:
-    """Asks for the payloads of all replicas: uint8 [n], n a multiple of 4 -> [replicas, n] in replica order."""
+    """Asks for the payloads of all replicas: uint8 [n], n a multiple of 4 -> [replicas, n] in replica order.
+
+    Examples:
+        >>> [all_of_them] = Collectives().exchange([AllGatherRequest(tf.constant([1, 2, 3, 4], tf.uint8))])
+        >>> all_of_them.numpy().tolist()  # of one replica
+        [[1, 2, 3, 4]]
+    """
 
     message: tf.Tensor
 
@@ -39,6 +51,11 @@ class Collectives:
     Attributes:
         backend: the workers' own connections, or None for TensorFlow's collectives.
         pack_bytes: up to how many bytes travel as one.
+
+    Examples:
+        >>> requests = [AllReduceRequest(tf.constant([[1.0], [2.0]])), AllReduceRequest(tf.constant([3.0, 4.0, 5.0]))]
+        >>> [answer.numpy().tolist() for answer in Collectives().exchange(requests)]  # which travel as one
+        [[[1.0], [2.0]], [3.0, 4.0, 5.0]]
     """
 
     backend: TCPBackend | None = None
@@ -93,6 +110,13 @@ def run_rounds(collectives: Collectives, exchanges: Sequence[Any]) -> list[Any]:
 
     Returns:
         The results.
+
+    Examples:
+        >>> def twice(value):
+        ...     total = yield AllReduceRequest(tf.constant(value))
+        ...     return 2 * total
+        >>> [result.numpy().tolist() for result in run_rounds(Collectives(), [twice([1.0]), twice([2.0])])]
+        [[2.0], [4.0]]
     """
     results: list[Any] = [None] * len(exchanges)
     answers: dict[int, Any] = dict.fromkeys(range(len(exchanges)))

@@ -18,7 +18,15 @@ from dist_partial.training.state import TrainState
 
 
 class Event(Protocol):
-    """Follows certain steps, up to which one call may make steps."""
+    """Follows certain steps, up to which one call may make steps.
+
+    Examples:
+        >>> class Doublings:
+        ...     def next_due(self, step):
+        ...         return 2 ** int(step).bit_length()
+        >>> [next_due(step, Doublings(), Every(10, last=100)) for step in (3, 8, 10)]
+        [4, 10, 16]
+    """
 
     def next_due(self, step: int) -> int: ...
 
