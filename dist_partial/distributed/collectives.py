@@ -23,9 +23,14 @@ class AllReduceRequest:
     """Asks for the sum of a tensor over all replicas.
 
     Examples:
-        >>> [total] = Collectives().exchange([AllReduceRequest(tf.constant([1.0, 2.0]))])
-        >>> total.numpy().tolist()  # of one replica
-        [1.0, 2.0]
+        >>> from dist_partial.distributed.replicas import create
+        >>> strategy = create("mirrored", cpu=2).strategy
+        >>> def add():
+        ...     rank = tf.distribute.get_replica_context().replica_id_in_sync_group
+        ...     return Collectives().exchange([AllReduceRequest(tf.cast([rank, 1], tf.float32))])[0]
+        >>> sums = tf.function(lambda: strategy.run(add))()
+        >>> [each.numpy().tolist() for each in strategy.experimental_local_results(sums)]
+        [[1.0, 2.0], [1.0, 2.0]]
     """
 
     tensor: tf.Tensor
@@ -36,9 +41,14 @@ class AllGatherRequest:
     """Asks for the payloads of all replicas: uint8 [n], n a multiple of 4 -> [replicas, n] in replica order.
 
     Examples:
-        >>> [all_of_them] = Collectives().exchange([AllGatherRequest(tf.constant([1, 2, 3, 4], tf.uint8))])
-        >>> all_of_them.numpy().tolist()  # of one replica
-        [[1, 2, 3, 4]]
+        >>> from dist_partial.distributed.replicas import create
+        >>> strategy = create("mirrored", cpu=2).strategy
+        >>> def gather():
+        ...     rank = tf.distribute.get_replica_context().replica_id_in_sync_group
+        ...     return Collectives().exchange([AllGatherRequest(tf.cast([rank, 1, 2, 3], tf.uint8))])[0]
+        >>> gathered = tf.function(lambda: strategy.run(gather))()
+        >>> strategy.experimental_local_results(gathered)[0].numpy().tolist()
+        [[0, 1, 2, 3], [1, 1, 2, 3]]
     """
 
     message: tf.Tensor

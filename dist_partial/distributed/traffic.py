@@ -54,17 +54,42 @@ def collectives(function: Any) -> list[Collective]:
 
     Raises:
         ValueError: if the shape of a collective's input is not static, so that its bytes are not known.
+
+    Examples:
+        >>> def summed(x):  # as the workers' own connections do it
+        ...     return tf.numpy_function(lambda x: x, [x], tf.float32, name=SUM_OP)
+        >>> function = tf.function(summed).get_concrete_function(tf.TensorSpec([10], tf.float32))
+        >>> [(each.kind, each.bytes, each.in_loop) for each in collectives(function)]
+        [('sum', 40, False)]
     """
     return list(_walk(function.graph, in_loop=False))
 
 
 def in_step(function: Any, loop: bool = True) -> list[Collective]:
-    """Finds what one replica hands over in one step of a train function: in one turn of its loop, if it has one."""
+    """Finds what one replica hands over in one step of a train function: in one turn of its loop, if it has one.
+
+    Examples:
+        >>> def summed(x):  # as the workers' own connections do it
+        ...     return tf.ensure_shape(tf.numpy_function(lambda x: x, [x], tf.float32, name=SUM_OP), [10])
+        >>> def three(x):
+        ...     return tf.while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, summed(x)), (tf.constant(0), x))
+        >>> function = tf.function(three).get_concrete_function(tf.TensorSpec([10], tf.float32))
+        >>> total(in_step(function)), total(in_call(function))
+        (40, 0)
+    """
     return _of_a_replica([c for c in collectives(function) if c.in_loop or not loop])
 
 
 def in_call(function: Any) -> list[Collective]:
-    """Finds what one replica hands over once in a call, outside the loop."""
+    """Finds what one replica hands over once in a call, outside the loop.
+
+    Examples:
+        >>> def summed(x):  # as the workers' own connections do it
+        ...     return tf.numpy_function(lambda x: x, [x], tf.float32, name=SUM_OP)
+        >>> function = tf.function(summed).get_concrete_function(tf.TensorSpec([10], tf.float32))
+        >>> total(in_call(function)), total(in_step(function))
+        (40, 0)
+    """
     return _of_a_replica([c for c in collectives(function) if not c.in_loop])
 
 

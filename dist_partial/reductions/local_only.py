@@ -45,8 +45,11 @@ def own_part(gradient: tf.Tensor) -> Exchange:
 
     Examples:
         >>> from dist_partial.distributed.collectives import Collectives, run_rounds
-        >>> run_rounds(Collectives(), [own_part(tf.constant([0.5]))])[0].numpy().tolist()  # one replica has all of them
-        [0.5]
+        >>> from dist_partial.distributed.replicas import create
+        >>> strategy = create("mirrored", cpu=2).strategy
+        >>> found = strategy.run(lambda: run_rounds(Collectives(), [own_part(tf.constant([0.5]))])[0])
+        >>> [each.numpy().tolist() for each in strategy.experimental_local_results(found)]
+        [[1.0], [1.0]]
     """
     context: Any = tf.distribute.get_replica_context()
     return gradient * context.num_replicas_in_sync

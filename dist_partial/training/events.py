@@ -165,7 +165,13 @@ class Stopping:
 
 
 def going_on(state: TrainState, folder: Path, steps: int) -> str:
-    """Says from where a run goes on, or that it is finished."""
+    """Says from where a run goes on, or that it is finished.
+
+    Examples:
+        >>> state = TrainState(None, None, None, [], [], [], [], step=10)
+        >>> going_on(state, Path("runs/mine"), steps=10)
+        'finished: runs/mine is at step 10 of 10; bind a larger run.steps to go on'
+    """
     if state.step >= steps:
         return f"finished: {folder} is at step {state.step} of {steps}; bind a larger run.steps to go on"
     return f"going on from step {state.step} ({state.checkpoint})"
