@@ -43,24 +43,52 @@ def import_tensorflow_quietly() -> None:
 
 
 def define_gin_flags(values: flags.FlagValues) -> None:
-    """Defines --gin_file and --gin_param, as every command that reads a configuration has them."""
+    """Defines --gin_file and --gin_param, as every command that reads a configuration has them.
+
+    Examples:
+        >>> values = flags.FlagValues()
+        >>> define_gin_flags(values)
+        >>> _ = values(["train", "--gin_file=a.gin", "--gin_file=b.gin"])
+        >>> values.gin_file, values.gin_param
+        (['a.gin', 'b.gin'], [])
+    """
     flags.DEFINE_multi_string("gin_file", [], "gin file; may be given several times", flag_values=values)
     flags.DEFINE_multi_string("gin_param", [], "binding over the files, such as run.steps=100", flag_values=values)
 
 
 def check_gin_file(values: flags.FlagValues) -> None:
-    """Raises UserError if none is given."""
+    """Raises UserError if none is given.
+
+    Examples:
+        >>> values = flags.FlagValues()
+        >>> define_gin_flags(values)
+        >>> _ = values(["train"])
+        >>> check_gin_file(values)
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: no --gin_file: try --gin_file=gin_configs/quickstart.gin
+    """
     if not values.gin_file:
         raise UserError("no --gin_file: try --gin_file=gin_configs/quickstart.gin")
 
 
 def run_folder(run_dir: str | None, gin_files: Sequence[str]) -> Path:
-    """Returns the run folder that the flags name: by default runs/<name of the last gin file>."""
+    """Returns the run folder that the flags name: by default runs/<name of the last gin file>.
+
+    Examples:
+        >>> str(run_folder(None, ["base.gin", "configs/mine.gin"])), str(run_folder("here", ["mine.gin"]))
+        ('runs/mine', 'here')
+    """
     return Path(run_dir or Path("runs") / Path(gin_files[-1]).stem)
 
 
 def check_run_dir(run_dir: str | None) -> Path:
-    """Returns the folder that --run_dir names; raises UserError unless a run has begun in it."""
+    """Returns the folder that --run_dir names; raises UserError unless a run has begun in it.
+
+    Examples:
+        >>> check_run_dir("absent")
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: absent is no run folder: it has no operative_config.gin
+    """
     if not run_dir:
         raise UserError("no --run_dir: name the folder of a run, such as --run_dir=runs/quickstart")
     folder = Path(run_dir)
@@ -125,6 +153,13 @@ def parse(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | Non
         usage: what --help prints before the flags.
         values: the command's flags, which get their values.
         argv: arguments without the program's name; None takes the process's own.
+
+    Examples:
+        >>> values = flags.FlagValues()
+        >>> _ = flags.DEFINE_integer("count", 1, "how many", flag_values=values)
+        >>> parse("Counts.", values, ["--count", "5"])
+        >>> values.count
+        5
     """
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
     rest = values([sys.argv[0], *(sys.argv[1:] if argv is None else argv)])[1:]
@@ -136,7 +171,14 @@ def parse(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | Non
 
 
 def call(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | None, command: Callable[[], int]) -> int:
-    """Parses the flags, runs a command that reads `values`, and returns its exit code: see `Ended`."""
+    """Parses the flags, runs a command that reads `values`, and returns its exit code: see `Ended`.
+
+    Examples:
+        >>> values = flags.FlagValues()
+        >>> _ = flags.DEFINE_integer("count", 1, "how many", flag_values=values)
+        >>> call("Counts.", values, ["--count=5"], lambda: values.count)
+        5
+    """
     with ending() as ended:
         parse(usage, values, argv)
         ended.code = command()

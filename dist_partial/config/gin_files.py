@@ -83,6 +83,12 @@ class Configuration:
         operative: the bindings in use so far, as a gin file that reproduces the run alone.
         unused: the bindings that nothing has read so far.
         bindings: all that is bound, by name, as text.
+
+    Examples:
+        >>> needed = ["run.rules = [('train', '.*')]", "run.model = @two_dense", "run.data = @stdlib_corpus"]
+        >>> found = load([], [*needed, "top_k.density = 0.5"])
+        >>> found.bindings["dist_partial.run.model"], found.unused()
+        ('@two_dense', ['top_k.density'])
     """
 
     settings: settings.Settings
@@ -105,6 +111,12 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
     Raises:
         UserError: a missing file, a syntax error, an unknown or misspelt name, a bad value.
         Raised: a function of the user's own, whose result is bound, raised an exception.
+
+    Examples:
+        >>> rules = "run.rules = [('train', 'dense2/.*'), ('freeze', '.*')]"
+        >>> bound = load([], [rules, "run.model = @two_dense", "run.data = @stdlib_corpus", "run.steps = 5"])
+        >>> bound.settings.steps, bound.settings.rules
+        (5, [('train', 'dense2/.*'), ('freeze', '.*')])
     """
     gin.clear_config()
     while _of_users:

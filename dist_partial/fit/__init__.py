@@ -91,6 +91,14 @@ def release(model: keras.Model) -> None:
 
     What was not trainable before `partial` stays so. Keras does not save which single variables are: in a loaded model
     all of those that the rules froze become trainable.
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3), keras.layers.Dense(1, name="head")])
+        >>> _ = partial("adam", [("train", "head/.*"), ("freeze", ".*")], model)
+        >>> frozen = len(model.trainable_variables)
+        >>> release(model)
+        >>> frozen, len(model.trainable_variables)
+        (2, 4)
     """
     layers, variables = _frozen(model)
     for layer in layers:
@@ -106,6 +114,15 @@ def resume(model: keras.Model) -> None:
 
     Only for models whose class does not save which of its layers are frozen, as subclassed ones do not; the first step
     of others needs nothing. Keras then warns once that layers have changed since `compile`, which does no harm here.
+
+    Examples:
+        >>> layers = [keras.layers.BatchNormalization(), keras.layers.Dense(1, name="head")]
+        >>> model = keras.Sequential([keras.Input([4]), *layers])
+        >>> model.compile(partial("adam", [("train", "head/.*"), ("freeze", ".*")], model), loss="mse")
+        >>> layers[0].trainable = True  # as in a loaded model whose class does not save it
+        >>> resume(model)
+        >>> layers[0].trainable
+        False
     """
     optimizer = _optimizer(model)
     if optimizer is None:

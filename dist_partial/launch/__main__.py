@@ -199,7 +199,12 @@ def _local(values: flags.FlagValues) -> Callable[[int], list[Place]]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Finds ports of 127.0.0.1 that nobody uses now."""
+    """Finds ports of 127.0.0.1 that nobody uses now.
+
+    Examples:
+        >>> len(set(free_ports(3)))
+        3
+    """
     with contextlib.ExitStack() as stack:  # all are held at once, for they must differ
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

@@ -121,6 +121,13 @@ def averages(plan: Plan, variables: Sequence[Any]) -> tuple[Payload, ...]:
 
     Returns:
         One message at most: none where nothing travels that would take them along.
+
+    Examples:
+        >>> from dist_partial.selection import resolve
+        >>> layer = keras.layers.BatchNormalization()
+        >>> plan = resolve([("train", ".*")], keras.Sequential([keras.Input([4]), layer]), LocalSGD(sync_every=10))
+        >>> averages(plan, [layer.moving_mean, layer.moving_variance])
+        (Payload(kind='sum', bytes=32, every=10, offset=0),)
     """
     size = sum(math.prod(variable.shape) * itemsize(variable.dtype) for variable in variables)
     local = [group.reduction for group in plan.groups if isinstance(group.reduction, LocalSGD)]

@@ -15,7 +15,15 @@ from dist_partial.step.losses import Loss, class_ids, element_weights, example_l
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvaluationSpec:
-    """Holds what an evaluation computes with: the replicas, the model, and the loss (y, outputs) -> losses."""
+    """Holds what an evaluation computes with: the replicas, the model, and the loss (y, outputs) -> losses.
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input([1]), keras.layers.Identity()])
+        >>> spec = EvaluationSpec(tf.distribute.get_strategy(), model, lambda y, outputs: (y - outputs)[:, 0])
+        >>> batch = tf.constant([[1.0], [1.0]]), tf.constant([[4.0], [9.0]]), tf.constant([1.0, 0.0])
+        >>> replica_sums(spec, batch, tf.constant(0), tf.constant(1)).numpy()[[0, 4]].tolist()  # losses and weights
+        [3.0, 1.0]
+    """
 
     strategy: tf.distribute.Strategy
     model: keras.Model
@@ -23,7 +31,16 @@ class EvaluationSpec:
 
 
 def evaluation_step(strategy: tf.distribute.Strategy, model: keras.Model, loss: Loss) -> Any:
-    """Compiles the evaluation pass: a function of what `evaluation_steps` takes after the spec."""
+    """Compiles the evaluation pass: a function of what `evaluation_steps` takes after the spec.
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input([1]), keras.layers.Identity()])
+        >>> evaluate = evaluation_step(tf.distribute.get_strategy(), model, lambda y, outputs: (y - outputs)[:, 0])
+        >>> batch = tf.ones([2, 1]), tf.constant([[4.0], [2.0]]), tf.ones([2])
+        >>> again = iter(tf.data.Dataset.from_tensors(batch).repeat())
+        >>> evaluate(again, tf.constant(3), tf.constant(6)).numpy()[[0, 4]].tolist()  # losses and weights
+        [12.0, 6.0]
+    """
     return tf.function(functools.partial(evaluation_steps, EvaluationSpec(strategy, model, loss)), autograph=False)
 
 
@@ -54,6 +71,14 @@ def replica_sums(spec: EvaluationSpec, batch: Batch, step: tf.Tensor, examples: 
     Returns:
         float64 [5]: sums of the examples' losses, as in training; of what layers add to the loss, for each example; of
         weighted losses of elements; of weighted correct predictions (NaN if `y` is no class); and of weights.
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input([1]), keras.layers.Dense(3)])
+        >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+        >>> spec = EvaluationSpec(tf.distribute.get_strategy(), model, loss)
+        >>> batch = tf.zeros([2, 1]), tf.constant([0, 1]), tf.ones([2])  # three classes that are alike: ln 3
+        >>> replica_sums(spec, batch, tf.constant(0), tf.constant(2)).numpy().round(3).tolist()
+        [2.197, 0.0, 2.197, 1.0, 2.0]
     """
     x, y, weight = batch = own_part(spec.strategy, batch)
     outputs = full_precision(model_outputs(spec.model, x, False))

@@ -27,6 +27,11 @@ def unreduced(loss: Any, weighted: bool = False) -> Loss:
 
     Raises:
         UserError: it is neither; or a loss whose mean would be another one here than in Keras.
+
+    Examples:
+        >>> squares = unreduced(keras.losses.MeanSquaredError())
+        >>> squares(np.array([[1.0], [2.0]]), np.array([[3.0], [2.0]])).numpy().tolist()
+        [4.0, 0.0]
     """
     if not callable(loss):
         raise UserError(f"run.loss made a {type(loss).__name__}: its factory must return a Keras loss or a function")
@@ -78,6 +83,15 @@ def of_model(loss: Any, function: Loss, outputs: tf.Tensor, example: tf.Tensor) 
 
     Returns:
         The function, and a line that says what is taken for what, or ''.
+
+    Examples:
+        >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        >>> halves = tf.constant([[0.5, 0.5]])
+        >>> function, line = of_model(loss, unreduced(loss), halves, halves)
+        >>> line
+        'run.model gives probabilities (softmax), and run.loss takes logits: it is given those behind them'
+        >>> np.round(np.exp(-function(np.array([0]), tf.constant([[0.25, 0.75]]))), 3).tolist()
+        [0.25]
     """
     if not getattr(loss, "from_logits", False):
         return function, ""
@@ -102,6 +116,14 @@ def check_shapes(loss: Loss, spec: Sequence[tf.TensorSpec], outputs: tf.Tensor, 
 
     Raises:
         UserError: they do not, or the loss gives one number for a batch.
+
+    Examples:
+        >>> spec = tf.TensorSpec([4], tf.float32), tf.TensorSpec([3], tf.float32)
+        >>> squares = unreduced(keras.losses.MeanSquaredError())
+        >>> check_shapes(squares, spec, tf.zeros([1, 3]), batch=8)
+        >>> check_shapes(squares, spec, tf.zeros([1, 2]), batch=8)
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: run.loss does not take run.data's targets float32 [8, 3] and outputs ...
     """
     specs = [tf.TensorSpec([batch, *each.shape], each.dtype) for each in spec[1:]]
     outputs = tf.TensorSpec([batch, *outputs.shape[1:]], outputs.dtype)
@@ -136,6 +158,14 @@ def check_alone(loss: Loss, y: np.ndarray, outputs: tf.Tensor, parts: int) -> No
 
     Raises:
         UserError: it does not (Keras's Circle, contrastive losses), and batches are divided.
+
+    Examples:
+        >>> def centred(y, outputs):
+        ...     return (outputs - tf.reduce_mean(outputs))[:, 0]
+        >>> check_alone(centred, np.zeros([5]), tf.zeros([1, 1]), parts=1)
+        >>> check_alone(centred, np.zeros([5]), tf.zeros([1, 1]), parts=2)
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: run.loss makes of an example what depends on the others of its batch, ...
     """
     if parts == 1 or math.prod(outputs.shape) > _TRIED:
         return
@@ -172,6 +202,13 @@ def check_class_ids(loss: Any, name: str, y: np.ndarray, classes: int) -> None:
 
     Raises:
         UserError: a target is none of 0 to classes - 1.
+
+    Examples:
+        >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        >>> check_class_ids(loss, "mine", np.array([0, 9]), classes=10)
+        >>> check_class_ids(loss, "mine", np.array([1, 10]), classes=10)
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: mine has targets up to 10 and run.model gives logits for the classes 0 to 9: ...
     """
     if type(loss) is not keras.losses.SparseCategoricalCrossentropy or loss.get_config().get("axis", -1) != -1:
         return
@@ -206,6 +243,13 @@ def example_losses(losses: tf.Tensor, weight: tf.Tensor | None) -> tf.Tensor:
 
     Raises:
         UserError: `losses` has no axis of examples, or the weights do not fit them.
+
+    Examples:
+        >>> losses = tf.constant([[1.0, 3.0], [5.0, 7.0]])
+        >>> example_losses(losses, None).numpy().tolist()
+        [2.0, 6.0]
+        >>> example_losses(losses, tf.constant([[1.0, 0.0], [1.0, 1.0]])).numpy().tolist()
+        [1.0, 6.0]
     """
     if losses.shape.rank == 0:
         raise UserError(
@@ -232,6 +276,10 @@ def element_weights(weight: tf.Tensor, losses: tf.Tensor) -> tf.Tensor:
 
     Raises:
         UserError: it has another shape.
+
+    Examples:
+        >>> element_weights(tf.constant([2.0, 1.0]), tf.zeros([2, 3])).numpy().tolist()
+        [[2.0, 2.0, 2.0], [1.0, 1.0, 1.0]]
     """
     shape = weight.shape.as_list()
     while len(shape) > max(losses.shape.rank, 1) and shape[-1] == 1:
@@ -250,6 +298,11 @@ def class_ids(y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor | None:
     """Reads the targets [...] as ids of the classes of `outputs` [..., classes]; None if they are no such ids.
 
     A last axis of 1 of the targets is left out, as Keras's sparse losses do.
+
+    Examples:
+        >>> class_ids(tf.constant([[1], [0]]), tf.zeros([2, 3])).numpy().tolist()
+        [1, 0]
+        >>> class_ids(tf.constant([0.5, 1.0]), tf.zeros([2, 3]))
     """
     if not y.dtype.is_integer or not (outputs.shape.rank and outputs.shape[-1] > 1):
         return None

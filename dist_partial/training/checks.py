@@ -23,6 +23,14 @@ def make_model(settings: Settings, data: Dataset, strategy: tf.distribute.Strate
 
     Raises:
         UserError: it is none, or not one that a run trains as Keras would, or it does not fit the data.
+
+    Examples:
+        >>> from dist_partial.data import stdlib_corpus
+        >>> from dist_partial.models import two_dense
+        >>> settings = Settings([("train", ".*")], two_dense, stdlib_corpus)
+        >>> make_model(settings, stdlib_corpus(window=16), tf.distribute.get_strategy())
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: stdlib_corpus has 256 symbols and run.model gives logits for 10: bind ...
     """
     model = settings.model()
     if not isinstance(model, keras.Model):
@@ -98,7 +106,17 @@ def _check_symbols(model: keras.Model, name: str, symbols: int, outputs: int) ->
 
 
 def check_division(settings: Settings, replicas: int) -> None:
-    """Raises UserError unless a batch divides into the micro-batches of that many replicas."""
+    """Raises UserError unless a batch divides into the micro-batches of that many replicas.
+
+    Examples:
+        >>> from dist_partial.data import stdlib_shapes
+        >>> from dist_partial.models import two_dense
+        >>> settings = Settings([("train", ".*")], two_dense, stdlib_shapes, global_batch=32, accumulate=2)
+        >>> check_division(settings, replicas=4)
+        >>> check_division(settings, replicas=3)
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: run.global_batch = 32 does not divide into 3 replicas x 2 micro-batches: ...
+    """
     if settings.global_batch % (parts := replicas * settings.accumulate):
         raise UserError(
             f"run.global_batch = {settings.global_batch} does not divide into {replicas} replicas x "
@@ -117,7 +135,17 @@ def check_workers(replicas: Replicas, fingerprint: dict[str, Any], bindings: Map
 
 
 def check_scaled(plan: Plan, states: Sequence[dict[str, tf.Variable]]) -> None:
-    """Raises UserError unless all of a plan, with what its reductions keep, can skip a step that overflows."""
+    """Raises UserError unless all of a plan, with what its reductions keep, can skip a step that overflows.
+
+    Examples:
+        >>> from dist_partial.reductions import AllReduce, TopK
+        >>> from dist_partial.selection import resolve
+        >>> plan = resolve([("train", ".*")], keras.Sequential([keras.Input([4]), keras.layers.Dense(1)]), TopK())
+        >>> check_scaled(plan, [{}, {}])
+        >>> check_scaled(plan, [{"residual": tf.Variable([0.0])}, {}])
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: float16 scales the loss and skips the steps that overflow on any ...
+    """
     for entry, kept in zip(plan.trained, states, strict=True):
         if kept or not entry.reduction.shared:
             raise UserError(
@@ -128,7 +156,14 @@ def check_scaled(plan: Plan, states: Sequence[dict[str, tf.Variable]]) -> None:
 
 @contextlib.contextmanager
 def taking(name: str, x: tf.TensorSpec) -> Iterator[None]:
-    """Turns what a model says of the examples of the data set of that name into a mistake of the user's."""
+    """Turns what a model says of the examples of the data set of that name into a mistake of the user's.
+
+    Examples:
+        >>> with taking("mine", tf.TensorSpec([4], tf.float32)):
+        ...     raise ValueError("expected axis -1 to have value 5")
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: run.model does not take one of mine's examples, float32 [4]: expected ...
+    """
     try:
         yield
     except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
@@ -156,6 +191,14 @@ def make_loss(
 
     Raises:
         UserError: the loss does not go with the model or the data.
+
+    Examples:
+        >>> from dist_partial.data import stdlib_shapes
+        >>> from dist_partial.models import two_dense
+        >>> settings, classes = Settings([("train", ".*")], two_dense, stdlib_shapes), tf.zeros([1, 10])
+        >>> loss, line = make_loss(settings, stdlib_shapes(), classes, classes, parts=1)
+        >>> round(float(loss(tf.constant([3]), classes)[0]), 4)  # the default, of ten classes that are alike: ln 10
+        2.3026
     """
     loss, batch = settings.loss(), max(1, settings.global_batch // parts)
     unreduced = losses.unreduced(loss, weighted=len(data.train.spec) == 3)
