@@ -15,7 +15,7 @@ from dist_partial.data.source import Dataset, fingerprint
 from dist_partial.errors import UserError
 from dist_partial.validation import AtLeast, Factory, check_arguments
 
-_FACTORY = "bind a factory of a codec such as @smollm2_tokenizer, without ()"
+_FACTORY = "give what makes a codec, such as smollm2_tokenizer, in a gin file @smollm2_tokenizer without ()"
 
 
 def tokenized_text(
