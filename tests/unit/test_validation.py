@@ -70,8 +70,8 @@ def test_what_fits(hint, values):
         (MAKES, 3, f"run.x is 3: {MAKE}"),
         (MAKES, np.add, f"run.x is <ufunc 'add'>: {MAKE}"),
         (bool, np.zeros([2, 2]), "run.x is array([[0., 0.], [0., 0.]]): write True or False"),
-        (Annotated[Any, Patterns()], [np.ones([2, 1])], "run.x is [array([[1.], [1.]])]: the pattern array([[1.], [1.]]) "
-         "must be a string"),
+        (Annotated[Any, Patterns()], [np.ones([2, 1])],
+         "run.x is [array([[1.], [1.]])]: the pattern array([[1.], [1.]]) must be a string"),
         (Annotated[Any, Has("shape", "bind an array")], [], "run.x is []: bind an array"),
         (Annotated[Any, Has("shape", "bind an array")], np.ndarray, "run.x is <class 'numpy.ndarray'>: bind an array"),
         (Annotated[Any, Has("shape", "bind an array")], None, "run.x is None: bind an array"),
