@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from absl import flags
 
 from dist_partial.errors import INTERRUPTED, Fault, Raised, UserError, raised
 from dist_partial.files import MISTAKES
+from dist_partial.validation import nearest
 
 __all__ = [
     "INTERRUPTED",
@@ -93,7 +95,11 @@ def check_run_dir(run_dir: str | None) -> Path:
         raise UserError("no --run_dir: name the folder of a run, such as --run_dir=runs/quickstart")
     folder = Path(run_dir)
     if not (folder / "operative_config.gin").is_file():
-        raise UserError(f"{folder} is no run folder: it has no operative_config.gin")
+        runs = [file.parent.name for file in sorted(folder.parent.glob("*/operative_config.gin"))]
+        near = nearest(folder.name, runs, always=True, folder=folder.parent)
+        raise UserError(
+            f"{folder} is no run folder: it has no operative_config.gin; name a folder that training has written{near}"
+        )
     return folder
 
 
@@ -103,10 +109,13 @@ class Ended:
 
     Attributes:
         code: the exit code: 0; 2 after an error in the flags or a `UserError`, 75 after a `Fault`, 1 after any other
-            exception, 130 after Ctrl-C.
+            exception, 130 after Ctrl-C, 141 if whatever reads the output, such as `head`, has left.
     """
 
     code: int = 0
+
+
+UNREAD = 141  # the exit code after the reader of what is printed has left: 128 + SIGPIPE, as shells report it
 
 
 class _Helped(Exception):
@@ -126,8 +135,13 @@ def ending() -> Iterator[Ended]:
     ended = Ended()
     try:
         yield ended
+        sys.stdout.flush()
     except _Helped:
         pass
+    except BrokenPipeError:
+        if not _reader_left():  # the pipe is another one
+            raise
+        ended.code = UNREAD
     except KeyboardInterrupt:  # before there was anything to save, or a second time
         print("stopped", file=sys.stderr)
         ended.code = INTERRUPTED
@@ -164,7 +178,10 @@ def parse(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | Non
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
     rest = values([sys.argv[0], *(sys.argv[1:] if argv is None else argv)])[1:]
     if values.help:
-        print(f"{usage}\n{values.main_module_help() or values.get_help()}")
+        started = str(usage)
+        if Path(sys.argv[0]).stem == "dist-partial":
+            started = started.replace("python -m dist_partial.", "dist-partial ")
+        print(f"{started}\n{values.main_module_help() or values.get_help()}", flush=True)
         raise _Helped
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
@@ -183,6 +200,18 @@ def call(usage: str | None, values: flags.FlagValues, argv: Sequence[str] | None
         parse(usage, values, argv)
         ended.code = command()
     return ended.code
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads stdout or stderr any more; what is still to be written there is dropped."""
+    poll, left = select.poll(), False
+    for number in (1, 2):
+        poll.register(number, select.POLLOUT)
+    for number, event in poll.poll(0):
+        if event & select.POLLERR:
+            left = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return left
 
 
 def _say(error: BaseException) -> None:

@@ -62,8 +62,8 @@ def existing(name: str, path: str | os.PathLike[str], pattern: str = "*") -> Pat
         what, folder = f"no file {str(path)[:300]!r}", place.parent
     with contextlib.suppress(OSError):
         names = sorted(entry.name for entry in folder.glob(pattern) if entry.is_file())
-        near = nearest(place.name, names, always=pattern != "*")
-    raise UserError(f"{name}: {what}{near}")
+        near = nearest(place.name, names, always=pattern != "*", folder=folder)
+    raise UserError(f"{name}: {what}{near or '; write the path of one that is there'}")
 
 
 @contextlib.contextmanager

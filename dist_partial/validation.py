@@ -18,6 +18,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dist_partial.errors import UserError
@@ -135,7 +136,8 @@ class Factory:
         """What to write instead of a value; '' where it is a factory."""
         if callable(value) and not isinstance(value, self.made):
             return ""
-        return f"bind a factory, such as {self.example} without ()"
+        name = self.example.removeprefix("@")
+        return f"give what makes one, such as {name} or lambda: {name}(...), in a gin file {self.example} without ()"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +293,7 @@ def _words(kinds: Sequence[Any], bounds: Sequence[Any]) -> str:
 
 def _pattern_problem(pattern: Any) -> str:
     if not isinstance(pattern, str):
-        return f"the pattern {pattern!r} must be a string"
+        return f"the pattern {shown(pattern)} must be a string"
     try:
         re.compile(pattern)
     except re.error as error:
@@ -326,32 +328,47 @@ def differences(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, A
 
 
 def shown(value: Any) -> str:
-    """Writes a value as messages show it: cut if it is long.
+    """Writes a value as messages show it: in one line, and cut if it is long.
 
     Examples:
-        >>> shown("a"), len(shown("a" * 1000))
-        ("'a'", 203)
+        >>> import numpy as np
+        >>> shown(np.zeros([2, 2]))
+        'array([[0., 0.], [0., 0.]])'
     """
-    text = repr(value)
+    text = re.sub(r"\s*[\r\n]\s*", " ", repr(value))
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def nearest(word: str, names: Iterable[str], always: bool = False) -> str:
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Writes a number of things, whose plural has an s where none is given.
+
+    Examples:
+        >>> counted(1, "unit"), counted(2, "unit")
+        ('1 unit', '2 units')
+    """
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def nearest(word: str, names: Iterable[str], always: bool = False, folder: Path | None = None) -> str:
     """Ends a message about a name that is not known with the up to three names most like it.
 
     Args:
         word: what was written.
         names: those that are known.
         always: whether to show three also where fewer are like it.
+        folder: in which files of these names are; they are shown with it, as they can be pasted.
 
     Examples:
         >>> nearest("dens1/kernel", ["dense1/kernel", "dense2/kernel", "bias"])
         "; nearest: 'dense1/kernel', 'dense2/kernel'"
         >>> nearest("head", ["kernel"])
         ''
+        >>> nearest("fulll.gin", ["full.gin"], folder=Path("gin_configs"))
+        "; nearest: 'gin_configs/full.gin'"
     """
     known, word = list(dict.fromkeys(names)), word[:_SHOWN]
     found = difflib.get_close_matches(word, known, 3, 0 if always else 0.5)
+    found = [str(folder / name) for name in found] if folder else found
     return f"; nearest: {', '.join(map(repr, found))}" if found else ""
 
 

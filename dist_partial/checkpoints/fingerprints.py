@@ -144,9 +144,23 @@ def check_run(folder: Path, fingerprint: dict[str, Any], may_differ: Collection[
             return True  # it has not come far enough to be another run
         before |= {name: value for name, value in fingerprint.items() if name == INITIAL or name in may_differ}
     if changed := differences(before, fingerprint):
-        first = "; ".join(f"{name} was {shown(old)} and is now {shown(new)}" for name, old, new in changed[:3])
+        first = "; ".join(_in_words(*each) for each in changed[:3])
         more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
             f"{folder} belongs to another run: {first}{more}; choose another --run_dir, or restore the configuration"
         )
     return True
+
+
+def _in_words(name: str, old: Any, new: Any) -> str:
+    """Says a difference between two fingerprints; digests mean nothing to a reader."""
+    part, _, path = name.partition(".")
+    if part == "frozen":
+        if old is None:
+            return f"{path!r} is frozen now"
+        return f"{path!r} is no longer frozen" if new is None else f"the frozen variable {path!r} has other values"
+    if name == "data.fingerprint":
+        return "the data has other examples"
+    if part in ("model", "rules") and None in (old, new):
+        return f"{name}, {shown(new)}, is new" if old is None else f"{name}, {shown(old)}, is gone"
+    return f"{name} was {shown(old)} and is now {shown(new)}"

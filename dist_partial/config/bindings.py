@@ -4,12 +4,13 @@ import inspect
 import os
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
 
 from dist_partial.errors import UserError
+from dist_partial.validation import shown
 
 # What a configuration file can write out, and in which words.
 _PLAIN: dict[Any, str] = {
@@ -41,8 +42,28 @@ def check_bindings(ours: Collection[str], bindable: Mapping[str, Callable[..., A
                 continue
             if words := _misfit(bindable[selector], argument, bound):
                 name = f"{scope}/{selector.removeprefix('dist_partial.')}.{argument}".lstrip("/")
-                raise UserError(f"{name} is {bound!r:.200}: write {words}")
+                raise UserError(f"{name} is {shown(bound)}: write {words}")
     _check_missing(ours, bindable)
+
+
+def annotation(registry: Any, binding: str) -> Any:
+    """Finds the type of what a binding such as 'run.steps' sets: its annotation, or else of what its default is.
+
+    Args:
+        registry: gin's, of what can be bound.
+        binding: its name, with or without scopes.
+
+    Returns:
+        A type, `Annotated` or not; Any if nothing says more.
+    """
+    selector, _, argument = binding.rpartition("/")[2].rpartition(".")
+    try:
+        function = registry.get_match(selector).wrapped
+        default = inspect.signature(function).parameters[argument].default
+        hints = typing.get_type_hints(function, include_extras=True)
+    except Exception:  # an unknown name, or one of several; a user's annotation that is none
+        return Any
+    return hints.get(argument, {bool: bool, int: float, float: float}.get(type(default), Any))
 
 
 def _check_missing(ours: Collection[str], bindable: Mapping[str, Callable[..., Any]]) -> None:
@@ -61,10 +82,13 @@ def _check_missing(ours: Collection[str], bindable: Mapping[str, Callable[..., A
             if reference.evaluate or selector not in bindable or not (alone or {owner, selector} <= set(ours)):
                 continue
             if missing := [each for each in _required(bindable[selector]) if (selector, each) not in bound]:
-                own, hint = reference.scoped_selector, ""
-                if name == "loss":
-                    hint = "; run.loss is a factory: bind a function that returns the loss"
-                raise UserError("not bound: " + ", ".join(f"{own}.{argument}" for argument in missing) + hint)
+                raise UserError(unbound([f"{reference.scoped_selector}.{each}" for each in missing], name == "loss"))
+
+
+def unbound(names: Sequence[str], loss: bool = False) -> str:
+    """Says which arguments have no value, and what to write; of a function of `run.loss` it is more likely another."""
+    hint = "run.loss is a factory: bind a function that returns the loss"
+    return f"not bound: {', '.join(names)}; {hint if loss else f'write {names[0]} = ...'}"
 
 
 def _misfit(function: Callable[..., Any], name: str, value: Any) -> str | None:

@@ -1,7 +1,7 @@
-"""Starts all workers of a run, here or over ssh, shows what they print, and starts them again after a fault.
+"""python -m dist_partial.launch local --workers=3 -- --gin_file=F [any argument of dist_partial.train]
+python -m dist_partial.launch hosts --hosts=a,b,c -- --gin_file=F ...
 
-    launch/local --workers=3 -- --gin_file=F [any argument of dist_partial.train]
-    launch/hosts --hosts=a,b,c -- --gin_file=F ...
+Starts all workers of a run, here or over ssh, shows what they print, and starts them again after a fault.
 
 What workers print is kept in <run_dir>.logs. Where a scheduler starts the workers, each of them is
 
@@ -101,7 +101,7 @@ def _count(kind: str, argv: list[str]) -> int:
         print(f"{what}to go on from step {done.checkpoint}, restart {count} of {limit}", file=sys.stderr)
         return 0
 
-    return cli.call(None, values, mine, command)
+    return cli.call(__doc__, values, mine, command)
 
 
 def _limit() -> int:

@@ -215,7 +215,7 @@ def _from_preset(of: Any, preset: str, **options: Any) -> Any:
         raise UserError(f"no preset folder {preset}: {error}") from None
     if looks_local and not os.path.isdir(folder):
         siblings = [p.name for p in folder.parent.glob("*") if p.is_dir()]
-        raise UserError(f"no preset folder {preset}{nearest(folder.name, siblings)}")
+        raise UserError(f"no preset folder {preset}{nearest(folder.name, siblings, folder=folder.parent)}")
     try:
         return of.from_preset(str(folder) if os.path.isdir(folder) else preset, **options)
     except Exception as error:  # KerasHub, Kaggle and the file readers below it each raise their own

@@ -54,8 +54,8 @@ class LocalSGD:
         # Of a class, not made by (), `shared` would be the property itself.
         if self.compressor is not None and getattr(self.compressor, "shared", False) is not True:
             raise UserError(
-                f"local_sgd.compressor is {shown(self.compressor)}: bind a reduction of every step, such as "
-                "@quantized()"
+                f"local_sgd.compressor is {shown(self.compressor)}: give a reduction of every step, such as "
+                "Quantized(), in a gin file @quantized(), with the ()"
             )
 
     @property

@@ -223,7 +223,8 @@ def read(folders: Sequence[Path]) -> list[Run]:
 def _check(folder: Path) -> None:
     if not folder.exists():
         around = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise UserError(f"no folder {folder}{nearest(folder.name, around)}")
+        near = nearest(folder.name, around, folder=folder.parent)
+        raise UserError(f"no folder {folder}{near or '; name the folder of a run, such as runs/quickstart'}")
     if not folder.is_dir():
         raise UserError(f"{folder} is a file: name the run folder that it is in")
     if not (folder / "plan.json").is_file():

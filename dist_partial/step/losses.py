@@ -142,8 +142,8 @@ def check_shapes(loss: Loss, spec: Sequence[tf.TensorSpec], outputs: tf.Tensor, 
     except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
         shapes = " and outputs ".join(f"{each.dtype.name} {each.shape.as_list()}" for each in (specs[0], outputs))
         raise UserError(
-            f"run.loss does not take run.data's targets {shapes} of run.model: {first_line(error)}{own_line(error)}; "
-            "bind another loss, or a model of other outputs"
+            f"run.loss does not take run.data's targets {shapes} of run.model: {first_line(error).rstrip('.')}"
+            f"{own_line(error)}; bind another loss, or a model of other outputs"
         ) from error
 
 
@@ -218,7 +218,8 @@ def check_class_ids(loss: Any, name: str, y: np.ndarray, classes: int) -> None:
     if y.dtype.kind == "f" and (y != np.floor(y)).any():
         raise UserError(
             f"{name} has targets such as {y[y != np.floor(y)][0]:.6g}, which are no class ids, and run.loss is a "
-            "cross-entropy over classes: bind e.g. run.loss = @keras.losses.MeanSquaredError"
+            "cross-entropy over classes: give another, such as keras.losses.MeanSquaredError, in a gin file "
+            "run.loss = @keras.losses.MeanSquaredError"
         )
     if low < 0:
         raise UserError(f"{name} has the target {low:g}: run.loss takes class ids, which are numbered from 0")

@@ -14,6 +14,7 @@ import tensorflow as tf
 from dist_partial import compat
 from dist_partial.errors import UserError, first_line
 from dist_partial.selection.plan import Group, Plan, VariablePlan
+from dist_partial.validation import shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,7 +151,7 @@ def _make(where: str, factory: Callable[..., Any]) -> keras.optimizers.Optimizer
         raise UserError(f"{where} cannot be made: {first_line(error)}") from error
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise UserError(
-            f"{where} is {optimizer!r}: give a factory, such as keras.optimizers.Adam (in a gin file "
+            f"{where} is {shown(optimizer)}: give a factory, such as keras.optimizers.Adam (in a gin file "
             "@keras.optimizers.Adam) without ()"
         )
     check(where, optimizer)

@@ -211,8 +211,9 @@ def _divided(
         for entry in trained.values():
             if any(payload.every > 1 for payload in entry.payloads) or not entry.reduction.shared:
                 raise UserError(
-                    f"run.schedule switches what is reduced in every step, and {entry.reduction} of rule "
-                    f"{entry.rule.match!r} is not: bind @all_reduce(), @power_sgd(), @top_k() or @quantized()"
+                    "run.schedule switches what is reduced in every step, and "
+                    f"{type(entry.reduction).__name__} ({entry.reduction}) of rule {entry.rule.match!r} is not: give "
+                    "AllReduce(), PowerSGD(), TopK() or Quantized(), in a gin file @all_reduce() and so on"
                 )
     return plan, tuple(units), notes
 

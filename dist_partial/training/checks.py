@@ -16,6 +16,7 @@ from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError, first_line, own_line
 from dist_partial.selection.plan import Plan
 from dist_partial.step import layer_state, losses
+from dist_partial.validation import counted
 
 
 def make_model(settings: Settings, data: Dataset, strategy: tf.distribute.Strategy) -> tuple[keras.Model, tf.Tensor]:
@@ -119,8 +120,8 @@ def check_division(settings: Settings, replicas: int) -> None:
     """
     if settings.global_batch % (parts := replicas * settings.accumulate):
         raise UserError(
-            f"run.global_batch = {settings.global_batch} does not divide into {replicas} replicas x "
-            f"{settings.accumulate} micro-batches: bind a multiple of {parts}"
+            f"run.global_batch = {settings.global_batch} does not divide into {counted(replicas, 'replica')} x "
+            f"{counted(settings.accumulate, 'micro-batch', 'micro-batches')}: bind a multiple of {parts}"
         )
 
 
@@ -149,8 +150,9 @@ def check_scaled(plan: Plan, states: Sequence[dict[str, tf.Variable]]) -> None:
     for entry, kept in zip(plan.trained, states, strict=True):
         if kept or not entry.reduction.shared:
             raise UserError(
-                f"float16 scales the loss and skips the steps that overflow on any replica, which {entry.reduction} of "
-                f"rule {entry.rule.match!r} cannot: bind run.precision = 'mixed_bfloat16', or @all_reduce()"
+                "float16 scales the loss and skips the steps that overflow on any replica, which "
+                f"{type(entry.reduction).__name__} ({entry.reduction}) of rule {entry.rule.match!r} cannot: bind "
+                "run.precision = 'mixed_bfloat16', or reduce by AllReduce(), in a gin file @all_reduce()"
             )
 
 
@@ -168,8 +170,8 @@ def taking(name: str, x: tf.TensorSpec) -> Iterator[None]:
         yield
     except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
         raise UserError(
-            f"run.model does not take {_example(name, x)}: {first_line(error)}{own_line(error)}; bind sizes that fit "
-            "each other"
+            f"run.model does not take {_example(name, x)}: {first_line(error).rstrip('.')}{own_line(error)}; bind "
+            "sizes that fit each other"
         ) from error
 
 

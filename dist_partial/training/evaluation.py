@@ -172,7 +172,10 @@ def samples(model: Any, data: Dataset, sampling: Sampling, step: int) -> list[di
         ([(10, 'def '), (10, 'def ')], True)
     """
     if data.codec is None:
-        raise UserError(f"data set {data.name!r} has no text to sample: its codec is None")
+        raise UserError(
+            f"data set {data.name!r} has no text to sample: its codec is None; give its Dataset a codec, which turns "
+            "text into ids and back, or sample a run on text"
+        )
     x, y = data.train.spec[:2]
     with calling("run.data"):
         prompt = data.codec.encode(sampling.prompt)
