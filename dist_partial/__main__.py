@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from dist_partial import cli
 from dist_partial.validation import nearest
 
 # Each is a module `dist_partial.COMMAND` with a function `main(argv)`, or a package with that module's `__main__`.
@@ -29,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help", "help"):
-        print(_help())
-        return 0
+        with cli.ending() as ended:
+            print(_help())
+        return ended.code
     if name not in COMMANDS:
         what = f"no command {name!r}" if name else "no command"
         problem = f"{what}{nearest(name, COMMANDS) or ': write ' + ', '.join(COMMANDS)}"

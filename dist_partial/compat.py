@@ -29,6 +29,12 @@ def layers(layer: Any) -> list[Any]:
 
     Keras 3.15: `Model.layers` has the first level only, and a layer that is no model has none.
     Unnecessary with a public list that goes down to the last level.
+
+    Examples:
+        >>> import keras
+        >>> inner = keras.Sequential([keras.layers.Dense(1, name="c")], name="b")
+        >>> [layer.name for layer in layers(keras.Sequential([inner], name="a"))]
+        ['a', 'b', 'c']
     """
     return list(layer._flatten_layers())
 
@@ -38,6 +44,12 @@ def direct_layers(layer: Any) -> list[Any]:
 
     Keras 3.15: `Model.layers` exists, and a layer that is no model has no public list.
     Unnecessary with `Layer.layers`.
+
+    Examples:
+        >>> import keras
+        >>> inner = keras.Sequential([keras.layers.Dense(1, name="c")], name="b")
+        >>> [layer.name for layer in direct_layers(keras.Sequential([inner], name="a"))]
+        ['b']
     """
     return list(layer._flatten_layers(include_self=False, recursive=False))
 
@@ -47,6 +59,13 @@ def own_weights(layer: Any) -> list[Any]:
 
     Keras 3.15: `trainable_weights` leaves out those of a frozen layer, and all public lists go down into the layers.
     Unnecessary with a public list of a layer's own weights.
+
+    Examples:
+        >>> import keras
+        >>> layer = keras.layers.BatchNormalization(trainable=False)
+        >>> layer.build([None, 2])
+        >>> [variable.name for variable in own_weights(layer)]
+        ['gamma', 'beta']
     """
     return list(layer._trainable_variables)
 
@@ -55,6 +74,13 @@ def own_variables(layer: Any) -> list[Any]:
     """Lists `own_weights`, then the layer's own statistics and counters.
 
     Keras 3.15: as for `own_weights`.
+
+    Examples:
+        >>> import keras
+        >>> layer = keras.layers.BatchNormalization(scale=False)
+        >>> layer.build([None, 2])
+        >>> [variable.name for variable in own_variables(layer)]
+        ['beta', 'moving_mean', 'moving_variance']
     """
     return [*layer._trainable_variables, *layer._non_trainable_variables]
 
@@ -64,6 +90,14 @@ def stored_kernel(layer: Any) -> Any:
 
     Keras 3.15: the public `kernel` of a layer with LoRA, or of a quantized one, is a computed value.
     Unnecessary with a public name for the variable.
+
+    Examples:
+        >>> import keras
+        >>> layer = keras.layers.Dense(2)
+        >>> layer.build([None, 3])
+        >>> layer.quantize("int8")
+        >>> stored_kernel(layer).dtype
+        'int8'
     """
     import keras
 
@@ -75,6 +109,11 @@ def is_generator(variable: Any) -> bool:
 
     Keras 3.15: `SeedGenerator.state` is public, and lists of variables do not say which is one: its name does.
     Unnecessary with a mark on the variable.
+
+    Examples:
+        >>> import keras
+        >>> is_generator(keras.random.SeedGenerator(0).state), is_generator(keras.Variable(0))
+        (True, False)
     """
     return variable.name == "seed_generator_state"
 
@@ -87,6 +126,14 @@ def initialize(variable: Any, value: Any, dtype: str | None = None) -> None:
 
     Keras 3.15: a variable's shape and dtype are fixed when it is made, and no layer takes another variable.
     Unnecessary with a public way to replace the variable of a built layer.
+
+    Examples:
+        >>> import keras
+        >>> import numpy as np
+        >>> variable = keras.Variable([1.0])
+        >>> initialize(variable, np.zeros([2, 3]), "float64")
+        >>> variable.numpy().shape, variable.dtype
+        ((2, 3), 'float64')
     """
     variable._shape = tuple(value.shape)
     if dtype is not None:
@@ -102,6 +149,12 @@ def mask(tensor: Any) -> Any:
 
     Keras 3.15: `compute_mask` computes a layer's mask, and what was computed in a call is a private attribute.
     Unnecessary with a public function that reads it.
+
+    Examples:
+        >>> import keras
+        >>> import numpy as np
+        >>> mask(keras.layers.Embedding(5, 2, mask_zero=True)(np.array([[3, 0]]))).numpy().tolist()
+        [[True, False]]
     """
     return getattr(tensor, "_keras_mask", None)
 
@@ -111,6 +164,11 @@ def producer(tensor: Any) -> Any:
 
     Keras 3.15: the graph of a functional model is public as JSON only (`get_config`).
     Unnecessary with a public walk over the graph.
+
+    Examples:
+        >>> import keras
+        >>> producer(keras.layers.Dense(1, name="head")(keras.Input([2]))).name
+        'head'
     """
     return tensor._keras_history.operation
 
@@ -119,6 +177,12 @@ def producer_inputs(tensor: Any) -> list[Any]:
     """Lists the symbolic tensors of which `producer` computes a tensor.
 
     Keras 3.15: as for `producer`.
+
+    Examples:
+        >>> import keras
+        >>> x = keras.Input([2])
+        >>> producer_inputs(keras.layers.Dense(1)(x))[0] is x
+        True
     """
     history = tensor._keras_history
     return history.operation._inbound_nodes[history.node_index].input_tensors
@@ -129,6 +193,12 @@ def inputs_structure(model: Any) -> Any:
 
     Keras 3.15: `Model.inputs` is flat.
     Unnecessary with a public name for the structure.
+
+    Examples:
+        >>> import keras
+        >>> x = keras.Input([2], name="x")
+        >>> list(inputs_structure(keras.Model({"ids": x}, x)))
+        ['ids']
     """
     return model._inputs_struct
 
@@ -137,6 +207,12 @@ def is_functional(operation: Any) -> bool:
     """Tells whether `run_graph` can run it: whether it is a functional model.
 
     Keras 3.15: as for `run_graph`.
+
+    Examples:
+        >>> import keras
+        >>> x = keras.Input([2])
+        >>> is_functional(keras.Model(x, x)), is_functional(keras.layers.Dense(1))
+        (True, False)
     """
     return hasattr(operation, "_run_through_graph")
 
@@ -146,6 +222,16 @@ def run_graph(model: Any, inputs: Sequence[Any], operation: Callable[[Any], Any]
 
     Keras 3.15: `keras.models.clone_model` makes new layers of a nested model's class, and here the layers stay.
     Unnecessary with a clone that can keep layers and take nested models apart.
+
+    Examples:
+        >>> import keras
+        >>> import numpy as np
+        >>> x = keras.Input([1])
+        >>> model = keras.Model(x, keras.layers.Rescaling(3.0)(x))
+        >>> float(run_graph(model, [np.array([[2.0]])], lambda operation: operation)[0, 0])
+        6.0
+        >>> run_graph(model, [np.array([[2.0]])], lambda operation: lambda x: x + 1)
+        array([[3.]])
     """
     return model._run_through_graph(inputs, operation)
 
@@ -249,6 +335,13 @@ def sum_no_gradients(optimizer: Any) -> None:
 
     Raises:
         RuntimeError: the method that sums is gone, so that something else would sum twice.
+
+    Examples:
+        >>> import keras
+        >>> optimizer = keras.optimizers.SGD()
+        >>> sum_no_gradients(optimizer)
+        >>> set(vars(optimizer)) >= OPTIMIZER_ATTRIBUTES
+        True
     """
     if not hasattr(optimizer, "_all_reduce_sum_gradients"):
         import keras
@@ -268,6 +361,13 @@ def variable_key(optimizer: Any, variable: Any) -> Any:
 
     Keras 3.15: under a strategy a replica sees a copy, and no public name leads from it to the variable.
     Unnecessary if copies and variable compared equal.
+
+    Examples:
+        >>> import keras
+        >>> optimizer, one, other = keras.optimizers.SGD(), keras.Variable([1.0]), keras.Variable([1.0])
+        >>> key = variable_key(optimizer, one)
+        >>> key == variable_key(optimizer, one), key == variable_key(optimizer, other)
+        (True, False)
     """
     return optimizer._var_key(variable)
 
@@ -277,6 +377,13 @@ def alias_variables(optimizer: Any, originals: Iterable[tuple[Any, Any]]) -> Non
 
     Keras 3.15: `exclude_from_weight_decay(var_list=...)` keeps variables by key, and a stand-in has another one.
     Unnecessary if exclusions went by path.
+
+    Examples:
+        >>> import keras
+        >>> optimizer, rows, whole = keras.optimizers.AdamW(), keras.Variable([1.0]), keras.Variable([1.0, 2.0])
+        >>> alias_variables(optimizer, [(rows, whole)])
+        >>> variable_key(optimizer, rows) == variable_key(optimizer, whole)
+        True
     """
     key = optimizer._var_key
     known = {key(variable): key(original) for variable, original in originals}
@@ -288,6 +395,13 @@ def weight_decay_exclusions(optimizer: Any) -> tuple[Any, Any]:
 
     Keras 3.15: no config and no public name has it.
     Unnecessary if `get_config` had it.
+
+    Examples:
+        >>> import keras
+        >>> optimizer = keras.optimizers.AdamW()
+        >>> optimizer.exclude_from_weight_decay(var_names=["bias"])
+        >>> weight_decay_exclusions(optimizer)[1].pattern
+        'bias'
     """
     given = getattr(optimizer, "_exclude_from_weight_decay", ())
     return given, getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
@@ -298,6 +412,12 @@ def learning_rate(optimizer: Any) -> Any:
 
     Keras 3.15: the public `learning_rate` calls a schedule and gives its present value.
     Unnecessary with a public name for the schedule.
+
+    Examples:
+        >>> import keras
+        >>> decay = keras.optimizers.schedules.CosineDecay(0.1, 100)
+        >>> learning_rate(keras.optimizers.SGD(decay)) is decay
+        True
     """
     return optimizer._learning_rate
 
@@ -307,6 +427,12 @@ def strategy_of(optimizer: Any) -> Any:
 
     Keras 3.15: it keeps the strategy under a private name only.
     Unnecessary with `Optimizer.distribute_strategy`, as `Model` has one.
+
+    Examples:
+        >>> import keras
+        >>> import tensorflow as tf
+        >>> strategy_of(keras.optimizers.SGD()) is tf.distribute.get_strategy()
+        True
     """
     return optimizer._distribution_strategy
 
@@ -319,6 +445,16 @@ def name_counts() -> Any:
 
     Keras 3.15: `clear_session` resets them, with much else, for good.
     Unnecessary with a public scope in which names start again.
+
+    Examples:
+        >>> import collections
+        >>> import keras
+        >>> before = name_counts()
+        >>> set_name_counts(collections.defaultdict(int))
+        >>> names = [keras.layers.Dense(1).name for _ in range(2)]
+        >>> name_counts()["dense"]
+        2
+        >>> set_name_counts(before)
     """
     return _global_state().get_global_attribute(_COUNTS)
 
@@ -327,6 +463,14 @@ def set_name_counts(counts: Mapping[str, int] | None) -> None:
     """Replaces the counts that `name_counts` returns.
 
     Keras 3.15: as for `name_counts`.
+
+    Examples:
+        >>> import keras
+        >>> before = name_counts()
+        >>> set_name_counts({"dense": 5})
+        >>> keras.layers.Dense(1).name
+        'dense_5'
+        >>> set_name_counts(before)
     """
     _global_state().set_global_attribute(_COUNTS, counts)
 
@@ -420,6 +564,15 @@ def called_graphs(op: Any, names: Sequence[str]) -> Iterator[Any]:
 
     TensorFlow 2.21: a graph's functions are public as a protocol buffer only, in which shapes are missing.
     Unnecessary with a public look-up of a function by its name.
+
+    Examples:
+        >>> import tensorflow as tf
+        >>> inner = tf.function(lambda x: tf.sin(x))
+        >>> graph = tf.function(lambda x: inner(x)).get_concrete_function(tf.constant(0.0)).graph
+        >>> [call] = [op for op in graph.get_operations() if "Call" in op.type]
+        >>> [found] = called_graphs(call, [call.node_def.attr["f"].func.name])
+        >>> [op.type for op in found.get_operations()]
+        ['Placeholder', 'Sin', 'Identity']
     """
     for name in names:
         function = op.graph._get_function(name)

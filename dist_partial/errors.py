@@ -18,6 +18,9 @@ _PREAMBLE = re.compile(
     r'Graph execution error:|Detected at node .*|File ".+", line \d+.*|<stack traces unavailable>|\d+ root error.*'
 )
 
+# Colours, and what TensorFlow calls its ops and nodes.
+_INSIDE = r"\x1b\[\d*m| for '\{\{node [^}]*\}\} = \w+\[[^']*\]\([^']*\)'| \[Op:\w+\] name:.*|\{\{.*?\}\} ?"
+
 
 class Ending(Exception):
     """Ends a run with one line, which the command prints, and an exit code.
@@ -148,7 +151,9 @@ def first_line(error: BaseException) -> str:
     # Keras names the layer first, and gives the reason in the next paragraph.
     while len(lines) > 1 and (lines[0].startswith("Exception encountered") or lines[0].endswith("encountered:")):
         lines.pop(0)
-    return _readable(re.sub(r"\x1b\[\d*m|\{\{.*?\}\} ?", "", lines[0]))  # colours, and TensorFlow's names of nodes
+    if lines[0] == "in user code:":  # of AutoGraph; the error is below the lines of code that led to it
+        lines = [line.partition(": ")[2] for line in lines if re.match(r"\w*(Error|Exception): ", line)] or lines
+    return _readable(re.sub(_INSIDE, "", lines[0]).rstrip())
 
 
 def own_line(error: BaseException) -> str:

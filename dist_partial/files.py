@@ -39,6 +39,15 @@ def existing(name: str, path: str | os.PathLike[str], pattern: str = "*") -> Pat
 
     Raises:
         UserError: there is no such file.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "mine.keras").write_text("")
+        ...     print(existing("keras_file.path", f"{folder}/mine.keras").name)
+        ...     existing("keras_file.path", f"{folder}/mini.keras", "*.keras")
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: keras_file.path: no file '...mini.keras'; nearest: 'mine.keras'
     """
     try:
         place = Path(path).expanduser()
@@ -53,13 +62,20 @@ def existing(name: str, path: str | os.PathLike[str], pattern: str = "*") -> Pat
         what, folder = f"no file {str(path)[:300]!r}", place.parent
     with contextlib.suppress(OSError):
         names = sorted(entry.name for entry in folder.glob(pattern) if entry.is_file())
-        near = nearest(place.name, names, always=pattern != "*")
-    raise UserError(f"{name}: {what}{near}")
+        near = nearest(place.name, names, always=pattern != "*", folder=folder)
+    raise UserError(f"{name}: {what}{near or '; write the path of one that is there'}")
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Names `path` where the file system fails: a `UserError` if it may not be written, a `Fault` if it is full."""
+    """Names `path` where the file system fails: a `UserError` if it may not be written, a `Fault` if it is full.
+
+    Examples:
+        >>> with writing(Path("runs/mine")):
+        ...     raise OSError(errno.ENOSPC, "No space left on device")
+        Traceback (most recent call last):
+        dist_partial.errors.Fault: cannot write runs/mine: No space left on device; free some space or ...
+    """
     try:
         yield
     except OSError as error:
@@ -70,7 +86,17 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def refuse_links(*paths: Path) -> None:
-    """Raises UserError if one is a symbolic link: a folder from elsewhere could have this process write anywhere."""
+    """Raises UserError if one is a symbolic link: a folder from elsewhere could have this process write anywhere.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     refuse_links(Path(folder))
+        ...     Path(folder, "checkpoints").symlink_to("elsewhere")
+        ...     refuse_links(Path(folder, "checkpoints"))
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: ...checkpoints is a link to elsewhere, and nothing is written through a link ...
+    """
     for path in paths:
         if path.is_symlink():
             raise UserError(
@@ -89,6 +115,14 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process holds it, and this one does not wait.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, lock(Path(folder, "mine")):
+        ...     with lock(Path(folder, "mine"), wait=False):
+        ...         print("two hold it")
+        Traceback (most recent call last):
+        BlockingIOError: ...
     """
     with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb+") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -103,6 +137,14 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         UserError: another process holds it, or the folder cannot be written.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, locked(Path(folder, "run")):
+        ...     with locked(Path(folder, "run")):
+        ...         print("two hold it")
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: another run is writing .../run: wait for it, or choose another --run_dir
     """
     with contextlib.ExitStack() as held:
         with writing(folder):
@@ -125,6 +167,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Yields:
         A name beside it, at which there is nothing: hidden, and with the same end.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     place = Path(folder, "mine.txt")
+        ...     _ = place.write_text("old")
+        ...     with replacing(place) as partial:
+        ...         _ = partial.write_text("new")
+        ...         print(place.read_text())
+        ...     print(place.read_text(), len(list(Path(folder).iterdir())))
+        old
+        new 1
     """
     partial = path.with_name(f"{_PARTIAL}{os.getpid()}-{path.name}")
     try:
@@ -152,13 +206,33 @@ _PARTIAL = ".partial-"  # begins the names of what is being written
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what writes that were killed have left in a folder that no other process writes."""
+    """Removes what writes that were killed have left in a folder that no other process writes.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in (".partial-17-mine.txt", "mine.txt"):
+        ...         _ = Path(folder, name).write_text("")
+        ...     remove_leftovers(Path(folder))
+        ...     [path.name for path in Path(folder).iterdir()]
+        ['mine.txt']
+    """
     for leftover in folder.glob(f"{_PARTIAL}*"):
         remove(leftover)
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link or a whole folder, if it is there."""
+    """Removes a file, a link or a whole folder, if it is there.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Path(folder, "run", "checkpoints").mkdir(parents=True)
+        ...     for name in ("run", "absent"):
+        ...         remove(Path(folder, name))
+        ...     list(Path(folder).iterdir())
+        []
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -174,16 +248,43 @@ def _sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
-    """Has `write` write an open binary file, see `replacing`."""
+    """Has `write` write an open binary file, see `replacing`.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_atomically(Path(folder, "mine"), lambda file: file.write(b"a"))
+        ...     [(path.name, path.read_bytes()) for path in Path(folder).iterdir()]
+        [('mine', b'a')]
+    """
     with replacing(path) as partial, open(partial, "xb") as file:
         write(file)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes text atomically, in UTF-8."""
+    """Writes text atomically, in UTF-8.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_text(Path(folder, "mine.txt"), "\u00fc")
+        ...     Path(folder, "mine.txt").read_bytes().hex()
+        'c3bc'
+    """
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes indented JSON atomically."""
+    """Writes indented JSON atomically.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_json(Path(folder, "mine.json"), {"step": 5})
+        ...     print(Path(folder, "mine.json").read_text())
+        {
+         "step": 5
+        }
+        <BLANKLINE>
+    """
     write_text(path, json.dumps(content, indent=1) + "\n")

@@ -26,6 +26,10 @@ def bytes_per_second(rate: str) -> float:
 
     Raises:
         UserError: it is none.
+
+    Examples:
+        >>> bytes_per_second("200mbit"), bytes_per_second("10 Gbit/s")
+        (25000000.0, 1250000000.0)
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)(bit|bps)(?:/s)?", rate.strip().lower())
     if match is None or float(match[1]) == 0:

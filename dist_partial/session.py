@@ -17,7 +17,14 @@ _NUMBERED = re.compile(r"(.+?)(?:_(\d+))?")
 
 @contextlib.contextmanager
 def put_back() -> Iterator[None]:
-    """Puts Keras's floatx and dtype policy back, also after an error; random seeds stay as they are then."""
+    """Puts Keras's floatx and dtype policy back, also after an error; random seeds stay as they are then.
+
+    Examples:
+        >>> with put_back():
+        ...     keras.config.set_floatx("float64")
+        >>> keras.config.floatx()
+        'float32'
+    """
     floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
     try:
         yield
@@ -35,6 +42,12 @@ def numbered_afresh(*factories: Callable[..., Any]) -> Iterator[None]:
 
     Args:
         factories: what makes the layers; those that their modules and they themselves hold already keep their numbers.
+
+    Examples:
+        >>> _ = keras.layers.Dense(1)
+        >>> with numbered_afresh():
+        ...     [keras.layers.Dense(1).name for _ in range(2)]
+        ['dense', 'dense_1']
     """
     before = compat.name_counts()
     counts: dict[str, int] = collections.defaultdict(int)

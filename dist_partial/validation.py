@@ -18,6 +18,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dist_partial.errors import UserError
@@ -25,7 +26,12 @@ from dist_partial.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class AtLeast:
-    """Annotates a number that is not below a bound."""
+    """Annotates a number that is not below a bound.
+
+    Examples:
+        >>> print(AtLeast(1), AtLeast(1).holds(1), AtLeast(1).holds(0))
+        at least 1 True False
+    """
 
     bound: float
 
@@ -38,7 +44,12 @@ class AtLeast:
 
 @dataclasses.dataclass(frozen=True)
 class AtMost:
-    """Annotates a number that is not above a bound."""
+    """Annotates a number that is not above a bound.
+
+    Examples:
+        >>> print(AtMost(4096), AtMost(4096).holds(4096), AtMost(4096).holds(4097))
+        at most 4,096 True False
+    """
 
     bound: float
 
@@ -51,7 +62,12 @@ class AtMost:
 
 @dataclasses.dataclass(frozen=True)
 class Above:
-    """Annotates a number above a bound."""
+    """Annotates a number above a bound.
+
+    Examples:
+        >>> print(Above(0), Above(0).holds(0.1), Above(0).holds(0))
+        above 0 True False
+    """
 
     bound: float
 
@@ -64,7 +80,12 @@ class Above:
 
 @dataclasses.dataclass(frozen=True)
 class Below:
-    """Annotates a number below a bound."""
+    """Annotates a number below a bound.
+
+    Examples:
+        >>> print(Below(1), Below(1).holds(0.9), Below(1).holds(1))
+        below 1 True False
+    """
 
     bound: float
 
@@ -76,7 +97,12 @@ class Below:
 
 
 class OneOf:
-    """Annotates one of several values; True is not 1."""
+    """Annotates one of several values; True is not 1.
+
+    Examples:
+        >>> OneOf("float32", None).refusal("float23"), OneOf("float32", None).refusal(None), OneOf(1).refusal(True)
+        ("write 'float32' or None", '', 'write 1')
+    """
 
     def __init__(self, *choices: Any) -> None:
         self.choices = choices
@@ -97,6 +123,10 @@ class Factory:
     Attributes:
         example: as a gin file has it.
         made: classes of what it makes, which can be called, too.
+
+    Examples:
+        >>> Factory("@two_dense").refusal("two_dense"), Factory("@two_dense").refusal(dict)
+        ('bind a factory, such as @two_dense without ()', '')
     """
 
     example: str
@@ -106,7 +136,8 @@ class Factory:
         """What to write instead of a value; '' where it is a factory."""
         if callable(value) and not isinstance(value, self.made):
             return ""
-        return f"bind a factory, such as {self.example} without ()"
+        name = self.example.removeprefix("@")
+        return f"give what makes one, such as {name} or lambda: {name}(...), in a gin file {self.example} without ()"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +147,11 @@ class Has:
     Attributes:
         attribute: its name.
         words: what to write instead of something else.
+
+    Examples:
+        >>> mark = Has("upper", "write a text")
+        >>> mark.refusal("a text"), mark.refusal(5), mark.refusal(str)
+        ('', 'write a text', 'write a text')
     """
 
     attribute: str
@@ -132,6 +168,10 @@ class Patterns:
 
     Attributes:
         empty: whether it may be empty.
+
+    Examples:
+        >>> print(Patterns().refusal([".*/kernel", "block_(0"]))
+        'block_(0' is not a regular expression: missing ), unterminated subpattern at position 6
     """
 
     empty: bool = True
@@ -157,6 +197,15 @@ def check(owner: Any, prefix: str, separator: str = ".") -> None:
 
     Raises:
         UserError: the first field that does not fit.
+
+    Examples:
+        >>> @dataclasses.dataclass
+        ... class Options:
+        ...     steps: typing.Annotated[int, AtLeast(1)] = 100
+        >>> check(Options(steps=5), "mine")
+        >>> check(Options(steps=0), "mine")
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: mine.steps is 0: it must be a whole number of at least 1
     """
     for name, hint in _hints(type(owner)).items():
         check_value(f"{prefix}{separator}{name}", getattr(owner, name), hint)
@@ -172,6 +221,14 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], 
 
     Raises:
         UserError: the first that does not fit.
+
+    Examples:
+        >>> def corpus(window: typing.Annotated[int, AtLeast(1)], name: str = "mine") -> None:
+        ...     check_arguments(corpus, locals())
+        >>> corpus(5)
+        >>> corpus(5, name=7)
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: corpus.name is 7: write a text in quotes
     """
     prefix = function.__name__ if prefix is None else prefix
     for name, hint in _hints(function).items():
@@ -180,7 +237,14 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], 
 
 
 def check_value(name: str, value: Any, hint: Any) -> None:
-    """Raises UserError, which begins with the name, unless a value fits an annotation."""
+    """Raises UserError, which begins with the name, unless a value fits an annotation.
+
+    Examples:
+        >>> check_value("mine.rate", None, float | None)
+        >>> check_value("mine.rate", "fast", float | None)
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: mine.rate is 'fast': it must be a number, or None
+    """
     kind, *marks = typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else (hint,)
     kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
     if value is None and types.NoneType in kinds:
@@ -195,7 +259,14 @@ def check_value(name: str, value: Any, hint: Any) -> None:
 
 
 def check_pattern(where: str, pattern: Any) -> None:
-    """Raises UserError unless it is a regular expression."""
+    """Raises UserError unless it is a regular expression.
+
+    Examples:
+        >>> check_pattern("rule 1", "head/.*")
+        >>> check_pattern("rule 1", "*")
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: rule 1: '*' is not a regular expression: nothing to repeat at position 0
+    """
     if problem := _pattern_problem(pattern):
         raise UserError(f"{where}: {problem}")
 
@@ -222,7 +293,7 @@ def _words(kinds: Sequence[Any], bounds: Sequence[Any]) -> str:
 
 def _pattern_problem(pattern: Any) -> str:
     if not isinstance(pattern, str):
-        return f"the pattern {pattern!r} must be a string"
+        return f"the pattern {shown(pattern)} must be a string"
     try:
         re.compile(pattern)
     except re.error as error:
@@ -237,7 +308,12 @@ def _hints(of: Any) -> dict[str, Any]:
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Lists where two JSON values differ: a dotted name and both values there, None for what is absent."""
+    """Lists where two JSON values differ: a dotted name and both values there, None for what is absent.
+
+    Examples:
+        >>> differences({"steps": 5, "rules": ["a", "b"]}, {"steps": 5, "rules": ["a", "c"], "seed": 0})
+        [('rules.1', 'b', 'c'), ('seed', None, 0)]
+    """
     if isinstance(before, list) and isinstance(now, list):
         before, now = dict(enumerate(before)), dict(enumerate(now))
     if not (isinstance(before, dict) and isinstance(now, dict)):
@@ -252,27 +328,47 @@ def differences(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, A
 
 
 def shown(value: Any) -> str:
-    """Writes a value as messages show it: cut if it is long."""
-    text = repr(value)
+    """Writes a value as messages show it: in one line, and cut if it is long.
+
+    Examples:
+        >>> import numpy as np
+        >>> shown(np.zeros([2, 2]))
+        'array([[0., 0.], [0., 0.]])'
+    """
+    text = re.sub(r"\s*[\r\n]\s*", " ", repr(value))
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def nearest(word: str, names: Iterable[str], always: bool = False) -> str:
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Writes a number of things, whose plural has an s where none is given.
+
+    Examples:
+        >>> counted(1, "unit"), counted(2, "unit")
+        ('1 unit', '2 units')
+    """
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def nearest(word: str, names: Iterable[str], always: bool = False, folder: Path | None = None) -> str:
     """Ends a message about a name that is not known with the up to three names most like it.
 
     Args:
         word: what was written.
         names: those that are known.
         always: whether to show three also where fewer are like it.
+        folder: in which files of these names are; they are shown with it, as they can be pasted.
 
     Examples:
         >>> nearest("dens1/kernel", ["dense1/kernel", "dense2/kernel", "bias"])
         "; nearest: 'dense1/kernel', 'dense2/kernel'"
         >>> nearest("head", ["kernel"])
         ''
+        >>> nearest("fulll.gin", ["full.gin"], folder=Path("gin_configs"))
+        "; nearest: 'gin_configs/full.gin'"
     """
     known, word = list(dict.fromkeys(names)), word[:_SHOWN]
     found = difflib.get_close_matches(word, known, 3, 0 if always else 0.5)
+    found = [str(folder / name) for name in found] if folder else found
     return f"; nearest: {', '.join(map(repr, found))}" if found else ""
 
 

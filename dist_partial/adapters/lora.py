@@ -29,6 +29,13 @@ def enable(table: Sequence[Any], model: keras.Model) -> dict[str, selection.Adap
     Raises:
         UserError: a rule with `lora` covers a variable that is no kernel of a Dense, EinsumDense or Embedding layer,
             one that cannot have it, or one that has factors of another rank.
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(4, name="head")])
+        >>> list(enable([selection.Rule(".*/kernel", lora=2), ("freeze", ".*")], model))
+        ['head/kernel']
+        >>> selection.variable_paths(model)
+        ['head/bias', 'head/lora_kernel_a', 'head/lora_kernel_b']
     """
     rules = selection.parse_rules(table)
     if all(rule.lora is None for rule in rules):
@@ -85,6 +92,15 @@ def merge(model: keras.Model) -> None:
     """Adds the factors of all layers to their kernels and turns LoRA off, so that what is saved is as before `enable`.
 
     A layer that is stored in fewer bits stays as it is.
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, name="head")])
+        >>> adapter = enable([selection.Rule(".*/kernel", lora=1), ("freeze", ".*")], model)["head/kernel"]
+        >>> for variable in (adapter.kernel, *adapter.factors):
+        ...     _ = variable.assign(keras.ops.ones(variable.shape))
+        >>> merge(model)
+        >>> adapter.kernel.numpy().tolist(), model.layers[0].lora_enabled
+        ([[2.0], [2.0]], False)
     """
     for layer in layers.layers(model):
         if layer.lora_enabled and not layer.quantization_mode:

@@ -31,6 +31,14 @@ def lower(plan: Plan, model: keras.Model, precision: str | None) -> Plan:
 
     Raises:
         UserError: nothing of the model can be stored so.
+
+    Examples:
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(2, name="body"), keras.layers.Dense(1)])
+        >>> plan = resolve([("freeze", "body/.*"), ("train", ".*")], model, AllReduce())
+        >>> [entry.variable.dtype for entry in lower(plan, model, "bfloat16").entries]
+        ['bfloat16', 'bfloat16', 'float32', 'float32']
     """
     if precision is None:
         return plan
@@ -53,14 +61,31 @@ def lower(plan: Plan, model: keras.Model, precision: str | None) -> Plan:
 
 
 def widen(plan: Plan) -> None:
-    """Stores what `lower` has rounded to bfloat16 in its former dtype; the values stay as they are."""
+    """Stores what `lower` has rounded to bfloat16 in its former dtype; the values stay as they are.
+
+    Examples:
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(2, name="body"), keras.layers.Dense(1)])
+        >>> plan = lower(resolve([("freeze", "body/.*"), ("train", ".*")], model, AllReduce()), model, "bfloat16")
+        >>> widen(plan)
+        >>> {variable.dtype for variable in model.variables}
+        {'float32'}
+    """
     for entry in plan.entries:
         if entry.variable.dtype == "bfloat16":
             store(entry.variable, entry.dtype)
 
 
 def store(variable: Any, dtype: str) -> None:
-    """Replaces the value of a Keras variable by a variable of another dtype, in the strategy's scope."""
+    """Replaces the value of a Keras variable by a variable of another dtype, in the strategy's scope.
+
+    Examples:
+        >>> variable = keras.Variable([1.0, 0.1])
+        >>> store(variable, "bfloat16")
+        >>> variable.dtype, variable.numpy().astype(float).tolist()
+        ('bfloat16', [1.0, 0.10009765625])
+    """
     # Not by a dtype policy: it must be known before the layer is built, when no rule has been resolved yet. Within a
     # layer's call Keras casts what is read to the compute dtype.
     value = keras.ops.convert_to_numpy(variable).astype(dtype)

@@ -24,7 +24,16 @@ from dist_partial.validation import shown
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Holds a checkpoint that was read whole: arrays by the names of `TrainState.variables`, and its metadata."""
+    """Holds a checkpoint that was read whole: arrays by the names of `TrainState.variables`, and its metadata.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save(Path(folder), 10, {"variables/w": np.ones(2)}, {"seed": 0}, keep=3)
+        ...     found = newest(Path(folder), warn=print)
+        >>> found.step, found.arrays["variables/w"].tolist(), found.metadata
+        (10, [1.0, 1.0], {'seed': 0, 'step': 10})
+    """
 
     path: Path
     step: int
@@ -45,6 +54,13 @@ def read(state: dict[str, Any], step: int, gather: Callable[[bytes], list[bytes]
 
     Raises:
         UserError: a value is not finite.
+
+    Examples:
+        >>> read({"variables/w": keras.Variable([1.0, 2.0])}, step=5, gather=lambda data: [data])
+        {'variables/w': array([1., 2.], dtype=float32)}
+        >>> read({"variables/w": keras.Variable([1.0, np.nan])}, step=5, gather=lambda data: [data])
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: variables/w is not finite at step 5; nothing is saved of it; ...
     """
     own = {name: variable for name, variable in state.items() if isinstance(variable, PerReplica)}
     arrays = dict(zip(own, per_replica.values(list(own.values()), gather), strict=True))
@@ -71,6 +87,14 @@ def save(folder: Path, step: int, arrays: dict[str, np.ndarray], metadata: dict[
 
     Raises:
         UserError: the folder cannot be written (full, read-only); no checkpoint that was there is touched.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for step in (10, 20, 30):
+        ...         _ = save(Path(folder), step, {"variables/w": np.ones(2)}, {}, keep=2)
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['step-0000000020.safetensors', 'step-0000000030.safetensors']
     """
     texts = {"format": "1", "metadata": json.dumps(metadata | {"step": step})}
     texts["checksum"] = safetensors_file.checksum(arrays, texts, _digest)
@@ -97,6 +121,15 @@ def newest(folder: Path, warn: Callable[[str], None], at_most: int | None = None
 
     Raises:
         UserError: there are checkpoints, but none is whole.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     paths = [save(Path(folder), step, {"variables/w": np.ones(2)}, {}, keep=2) for step in (10, 20)]
+        ...     _ = paths[1].write_bytes(paths[1].read_bytes()[:-1])
+        ...     newest(Path(folder), warn=lambda line: print(line[-30:])).step
+        falling back to the one before
+        10
     """
     listed = [(step, path) for step, path in _listed(folder) if at_most is None or step <= at_most]
     for step, path in reversed(listed):
@@ -138,6 +171,12 @@ def restore(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
 
     Raises:
         UserError: a name or a shape differs; then nothing has been assigned.
+
+    Examples:
+        >>> variable = keras.Variable([0.0, 0.0])
+        >>> restore(Checkpoint(Path("mine"), 10, {"variables/w": np.array([1.0, 2.0])}, {}), {"variables/w": variable})
+        >>> variable.numpy().tolist()
+        [1.0, 2.0]
     """
     missing, extra = sorted(set(state) - set(checkpoint.arrays)), sorted(set(checkpoint.arrays) - set(state))
     if missing or extra:

@@ -26,6 +26,14 @@ def frozen_fingerprints(model: keras.Model, plan: Plan, moving: Sequence[Any]) -
         model: the model.
         plan: all that is ever trained.
         moving: what its layers change, see `layer_state.find`.
+
+    Examples:
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(2, name="body"), keras.layers.Dense(1)])
+        >>> plan = resolve([("freeze", "body/.*"), ("train", ".*")], model, AllReduce())
+        >>> list(frozen_fingerprints(model, plan, moving=[]))
+        ['body/kernel', 'body/bias']
     """
     prints = {}
     for entry in plan.entries:
@@ -42,7 +50,14 @@ def frozen_fingerprints(model: keras.Model, plan: Plan, moving: Sequence[Any]) -
 
 
 def check_frozen(before: dict[str, str], now: dict[str, str], step: int) -> None:
-    """Raises UserError if what is frozen has moved, by its fingerprints at the start and after a step."""
+    """Raises UserError if what is frozen has moved, by its fingerprints at the start and after a step.
+
+    Examples:
+        >>> check_frozen({"body/kernel": "12ab"}, {"body/kernel": "12ab"}, step=10)
+        >>> check_frozen({"body/kernel": "12ab"}, {"body/kernel": "34cd"}, step=10)
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: 'body/kernel' is frozen and has changed by step 10; nothing is saved of it. ...
+    """
     if moved := [path for path, print_ in before.items() if now[path] != print_]:
         raise UserError(
             f"{moved[0]!r} is frozen and has changed by step {step}; nothing is saved of it. Something other than the "
@@ -54,18 +69,37 @@ def variables(model: keras.Model) -> dict[str, Any]:
     """Names all variables but the states of random generators, by path without the model's own leading name.
 
     Where several have one path, those after the first are called `path (2)`, `path (3)` and so on.
+
+    Examples:
+        >>> layers = [keras.layers.Dropout(0.1), keras.layers.BatchNormalization(center=False, name="norm")]
+        >>> list(variables(keras.Sequential([keras.Input([4]), *layers])))
+        ['norm/gamma', 'norm/moving_mean', 'norm/moving_variance']
     """
     kept = [v for v in model.variables if not is_generator(v)]
     return dict(zip(own_names(model, kept), kept, strict=True))
 
 
 def model_fingerprints(model: keras.Model) -> dict[str, str]:
-    """Computes the SHA-256 (first 16 hex digits) of the values of `variables`, by path."""
+    """Computes the SHA-256 (first 16 hex digits) of the values of `variables`, by path.
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(2, name="head")])
+        >>> before = model_fingerprints(model)
+        >>> _ = model.layers[0].bias.assign([1.0, 0.0])
+        >>> [path for path, print_ in model_fingerprints(model).items() if print_ != before[path]]
+        ['head/bias']
+    """
     return {path: digest(keras.ops.convert_to_numpy(variable)) for path, variable in variables(model).items()}
 
 
 def digest(array: np.ndarray, digits: int = 16) -> str:
-    """Computes the SHA-256 of an array's dtype, shape and values: its first hex digits."""
+    """Computes the SHA-256 of an array's dtype, shape and values: its first hex digits.
+
+    Examples:
+        >>> zeros = np.zeros(2, np.float32)
+        >>> [digest(other) == digest(zeros) for other in (zeros.copy(), zeros.astype(np.float64), zeros[:, None])]
+        [True, False, False]
+    """
     content = hashlib.sha256(str((array.dtype, array.shape)).encode())
     content.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return content.hexdigest()[:digits]
@@ -84,6 +118,16 @@ def check_run(folder: Path, fingerprint: dict[str, Any], may_differ: Collection[
 
     Raises:
         UserError: it belongs to another run (the differences are shown), damaged, or something else.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     print(check_run(Path(folder), {"rules": ["train .*"]}))
+        ...     _ = Path(folder, RUN_FILE).write_text('{"rules": ["train head/.*"]}')
+        ...     Path(folder, "checkpoints", "step-0000000010.safetensors").mkdir(parents=True)
+        ...     check_run(Path(folder), {"rules": ["train .*"]})
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: ... belongs to another run: rules.0 was 'train head/.*' and is now 'train .*'...
     """
     path = folder / RUN_FILE
     if not path.exists():
@@ -100,9 +144,23 @@ def check_run(folder: Path, fingerprint: dict[str, Any], may_differ: Collection[
             return True  # it has not come far enough to be another run
         before |= {name: value for name, value in fingerprint.items() if name == INITIAL or name in may_differ}
     if changed := differences(before, fingerprint):
-        first = "; ".join(f"{name} was {shown(old)} and is now {shown(new)}" for name, old, new in changed[:3])
+        first = "; ".join(_in_words(*each) for each in changed[:3])
         more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
             f"{folder} belongs to another run: {first}{more}; choose another --run_dir, or restore the configuration"
         )
     return True
+
+
+def _in_words(name: str, old: Any, new: Any) -> str:
+    """Says a difference between two fingerprints; digests mean nothing to a reader."""
+    part, _, path = name.partition(".")
+    if part == "frozen":
+        if old is None:
+            return f"{path!r} is frozen now"
+        return f"{path!r} is no longer frozen" if new is None else f"the frozen variable {path!r} has other values"
+    if name == "data.fingerprint":
+        return "the data has other examples"
+    if part in ("model", "rules") and None in (old, new):
+        return f"{name}, {shown(new)}, is new" if old is None else f"{name}, {shown(old)}, is gone"
+    return f"{name} was {shown(old)} and is now {shown(new)}"

@@ -39,6 +39,14 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
 
     Raises:
         OSError: it cannot be written.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write(Path(folder, "a"), {"v": np.ones(2), "w": np.zeros(1)}, {"step": "5"})
+        ...     write(Path(folder, "b"), {"w": np.zeros(1), "v": np.ones(2)}, {"step": "5"})
+        ...     Path(folder, "a").read_bytes() == Path(folder, "b").read_bytes()
+        True
     """
     # Not by `safetensors.numpy.save_file`, of safetensors 0.8: it hides the system's error, leaves a file of a random
     # name behind when it is killed, and gives the file to its owner alone. `save` copies all arrays.
@@ -65,6 +73,13 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
     Raises:
         Exception: it cannot be read, or is no such file; of the library's, NumPy's and the file system's kinds.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write(Path(folder, "mine"), {"w": np.array([1.5, 2.5])}, {"step": "5"})
+        ...     read(Path(folder, "mine"))
+        ({'w': array([1.5, 2.5])}, {'step': '5'})
     """
     # Checks the header against the file's length before anything is allocated, and runs nothing of the file's.
     with safetensors.safe_open(path, framework="np") as file:
@@ -78,11 +93,24 @@ def checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str], dige
         arrays: by name.
         metadata: texts by name.
         digest: of an array's dtype, shape and values.
+
+    Examples:
+        >>> def digest(array):
+        ...     return array.tobytes().hex()
+        >>> arrays = {"v": np.ones(2), "w": np.zeros(2)}
+        >>> swapped, reordered = {"w": np.ones(2), "v": np.zeros(2)}, dict(reversed(arrays.items()))
+        >>> [checksum(each, {}, digest) == checksum(arrays, {}, digest) for each in (reordered, swapped)]
+        [True, False]
     """
     digests = [(name, digest(array)) for name, array in sorted(arrays.items())]
     return hashlib.sha256(json.dumps([sorted(metadata.items()), digests]).encode()).hexdigest()
 
 
 def raw(array: np.ndarray) -> memoryview:
-    """Views the values of an array as bytes, in the order of C."""
+    """Views the values of an array as bytes, in the order of C.
+
+    Examples:
+        >>> raw(np.array([[1], [256]], np.int16)).tolist()
+        [1, 0, 0, 1]
+    """
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -4,12 +4,13 @@ import inspect
 import os
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
 
 from dist_partial.errors import UserError
+from dist_partial.validation import shown
 
 # What a configuration file can write out, and in which words.
 _PLAIN: dict[Any, str] = {
@@ -41,8 +42,28 @@ def check_bindings(ours: Collection[str], bindable: Mapping[str, Callable[..., A
                 continue
             if words := _misfit(bindable[selector], argument, bound):
                 name = f"{scope}/{selector.removeprefix('dist_partial.')}.{argument}".lstrip("/")
-                raise UserError(f"{name} is {bound!r:.200}: write {words}")
+                raise UserError(f"{name} is {shown(bound)}: write {words}")
     _check_missing(ours, bindable)
+
+
+def annotation(registry: Any, binding: str) -> Any:
+    """Finds the type of what a binding such as 'run.steps' sets: its annotation, or else of what its default is.
+
+    Args:
+        registry: gin's, of what can be bound.
+        binding: its name, with or without scopes.
+
+    Returns:
+        A type, `Annotated` or not; Any if nothing says more.
+    """
+    selector, _, argument = binding.rpartition("/")[2].rpartition(".")
+    try:
+        function = registry.get_match(selector).wrapped
+        default = inspect.signature(function).parameters[argument].default
+        hints = typing.get_type_hints(function, include_extras=True)
+    except Exception:  # an unknown name, or one of several; a user's annotation that is none
+        return Any
+    return hints.get(argument, {bool: bool, int: float, float: float}.get(type(default), Any))
 
 
 def _check_missing(ours: Collection[str], bindable: Mapping[str, Callable[..., Any]]) -> None:
@@ -64,8 +85,12 @@ def _check_missing(ours: Collection[str], bindable: Mapping[str, Callable[..., A
             if name == "loss" and len(missing) == 2:  # a loss itself, of targets and outputs
                 continue
             if missing:
-                own = reference.scoped_selector
-                raise UserError("not bound: " + ", ".join(f"{own}.{argument}" for argument in missing))
+                raise UserError(unbound([f"{reference.scoped_selector}.{each}" for each in missing]))
+
+
+def unbound(names: Sequence[str]) -> str:
+    """Says which arguments have no value, and what to write."""
+    return f"not bound: {', '.join(names)}; write {names[0]} = ..."
 
 
 def _misfit(function: Callable[..., Any], name: str, value: Any) -> str | None:

@@ -19,7 +19,7 @@ import gin
 
 from dist_partial import data, models, schedules, session
 from dist_partial.config import settings
-from dist_partial.config.bindings import check_bindings
+from dist_partial.config.bindings import annotation, check_bindings, unbound
 from dist_partial.distributed import replicas
 from dist_partial.errors import UserError, own_line, raised
 from dist_partial.reductions.all_reduce import AllReduce
@@ -29,7 +29,7 @@ from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
-from dist_partial.validation import nearest
+from dist_partial.validation import check_value, nearest
 
 _OURS: dict[str, Callable[..., Any]] = {
     "run": settings.Settings,
@@ -71,6 +71,7 @@ _IMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+)?import\s+([\w.]+)", re.MULTILI
 _REQUIRED = re.compile(r"Required bindings for `([\w.]+)` not provided in config: \[(.*?)\]")
 # Bound before any file is read, so that `Adam.learning_rate` or `all_reduce.dtype` alone have their effect.
 _DEFAULTS = ("run.optimizer = @keras.optimizers.Adam", "run.reduction = @all_reduce()")
+_FEW = 8  # parameters that a message lists
 _KERAS = ("optimizers", "optimizers.schedules", "losses", "applications", "initializers", "regularizers")
 
 
@@ -83,6 +84,12 @@ class Configuration:
         operative: the bindings in use so far, as a gin file that reproduces the run alone.
         unused: the bindings that nothing has read so far.
         bindings: all that is bound, by name, as text.
+
+    Examples:
+        >>> needed = ["run.rules = [('train', '.*')]", "run.model = @two_dense", "run.data = @stdlib_corpus"]
+        >>> found = load([], [*needed, "top_k.density = 0.5"])
+        >>> found.bindings["dist_partial.run.model"], found.unused()
+        ('@two_dense', ['top_k.density'])
     """
 
     settings: settings.Settings
@@ -105,6 +112,12 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
     Raises:
         UserError: a missing file, a syntax error, an unknown or misspelt name, a bad value.
         Raised: a function of the user's own, whose result is bound, raised an exception.
+
+    Examples:
+        >>> rules = "run.rules = [('train', 'dense2/.*'), ('freeze', '.*')]"
+        >>> bound = load([], [rules, "run.model = @two_dense", "run.data = @stdlib_corpus", "run.steps = 5"])
+        >>> bound.settings.steps, bound.settings.rules
+        (5, [('train', 'dense2/.*'), ('freeze', '.*')])
     """
     gin.clear_config()
     while _of_users:
@@ -113,20 +126,20 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
     with session.numbered_afresh():  # modules may make layers, too
         for file in files:
             _prepare(Path(file), (), imports)
-    place = ""
+    current = ""
     logging.disable(logging.ERROR)  # gin's readers log an error for each file that another of them opens
     try:
         gin.parse_config(_DEFAULTS)
         for file in files:
             gin.parse_config_file(f"{_OPENED}{file}")
         for param in params:
-            place = f" (in {param!r})"
+            current = param
             if "." not in (name := param.split("=")[0].strip()) and (name, "gin.macro") not in gin.config._CONFIG:
                 fields = [f"run.{field.name}" for field in dataclasses.fields(settings.Settings)]
                 near = nearest(f"run.{name}", fields, always=True)
                 raise UserError(f"{param!r} binds nothing: a name has a dot{near}")
             gin.parse_config(param)
-        place = ""
+        current = ""
         gin.config.find_missing_overrides_hook(gin.config._CONFIG)  # what is bound to %gin.REQUIRED
         known = {name: each.wrapped for name, each in gin.config._REGISTRY.items()}
         check_bindings({f"dist_partial.{name}" for name in _OURS}, known)
@@ -142,7 +155,7 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
         innermost = traceback.extract_tb(error.__traceback__)[-1]
         if own_line(error) and not innermost.filename.startswith(str(Path(gin.__file__).parent)):
             raise raised("", error) from error  # of a function of the user's, such as @mine.rules()
-        raise UserError(_explain(error, place)) from error
+        raise UserError(_explain(error, current)) from error
     finally:
         logging.disable(logging.NOTSET)
     return Configuration(bound, gin.operative_config_str, _unused, _bindings())
@@ -197,7 +210,7 @@ def _prepare(file: Path, including: tuple[Path, ...], imports: bool) -> None:
         imports: whether it may import modules.
     """
     if not file.is_file():
-        raise UserError(f"no gin file {file}{nearest(file.name, [p.name for p in file.parent.glob('*.gin')])}")
+        raise UserError(f"no gin file {file}{_near(file, file.parent)}")
     if file.resolve() in including:
         raise UserError(f"{file} includes itself: remove the include")
     try:
@@ -218,7 +231,8 @@ def _prepare(file: Path, including: tuple[Path, ...], imports: bool) -> None:
         )
     for _, included in _INCLUDE.findall(text):
         if not (file.parent / included).is_file():
-            raise UserError(f"{file} includes {included!r}, which is looked for beside it and is not there")
+            near = _near(file.parent / included, Path(included).parent)
+            raise UserError(f"{file} includes {included!r}, which is looked for beside it and is not there{near}")
         _prepare(file.parent / included, (*including, file.resolve()), imports)
     for package, name in _IMPORT.findall(text):
         if package == "__gin__":
@@ -240,6 +254,11 @@ def _prepare(file: Path, including: tuple[Path, ...], imports: bool) -> None:
                         _of_users.append(f"{name}.{attribute}")
 
 
+def _near(file: Path, shown_in: Path) -> str:
+    """Ends a message about a gin file that is not there."""
+    return nearest(file.name, [path.name for path in file.parent.glob("*.gin")], folder=shown_in)
+
+
 def _explained(factory: Callable[..., Any]) -> Callable[..., Any]:
     """The same factory; what gin misses when it is called, such as in a function that it calls, is a UserError."""
 
@@ -255,17 +274,17 @@ def _explained(factory: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _explain(error: Exception, place: str) -> str:
-    """gin's message in one line, with the nearest known names and the file's line, or else with `place`."""
-    text = str(error)
+def _explain(error: Exception, param: str) -> str:
+    """gin's message in one line, with the nearest known names and the file's line, or else with the single binding."""
+    text, place = str(error), f" (in {param!r})" if param else ""
     if where := re.search(r'In file "(.+?)", line (\d+)', text):
         place = f" ({where[1]}, line {where[2]})"
     first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     if isinstance(error, SyntaxError):
         first = error.msg.splitlines()[0].rstrip(".") + (f": {error.text.strip()!r}" if error.text else "")
         place = place or f" ({error.filename}, line {error.lineno})"
-    if "malformed node or string" in text:
-        first = "a text needs quotes, also within the shell's: --gin_param=\"run.leave = 'reset'\""
+    if isinstance(error, SyntaxError) and (match := re.search(r"Failed to parse token '(.+)' \(", text)):
+        first = _unquoted(match[1], error.text or "", shell=bool(param))
     elif isinstance(error, RecursionError):
         first = "a binding refers to itself, as in local_sgd.compressor = @local_sgd()"
     elif match := re.search(r"No configurable matching (?:reference )?'@?([\w./]+)", text):
@@ -276,18 +295,40 @@ def _explain(error: Exception, place: str) -> str:
         first = f"nothing is called {name!r}{nearest(name, known)}"
     elif match := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text):
         parameters = list(inspect.signature(gin.config._REGISTRY.get_match(match[1]).wrapped).parameters)
-        first = f"{match[1]} has no parameter {match[2]!r}{nearest(match[2], parameters, always=True)}"
+        few = f"; it has {', '.join(parameters)}" if 0 < len(parameters) <= _FEW else ""
+        first = f"{match[1]} has no parameter {match[2]!r}"
+        first += nearest(match[2], parameters) or few or nearest(match[2], parameters, always=True)
     elif match := re.search(r"In call to configurable 'macro' .* in scope '([\w./]+)'", text):
         first = f"%{match[1]} is not defined: bind {match[1]} = ..."
     elif match := _REQUIRED.search(text):
-        first = "not bound: " + ", ".join(f"{match[1]}.{name}" for name in re.findall(r"'(\w+)'", match[2]))
+        first = unbound([f"{match[1]}.{name}" for name in re.findall(r"'(\w+)'", match[2])])
     elif match := re.search(r"missing \d+ required positional arguments?: (.*)", text):
         missing = re.findall(r"'(\w+)'", match[1])
         # The innermost call comes first.
         caller = re.search(r"In call to configurable '([\w.]+)' \(.*?\)(?: in scope '([\w./]+)')?", text)
         prefix = f"{caller[2]}/{caller[1]}" if caller and caller[2] else caller[1] if caller else "run"
-        first = "not bound: " + ", ".join(f"{prefix}.{name}" for name in missing)
+        first = unbound([f"{prefix}.{name}" for name in missing])
     return f"{first}{place}"
+
+
+def _unquoted(word: str, statement: str, shell: bool) -> str:
+    """Says what to write instead of a word without quotes: quotes, if a text fits there.
+
+    Args:
+        word: which gin cannot read.
+        statement: the binding.
+        shell: whether it comes from a shell, which takes quotes away.
+    """
+    name, _, value = (part.strip() for part in statement.partition("#")[0].partition("="))
+    try:
+        if value == word:
+            check_value(name, word, annotation(gin.config._REGISTRY, name))
+    except UserError as error:
+        return str(error)
+    fixed = re.sub(rf"(?<![\w'\"]){re.escape(word)}(?![\w'\"])", repr(word), value)
+    written = f"{name} = {fixed}" if value else repr(word)
+    inside = f', also within the shell\'s: --gin_param="{written}"' if shell else f": {written}"
+    return f"a text needs quotes{inside}"
 
 
 def _bindings() -> dict[str, str]:

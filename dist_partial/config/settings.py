@@ -10,14 +10,23 @@ from dist_partial.distributed import replicas
 from dist_partial.errors import UserError
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.schedules.fixed import Constant
-from dist_partial.selection.rules import REDUCTION
+from dist_partial.selection.rules import REDUCTION, TABLE, parse_rules
 from dist_partial.validation import Above, AtLeast, AtMost, Factory, Has, OneOf, check
 
+_SCHEDULE = Has("next_switch", "give one such as Lisa(), in a gin file @lisa(), with the ()")
+_REPLICAS = "give what makes them, such as functools.partial(dist_partial.distributed.replicas.create, cpu=2)"
+_SAMPLING = Has("temperature", "give a Sampling(...), in a gin file sample.temperature and so on")
 PRECISIONS = ("float32", "float64", "mixed_bfloat16", "mixed_float16")
 
 
 def cross_entropy() -> keras.losses.Loss:
-    """Makes the default loss: cross-entropy of logits against class ids, the weighted mean over all targets."""
+    """Makes the default loss: cross-entropy of logits against class ids, the weighted mean over all targets.
+
+    Examples:
+        >>> import numpy as np
+        >>> round(float(cross_entropy()(np.array([1]), np.array([[0.0, 0.0]]))), 4)  # ln 2
+        0.6931
+    """
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
 
 
@@ -101,7 +110,7 @@ class Settings:
         (32, 'float32')
     """
 
-    rules: Sequence[Any]
+    rules: Annotated[Sequence[Any], TABLE]
     model: Annotated[Callable[[], Any], Factory("@byte_transformer", (keras.Layer,))]
     data: Annotated[Callable[[], Any], Factory("@stdlib_corpus")]
     optimizer: Annotated[Callable[..., Any], Factory("@keras.optimizers.Adam")] = keras.optimizers.Adam
@@ -126,17 +135,16 @@ class Settings:
     frozen_dtype: Annotated[str | None, OneOf("bfloat16", "int8", None)] = None
     jit_compile: bool = False
     statistics: Annotated[str, OneOf("trained", "all")] = "trained"
-    schedule: Annotated[Any, Has("next_switch", "bind a schedule such as @lisa(), with the ()")] = dataclasses.field(
-        default_factory=Constant
-    )
+    schedule: Annotated[Any, _SCHEDULE] = dataclasses.field(default_factory=Constant)
     leave: Annotated[str, OneOf("keep", "reset", "drop")] = "keep"
     compiled_plans: Annotated[int, AtLeast(1)] = 8
     activation_cache: Annotated[str | None, OneOf("memory", "disk", None)] = None
-    replicas: Callable[[], Any] = replicas.create
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    replicas: Annotated[Callable[[], Any], Factory(""), _REPLICAS] = replicas.create
+    sampling: Annotated[Sampling, _SAMPLING] = dataclasses.field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
         check(self, "run")
+        parse_rules(self.rules)
         if self.activation_cache and self.jit_compile:
             raise UserError(
                 "run.activation_cache beside run.jit_compile: XLA rounds what it compiles together otherwise; bind one"

@@ -56,7 +56,14 @@ def train_batches(
 def train_indices(
     count: int, *, first_step: int, global_batch: int, seed: int, context: tf.distribute.InputContext
 ) -> tf.data.Dataset:
-    """Makes the indices, int64 [b] each, of the examples that `train_batches` reads out of `count`."""
+    """Makes the indices, int64 [b] each, of the examples that `train_batches` reads out of `count`.
+
+    Examples:
+        >>> alone = tf.distribute.InputContext()
+        >>> batches = iter(train_indices(6, first_step=0, global_batch=3, seed=0, context=alone))
+        >>> sorted([*next(batches).numpy().tolist(), *next(batches).numpy().tolist()])
+        [0, 1, 2, 3, 4, 5]
+    """
     return _batches(lambda positions: _shuffled(positions, count, seed), first_step, global_batch, context)
 
 
@@ -79,6 +86,12 @@ def evaluation_batches(
 
     Raises:
         UserError: there are fewer examples, or as for `train_batches`.
+
+    Examples:
+        >>> source = ArraySource(np.zeros([5, 1], np.float32), np.arange(5))
+        >>> batches = evaluation_batches(source, examples=5, global_batch=3, context=tf.distribute.InputContext())
+        >>> [(y.numpy().tolist(), weight.numpy().tolist()) for _, y, weight in batches.take(2)]
+        [([0, 1, 2], [1.0, 1.0, 1.0]), ([3, 4, 4], [1.0, 1.0, 0.0])]
     """
     _check(source)
     if not 0 < first + examples <= len(source):
@@ -152,6 +165,10 @@ def some_targets(source: Source) -> Any:
 
     Raises:
         UserError: the source is empty, or not as its spec says.
+
+    Examples:
+        >>> some_targets(ArraySource(np.zeros([3, 1], np.float32), np.array([5, 6, 7]))).tolist()
+        [5, 6, 7]
     """
     _check(source)
     if len(source.spec) == 1:
@@ -162,7 +179,13 @@ def some_targets(source: Source) -> Any:
 
 
 def fetched(source: Source, indices: tf.Tensor) -> tuple[Any, ...]:
-    """Wraps `fetch` as a TensorFlow op, with static shapes."""
+    """Wraps `fetch` as a TensorFlow op, with static shapes.
+
+    Examples:
+        >>> source = ArraySource(np.zeros([3, 1], np.float32), np.array([5, 6, 7]))
+        >>> fetched(source, tf.constant([2, 0], tf.int64))[1].numpy().tolist()
+        [7, 5]
+    """
     spec = tf.nest.flatten(source.spec)
     arrays = tf.numpy_function(
         lambda indices: tf.nest.flatten(fetch(source, indices)),
@@ -181,6 +204,15 @@ def fetch(source: Source, indices: np.ndarray) -> tuple[Any, ...]:
     Raises:
         UserError: it gives something else.
         Raised: it raises an exception.
+
+    Examples:
+        >>> class Halves:
+        ...     spec = tf.TensorSpec([], tf.float32), tf.TensorSpec([], tf.float32)
+        ...     def fetch(self, indices):
+        ...         return indices / 2, np.float32(indices)
+        >>> fetch(Halves(), np.array([1]))
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: Halves.fetch gives [float64 (1,), float32 (1,)] for the examples 1, and its ...
     """
     with calling("run.data"):
         found = source.fetch(indices)

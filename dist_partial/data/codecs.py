@@ -10,7 +10,20 @@ operator, and other punctuation."""
 
 
 class Codec(Protocol):
-    """Turns a prompt into ids and ids into text, for sampling."""
+    """Turns a prompt into ids and ids into text, for sampling.
+
+    Examples:
+        >>> class Cases:
+        ...     size = 2
+        ...     def encode(self, text):
+        ...         return np.array([character.isupper() for character in text], np.int32)
+        ...     def decode(self, ids):
+        ...         return "".join("aA"[i] for i in ids)
+        >>> from dist_partial.data import tokenized_text
+        >>> data = tokenized_text(Cases, window=32, limit=500_000, evaluation_share=0.1)
+        >>> set(data.codec.decode(data.train.fetch(np.arange(100))[0].reshape(-1))) == set("aA")
+        True
+    """
 
     @property
     def size(self) -> int:

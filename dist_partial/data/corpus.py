@@ -32,15 +32,13 @@ SKIPPED = {
 
 @dataclass(frozen=True, eq=False)
 class _Windows:
-    """WWindow = Annotated[int, AtLeast(1), AtMost(BLOCK)]
-    Share = Annotated[float, Above(0), Below(1)]
-    indows of symbols as a source.
+    """Windows of symbols as a source.
 
-        Neighbours in index are far apart in the text, so that a short evaluation, the first few, sees all of it.
+    Neighbours in index are far apart in the text, so that a short evaluation, the first few, sees all of it.
 
-        Args:
-            symbols: uint8 [blocks, windows of a block, window + 1].
-            next_only: whether the target is only the symbol after the window, not one for each of its symbols.
+    Args:
+        symbols: uint8 [blocks, windows of a block, window + 1].
+        next_only: whether the target is only the symbol after the window, not one for each of its symbols.
     """
 
     symbols: np.ndarray
@@ -200,6 +198,13 @@ def content(name: str, path: Path) -> bytes:
 
     Raises:
         UserError: it cannot be read.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "mine.py").write_text("pass")
+        ...     content("stdlib_corpus", Path(folder, "mine.py"))
+        b'pass'
     """
     try:
         return path.read_bytes()

@@ -16,6 +16,16 @@ class StdlibCorpus(tfds.core.GeneratorBasedBuilder):
         data_dir: the tfds folder.
         digest: hex SHA-256 of the files: the tfds config, and so a folder of its own.
         files: path to content, what is written when the data set is prepared.
+
+    Examples:
+        >>> import tempfile
+        >>> from dist_partial.data.quiet import quiet_tfds
+        >>> with tempfile.TemporaryDirectory() as folder, quiet_tfds():
+        ...     corpus = StdlibCorpus(data_dir=Path(folder), digest="0" * 64, files={"a.py": b"pass"})
+        ...     corpus.download_and_prepare(file_format="array_record")
+        ...     files = corpus.read()
+        >>> files
+        {'a.py': b'pass'}
     """
 
     VERSION = tfds.core.Version("1.0.0")

@@ -110,6 +110,17 @@ def tfds_dataset(
     Raises:
         UserError: not prepared, no such split, features other than these, or a split that is larger than
             `MEMORY_LIMIT` in a format without random access.
+
+    Examples:
+        >>> import tempfile
+        >>> import tensorflow_datasets as tfds
+        >>> texts = {split: tf.data.Dataset.from_tensors({"text": "to be"}) for split in ("train", "test")}
+        >>> features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+        >>> with tempfile.TemporaryDirectory() as folder, quiet_tfds():
+        ...     _ = tfds.dataset_builders.store_as_tfds_dataset("mine", "1.0.0", features, texts, data_dir=folder)
+        ...     data = tfds_dataset("mine", data_dir=folder, window=6)
+        >>> [array.tolist() for array in data.train.fetch(np.array([0]))]
+        [[[116, 111, 32, 98, 101, 0]], [[111, 32, 98, 101, 0, 0]], [[1.0, 1.0, 1.0, 1.0, 0.0, 0.0]]]
     """
     check_arguments(tfds_dataset, locals())
     with quiet_tfds(), _own_classes_only():

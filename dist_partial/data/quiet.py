@@ -11,6 +11,10 @@ def quiet_tfds() -> Iterator[None]:
     """Silences the progress bars, banners and warnings of tfds 4.9 (errors are exceptions, and still are).
 
     It warns of every data set that is not prepared yet or has no registered config, and prints to stdout.
+
+    Examples:
+        >>> with quiet_tfds():
+        ...     print("a banner")
     """
     import tensorflow_datasets as tfds
 

@@ -14,7 +14,19 @@ from dist_partial.validation import shown
 
 
 class Source(Protocol):
-    """Gives random access to examples, the only thing the pipeline needs."""
+    """Gives random access to examples, the only thing the pipeline needs.
+
+    Examples:
+        >>> class Squares:
+        ...     spec = tf.TensorSpec([1], tf.float32), tf.TensorSpec([], tf.float32)
+        ...     def __len__(self):
+        ...         return 100
+        ...     def fetch(self, indices):
+        ...         return indices[:, None].astype(np.float32), (indices**2).astype(np.float32)
+        >>> from dist_partial.data import fetch
+        >>> fetch(Squares(), np.array([3, 2]))[1].tolist()  # which compares it with the spec
+        [9.0, 4.0]
+    """
 
     @property
     def spec(self) -> tuple[Any, ...]:
@@ -185,7 +197,14 @@ class ClassWeighted:
 
 
 def check_source(name: str, source: Any) -> None:
-    """Raises UserError unless `source` has x and perhaps y and a weight; `name` says whose it is."""
+    """Raises UserError unless `source` has x and perhaps y and a weight; `name` says whose it is.
+
+    Examples:
+        >>> check_source("train", ArraySource(np.zeros([5, 2]), np.zeros([5])))
+        >>> check_source("train", [1, 2])
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: train is a list: a Dataset holds sources, with spec, fetch(indices) and ...
+    """
     if not all(hasattr(source, each) for each in ("spec", "fetch", "__len__")):
         raise UserError(
             f"{name} is a {type(source).__name__}: a Dataset holds sources, with spec, fetch(indices) and a length, "

@@ -15,7 +15,7 @@ from dist_partial.data.source import Dataset, fingerprint
 from dist_partial.errors import UserError
 from dist_partial.validation import AtLeast, Factory, check_arguments
 
-_FACTORY = "bind a factory of a codec such as @smollm2_tokenizer, without ()"
+_FACTORY = "give what makes a codec, such as smollm2_tokenizer, in a gin file @smollm2_tokenizer without ()"
 
 
 def tokenized_text(
@@ -105,7 +105,7 @@ def _files(root: str | os.PathLike[str], pattern: str) -> dict[str, bytes]:
     """Path, relative to the root, to content of the files of that pattern, sorted by path."""
     root = Path(root).expanduser()
     if not os.path.isdir(root):
-        what = "is a file: bind the folder that it is in" if os.path.isfile(root) else "is no folder"
+        what = "is a file: bind the folder that it is in" if os.path.isfile(root) else "is no folder: bind it to one"
         raise UserError(f"tokenized_text.root {str(root)[:300]!r} {what}")
     try:
         paths = sorted(path for path in root.rglob(pattern) if path.is_file())

@@ -34,6 +34,11 @@ def tf_config(kind: str, environ: Mapping[str, str]) -> dict[str, Any]:
 
     Raises:
         UserError: a variable is missing or malformed; the message names it.
+
+    Examples:
+        >>> config = tf_config("kubernetes", {"JOB_COMPLETION_INDEX": "1", "DIST_PARTIAL_HOSTS": "a,b:5000"})
+        >>> config["cluster"], config["task"]["index"]
+        ({'worker': ['a:2222', 'b:5000']}, 1)
     """
     if kind not in ("slurm", "kubernetes"):
         raise UserError(f"unknown kind of cluster {kind!r}: write 'slurm' or 'kubernetes'")
@@ -175,7 +180,12 @@ def _is_address(address: Any) -> bool:
 
 
 def unresolved(host: str) -> str:
-    """Says why a host's name has no address on this machine, and which names are near; '' if it has one."""
+    """Says why a host's name has no address on this machine, and which names are near; '' if it has one.
+
+    Examples:
+        >>> unresolved("127.0.0.1")
+        ''
+    """
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:

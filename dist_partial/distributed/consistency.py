@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def check(backend: TCPBackend, facts: dict[str, Any]) -> None:
     everyone = [json.loads(each) for each in backend.gather(text)]
     for rank, theirs in enumerate(everyone):
         if found := differences(everyone[0], theirs):
-            first = "; ".join(f"{name}: {shown(there)} against {shown(here)}" for name, here, there in found[:_SHOWN])
+            first = "; ".join(_in_words(*each) for each in found[:_SHOWN])
             more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             raise UserError(
                 f"{names(backend, [rank])} runs something else than {names(backend, [0])}: {first}{more}; start all "
@@ -42,18 +43,39 @@ def check(backend: TCPBackend, facts: dict[str, Any]) -> None:
             )
 
 
+def _in_words(name: str, here: Any, there: Any) -> str:
+    if all(re.fullmatch(r"[0-9a-f]{16,}", str(value)) for value in (here, there)):  # digests, which say no more
+        return f"{name} differs"
+    return f"{name}: {shown(there)} against {shown(here)}"
+
+
 def everyone(backend: TCPBackend | None, value: int) -> list[int]:
-    """Gathers every worker's value, in rank order; all call it at the same point."""
+    """Gathers every worker's value, in rank order; all call it at the same point.
+
+    Examples:
+        >>> everyone(None, 5)  # without other workers
+        [5]
+    """
     return [value] if backend is None else [int(each) for each in backend.gather(str(value).encode())]
 
 
 def names(backend: TCPBackend | None, ranks: Sequence[int]) -> str:
-    """Names workers as messages do."""
+    """Names workers as messages do.
+
+    Examples:
+        >>> names(None, [0])  # without other workers
+        'this process'
+    """
     return ", ".join(f"worker {rank} ({backend.workers[rank]})" if backend else "this process" for rank in ranks)
 
 
 def versions() -> dict[str, str]:
-    """Collects the versions of Python and of packages whose numbers could differ, and a digest of this source."""
+    """Collects the versions of Python and of packages whose numbers could differ, and a digest of this source.
+
+    Examples:
+        >>> versions()["numpy"] == np.__version__, len(versions()["dist_partial's source"])
+        (True, 16)
+    """
     source = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         source.update(path.read_bytes())

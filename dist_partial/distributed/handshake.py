@@ -82,6 +82,11 @@ class Worker:
         secret: what all of them know.
         sealed: whether records are to have tags.
         process: what this process has drawn.
+
+    Examples:
+        >>> worker = Worker(0, ["a:2222", "b:2222"], "secret", sealed=True)
+        >>> len(worker.hello(b"C", other=1)), worker.addresses
+        (114, b'["a:2222", "b:2222"]')
     """
 
     rank: int
@@ -124,6 +129,15 @@ class Seal:
 
     Attributes:
         length: bytes of a tag; 0 where nothing is sealed.
+
+    Examples:
+        >>> def tag(seal):
+        ...     seal.update(memoryview(b"a record"))
+        ...     return seal.tag()
+        >>> sending, receiving = Seal(b"key"), Seal(b"key")
+        >>> first = tag(sending)
+        >>> tag(receiving) == first, tag(receiving) == first  # the second record differs by its number
+        (True, False)
     """
 
     def __init__(self, key: bytes | None) -> None:
@@ -185,6 +199,15 @@ def call(connection: socket.socket, own: Worker, other: int) -> Link:
         Unproven: who answers does not know the secret, or says so of this worker.
         OSError, ValueError: it is no worker, or gone.
         UserError: it is one, and was started with other addresses or another `replicas.seal`.
+
+    Examples:
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> first, second = (Worker(rank, ["a:2222", "b:2222"], "secret", sealed=True) for rank in (0, 1))
+        >>> with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as threads:
+        ...     calling = threads.submit(call, socket.create_connection(server.getsockname()), second, 0)
+        ...     answering = answer(server.accept()[0], first)
+        ...     calling.result().rank, answering.rank
+        (0, 1)
     """
     deadline = _prepare(connection)
     mine = own.hello(_CALLER, other)
@@ -201,7 +224,17 @@ def call(connection: socket.socket, own: Worker, other: int) -> Link:
 
 
 def answer(connection: socket.socket, own: Worker) -> Link:
-    """Runs the listener's side of the handshake; raises as `call` does."""
+    """Runs the listener's side of the handshake; raises as `call` does.
+
+    Examples:
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> first, second = (Worker(rank, ["a:2222", "b:2222"], f"secret {rank}", sealed=True) for rank in (0, 1))
+        >>> with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as threads:
+        ...     _ = threads.submit(call, socket.create_connection(server.getsockname()), second, 0)
+        ...     answer(server.accept()[0], first)
+        Traceback (most recent call last):
+        dist_partial.distributed.handshake.Unproven: does not know this DIST_PARTIAL_SECRET: give all workers the same
+    """
     deadline = _prepare(connection)
     theirs = _receive(connection, _HELLO.size, deadline)
     caller = _Hello.read(theirs, _CALLER)

@@ -28,6 +28,17 @@ class Meter:
         metrics: bytes of losses and norms that were summed over the workers, besides.
         read: bytes that the interface has sent meanwhile.
         step_ms: time of the steps of each call, in milliseconds; the first call, which is still warming up, left out.
+
+    Examples:
+        >>> import keras
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([10]), keras.layers.Dense(10, use_bias=False)])
+        >>> meter = Meter(workers=2, interface=None, first=0)
+        >>> meter.start()
+        >>> meter.stop(resolve([("train", ".*")], model, AllReduce()), first=0, last=3, counted=1200, metrics=24)
+        >>> meter.to_json(3)["planned_bytes"], meter.to_json(3)["expected_nic_bytes"]
+        (1200, 1224)
     """
 
     workers: int
@@ -96,6 +107,10 @@ def interface(address: str) -> str | None:
 
     Returns:
         The name, or None: no interface has it, or it is the loopback device's, through which the peers' bytes go, too.
+
+    Examples:
+        >>> interface("127.0.0.1") is None  # the loopback device
+        True
     """
     try:
         wanted = {str(info[4][0]) for info in socket.getaddrinfo(address, None)}

@@ -18,6 +18,14 @@ class PerReplica:
         when_fewer: what becomes of the values on another number of replicas: 'sum' keeps their sum and divides it
             evenly, 'mean' gives each replica their mean, 'own' deals them out.
         constraint: of the variable, which the mean must satisfy as the values do; or None.
+
+    Examples:
+        >>> own = PerReplica(tf.distribute.get_strategy(), tf.Variable([0.0, 0.0]), when_fewer="mean")
+        >>> own.shape  # of one replica
+        (1, 2)
+        >>> own.assign(np.array([[1.0, 2.0], [3.0, 4.0]], np.float32))  # of two
+        >>> own.variable.numpy().tolist()
+        [2.0, 3.0]
     """
 
     strategy: tf.distribute.Strategy
@@ -60,6 +68,12 @@ def values(variables: Sequence[PerReplica], gather: Callable[[bytes], list[bytes
     Args:
         variables: of the same strategy.
         gather: gives every worker's bytes, from `Replicas.gather`.
+
+    Examples:
+        >>> strategy = tf.distribute.get_strategy()
+        >>> own = [PerReplica(strategy, tf.Variable(value), "own") for value in ([1.0, 2.0], [[3]])]
+        >>> [array.tolist() for array in values(own, gather=lambda data: [data])]
+        [[[1.0, 2.0]], [[[3]]]]
     """
     if not variables:
         return []
@@ -78,13 +92,24 @@ def values(variables: Sequence[PerReplica], gather: Callable[[bytes], list[bytes
 
 
 def local_count(strategy: tf.distribute.Strategy) -> int:
-    """Counts the replicas of this worker."""
+    """Counts the replicas of this worker.
+
+    Examples:
+        >>> local_count(tf.distribute.get_strategy())
+        1
+    """
     # The default strategy has no list of its devices to ask for.
     return len(strategy.extended.worker_devices) if strategy.num_replicas_in_sync > 1 else 1
 
 
 def input_context(strategy: tf.distribute.Strategy) -> tf.distribute.InputContext:
-    """Says which part of each global batch is this worker's."""
+    """Says which part of each global batch is this worker's.
+
+    Examples:
+        >>> context = input_context(tf.distribute.get_strategy())
+        >>> context.num_input_pipelines, context.input_pipeline_id, context.num_replicas_in_sync
+        (1, 0, 1)
+    """
     workers = strategy.num_replicas_in_sync // local_count(strategy)
     index = 0
     if workers > 1:

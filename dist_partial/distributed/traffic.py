@@ -35,6 +35,11 @@ class Collective:
         device: where it runs; one replica has one device.
         bytes: payload that the device hands to it, in bytes.
         in_loop: whether it is in a loop's body, so that it runs once a step and not once a call.
+
+    Examples:
+        >>> sent = Collective("CollectiveReduceV2", "sum", "CPU:0", bytes=100, in_loop=True)
+        >>> total([sent, sent])
+        200
     """
 
     op: str
@@ -49,22 +54,52 @@ def collectives(function: Any) -> list[Collective]:
 
     Raises:
         ValueError: if the shape of a collective's input is not static, so that its bytes are not known.
+
+    Examples:
+        >>> def summed(x):  # as the workers' own connections do it
+        ...     return tf.numpy_function(lambda x: x, [x], tf.float32, name=SUM_OP)
+        >>> function = tf.function(summed).get_concrete_function(tf.TensorSpec([10], tf.float32))
+        >>> [(each.kind, each.bytes, each.in_loop) for each in collectives(function)]
+        [('sum', 40, False)]
     """
     return list(_walk(function.graph, in_loop=False))
 
 
 def in_step(function: Any, loop: bool = True) -> list[Collective]:
-    """Finds what one replica hands over in one step of a train function: in one turn of its loop, if it has one."""
+    """Finds what one replica hands over in one step of a train function: in one turn of its loop, if it has one.
+
+    Examples:
+        >>> def summed(x):  # as the workers' own connections do it
+        ...     return tf.ensure_shape(tf.numpy_function(lambda x: x, [x], tf.float32, name=SUM_OP), [10])
+        >>> def three(x):
+        ...     return tf.while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, summed(x)), (tf.constant(0), x))
+        >>> function = tf.function(three).get_concrete_function(tf.TensorSpec([10], tf.float32))
+        >>> total(in_step(function)), total(in_call(function))
+        (40, 0)
+    """
     return _of_a_replica([c for c in collectives(function) if c.in_loop or not loop])
 
 
 def in_call(function: Any) -> list[Collective]:
-    """Finds what one replica hands over once in a call, outside the loop."""
+    """Finds what one replica hands over once in a call, outside the loop.
+
+    Examples:
+        >>> def summed(x):  # as the workers' own connections do it
+        ...     return tf.numpy_function(lambda x: x, [x], tf.float32, name=SUM_OP)
+        >>> function = tf.function(summed).get_concrete_function(tf.TensorSpec([10], tf.float32))
+        >>> total(in_call(function)), total(in_step(function))
+        (40, 0)
+    """
     return _of_a_replica([c for c in collectives(function) if not c.in_loop])
 
 
 def total(found: Sequence[Any]) -> int:
-    """Adds up the bytes of collectives, or of payloads."""
+    """Adds up the bytes of collectives, or of payloads.
+
+    Examples:
+        >>> total([Payload("sum", 100), Payload("gather", 24)])
+        124
+    """
     return sum(each.bytes for each in found)
 
 
@@ -75,6 +110,15 @@ def sent_each(found: Sequence[Collective], plan: Plan, steps: int = 0) -> np.nda
         found: what one replica hands over.
         plan: for the number of workers, and for what everything would take.
         steps: in which it does so.
+
+    Examples:
+        >>> import keras
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([10]), keras.layers.Dense(10, use_bias=False, name="head")])
+        >>> plan = resolve([("train", ".*")], model, AllReduce())  # for two workers
+        >>> sent_each([Collective("CollectiveReduceV2", "sum", "CPU:0", 100, in_loop=True)], plan, steps=3).tolist()
+        [100, 100, 1200]
     """
     at_interface = sum(nic_bytes(each.kind, each.bytes, plan.workers) for each in found)
     return np.array([total(found), round(at_interface), round(plan.full_nic_bytes) * steps])
@@ -87,6 +131,15 @@ def beyond(plan: Plan, sent_in_step: Sequence[Collective], exchanges: Sequence[A
         plan: with what tracing has shown of it.
         sent_in_step: what the step hands over.
         exchanges: from `local_sgd.exchanges`.
+
+    Examples:
+        >>> import keras
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([10]), keras.layers.Dense(10, use_bias=False, name="head")])
+        >>> plan = resolve([("train", ".*")], model, AllReduce())
+        >>> beyond(plan, [Collective("CollectiveReduceV2", "sum", "CPU:0", 432, in_loop=True)], exchanges=[])
+        [Payload(kind='sum', bytes=32, every=1, offset=0)]
     """
     more = _difference(sent_in_step, [m for e in plan.trained if e.reduction.shared for m in e.payloads])
     for exchange in exchanges:
@@ -140,7 +193,15 @@ def _payload(op: tf.Operation) -> int:
 
 
 def called(op: tf.Operation) -> list[Any]:
-    """Finds the graphs of the functions that an op calls."""
+    """Finds the graphs of the functions that an op calls.
+
+    Examples:
+        >>> inner = tf.function(lambda x: tf.sin(x))
+        >>> graph = tf.function(lambda x: tf.cos(inner(x))).get_concrete_function(tf.constant(0.0)).graph
+        >>> [found] = [found for operation in graph.get_operations() for found in called(operation)]
+        >>> [operation.type for operation in found.get_operations()]
+        ['Placeholder', 'Sin', 'Identity']
+    """
     names = []
     for attribute in op.node_def.attr.values():
         names += [attribute.func.name] if attribute.func.name else []
@@ -149,7 +210,14 @@ def called(op: tf.Operation) -> list[Any]:
 
 
 def operations(graph: Any) -> Iterator[tf.Operation]:
-    """Walks all operations of a graph, through nested functions, branches and loop bodies."""
+    """Walks all operations of a graph, through nested functions, branches and loop bodies.
+
+    Examples:
+        >>> inner = tf.function(lambda x: tf.sin(x))
+        >>> graph = tf.function(lambda x: tf.cos(inner(x))).get_concrete_function(tf.constant(0.0)).graph
+        >>> [operation.type for operation in operations(graph) if operation.type in ("Sin", "Cos")]
+        ['Sin', 'Cos']
+    """
     for op in graph.get_operations():
         yield op
         for inner in called(op):

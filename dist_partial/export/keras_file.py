@@ -18,6 +18,19 @@ def write_keras(path: Path, built: Trainer, _: int | None) -> str:
 
     Raises:
         UserError: the model cannot be written, or is another one when it is loaded.
+
+    Examples:
+        >>> import tempfile
+        >>> from dist_partial import data, models
+        >>> from dist_partial.config.settings import Settings
+        >>> from dist_partial.distributed import replicas
+        >>> from dist_partial.training.build import build
+        >>> settings = Settings([("train", ".*")], models.two_dense, data.stdlib_shapes)
+        >>> trainer = build(settings, replicas.create("default"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = write_keras(Path(folder, "mine.keras"), trainer, None)
+        ...     keras.saving.load_model(Path(folder, "mine.keras")).name
+        'two_dense'
     """
 
     def policies(model: Any) -> list[str]:

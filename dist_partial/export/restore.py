@@ -59,6 +59,15 @@ def base(gin_file: str | Path, imports: bool = False) -> Base:
 
     Raises:
         UserError: every mistake in the file, and data or weights that it reads and that are gone.
+
+    Examples:
+        >>> import tempfile
+        >>> lines = ["run.rules = [('train', 'dense2/.*'), ('freeze', '.*')]", "run.model = @two_dense"]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "mine.gin")
+        ...     _ = file.write_text("\\n".join([*lines, "run.data = @stdlib_shapes", "stdlib_shapes.window = 16"]))
+        ...     base(file).model.name
+        'two_dense'
     """
     with put_back():
         return Base(build(gin_files.load([gin_file], imports=imports).settings, replicas.create("default")).model)

@@ -24,6 +24,7 @@ from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.selection.plan import Plan
 from dist_partial.selection.resolve import resolve
 from dist_partial.step import batch_norm, optimizers
+from dist_partial.validation import shown
 
 
 def partial(
@@ -62,7 +63,9 @@ def partial(
         [('kernel', (3, 1)), ('bias', (1,))]
     """
     if not isinstance(model, keras.Model):
-        raise UserError(f"partial was given {model!r}: the third argument is the Keras model that will be compiled")
+        raise UserError(
+            f"partial was given {shown(model)}: the third argument is the Keras model that will be compiled"
+        )
     if not model.built or not model.variables:
         raise UserError(f"model {model.name!r} has no variables yet: call it once on a batch, then partial(...)")
     strategy = model.distribute_strategy
@@ -91,6 +94,14 @@ def release(model: keras.Model) -> None:
 
     What was not trainable before `partial` stays so. Keras does not save which single variables are: in a loaded model
     all of those that the rules froze become trainable.
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3), keras.layers.Dense(1, name="head")])
+        >>> _ = partial("adam", [("train", "head/.*"), ("freeze", ".*")], model)
+        >>> frozen = len(model.trainable_variables)
+        >>> release(model)
+        >>> frozen, len(model.trainable_variables)
+        (2, 4)
     """
     layers, variables = _frozen(model)
     for layer in layers:
@@ -106,6 +117,15 @@ def resume(model: keras.Model) -> None:
 
     Only for models whose class does not save which of its layers are frozen, as subclassed ones do not; the first step
     of others needs nothing. Keras then warns once that layers have changed since `compile`, which does no harm here.
+
+    Examples:
+        >>> layers = [keras.layers.BatchNormalization(), keras.layers.Dense(1, name="head")]
+        >>> model = keras.Sequential([keras.Input([4]), *layers])
+        >>> model.compile(partial("adam", [("train", "head/.*"), ("freeze", ".*")], model), loss="mse")
+        >>> layers[0].trainable = True  # as in a loaded model whose class does not save it
+        >>> resume(model)
+        >>> layers[0].trainable
+        False
     """
     optimizer = _optimizer(model)
     if optimizer is None:
@@ -126,7 +146,9 @@ def _checked(optimizer: Any, strategy: tf.distribute.Strategy) -> keras.optimize
     except (TypeError, ValueError):
         inner = None
     if not isinstance(inner, keras.optimizers.Optimizer):
-        raise UserError(f"partial was given {optimizer!r}: pass a Keras optimizer such as keras.optimizers.Adam(1e-3)")
+        raise UserError(
+            f"partial was given {shown(optimizer)}: pass a Keras optimizer such as keras.optimizers.Adam(1e-3)"
+        )
     where = f"the optimizer {inner.name!r}"
     if isinstance(inner, (Partial, PartialLossScale)):
         raise UserError(f"{where} is wrapped already: pass the Keras optimizer itself, a new one")
@@ -153,7 +175,8 @@ def _resolve(
         for group in plan.groups:
             if type(group.reduction) not in REDUCTIONS.values():
                 raise UserError(
-                    f"rule {group.rule.match!r}: model.fit cannot reduce by {group.reduction}: take one of "
+                    f"rule {group.rule.match!r}: model.fit cannot reduce by "
+                    f"{type(group.reduction).__name__} ({group.reduction}): take one of "
                     f"{', '.join(REDUCTIONS)}, or train with dist_partial.train"
                 )
         return plan, [group.optimizer for group in optimizers.build(plan, make, slots=False)]

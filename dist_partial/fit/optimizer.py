@@ -22,7 +22,14 @@ FROZEN = "_frozen_by_partial"  # a mark on the variables and layers that `partia
 
 
 def freeze(variables: Iterable[Any]) -> None:
-    """Makes variables not trainable until `fit.release`."""
+    """Makes variables not trainable until `fit.release`.
+
+    Examples:
+        >>> variable = keras.Variable([1.0])
+        >>> freeze([variable])
+        >>> variable.trainable
+        False
+    """
     for variable in variables:
         variable.trainable = False
         setattr(variable, FROZEN, True)
@@ -30,7 +37,13 @@ def freeze(variables: Iterable[Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Describes what one rule trains: paths of variables, rows, reduction, and the number of the optimizer."""
+    """Describes what one rule trains: paths of variables, rows, reduction, and the number of the optimizer.
+
+    Examples:
+        >>> share = Share(("head/kernel",), (0, 2), AllReduce("bfloat16"), optimizer=0)
+        >>> share.to_json()["reduction"], Share.from_json(share.to_json()) == share
+        ({'class': 'AllReduce', 'dtype': 'bfloat16'}, True)
+    """
 
     paths: tuple[str, ...]
     rows: tuple[int, int] | None
@@ -60,6 +73,14 @@ class Partial(keras.optimizers.Optimizer):
         inference: paths of the variables of BatchNorm layers in inference mode.
         name: of this optimizer.
         excluded: of each optimizer, what is excluded from weight decay: see `optimizers.exclusions`.
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, name="head")])
+        >>> optimizer = Partial([keras.optimizers.SGD(0.5)], [Share(("head/bias",), None, AllReduce(), 0)])
+        >>> optimizer.build(model.trainable_variables)
+        >>> optimizer.apply([tf.constant([2.0])], [model.layers[0].bias])
+        >>> model.layers[0].bias.numpy().tolist(), [variable.name for variable in model.trainable_variables]
+        ([-1.0], ['bias'])
     """
 
     def __init__(
@@ -229,6 +250,15 @@ class PartialLossScale(keras.optimizers.LossScaleOptimizer):
 
     Keras 3.15 decides about an overflow by the first replica's gradient alone, so that another one's overflow would
     reach the weights; here it sees the sum, which is the same on all of them.
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, name="head")])
+        >>> inner = Partial([keras.optimizers.SGD(0.5)], [Share(("head/bias",), None, AllReduce(), 0)])
+        >>> optimizer = PartialLossScale(inner, initial_scale=8.0)
+        >>> optimizer.build(model.trainable_variables)
+        >>> optimizer.apply([tf.constant([2.0])], [model.layers[0].bias])  # of a loss that is 8 times as large
+        >>> model.layers[0].bias.numpy().tolist()
+        [-0.125]
     """
 
     def __init__(self, inner_optimizer: Partial, *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
-"""Starts all workers of a run, here or over ssh, shows what they print, and starts them again after a fault.
+"""python -m dist_partial.launch local --workers=3 -- --gin_file=F [any argument of dist_partial.train]
+python -m dist_partial.launch hosts --hosts=a,b,c -- --gin_file=F ...
 
-    launch/local --workers=3 -- --gin_file=F [any argument of dist_partial.train]
-    launch/hosts --hosts=a,b,c -- --gin_file=F ...
+Starts all workers of a run, here or over ssh, shows what they print, and starts them again after a fault.
 
 What workers print is kept in <run_dir>.logs. Where a scheduler starts the workers, each of them is
 
@@ -101,7 +101,7 @@ def _count(kind: str, argv: list[str]) -> int:
         print(f"{what}to go on from step {done.checkpoint}, restart {count} of {limit}", file=sys.stderr)
         return 0
 
-    return cli.call(None, values, mine, command)
+    return cli.call(__doc__, values, mine, command)
 
 
 def _limit() -> int:
@@ -199,7 +199,12 @@ def _local(values: flags.FlagValues) -> Callable[[int], list[Place]]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Finds ports of 127.0.0.1 that nobody uses now."""
+    """Finds ports of 127.0.0.1 that nobody uses now.
+
+    Examples:
+        >>> len(set(free_ports(3)))
+        3
+    """
     with contextlib.ExitStack() as stack:  # all are held at once, for they must differ
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

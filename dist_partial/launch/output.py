@@ -18,6 +18,15 @@ class Console:
     Args:
         out: file descriptor that takes the lines.
         err: file descriptor that takes the bar.
+
+    Examples:
+        >>> import os
+        >>> reader, writer = os.pipe()
+        >>> console = Console(out=writer, err=writer)
+        >>> console.say("worker 1 is lost")
+        >>> console.show(0, [b"step 10"])
+        >>> os.read(reader, 100)
+        b'worker 1 is lost\\n[0] step 10\\n'
     """
 
     def __init__(self, out: int = 1, err: int = 2) -> None:
@@ -64,6 +73,10 @@ def split(text: bytes) -> tuple[list[bytes], bytes, str]:
     Returns:
         The finished lines, of which carriage returns leave what a terminal would show; the rest, which the next output
         continues; and the progress bar that the rest shows, or ''.
+
+    Examples:
+        >>> split(b"one\\ntwo\\r\\n 50%\\r100%")
+        ([b'one', b'two'], b' 50%\\r100%', '100%')
     """
     *lines, rest = text.split(b"\n")
     lines = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines]

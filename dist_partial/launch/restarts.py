@@ -35,6 +35,11 @@ class Seen(NamedTuple):
         checkpoint: step of the newest.
         step: the last in the metrics.
         file: tells whether the metrics have been written meanwhile.
+
+    Examples:
+        >>> before, after = Seen(100, 120, file=[7, 500, 1]), Seen(100, 120, file=[7, 500, 1])
+        >>> progress(before, after)  # nothing was written meanwhile
+        Progress(checkpoint=100, step=0)
     """
 
     checkpoint: int
@@ -43,14 +48,29 @@ class Seen(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Records the step of the newest checkpoint and the last step that was made, or 0, after an attempt."""
+    """Records the step of the newest checkpoint and the last step that was made, or 0, after an attempt.
+
+    Examples:
+        >>> restarts = Restarts(checkpoint=100, step=120)
+        >>> restarts.refusal(139, "", Progress(checkpoint=150, step=160), limit=10), restarts.count
+        ('', 1)
+    """
 
     checkpoint: int = 0
     step: int = 0
 
 
 def look(folder: Path) -> Seen:
-    """Looks at a run folder, which need not exist yet."""
+    """Looks at a run folder, which need not exist yet.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Path(folder, "checkpoints", "step-0000000010.safetensors").mkdir(parents=True)
+        ...     _ = Path(folder, "metrics.jsonl").write_text('{"split": "train", "step": 12}\\n{"split": "tr')
+        ...     look(Path(folder))[:2]
+        (10, 12)
+    """
     names, lines, written = [""], [b""], [0]
     with contextlib.suppress(OSError):
         names = os.listdir(folder / "checkpoints")
@@ -76,6 +96,10 @@ def progress(before: Seen, after: Seen) -> Progress:
     """Computes what an attempt has done between two looks.
 
     Attempts take from the metrics what follows the checkpoint from which they go on, and then add to them.
+
+    Examples:
+        >>> progress(Seen(100, 120, [7, 500, 1]), Seen(100, 130, [7, 600, 2]))
+        Progress(checkpoint=100, step=130)
     """
     made = after.file != before.file and after.step > before.checkpoint
     return Progress(after.checkpoint, after.step if made else 0)
@@ -90,6 +114,13 @@ class Restarts:
         checkpoint: step of the newest checkpoint so far.
         step: the furthest so far.
         failure: the last one.
+
+    Examples:
+        >>> restarts, stuck = Restarts(), Progress(checkpoint=0, step=7)
+        >>> restarts.refusal(1, "error: worker 0 (a:1): out of range", stuck, limit=10)
+        ''
+        >>> restarts.refusal(1, "error: worker 1 (b:1): out of range", stuck, limit=10)
+        'it is the same failure as before, and the run has got no further in between'
     """
 
     count: int = 0
@@ -133,6 +164,17 @@ class Ledger:
     Attributes:
         path: of the file.
         folder: the run folder.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for attempt in range(3):
+        ...         ledger = Ledger(Path(folder, "restarts.json"), Path(folder, "run"))  # in a process of its own
+        ...         ledger.begin()
+        ...         print(ledger.refusal(75, limit=2)[:2])
+        ('', 1)
+        ('', 2)
+        ('restarts without a new checkpoint have reached their limit of 2', 3)
     """
 
     path: Path

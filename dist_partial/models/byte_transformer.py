@@ -72,7 +72,15 @@ def byte_transformer(
 
 @keras.saving.register_keras_serializable("dist_partial")
 class ByteTransformer(keras.Model):
-    """Computes what `byte_transformer` builds; its arguments are described there."""
+    """Computes what `byte_transformer` builds; its arguments are described there.
+
+    Examples:
+        >>> model, ids = byte_transformer(layers=1, width=16, heads=2), np.array([[100, 101, 102]])
+        >>> _, cache = model.decode(ids[:, :2], model.make_cache(batch=1, length=3), 0)
+        >>> last, _ = model.decode(ids[:, 2:], cache, 2)
+        >>> np.allclose(last[:, 0], model(ids)[:, 2], atol=1e-5)
+        True
+    """
 
     def __init__(
         self,
@@ -194,7 +202,17 @@ class ByteTransformer(keras.Model):
 
 
 class Block(keras.layers.Layer):
-    """Computes x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Computes x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Examples:
+        >>> block = Block(width=4, heads=1, mlp_ratio=4, dropout=0.0, branches=2)
+        >>> x, rotary = ops.ones([1, 2, 4]), rotary_tables(np.arange(2), 4, "float32")
+        >>> block.build(x.shape)
+        >>> for variable in (block.attention.output_projection.kernel, block.mlp.down.kernel):
+        ...     _ = variable.assign(ops.zeros(variable.shape))  # the ends of both branches
+        >>> np.array_equal(block(x, rotary, ops.zeros([2, 2]), None, ops.zeros([]))[0], x)
+        True
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: int, dropout: float, branches: int, **kwargs: Any):
         super().__init__(**kwargs)
@@ -224,7 +242,16 @@ class Block(keras.layers.Layer):
 
 
 class Attention(keras.layers.Layer):
-    """Attends causally to itself with rotary positions (Vaswani et al. 2017, Su et al. 2021)."""
+    """Attends causally to itself with rotary positions (Vaswani et al. 2017, Su et al. 2021).
+
+    Examples:
+        >>> attention = Attention(width=4, heads=1, branches=1)
+        >>> x = ops.reshape(ops.arange(8.0), [1, 2, 4])
+        >>> itself = ops.where(ops.eye(2) > 0, 0.0, -np.inf)  # a bias by which each position sees itself alone
+        >>> y, _ = attention(x, rotary_tables(np.arange(2), 4, "float32"), itself, None, ops.zeros([]))
+        >>> np.allclose(y, attention.output_projection(attention.value(x)))
+        True
+    """
 
     def __init__(self, width: int, heads: int, branches: int, **kwargs: Any):
         super().__init__(**kwargs)
@@ -264,7 +291,13 @@ class Attention(keras.layers.Layer):
 
 
 class Mlp(keras.layers.Layer):
-    """Computes down(relu(up(x)) ** 2), with the activation of So et al. 2021."""
+    """Computes down(relu(up(x)) ** 2), with the activation of So et al. 2021.
+
+    Examples:
+        >>> mlp, x = Mlp(width=2, hidden=8, branches=1), np.array([[1.0, -2.0]], np.float32)
+        >>> np.allclose(mlp(x), np.maximum(x @ mlp.up.kernel.numpy(), 0) ** 2 @ mlp.down.kernel.numpy())
+        True
+    """
 
     def __init__(self, width: int, hidden: int, branches: int, **kwargs: Any):
         super().__init__(**kwargs)
@@ -289,6 +322,11 @@ def rotary_tables(positions: Tensor, head_size: int, dtype: str) -> Rotary:
 
     Returns:
         Two tables [T, head_size / 2]; channel i turns by 10000 ** (-2i / head_size) radians a position.
+
+    Examples:
+        >>> cos, sin = rotary_tables(np.array([0, 1]), 4, "float32")
+        >>> np.round(sin, 4).tolist() == np.round(np.sin([[0, 0], [1, 0.01]]), 4).astype(np.float32).tolist()
+        True
     """
     frequencies = 10000.0 ** (-np.arange(0, head_size, 2) / head_size)
     angles = ops.expand_dims(ops.cast(positions, dtype), 1) * ops.cast(frequencies, dtype)
@@ -296,7 +334,13 @@ def rotary_tables(positions: Tensor, head_size: int, dtype: str) -> Rotary:
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turns each pair of channels (i, i + head_size / 2) of x [..., T, head_size] by its angle."""
+    """Turns each pair of channels (i, i + head_size / 2) of x [..., T, head_size] by its angle.
+
+    Examples:
+        >>> quarter = ops.convert_to_tensor([[0.0]]), ops.convert_to_tensor([[1.0]])  # cosine and sine
+        >>> rotate(ops.convert_to_tensor([[1.0, 2.0]]), quarter).numpy().tolist()
+        [[-2.0, 1.0]]
+    """
     cos, sin = (ops.cast(table, x.dtype) for table in rotary)
     first, second = ops.split(x, 2, axis=-1)
     return ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

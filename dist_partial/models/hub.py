@@ -96,6 +96,14 @@ def single_input(task: Any, name: str) -> keras.Model:
 
     Raises:
         UserError: it takes an input besides token ids, their mask and segments.
+
+    Examples:
+        >>> import keras_hub
+        >>> sizes = {"vocabulary_size": 100, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 16}
+        >>> backbone = keras_hub.models.GPT2Backbone(**sizes)  # which takes ids and their mask
+        >>> model = single_input(keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None), "mine")
+        >>> [each.name for each in model.inputs], model.output.shape
+        (['token_ids'], (None, None, 100))
     """
     wanted = compat.inputs_structure(task)
     if isinstance(wanted, dict):
@@ -125,6 +133,13 @@ class HubCodec:
 
     Args:
         tokenizer: a `keras_hub.tokenizers.Tokenizer`.
+
+    Examples:
+        >>> import keras_hub
+        >>> letters = {letter: i for i, letter in enumerate(["<|endoftext|>", *"abc", "ab"])}
+        >>> codec = HubCodec(keras_hub.tokenizers.GPT2Tokenizer(vocabulary=letters, merges=["a b"]))
+        >>> codec.encode("abc").tolist(), codec.decode(np.array([4, 3])), codec.size
+        ([4, 3], 'abc', 5)
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -150,6 +165,18 @@ def hub_tokenizer(preset: str) -> HubCodec:
 
     Raises:
         UserError: KerasHub is not installed, or there is no such preset.
+
+    Examples:
+        >>> import tempfile
+        >>> import keras_hub
+        >>> letters = {letter: i for i, letter in enumerate(["<|endoftext|>", *"abc", "ab"])}
+        >>> sizes = {"vocabulary_size": 5, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 16}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     keras_hub.models.GPT2Backbone(**sizes).save_to_preset(folder)
+        ...     keras_hub.tokenizers.GPT2Tokenizer(vocabulary=letters, merges=["a b"]).save_to_preset(folder)
+        ...     codec = hub_tokenizer(folder)
+        >>> codec.encode("abc").tolist()
+        [4, 3]
     """
     return HubCodec(_from_preset(_keras_hub().tokenizers.Tokenizer, preset))
 
@@ -188,7 +215,7 @@ def _from_preset(of: Any, preset: str, **options: Any) -> Any:
         raise UserError(f"no preset folder {preset}: {error}") from None
     if looks_local and not os.path.isdir(folder):
         siblings = [p.name for p in folder.parent.glob("*") if p.is_dir()]
-        raise UserError(f"no preset folder {preset}{nearest(folder.name, siblings)}")
+        raise UserError(f"no preset folder {preset}{nearest(folder.name, siblings, folder=folder.parent)}")
     try:
         return of.from_preset(str(folder) if os.path.isdir(folder) else preset, **options)
     except Exception as error:  # KerasHub, Kaggle and the file readers below it each raise their own

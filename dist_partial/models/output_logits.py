@@ -19,7 +19,14 @@ def adds_up(values: tf.Tensor) -> tf.Tensor:
 
 
 def as_logits(outputs: tf.Tensor) -> tf.Tensor:
-    """Turns a model's outputs [..., classes] in a traced graph into logits, whether they are that or probabilities."""
+    """Turns a model's outputs [..., classes] in a traced graph into logits, whether they are that or probabilities.
+
+    Examples:
+        >>> given = tf.constant([[2.0, -1.0]])
+        >>> of_softmax = tf.function(lambda x: as_logits(tf.nn.softmax(x)))
+        >>> as_logits(given).numpy().tolist(), of_softmax(given).numpy().tolist()
+        ([[2.0, -1.0]], [[2.0, -1.0]])
+    """
     outputs = full_precision(outputs)
     if activation_op(outputs, "Softmax") is not None:
         return logits_behind(outputs, "Softmax")
@@ -27,7 +34,13 @@ def as_logits(outputs: tf.Tensor) -> tf.Tensor:
 
 
 def logits_behind(probabilities: tf.Tensor, kind: str) -> tf.Tensor:
-    """Finds the logits behind probabilities: those in the graph, else logarithms, of which the softmax is the same."""
+    """Finds the logits behind probabilities: those in the graph, else logarithms, of which the softmax is the same.
+
+    Examples:
+        >>> behind = tf.function(lambda x: logits_behind(tf.sigmoid(x), "Sigmoid"))
+        >>> behind(tf.constant([[100.0]])).numpy().tolist()  # whose sigmoid rounds to 1
+        [[100.0]]
+    """
     activation = activation_op(probabilities, kind)  # no :=, which AutoGraph cannot transform
     if activation is not None:
         return tf.reshape(tf.cast(activation.inputs[0], probabilities.dtype), tf.shape(probabilities))
@@ -35,7 +48,14 @@ def logits_behind(probabilities: tf.Tensor, kind: str) -> tf.Tensor:
 
 
 def activation_op(outputs: tf.Tensor, kind: str) -> tf.Operation | None:
-    """Finds the op of that kind that gives a tensor of a graph, if only dtype and shape are changed after it."""
+    """Finds the op of that kind that gives a tensor of a graph, if only dtype and shape are changed after it.
+
+    Examples:
+        >>> with tf.Graph().as_default():
+        ...     outputs = tf.cast(tf.nn.softmax(tf.zeros([1, 2])), tf.float16)
+        ...     activation_op(outputs, "Softmax").type, activation_op(outputs, "Sigmoid")
+        ('Softmax', None)
+    """
     operation = outputs.op if tf.is_symbolic_tensor(outputs) else None
     while operation is not None and operation.type in ("Cast", "Reshape", "Identity", "Squeeze", "ExpandDims"):
         operation = operation.inputs[0].op

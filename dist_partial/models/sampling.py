@@ -85,6 +85,11 @@ def draw(
 
     Raises:
         InvalidArgumentError: (when it runs) a logit is NaN or infinite, or all of a row are -inf: `NOT_FINITE`.
+
+    Examples:
+        >>> logits = tf.constant([[0.0, 5.0, 1.0], [0.0, -np.inf, 1.0]])
+        >>> draw(logits, temperature=0.0, top_k=3, top_p=1.0, seed=0, position=0).numpy().tolist()
+        [1, 2]
     """
     logits = tf.cast(logits, tf.float32)
     good = tf.reduce_all(logits < np.inf) & tf.reduce_all(tf.reduce_any(logits > -np.inf, axis=-1))

@@ -46,6 +46,11 @@ def smollm2(file: str | None = None) -> keras.Model:
 
     Raises:
         UserError: a package is missing, or the file is no such model.
+
+    Examples:
+        >>> smollm2("absent.gguf")  # `smollm2()` has the weights of the package
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: the GGUF file of smollm2: no file 'absent.gguf'
     """
     try:
         import keras_hub
@@ -86,6 +91,20 @@ def smollm2_tokenizer(file: str | None = None) -> "TokenizersCodec":
 
     Raises:
         UserError: as for `smollm2`.
+
+    Examples:
+        >>> import tempfile
+        >>> import gguf
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     writer = gguf.GGUFWriter(f"{folder}/tiny.gguf", "llama")
+        ...     writer.add_token_list(["<|im_start|>", *"abc", "ab"])
+        ...     writer.add_token_types([3, 1, 1, 1, 1])  # 3 is of a token that is never a part of a word
+        ...     writer.add_token_merges(["a b"])
+        ...     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
+        ...         write()
+        ...     codec = smollm2_tokenizer(f"{folder}/tiny.gguf")
+        >>> codec.encode("abc<|im_start|>").tolist()
+        [4, 3, 0]
     """
     try:
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -114,6 +133,14 @@ class TokenizersCodec:
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`.
+
+    Examples:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> tokenizer = Tokenizer(models.WordLevel({"to": 0, "be": 1, "?": 2}, unk_token="?"))
+        >>> tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> codec = TokenizersCodec(tokenizer)
+        >>> codec.encode("to be or").tolist(), codec.decode(np.array([1, 0])), codec.size
+        ([0, 1, 2], 'be to', 3)
     """
 
     def __init__(self, tokenizer: Any) -> None:

@@ -24,6 +24,19 @@ class Reduction(Protocol):
 
     Attributes:
         shared: whether all replicas have the same bits after each step.
+
+    Examples:
+        >>> from dist_partial.distributed.collectives import Collectives, run_rounds
+        >>> class Signs:
+        ...     shared = True
+        ...     def payloads(self, shape, dtype):
+        ...         return (Payload("sum", 4 * int(np.prod(shape))),)
+        ...     def state(self, path, shape, dtype):
+        ...         return {}
+        ...     def reduce(self, value, state):
+        ...         return (yield AllReduceRequest(tf.sign(value)))
+        >>> run_rounds(Collectives(), [Signs().reduce(tf.constant([-3.0, 2.0]), {})])[0].numpy().tolist()
+        [-1.0, 1.0]
     """
 
     @property
@@ -40,7 +53,18 @@ class Reduction(Protocol):
 
 
 def mean(value: tf.Tensor) -> Exchange:
-    """Asks for the mean of a tensor over all replicas."""
+    """Asks for the mean of a tensor over all replicas.
+
+    Examples:
+        >>> exchange = mean(tf.constant([3.0]))
+        >>> next(exchange).tensor.numpy().tolist()  # what is summed: of one replica the whole
+        [3.0]
+        >>> try:
+        ...     exchange.send(tf.constant([5.0]))
+        ... except StopIteration as stop:
+        ...     print(stop.value.numpy())
+        [5.]
+    """
     context: Any = tf.distribute.get_replica_context()
     return (yield AllReduceRequest(value / context.num_replicas_in_sync))
 

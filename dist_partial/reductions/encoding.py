@@ -15,7 +15,12 @@ OUTERMOST = {2: 1.872, 1.6: 1.534, 1: 1.0}
 
 
 def encode_values(values: tf.Tensor, bits: float) -> tf.Tensor:
-    """Encodes flat floating [n] as uint8 [`value_bytes(n, bits)`]."""
+    """Encodes flat floating [n] as uint8 [`value_bytes(n, bits)`].
+
+    Examples:
+        >>> encode_values(tf.constant([1.0, -1.0, 1.0, 1.0]), bits=1).numpy().tolist()  # the scale 1, then 0b1101
+        [128, 63, 13]
+    """
     if bits in FLOATS:
         return bytes_of(tf.cast(values, FLOATS[int(bits)]))
     count, top, in_byte = values.shape[0], LEVELS[bits] - 1, int(8 / bits)
@@ -38,7 +43,13 @@ def encode_values(values: tf.Tensor, bits: float) -> tf.Tensor:
 
 
 def decode_values(message: tf.Tensor, count: int, bits: float, dtype: tf.DType) -> tf.Tensor:
-    """Inverts `encode_values`; bytes beyond those of `count` values are ignored."""
+    """Inverts `encode_values`; bytes beyond those of `count` values are ignored.
+
+    Examples:
+        >>> message = encode_values(tf.constant([0.5, -0.5, 0.5]), bits=1)
+        >>> decode_values(message, 3, 1, tf.float32).numpy().tolist()
+        [0.5, -0.5, 0.5]
+    """
     if bits in FLOATS:
         kind = FLOATS[int(bits)]
         return tf.cast(tf.bitcast(tf.reshape(message[: count * kind.size], [count, kind.size]), kind), dtype)
@@ -51,42 +62,82 @@ def decode_values(message: tf.Tensor, count: int, bits: float, dtype: tf.DType) 
 
 
 def value_bytes(count: int, bits: float) -> int:
-    """Counts the bytes that `encode_values` makes of `count` values."""
+    """Counts the bytes that `encode_values` makes of `count` values.
+
+    Examples:
+        >>> value_bytes(256, bits=4), value_bytes(256, bits=16)  # a scale takes two
+        (130, 512)
+    """
     if bits in FLOATS:
         return count * int(bits) // 8
     return 2 * ceil(count, SCALED) + ceil(count, int(8 / bits))
 
 
 def bytes_of(tensor: tf.Tensor) -> tf.Tensor:
-    """Views a tensor as flat uint8."""
+    """Views a tensor as flat uint8.
+
+    Examples:
+        >>> bytes_of(tf.constant([[1], [256]], tf.int32)).numpy().tolist()
+        [1, 0, 0, 0, 0, 1, 0, 0]
+    """
     return tf.reshape(tensor if tensor.dtype == tf.uint8 else tf.bitcast(tensor, tf.uint8), [-1])
 
 
 def index_dtype(block: int) -> tf.DType:
-    """Chooses the smallest dtype that indexes a block."""
+    """Chooses the smallest dtype that indexes a block.
+
+    Examples:
+        >>> index_dtype(256), index_dtype(257)
+        (tf.uint8, tf.uint16)
+    """
     return tf.uint8 if block <= 256 else tf.uint16 if block <= 65536 else tf.int32
 
 
 def padded(message: tf.Tensor) -> tf.Tensor:
-    """Pads flat uint8 to whole words of 4 bytes."""
+    """Pads flat uint8 to whole words of 4 bytes.
+
+    Examples:
+        >>> padded(tf.constant([1, 2, 3, 4, 5], tf.uint8)).numpy().tolist()
+        [1, 2, 3, 4, 5, 0, 0, 0]
+    """
     return tf.pad(message, [[0, words(message.shape[0]) - message.shape[0]]])
 
 
 def words(size: int) -> int:
-    """Rounds a number of bytes up to whole words of 4."""
+    """Rounds a number of bytes up to whole words of 4.
+
+    Examples:
+        >>> words(4), words(5)
+        (4, 8)
+    """
     return ceil(size, 4) * 4
 
 
 def ceil(a: int, b: int) -> int:
-    """Divides and rounds up."""
+    """Divides and rounds up.
+
+    Examples:
+        >>> ceil(6, 3), ceil(7, 3)
+        (2, 3)
+    """
     return -(-a // b)
 
 
 def zeros(shape: Sequence[int], dtype: str) -> np.ndarray:
-    """Makes an array of zeros in a TensorFlow dtype's name."""
+    """Makes an array of zeros in a TensorFlow dtype's name.
+
+    Examples:
+        >>> zeros([2], "bfloat16").tolist(), zeros([2], "bfloat16").dtype.name
+        ([0.0, 0.0], 'bfloat16')
+    """
     return np.zeros(shape, numpy_dtype(dtype))
 
 
 def numpy_dtype(dtype: str) -> Any:
-    """Translates the name of a TensorFlow dtype."""
+    """Translates the name of a TensorFlow dtype.
+
+    Examples:
+        >>> np.dtype(numpy_dtype("bfloat16")).itemsize
+        2
+    """
     return tf.as_dtype(dtype).as_numpy_dtype

@@ -41,7 +41,16 @@ class LocalOnly:
 
 def own_part(gradient: tf.Tensor) -> Exchange:
     # It was divided by the global batch, and represents the mean over this replica's part of it.
-    """Scales a gradient to the mean over this replica's own examples; requests nothing."""
+    """Scales a gradient to the mean over this replica's own examples; requests nothing.
+
+    Examples:
+        >>> from dist_partial.distributed.collectives import Collectives, run_rounds
+        >>> from dist_partial.distributed.replicas import create
+        >>> strategy = create("mirrored", cpu=2).strategy
+        >>> found = strategy.run(lambda: run_rounds(Collectives(), [own_part(tf.constant([0.5]))])[0])
+        >>> [each.numpy().tolist() for each in strategy.experimental_local_results(found)]
+        [[1.0], [1.0]]
+    """
     context: Any = tf.distribute.get_replica_context()
     return gradient * context.num_replicas_in_sync
     yield  # a generator that asks for nothing

@@ -54,8 +54,8 @@ class LocalSGD:
         # Of a class, not made by (), `shared` would be the property itself.
         if self.compressor is not None and getattr(self.compressor, "shared", False) is not True:
             raise UserError(
-                f"local_sgd.compressor is {shown(self.compressor)}: bind a reduction of every step, such as "
-                "@quantized()"
+                f"local_sgd.compressor is {shown(self.compressor)}: give a reduction of every step, such as "
+                "Quantized(), in a gin file @quantized(), with the ()"
             )
 
     @property
@@ -121,6 +121,13 @@ def averages(plan: Plan, variables: Sequence[Any]) -> tuple[Payload, ...]:
 
     Returns:
         One message at most: none where nothing travels that would take them along.
+
+    Examples:
+        >>> from dist_partial.selection import resolve
+        >>> layer = keras.layers.BatchNormalization()
+        >>> plan = resolve([("train", ".*")], keras.Sequential([keras.Input([4]), layer]), LocalSGD(sync_every=10))
+        >>> averages(plan, [layer.moving_mean, layer.moving_variance])
+        (Payload(kind='sum', bytes=32, every=10, offset=0),)
     """
     size = sum(math.prod(variable.shape) * itemsize(variable.dtype) for variable in variables)
     local = [group.reduction for group in plan.groups if isinstance(group.reduction, LocalSGD)]

@@ -31,6 +31,17 @@ def reduce_gradients(
     Returns:
         The sums and the averages, in the shapes and dtypes they came in: the same bits on every replica, except
         where a reduction is not `shared`.
+
+    Examples:
+        >>> import keras
+        >>> from dist_partial.reductions import TopK
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(1)])
+        >>> plan = resolve([("train", ".*")], model, TopK(density=0.25, bits=32))
+        >>> gradients = [tf.constant([[1.0], [-4.0], [2.0], [3.0]]), None]
+        >>> sums, _ = reduce_gradients(Collectives(), plan, gradients, make_states(plan))
+        >>> sums[0].numpy().ravel().tolist(), sums[1]
+        ([0.0, -4.0, 0.0, 0.0], None)
     """
     trained = plan.trained
     # Backprop produces the last layers' gradients first: they go first, while the rest is still computed.
@@ -44,7 +55,17 @@ def reduce_gradients(
 
 
 def make_states(plan: Plan) -> list[dict[str, tf.Variable]]:
-    """Makes what the reductions keep on each replica, in the order of `plan.trained`; called in the scope."""
+    """Makes what the reductions keep on each replica, in the order of `plan.trained`; called in the scope.
+
+    Examples:
+        >>> import keras
+        >>> from dist_partial.reductions import TopK
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([100]), keras.layers.Dense(1)])
+        >>> plan = resolve([("train", ".*")], model, TopK())  # by which a bias of one is sent whole
+        >>> [list(state) for state in make_states(plan)]
+        [['residual'], []]
+    """
     return [
         {
             name: tf.Variable(

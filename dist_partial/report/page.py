@@ -194,7 +194,14 @@ def strips(runs: Sequence[Run]) -> list[Figure | None]:
 
 
 def layers(variables: Sequence[Variable]) -> list[Layer]:
-    """Groups a plan's lines by layer; with many layers, equal neighbours become one line."""
+    """Groups a plan's lines by layer; with many layers, equal neighbours become one line.
+
+    Examples:
+        >>> names = ("kernel", "bias")
+        >>> variables = [Variable(f"a/{n}", "a", (2,), "float32", n == "bias", "", None, "", "", 8.0) for n in names]
+        >>> [(line.name, line.variables, line.parameters, line.trained_parameters) for line in layers(variables)]
+        [('a', 2, 4, 2)]
+    """
     members: dict[str, list[Variable]] = {}
     for variable in variables:
         members.setdefault(variable.layer, []).append(variable)
@@ -233,6 +240,12 @@ def samples(runs: Sequence[Run]) -> list[tuple[str, list[Sample], int]]:
 
     Returns:
         A heading, "" for the last ones; texts by prompt, temperature and run; how many texts more there are.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> rows = [{"step": step, "temperature": 1.0, "prompt": "def", "text": f" {step}"} for step in (10, 20)]
+        >>> [(title, [sample.text for sample in texts]) for title, texts, _ in samples([SimpleNamespace(samples=rows)])]
+        [('', [' 20']), ('step 10', [' 10'])]
     """
     by_place: dict[tuple[int, int, float, str], list[Sample]] = {}
     for number, run in enumerate(runs):
@@ -259,14 +272,25 @@ def samples(runs: Sequence[Run]) -> list[tuple[str, list[Sample], int]]:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Lists bindings in which runs differ: the name, and the value in each; "" where there is none."""
+    """Lists bindings in which runs differ: the name, and the value in each; "" where there is none.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> differences([SimpleNamespace(bindings={"run.seed": seed, "run.steps": "5"}) for seed in ("0", "1")])
+        [('run.seed', ['0', '1'])]
+    """
     names = sorted({name for run in runs for name in run.bindings})
     table = [(name, [run.bindings.get(name, "") for run in runs]) for name in names]
     return [(name, values) for name, values in table if len(set(values)) > 1]
 
 
 def visible(text: str, limit: int | None = None) -> str:
-    """Replaces what cannot be shown by the replacement character, and cuts after `limit` characters."""
+    """Replaces what cannot be shown by the replacement character, and cuts after `limit` characters.
+
+    Examples:
+        >>> visible("a\\x00b"), visible("abcdef", limit=2)
+        ('a\ufffdb', 'ab… (4 more characters)')
+    """
     rest = len(text) - limit if limit else 0
     shown = text[:limit].translate(_REPLACED)
     return f"{shown}… ({rest:,} more characters)" if rest > 0 else shown

@@ -197,13 +197,26 @@ def _strips(run: Run, rows: Sequence[Strip], number: int, last: int, longest: in
 
 
 def quality(runs: Sequence[Run]) -> str:
-    """Chooses what compares held-out quality: bits per byte if every run that has evaluations has them."""
+    """Chooses what compares held-out quality: bits per byte if every run that has evaluations has them.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> of_bytes, other = (SimpleNamespace(evaluations=({name: 1.0},)) for name in ("bits_per_byte", "loss"))
+        >>> quality([of_bytes]), quality([of_bytes, other])
+        ('bits_per_byte', 'loss')
+    """
     names = [set().union(*run.evaluations) for run in runs if run.evaluations]
     return "bits_per_byte" if names and all("bits_per_byte" in each for each in names) else "loss"
 
 
 def column(run: Run, name: str) -> np.ndarray:
-    """Reads a column as [evaluations], NaN where it is missing."""
+    """Reads a column as [evaluations], NaN where it is missing.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> column(SimpleNamespace(evaluations=({"loss": 2.5}, {})), "loss").tolist()
+        [2.5, nan]
+    """
     return np.array([row.get(name, math.nan) for row in run.evaluations], np.float64)
 
 
@@ -212,6 +225,10 @@ def binned(x: np.ndarray, y: np.ndarray, count: int) -> tuple[np.ndarray, np.nda
 
     Returns:
         Mean `x`, mean, least and greatest `y` of each bin that has any; rows whose `y` is NaN are left out.
+
+    Examples:
+        >>> [each.tolist() for each in binned(np.arange(4.0), np.array([1.0, 3.0, 5.0, 9.0]), count=2)]
+        [[0.5, 2.5], [2.0, 7.0], [1.0, 5.0], [3.0, 9.0]]
     """
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if len(x) <= count:
@@ -226,7 +243,12 @@ def binned(x: np.ndarray, y: np.ndarray, count: int) -> tuple[np.ndarray, np.nda
 
 
 def cells(strip: Strip, last: int, columns: int) -> list[tuple[float, float, float]]:
-    """Joins equal neighbours of trained spans, and averages where there are too many to draw."""
+    """Joins equal neighbours of trained spans, and averages where there are too many to draw.
+
+    Examples:
+        >>> cells(Strip("head", ((0, 10, 1.0), (10, 20, 1.0), (20, 30, 0.0))), last=30, columns=100)
+        [(0, 20, 1.0)]
+    """
     spans = list(strip.spans)
     if len(spans) > columns:
         edges = np.linspace(0, last, columns + 1)
@@ -246,7 +268,13 @@ def cells(strip: Strip, last: int, columns: int) -> list[tuple[float, float, flo
 
 
 def merged(strips: Sequence[Strip]) -> list[Strip]:
-    """Merges neighbouring layers that were trained alike, where there are many, into one row."""
+    """Merges neighbouring layers that were trained alike, where there are many, into one row.
+
+    Examples:
+        >>> alike = [Strip(f"block_{i}", ((0, 10, 1.0),)) for i in range(_LAYERS + 1)]
+        >>> [strip.spans for strip in merged(alike)], len(merged(alike[1:])) == _LAYERS
+        ([((0, 10, 1.0),)], True)
+    """
     if len(strips) <= _LAYERS:
         return list(strips)
     groups: list[list[Strip]] = []

@@ -33,6 +33,11 @@ class Variable:
         rule: the rule that took it.
         reduction: how its gradient travels, or "".
         wire_bytes: payload bytes of one replica in a step, on average.
+
+    Examples:
+        >>> kernel = Variable("a/kernel", "a", (8, 2), "float32", True, "", (0, 3), "train a/.*", "all-reduce", 24.0)
+        >>> kernel.parameters, kernel.trained_parameters
+        (16, 6)
     """
 
     path: str
@@ -66,6 +71,10 @@ class Strip:
     Attributes:
         name: of the layer.
         spans: (first step - 1, last step, share of the layer's parameters that these steps trained), in order.
+
+    Examples:
+        >>> Strip("head", ((0, 30, 1.0), (30, 40, 0.0))).total
+        0.75
     """
 
     name: str
@@ -193,6 +202,16 @@ def read(folders: Sequence[Path]) -> list[Run]:
 
     Raises:
         UserError: one is absent, is no run folder, or has a plan.json that cannot be read.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plan = {"variables": [{"path": "head/kernel", "shape": [8, 2], "trained": True}], "workers": 2}
+        ...     _ = Path(folder, "plan.json").write_text(json.dumps(plan))
+        ...     _ = Path(folder, "metrics.jsonl").write_text('{"split": "train", "step": 1, "loss": 2.5}\\n')
+        ...     [run] = read([Path(folder)])
+        >>> run.trained_parameters, run.last_step, run.train[:, 1].tolist()
+        (16, 1, [2.5])
     """
     given: dict[Path, Path] = {}
     for folder in folders:
@@ -204,7 +223,8 @@ def read(folders: Sequence[Path]) -> list[Run]:
 def _check(folder: Path) -> None:
     if not folder.exists():
         around = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise UserError(f"no folder {folder}{nearest(folder.name, around)}")
+        near = nearest(folder.name, around, folder=folder.parent)
+        raise UserError(f"no folder {folder}{near or '; name the folder of a run, such as runs/quickstart'}")
     if not folder.is_dir():
         raise UserError(f"{folder} is a file: name the run folder that it is in")
     if not (folder / "plan.json").is_file():
@@ -373,7 +393,12 @@ def _share(variables: Sequence[Variable], on: Callable[[Variable], bool] = lambd
 
 
 def bindings(text: str) -> dict[str, str]:
-    """Reads the bindings of an operative configuration: name and value as text, in one line."""
+    """Reads the bindings of an operative configuration: name and value as text, in one line.
+
+    Examples:
+        >>> bindings("# Parameters for run:\\nrun.rules = \\\\\\n    [('train', '.*')]\\nrun.steps = 5\\n")
+        {'run.rules': "[('train', '.*')]", 'run.steps': '5'}
+    """
     found: dict[str, str] = {}
     name = ""
     for line in text.splitlines():

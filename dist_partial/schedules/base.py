@@ -50,6 +50,13 @@ class Schedule(Protocol):
         statistics: what `observe` is given: None if it is never called; 'norms': for each unit the sum, over the steps
             since the last switch, of the squared norm of its reduced gradient, 0 for a unit that was off; 'probe': the
             squared norm of each unit's gradient, on or off, on one small batch.
+
+    Examples:
+        >>> from dist_partial.schedules import Rotation
+        >>> schedule: Schedule = Rotation(every=10)
+        >>> units = [Unit(name, paths, 8, 2) for name, paths in schedule.partition(["a/kernel", "a/bias", "b/kernel"])]
+        >>> [sorted(schedule.select(step, units, seed=0, state={})) for step in (0, schedule.next_switch(0))]
+        [['b'], ['a']]
     """
 
     @property
@@ -91,7 +98,16 @@ def observes(schedule: Schedule, step: int) -> bool:
 
 
 class Stateless:
-    """Gives schedules that follow from step and seed alone the methods of those with a state."""
+    """Gives schedules that follow from step and seed alone the methods of those with a state.
+
+    Examples:
+        >>> class HeadOnly(Stateless):
+        ...     def select(self, step, units, seed, state):
+        ...         return frozenset([units[-1].name])
+        >>> schedule, units = HeadOnly(), [Unit("body", ("body/kernel",), 8, 2), Unit("head", ("head/kernel",), 8, 2)]
+        >>> sorted(schedule.remaining(0, units, schedule.initial(units))), observes(schedule, 0)
+        (['body', 'head'], False)
+    """
 
     statistics: ClassVar[str | None] = None
 
@@ -114,6 +130,13 @@ class Periodic(Stateless):
         every: steps from one switch to the next.
         units: regular expressions of whole paths, from the model's input to its output, of which the first that
             matches counts; None makes a unit of each top layer, the first component of the paths.
+
+    Examples:
+        >>> class Mine(Periodic):
+        ...     binding = "mine"
+        >>> mine = Mine(every=10, units=["head/.*", ".*"])
+        >>> mine.next_switch(10), mine.partition(["body/kernel", "head/kernel"])
+        (20, [('head/.*', ('head/kernel',)), ('.*', ('body/kernel',))])
     """
 
     every: Annotated[int, AtLeast(1)] = 100
@@ -132,7 +155,12 @@ class Periodic(Stateless):
 
 
 def by_layer(paths: Sequence[str]) -> Partition:
-    """Divides paths into one unit a top layer."""
+    """Divides paths into one unit a top layer.
+
+    Examples:
+        >>> by_layer(["body/kernel", "head/kernel", "body/bias"])
+        [('body', ('body/kernel', 'body/bias')), ('head', ('head/kernel',))]
+    """
     layers: dict[str, list[str]] = {}
     for path in paths:
         layers.setdefault(path.split("/")[0], []).append(path)
@@ -140,7 +168,12 @@ def by_layer(paths: Sequence[str]) -> Partition:
 
 
 def by_pattern(where: str, patterns: Sequence[str], paths: Sequence[str]) -> Partition:
-    """Divides paths into units by the first pattern that matches, in the patterns' order."""
+    """Divides paths into units by the first pattern that matches, in the patterns' order.
+
+    Examples:
+        >>> by_pattern("phases.units", [".*/bias", "body/.*"], ["body/kernel", "body/bias"])
+        [('.*/bias', ('body/bias',)), ('body/.*', ('body/kernel',))]
+    """
     units: list[list[str]] = [[] for _ in patterns]
     for path in paths:
         number = next((n for n, pattern in enumerate(patterns) if matches(pattern, path)), None)
@@ -157,7 +190,13 @@ def by_pattern(where: str, patterns: Sequence[str], paths: Sequence[str]) -> Par
 
 
 def split_always(binding: str, always: Sequence[str], units: Sequence[Unit]) -> tuple[list[str], list[str]]:
-    """Splits the names of the units into those that are always on, and the others, in the units' order."""
+    """Splits the names of the units into those that are always on, and the others, in the units' order.
+
+    Examples:
+        >>> units = [Unit(name, (f"{name}/kernel",), 8, 2) for name in ("body", "neck", "head")]
+        >>> split_always("lisa.always", ["h.*"], units)
+        (['head'], ['body', 'neck'])
+    """
     names = [unit.name for unit in units]
     on = set()
     for pattern in always:
@@ -172,11 +211,21 @@ def split_always(binding: str, always: Sequence[str], units: Sequence[Unit]) -> 
 
 
 def quoted(words: Iterable[str]) -> str:
-    """Joins words, each in quotes."""
+    """Joins words, each in quotes.
+
+    Examples:
+        >>> print(quoted(["body", "head"]))
+        'body', 'head'
+    """
     return ", ".join(map(repr, words))
 
 
 def unreached(what: str, start: int, steps: int) -> list[str]:
     # No mistake: the schedule of a long run is tried for a few steps, and goes on when run.steps is more.
-    """Says, if so, that a run ends before `start`."""
+    """Says, if so, that a run ends before `start`.
+
+    Examples:
+        >>> unreached("phase 2 begins", start=100, steps=60), unreached("phase 2 begins", start=100, steps=200)
+        (['phase 2 begins after 100 steps, and run.steps is 60'], [])
+    """
     return [f"{what} after {start} steps, and run.steps is {steps}"] if start >= steps else []

@@ -20,7 +20,7 @@ from dist_partial.schedules.base import (
     unreached,
 )
 from dist_partial.selection.rules import matches
-from dist_partial.validation import AtLeast, OneOf, Patterns, check_pattern, nearest
+from dist_partial.validation import AtLeast, OneOf, Patterns, check_pattern, counted, nearest, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +64,12 @@ class Phases(Stateless):
 
     def __post_init__(self) -> None:
         if not isinstance(self.table, (list, tuple)) or not self.table:
-            raise UserError("phases.table is empty: bind a list such as [(0, r'head/.*'), (200, r'.*')]")
+            raise UserError(
+                f"phases.table is {shown(self.table)}: write a list such as [(0, r'head/.*'), (200, r'.*')]"
+            )
         for number, line in enumerate(self.table, 1):
             if not isinstance(line, (list, tuple)) or len(line) != 2 or type(line[0]) is not int:
-                raise UserError(f"phases.table, phase {number} is {line!r}: write (first step, pattern)")
+                raise UserError(f"phases.table, phase {number} is {shown(line)}: write (first step, pattern)")
             check_pattern(f"phases.table, phase {number}", line[1])
         if self._starts[0] != 0:
             raise UserError(f"phases.table, phase 1 starts at step {self._starts[0]}: the first must start at 0")
@@ -228,8 +230,8 @@ class Lisa(Periodic):
         always, others = self._split(units)
         if self.count > len(others):
             raise UserError(
-                f"lisa.count is {self.count}: there are {len(others)} units to draw from, {quoted(others)}, beside "
-                f"those that are always on, {quoted(always)}"
+                f"lisa.count is {self.count}: it draws from {counted(len(others), 'unit')}, {quoted(others)}, beside "
+                f"those that are always on, {quoted(always)}; draw fewer, or have fewer in lisa.always"
             )
         return unreached(f"lisa.every is {self.every}: the second draw comes", self.every, steps)
 

@@ -73,7 +73,14 @@ def own_names(model: Any, variables: Sequence[Any]) -> list[str]:
 
 
 def frozen_by_code(model: Any) -> list[str]:
-    """Lists the paths of weights that rules cannot reach because of `trainable = False`; no statistics."""
+    """Lists the paths of weights that rules cannot reach because of `trainable = False`; no statistics.
+
+    Examples:
+        >>> import keras
+        >>> layers = [keras.layers.Dense(2, trainable=False, name="body"), keras.layers.Dense(1, name="head")]
+        >>> frozen_by_code(keras.Sequential([keras.Input([2]), *layers]))
+        ['body/kernel', 'body/bias']
+    """
     trainable = {id(variable) for variable in model.trainable_variables}
     weights = {id(v): v for layer in compat.layers(model) for v in compat.own_weights(layer)}
     return paths_of(model, [variable for key, variable in weights.items() if key not in trainable])

@@ -56,7 +56,12 @@ def average_bytes(payloads: Sequence[Any], workers: int | None = None) -> int | 
 
 
 def exact_number(value: fractions.Fraction | int) -> int | float:
-    """Returns an int where the value is whole, else a float."""
+    """Returns an int where the value is whole, else a float.
+
+    Examples:
+        >>> exact_number(fractions.Fraction(6, 2)), exact_number(fractions.Fraction(1, 2))
+        (3, 0.5)
+    """
     return int(value) if value == int(value) else float(value)
 
 

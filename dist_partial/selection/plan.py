@@ -11,7 +11,16 @@ from dist_partial.selection.rules import Rule
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
-    """Holds a kernel that is frozen, and the LoRA factors that are trained in its place."""
+    """Holds a kernel that is frozen, and the LoRA factors that are trained in its place.
+
+    Examples:
+        >>> import keras
+        >>> from dist_partial.adapters import lora
+        >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(4, name="head")])
+        >>> adapter = lora.enable([Rule("head/kernel", lora=2)], model)["head/kernel"]
+        >>> [tuple(factor.shape) for factor in adapter.factors], adapter.kernel.trainable
+        ([(8, 2), (2, 4)], False)
+    """
 
     kernel: Any
     factors: tuple[Any, ...]
@@ -76,7 +85,17 @@ class VariablePlan:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-    """Groups the variables of one unit that one trained rule covers: they share an optimizer and a reduction."""
+    """Groups the variables of one unit that one trained rule covers: they share an optimizer and a reduction.
+
+    Examples:
+        >>> import keras
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(2, name="head")])
+        >>> plan = resolve([Rule(".*/bias", reduction=AllReduce("bfloat16")), Rule(".*")], model, AllReduce())
+        >>> [([entry.path for entry in group.entries], str(group.reduction)) for group in plan.groups]
+        [(['head/bias'], 'all-reduce in bfloat16'), (['head/kernel'], 'all-reduce')]
+    """
 
     rule: Rule
     entries: tuple[VariablePlan, ...]

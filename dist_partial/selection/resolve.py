@@ -9,7 +9,7 @@ from dist_partial.errors import UserError
 from dist_partial.selection.paths import frozen_by_code, variable_paths
 from dist_partial.selection.plan import Adapter, Plan, VariablePlan
 from dist_partial.selection.rules import REDUCTION, Rule, first_match, matches, parse_rules
-from dist_partial.validation import check_value, nearest
+from dist_partial.validation import check_value, counted, nearest
 
 
 def resolve(
@@ -69,7 +69,7 @@ def resolve(
             _check_unused(number, rules, paths, model)
     plan = Plan(rules, tuple(entries))
     if not plan.trained:
-        raise UserError(f"the rules train nothing: all {len(paths)} variables are frozen; add ('train', pattern)")
+        raise UserError(f"the rules train nothing: {counted(len(paths), 'variable')} frozen; add ('train', pattern)")
     return plan
 
 

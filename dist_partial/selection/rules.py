@@ -4,13 +4,27 @@ Rules are ordered and the first match wins, like a router's.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from dist_partial.errors import UserError
-from dist_partial.validation import AtLeast, Factory, Has, check, check_pattern
+from dist_partial.validation import AtLeast, Factory, Has, check, check_pattern, check_value, shown
 
+
+class _Table:
+    """Annotates a table of rules."""
+
+    def refusal(self, value: Any) -> str:
+        """What to write instead of a value; '' where it is a list with something in it."""
+        if isinstance(value, (list, tuple)) and value:
+            return ""
+        what = "" if isinstance(value, (list, tuple)) else f"it is a {type(value).__name__} and no list; "
+        return f"{what}write a list such as [('train', r'head/.*'), ('freeze', r'.*')]"
+
+
+TABLE = _Table()
 REDUCTION = Has("payloads", "give one such as AllReduce(), in a gin file @all_reduce(), with the ()")
 
 
@@ -47,6 +61,31 @@ class Rule:
     rows: tuple[int, int] | None = None
     lora: Annotated[int | None, AtLeast(1), "write its rank, a whole number of at least 1"] = None
 
+    def __post_init__(self) -> None:
+        where = f"rule {shown(self.match)}"
+        check(self, where, ": ")
+        check_pattern("Rule.match", self.match)
+        options = ("optimizer", "learning_rate", "reduction", "rows", "lora")
+        if not self.train and (given := [name for name in options if getattr(self, name) is not None]):
+            raise UserError(f"{where} freezes what it matches, so {given[0]} has no use: remove it or set train = True")
+        rate, number = self.learning_rate, isinstance(self.learning_rate, (int, float))
+        # Keras takes functions, too; True is a number to Python.
+        fits = 0 < rate < math.inf and rate is not True if number else callable(rate) and not isinstance(rate, type)
+        if rate is not None and not fits:
+            raise UserError(f"{where}: learning_rate is {shown(rate)}: give a number above 0, or a Keras schedule")
+        self._check_rows(where)
+
+    def _check_rows(self, where: str) -> None:
+        rows: Any = self.rows
+        if rows is None:
+            return
+        if not (isinstance(rows, (list, tuple)) and len(rows) == 2 and all(type(row) is int for row in rows)):
+            raise UserError(f"{where}: rows is {shown(rows)}: write (start, stop) of the leading axis")
+        if not 0 <= rows[0] < rows[1]:
+            raise UserError(f"{where}: rows {tuple(rows)} is empty or negative: write 0 <= start < stop")
+        if self.lora is not None:
+            raise UserError(f"{where}: lora trains factors of whole kernels, so rows has no use: remove one of them")
+
     def __str__(self) -> str:
         rows = f" rows {self.rows[0]}:{self.rows[1]}" if self.rows else ""
         lora = f" lora {self.lora}" if self.lora else ""
@@ -63,47 +102,21 @@ def parse_rules(table: Sequence[Any]) -> tuple[Rule, ...]:
         >>> [str(rule) for rule in parse_rules([("train", "head/.*"), Rule(".*", train=False)])]
         ['train head/.*', 'freeze .*']
     """
-    if not isinstance(table, (list, tuple)) or not table:
-        raise UserError(
-            "the rules (run.rules) are empty: write a list such as [('train', r'head/.*'), ('freeze', r'.*')]"
-        )
+    check_value("rules", table, Annotated[Any, TABLE])
     return tuple(_parse_rule(number, line) for number, line in enumerate(table, 1))
 
 
 def _parse_rule(number: int, line: Any) -> Rule:
     if isinstance(line, Rule):
-        rule = line
-    elif isinstance(line, (list, tuple)) and len(line) == 2 and line[0] in ("train", "freeze"):
-        rule = Rule(match=line[1], train=line[0] == "train")
-    else:
+        # The table's lines are distinguished by id, so each line is an object of its own.
+        return dataclasses.replace(line)
+    if not (isinstance(line, (list, tuple)) and len(line) == 2 and line[0] in ("train", "freeze")):
         raise UserError(
-            f"rule {number} is {line!r}: write ('train', pattern), ('freeze', pattern) or a Rule, in a gin file "
+            f"rule {number} is {shown(line)}: write ('train', pattern), ('freeze', pattern) or a Rule, in a gin file "
             "@name/Rule()"
         )
-    check_pattern(f"rule {number}", rule.match)
-    _check_options(number, rule)
-    # The table's lines are distinguished by id, so each line is an object of its own.
-    return dataclasses.replace(rule)
-
-
-def _check_options(number: int, rule: Rule) -> None:
-    where = f"rule {number} ({rule.match!r})"
-    check(rule, where, ": ")
-    options = [
-        name for name in ("optimizer", "learning_rate", "reduction", "rows", "lora") if getattr(rule, name) is not None
-    ]
-    if not rule.train and options:
-        raise UserError(f"{where} freezes what it matches, so {options[0]} has no use: remove it or set train = True")
-    if rule.rows is not None:
-        rows = rule.rows
-        if not (isinstance(rows, (list, tuple)) and len(rows) == 2 and all(type(row) is int for row in rows)):
-            raise UserError(f"{where}: rows is {rows!r}: write (start, stop) of the leading axis")
-        if not 0 <= rows[0] < rows[1]:
-            raise UserError(f"{where}: rows {tuple(rows)} is empty or negative: write 0 <= start < stop")
-        if rule.lora is not None:
-            raise UserError(f"{where}: lora trains factors of whole kernels, so rows has no use: remove one of them")
-    if isinstance(rule.learning_rate, (int, float)) and not rule.learning_rate > 0:
-        raise UserError(f"{where}: learning_rate is {rule.learning_rate}: it must be above 0")
+    check_pattern(f"rule {number}", line[1])
+    return Rule(match=line[1], train=line[0] == "train")
 
 
 def first_match(rules: Sequence[Rule], path: str) -> int | None:

@@ -61,7 +61,12 @@ def _interface(workers: int, hosts: int) -> str:
 
 
 def grouped(average: int | float) -> str:
-    """Writes a number with its digits grouped."""
+    """Writes a number with its digits grouped.
+
+    Examples:
+        >>> grouped(1234567), grouped(1234.56)
+        ('1,234,567', '1,234.6')
+    """
     return f"{average:,}" if isinstance(average, int) else f"{average:,.1f}"
 
 

@@ -43,6 +43,14 @@ class LayerState:
         averaged: what replicas average after each step besides the statistics of BatchNorm layers, of which the mode
             of the layer decides.
         states: all that moves, and the random generators that no training step uses: what nothing else may move.
+
+    Examples:
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
+        >>> state, _ = find(model, tf.TensorSpec([2], tf.float32), resolve([("train", ".*")], model, AllReduce()))
+        >>> len(state.moving), [variable.name for variable in state.generators]
+        (1, ['seed_generator_state'])
     """
 
     moving: tuple[Any, ...] = ()
@@ -56,13 +64,26 @@ class LayerState:
 
 
 def recurrent(model: keras.Model) -> list[Any]:
-    """States of stateful recurrent layers, [examples, units]; Keras has them in no `variables` and saves none."""
+    """States of stateful recurrent layers, [examples, units]; Keras has them in no `variables` and saves none.
+
+    Examples:
+        >>> inputs = keras.Input(batch_shape=[8, 3, 2])
+        >>> model = keras.Model(inputs, keras.layers.SimpleRNN(4, stateful=True)(inputs))
+        >>> [tuple(state.shape) for state in recurrent(model)]
+        [(8, 4)]
+    """
     layers = [layer for layer in compat.layers(model) if isinstance(layer, keras.layers.RNN) and layer.stateful]
     return [state for layer in layers if layer.built for state in tf.nest.flatten(layer.states)]
 
 
 def batch_size(model: keras.Model) -> int | None:
-    """Finds the number of examples that a model takes at a time, if a stateful layer has fixed it."""
+    """Finds the number of examples that a model takes at a time, if a stateful layer has fixed it.
+
+    Examples:
+        >>> inputs = keras.Input(batch_shape=[8, 3, 2])
+        >>> batch_size(keras.Model(inputs, keras.layers.SimpleRNN(4, stateful=True)(inputs)))
+        8
+    """
     return next((state.shape[0] for state in recurrent(model)), None)
 
 
@@ -164,6 +185,12 @@ def spread(strategy: tf.distribute.Strategy, generators: Sequence[Any]) -> None:
     """Gives each replica's generators seeds of their own, which follow from the first replica's.
 
     Call it in the cross-replica context when all replicas have the first one's state: at the start, or restored.
+
+    Examples:
+        >>> generator = keras.random.SeedGenerator(5)
+        >>> spread(tf.distribute.get_strategy(), [generator.state])  # the first replica keeps its seed
+        >>> generator.state.numpy().tolist()
+        [5, 0]
     """
     first = input_context(strategy).input_pipeline_id * local_count(strategy)
     for variable in generators:
@@ -175,7 +202,15 @@ def spread(strategy: tf.distribute.Strategy, generators: Sequence[Any]) -> None:
 
 @contextlib.contextmanager
 def untouched(strategy: tf.distribute.Strategy, variables: Sequence[Any]) -> Iterator[None]:
-    """Puts this worker's copies of variables back afterwards: nothing but a training step may change them."""
+    """Puts this worker's copies of variables back afterwards: nothing but a training step may change them.
+
+    Examples:
+        >>> variable = keras.Variable([1.0])
+        >>> with untouched(tf.distribute.get_strategy(), [variable]):
+        ...     _ = variable.assign([2.0])
+        >>> variable.numpy().tolist()
+        [1.0]
+    """
     copies = [copy for v in variables for copy in strategy.experimental_local_results(v.value)]
     kept = [tf.identity(copy) for copy in copies]
     try:

@@ -18,6 +18,12 @@ class LossScale:
 
     Make it in the strategy's scope. Both variables are mirrored, and are changed in the cross-replica
     context by what is known of the *summed* gradient, so replicas cannot disagree.
+
+    Examples:
+        >>> scale = LossScale()
+        >>> scale.adjust(tf.constant(False))
+        >>> float(scale.value()) == FIRST_SCALE / 2
+        True
     """
 
     def __init__(self) -> None:
@@ -45,5 +51,11 @@ class LossScale:
 
 
 def needs_loss_scale(model: keras.Model) -> bool:
-    """Tells whether any layer computes in float16."""
+    """Tells whether any layer computes in float16.
+
+    Examples:
+        >>> layers = [keras.layers.Dense(1, dtype=dtype) for dtype in ("float32", "mixed_float16")]
+        >>> [needs_loss_scale(keras.Sequential([layer])) for layer in layers]
+        [False, True]
+    """
     return any(layer.compute_dtype == "float16" for layer in compat.layers(model))

@@ -278,6 +278,13 @@ def check_class_ids(loss: Any, name: str, y: np.ndarray, classes: int) -> None:
 
     Raises:
         UserError: a target is none of 0 to classes - 1.
+
+    Examples:
+        >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        >>> check_class_ids(loss, "mine", np.array([0, 9]), classes=10)
+        >>> check_class_ids(loss, "mine", np.array([1, 10]), classes=10)
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: mine has targets up to 10 and run.model gives logits for the classes 0 to 9: ...
     """
     if type(loss) is not keras.losses.SparseCategoricalCrossentropy or loss.get_config().get("axis", -1) != -1:
         return
@@ -288,7 +295,8 @@ def check_class_ids(loss: Any, name: str, y: np.ndarray, classes: int) -> None:
     if y.dtype.kind == "f" and (y != np.floor(y)).any():
         raise UserError(
             f"{name} has targets such as {y[y != np.floor(y)][0]:.6g}, which are no class ids, and run.loss is a "
-            "cross-entropy over classes: bind e.g. run.loss = @keras.losses.MeanSquaredError"
+            "cross-entropy over classes: give another, such as keras.losses.MeanSquaredError, in a gin file "
+            "run.loss = @keras.losses.MeanSquaredError"
         )
     if low < 0:
         raise UserError(f"{name} has the target {low:g}: run.loss takes class ids, which are numbered from 0")

@@ -14,6 +14,7 @@ import tensorflow as tf
 from dist_partial import compat
 from dist_partial.errors import UserError, first_line
 from dist_partial.selection.plan import Group, Plan, VariablePlan
+from dist_partial.validation import shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,6 +23,15 @@ class OptimizerVariable:
 
     That is the model's variable itself, or, where rows are selected, a stand-in of those rows alone, so that
     the optimizer holds slots for nothing else; `write_rows` copies it into the model after the update.
+
+    Examples:
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import Rule, resolve
+        >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(2, use_bias=False, name="head")])
+        >>> plan = resolve([Rule("head/kernel", rows=(0, 3))], model, AllReduce())
+        >>> [group] = build(plan, keras.optimizers.SGD)
+        >>> [(member.entry.path, tuple(member.variable.shape)) for member in group.members]
+        [('head/kernel', (3, 2))]
     """
 
     entry: VariablePlan
@@ -39,6 +49,17 @@ class GroupOptimizer:
         optimizer: the current one, for exactly the members.
         state: its variables by names that a new process gives them again: `<path>/<slot>` for slots; empty while
             there are none.
+
+    Examples:
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(2, use_bias=False, name="head")])
+        >>> [group] = build(resolve([("train", ".*")], model, AllReduce()), keras.optimizers.Adam)
+        >>> [name for name in group.state if name.startswith("head/")]
+        ['head/kernel/momentum', 'head/kernel/velocity']
+        >>> group.drop()
+        >>> group.state
+        {}
     """
 
     members: tuple[OptimizerVariable, ...]
@@ -76,6 +97,15 @@ def build(plan: Plan, factory: Callable[..., Any], slots: bool = True) -> tuple[
         UserError: if a factory does not make a Keras optimizer, or makes one that accumulates, scales or
             averages by itself (`run.accumulate` and `run.precision` do the first two, in the order the sum needs);
             if the constraint of a variable of which rows are selected looks at its other rows.
+
+    Examples:
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import Rule, resolve
+        >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(2, name="head")])
+        >>> plan = resolve([Rule(".*/bias", optimizer=keras.optimizers.SGD), ("train", ".*")], model, AllReduce())
+        >>> groups = build(plan, keras.optimizers.Adam)
+        >>> [(group.members[0].entry.path, type(group.optimizer).__name__) for group in groups]
+        [('head/bias', 'SGD'), ('head/kernel', 'Adam')]
     """
     groups = tuple(_build_group(number, group, factory) for number, group in enumerate(plan.groups))
     for group in groups if slots else ():
@@ -102,6 +132,13 @@ def prepare(
         factory: makes it.
         members: the variables that it updates.
         number: of the group, for the names of what is no slot.
+
+    Examples:
+        >>> prepare("the optimizer of mine", keras.optimizers.Adam, members=(), number=0).state
+        {}
+        >>> prepare("the optimizer of mine", lambda: "adam", members=(), number=0)
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: the optimizer of mine is 'adam': give a factory, such as ...
     """
     make = functools.partial(_make, where, factory)
     return GroupOptimizer(members, number, make, make())
@@ -114,7 +151,7 @@ def _make(where: str, factory: Callable[..., Any]) -> keras.optimizers.Optimizer
         raise UserError(f"{where} cannot be made: {first_line(error)}") from error
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise UserError(
-            f"{where} is {optimizer!r}: give a factory, such as keras.optimizers.Adam (in a gin file "
+            f"{where} is {shown(optimizer)}: give a factory, such as keras.optimizers.Adam (in a gin file "
             "@keras.optimizers.Adam) without ()"
         )
     check(where, optimizer)
@@ -134,6 +171,12 @@ def another(optimizer: keras.optimizers.Optimizer, learning_rate: Any) -> keras.
 
     Raises:
         UserError: a method was set on the object, which may hold on to it.
+
+    Examples:
+        >>> one = keras.optimizers.SGD(0.5, momentum=0.9)
+        >>> other = another(one, 0.25)
+        >>> float(other.learning_rate), other.momentum, float(one.learning_rate)
+        (0.25, 0.9, 0.5)
     """
     config, current = optimizer.get_config(), compat.learning_rate(optimizer)
     # Keras refuses to read a function back from a config.
@@ -162,7 +205,14 @@ def _equal(value: Any, other: Any) -> bool:
 
 
 def check(where: str, optimizer: keras.optimizers.Optimizer) -> None:
-    """Raises UserError if an optimizer accumulates, averages, scales or delegates; `where` says which it is."""
+    """Raises UserError if an optimizer accumulates, averages, scales or delegates; `where` says which it is.
+
+    Examples:
+        >>> check("mine", keras.optimizers.SGD())
+        >>> check("mine", keras.optimizers.SGD(use_ema=True))
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: mine averages weights (use_ema), which is not done for a selection: ...
+    """
     if optimizer.gradient_accumulation_steps:
         raise UserError(
             f"{where} accumulates gradients by itself, which Keras 3.15 cannot do on several replicas: leave out "
@@ -194,6 +244,13 @@ def stand_in(variable: Any, value: np.ndarray) -> Any:
     """Makes a variable of another value in which an optimizer finds all that it may read of the given one.
 
     Its path, name and constraint decide on weight decay, on the kind of update (Muon) and on what follows it.
+
+    Examples:
+        >>> layer = keras.layers.Dense(2, name="head")
+        >>> layer.build([None, 8])
+        >>> rows = stand_in(layer.kernel, np.zeros([3, 2], np.float32))
+        >>> rows.path, tuple(rows.shape), tuple(layer.kernel.shape)
+        ('head/kernel', (3, 2), (8, 2))
     """
     # No constructor takes a path, a layer's options or a mark of the user's: they are copied with the object.
     other = copy.copy(variable)
@@ -260,6 +317,14 @@ def exclusions(optimizer: Any, members: Sequence[OptimizerVariable]) -> dict[str
 
     Returns:
         "paths" of the members that it was given one by one, and the "pattern" of names, or None.
+
+    Examples:
+        >>> optimizer = keras.optimizers.AdamW()
+        >>> exclusions(optimizer, members=())
+        {}
+        >>> optimizer.exclude_from_weight_decay(var_names=["bias"])
+        >>> exclusions(optimizer, members=())
+        {'paths': [], 'pattern': 'bias'}
     """
     given, pattern = compat.weight_decay_exclusions(optimizer)
     paths = [m.entry.path for m in members if compat.variable_key(optimizer, m.entry.variable) in given]
@@ -270,6 +335,15 @@ def apply(optimizers: Sequence[GroupOptimizer], gradients: Sequence[tf.Tensor | 
     """Updates every group; called in a replica context with reduced gradients in the order of `plan.trained`.
 
     A variable whose gradient is None stays as it is.
+
+    Examples:
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([1]), keras.layers.Dense(2, name="head")])
+        >>> plan = resolve([("train", ".*/bias"), ("freeze", ".*")], model, AllReduce())
+        >>> apply(build(plan, lambda: keras.optimizers.SGD(0.5)), [tf.constant([1.0, -1.0])])
+        >>> model.layers[0].bias.numpy().tolist()
+        [-0.5, 0.5]
     """
     rest = iter(gradients)
     for group in optimizers:
@@ -279,7 +353,19 @@ def apply(optimizers: Sequence[GroupOptimizer], gradients: Sequence[tf.Tensor | 
 
 
 def write_rows(strategy: tf.distribute.Strategy, members: Sequence[OptimizerVariable]) -> None:
-    """Copies the rows that were updated into the model's variables; called in the cross-replica context."""
+    """Copies the rows that were updated into the model's variables; called in the cross-replica context.
+
+    Examples:
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import Rule, resolve
+        >>> model = keras.Sequential([keras.Input([1]), keras.layers.Dense(3, name="head")])
+        >>> plan = resolve([Rule(".*/bias", rows=(1, 3)), ("freeze", ".*")], model, AllReduce())
+        >>> [group] = build(plan, keras.optimizers.SGD)
+        >>> _ = group.members[0].variable.assign([5.0, 6.0])
+        >>> write_rows(tf.distribute.get_strategy(), group.members)
+        >>> model.layers[0].bias.numpy().tolist()
+        [0.0, 5.0, 6.0]
+    """
     for member in members:
         if member.entry.rule.rows is not None:
             start, stop = member.entry.rule.rows

@@ -95,6 +95,15 @@ def build(
 
     Raises:
         UserError: if an outer factory does not make a Keras optimizer.
+
+    Examples:
+        >>> from dist_partial.reductions.reduce_gradients import make_states
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([1]), keras.layers.Dense(2)])
+        >>> plan = resolve([("train", ".*/bias"), ("freeze", ".*")], model, LocalSGD(sync_every=10))
+        >>> [fragment] = build(plan, optimizers.build(plan, keras.optimizers.SGD), make_states(plan))
+        >>> fragment.outer.members[0].variable is model.layers[0].bias, float(fragment.outer.optimizer.learning_rate)
+        (False, 1.0)
     """
     rest = iter(states)
     fragments = []
@@ -134,6 +143,18 @@ def exchanges(
         without_gradient: paths on which the loss does not depend: they do not move.
         statistics: variables that are to be averaged; where no group is shared in every step, which would take them
             along, the first fragment does.
+
+    Examples:
+        >>> from dist_partial.reductions.reduce_gradients import make_states
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([1]), keras.layers.Dense(2)])
+        >>> plan = resolve([("train", ".*/bias"), ("freeze", ".*")], model, LocalSGD(sync_every=10))
+        >>> fragments = build(plan, optimizers.build(plan, keras.optimizers.SGD), make_states(plan))
+        >>> [each] = exchanges(tf.distribute.get_strategy(), Collectives(), plan, fragments, [], [])
+        >>> _ = model.layers[0].bias.assign([1.0, 2.0])
+        >>> each.function()
+        >>> fragments[0].outer.members[0].variable.numpy().tolist(), each.next_due(10)
+        ([1.0, 2.0], 20)
     """
     shared = any(group.reduction.shared for group in plan.groups)
     found = []
@@ -213,7 +234,21 @@ def replica_average(collectives: Collectives, variables: Sequence[Any]) -> None:
 
 @contextlib.contextmanager
 def agreed(strategy: tf.distribute.Strategy, fragments: Sequence[Fragment]) -> Iterator[None]:
-    """Lets the model have the anchors, on which all replicas agree, and gives each replica its own back afterwards."""
+    """Lets the model have the anchors, on which all replicas agree, and gives each replica its own back afterwards.
+
+    Examples:
+        >>> from dist_partial.reductions.reduce_gradients import make_states
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([1]), keras.layers.Dense(2)])
+        >>> plan = resolve([("train", ".*/bias"), ("freeze", ".*")], model, LocalSGD(sync_every=10))
+        >>> fragments = build(plan, optimizers.build(plan, keras.optimizers.SGD), make_states(plan))
+        >>> _ = model.layers[0].bias.assign([1.0, 2.0])
+        >>> with agreed(tf.distribute.get_strategy(), fragments):
+        ...     model.layers[0].bias.numpy().tolist()
+        [0.0, 0.0]
+        >>> model.layers[0].bias.numpy().tolist()
+        [1.0, 2.0]
+    """
     try:
         with untouched(strategy, [member.variable for fragment in fragments for member in fragment.members]):
             for fragment in fragments:

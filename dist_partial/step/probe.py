@@ -35,6 +35,16 @@ def probe(spec: ProbeSpec) -> Any:
     """Compiles the function that differentiates every unit of a plan: (iterator of this worker's batches) -> [units].
 
     No gradient travels: that alone would cost more than a budget saves.
+
+    Examples:
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, use_bias=False)])
+        >>> plan = resolve([("train", ".*")], model, AllReduce())
+        >>> spec = ProbeSpec(tf.distribute.get_strategy(), model, lambda y, outputs: outputs[:, 0], plan, parts=1)
+        >>> batch = tf.constant([[3.0, 4.0]]), tf.zeros([1, 1])
+        >>> probe(spec)(iter(tf.data.Dataset.from_tensors(batch))).numpy().tolist()  # the gradient is the input
+        [25.0]
     """
     return tf.function(functools.partial(squares, spec), autograph=False)
 
@@ -53,6 +63,15 @@ def replica_squares(spec: ProbeSpec, batch: Batch) -> tf.Tensor:
 
     Returns:
         float32 [units], of the mean loss of the replica's own examples.
+
+    Examples:
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, use_bias=False)])
+        >>> plan = resolve([("train", ".*")], model, AllReduce())
+        >>> spec = ProbeSpec(tf.distribute.get_strategy(), model, lambda y, outputs: outputs[:, 0], plan, parts=2)
+        >>> replica_squares(spec, (tf.constant([[3.0, 4.0], [9.0, 9.0]]), tf.zeros([2, 1]))).numpy().tolist()
+        [25.0]
     """
     trained = spec.plan.trained
     values = [entry.variable.value for entry in trained]

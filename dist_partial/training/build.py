@@ -51,6 +51,14 @@ class Trainer:
         layer_state: what layers change in a step.
         fingerprint: what must not change under a run folder.
         notes: lines that the user should read.
+
+    Examples:
+        >>> from dist_partial.data import stdlib_shapes
+        >>> from dist_partial.distributed.replicas import create
+        >>> from dist_partial.models import two_dense
+        >>> settings = Settings([("train", "dense2/bias"), ("freeze", ".*")], two_dense, stdlib_shapes)
+        >>> list(build(settings, create("default")).state().variables)[0]
+        'variables/dense2/bias'
     """
 
     settings: Settings
@@ -106,6 +114,15 @@ def build(settings: Settings, replicas: Replicas) -> Trainer:
 
     Raises:
         UserError: every mistake in the rules, the factories or the data.
+
+    Examples:
+        >>> from dist_partial.data import stdlib_shapes
+        >>> from dist_partial.distributed.replicas import create
+        >>> from dist_partial.models import two_dense
+        >>> settings = Settings([("train", "dense2/.*"), ("freeze", ".*")], two_dense, stdlib_shapes)
+        >>> trainer = build(settings, create("default"))
+        >>> trainer.units[0].paths, trainer.plan.wire_bytes
+        (('dense2/kernel', 'dense2/bias'), 2600)
     """
     keras.config.set_floatx("float64" if settings.precision == "float64" else "float32")
     keras.config.set_dtype_policy(settings.precision)
@@ -193,8 +210,9 @@ def _divided(
         for entry in trained.values():
             if any(payload.every > 1 for payload in entry.payloads) or not entry.reduction.shared:
                 raise UserError(
-                    f"run.schedule switches what is reduced in every step, and {entry.reduction} of rule "
-                    f"{entry.rule.match!r} is not: bind @all_reduce(), @power_sgd(), @top_k() or @quantized()"
+                    "run.schedule switches what is reduced in every step, and "
+                    f"{type(entry.reduction).__name__} ({entry.reduction}) of rule {entry.rule.match!r} is not: give "
+                    "AllReduce(), PowerSGD(), TopK() or Quantized(), in a gin file @all_reduce() and so on"
                 )
     return plan, tuple(units), notes
 
@@ -280,7 +298,18 @@ def compiled_step(
 
 
 def batches(trainer: Trainer, first_step: int, global_batch: int) -> Iterator[Batch]:
-    """This worker's batches from `first_step` on."""
+    """This worker's batches from `first_step` on.
+
+    Examples:
+        >>> from dist_partial.data import stdlib_shapes
+        >>> from dist_partial.distributed.replicas import create
+        >>> from dist_partial.models import two_dense
+        >>> trainer = build(Settings([("train", ".*")], two_dense, stdlib_shapes), create("default"))
+        >>> early = batches(trainer, first_step=0, global_batch=8)
+        >>> _ = next(early)
+        >>> bool((next(early)[0] == next(batches(trainer, first_step=1, global_batch=8))[0]).numpy().all())
+        True
+    """
     return iter(train_batches(trainer.data.train, **order(trainer, first_step, global_batch)))
 
 

@@ -18,6 +18,7 @@ from dist_partial.errors import UserError, calling, first_line, own_line
 from dist_partial.selection.plan import Plan
 from dist_partial.step import layer_state, losses, metrics
 from dist_partial.step.objective import Batch, Objective, prepare, unpacked
+from dist_partial.validation import counted
 
 
 _TRIED = 8  # examples on which a model is tried
@@ -28,6 +29,14 @@ def make_model(settings: Settings, data: Dataset, strategy: tf.distribute.Strate
 
     Raises:
         UserError: it is none, or not one that a run trains as Keras would, or it does not fit the data.
+
+    Examples:
+        >>> from dist_partial.data import stdlib_corpus
+        >>> from dist_partial.models import two_dense
+        >>> settings = Settings([("train", ".*")], two_dense, stdlib_corpus)
+        >>> make_model(settings, stdlib_corpus(window=16), tf.distribute.get_strategy())
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: stdlib_corpus has 256 symbols and run.model gives logits for 10: bind ...
     """
     model = settings.model()
     if not isinstance(model, keras.Model):
@@ -108,11 +117,21 @@ def _check_symbols(model: keras.Model, name: str, symbols: int, outputs: int) ->
 
 
 def check_division(settings: Settings, replicas: int) -> None:
-    """Raises UserError unless a batch divides into the micro-batches of that many replicas."""
+    """Raises UserError unless a batch divides into the micro-batches of that many replicas.
+
+    Examples:
+        >>> from dist_partial.data import stdlib_shapes
+        >>> from dist_partial.models import two_dense
+        >>> settings = Settings([("train", ".*")], two_dense, stdlib_shapes, global_batch=32, accumulate=2)
+        >>> check_division(settings, replicas=4)
+        >>> check_division(settings, replicas=3)
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: run.global_batch = 32 does not divide into 3 replicas x 2 micro-batches: ...
+    """
     if settings.global_batch % (parts := replicas * settings.accumulate):
         raise UserError(
-            f"run.global_batch = {settings.global_batch} does not divide into {replicas} replicas x "
-            f"{settings.accumulate} micro-batches: bind a multiple of {parts}"
+            f"run.global_batch = {settings.global_batch} does not divide into {counted(replicas, 'replica')} x "
+            f"{counted(settings.accumulate, 'micro-batch', 'micro-batches')}: bind a multiple of {parts}"
         )
 
 
@@ -127,24 +146,42 @@ def check_workers(replicas: Replicas, fingerprint: dict[str, Any], bindings: Map
 
 
 def check_scaled(plan: Plan, states: Sequence[dict[str, tf.Variable]]) -> None:
-    """Raises UserError unless all of a plan, with what its reductions keep, can skip a step that overflows."""
+    """Raises UserError unless all of a plan, with what its reductions keep, can skip a step that overflows.
+
+    Examples:
+        >>> from dist_partial.reductions import AllReduce, TopK
+        >>> from dist_partial.selection import resolve
+        >>> plan = resolve([("train", ".*")], keras.Sequential([keras.Input([4]), keras.layers.Dense(1)]), TopK())
+        >>> check_scaled(plan, [{}, {}])
+        >>> check_scaled(plan, [{"residual": tf.Variable([0.0])}, {}])
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: float16 scales the loss and skips the steps that overflow on any ...
+    """
     for entry, kept in zip(plan.trained, states, strict=True):
         if kept or not entry.reduction.shared:
             raise UserError(
-                f"float16 scales the loss and skips the steps that overflow on any replica, which {entry.reduction} of "
-                f"rule {entry.rule.match!r} cannot: bind run.precision = 'mixed_bfloat16', or @all_reduce()"
+                "float16 scales the loss and skips the steps that overflow on any replica, which "
+                f"{type(entry.reduction).__name__} ({entry.reduction}) of rule {entry.rule.match!r} cannot: bind "
+                "run.precision = 'mixed_bfloat16', or reduce by AllReduce(), in a gin file @all_reduce()"
             )
 
 
 @contextlib.contextmanager
 def taking(name: str, x: Any) -> Iterator[None]:
-    """Turns what a model says of the examples of the data set of that name into a mistake of the user's."""
+    """Turns what a model says of the examples of the data set of that name into a mistake of the user's.
+
+    Examples:
+        >>> with taking("mine", tf.TensorSpec([4], tf.float32)):
+        ...     raise ValueError("expected axis -1 to have value 5")
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: run.model does not take one of mine's examples, float32 [4]: expected ...
+    """
     try:
         yield
     except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
         raise UserError(
-            f"run.model does not take {_example(name, x)}: {first_line(error)}{own_line(error)}; bind sizes that fit "
-            "each other"
+            f"run.model does not take {_example(name, x)}: {first_line(error).rstrip('.')}{own_line(error)}; bind "
+            "sizes that fit each other"
         ) from error
 
 

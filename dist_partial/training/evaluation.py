@@ -152,9 +152,20 @@ def samples(model: Any, data: Dataset, sampling: Sampling, step: int) -> list[di
     Raises:
         UserError: the data set has no text to sample, or see `sampling.generate`.
         Raised: its codec raised an exception.
+
+    Examples:
+        >>> from dist_partial.data import stdlib_corpus
+        >>> from dist_partial.models import byte_transformer
+        >>> sampling = Sampling(temperature=0.5, prompt="def ", length=3, count=2)
+        >>> rows = samples(byte_transformer(layers=1, width=16, heads=2), stdlib_corpus(), sampling, step=10)
+        >>> [(row["step"], row["prompt"]) for row in rows], rows[0].keys() == {"step", "temperature", "prompt", "text"}
+        ([(10, 'def '), (10, 'def ')], True)
     """
     if data.codec is None:
-        raise UserError(f"data set {data.name!r} has no text to sample: its codec is None")
+        raise UserError(
+            f"data set {data.name!r} has no text to sample: its codec is None; give its Dataset a codec, which turns "
+            "text into ids and back, or sample a run on text"
+        )
     x, y = data.train.spec[:2]
     with calling("run.data"):
         prompt = data.codec.encode(sampling.prompt)

@@ -18,7 +18,15 @@ from dist_partial.training.state import TrainState
 
 
 class Event(Protocol):
-    """Follows certain steps, up to which one call may make steps."""
+    """Follows certain steps, up to which one call may make steps.
+
+    Examples:
+        >>> class Doublings:
+        ...     def next_due(self, step):
+        ...         return 2 ** int(step).bit_length()
+        >>> [next_due(step, Doublings(), Every(10, last=100)) for step in (3, 8, 10)]
+        [4, 10, 16]
+    """
 
     def next_due(self, step: int) -> int: ...
 
@@ -157,7 +165,13 @@ class Stopping:
 
 
 def going_on(state: TrainState, folder: Path, steps: int) -> str:
-    """Says from where a run goes on, or that it is finished."""
+    """Says from where a run goes on, or that it is finished.
+
+    Examples:
+        >>> state = TrainState(None, None, None, [], [], [], [], step=10)
+        >>> going_on(state, Path("runs/mine"), steps=10)
+        'finished: runs/mine is at step 10 of 10; bind a larger run.steps to go on'
+    """
     if state.step >= steps:
         return f"finished: {folder} is at step {state.step} of {steps}; bind a larger run.steps to go on"
     return f"going on from step {state.step} ({state.checkpoint})"

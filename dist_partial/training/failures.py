@@ -66,7 +66,14 @@ def connected(replicas: Replicas) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Turns what TensorFlow says, after many lines, of an id out of range or of Python code in a graph into one."""
+    """Turns what TensorFlow says, after many lines, of an id out of range or of Python code in a graph into one.
+
+    Examples:
+        >>> with explained():
+        ...     raise tf.errors.InvalidArgumentError(None, None, "indices[0,3] = 300 is not in [0, 256)")
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: run.data has the id 300, and run.model has 256 of them, from 0 on: bind sizes ...
+    """
     try:
         yield
     except tf.errors.OpError as error:
@@ -91,6 +98,11 @@ def check_finite(losses: np.ndarray, norms: np.ndarray, done: int, saved: int, s
         done: steps before them.
         saved: the step of the newest checkpoint; 0 if there is none.
         scale: the loss scale, or None.
+
+    Examples:
+        >>> check_finite(np.array([2.0, np.nan]), np.array([1.0, 1.0]), done=10, saved=5, scale=None)
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: the loss is not finite at step 12 (loss nan, gradient norm 1); the ...
     """
     good = finite_steps(losses, norms, scale)
     if good < len(losses):
@@ -125,6 +137,20 @@ def released() -> Iterator[None]:
     """Decorates a function whose exceptions are to hold nothing of what its frames hold, see `let_go`.
 
     As a decorator and not within the function: a frame that still runs cannot be cleared.
+
+    Examples:
+        >>> import weakref
+        >>> @released()
+        ... def fails():
+        ...     held = {1, 2}
+        ...     seen.append(weakref.ref(held))
+        ...     raise ValueError
+        >>> seen = []
+        >>> try:
+        ...     fails()
+        ... except ValueError:
+        ...     print(seen[0]())
+        None
     """
     try:
         yield
@@ -138,6 +164,20 @@ def let_go(error: BaseException | None) -> None:
 
     An iterator that is destroyed while Python shuts down waits for ever where its thread waits in Python code, as one
     that fetches examples ahead does (TensorFlow 2.21).
+
+    Examples:
+        >>> import weakref
+        >>> def fails():
+        ...     held = {1, 2}
+        ...     seen.append(weakref.ref(held))
+        ...     raise ValueError
+        >>> seen = []
+        >>> try:
+        ...     fails()
+        ... except ValueError as error:
+        ...     let_go(error)
+        ...     print(seen[0]())
+        None
     """
     while error is not None:
         for called, _ in traceback.walk_tb(error.__traceback__):

@@ -22,6 +22,13 @@ class SplitModel:
         upper: (those tensors, training) -> the model's outputs.
         name: of the last layers of the lower part.
         changing: variables that training may change.
+
+    Examples:
+        >>> layers = [keras.layers.Dense(3, name="body"), keras.layers.Dense(1, name="head")]
+        >>> model = keras.Sequential([keras.Input([4]), *layers])
+        >>> part = split(model, model.layers[1].variables)
+        >>> [tuple(tensor.shape) for tensor in part.lower(tf.ones([2, 4]))]  # what is kept of two examples
+        [(2, 3)]
     """
 
     model: keras.Model
@@ -46,6 +53,13 @@ def split(model: keras.Model, changing: Collection[Any]) -> SplitModel | None:
 
     Raises:
         UserError: it is neither, or has a `call` of its own beside its graph.
+
+    Examples:
+        >>> layers = [keras.layers.Dense(3, name="body"), keras.layers.Dense(1, name="head")]
+        >>> model = keras.Sequential([keras.Input([4]), *layers])
+        >>> part, x = split(model, model.layers[1].variables), tf.ones([2, 4])
+        >>> part.name, bool(tf.reduce_all(part.upper(part.lower(x), False) == model(x)))
+        ('body', True)
     """
     ids = {id(v) for v in changing}
 

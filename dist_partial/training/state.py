@@ -43,6 +43,20 @@ class TrainState:
         schedule: where the schedule is, from `ScheduleRunner.to_json`; None at the start, and if it is constant.
         evaluated: False if an evaluation was due after this step and has failed.
         checkpoint: the file from which the state was restored, or None.
+
+    Examples:
+        >>> from dist_partial.reductions import TopK
+        >>> from dist_partial.reductions.reduce_gradients import make_states
+        >>> from dist_partial.selection import resolve
+        >>> from dist_partial.step import optimizers
+        >>> model = keras.Sequential([keras.Input([100]), keras.layers.Dense(1, use_bias=False, name="head")])
+        >>> plan = resolve([("train", ".*")], model, TopK())
+        >>> groups = optimizers.build(plan, lambda: keras.optimizers.SGD(momentum=0.9))
+        >>> state = TrainState(tf.distribute.get_strategy(), model, plan, groups, make_states(plan), [], [])
+        >>> [name for name in state.variables if "head" in name]
+        ['variables/head/kernel', 'slots/head/kernel/momentum', 'reductions/head/kernel/residual']
+        >>> state.after(np.array([[1, 2, 3], [2, 4, 6]])).step
+        2
     """
 
     strategy: tf.distribute.Strategy

@@ -114,7 +114,7 @@ PARAMS = {
     "top_p": (["sample.top_p=1.5"], ["sample.top_p", "1.5"]),
     "prompt": (["sample.prompt=''"], ["sample.prompt"]),
     "batch over replicas": (["replicas.cpu=2", "run.global_batch=3"], ["run.global_batch = 3", "2 replicas"]),
-    "batch over micro-batches": (["run.accumulate=3"], ["run.global_batch = 4", "3 micro-batches"]),
+    "batch over micro-batches": (["run.accumulate=3"], ["run.global_batch = 4", "into 1 replica x 3 micro-batches:"]),
     "steps": (["run.steps=0"], ["run.steps is 0"]),
     "kind": (["replicas.kind='mirorred'"], ["replicas.kind", "'mirrored'"]),
     "too many replicas": (["replicas.cpu=64"], ["replicas.cpu = 64"]),
@@ -236,7 +236,7 @@ def test_a_folder_of_another_run_is_refused(finished, train_main, capsys):
     others = [
         ("run.rules=[('train','head/kernel'),('freeze','.*')]", ["rules", "'train head/.*'", "'train head/kernel'"]),
         ("user_module.model.units=5", ["model.body/kernel", "[3, 4]", "[3, 5]"]),
-        ("user_module.data.seed=9", ["data.fingerprint"]),
+        ("user_module.data.seed=9", ["the data has other examples"]),
         ("run.seed=9", ["seed was 0 and is now 9"]),
         ("run.global_batch=8", ["global_batch was 4 and is now 8"]),
         ("run.optimizer=@keras.optimizers.SGD", ["optimizers.0.class", "'Adam'", "'SGD'"]),
@@ -362,7 +362,8 @@ def sample_main(*arguments: str) -> int:
     ("arguments", "words"),
     [
         ([], ["--run_dir"]),
-        (["--run_dir=absent"], ["absent"]),
+        (["--run_dir=absent"], ["absent", "name a folder that training has written"]),
+        (["--run_dir={}s"], ["s is no run folder", "; nearest: '{}'"]),
         (["--run_dir={}", "--temperature=-1"], ["temperature", "-1.0"]),
         (["--run_dir={}", "--temperature=nan"], ["temperature", "nan"]),
         (["--run_dir={}", "--temperature=warm"], ["temperature", "warm"]),
@@ -372,14 +373,14 @@ def sample_main(*arguments: str) -> int:
         (["--run_dir={}", "--count=-1"], ["count", "-1"]),
         (["--run_dir={}", "--prompt="], ["prompt", "''"]),
         (["--run_dir={}", "--top=3"], ["top"]),
-        (["--run_dir={}"], ["'points'", "text"]),  # the data set has no codec
+        (["--run_dir={}"], ["'points'", "no text", "give its Dataset a codec"]),  # the data set has no codec
     ],
 )
 def test_arguments_of_sample(arguments, words, finished, capsys):
     before = contents(finished)
     assert sample_main(*(argument.format(finished) for argument in arguments)) == 2
     line = error_line(capsys.readouterr().err)
-    assert all(word in line for word in words), line
+    assert all(word.format(finished) in line for word in words), line
     assert contents(finished) == before
 
 

@@ -9,7 +9,7 @@ from tests import ROOT
 
 # Modules without an example are not imported. To run those of one module alone: python -m doctest FILE.
 MODULES = [path for path in sorted((ROOT / "dist_partial").rglob("*.py")) if ">>> " in path.read_text()]
-OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -335,3 +335,16 @@ def test_what_else_is_asked_of_data(who, code, monkeypatch):
 def test_what_is_no_python_code_is_left_alone():
     assert of_graph("OOM when allocating tensor with shape[1,2]\n\t [[{{node x}}]]") is None
     assert first_line(KeyError()) == "KeyError"
+
+
+def test_of_tensorflows_own_text_the_part_that_helps_is_left():
+    with pytest.raises(tf.errors.InvalidArgumentError) as found:
+        tf.zeros([4]) - tf.zeros([4, 2])
+    assert first_line(found.value) == "Incompatible shapes: [4] vs. [4,2]"
+    graph = (
+        "Dimensions must be equal, but are 4 and 2 for '{{node sub}} = Sub[T=DT_FLOAT](a, b)' with input shapes: [4]"
+    )
+    assert first_line(ValueError(graph)) == "Dimensions must be equal, but are 4 and 2 with input shapes: [4]"
+    user = f'in user code:\n\n    File "own.py", line 3, in loss  *\n        return a - b\n\n    ValueError: {graph}\n'
+    assert first_line(ValueError(user)) == "Dimensions must be equal, but are 4 and 2 with input shapes: [4]"
+    assert first_line(ValueError("in user code:")) == "in user code:"

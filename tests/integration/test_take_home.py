@@ -307,7 +307,7 @@ sample.length = 5
     (text / "a.txt").write_text("that is the question\n" * 900)
     capsys.readouterr()
     assert train.main([*again, "--gin_param=run.steps=4"]) == 2
-    assert "belongs to another run: data.fingerprint was" in capsys.readouterr().err
+    assert "belongs to another run: the data has other examples" in capsys.readouterr().err
     assert sample.main([f"--run_dir={folder}", "--prompt=to be", "--allow_imports"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("to be") and "differs between replicas: this is the first one's" in err

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from dist_partial import __main__ as main
+from dist_partial import cli
 
 
 def test_help_lists_the_commands(capsys):
@@ -29,6 +30,35 @@ def test_a_subcommand_is_the_module_of_its_name(name, capsys):
     flags = [line for line in done.stdout.splitlines() if line.startswith("  -")]
     assert set(flags) <= set(ours.splitlines())
     assert done.stdout.splitlines()[0] == ours.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_the_usage_begins_with_the_name_that_was_typed(name, monkeypatch, capsys):
+    for program, words in (
+        ("/x/bin/dist-partial", f"dist-partial {name} "),
+        (f"/x/dist_partial/{name}.py", f"python -m dist_partial.{name} "),
+    ):
+        monkeypatch.setattr(sys, "argv", [program])
+        assert main.main([name, "--help"]) == 0
+        assert capsys.readouterr().out.startswith(words)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [[], *([name] for name in main.COMMANDS), ["launch", "local"]], ids=" ".join)
+def test_a_reader_that_leaves_is_no_error(arguments, unbuffered):
+    """As `dist-partial train --help | head -1` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "dist_partial", *arguments, "--help"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_an_error():
+    with pytest.raises(BrokenPipeError), cli.ending():
+        raise BrokenPipeError
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ MAYBE = Annotated[int | None, AtLeast(1), AtMost(9)]
 SHARE = Annotated[float, Above(0), Below(1)]
 CHOICE = Annotated[Any, OneOf("a", 1, None)]
 MAKES = Annotated[Callable[[], Any] | None, Factory("@adam", (np.ufunc,))]
+MAKE = "give what makes one, such as adam or lambda: adam(...), in a gin file @adam without ()"
 TEXT = Annotated[int, AtLeast(1), "write how many"]
 
 
@@ -65,8 +67,11 @@ def test_what_fits(hint, values):
         (CHOICE, [1], "run.x is [1]: write 'a', 1 or None"),
         (CHOICE, np.ones(2), "run.x is array([1., 1.]): write 'a', 1 or None"),
         (Annotated[str, OneOf("a")], "b", "run.x is 'b': write 'a'"),
-        (MAKES, 3, "run.x is 3: bind a factory, such as @adam without ()"),
-        (MAKES, np.add, "run.x is <ufunc 'add'>: bind a factory, such as @adam without ()"),
+        (MAKES, 3, f"run.x is 3: {MAKE}"),
+        (MAKES, np.add, f"run.x is <ufunc 'add'>: {MAKE}"),
+        (bool, np.zeros([2, 2]), "run.x is array([[0., 0.], [0., 0.]]): write True or False"),
+        (Annotated[Any, Patterns()], [np.ones([2, 1])],
+         "run.x is [array([[1.], [1.]])]: the pattern array([[1.], [1.]]) must be a string"),
         (Annotated[Any, Has("shape", "bind an array")], [], "run.x is []: bind an array"),
         (Annotated[Any, Has("shape", "bind an array")], np.ndarray, "run.x is <class 'numpy.ndarray'>: bind an array"),
         (Annotated[Any, Has("shape", "bind an array")], None, "run.x is None: bind an array"),
@@ -131,6 +136,13 @@ def test_names_that_are_near():
     assert nearest("zzz", names) == "" and nearest("zzz", []) == nearest("zzz", [], always=True) == ""
     assert nearest("zzz", names, always=True).startswith("; nearest: '")
     assert nearest("bias", iter(["bias", "bias"])) == "; nearest: 'bias'"
+    assert nearest("a.gni", ["a.gin"], folder=Path("b/c")) == "; nearest: 'b/c/a.gin'"
+    assert nearest("a.gni", ["a.gin"], folder=Path()) == "; nearest: 'a.gin'"
+
+
+def test_how_many():
+    assert [validation.counted(n, "unit") for n in (0, 1, 2)] == ["0 units", "1 unit", "2 units"]
+    assert validation.counted(3, "batch", "batches") == "3 batches"
 
 
 @pytest.mark.parametrize("name", ["difflib", "fcntl", "unittest"])

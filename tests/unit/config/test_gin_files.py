@@ -2,11 +2,13 @@
 
 import importlib
 import json
+import re
 import sys
 import textwrap
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 
 from dist_partial import selection
@@ -15,6 +17,8 @@ from dist_partial.config.settings import Settings
 from dist_partial.distributed.replicas import create
 from dist_partial.errors import Raised, UserError
 from dist_partial.reductions.all_reduce import AllReduce
+from dist_partial.reductions.local_sgd import LocalSGD
+from dist_partial.schedules import Lisa
 from dist_partial.training import loop
 from dist_partial.training.build import build
 from tests import ROOT
@@ -184,6 +188,29 @@ def test_factories_by_name(text, attribute, kind, load):
         ("run.reduction = @all_reduce()\nall_reduce.dtype = 'int8'", ["all_reduce.dtype is 'int8'"]),
         ("include 'absent.gin'", ["user.gin includes 'absent.gin'", "beside it"]),
         ("include 'user.gin'", ["user.gin", "includes itself"]),
+        ("run.rules = 'train'", ["run.rules is 'train'", "a str and no list", "[('train', r'head/.*')"]),
+        ("run.rules = [('trian', '.*')]", ["rule 1 is ('trian', '.*')", "write ('train', pattern)"]),
+        ("run.rules = [('train', '(')]", ["rule 1", "'('", "regular expression"]),
+        ("run.rules = [@a/Rule()]\na/Rule.match = 'h'\na/Rule.learning_rate = 'a'", ["rule 'h': learning_rate is 'a'"]),
+        ("run.data = @tests.helpers.user_module.data()", ["run.data is Dataset(", "without ()"]),
+        ("run.steps = four", ["run.steps is 'four'", "whole number", "user.gin, line 8"]),
+        ("run.steps = four  # 4", ["run.steps is 'four'", "whole number"]),
+        ("run.clip_norm = none", ["run.clip_norm is 'none'", "a number above 0, or None"]),
+        ("run.eval_first = true", ["run.eval_first is 'true'", "True or False"]),
+        ("run.leave = rest", ["run.leave is 'rest'", "'reset'"]),
+        ("run.leave = reset", ["a text needs quotes: run.leave = 'reset' ("]),
+        ("sample.prompt = a", ["a text needs quotes: sample.prompt = 'a' ("]),
+        ("Adam.learning_rate = fast", ["Adam.learning_rate is 'fast'", "a number"]),
+        ("model.units = few", ["model.units is 'few'", "whole number"]),
+        ("run.model = two_dense", ["run.model is 'two_dense'", "in a gin file @"]),
+        ("run.rules = [('train', head)]", ["a text needs quotes: run.rules = [('train', 'head')]"]),
+        ("run.rules = [\n  head]", ["a text needs quotes: 'head'"]),
+        ("run:\n  leave = reset", ["a text needs quotes: leave = 'reset'"]),
+        ("local_sgd.steps = 4", ["local_sgd has no parameter 'steps'; it has sync_every, offset, outer_optimizer"]),
+        ("local_sgd.keep = 4", ["; it has sync_every, offset, outer_optimizer, compressor, keep_residual_local"]),
+        ("all_reduce.precision = 'a'", ["; it has dtype"]),
+        ("run.xyz = 4", ["run has no parameter 'xyz'; nearest: "]),
+        ("run.model = @keras_file", ["not bound: keras_file.path; write keras_file.path = ..."]),
         ("import no_such_module", ["user.gin", "no_such_module"]),
         ("from no_such_package import no_such_module", ["user.gin", "no_such_package"]),
     ],
@@ -203,6 +230,8 @@ def test_mistakes_in_a_file(text, words, load):
         ("run.steps", ["run.steps"]),
         ("run.steps=", ["run.steps"]),
         ("run.model=@two_dens", ["two_dense"]),
+        ("run.steps=four", ["run.steps is 'four': it must be a whole number of at least 1 (in 'run.steps=four')"]),
+        ("run.leave=reset", ["also within the shell's: --gin_param=\"run.leave = 'reset'\" (in"]),
     ],
 )
 def test_mistakes_in_a_param(param, words, load):
@@ -214,8 +243,11 @@ def test_mistakes_in_a_param(param, words, load):
 
 def test_a_missing_file_shows_its_neighbours(tmp_path):
     write(tmp_path / "quickstart.gin", BASE)
-    with pytest.raises(UserError, match=r"no gin file .*quikstart\.gin; nearest: 'quickstart\.gin'"):
+    with pytest.raises(UserError, match=rf"no gin file .*quikstart\.gin; nearest: '{tmp_path}/quickstart\.gin'"):
         gin_files.load([tmp_path / "quikstart.gin"])
+    outer = write(tmp_path / "outer" / "user.gin", "include '../quikstart.gin'")  # as an include finds it
+    with pytest.raises(UserError, match=r"includes '\.\./quikstart\.gin', .*; nearest: '\.\./quickstart\.gin'"):
+        gin_files.load([outer])
     with pytest.raises(UserError, match="no gin file"):
         gin_files.load([tmp_path])
     with pytest.raises(UserError, match="no gin file"):
@@ -226,6 +258,38 @@ def test_a_file_that_is_not_text(tmp_path):
     (tmp_path / "binary.gin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"binary\.gin is not text in UTF-8"):
         gin_files.load([tmp_path / "binary.gin"])
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"data": user_module.data()}, "run.data is Dataset("),
+        ({"model": user_module.model()}, "such as byte_transformer or lambda: byte_transformer(...)"),
+        ({"optimizer": keras.optimizers.Adam()}, "such as keras.optimizers.Adam or lambda: keras.optimizers.Adam(...)"),
+        ({"loss": keras.losses.Huber()}, "such as keras.losses.MeanSquaredError or lambda: "),
+        ({"schedule": Lisa}, "give one such as Lisa(), in a gin file @lisa(), with the ()"),
+        ({"reduction": LocalSGD}, "give one such as AllReduce(), in a gin file @all_reduce(), with the ()"),
+        ({"rules": "train"}, "run.rules is 'train': it is a str and no list; write a list such as [('train'"),
+        ({"rules": None}, "run.rules is None: "),
+        ({"rules": []}, "run.rules is []: write a list such as"),
+        ({"rules": [("trian", ".*")]}, "rule 1 is ('trian', '.*'): write ('train', pattern)"),
+        ({"rules": [("train", "(")]}, "rule 1: '(' is not a regular expression: missing )"),
+        ({"rules": [("train", np.zeros([2, 2]))]}, "rule 1: the pattern array([[0., 0.], [0., 0.]]) must be a string"),
+        ({"rules": [np.zeros([2, 2])]}, "rule 1 is array([[0., 0.], [0., 0.]]): write"),
+        ({"steps": np.zeros([2, 2])}, "run.steps is array([[0., 0.], [0., 0.]]): it must be"),
+        ({"sampling": 5}, "run.sampling is 5: give a Sampling(...)"),
+        ({"replicas": 5}, "run.replicas is 5: give what makes them, such as functools.partial("),
+    ],
+)  # fmt: skip
+def test_settings_made_in_python(more, words):
+    """They fail where they are made, in one line, and what only a gin file has is named as such."""
+    given = {"rules": [("train", ".*")], "model": user_module.model, "data": user_module.data}
+    Settings(**given)
+    with pytest.raises(UserError) as raised:
+        Settings(**given | more)
+    message = str(raised.value)
+    assert words in message and "\n" not in message
+    assert not re.search(r"(?<!in a gin file )@|\bbind\b", message)
 
 
 @pytest.mark.parametrize("missing", ["rules", "model", "data"])

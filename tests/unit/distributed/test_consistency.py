@@ -21,6 +21,7 @@ FACTS = {
     "rules": ["train a/.*", "freeze .*"],
     "optimizers": [{"class": "Adam", "learning_rate": 1e-3, "decay": None, "schedule": [0, [1, 2.5]]}],
     "empty": {},
+    "digest": "c0639e03e902749f",
 }
 
 
@@ -92,6 +93,7 @@ def test_one_worker_that_differs_is_named_on_all_of_them(outcomes):
         (copied(FACTS, "rules", []), "rules.0: None against 'train a/.*'; rules.1: None against"),
         (copied(FACTS, "rules", "train a/.*"), "rules: 'train a/.*' against ['train a/.*', 'freeze .*']"),
         (copied(FACTS, "empty", []), "empty: [] against {}"),
+        (copied(FACTS, "digest", "55167a7fdd35c9b4"), "digest differs; start all"),
     ],
 )
 def test_names_and_values_are_shown(outcomes, changed, shown):

@@ -431,18 +431,25 @@ def test_what_is_thawed_after_it_is_refused():
         ({"rules": [("train", "haed/.*"), ("freeze", ".*")]}, "matches no variable; nearest: 'head/bias'"),
         ({"rules": [("train", "head/.*")]}, "no rule covers 'below/kernel'"),
         ({"rules": [("freeze", ".*")]}, "the rules train nothing"),
-        ({"rules": []}, "the rules (run.rules) are empty: write a list"),
+        ({"rules": []}, "rules is []: write a list"),
+        ({"rules": "train"}, "rules is 'train': it is a str and no list; write a list such as [('train'"),
         ({"rules": [("train", ".*"), ("train", "head/.*")]}, "never applies: rule 1 ('.*') is before it"),
         ({"rules": [("trian", ".*")]}, "rule 1 is ('trian', '.*'): write ('train', pattern)"),
         ({"rules": [selection.Rule(".*", lora=2)]}, "call enable_lora(2) of the layer and match"),
-        ({"rules": [selection.Rule(".*", optimizer="sgd")]}, "give what makes one, such as keras.optimizers.SGD"),
         (
-            {"rules": [selection.Rule(".*", optimizer=keras.optimizers.SGD(0.1))]},
+            {"rules": lambda: [selection.Rule(".*", optimizer="sgd")]},
+            "give what makes one, such as keras.optimizers.SGD",
+        ),
+        (
+            {"rules": lambda: [selection.Rule(".*", optimizer=keras.optimizers.SGD(0.1))]},
             "give what makes one, such as keras.optimizers.SGD (in a gin file @keras.optimizers.SGD) without ()",
         ),
         ({"rules": [selection.Rule(".*", optimizer=dict)]}, "is {}: give a factory, such as keras.optimizers.Adam"),
-        ({"rules": [selection.Rule(".*", reduction=LocalOnly())]}, "rule '.*': model.fit cannot reduce by local only"),
-        ({"rules": [selection.Rule(".*", reduction="sum")]}, "reduction is 'sum': give one such as AllReduce()"),
+        (
+            {"rules": [selection.Rule(".*", reduction=LocalOnly())]},
+            "rule '.*': model.fit cannot reduce by LocalOnly (local only)",
+        ),
+        ({"rules": lambda: [selection.Rule(".*", reduction="sum")]}, "reduction is 'sum': give one such as AllReduce"),
         ({"optimizer": None}, "partial was given None: pass a Keras optimizer such as keras.optimizers.Adam(1e-3)"),
         ({"optimizer": "adamm"}, "'adamm': pass a Keras optimizer"),
         ({"optimizer": keras.optimizers.Adam}, "pass a Keras optimizer"),
@@ -455,10 +462,12 @@ def test_what_is_thawed_after_it_is_refused():
             "scales the loss by itself",
         ),
         ({"optimizer": lambda: built(keras.optimizers.SGD())}, "has slots for other variables already"),
-        ({"reduction": LocalOnly()}, "cannot reduce by local only: take one of AllReduce, Quantized, TopK, PowerSGD"),
-        ({"reduction": LocalSGD(4)}, "cannot reduce by every 4 steps"),
+        ({"reduction": LocalOnly()}, "(local only): take one of AllReduce, Quantized, TopK, PowerSGD"),
+        ({"reduction": LocalSGD(4)}, "cannot reduce by LocalSGD (every 4 steps)"),
         ({"reduction": AllReduce}, "with the ()"),
         ({"model": keras.Sequential([keras.layers.Dense(2)], name="empty")}, "'empty' has no variables yet"),
+        ({"model": np.zeros([9, 9])}, "...: the third argument is the Keras model"),
+        ({"optimizer": np.zeros([9, 9])}, "...: pass a Keras optimizer"),
         ({"model": "small"}, "'small': the third argument is the Keras model"),
     ],
 )
@@ -468,6 +477,7 @@ def test_bad_input(arguments, message):
         optimizer = optimizer()
     rules = arguments.get("rules", [("train", "head/.*"), ("freeze", ".*")])
     with pytest.raises(UserError, match=re.escape(message)) as error:
+        rules = rules() if callable(rules) else rules
         partial(optimizer, rules, arguments.get("model", small()), arguments.get("reduction", AllReduce()))
     assert "\n" not in str(error.value)
     # What only a gin file has is named as such, beside what Python has.

@@ -67,7 +67,7 @@ def test_mistakes(argv, message, capsys, tmp_path):
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["local", "--help"], ["hosts", "-h"]])
 def test_help(argv, capsys):
     assert launch.main(argv) == 0
-    assert "launch/local --workers=3 -- --gin_file=F" in capsys.readouterr().out
+    assert "python -m dist_partial.launch local --workers=3 -- --gin_file=F" in capsys.readouterr().out
 
 
 def test_agents_are_light():

@@ -214,7 +214,8 @@ def test_names_tell_folders_apart(tmp_path):
     "prepare,arguments,message",
     [
         ("", [], "no --run_dir: name the folder of a run"),
-        ("", ["--run_dir={tmp}/quickstar"], "nearest: 'quickstart'"),
+        ("", ["--run_dir={tmp}/quickstar"], "nearest: '{tmp}/quickstart'"),
+        ("", ["--run_dir={tmp}/quickstart/a/b"], "name the folder of a run, such as runs/quickstart"),
         ("", ["--run_dir={tmp}"], "quickstart in it is; name a folder that training has written"),
         ("", ["--run_dir={tmp}/quickstart/plan.json"], "is a file: name the run folder"),
         ("plan.json", ["--run_dir={tmp}/quickstart"], "is no run folder: it has no plan.json"),

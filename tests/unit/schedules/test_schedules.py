@@ -511,8 +511,9 @@ def message(call):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Phases([]), ["phases.table", "empty"]),
-        (lambda: Phases("head"), ["phases.table"]),
+        (lambda: Phases([]), ["phases.table is []", "write a list"]),
+        (lambda: Phases("head"), ["phases.table is 'head'", "write a list"]),
+        (lambda: Phases([[[0] * 99] * 9]), ["phase 1 is [[0", "...: write"]),
         (lambda: Phases([(0,)]), ["phases.table, phase 1", "(0,)"]),
         (lambda: Phases([(0.5, r".*")]), ["phase 1", "0.5"]),
         (lambda: Phases([(0, 3)]), ["phase 1", "3", "string"]),
@@ -577,6 +578,7 @@ def test_bindings_that_do_not_fit_the_paths(schedule, words):
     [
         (Rotation(always=[r".*"]), ["block_rotation.always", "'head'", "always on"]),
         (Rotation(every=1, always=["haed"]), ["block_rotation.always", "'haed'", "nearest: 'head'"]),
+        (Lisa(count=2, always=["head", "[ef].*", "block_[01]"]), ["lisa.count is 2: it draws from 1 unit, 'block_2'"]),
         (Lisa(count=5), ["lisa.count is 5", "4 units", "'final_norm'", "'embedding', 'head'"]),
         (Lisa(always=["embed", "head"]), ["lisa.always", "'embed'", "nearest: 'embedding'"]),
         (AutoFreeze(every=10, keep=6), ["autofreeze.keep is 6", "'embedding'", "'head'"]),

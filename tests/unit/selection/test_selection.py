@@ -99,24 +99,12 @@ def test_only_trainable_variables_are_candidates():
         ([("train", r"dense(1/kernel"), ("freeze", r".*")], ["rule 1", "'dense(1/kernel'", "regular expression"]),
         ([("freeze", r".*"), ("train", r"dense1/kernel")], ["rule 2", "rule 1 ('.*')", "first match"]),
         ([("train", r"dense1/.*"), ("train", r"dense1/bias"), ("freeze", r".*")], ["rule 2", "'dense1/bias'"]),
-        ([], ["run.rules"]),
-        ("train .*", ["run.rules"]),
+        ([], ["rules is []", "write a list such as [('train'"]),
+        ("train .*", ["rules is 'train .*'", "a str and no list", "[('train'"]),
         ([("learn", r".*")], ["rule 1", "'learn'", "'train'", "'freeze'"]),
         ([("train",)], ["rule 1", "('train',)"]),
         ([("train", 3)], ["rule 1", "3", "string"]),
-        ([Rule(r".*", train="no")], ["rule 1", "train", "'no'"]),
-        ([Rule(r"dense1/.*", train=False, learning_rate=0.1), ("train", r".*")], ["rule 1", "learning_rate"]),
-        ([Rule(r"dense1/.*", train=False, rows=(0, 1)), ("train", r".*")], ["rule 1", "rows"]),
-        ([Rule(r".*", learning_rate=0.0)], ["rule 1", "learning_rate", "0.0"]),
-        ([Rule(r".*", learning_rate=float("nan"))], ["rule 1", "learning_rate", "nan"]),
-        ([Rule(r".*", optimizer="adam")], ["rule 1", "'adam'", "without ()"]),
-        ([Rule(r".*", reduction="every step")], ["rule 1", "reduction", "'every step'"]),
-        ([Rule(r".*", reduction=AllReduce)], ["rule 1", "reduction", "()"]),
         ([Rule(r".*", rows=(0, 3))], ["rule 1", "(0, 3)", "'dense2/bias'", "(2,)"]),
-        ([Rule(r"dense1/kernel", rows=(2, 2)), ("freeze", r".*")], ["rule 1", "(2, 2)", "start < stop"]),
-        ([Rule(r"dense1/kernel", rows=(-1, 2)), ("freeze", r".*")], ["rule 1", "(-1, 2)"]),
-        ([Rule(r"dense1/kernel", rows=(0, 1.5)), ("freeze", r".*")], ["rule 1", "rows", "(0, 1.5)"]),
-        ([Rule(r"dense1/kernel", rows=3), ("freeze", r".*")], ["rule 1", "rows", "3"]),
     ],
 )  # fmt: skip
 def test_errors_name_the_rule_and_what_is_near(table, words):
@@ -126,6 +114,47 @@ def test_errors_name_the_rule_and_what_is_near(table, words):
     assert "\n" not in message
     for word in words:
         assert word in message, (word, message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"match": 3}, ["rule 3: match is 3", "text"]),
+        ({"match": "dense(1"}, ["Rule.match", "'dense(1'", "regular expression"]),
+        ({"train": "no"}, ["train is 'no'", "True or False"]),
+        ({"train": False, "learning_rate": 0.1}, ["freezes", "learning_rate"]),
+        ({"train": False, "rows": (0, 1)}, ["freezes", "rows"]),
+        ({"learning_rate": 0.0}, ["learning_rate is 0.0", "above 0"]),
+        ({"learning_rate": float("nan")}, ["learning_rate is nan", "above 0"]),
+        ({"learning_rate": True}, ["learning_rate is True", "above 0"]),
+        ({"learning_rate": "a"}, ["learning_rate is 'a'", "above 0", "schedule"]),
+        ({"learning_rate": keras.optimizers.schedules.CosineDecay}, ["learning_rate is <class", "schedule"]),
+        ({"optimizer": "adam"}, ["'adam'", "without ()"]),
+        ({"optimizer": keras.optimizers.SGD()}, ["optimizer is <", "without ()"]),
+        ({"reduction": "every step"}, ["reduction is 'every step'", "AllReduce()"]),
+        ({"reduction": AllReduce}, ["reduction is <class", "()"]),
+        ({"rows": (2, 2)}, ["(2, 2)", "start < stop"]),
+        ({"rows": (-1, 2)}, ["(-1, 2)"]),
+        ({"rows": (0, 1.5)}, ["rows is (0, 1.5)"]),
+        ({"rows": 3}, ["rows is 3", "(start, stop)"]),
+        ({"rows": np.zeros([9, 9])}, ["rows is array("]),
+        ({"lora": 0}, ["lora is 0", "rank"]),
+        ({"lora": 2, "rows": (0, 2)}, ["lora", "rows has no use"]),
+    ],
+)
+def test_a_rule_is_checked_where_it_is_made(arguments, words):
+    with pytest.raises(UserError) as raised:
+        Rule(**{"match": "dense1/.*", **arguments})
+    message = str(raised.value)
+    assert "\n" not in message and message.startswith("Rule.match" if "Rule.match" in words else "rule ")
+    for word in words:
+        assert word in message, (word, message)
+
+
+def test_the_number_of_variables_is_in_the_singular_where_there_is_one():
+    model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1, use_bias=False)])
+    with pytest.raises(UserError, match=r"the rules train nothing: 1 variable frozen; add"):
+        plan_of([("freeze", ".*")], model)
 
 
 def test_an_unmatched_rule_shows_the_nearest_paths_first():

@@ -1,5 +1,6 @@
 """What a loss is made of: runs on two replicas against plain Keras on one device, and NumPy."""
 
+import re
 import threading
 
 import keras
@@ -246,6 +247,20 @@ def test_accuracy_is_weighted():
     batches = iter(tf.data.Dataset.from_tensors((x, y, weight)))
     *_, right, total = evaluate(batches, tf.constant(1), tf.constant(4)).numpy()
     assert (right, total) == (1, 3)
+
+
+def test_what_tensorflow_says_of_shapes_is_cut_to_what_helps():
+    spec = (tf.TensorSpec([3]), tf.TensorSpec([]))
+    for loss, words in (
+        (lambda y, outputs: y - outputs, "Dimensions must be equal, but are 4 and 2 with input shapes: [4], [4,2]"),
+        (tf.function(lambda y, outputs: y - outputs), "Dimensions must be equal, but are 4 and 2 with input shapes:"),
+        (keras.losses.CategoricalCrossentropy().call, "must have the same rank (ndim). Received: target.shape=(4,)"),
+    ):
+        with pytest.raises(UserError) as found:
+            losses.check_shapes(loss, spec, tf.zeros([1, 2]), 4)
+        line = str(found.value)
+        assert line.startswith("run.loss does not take run.data's targets float32 [4] and outputs float32 [4, 2] of")
+        assert words in line and "\n" not in line and not re.search(r"T=DT_FLOAT|\.;|node|Op:", line), line
 
 
 def test_class_ids_end_below_the_number_of_classes():

@@ -112,5 +112,32 @@ def test_another_value_of_it_is_another_run(key, more, base, tmp_path):
     if key == "initial values":
         assert fingerprints.check_run(tmp_path, only)
     else:
-        with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))} belongs to another run: {key}\b"):
+        words = {"frozen": "the frozen variable 'dense2/bias'", "data": "(the data has other examples|data.name was)"}
+        said = words.get(key, rf"{key}\b")
+        with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))} belongs to another run: {said}"):
             fingerprints.check_run(tmp_path, only)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "words"),
+    [
+        ("frozen.a/kernel", None, "55167a7fdd35c9b4", "'a/kernel' is frozen now"),
+        ("frozen.a/kernel", "55167a7fdd35c9b4", None, "'a/kernel' is no longer frozen"),
+        ("frozen.a/kernel", "55167a7fdd35c9b4", "0", "the frozen variable 'a/kernel' has other values"),
+        ("data.fingerprint", "55167a7fdd35c9b4", "0", "the data has other examples"),
+        ("model.a/kernel", None, "float32[3]", "model.a/kernel, 'float32[3]', is new"),
+        ("model.a/kernel", "float32[3]", None, "model.a/kernel, 'float32[3]', is gone"),
+        ("model.a/kernel", "float32[3]", "float32[4]", "model.a/kernel was 'float32[3]' and is now 'float32[4]'"),
+        ("rules.1", "freeze .*", None, "rules.1, 'freeze .*', is gone"),
+        ("clip_norm", None, 1.0, "clip_norm was None and is now 1.0"),
+    ],
+)
+def test_a_difference_is_said_in_words(name, old, new, words, tmp_path):
+    """And not by digests, which mean nothing to a reader."""
+    part, _, key = name.partition(".")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-0000000001.safetensors").touch()
+    before, now = ({part: ({} if value is None else {key: value}) if key else value} for value in (old, new))
+    (tmp_path / fingerprints.RUN_FILE).write_text(json.dumps(before))
+    with pytest.raises(UserError, match=re.escape(f"belongs to another run: {words}; choose another --run_dir, or")):
+        fingerprints.check_run(tmp_path, now)
