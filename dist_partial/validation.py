@@ -125,7 +125,8 @@ class Factory:
         made: classes of what it makes, which can be called, too.
 
     Examples:
-        >>> Factory("@two_dense").refusal("two_dense").endswith("@two_dense without ()"), Factory("@two_dense").refusal(dict)
+        >>> refusal = Factory("@two_dense").refusal
+        >>> refusal("two_dense").endswith("@two_dense without ()"), refusal(dict)
         (True, '')
     """
 
