@@ -89,7 +89,7 @@ def check_run_dir(run_dir: str | None) -> Path:
     Examples:
         >>> check_run_dir("absent")
         Traceback (most recent call last):
-        dist_partial.errors.UserError: absent is no run folder: it has no operative_config.gin
+        dist_partial.errors.UserError: absent is no run folder: it has no operative_config.gin; ...
     """
     if not run_dir:
         raise UserError("no --run_dir: name the folder of a run, such as --run_dir=runs/quickstart")

@@ -47,7 +47,7 @@ def existing(name: str, path: str | os.PathLike[str], pattern: str = "*") -> Pat
         ...     print(existing("keras_file.path", f"{folder}/mine.keras").name)
         ...     existing("keras_file.path", f"{folder}/mini.keras", "*.keras")
         Traceback (most recent call last):
-        dist_partial.errors.UserError: keras_file.path: no file '...mini.keras'; nearest: 'mine.keras'
+        dist_partial.errors.UserError: keras_file.path: no file '...mini.keras'; nearest: '...mine.keras'
     """
     try:
         place = Path(path).expanduser()

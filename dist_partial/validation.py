@@ -125,8 +125,9 @@ class Factory:
         made: classes of what it makes, which can be called, too.
 
     Examples:
-        >>> Factory("@two_dense").refusal("two_dense"), Factory("@two_dense").refusal(dict)
-        ('bind a factory, such as @two_dense without ()', '')
+        >>> refusal = Factory("@two_dense").refusal
+        >>> refusal("two_dense").endswith("@two_dense without ()"), refusal(dict)
+        (True, '')
     """
 
     example: str

@@ -139,7 +139,7 @@ def read(path: str | Path) -> Delta:
     Examples:
         >>> read("missing.safetensors")
         Traceback (most recent call last):
-        dist_partial.errors.UserError: the delta: no file 'missing.safetensors'
+        dist_partial.errors.UserError: the delta: no file 'missing.safetensors'; ...
     """
     path = existing("the delta", path)
     try:

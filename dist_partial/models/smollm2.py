@@ -50,7 +50,7 @@ def smollm2(file: str | None = None) -> keras.Model:
     Examples:
         >>> smollm2("absent.gguf")  # `smollm2()` has the weights of the package
         Traceback (most recent call last):
-        dist_partial.errors.UserError: the GGUF file of smollm2: no file 'absent.gguf'
+        dist_partial.errors.UserError: the GGUF file of smollm2: no file 'absent.gguf'; ...
     """
     try:
         import keras_hub
