@@ -314,7 +314,7 @@ def compiled_metrics(model: Any) -> list[tuple[str, Any]]:
     Keras 3.15: `Model.metrics` has those of `compile` in one object, which names them by their outputs.
     Unnecessary with a public list of it.
     """
-    found = []
+    found: list[tuple[str, Any]] = []
     for metric in model.metrics:
         if metric is model._compile_metrics:
             found += zip(metric.result(), metric.metrics, strict=True)

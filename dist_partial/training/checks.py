@@ -20,7 +20,6 @@ from dist_partial.step import layer_state, losses, metrics
 from dist_partial.step.objective import Batch, Objective, prepare, unpacked
 from dist_partial.validation import counted
 
-
 _TRIED = 8  # examples on which a model is tried
 
 
@@ -222,7 +221,7 @@ def make_objective(
     with calling("run.loss"):
         loss, weights = _loss(settings, model)
         loss = losses.made(loss)
-    x, y, weight = unpacked(batch)
+    _, y, _ = unpacked(batch)
     compiled = {"loss": loss, "loss_weights": weights}
     with calling("run.metrics"):
         names = ("metrics", "weighted_metrics")
@@ -237,17 +236,15 @@ def make_objective(
     except (ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError) as error:
         raise UserError(
             f"run.loss or run.metrics does not take run.data's targets {'none' if y is None else _batchless(y)} and "
-            f"outputs {_batchless(outputs)} of run.model: {first_line(error)}{own_line(error)}; bind another loss, or a "
-            "model of other outputs"
+            f"outputs {_batchless(outputs)} of run.model: {first_line(error)}{own_line(error)}; bind another loss, or "
+            "a model of other outputs"
         ) from error
-    flat_loss = [each for each in tf.nest.flatten(loss) if each is not None and each.seen is not None]
+    called = [each for each in tf.nest.flatten(loss) if each is not None and each.seen is not None]
     for source in (data.train, data.evaluation):
-        targets = some_targets(source)
-        for each, found in _targets_of(flat_loss, y, targets):
-            outputs_of = each.seen[1]
-            losses.check_class_ids(each.inner, data.name, found, outputs_of.shape[-1])
-            losses.check_divisible(each, found, parts)
-    return objective, flat_loss
+        for each, outputs, targets in _targets_of(called, y, some_targets(source)):
+            losses.check_class_ids(each.inner, data.name, targets, outputs.shape[-1])
+            losses.check_divisible(each, targets, parts)
+    return objective, called
 
 
 def _loss(settings: Settings, model: keras.Model) -> tuple[Any, Any]:
@@ -266,13 +263,13 @@ def _batchless(values: Any) -> str:
 
 def _targets_of(
     found: Sequence[losses.DividedLoss], y: Any, targets: Any
-) -> Iterator[tuple[losses.DividedLoss, np.ndarray]]:
-    """Pairs each loss with the targets that it takes, of those of the whole data set."""
+) -> Iterator[tuple[losses.DividedLoss, tf.Tensor, np.ndarray]]:
+    """Gives each loss with the outputs that it was tried on and the targets that it takes, of the whole data set."""
     places = {id(tensor): array for tensor, array in zip(tf.nest.flatten(y), tf.nest.flatten(targets), strict=True)}
     for loss in found:
         assert loss.seen is not None
         if id(loss.seen[0]) in places:
-            yield loss, places[id(loss.seen[0])]
+            yield loss, loss.seen[1], places[id(loss.seen[0])]
 
 
 def notes_on(found: Sequence[losses.DividedLoss]) -> list[str]:
