@@ -44,6 +44,11 @@ def row_weighted_tags():
     return x, y, toy_data.rng(3).random(ROWS)
 
 
+def row_weighted_tags_in_a_column():
+    x, y, weight = row_weighted_tags()
+    return x, y, weight[:, None]
+
+
 def story():
     """Tokens that follow one another by a rule, and those one later."""
     x = toy_data.ids(4, VOCABULARY - 1, STEPS + 1)
@@ -345,7 +350,14 @@ CASES = [
     Case("text_bag_of_words", bag_of_words, reviews_in_a_column, lambda: "binary_crossentropy", metrics=ACCURACY),
     Case("tagger_masked", lstm_tagger, tags, SPARSE, metrics=ACCURACY, weighted_metrics=ACCURACY),
     Case("tagger_masked_step_weights", lstm_tagger, weighted_tags, SPARSE, weighted_metrics=ACCURACY),
-    Case("tagger_masked_row_weights", lstm_tagger, row_weighted_tags, SPARSE, metrics=ACCURACY),
+    Case("tagger_masked_row_weights", lstm_tagger, row_weighted_tags_in_a_column, SPARSE, metrics=ACCURACY),
+    Case(
+        "tagger_row_weights",
+        unmasked_tagger,
+        row_weighted_tags,
+        lambda: "sparse_categorical_crossentropy",
+        metrics=ACCURACY,
+    ),
     Case(
         "tagger_step_weights",
         unmasked_tagger,
