@@ -12,7 +12,11 @@ WIDTH = 6
 
 def tower(name="tower", units=4):
     return keras.Sequential(
-        [keras.Input((WIDTH,)), layers.Dense(8, activation="tanh", name="hidden"), layers.Dense(units, name="vector")],
+        [
+            keras.Input((WIDTH,)),
+            layers.Dense(8, activation="tanh", name="hidden"),
+            layers.Dense(units, use_bias=False, name="vector"),
+        ],
         name=name,
     )
 
@@ -194,6 +198,6 @@ CASES = [
     Case("proxies", proxy_classifier, lambda: groups(9), SPARSE, metrics=lambda: ["accuracy"]),
     Case("proxies_angular_margin", proxy_classifier, lambda: groups(9), Angular, metrics=lambda: ["accuracy"]),
     Case("two_towers", TwoTowers, choices, SPARSE, metrics=lambda: ["accuracy"]),
-    Case("distillation", Distillation, lambda: groups(10), rules=(("freeze", "teacher/.*"), ("train", "student/.*"))),
+    Case("distillation", Distillation, lambda: groups(10), rules=(("freeze", "teacher/.*"), ("train", ".*"))),
     Case("bootstrapped_views", Bootstrapped, two_views),
 ]
