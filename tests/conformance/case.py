@@ -26,16 +26,16 @@ class Case:
     Attributes:
         name: words with underscores, unique.
         model: makes the model. The same weights after the same `keras.utils.set_random_seed`.
-        data: makes NumPy arrays of ROWS rows: (x,), (x, y) or (x, y, weight), each any nest that `fit` takes. Floats are
-            float64, ids int32, strings object arrays.
+        data: makes NumPy arrays of ROWS rows: (x,), (x, y) or (x, y, weight), each any nest that `fit` takes. Floats
+            are float64, ids int32, strings object arrays.
         loss: makes what `compile(loss=...)` takes.
         loss_weights: what `compile(loss_weights=...)` takes.
         metrics: makes what `compile(metrics=...)` takes.
         weighted_metrics: makes what `compile(weighted_metrics=...)` takes.
         class_weight: what `fit(class_weight=...)` takes.
         optimizer: makes the optimizer.
-        rules: ("train" | "freeze", pattern) over the whole paths of variables, without the model's own leading name. The
-            first match wins; what no rule matches is frozen.
+        rules: ("train" | "freeze", pattern) over the whole paths of variables, without the model's own leading name.
+            The first match wins; what no rule matches is frozen.
         random: why training draws random numbers, so that the case equals only itself.
         needs: an optional package.
     """

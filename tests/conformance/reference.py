@@ -66,14 +66,18 @@ def dataset(rows: tuple, batch: int, floatx: str) -> tf.data.Dataset:
 def weights_by_path(model: keras.Model, variables: Sequence[Any] | None = None) -> dict[str, Any]:
     """Names variables by their paths without the model's own leading name; the model's weights if None.
 
-    States of random generators are none of its weights.
+    Equal paths but the first end in " (2)", " (3)", ...; states of random generators are none of its weights.
     """
     every = [variable.path for variable in model.weights]
     root = f"{model.name}/" if all(path.startswith(f"{model.name}/") for path in every) else ""
-    chosen = model.weights if variables is None else variables
-    named = {variable.path.removeprefix(root): variable for variable in chosen}
-    assert len(named) == len(chosen), f"two variables of one path: {sorted(every)}"
-    return named
+    named: dict[str, Any] = {}
+    for variable in model.weights:
+        path, number = variable.path.removeprefix(root), 1
+        while path + (f" ({number})" if number > 1 else "") in named:
+            number += 1
+        named[path + (f" ({number})" if number > 1 else "")] = variable
+    chosen = {id(variable) for variable in (model.weights if variables is None else variables)}
+    return {path: variable for path, variable in named.items() if id(variable) in chosen}
 
 
 def select(model: keras.Model, rules: Sequence[tuple[str, str]]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Kinds of layers and of building models: own layers, shared ones, constraints, regularizers, graphs, models in models."""
+"""Kinds of layers and of models: own layers, shared ones, constraints, regularizers, graphs, models in models."""
 
 import keras
 import numpy as np
@@ -33,7 +33,7 @@ def regularized():
             keras.Input((WIDTH,)),
             layers.Dense(8, activation="relu", kernel_regularizer=keras.regularizers.L2(0.01), name="l2"),
             layers.Dense(8, kernel_regularizer="l1", bias_regularizer=keras.regularizers.L1L2(0.01, 0.01), name="l1"),
-            layers.Dense(3, kernel_regularizer=keras.regularizers.OrthogonalRegularizer(0.01), name="head"),
+            layers.Dense(3, kernel_regularizer="l1l2", name="head"),
         ],
         name="regularized",
     )

@@ -1,4 +1,4 @@
-"""One small model for each loss: Keras's own and written ones, reductions, regression, sets of labels, distributions."""
+"""One small model for each loss: Keras's own and written ones, reductions, regression, labels, distributions."""
 
 import keras
 import numpy as np
@@ -135,7 +135,7 @@ class Hazards(keras.losses.Loss):
         hazard = ops.sigmoid(y_pred)
         interval, seen = ops.cast(y_true[:, 0], "int32"), ops.cast(y_true[:, 1], y_pred.dtype)
         at = ops.one_hot(interval, y_pred.shape[-1], dtype=y_pred.dtype)
-        before = ops.cast(ops.arange(y_pred.shape[-1])[None] < interval[:, None], y_pred.dtype)
+        before = ops.cast(ops.arange(y_pred.shape[-1], dtype="int32")[None] < interval[:, None], y_pred.dtype)
         event = ops.sum(at * (seen[:, None] * ops.log(hazard) + (1 - seen[:, None]) * ops.log(1 - hazard)), axis=-1)
         return -event - ops.sum(before * ops.log(1 - hazard), axis=-1)
 

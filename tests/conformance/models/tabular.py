@@ -1,4 +1,4 @@
-"""Rows of tables: lookups of words and numbers, several inputs and outputs, recommendation, ordinal and weighted targets."""
+"""Rows of tables: lookups of words and numbers, several inputs and outputs, recommendation, weighted targets."""
 
 import keras
 import numpy as np
@@ -187,10 +187,11 @@ def outputs_list():
 
 
 class NestedOutputs(keras.Model):
-    """Takes a pair of a pair and a dict, and returns a dict of a tuple: no names of outputs are known."""
+    """Takes a pair of a pair and a dict, and returns a dict with a tuple in it."""
 
     def __init__(self):
         super().__init__(name="nested_outputs")
+        self.rent = layers.Dense(1, name="rent")
         self.trunk = layers.Dense(8, activation="tanh", name="trunk")
         self.price = layers.Dense(1, name="price")
         self.sold = layers.Dense(3, activation="softmax", name="sold")
@@ -198,13 +199,35 @@ class NestedOutputs(keras.Model):
     def call(self, inputs):
         (a, b), named = inputs
         x = self.trunk(ops.concatenate([a, b, named["c"]], axis=1))
-        return {"price": self.price(x), "sold": self.sold(x)}
+        return {"rent": self.rent(x), "sale": (self.price(x), self.sold(x))}
 
 
 def nested_data():
     a, b, c = house_features()
-    _, y = houses(lambda price, sold: {"sold": sold, "price": price})
+    _, y = houses(lambda price, sold: {"rent": 0.1 * price**2, "sale": (price, sold)})
     return ((a, b), {"c": c}), y
+
+
+class OwnMetrics(NestedOutputs):
+    """Reports a metric of its own beside those of `compile`, by `compute_metrics`."""
+
+    def __init__(self):
+        super().__init__()
+        self.income = keras.metrics.Mean(name="income")
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        self.income.update_state(y_pred["rent"] + y_pred["sale"][0])
+        return {**super().compute_metrics(x, y, y_pred, sample_weight), "income": self.income.result()}
+
+
+def close(y_true, y_pred):
+    """Whether a price is nearly right: [n]."""
+    return ops.cast(ops.abs(y_true - y_pred)[:, 0] < 0.2, y_pred.dtype)
+
+
+def apart(y_true, y_pred):
+    """Prices in a logarithm: a mean over the batch, not an example each."""
+    return ops.mean(ops.log1p(ops.abs(y_true - y_pred)))
 
 
 def house_targets_dict():
@@ -367,6 +390,7 @@ def mixture_of_experts():
 
 BCE = lambda: keras.losses.BinaryCrossentropy()  # noqa: E731
 HOUSE_LOSSES = lambda: {"price": "mse", "sold": "sparse_categorical_crossentropy"}  # noqa: E731
+NESTED_LOSSES = lambda: {"rent": "mse", "sale": ("mse", "sparse_categorical_crossentropy")}  # noqa: E731
 
 CASES = [
     Case(
@@ -416,7 +440,7 @@ CASES = [
         house_targets_dict,
         HOUSE_LOSSES,
         loss_weights={"price": 0.5, "sold": 2.0},
-        metrics=lambda: {"price": ["mae", keras.metrics.R2Score()], "sold": "accuracy"},
+        metrics=lambda: {"price": ["mae", keras.metrics.R2Score(), close, apart], "sold": "accuracy"},
     ),
     Case(
         "outputs_list",
@@ -449,11 +473,18 @@ CASES = [
         weighted_metrics=lambda: [["mae"], ["accuracy"]],
     ),
     Case(
-        "nested_inputs_subclass",
+        "nested_outputs",
         NestedOutputs,
         nested_data,
-        HOUSE_LOSSES,
-        metrics=lambda: {"price": ["mae"], "sold": ["accuracy"]},
+        NESTED_LOSSES,
+        metrics=lambda: {"rent": "mae", "sale": (["mae", keras.metrics.R2Score()], "accuracy")},
+    ),
+    Case(
+        "own_metrics_of_the_model",
+        OwnMetrics,
+        nested_data,
+        NESTED_LOSSES,
+        metrics=lambda: {"rent": "mae", "sale": ("mae", "accuracy")},
     ),
     Case(
         "output_without_loss",
