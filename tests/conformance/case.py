@@ -38,6 +38,7 @@ class Case:
             The first match wins; what no rule matches is frozen.
         random: why training draws random numbers, so that the case equals only itself.
         needs: an optional package.
+        single: why some variables are float32 in any model, so that weights agree to float32's precision alone.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Case:
     rules: tuple[tuple[str, str], ...] = (("train", ".*"),)
     random: str = ""
     needs: str = ""
+    single: str = ""
 
     def __repr__(self) -> str:
         return self.name

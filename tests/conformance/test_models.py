@@ -92,7 +92,22 @@ def row_weights_beside_steps():
     return x, y, toy_data.rng(0).random(ROWS)
 
 
+def weights_twice():
+    x, y = tabular.rare_class_data()
+    return x, y, toy_data.rng(1).random(ROWS)
+
+
 REFUSED = [
+    (
+        Case(
+            "class_weights_and_sample_weights",
+            tabular.mlp("classifier", 6, 2),
+            weights_twice,
+            text.SPARSE,
+            class_weight={0: 1.0, 1: 3.0},
+        ),
+        "at the same time",
+    ),
     (
         Case("more_targets_than_outputs", tabular.outputs_dict, more_targets, tabular.HOUSE_LOSSES),
         "different structures",

@@ -304,6 +304,26 @@ def dropout():
     )
 
 
+class RunningCenter(layers.Layer):
+    """Takes away the running mean of what it has seen in training, which it keeps in a weight that is not trained."""
+
+    def build(self, shape):
+        self.mean = self.add_weight(shape=(shape[-1],), initializer="zeros", trainable=False, name="mean")
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", name="scale")
+
+    def call(self, x, training=False):
+        before = ops.convert_to_tensor(self.mean)
+        if training:
+            self.mean.assign(0.9 * before + 0.1 * ops.mean(x, axis=0))
+        return self.scale * (x - before)
+
+
+def running_center():
+    x = keras.Input((WIDTH,), name="x")
+    y = RunningCenter(name="center")(layers.Dense(8, activation="relu", name="hidden")(x))
+    return keras.Model(x, layers.Dense(3, name="head")(y), name="running_center")
+
+
 def grouped_attention():
     x = keras.Input((4, 8), name="x")
     y = layers.GroupQueryAttention(4, 4, 2, name="attention")(x, x)
@@ -353,5 +373,6 @@ CASES = [
     Case("mixed_activations", mixed_activations, regression(), lambda: "mse", metrics=MAE),
     Case("operator_network", operator_network, operator_data, lambda: "mse", metrics=MAE),
     Case("dropout", dropout, labelled(), SPARSE, metrics=ACCURACY, random="dropout"),
+    Case("running_center", running_center, labelled(), SPARSE, metrics=ACCURACY),
     Case("grouped_attention", grouped_attention, tokens, lambda: "mse", metrics=MAE, rules=WITHOUT_KEY_BIAS),
 ]

@@ -87,6 +87,15 @@ def crossed_data():
     return (left, right), ((left == "a") ^ (right > 1)).astype(np.float64)
 
 
+def patients_with_one_more_column():
+    """The table has a column that the model does not read.
+
+    Its name is the last: Keras takes inputs by the order of all names, and gives another column to the model else.
+    """
+    x, y = patients()
+    return {**x, "zone": toy_data.features(27, 1)}, y
+
+
 def wide_and_deep():
     wide, deep = keras.Input((5,), name="wide"), keras.Input((8,), name="deep")
     x = layers.Dense(8, activation="relu", name="deep1")(deep)
@@ -533,6 +542,7 @@ CASES = [
         weighted_metrics=lambda: ["accuracy"],
         class_weight={0: 0.5, 1: 3.0},
     ),
+    Case("unread_column", structured_lookup, patients_with_one_more_column, BCE, metrics=lambda: ["accuracy"]),
     Case(
         "class_weights_one_hot",
         mlp("classifier", 6, 2, "softmax"),
