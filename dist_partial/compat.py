@@ -305,7 +305,7 @@ def compiled_loss(model: Any) -> Any:
     return compiled and (compiled._user_loss, compiled._user_loss_weights)
 
 
-def loss_function(function: Callable[..., Any]) -> Any:
+def loss_function(function: Callable[..., Any], name: str | None = None) -> Any:
     """Makes a Keras loss of a function of targets and outputs, as `Model.compile` does.
 
     Keras 3.15: brings both to one rank and casts them; the class is not exported.
@@ -313,7 +313,7 @@ def loss_function(function: Callable[..., Any]) -> Any:
     """
     from keras.src.losses.losses import LossFunctionWrapper
 
-    return LossFunctionWrapper(function, name=getattr(function, "__name__", None))
+    return LossFunctionWrapper(function, name=name or getattr(function, "__name__", None))
 
 
 def set_mask(tensor: Any, mask: Any) -> None:
