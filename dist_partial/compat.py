@@ -297,7 +297,8 @@ def loss_function(function: Callable[..., Any]) -> Any:
     """
     from keras.src.losses.losses import LossFunctionWrapper
 
-    return LossFunctionWrapper(function, name=getattr(function, "__name__", None))
+    name = getattr(function, "__name__", "")
+    return LossFunctionWrapper(function, name=name if name.isidentifier() else None)  # TensorFlow takes no '<lambda>'
 
 
 def set_mask(tensor: Any, mask: Any) -> None:
