@@ -182,11 +182,15 @@ def test_what_is_no_mistake(train_main, tmp_path, capsys):
         ["run.loss=@user_module.own_loss", "user_module.data.lowest=-1"],
         [
             "run.loss=@keras.losses.SparseCategoricalCrossentropy",
-            "SparseCategoricalCrossentropy.ignore_class=-1",
-            "SparseCategoricalCrossentropy.from_logits=True",
+            "keras.losses.SparseCategoricalCrossentropy.ignore_class=-1",
+            "keras.losses.SparseCategoricalCrossentropy.from_logits=True",
             "user_module.data.lowest=-1",
         ],
-        ["run.loss=@keras.losses.MeanSquaredError", "MeanSquaredError.reduction='sum'", "user_module.model.outputs=1"],
+        [
+            "run.loss=@keras.losses.MeanSquaredError",
+            "keras.losses.MeanSquaredError.reduction='sum'",
+            "user_module.model.outputs=1",
+        ],
         ["run.loss=@keras.losses.Dice", "user_module.model.outputs=1", "user_module.data.labels='float32'"],
         ["run.loss=@user_module.contrastive", "user_module.model.outputs=1"],
         ["run.loss='mse'", "user_module.model.outputs=1", "run.metrics=['mae', @keras.metrics.RootMeanSquaredError]"],

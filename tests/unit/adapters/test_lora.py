@@ -17,8 +17,8 @@ from dist_partial.models import byte_transformer, two_dense
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.selection.rules import Rule
 from dist_partial.step import layer_state
-from dist_partial.training import loop
 from dist_partial.step.objective import Objective
+from dist_partial.training import loop
 from dist_partial.training.build import batches, build, compiled_step, restore
 from tests.helpers.files import state
 from tests.helpers.marks import quick
