@@ -14,7 +14,7 @@ from dist_partial.config.settings import Settings, cross_entropy
 from dist_partial.data import Dataset, fetch, some_targets
 from dist_partial.distributed import consistency
 from dist_partial.distributed.replicas import Replicas
-from dist_partial.errors import UserError, calling, first_line, own_line
+from dist_partial.errors import Raised, UserError, calling, first_line, own_line
 from dist_partial.selection.plan import Plan
 from dist_partial.step import layer_state, losses, metrics
 from dist_partial.step.objective import Batch, Objective, prepare, unpacked
@@ -244,8 +244,11 @@ def make_objective(
             quiet = [metric.name for metric in compiled["weighted_metrics"] or ()]
     try:
         objective = prepare(model, batch, outputs, compiled, quiet)
-    except (ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError) as error:
+    except Raised as raised:
         _check_class_ids(data, loss, y)
+        error = raised.__cause__
+        if not isinstance(error, (ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError)):
+            raise
         raise UserError(
             f"run.loss or run.metrics does not take run.data's targets {'none' if y is None else _batchless(y)} and "
             f"outputs {_batchless(outputs)} of run.model: {first_line(error)}{own_line(error)}; bind another loss, or "
