@@ -269,6 +269,19 @@ def compute_loss(model: Any, x: Any, y: Any, outputs: Any, weight: Any, training
     return model._compute_loss(x, y, outputs, weight, training=training)
 
 
+def keep_losses(model: Any, scope: Any) -> None:
+    """Adds to a `StatelessScope` what the model's layers have added to its losses before the scope.
+
+    Keras 3.15: within a scope `Model.losses` gives what was added within it alone, and no activity regulariser of the
+    call that gave the outputs.
+    Unnecessary once it gives both.
+    """
+    for layer in layers(model):
+        for loss in layer._losses:
+            scope.add_loss(loss)
+            layer._loss_ids.add(id(loss))
+
+
 def overrides(model: Any, name: str) -> bool:
     """Tells whether a model has a method of that name of its own, in its class or on the object.
 
@@ -292,12 +305,13 @@ def compiled_loss(model: Any) -> Any:
 def loss_function(function: Callable[..., Any]) -> Any:
     """Makes a Keras loss of a function of targets and outputs, as `Model.compile` does.
 
-    Keras 3.15: brings both to one rank and casts them; the class is not exported.
+    Keras 3.15: brings both to one rank and casts them; the class is not exported, nor what makes a name for it.
     Unnecessary once it is.
     """
     from keras.src.losses.losses import LossFunctionWrapper
+    from keras.src.utils.naming import get_object_name
 
-    return LossFunctionWrapper(function, name=getattr(function, "__name__", None))
+    return LossFunctionWrapper(function, name=get_object_name(function))
 
 
 def set_mask(tensor: Any, mask: Any) -> None:

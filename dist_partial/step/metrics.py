@@ -82,8 +82,8 @@ def are_class_ids(y: tf.Tensor, outputs: tf.Tensor) -> bool:
     """
     if not y.dtype.is_integer or not (outputs.shape.rank and outputs.shape[-1] > 1):
         return False
-    column = y.shape.rank == outputs.shape.rank and y.shape[-1] == 1
-    return column or y.shape.rank == outputs.shape.rank - 1
+    shape = outputs.shape[:-1]
+    return y.shape == shape or y.shape == [*shape, 1]
 
 
 class OfMeanLoss(keras.metrics.Mean):

@@ -4,9 +4,10 @@ Both are computed without changing a variable of a metric: what a batch adds to 
 which is summed over parts, replicas and workers like a loss.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -69,7 +70,7 @@ class Objective:
 
     def counted(self, batch: Batch, outputs: Any, training: bool) -> tf.Tensor:
         """Counts what this part adds to the divisors: [counts]."""
-        with keras.StatelessScope(_regularised(self.model)), losses.computing(losses.Part()) as part:
+        with _unchanged(self.model), losses.computing(losses.Part()) as part:
             self._loss(batch, outputs, training)
         return tf.stack([tf.reshape(count, []) for count in part.found])
 
@@ -89,8 +90,7 @@ class Objective:
             A scalar, and what it has changed, for `added`.
         """
         separate = None if counts is None else iter(tf.unstack(counts))
-        start = [*self._start(), *_regularised(self.model)]
-        with keras.StatelessScope(start) as scope, losses.computing(losses.Part(share, separate)):
+        with _unchanged(self.model, self._start()) as scope, losses.computing(losses.Part(share, separate)):
             return self._loss(batch, outputs, training), scope.state_mapping
 
     def added(self, batch: Batch, outputs: Any, training: bool, changed: Mapping[Any, Any]) -> tf.Tensor:
@@ -145,9 +145,17 @@ class Objective:
             return compat.compute_loss(self.model, x, y, outputs, weight, training)
 
 
-def _regularised(model: keras.Model) -> list[tuple[Any, Any]]:
-    """The variables with a regulariser, which Keras 3.15 reads from the scope alone, and their values."""
-    return [(v, v.value) for v in model.trainable_variables if v.regularizer is not None]
+@contextlib.contextmanager
+def _unchanged(model: keras.Model, start: Sequence[tuple[Any, Any]] = ()) -> Iterator[keras.StatelessScope]:
+    """Keeps all variables as they are; `start` gives some of them other values within it.
+
+    The losses that the model's layers have added are as outside, and so are the variables with a regulariser, which
+    Keras 3.15 reads from the scope alone.
+    """
+    regularised = [(v, v.value) for v in model.trainable_variables if v.regularizer is not None]
+    with keras.StatelessScope([*start, *regularised], collect_losses=True) as scope:
+        compat.keep_losses(model, scope)
+        yield scope
 
 
 def unpacked(batch: Batch) -> tuple[Any, Any, Any]:
@@ -183,7 +191,7 @@ def prepare(
     keras.Model.compile(model, optimizer=None, **compiled)
     x, y, weight = unpacked(batch)
     # The variables of metrics are made here.
-    with keras.StatelessScope(_regularised(model)), losses.computing(losses.Part()) as part:
+    with _unchanged(model), losses.computing(losses.Part()) as part:
         compat.compute_loss(model, x, y, outputs, weight, False)
         model.compute_metrics(x, y, outputs, weight)
         metrics = compat.compiled_metrics(model)

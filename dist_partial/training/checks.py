@@ -61,7 +61,8 @@ def make_model(settings: Settings, data: Dataset, strategy: tf.distribute.Strate
             f"run.model reads ids ({inputs[0].dtype}) and not {_example(data.name, x)}: bind a model of features, or "
             "other data"
         )
-    count = layer_state.batch_size(model) or (2 if _plain_loss(model) else _TRIED)
+    # Few, as a model may be large; not two, which would fit weights of two numbers an example.
+    count = layer_state.batch_size(model) or (3 if _plain_loss(model) else _TRIED)
     batch = tf.nest.map_structure(tf.constant, fetch(data.train, np.arange(count) % len(data.train)))
     # A subclassed model has its variables only once it has been called.
     with taking(data.name, x), layer_state.untouched(strategy, generators):
@@ -221,7 +222,7 @@ def make_objective(
     with calling("run.loss"):
         loss, weights = _loss(settings, model)
         loss = losses.made(loss)
-    _, y, _ = unpacked(batch)
+    _, y, weight = unpacked(batch)
     compiled = {"loss": loss, "loss_weights": weights}
     with calling("run.metrics"):
         names = ("metrics", "weighted_metrics")
@@ -234,9 +235,10 @@ def make_objective(
     try:
         objective = prepare(model, batch, outputs, compiled, quiet)
     except (ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError) as error:
+        weights = "" if weight is None else f", weights {_batchless(weight)}"
         raise UserError(
-            f"run.loss or run.metrics does not take run.data's targets {'none' if y is None else _batchless(y)} and "
-            f"outputs {_batchless(outputs)} of run.model: {first_line(error)}{own_line(error)}; bind another loss, or "
+            f"run.loss or run.metrics does not take run.data's targets {'none' if y is None else _batchless(y)}"
+            f"{weights} and outputs {_batchless(outputs)} of run.model: {first_line(error)}{own_line(error)}; bind another loss, or "
             "a model of other outputs"
         ) from error
     called = [each for each in tf.nest.flatten(loss) if each is not None and each.seen is not None]

@@ -14,7 +14,8 @@ from dist_partial.distributed import per_replica, traffic
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.models import byte_transformer, two_dense
 from dist_partial.reductions.reduce_gradients import make_states
-from dist_partial.step import batch_norm, optimizers
+from dist_partial.step import batch_norm, losses, optimizers
+from dist_partial.step.objective import Objective, prepare
 from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 
 STEPS = 20
@@ -163,6 +164,12 @@ def loss(y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
     return keras.losses.sparse_categorical_crossentropy(y, outputs, from_logits=True)
 
 
+def objective(model: keras.Model, x: Any, y: Any, loss: Any = loss) -> Objective:
+    """The loss alone, tried on some examples; call it in the strategy's scope."""
+    x, y = (tf.nest.map_structure(tf.constant, each) for each in (x, y))
+    return prepare(model, (x, y), model(x, training=False), {"loss": losses.made(loss)})
+
+
 def set_precision(dtype: str) -> None:
     keras.config.set_floatx(dtype)
     keras.config.set_dtype_policy(dtype)
@@ -270,16 +277,17 @@ def train(
         batch_norm.set_modes(batch_norm.layers(model), plan, everywhere=False)
         groups = optimizers.build(plan, lambda: optimizer(name, options))
         states = make_states(plan)
+        measured = objective(model, *(column[:2] for column in data[0]))
     before = weights(model)
     spec = StepSpec(
         strategy,
         collectives or Collectives(),
         model,
-        loss,
+        measured,
         plan,
         groups,
         states,
-        StepOptions(GLOBAL_BATCH, options.clip_norm, options.accumulate, jit_compile),
+        StepOptions(options.clip_norm, options.accumulate, jit_compile),
     )
     compiled = train_step(spec)
 
