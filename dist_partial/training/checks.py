@@ -235,11 +235,11 @@ def make_objective(
     try:
         objective = prepare(model, batch, outputs, compiled, quiet)
     except (ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError) as error:
-        weights = "" if weight is None else f", weights {_batchless(weight)}"
+        given = "none" if y is None else _batchless(y)
+        given += "" if weight is None else f", weights {_batchless(weight)}"
         raise UserError(
-            f"run.loss or run.metrics does not take run.data's targets {'none' if y is None else _batchless(y)}"
-            f"{weights} and outputs {_batchless(outputs)} of run.model: {first_line(error)}{own_line(error)}; bind another loss, or "
-            "a model of other outputs"
+            f"run.loss or run.metrics does not take run.data's targets {given} and outputs {_batchless(outputs)} of "
+            f"run.model: {first_line(error)}{own_line(error)}; bind another loss, or a model of other outputs"
         ) from error
     called = [each for each in tf.nest.flatten(loss) if each is not None and each.seen is not None]
     for source in (data.train, data.evaluation):

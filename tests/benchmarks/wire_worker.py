@@ -193,9 +193,7 @@ def dist_partial_variant(replicas: Any, worker: Worker, selected: str, dtype: st
         states = make_states(plan)
         x, y = next(iter(batches(worker)))
         objective = prepare(model, (x, y), model(x, training=False), {"loss": losses.made("mse")})
-    spec = StepSpec(
-        replicas.strategy, replicas.collectives, model, objective, plan, groups, states, StepOptions()
-    )
+    spec = StepSpec(replicas.strategy, replicas.collectives, model, objective, plan, groups, states, StepOptions())
     compiled = train_step(spec)
     iterator = iter(batches(worker))
 

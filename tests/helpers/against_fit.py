@@ -13,8 +13,7 @@ from tests.helpers.files import rows, trained
 from tests.helpers.strategies import in_process
 
 COUNT, STEPS = 18, 20  # examples, all of them in each step
-CHOSEN = {"metrics", "weighted_metrics"}
-COMPILED = CHOSEN | {"loss_weights"}  # settings that `Model.compile` takes, too
+COMPILED = ("loss_weights", "metrics", "weighted_metrics")  # settings that `Model.compile` takes, too
 
 
 def settings(model, data, loss, *, replicas=2, steps=STEPS, rules=(("train", ".*"),), **more):
@@ -81,19 +80,18 @@ def one_output():
     return keras.Sequential([keras.Input((7,)), keras.layers.Dense(1, name="d")])
 
 
-def check_against_fit(folder, model, data, loss, tolerance=1e-9, summed=False, **more):
+def check_against_fit(folder, model, data, loss, tolerance=1e-9, summed=False, steps=STEPS, **more):
     """Compares the losses and metrics of all steps, what is trained, and the last evaluation; returns the rows.
 
     What Keras shows of a loss that it sums without saying so is something else: `summed` compares it with nothing.
     """
-    steps = more.get("steps", STEPS)
     _, weights, made = fitted(model, data, loss, steps, **more)
-    loop.run(settings(model, data, loss, **more), folder)
+    loop.run(settings(model, data, loss, steps=steps, **more), folder)
     for name, value in trained(folder, steps).items():
         np.testing.assert_allclose(value, weights[name], rtol=tolerance, atol=tolerance / 1e3, err_msg=name)
     *found, held_out = rows(folder / "metrics.jsonl")
     found = [row for row in found if row["split"] == "train"]
-    own = [] if summed else ["loss", *(made.history.history if CHOSEN & more.keys() else ())]
+    own = [] if summed else list(made.history.history)
     for name in set(own) & found[0].keys():  # those that are not cheap are of the evaluation alone
         expected = made.history.history[name]
         np.testing.assert_allclose([row[name] for row in found], expected, rtol=tolerance, err_msg=name)

@@ -26,7 +26,7 @@ from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 from dist_partial.training.build import build
 from dist_partial.training.state import TrainState
 from tests.helpers import cases
-from tests.helpers.cases import CASES, GLOBAL_BATCH, copies, dataset
+from tests.helpers.cases import CASES, copies, dataset
 from tests.helpers.files import same_bits
 from tests.helpers.marks import quick
 
