@@ -39,6 +39,15 @@ def prepared(model, whole, loss, **compiled):
     return prepare(model, some, model(some[0]), {"loss": losses.made(loss), **compiled})
 
 
+def evaluated(model, whole, loss, **compiled):
+    """What plain Keras gives for the whole in one batch, by a model of the same weights."""
+    plain = keras.models.clone_model(model)
+    plain.set_weights(model.get_weights())
+    plain.compile(loss=loss, **compiled)
+    x, y, weight = unpacked(whole)
+    return plain.evaluate(x, y, sample_weight=weight, batch_size=len(x), verbose=0, return_dict=True)
+
+
 def parts_of(whole, *cuts):
     edges = [0, *cuts, COUNT]
     return [
@@ -50,13 +59,9 @@ def parts_of(whole, *cuts):
 @pytest.mark.parametrize("reduction", quick(["mean", "mean_with_sample_weight", "sum"], "mean_with_sample_weight"))
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_loss_of_parts_of_any_size_is_that_of_the_whole(reduction, weighted):
-    keras.utils.set_random_seed(0)
+    """Activity regularisers are means over a batch, to which parts of different sizes add by their examples."""
     model, whole = masked(), batch(weighted)
-    # Activity regularisers are means over a batch, and parts of different sizes weigh by their examples.
-    plain = keras.models.clone_model(model)
-    plain.set_weights(model.get_weights())
-    plain.compile(loss=cross_entropy(reduction=reduction))
-    expected = plain.evaluate(*whole[:2], *([] if not weighted else [whole[2]]), batch_size=COUNT, verbose=0)
+    expected = evaluated(model, whole, cross_entropy(reduction=reduction))["loss"]
     objective = prepared(model, whole, cross_entropy(reduction=reduction))
     assert objective.counts == (reduction != "sum")
     parts = parts_of(whole, 1, 7)
@@ -74,12 +79,9 @@ def test_the_loss_of_parts_of_any_size_is_that_of_the_whole(reduction, weighted)
 
 def test_a_part_divides_by_its_own_without_counts():
     model, whole = masked(), batch()
-    objective = prepared(model, whole, cross_entropy())
     part = parts_of(whole, 5)[0]
-    plain = keras.models.clone_model(model)
-    plain.set_weights(model.get_weights())
-    plain.compile(loss=cross_entropy())
-    expected = plain.evaluate(part[0], part[1], sample_weight=part[2], batch_size=5, verbose=0)
+    expected = evaluated(model, part, cross_entropy())["loss"]
+    objective = prepared(model, whole, cross_entropy())
     assert float(objective.loss(part, model(part[0]), False)[0]) == pytest.approx(expected, rel=1e-6)
 
 
@@ -120,6 +122,7 @@ def test_what_parts_add_to_metrics_gives_those_of_the_whole():
         "metrics": [Positive, lambda: keras.metrics.MeanIoU(CLASSES, sparse_y_pred=False)],
         "weighted_metrics": [lambda: keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
     }
+    expected = evaluated(model, whole, cross_entropy(), **{name: [f() for f in made] for name, made in make.items()})
     objective = prepared(model, whole, cross_entropy(), **{name: [f() for f in made] for name, made in make.items()})
     assert [(each.name, each.size, each.training) for each in objective.measures] == [
         ("positive", 3, True),
@@ -135,13 +138,8 @@ def test_what_parts_add_to_metrics_gives_those_of_the_whole():
             _, changed = objective.loss(part, outputs, training)
             added = objective.added(part, outputs, training, changed)
             assert added.dtype == tf.float64
-            sums += added
+            sums += added.numpy()
         found = objective.results(sums, training)
-        plain = keras.models.clone_model(model)
-        plain.set_weights(model.get_weights())
-        plain.compile(loss=cross_entropy(), **{name: [f() for f in made] for name, made in make.items()})
-        x, y, weight = whole
-        expected = plain.evaluate(x, y, sample_weight=weight, batch_size=COUNT, verbose=0, return_dict=True)
         assert found.pop("positive_share") == pytest.approx(expected["share"], rel=1e-6)
         assert found.pop("positive_number") == pytest.approx(expected["number"], rel=1e-6)
         assert found.keys() == ({"accuracy"} if training else {"accuracy", "mean_io_u"})
