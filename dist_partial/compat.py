@@ -260,6 +260,22 @@ def as_one_device() -> Iterator[None]:
             setattr(module, name, function)
 
 
+@contextlib.contextmanager
+def fixed_losses(model: Any) -> Iterator[None]:
+    """Has `model.losses` give within it what it gives at its beginning.
+
+    Keras 3.15: in a `StatelessScope` it gives what was added in the scope alone, and regularisers read their variables
+    from the scope alone. (Keras's own trainer for JAX sets the same attribute.)
+    Unnecessary if the scope knew what was added before it.
+    """
+    losses = list(model.losses)
+    model._losses_override.extend(losses)
+    try:
+        yield
+    finally:
+        model._losses_override.clear()
+
+
 def compute_loss(model: Any, x: Any, y: Any, outputs: Any, weight: Any, training: bool) -> Any:
     """Calls a compiled model's `compute_loss`, with or without `training`, as its signature has it.
 
@@ -267,19 +283,6 @@ def compute_loss(model: Any, x: Any, y: Any, outputs: Any, weight: Any, training
     Unnecessary once all take it.
     """
     return model._compute_loss(x, y, outputs, weight, training=training)
-
-
-def keep_losses(model: Any, scope: Any) -> None:
-    """Adds to a `StatelessScope` what the model's layers have added to its losses before the scope.
-
-    Keras 3.15: within a scope `Model.losses` gives what was added within it alone, and no activity regulariser of the
-    call that gave the outputs.
-    Unnecessary once it gives both.
-    """
-    for layer in layers(model):
-        for loss in layer._losses:
-            scope.add_loss(loss)
-            layer._loss_ids.add(id(loss))
 
 
 def overrides(model: Any, name: str) -> bool:
@@ -306,13 +309,13 @@ def compiled_loss(model: Any) -> Any:
 def loss_function(function: Callable[..., Any]) -> Any:
     """Makes a Keras loss of a function of targets and outputs, as `Model.compile` does.
 
-    Keras 3.15: brings both to one rank and casts them; the class is not exported, nor what makes a name for it.
+    Keras 3.15: brings both to one rank and casts them; the class is not exported.
     Unnecessary once it is.
     """
     from keras.src.losses.losses import LossFunctionWrapper
-    from keras.src.utils.naming import get_object_name
 
-    return LossFunctionWrapper(function, name=get_object_name(function))
+    name = getattr(function, "__name__", "")
+    return LossFunctionWrapper(function, name=name if name.isidentifier() else None)  # TensorFlow takes no '<lambda>'
 
 
 def set_mask(tensor: Any, mask: Any) -> None:
@@ -321,6 +324,24 @@ def set_mask(tensor: Any, mask: Any) -> None:
     Keras 3.15: as for `mask`.
     """
     tensor._keras_mask = mask
+
+
+def grows(metric: Any) -> bool:
+    """Tells whether more is better of a metric, as far as Keras knows.
+
+    Keras 3.15: callbacks with `mode="auto"` read a private attribute.
+    Unnecessary with a public name for it.
+    """
+    return getattr(metric, "_direction", None) == "up"
+
+
+def forget_compilation(model: Any) -> None:
+    """Has a compiled model saved as one that is not, for what it was compiled with is made for one run.
+
+    Keras 3.15: `Model.save` writes the arguments of `compile`; to set `compiled` back would take the metrics away, too.
+    Unnecessary with an option of `save`.
+    """
+    del model._compile_config
 
 
 def compiled_metrics(model: Any) -> list[tuple[str, Any]]:

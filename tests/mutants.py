@@ -190,8 +190,8 @@ MUTANTS = [
     changed(
         "losses that layers add, forgotten",
         "step/objective.py",
-        "        compat.keep_losses(model, scope)\n",
-        "",
+        "with compat.fixed_losses(model), keras",
+        "with keras",
         "unit/step/test_objective.py::test_the_loss_of_parts_of_any_size_is_that_of_the_whole",
     ),
     changed(

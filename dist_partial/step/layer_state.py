@@ -106,11 +106,14 @@ def find(model: keras.Model, example: Batch, plan: Plan, objective: Objective) -
 
     def traced(*flat: tf.Tensor) -> None:
         batch = tf.nest.pack_sequence_as(example, flat)
-        with keras.StatelessScope() as scope:  # assignments are noted in it, and not made
+        # Assignments are noted in it, and not made; Keras 3.15 has regularisers read their variables from it.
+        start = [(v, v.value) for v in model.trainable_variables if v.regularizer is not None]
+        with keras.StatelessScope(start, collect_losses=True) as scope:
+            before = dict(scope.state_mapping)
             outputs = model(batch[0], training=True)
-        new.clear()  # if TensorFlow traces twice
-        new.update(scope.state_mapping)
-        objective.loss(batch, outputs, training=True)
+            new.clear()  # if TensorFlow traces twice
+            new.update({key: value for key, value in scope.state_mapping.items() if value is not before.get(key)})
+            objective.loss(batch, outputs, training=True)
 
     new: dict[int, tf.Tensor] = {}  # values by the identity of the variable
     count = batch_size(model) or 2

@@ -181,7 +181,7 @@ def made(loss: Any) -> Any:
             raise UserError(f"run.loss: Keras has no loss {loss!r}; write a name such as 'mse', or a class") from error
     elif callable(loss) and not isinstance(loss, keras.losses.Loss) and not takes_targets(loss):
         loss = loss()
-        if isinstance(loss, (dict, list, tuple)):
+        if isinstance(loss, (dict, list, tuple, str)):
             return made(loss)
     if loss is None:
         return None
@@ -190,7 +190,8 @@ def made(loss: Any) -> Any:
     if not isinstance(loss, keras.losses.Loss):
         loss = compat.loss_function(loss)
     elif loss.dtype != keras.config.floatx():  # made before the run's precision was known
-        loss = type(loss).from_config(loss.get_config())
+        with contextlib.suppress(TypeError):  # a class of the user's need not be made of its config
+            loss = type(loss).from_config(loss.get_config())
     return DividedLoss(loss)
 
 

@@ -70,7 +70,7 @@ class Objective:
 
     def counted(self, batch: Batch, outputs: Any, training: bool) -> tf.Tensor:
         """Counts what this part adds to the divisors: [counts]."""
-        with _unchanged(self.model), losses.computing(losses.Part()) as part:
+        with _scope(self.model), losses.computing(losses.Part()) as part:
             self._loss(batch, outputs, training)
         return tf.stack([tf.reshape(count, []) for count in part.found])
 
@@ -90,7 +90,7 @@ class Objective:
             A scalar, and what it has changed, for `added`.
         """
         separate = None if counts is None else iter(tf.unstack(counts))
-        with _unchanged(self.model, self._start()) as scope, losses.computing(losses.Part(share, separate)):
+        with _scope(self.model, self._start()) as scope, losses.computing(losses.Part(share, separate)):
             return self._loss(batch, outputs, training), scope.state_mapping
 
     def added(self, batch: Batch, outputs: Any, training: bool, changed: Mapping[Any, Any]) -> tf.Tensor:
@@ -132,6 +132,11 @@ class Objective:
                 found |= _named(each.name, each.metric.result())
         return found
 
+    def grows(self, name: str) -> bool:
+        """Tells whether more is better of a number of an evaluation."""
+        found = [each.metric for each in self.measures if name == each.name or name.startswith(f"{each.name}_")]
+        return bool(found) and compat.grows(found[0])
+
     def _start(self) -> list[tuple[Any, tf.Tensor]]:
         return [
             (variable, tf.constant(value, variable.dtype))
@@ -146,15 +151,9 @@ class Objective:
 
 
 @contextlib.contextmanager
-def _unchanged(model: keras.Model, start: Sequence[tuple[Any, Any]] = ()) -> Iterator[keras.StatelessScope]:
-    """Keeps all variables as they are; `start` gives some of them other values within it.
-
-    The losses that the model's layers have added are as outside, and so are the variables with a regulariser, which
-    Keras 3.15 reads from the scope alone.
-    """
-    regularised = [(v, v.value) for v in model.trainable_variables if v.regularizer is not None]
-    with keras.StatelessScope([*start, *regularised], collect_losses=True) as scope:
-        compat.keep_losses(model, scope)
+def _scope(model: keras.Model, start: Sequence[tuple[Any, Any]] = ()) -> Iterator[keras.StatelessScope]:
+    """Opens a scope in which no variable changes, with the losses that layers have added before."""
+    with compat.fixed_losses(model), keras.StatelessScope(start) as scope:
         yield scope
 
 
@@ -189,9 +188,10 @@ def prepare(
     """
     # The class's own `compile` may take and do something else.
     keras.Model.compile(model, optimizer=None, **compiled)
+    compat.forget_compilation(model)
     x, y, weight = unpacked(batch)
     # The variables of metrics are made here.
-    with _unchanged(model), losses.computing(losses.Part()) as part:
+    with _scope(model), losses.computing(losses.Part()) as part:
         compat.compute_loss(model, x, y, outputs, weight, False)
         model.compute_metrics(x, y, outputs, weight)
         metrics = compat.compiled_metrics(model)

@@ -220,7 +220,7 @@ def make_objective(
         UserError: the loss or the metrics do not go with the model or the data.
     """
     with calling("run.loss"):
-        loss, weights = _loss(settings, model)
+        loss, weights = _loss(settings, data, model)
         loss = losses.made(loss)
     _, y, weight = unpacked(batch)
     compiled = {"loss": loss, "loss_weights": weights}
@@ -249,12 +249,12 @@ def make_objective(
     return objective, called
 
 
-def _loss(settings: Settings, model: keras.Model) -> tuple[Any, Any]:
+def _loss(settings: Settings, data: Dataset, model: keras.Model) -> tuple[Any, Any]:
     """What is bound; or what the model was compiled with; or its own `compute_loss` alone; or cross-entropy."""
     if settings.loss is not None:
         return settings.loss, settings.loss_weights
     compiled = compat.compiled_loss(model)
-    if compiled or compat.overrides(model, "compute_loss"):
+    if compiled or compat.overrides(model, "compute_loss") or len(data.train.spec) == 1:
         return compiled or (None, None)
     return cross_entropy(), settings.loss_weights
 

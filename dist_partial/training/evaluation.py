@@ -58,7 +58,7 @@ class Evaluation:
     def next_due(self, step: int) -> int:
         return self._every.next_due(step)
 
-    def __call__(self, state: TrainState, writer: MetricWriter) -> None:
+    def __call__(self, state: TrainState, writer: MetricWriter) -> dict[str, float]:
         trainer, strategy = self._trainer, self._trainer.replicas.strategy
         # Nothing but a step moves a state: recurrent layers with dropout draw random numbers in inference, too.
         with outer_step.agreed(strategy, trainer.fragments), untouched(strategy, trainer.layer_state.states):
@@ -69,6 +69,7 @@ class Evaluation:
             writer.evaluation(state.step, metrics, state.sent)
             if trainer.replicas.is_chief and trainer.data.codec is not None:
                 self._sample(state, writer)
+        return metrics
 
     def _sample(self, state: TrainState, writer: MetricWriter) -> None:
         trainer = self._trainer

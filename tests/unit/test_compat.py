@@ -244,22 +244,44 @@ def test_compute_loss():
         model.compute_loss(y_pred=np.ones(2), training=True)
 
 
-def test_keep_losses():
+def test_fixed_losses():
     penalty = keras.regularizers.L2(1.0)
     layers = [keras.layers.Dense(2, activity_regularizer=penalty, kernel_regularizer=penalty), Outer()]
     model = keras.Sequential([keras.Input((3,)), keras.Sequential(layers)])
     model(np.ones([2, 3], np.float32))
     outside = [float(loss) for loss in model.losses]
-    kernels = [(v, v.value) for v in model.trainable_variables if v.regularizer is not None]
     assert len(outside) == 2
-    with keras.StatelessScope(kernels, collect_losses=True) as scope:
+    with keras.StatelessScope([(v, v.value) for v in model.trainable_variables]):
         assert [float(loss) for loss in model.losses] == outside[1:]  # Keras forgets the other
-        compat.keep_losses(model, scope)
+    with compat.fixed_losses(model), keras.StatelessScope():
         assert [float(loss) for loss in model.losses] == outside
-        model(np.zeros([2, 3], np.float32))  # what another call adds takes its place, as outside
-        assert float(model.losses[0]) == 0 and len(model.losses) == 2
-    model(np.ones([2, 3], np.float32))
-    assert [float(loss) for loss in model.losses] == outside
+    model(np.zeros([2, 3], np.float32))
+    assert [float(loss) for loss in model.losses] == [0.0, outside[1]]
+
+
+def test_grows():
+    with pytest.raises(AttributeError):
+        keras.metrics.AUC().direction  # noqa: B018
+    expected = {"AUC": True, "SparseCategoricalAccuracy": True, "MeanSquaredError": False, "Mean": False}
+    assert {name: compat.grows(getattr(keras.metrics, name)()) for name in expected} == expected
+
+
+def test_forget_compilation(tmp_path):
+    class OfOneRun(keras.losses.Loss):
+        def call(self, y_true, y_pred):
+            return y_pred[:, 0]
+
+        def get_config(self):
+            raise NotImplementedError
+
+    model = tiny()
+    model.compile(loss=OfOneRun(), metrics=["mae"])
+    with pytest.raises(NotImplementedError):
+        model.save(tmp_path / "compiled.keras")
+    compat.forget_compilation(model)
+    model.save(tmp_path / "model.keras")
+    assert not keras.saving.load_model(tmp_path / "model.keras").compiled
+    assert float(model.evaluate(np.zeros([2, 3]), np.zeros([2, 2]), verbose=0)[0]) == 0.0  # it computes as before
 
 
 def test_overrides():
@@ -273,8 +295,7 @@ def test_overrides():
 def test_compiled_loss():
     model = tiny()
     assert not compat.compiled_loss(model)
-    with pytest.raises(AttributeError):
-        model.loss  # noqa: B018
+    assert getattr(model, "loss", None) is None
     model.compile(metrics=["mse"])
     assert not compat.compiled_loss(model)
     model.compile(loss=["mae"], loss_weights=[0.5])
@@ -310,10 +331,10 @@ def test_set_mask():
 
 
 def test_compiled_metrics():
-    x = keras.Input((2,))
-    model = keras.Model(x, [keras.layers.Dense(1, name="a")(x), keras.layers.Dense(1, name="b")(x)])
-    own = keras.metrics.Mean(name="own")
-    model.layers[1].own = own
+    x, own = keras.Input((2,)), keras.metrics.Mean(name="own")
+    outputs = [keras.layers.Dense(1, name=name) for name in ("a", "b")]
+    outputs[0].own = own
+    model = keras.Model(x, [layer(x) for layer in outputs])
     model.compile(loss=["mse", "mae"], metrics=[["mae"], ["mse"]], weighted_metrics=[["mae"], None])
     inputs, y = np.ones([2, 2], np.float32), [np.ones([2, 1], np.float32)] * 2
     expected = model.evaluate(inputs, y, verbose=0, return_dict=True)
