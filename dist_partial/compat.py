@@ -289,7 +289,6 @@ def overrides(model: Any, name: str) -> bool:
     """Tells whether a model has a method of that name of its own, in its class or on the object.
 
     Keras 3.15: nothing marks what a user's class overrides. No private name of Keras's is used.
-    Unnecessary with such a mark.
     """
     import keras
 
@@ -306,7 +305,7 @@ def compiled_loss(model: Any) -> Any:
     return compiled and (compiled._user_loss, compiled._user_loss_weights)
 
 
-def loss_function(function: Callable[..., Any]) -> Any:
+def loss_function(function: Callable[..., Any], name: str | None = None) -> Any:
     """Makes a Keras loss of a function of targets and outputs, as `Model.compile` does.
 
     Keras 3.15: brings both to one rank and casts them; the class is not exported.
@@ -314,7 +313,7 @@ def loss_function(function: Callable[..., Any]) -> Any:
     """
     from keras.src.losses.losses import LossFunctionWrapper
 
-    name = getattr(function, "__name__", "")
+    name = name or getattr(function, "__name__", "")
     return LossFunctionWrapper(function, name=name if name.isidentifier() else None)  # TensorFlow takes no '<lambda>'
 
 

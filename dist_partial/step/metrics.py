@@ -82,8 +82,7 @@ def are_class_ids(y: tf.Tensor, outputs: tf.Tensor) -> bool:
     """
     if not y.dtype.is_integer or not (outputs.shape.rank and outputs.shape[-1] > 1):
         return False
-    shape = outputs.shape[:-1]
-    return y.shape == shape or y.shape == [*shape, 1]
+    return y.shape.as_list() in (outputs.shape.as_list()[:-1], [*outputs.shape.as_list()[:-1], 1])
 
 
 class OfMeanLoss(keras.metrics.Mean):

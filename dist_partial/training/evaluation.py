@@ -29,11 +29,14 @@ class Evaluation:
     """Evaluates every `run.eval_every` steps and at the end, on all workers; then samples.
 
     Compiles the evaluation: a mistake in the model or the loss shows now, and not after the training.
+
+    Attributes:
+        trainer: of the run.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         settings, replicas = trainer.settings, trainer.replicas
-        self._trainer = trainer
+        self.trainer = trainer
         self._every = Every(settings.eval_every, settings.steps)
         source = trainer.data.evaluation
         spec = EvaluationSpec(replicas.strategy, replicas.collectives, trainer.model, trainer.objective)
@@ -59,7 +62,7 @@ class Evaluation:
         return self._every.next_due(step)
 
     def __call__(self, state: TrainState, writer: MetricWriter) -> dict[str, float]:
-        trainer, strategy = self._trainer, self._trainer.replicas.strategy
+        trainer, strategy = self.trainer, self.trainer.replicas.strategy
         # Nothing but a step moves a state: recurrent layers with dropout draw random numbers in inference, too.
         with outer_step.agreed(strategy, trainer.fragments), untouched(strategy, trainer.layer_state.states):
             self._average()
@@ -72,7 +75,7 @@ class Evaluation:
         return metrics
 
     def _sample(self, state: TrainState, writer: MetricWriter) -> None:
-        trainer = self._trainer
+        trainer = self.trainer
         try:
             texts = samples(trainer.model, trainer.data, trainer.settings.sampling, state.step)
         except UserError as error:  # of the first worker alone; the others train on

@@ -17,6 +17,7 @@ from dist_partial.distributed import traffic
 from dist_partial.errors import Ending
 from dist_partial.selection.table import plan_table
 from dist_partial.session import put_back
+from dist_partial.step.optimizers import finalize
 from dist_partial.training import evaluation, events, failures, run_folder
 from dist_partial.training.build import build, restore
 from dist_partial.training.checks import check_division, check_workers
@@ -153,6 +154,9 @@ def _after_steps(
     The checkpoint then says that the evaluation is owed, and the next run in the folder makes it up: see `make_up`.
     """
     to_save = save.due(state.step) or stop.due(state.step)
+    trainer = evaluate.trainer
+    if state.step >= trainer.settings.steps:
+        finalize(trainer.replicas.strategy, trainer.optimizers)
     try:
         if evaluate.due(state.step) or judge.reason:
             better = judge.evaluated(state.step, evaluate(state, writer))
@@ -164,5 +168,7 @@ def _after_steps(
             with contextlib.suppress(Ending):  # what differs between workers cannot be had without the others
                 save(dataclasses.replace(state, evaluated=False), writer)
         raise
+    if judge.reason:
+        finalize(trainer.replicas.strategy, trainer.optimizers)
     if to_save or judge.reason:
         save(dataclasses.replace(state, judged=judge.to_json()), writer)
