@@ -52,7 +52,13 @@ def test_two_dense_equals_one_device(replicas, optimizer, option, mirrored):
 
 @pytest.mark.parametrize(
     "name",
-    quick([n for n in CASES if n != "two_dense"], "byte_transformer", "batch_norm_synchronised", "shared_embedding"),
+    quick(
+        [n for n in CASES if n != "two_dense"],
+        "byte_transformer",
+        "batch_norm_synchronised",
+        "shared_embedding",
+        "masked",
+    ),
 )
 @pytest.mark.parametrize("replicas", quick([1, 2, 3, 4], 2))
 def test_models_equal_one_device(name, replicas, mirrored):
