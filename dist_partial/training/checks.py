@@ -232,7 +232,7 @@ def make_objective(
     with calling("run.loss"):
         loss, weights = _loss(settings, data, model)
         loss = losses.made(loss)
-    _, y, _ = unpacked(batch)
+    _, y, weight = unpacked(batch)
     compiled = {"loss": loss, "loss_weights": weights}
     with calling("run.metrics"):
         names = ("metrics", "weighted_metrics")
@@ -249,11 +249,12 @@ def make_objective(
         error = raised.__cause__
         if not isinstance(error, (ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError)):
             raise
-        name, targets = str(raised).split(" raised ")[0], "none" if y is None else _batchless(y)
+        given = "none" if y is None else _batchless(y)
+        given += "" if weight is None else f", weights {_batchless(weight)}"
         raise UserError(
-            f"{name} does not take run.data's targets {targets} and "
-            f"outputs {_batchless(outputs)} of run.model: {first_line(error)}{own_line(error)}; bind another loss, or "
-            "a model of other outputs"
+            f"{str(raised).split(' raised ')[0]} does not take run.data's targets {given} and outputs "
+            f"{_batchless(outputs)} of run.model: {first_line(error)}{own_line(error)}; bind another loss, or a model "
+            "of other outputs"
         ) from error
     _check_class_ids(data, loss, y)
     called = _called(loss)
