@@ -123,7 +123,7 @@ def _advance(
     # All workers stop after the same call, whichever of them got the signal, and all hear of a norm that is not finite
     # on one of them alone, which trains by itself.
     votes = np.append(stop.votes(), judge.wants_to_stop)
-    parts = [result["loss"], result["gradient_norm"], votes, tf.reshape(result["metrics"], [-1])]
+    parts = [result["loss"], result["gradient_norm"], votes, np.ravel(result.get("metrics", ()))]
     sums = trainer.replicas.sum(np.concatenate(parts, dtype=np.float64))
     losses, norms, votes, metrics = np.split(sums, np.cumsum([len(part) for part in parts])[:-1])
     norms = norms / trainer.replicas.workers
