@@ -1,6 +1,7 @@
 """What a loss is made of: runs on two replicas against plain Keras on one device, and NumPy."""
 
 import dataclasses
+import functools
 import re
 import threading
 
@@ -584,3 +585,107 @@ def test_text_is_a_models_input(tmp_path, kind):
     _, weights, _ = fitted(model, (tf.constant(x.tolist()), y), keras.losses.MeanSquaredError, 2, "float32")
     for name, value in trained(tmp_path / "run", 2).items():
         np.testing.assert_allclose(value, weights[name], rtol=1e-5, atol=1e-7)
+
+
+def test_what_users_write_is_made():
+    def error(y, outputs):
+        return keras.ops.abs(y - outputs)[:, 0]
+
+    ready = keras.losses.Huber(0.3, name="ready")
+    written = {
+        "a": "mse",
+        "b": [keras.losses.LogCosh, lambda: error],
+        "c": (ready, error),
+        "d": None,
+        "e": lambda: "mae",
+    }
+    found = losses.made(written)
+    assert list(found) == list("abcde") and found["d"] is None
+    made = [found["a"], *found["b"], *found["c"], found["e"]]
+    assert all(isinstance(each, losses.DividedLoss) for each in made)
+    assert [made[0].name, made[1].name, made[3].inner, made[4].inner.fn] == ["mse", "log_cosh", ready, error]
+    y, outputs = np.zeros([2, 1], np.float32), np.array([[1.0], [-3.0]], np.float32)
+    expected = [
+        5.0,
+        *[float(loss()(y, outputs)) for loss in (keras.losses.LogCosh,)],
+        2.0,
+        float(ready(y, outputs)),
+        2,
+        2,
+    ]
+    np.testing.assert_allclose([float(each(y, outputs)) for each in made], expected, rtol=1e-6)
+    assert losses.made(None) is None
+
+
+def test_a_loss_that_was_made_before_the_precision_was_known_has_it():
+    made = keras.losses.Huber(0.3, reduction="sum")
+    keras.config.set_floatx("float64")
+    found = losses.made(made)
+    assert (found.inner.dtype, made.dtype, found.reduction) == ("float64", "float32", "sum")
+    assert found.inner.get_config() == made.get_config()
+    assert losses.made(found.inner).inner is found.inner
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("squares", "run.loss: Keras has no loss 'squares'; write a name such as 'mse', or a class"),
+        (lambda: 3, "run.loss made a int: its factory must return a Keras loss or a function"),
+    ],
+)
+def test_what_is_no_loss_is_one_line(given, words):
+    with pytest.raises(UserError) as found:
+        losses.made({"a": given})
+    assert str(found.value) == words
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda y, outputs: y, True),
+        (lambda y, outputs, margin=0.2: y, True),
+        (functools.partial(lambda margin, y, outputs: y, 0.2), True),
+        (lambda: None, False),
+        (lambda delta=1.0, scale=2.0: None, False),
+        (lambda model: None, False),
+        (keras.losses.Huber, False),
+        (keras.losses.mean_squared_error, True),
+    ],
+)
+def test_functions_of_targets_are_told_from_factories(function, expected):
+    assert losses.takes_targets(function) is expected
+
+
+def test_losses_within_one_computation_are_of_one_part():
+    """Of two that nest, the inner one counts; outside of any the loss is Keras's own."""
+    loss = losses.made(per_class(ignore_class=0))
+    y, outputs = tf.constant([0, 1, 2, 2]), tf.random.stateless_normal([4, 3], [0, 1])
+    alone = float(per_class(ignore_class=0)()(y, outputs))
+    assert float(loss(y, outputs)) == pytest.approx(alone, rel=1e-6)
+    with losses.computing(losses.Part()) as outer:
+        loss(y, outputs)
+        with losses.computing(losses.Part(0.5, iter([tf.constant(12.0)]))) as inner:
+            assert float(loss(y, outputs)) == pytest.approx(alone * 3 / 12 / 0.5, rel=1e-6)
+        loss(y[:2], outputs[:2])
+    assert [float(each) for each in outer.found] == [3.0, 1.0] and [float(each) for each in inner.found] == [3.0]
+
+
+def test_a_part_without_any_target_adds_nothing():
+    loss, y, outputs = losses.made(per_class(ignore_class=0)), tf.zeros([4], tf.int32), tf.ones([4, 3])
+    for counts in ([tf.constant(5.0)], [tf.constant(0.0)]):
+        with losses.computing(losses.Part(0.5, iter(counts))):
+            assert float(loss(y, outputs)) == 0.0
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_loss_is_tried_out_on_parts(parts):
+    y = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
+    fine, contrast = losses.made(keras.losses.CosineSimilarity), losses.made(Contrast)
+    for loss in (fine, contrast):
+        loss(tf.constant(y), tf.zeros([20, 2]))
+    losses.check_divisible(fine, y, parts)
+    if parts == 1:
+        losses.check_divisible(contrast, y, parts)
+    else:
+        with pytest.raises(UserError, match="a batch is divided into 2 parts: train it on one replica"):
+            losses.check_divisible(contrast, y, parts)
