@@ -219,7 +219,7 @@ def fetch(source: Source, indices: np.ndarray) -> tuple[Any, ...]:
         found = source.fetch(indices)
         arrays = tuple(found) if isinstance(found, list) else found
         want = tf.nest.map_structure(lambda one: f"{one.dtype.name} {(len(indices), *one.shape)}", source.spec)
-    have = tf.nest.map_structure(_described, arrays)
+    have = _described(arrays)
     if want == have:
         return without_lists(arrays)
     some = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
@@ -245,12 +245,18 @@ def _listed(parts: Any) -> str:
     return f"[{', '.join(map(_listed, parts))}]" if isinstance(parts, (tuple, list)) else parts
 
 
-def _described(array: Any) -> str:
+def _described(found: Any) -> Any:
+    """A nest of arrays as a nest of words; a list without arrays is no nest of them, and may be long."""
+    if isinstance(found, dict):
+        return {name: _described(each) for name, each in found.items()}
+    if isinstance(found, (tuple, list)) and any(hasattr(each, "dtype") for each in tf.nest.flatten(found)):
+        parts = [_described(each) for each in found]
+        return parts if isinstance(found, list) else tuple(parts)
     try:
-        dtype = tf.string if array.dtype.kind in "OSU" else tf.as_dtype(array.dtype)
-        return f"{dtype.name} {tuple(array.shape)}"
+        dtype = tf.string if found.dtype.kind in "OSU" else tf.as_dtype(found.dtype)
+        return f"{dtype.name} {tuple(found.shape)}"
     except (AttributeError, TypeError):  # no array, or none that TensorFlow knows
-        return type(array).__name__
+        return type(found).__name__
 
 
 def _check(source: Source) -> None:

@@ -77,6 +77,13 @@ class Dataset:
     codec: Codec | None = None
     unit: Literal["byte"] | None = None
 
+    @property
+    def window(self) -> int | None:
+        """Symbols of an example, where its text has one target and not one a symbol: what a model reads at once."""
+        x, y = (*self.train.spec, None)[:2]
+        alone = isinstance(x, tf.TensorSpec) and isinstance(y, tf.TensorSpec)
+        return x.shape[0] if alone and y.shape.rank < x.shape.rank else None
+
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
@@ -157,7 +164,7 @@ class ClassWeighted:
         weights: by class id; 1 for those that it lacks.
 
     Raises:
-        UserError: the source has several targets, or those of an example are several.
+        UserError: the weights are no dict; the source has several targets, or those of an example are several.
 
     Examples:
         >>> source = ClassWeighted(ArraySource(np.zeros([3, 1]), np.array([0, 1, 1])), {1: 5.0})
@@ -169,6 +176,8 @@ class ClassWeighted:
     weights: Mapping[int, float]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.weights, Mapping):
+            raise UserError(f"run.class_weight is {shown(self.weights)}: write a dict such as {{0: 1.0, 1: 5.0}}")
         y = self.source.spec[1] if len(self.source.spec) > 1 else None
         if not isinstance(y, tf.TensorSpec) or y.shape.rank > 1:
             raise UserError(

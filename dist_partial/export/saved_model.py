@@ -30,7 +30,7 @@ def write_saved_model(path: Path, built: Trainer, max_length: int | None) -> str
     """
     tf.get_logger().setLevel("ERROR")  # it says where it writes assets, which is not where they will be
     model, data = built.model, built.data
-    x, *y = data.train.spec
+    x = data.train.spec[0]
     named = tf.nest.map_structure(lambda one: tf.TensorSpec([None, *one.shape], one.dtype), x)
 
     def serve(x: Any) -> dict[str, Any]:
@@ -40,14 +40,14 @@ def write_saved_model(path: Path, built: Trainer, max_length: int | None) -> str
     notes = ""
     archive = keras.export.ExportArchive()
     archive.track(model)
+    text = data.codec is not None or hasattr(model, "decode")
     if isinstance(x, tf.TensorSpec):
         named = tf.TensorSpec([None, None] if hasattr(model, "decode") else [None, *x.shape], x.dtype, "x")
     archive.add_endpoint("serving_default", serve, [named])
-    if data.codec is not None or hasattr(model, "decode"):
-        window = x.shape[0] if y[0].shape.rank < x.shape.rank else None
+    if text and isinstance(x, tf.TensorSpec):
         capacity = _capacity(model, max_length)
         archive.add_endpoint(
-            "generate", _generator(model, window, capacity), [tf.TensorSpec(*spec) for spec in _GENERATE]
+            "generate", _generator(model, data.window, capacity), [tf.TensorSpec(*spec) for spec in _GENERATE]
         )
         notes = ", with generate(prompt, length, temperature, seed)"
         notes += f" of up to {capacity} ids" if capacity else ""

@@ -170,6 +170,8 @@ def made(loss: Any) -> Any:
         >>> losses["label"].name, losses["box"].name, losses["mask"]
         ('binary_crossentropy', 'mean_squared_error', None)
     """
+    if loss is None:
+        return None
     if isinstance(loss, dict):
         return {name: made(each) for name, each in loss.items()}
     if isinstance(loss, (list, tuple)):
@@ -185,8 +187,6 @@ def made(loss: Any) -> Any:
         loss = loss()
         if isinstance(loss, (dict, list, tuple, str)):
             return made(loss)
-    if loss is None:
-        return None
     if not callable(loss):
         raise UserError(f"run.loss made a {type(loss).__name__}: its factory must return a Keras loss or a function")
     if not isinstance(loss, keras.losses.Loss):

@@ -184,7 +184,7 @@ def prepare(
 
     Raises:
         UserError: a metric cannot be summed over parts of the data.
-        ValueError, TypeError, KeyError: Keras or the user's code, of structures and shapes that do not fit.
+        Raised: Keras or the user's code raised an exception.
     """
     # The class's own `compile` may take and do something else.
     keras.Model.compile(model, optimizer=None, **compiled)
@@ -192,9 +192,11 @@ def prepare(
     x, y, weight = unpacked(batch)
     # The variables of metrics are made here.
     with _scope(model), losses.computing(losses.Part()) as part:
-        compat.compute_loss(model, x, y, outputs, weight, False)
-        model.compute_metrics(x, y, outputs, weight)
-        metrics = compat.compiled_metrics(model)
+        with calling("run.loss"):
+            compat.compute_loss(model, x, y, outputs, weight, False)
+        with calling("run.metrics"):
+            model.compute_metrics(x, y, outputs, weight)
+            metrics = compat.compiled_metrics(model)
     measures = []
     local = tf.distribute.get_strategy().experimental_local_results
     for name, metric in metrics:
@@ -215,7 +217,10 @@ def _check_sums(objective: Objective, batch: Batch, outputs: Any) -> None:
         values: Any = start
         found = []
         for _ in range(2):
-            with keras.StatelessScope([(v, tf.constant(value, v.dtype)) for v, value in values]) as scope:
+            with (
+                keras.StatelessScope([(v, tf.constant(value, v.dtype)) for v, value in values]) as scope,
+                calling("run.metrics"),
+            ):
                 objective.model.compute_metrics(x, y, outputs, weight)
                 values = [(v, keras.ops.convert_to_numpy(scope.get_current_value(v))) for v, _ in start]
             found.append([value for _, value in values])

@@ -14,13 +14,13 @@ from dist_partial.config.settings import Settings, cross_entropy
 from dist_partial.data import Dataset, fetch, some_targets
 from dist_partial.distributed import consistency
 from dist_partial.distributed.replicas import Replicas
-from dist_partial.errors import UserError, calling, first_line, own_line
+from dist_partial.errors import Raised, UserError, calling, first_line, own_line
 from dist_partial.selection.plan import Plan
 from dist_partial.step import layer_state, losses, metrics
 from dist_partial.step.objective import Batch, Objective, prepare, unpacked
 from dist_partial.validation import counted
 
-_TRIED = 8  # examples on which a model is tried
+_TRIED = 8  # examples on which a model is tried, at least
 
 
 def make_model(settings: Settings, data: Dataset, strategy: tf.distribute.Strategy) -> tuple[keras.Model, Batch, Any]:
@@ -61,20 +61,30 @@ def make_model(settings: Settings, data: Dataset, strategy: tf.distribute.Strate
             f"run.model reads ids ({inputs[0].dtype}) and not {_example(data.name, x)}: bind a model of features, or "
             "other data"
         )
-    # Few, as a model may be large; not two, which would fit weights of two numbers an example.
-    count = layer_state.batch_size(model) or (3 if _plain_loss(model) else _TRIED)
-    batch = tf.nest.map_structure(tf.constant, fetch(data.train, np.arange(count) % len(data.train)))
-    # A subclassed model has its variables only once it has been called.
     with taking(data.name, x), layer_state.untouched(strategy, generators):
-        outputs = model(batch[0], training=False)
+        batch, outputs = _tried(model, data)
     if data.codec is not None and tf.is_tensor(outputs):
         _check_symbols(model, data.name, data.codec.size, outputs.shape[-1])
     return model, batch, outputs
 
 
-def _plain_loss(model: keras.Model) -> bool:
-    """Whether the loss of a model is that of `run.loss`, and nothing that the model or its layers add."""
-    return not compat.overrides(model, "compute_loss")
+def _tried(model: keras.Model, data: Dataset) -> tuple[Batch, Any]:
+    """Calls a model, which makes the variables of a subclassed one, on a number of examples that is no other size.
+
+    Else targets [n] and outputs [n, n] would go together by broadcasting.
+    """
+    fixed, own = layer_state.batch_size(model), compat.overrides(model, "compute_loss")
+    count = fixed or (_TRIED if own else 2)
+    sizes = {size for one in tf.nest.flatten(data.train.spec) for size in one.shape}
+    for _ in range(2):  # there are models whose outputs have the number of examples as another size
+        while count in sizes and not fixed:
+            count += 1
+        batch = tf.nest.map_structure(tf.constant, fetch(data.train, np.arange(count) % len(data.train)))
+        outputs = model(batch[0], training=False)
+        sizes |= {size for output in tf.nest.flatten(outputs) for size in output.shape[1:]}
+        if fixed or count not in sizes:
+            break
+    return batch, outputs
 
 
 def check_batch(
@@ -234,19 +244,33 @@ def make_objective(
             quiet = [metric.name for metric in compiled["weighted_metrics"] or ()]
     try:
         objective = prepare(model, batch, outputs, compiled, quiet)
-    except (ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError) as error:
+    except Raised as raised:
+        _check_class_ids(data, loss, y)
+        error = raised.__cause__
+        if not isinstance(error, (ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError)):
+            raise
         given = "none" if y is None else _batchless(y)
         given += "" if weight is None else f", weights {_batchless(weight)}"
         raise UserError(
-            f"run.loss or run.metrics does not take run.data's targets {given} and outputs {_batchless(outputs)} of "
-            f"run.model: {first_line(error)}{own_line(error)}; bind another loss, or a model of other outputs"
+            f"{str(raised).split(' raised ')[0]} does not take run.data's targets {given} and outputs "
+            f"{_batchless(outputs)} of run.model: {first_line(error)}{own_line(error)}; bind another loss, or a model "
+            "of other outputs"
         ) from error
-    called = [each for each in tf.nest.flatten(loss) if each is not None and each.seen is not None]
-    for source in (data.train, data.evaluation):
-        for each, outputs, targets in _targets_of(called, y, some_targets(source)):
-            losses.check_class_ids(each.inner, data.name, targets, outputs.shape[-1])
-            losses.check_divisible(each, targets, parts)
+    _check_class_ids(data, loss, y)
+    called = _called(loss)
+    for each, _, targets in _targets_of(called, y, some_targets(data.train)):
+        losses.check_divisible(each, targets, parts)
     return objective, called
+
+
+def _check_class_ids(data: Dataset, loss: Any, y: Any) -> None:
+    for source in (data.train, data.evaluation):
+        for each, outputs, targets in _targets_of(_called(loss), y, some_targets(source)):
+            losses.check_class_ids(each.inner, data.name, targets, outputs.shape[-1])
+
+
+def _called(loss: Any) -> list[losses.DividedLoss]:
+    return [each for each in tf.nest.flatten(loss) if each is not None and each.seen is not None]
 
 
 def _loss(settings: Settings, data: Dataset, model: keras.Model) -> tuple[Any, Any]:

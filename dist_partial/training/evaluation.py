@@ -170,7 +170,10 @@ def samples(model: Any, data: Dataset, sampling: Sampling, step: int) -> list[di
             f"data set {data.name!r} has no text to sample: its codec is None; give its Dataset a codec, which turns "
             "text into ids and back, or sample a run on text"
         )
-    x, y = data.train.spec[:2]
+    if tf.nest.is_nested(data.train.spec[0]):
+        raise UserError(
+            f"data set {data.name!r} has examples of several inputs, and text is sampled from a model of one, its ids"
+        )
     with calling("run.data"):
         prompt = data.codec.encode(sampling.prompt)
     generation = Generation(
@@ -181,8 +184,7 @@ def samples(model: Any, data: Dataset, sampling: Sampling, step: int) -> list[di
         top_p=sampling.top_p,
         seed=sampling.seed,
     )
-    # A target of fewer axes is one for a whole window.
-    ids = generate(model, prompt, generation, window=x.shape[0] if y.shape.rank < x.shape.rank else None)
+    ids = generate(model, prompt, generation, window=data.window)
     row = {"step": step, "temperature": sampling.temperature, "prompt": sampling.prompt}
     with calling("run.data"):
         return [{**row, "text": data.codec.decode(text)} for text in ids]

@@ -36,6 +36,7 @@ def of_run(
         "clip_norm": settings.clip_norm,
         "statistics": settings.statistics,
         "loss": _loss(objective),
+        "class_weight": settings.class_weight,
         "data": {"name": data.name, "fingerprint": data.fingerprint},
         "model": {entry.path: f"{entry.dtype}{list(entry.shape)}" for entry in plan.entries},
         "model_config": _model_config(model),

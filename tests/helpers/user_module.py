@@ -61,10 +61,6 @@ def on_disk(label: int = 1, rare: bool = False) -> Dataset:
     return Dataset("on_disk", OnDisk(label, rare), OnDisk(label, rare), fingerprint(label))
 
 
-def masked() -> keras.Model:
-    return keras.Sequential([keras.Input((3,)), keras.layers.Embedding(9, 2, mask_zero=True), keras.layers.Dense(2)])
-
-
 class TwoInputs(keras.Model):
     def call(self, x: tf.Tensor, mode: str) -> tf.Tensor:
         return x
@@ -98,6 +94,42 @@ class Whole(keras.losses.Loss):
 
     def call(self, y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
         return tf.square(y / 2 - outputs[:, 0])
+
+
+class OwnStep(keras.Sequential):
+    """Trains itself."""
+
+    def train_step(self, data: tuple) -> dict:
+        return super().train_step(data)
+
+
+def own_step() -> keras.Model:
+    return OwnStep([keras.Input((3,)), keras.layers.Dense(2, name="head")])
+
+
+class Largest(keras.metrics.Metric):
+    """Keeps a maximum, which no sum over replicas gives."""
+
+    def __init__(self) -> None:
+        super().__init__(name="largest")
+        self.value = self.add_weight(name="value", initializer="zeros")
+
+    def update_state(self, y: tf.Tensor, outputs: tf.Tensor, sample_weight: tf.Tensor | None = None) -> None:
+        self.value.assign(tf.maximum(self.value, tf.reduce_max(tf.abs(outputs))))
+
+    def result(self) -> tf.Tensor:
+        return self.value
+
+
+def contrastive() -> keras.losses.Loss:
+    """Compares each example with the others of its batch."""
+    return lambda y, outputs: tf.reduce_logsumexp(outputs @ tf.transpose(outputs), axis=1)
+
+
+def boxes() -> Dataset:
+    """Targets of several numbers."""
+    x, y = np.ones((EXAMPLES, 3), np.float32), np.zeros((EXAMPLES, 2, 2), np.int32)
+    return Dataset("boxes", ArraySource(x, y), ArraySource(x, y), fingerprint(x, y))
 
 
 def positive() -> keras.losses.Loss:

@@ -85,16 +85,20 @@ PARAMS = {
     "unreachable rule": (["run.rules=[('train','.*'),('freeze','body/.*')]"], ["rule 2", "rule 1"]),
     "one path twice": (["run.model=@user_module.Twins", "run.rules=[('train','.*')]"], ["2 variables", "'same/"]),
     "no rules": (["run.rules=[]"], ["run.rules"]),
-    "an ignored class": (
-        ["run.loss=@keras.losses.SparseCategoricalCrossentropy", "SparseCategoricalCrossentropy.ignore_class=-1"],
-        ["ignores the class -1", "(x, y, weight)"],
+    "a step of its own": (["run.model=@user_module.own_step"], ["a train_step of its own (OwnStep)", "compute_loss"]),
+    "a contrastive loss": (
+        ["run.loss=@user_module.contrastive", "replicas.cpu=2", "user_module.model.outputs=1"],
+        ["depends on the others of its batch", "2 parts"],
     ),
-    "a summed loss": (
-        ["run.loss=@keras.losses.MeanSquaredError", "MeanSquaredError.reduction='sum'"],
-        ["sums over the batch"],
+    "unknown loss": (["run.loss='mean_square'"], ["run.loss", "no loss 'mean_square'"]),
+    "metric of another kind": (["run.metrics=[5]"], ["run.metrics has a int", "'accuracy'"]),
+    "unknown metric": (["run.metrics=['acuracy']"], ["run.loss or run.metrics", "acuracy"]),
+    "metric that keeps a maximum": (["run.metrics=[@user_module.Largest]"], ["run.metrics: 'largest'", "add them up"]),
+    "weights of no classes": (["run.class_weight=[1.0, 2.0]"], ["run.class_weight is [1.0, 2.0]", "{0: 1.0, 1: 5.0}"]),
+    "classes of several targets": (
+        ["run.class_weight={0: 2.0}", "run.data=@user_module.boxes", "user_module.model.outputs=4"],
+        ["run.class_weight", "[2, 2]"],
     ),
-    "one loss a batch": (["run.loss=@keras.losses.Dice", "user_module.model.outputs=1"], ["one number for a whole"]),
-    "a mask": (["run.model=@user_module.masked"], ["mask", "(x, y, weight)"]),
     "a call of two arguments": (["run.model=@user_module.two_inputs"], ["'mode'", "one of points's examples"]),
     "bad reduction": (["run.reduction='half'"], ["reduction", "'half'"]),
     "misspelt binding": (["run.stepz=3"], ["'stepz'", "steps"]),
@@ -139,7 +143,7 @@ PARAMS = {
     "negative label": (["user_module.data.lowest=-1"], ["points", "-1", "from 0"]),
     "fractions as labels": (["user_module.data.labels='fraction'"], ["points", "0.5", "MeanSquaredError"]),
     "labels of a source on disk": (["run.data=@user_module.on_disk", "on_disk.label=7"], ["up to 7", "0 to 1"]),
-    "loss of other shapes": (["run.loss=@keras.losses.MeanSquaredError"], ["run.loss", "int32 [4]", "float32 [4, 2]"]),
+    "loss of other shapes": (["run.loss=@keras.losses.MeanSquaredError"], ["run.loss", "int32 []", "float32 [2]"]),
     "features for ids": (["run.model=@two_dense", "two_dense.window=3"], ["float32 [3]", "int32", "features"]),
     "features of another size": (["run.model=@two_dense", "two_dense.symbols=None"], ["float32 [3]", "(None, 16)"]),
     "fewer ids than symbols": (
@@ -176,6 +180,21 @@ def test_what_is_no_mistake(train_main, tmp_path, capsys):
         ["run.loss=@user_module.Whole", "user_module.data.lowest=-1", "user_module.model.outputs=1"],
         ["run.loss=@user_module.pairs", "run.global_batch=8"],
         ["run.loss=@user_module.own_loss", "user_module.data.lowest=-1"],
+        [
+            "run.loss=@keras.losses.SparseCategoricalCrossentropy",
+            "keras.losses.SparseCategoricalCrossentropy.ignore_class=-1",
+            "keras.losses.SparseCategoricalCrossentropy.from_logits=True",
+            "user_module.data.lowest=-1",
+        ],
+        [
+            "run.loss=@keras.losses.MeanSquaredError",
+            "keras.losses.MeanSquaredError.reduction='sum'",
+            "user_module.model.outputs=1",
+        ],
+        ["run.loss=@keras.losses.Dice", "user_module.model.outputs=1", "user_module.data.labels='float32'"],
+        ["run.loss=@user_module.contrastive", "user_module.model.outputs=1"],
+        ["run.loss='mse'", "user_module.model.outputs=1", "run.metrics=['mae', @keras.metrics.RootMeanSquaredError]"],
+        ["run.class_weight={0: 2.0}"],
         ["unused/hub_model.preset=None", "Rule.rows=[0, 2]", "local_sgd.outer_optimizer=@nesterov"],
     ):
         assert train_main(*params, "run.steps=1", folder=tmp_path / str(len(list(tmp_path.iterdir())))) == 0, params

@@ -16,11 +16,13 @@ import tensorflow as tf
 from dist_partial import checkpoints, sample, train
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.distributed.per_replica import input_context
 from dist_partial.distributed.replicas import create
 from dist_partial.errors import AGAIN
 from dist_partial.models import byte_transformer
 from dist_partial.selection.rules import Rule
 from dist_partial.step import loss_scale
+from dist_partial.step.evaluation_step import EvaluationSpec, evaluation_step
 from dist_partial.training import evaluation, loop, metric_writer
 from dist_partial.training.build import build, restore
 from tests import ROOT
@@ -236,10 +238,10 @@ def test_the_bar_shows_what_the_last_call_sent(tmp_path, monkeypatch):
     with metric_writer.MetricWriter(tmp_path, 2, 6, sent, True) as writer:
         for step, (count, each) in zip((3, 5), ((2, 1_000), (2, 0)), strict=True):
             sent = sent + np.array([1, each, 4_000]) * np.arange(1, count + 1)[:, np.newaxis]
-            writer.train(step, np.ones(count), np.ones(count), sent)
+            writer.train(step, np.ones(count), np.ones(count), sent, [{"mae": 0.5}] * count)
             sent = sent[-1]
     assert shown == [
-        f"loss 1.000, {text}"
+        f"loss 1.000, mae 0.500, {text}"
         for text in ("1.00kB/step at the interface (25.00%)", "0.00B/step at the interface (0.00%)")
     ]
 
@@ -354,34 +356,53 @@ def test_sample_takes_the_anchors_of_a_run_folder(letters, tmp_path, capsys):
     assert capsys.readouterr().out == last["prompt"] + last["text"] + "\n\n"
 
 
-def test_evaluation_is_that_of_one_device_on_every_example(mirrored):
-    """11 examples, of unequal weights, on 1, 2 and 4 replicas in batches of 4: NumPy counts them in float64."""
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("reduction", ["mean_with_sample_weight", "sum_over_batch_size", "sum"])
+def test_evaluation_is_that_of_one_device_on_every_example(reduction, weighted):
+    """11 examples, of unequal weights, on 1, 2 and 4 replicas in batches of 4, 4 and 3: NumPy counts in float64."""
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (11, 6)).astype(np.int32), rng.integers(0, 256, (11, 6)).astype(np.int32)
-    weight = rng.integers(0, 2, (11, 6)).astype(np.float32)
-    source = ArraySource(x, y, weight)
-    from dist_partial.step.evaluation_step import evaluation_step
-
+    weight = rng.integers(1, 4, (11, 6)) * rng.integers(0, 2, (11, 6)) / 2 if weighted else np.ones((11, 6))
+    source = ArraySource(x, y, weight if weighted else None)
     for replicas in (1, 2, 4):
-        strategy = mirrored(replicas)
-        with strategy.scope():
-            keras.utils.set_random_seed(0)
-            model = byte_transformer(layers=1, width=8, heads=1)
-        logits = keras.ops.convert_to_numpy(model(x)).astype(np.float64)
+        made = in_process(replicas)
+        settings = Settings(
+            rules=[("train", ".*")],
+            model=lambda: byte_transformer(layers=1, width=8, heads=1),
+            data=lambda: Dataset("random", source, source, fingerprint(x), None, "byte"),
+            loss=lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction),
+            global_batch=4,
+            precision="float64",
+        )
+        built = build(settings, made)
+        logits = keras.ops.convert_to_numpy(built.model(x)).astype(np.float64)
         logits -= logits.max(-1, keepdims=True)
         losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, y[..., None], -1)[..., 0]
         correct = (logits.argmax(-1) == y).astype(float)
-        compiled = evaluation_step(
-            strategy, model, lambda y, o: keras.losses.sparse_categorical_crossentropy(y, o, from_logits=True)
+        evaluate = evaluation.prepare_evaluation(
+            built.objective,
+            evaluation_step(EvaluationSpec(made.strategy, made.collectives, built.model, built.objective)),
+            made.sum,
+            source,
+            examples=11,
+            global_batch=4,
+            context=input_context(made.strategy),
         )
-        data = Dataset("random", source, source, fingerprint(x), None, "byte")
-        evaluate = evaluation.prepare_evaluation(strategy, compiled, np.asarray, data, examples=11, global_batch=4)
         metrics = evaluate()
         assert evaluate() == metrics
-        examples = (losses * weight).sum(1) / np.maximum(weight.sum(1), 1)  # the loss of each, as in training
-        assert metrics["loss"] == pytest.approx(examples.mean(), rel=1e-5)
-        assert metrics["bits_per_byte"] == pytest.approx((losses * weight).sum() / weight.sum() / np.log(2), rel=1e-5)
+        batches = [slice(0, 4), slice(4, 8), slice(8, 11)]
+        divisors = {
+            "mean_with_sample_weight": [weight[batch].sum() for batch in batches],
+            "sum_over_batch_size": [weight[batch].size for batch in batches],
+            "sum": [1, 1, 1],
+        }[reduction]
+        sums = [(losses * weight)[batch].sum() for batch in batches]
+        of_batches = [total / divisor for total, divisor in zip(sums, divisors, strict=True)]
+        # As Keras averages: by the examples of a batch.
+        assert metrics["loss"] == pytest.approx(np.average(of_batches, weights=[4, 4, 3]), rel=1e-9)
+        assert metrics["bits_per_byte"] == pytest.approx((losses * weight).sum() / weight.sum() / np.log(2), rel=1e-9)
         assert metrics["accuracy"] == pytest.approx((correct * weight).sum() / weight.sum())
+        assert metrics["examples"] == 11
 
 
 def _rows() -> Settings:

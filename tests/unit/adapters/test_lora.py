@@ -17,6 +17,7 @@ from dist_partial.models import byte_transformer, two_dense
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.selection.rules import Rule
 from dist_partial.step import layer_state
+from dist_partial.step.objective import Objective
 from dist_partial.training import loop
 from dist_partial.training.build import batches, build, compiled_step, restore
 from tests.helpers.files import state
@@ -56,7 +57,7 @@ def test_factors_train_as_the_sum_written_out(count):
     made = replicas(count)
     built = build(told, made)
     start = values(built.model)
-    step = compiled_step(built, built.plan, told.global_batch)
+    step = compiled_step(built, built.plan)
     iterator = batches(built, 0, told.global_batch)
     traced = step.function.get_concrete_function(iterator, tf.constant(1))
     step.function(iterator, tf.constant(STEPS))
@@ -131,7 +132,8 @@ def test_embeddings_and_einsums_and_rules_of_their_own():
     assert [len(group.entries) for group in plan.groups] == [2, 8]
     assert plan.wire_bytes == 4 * (17 * 2 + 2 * 16) + 2 * 4 * (16 * 4 + 4 * 16)
     assert not next(e for e in plan.entries if e.path == "block_0/attention/query/kernel").trained
-    state, _ = layer_state.find(model, tf.TensorSpec([6], tf.int32), plan)
+    model.compile(loss="mse")
+    state = layer_state.find(model, (tf.TensorSpec([6], tf.int32), tf.TensorSpec([6, 17])), plan, Objective(model))
     assert not state.moving and not state.averaged
 
 
@@ -206,7 +208,7 @@ def test_training_beside_a_rounded_base_is_that_of_the_rounded_values():
     results = []
     for told in (settings(rules, frozen_dtype="bfloat16"), settings(rules, model=rounded)):
         built = build(told, replicas())
-        step = compiled_step(built, built.plan, told.global_batch)
+        step = compiled_step(built, built.plan)
         step.function(batches(built, 0, told.global_batch), tf.constant(STEPS))
         results.append(values(built.model)["dense2/kernel"])
     np.testing.assert_allclose(*results, rtol=1e-6)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial.data import ArraySource, evaluation_batches, fetch, train_batches
+from dist_partial.data import ArraySource, ClassWeighted, check_source, evaluation_batches, fetch, train_batches
 from dist_partial.errors import UserError
 
 
@@ -38,8 +38,8 @@ def train(source, global_batch, first_step=0, seed=3):
     )
 
 
-def evaluate(source, global_batch, examples):
-    options = {"examples": examples, "global_batch": global_batch}
+def evaluate(source, global_batch, examples, first=0):
+    options = {"first": first, "examples": examples, "global_batch": global_batch}
     return lambda context: evaluation_batches(source, context=context, **options)
 
 
@@ -94,19 +94,15 @@ def test_resuming_with_other_workers_continues_the_order():
     np.testing.assert_array_equal(steps(train(numbered(29), 12, first_step=5), 1, 3, 4), whole[5:])
 
 
+@pytest.mark.parametrize("first", [0, 7])
 @pytest.mark.parametrize(("examples", "workers", "replicas"), [(24, 1, 1), (25, 1, 4), (1, 2, 4)])
-def test_evaluation_neither_drops_nor_repeats(examples, workers, replicas):
+def test_evaluation_reads_each_once_and_fills_up_with_the_last(first, examples, workers, replicas):
     global_batch = 12
     count = -(-examples // global_batch)
-    for start in (0, count):  # and once more: the pass starts over
-        seen, weights = [], []
-        for context in contexts(workers, replicas):
-            batches = evaluate(numbered(40), global_batch, examples)(context).skip(start)
-            for _, y, weight in elements(batches, count):
-                seen += y[weight > 0].tolist()
-                weights += weight.tolist()
-        assert sorted(seen) == list(range(examples))
-        assert sum(weights) == examples and len(weights) == count * global_batch
+    make = evaluate(numbered(40), global_batch, examples, first)
+    seen = steps(make, workers, replicas, 2 * count).reshape(2, -1)  # a second time: the pass starts over
+    wanted = first + np.minimum(np.arange(count * global_batch), examples - 1)
+    np.testing.assert_array_equal(seen, [wanted, wanted])
 
 
 def test_evaluation_is_in_order():
@@ -120,8 +116,7 @@ def test_weights_of_the_source_are_kept(shape):
     context = contexts(1, 1)[0]
     found = elements(evaluate(source, 4, 10)(context), 3)
     weights = np.concatenate([weight for _, _, weight in found])
-    np.testing.assert_array_equal(weights[:10], weight)
-    np.testing.assert_array_equal(weights[10:], 0)
+    np.testing.assert_array_equal(weights, weight[[*range(10), 9, 9]])
     assert len(elements(train(source, 4)(context), 1)[0]) == 3
 
 
@@ -144,6 +139,15 @@ class Liar(ArraySource):
         return x.astype(np.float64), y
 
 
+class Bare(ArraySource):
+    """Has a spec that is no tuple."""
+
+    def __init__(self):
+        super().__init__(np.zeros(3))
+
+    spec = tf.TensorSpec([], tf.float64)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -155,8 +159,16 @@ class Liar(ArraySource):
             r"gives \[float64 \(1, 2\), .* says \[float32 \(1, 2\),",
         ),
         (lambda: evaluate(numbered(9), 4, 10)(contexts(1, 1)[0]), "10 examples: ask for 1 to 9"),
+        (lambda: evaluate(numbered(9), 4, 5, 5)(contexts(1, 1)[0]), "10 examples: ask for 1 to 9"),
         (lambda: ArraySource(np.zeros(3), np.zeros(4)), "axis 0"),
         (lambda: ArraySource(np.zeros(3), np.zeros((3, 5)), np.zeros((3, 4))), "weight"),
+        (lambda: ArraySource({"a": np.zeros(3), "b": np.zeros(4)}), "axis 0"),
+        (lambda: ArraySource({"a": [1, 2, 3]}, np.zeros(3)), "got a int in x"),
+        (lambda: ArraySource(np.zeros(3), weight=np.zeros(3)), "a weight and no y"),
+        (lambda: ClassWeighted(ArraySource(np.zeros(3)), {0: 2.0}), "run.class_weight .* None"),
+        (lambda: ClassWeighted(ArraySource(np.zeros(3), {"a": np.zeros(3)}), {0: 2.0}), "run.class_weight"),
+        (lambda: ClassWeighted(ArraySource(np.zeros(3), np.zeros((3, 2, 2))), {0: 2.0}), r"of \[2, 2\]"),
+        (lambda: check_source("train", Bare()), r"a spec of .*: write a tuple \(x, y\)"),
     ],
 )
 def test_mistakes_are_named_in_one_line(make, words):
@@ -170,10 +182,11 @@ def test_mistakes_are_named_in_one_line(make, words):
     [
         (lambda x, y: None, "NoneType"),
         (lambda x, y: x, "float32 (2, 3)"),
-        (lambda x, y: {"x": x, "y": y}, "dict"),
+        (lambda x, y: {"x": x, "y": y}, "{'x': float32 (2, 3), 'y': int64 (2,)}"),
         (lambda x, y: (each for each in (x, y)), "generator"),
-        (lambda x, y: (x.tolist(), y), "list, int64 (2,)"),
-        (lambda x, y: (x, y.astype("datetime64[s]")), "float32 (2, 3), ndarray"),
+        (lambda x, y: (x.tolist(), y), "[list, int64 (2,)]"),
+        (lambda x, y: ({"a": x}, y), "[{'a': float32 (2, 3)}, int64 (2,)]"),
+        (lambda x, y: (x, y.astype("datetime64[s]")), "[float32 (2, 3), ndarray]"),
     ],
 )
 def test_what_is_no_array_is_named(gives, words):
@@ -182,5 +195,41 @@ def test_what_is_no_array_is_named(gives, words):
             return gives(*super().fetch(indices))
 
     source = Other(np.zeros((5, 3), np.float32), np.zeros(5, np.int64))
-    with pytest.raises(UserError, match=re.escape(f"Other.fetch gives [{words}] for the examples 1, 4, and its spec ")):
+    with pytest.raises(UserError, match=re.escape(f"Other.fetch gives {words} for the examples 1, 4, and its spec ")):
         fetch(source, np.array([1, 4]))
+
+
+def test_nests_of_arrays_and_texts_stay_together():
+    """As `Model.fit` takes them: named inputs, of which one is text, two targets, and a weight for each."""
+    index = np.arange(9)
+    x = {"number": index.astype(np.float32), "name": np.array([f"n{i}" for i in index])}
+    y = (index.astype(np.int32), np.stack([index, index], 1))
+    weight = (index.astype(np.float32) / 2, index.astype(np.float32) / 4)
+    for make in (train(ArraySource(x, y, weight), 4), evaluate(ArraySource(x, y, weight), 4, 9)):
+        for found_x, found_y, found_weight in elements(make(contexts(1, 1)[0]), 3):
+            i = found_y[0]
+            assert found_x["name"].tolist() == [f"n{k}".encode() for k in i]
+            for found, wanted in (
+                (found_x["number"], i),
+                (found_y[1], np.stack([i, i], 1)),
+                (found_weight[0], i / 2),
+                (found_weight[1], i / 4),
+            ):
+                np.testing.assert_array_equal(found, wanted)
+
+
+def test_inputs_alone_are_batches_of_one():
+    (batch,) = elements(train(ArraySource(np.arange(8)), 4)(contexts(1, 1)[0]), 1)
+    assert isinstance(batch, tuple) and len(batch) == 1 and batch[0].shape == (4,)
+
+
+@pytest.mark.parametrize("y", [np.array([0, 2, 1, 2]), np.array([[0], [2], [1], [2]]), np.eye(3)[[0, 2, 1, 2]]])
+@pytest.mark.parametrize("weight", [None, np.array([1.0, 2.0, 3.0, 4.0]), np.arange(4.0)[:, None]])
+def test_classes_weigh_as_in_fit(y, weight):
+    """Ids, a column of them, or one-hot; times the weights that are there, which keep their shape and type."""
+    source = ClassWeighted(ArraySource(np.zeros(4), y, weight), {0: 3.0, 2: 0.5})
+    by_class = np.array([3.0, 0.5, 1.0, 0.5])
+    wanted = by_class if weight is None else weight * by_class.reshape(-1, *[1] * (weight.ndim - 1))
+    found = fetch(source, np.arange(4))[2]
+    np.testing.assert_array_equal(found, wanted)
+    assert found.dtype == (np.float32 if weight is None else weight.dtype)

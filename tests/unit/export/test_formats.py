@@ -63,6 +63,39 @@ class Nameless(keras.Model):
     def call(self, x): return self.head(keras.ops.mean(self.embedding(x), 1))
 
 def nameless(): return Nameless(3)
+
+def person():
+    age, name = keras.Input((2,), name="age"), keras.Input((3,), dtype="int32", name="name")
+    both = keras.layers.Concatenate()([age, keras.layers.Flatten()(keras.layers.Embedding(10, 4)(name))])
+    outputs = {"tall": keras.layers.Dense(1, name="t")(both), "kind": keras.layers.Dense(3, name="k")(both)}
+    return keras.Model({"age": age, "name": name}, outputs, name="person")
+
+def people():
+    rng = np.random.default_rng(0)
+    x = {"age": rng.normal(size=(24, 2)).astype(np.float32), "name": rng.integers(0, 10, (24, 3)).astype(np.int32)}
+    y = {"tall": rng.normal(size=(24, 1)).astype(np.float32), "kind": rng.integers(0, 3, 24).astype(np.int32)}
+    source = ArraySource(x, y)
+    return Dataset("people", source, source, fingerprint(x, y))
+
+def person_losses():
+    return {"tall": "mse", "kind": keras.losses.SparseCategoricalCrossentropy(from_logits=True)}
+
+class Scored(keras.Model):
+    "Has a loss of its own."
+    def __init__(self, units=3, **more):
+        super().__init__(**more)
+        self.units, self.head = units, keras.layers.Dense(units)
+    def build(self, shape): self.head.build(shape)
+    def call(self, x): return self.head(x)
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return keras.ops.mean(keras.ops.square(y_pred - keras.ops.mean(x)))
+    def get_config(self): return {**super().get_config(), "units": self.units}
+
+def scored(): return Scored(name="scored")
+
+def unlabelled():
+    source = ArraySource(np.random.default_rng(0).normal(size=(24, 2)).astype(np.float32))
+    return Dataset("unlabelled", source, source, "0")
 """
 
 COMMON = """
@@ -449,6 +482,49 @@ def test_a_model_that_cannot_be_made_again_is_no_keras_file(runs, capsys):
     assert "model 'nameless' cannot be written" in message and "--format=savedmodel" in message and "\n" not in message
     assert contents(folder) == before
     assert main(folder, "nameless", "savedmodel", "nameless.saved") == 0
+
+
+def test_several_inputs_and_outputs_are_taken_home(runs):
+    """As dicts, in every format; the .keras file is of no training, and loads without the losses of the run."""
+    folder = runs()
+    (folder / "person.gin").write_text(
+        COMMON + "run.model = @export_module.person\nrun.data = @export_module.people\n"
+        "run.loss = @export_module.person_losses\nrun.metrics = {'tall': ['mae'], 'kind': ['accuracy']}\n"
+        "run.rules = [('train', r'[tk]/.*'), ('freeze', r'.*')]\n"
+    )
+    assert train.main([f"--gin_file={folder}/person.gin", f"--run_dir={folder}/person"]) == 0
+    for form, suffix in (("safetensors", "safetensors"), ("keras", "keras"), ("savedmodel", "saved")):
+        assert main(folder, "person", form, f"person.{suffix}") == 0, form
+    loaded = keras.saving.load_model(folder / "person.keras")
+    assert not loaded.compiled
+    values = {v.path: v.numpy() for v in loaded.variables}
+    for path, array in delta.read(folder / "person.safetensors").arrays.items():
+        np.testing.assert_array_equal(values[path], array)
+    rng = np.random.default_rng(1)
+    x = {"age": rng.normal(size=(5, 2)).astype(np.float32), "name": rng.integers(0, 10, (5, 3)).astype(np.int32)}
+    archive = tf.saved_model.load(folder / "person.saved")
+    served = archive.serving_default(tf.nest.map_structure(tf.constant, x))
+    expected = loaded(x, training=False)
+    assert served.keys() == expected.keys() == {"tall", "kind"}
+    for name, value in expected.items():
+        np.testing.assert_allclose(served[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_with_a_loss_of_its_own_and_no_targets(runs):
+    folder = runs()
+    (folder / "scored.gin").write_text(
+        COMMON + "run.model = @export_module.scored\nrun.data = @export_module.unlabelled\n"
+        "run.rules = [('train', r'.*')]\n"
+    )
+    assert train.main([f"--gin_file={folder}/scored.gin", f"--run_dir={folder}/scored"]) == 0
+    for form, suffix in (("safetensors", "safetensors"), ("savedmodel", "saved")):
+        assert main(folder, "scored", form, f"scored.{suffix}") == 0
+    x = np.random.default_rng(1).normal(size=(3, 2)).astype(np.float32)
+    archive = tf.saved_model.load(folder / "scored.saved")
+    served = archive.signatures["serving_default"](x=tf.constant(x))["outputs"]
+    arrays = delta.read(folder / "scored.safetensors").arrays
+    kernel, bias = (next(array for path, array in arrays.items() if path.endswith(name)) for name in ("kernel", "bias"))
+    np.testing.assert_allclose(served, x @ kernel + bias, rtol=1e-5, atol=1e-6)
 
 
 def test_a_wrong_base_is_refused(runs):

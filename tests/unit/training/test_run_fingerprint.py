@@ -63,6 +63,8 @@ CASES = [
     ("statistics", {"statistics": "all"}),
     ("loss", {"loss": keras.losses.SparseCategoricalCrossentropy}),
     ("loss", {"loss": a_function}),
+    ("loss", {"loss_weights": 0.5}),
+    ("class_weight", {"class_weight": {1: 2.0}}),
     ("data", {"data": functools.partial(ids, seed=1)}),
     ("data", {"data": functools.partial(ids, name="others")}),
     ("model", {"model": functools.partial(model, hidden=9)}),
@@ -78,7 +80,7 @@ CASES = [
 ]
 # How long, how fast, how often and where: what may change while a run goes on.
 FREE = {"steps", "eval_first", "eval_every", "eval_examples", "save_every", "keep", "accumulate", "steps_per_loop"}
-FREE |= {"jit_compile", "compiled_plans", "activation_cache", "replicas", "sampling"}
+FREE |= {"metrics", "weighted_metrics", "jit_compile", "compiled_plans", "activation_cache", "replicas", "sampling"}
 
 
 def of(**more):
