@@ -103,22 +103,7 @@ def find(model: keras.Model, example: Batch, plan: Plan, objective: Objective) -
         UserError: a layer changes what the rules freeze, what no checkpoint would hold, or an integer on which
             replicas could not agree.
     """
-
-    def traced(*flat: tf.Tensor) -> None:
-        batch = tf.nest.pack_sequence_as(example, flat)
-        # Assignments are noted in it, and not made; Keras 3.15 has regularisers read their variables from it.
-        start = [(v, v.value) for v in model.trainable_variables if v.regularizer is not None]
-        with keras.StatelessScope(start, collect_losses=True) as scope:
-            before = dict(scope.state_mapping)
-            outputs = model(batch[0], training=True)
-            new.clear()  # if TensorFlow traces twice
-            new.update({key: value for key, value in scope.state_mapping.items() if value is not before.get(key)})
-            objective.loss(batch, outputs, training=True)
-
-    new: dict[int, tf.Tensor] = {}  # values by the identity of the variable
-    count = batch_size(model) or 2
-    specs = [tf.TensorSpec([count, *one.shape], one.dtype) for one in tf.nest.flatten(example)]
-    graph = tf.function(traced, autograph=False).get_concrete_function(*specs).graph
+    graph, new = _traced(model, example, objective)
     inputs = {tensor.op for tensor in graph.inputs[: len(tf.nest.flatten(example[0]))]}
     _check_own(model, graph, new)
     entries = {id(entry.variable): entry for entry in plan.entries}
@@ -149,6 +134,26 @@ def find(model: keras.Model, example: Batch, plan: Plan, objective: Objective) -
             averaged.append(variable)
     unused = [v for v in model.variables if is_generator(v) and id(v) not in new]
     return LayerState(tuple(moving), tuple(averaged), (*moving, *unused))
+
+
+def _traced(model: keras.Model, example: Batch, objective: Objective) -> tuple[Any, dict[int, tf.Tensor]]:
+    """The graph of the model and its loss in training mode, and what it assigns by the identity of the variable."""
+    new: dict[int, tf.Tensor] = {}
+
+    def traced(*flat: tf.Tensor) -> None:
+        batch = tf.nest.pack_sequence_as(example, flat)
+        # Assignments are noted in it, and not made; Keras 3.15 has regularisers read their variables from it.
+        start = [(v, v.value) for v in model.trainable_variables if v.regularizer is not None]
+        with keras.StatelessScope(start, collect_losses=True) as scope:
+            before = dict(scope.state_mapping)
+            outputs = model(batch[0], training=True)
+            new.clear()  # if TensorFlow traces twice
+            new.update({key: value for key, value in scope.state_mapping.items() if value is not before.get(key)})
+            objective.loss(batch, outputs, training=True)
+
+    count = batch_size(model) or 2
+    specs = [tf.TensorSpec([count, *one.shape], one.dtype) for one in tf.nest.flatten(example)]
+    return tf.function(traced, autograph=False).get_concrete_function(*specs).graph, new
 
 
 def _check_own(model: keras.Model, graph: Any, new: Mapping[int, tf.Tensor]) -> None:
