@@ -47,8 +47,11 @@ class LayerState:
     Examples:
         >>> from dist_partial.reductions import AllReduce
         >>> from dist_partial.selection import resolve
+        >>> from dist_partial.step.objective import prepare
         >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
-        >>> state, _ = find(model, tf.TensorSpec([2], tf.float32), resolve([("train", ".*")], model, AllReduce()))
+        >>> x, plan = tf.ones([1, 2]), resolve([("train", ".*")], model, AllReduce())
+        >>> objective = prepare(model, (x, tf.ones([1, 1])), model(x), {"loss": "mse"})
+        >>> state = find(model, (tf.TensorSpec([2]), tf.TensorSpec([1])), plan, objective)
         >>> len(state.moving), [variable.name for variable in state.generators]
         (1, ['seed_generator_state'])
     """
@@ -149,7 +152,7 @@ def _traced(model: keras.Model, example: Batch, objective: Objective) -> tuple[A
             outputs = model(batch[0], training=True)
             new.clear()  # if TensorFlow traces twice
             new.update({key: value for key, value in scope.state_mapping.items() if value is not before.get(key)})
-            objective.loss(batch, outputs, training=True)
+            new.update(objective.loss(batch, outputs, training=True)[1])
 
     count = batch_size(model) or 2
     specs = [tf.TensorSpec([count, *one.shape], one.dtype) for one in tf.nest.flatten(example)]
@@ -168,8 +171,8 @@ def _check_own(model: keras.Model, graph: Any, new: Mapping[int, tf.Tensor]) -> 
     own = {id(variable) for variable in [*model.variables, *model.metrics_variables, *recurrent(model)]}
     if not set(new) <= own:
         raise UserError(
-            "run.model changes a variable that is none of its own, such as Keras's global random generator: give "
-            f"keras.random a keras.random.SeedGenerator that is an attribute of the layer; or {hint}"
+            "run.model or run.loss changes a variable that is none of the model's, such as Keras's global random "
+            f"generator: give keras.random a keras.random.SeedGenerator that is an attribute of the layer; or {hint}"
         )
 
 

@@ -21,7 +21,7 @@ from dist_partial.step import losses
 from dist_partial.training import loop
 from tests.helpers.against_fit import COUNT, check_against_fit, compiled, features, fitted, one_output, settings
 from tests.helpers.cases import set_precision
-from tests.helpers.files import rows, trained
+from tests.helpers.files import rows, state, trained
 from tests.helpers.marks import quick
 
 
@@ -96,6 +96,28 @@ def own_loss():
     return Own(made.inputs, made.outputs)
 
 
+class Noisy(keras.Model):
+    """Whose `compute_loss` draws random numbers and calls the model again, as those of diffusion models."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seed_generator = keras.random.SeedGenerator(5)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        noise = keras.random.normal(keras.ops.shape(x), seed=self.seed_generator, dtype=x.dtype)
+        return keras.ops.mean(keras.ops.square(self(x + noise, training=training) - y))
+
+
+def noisy():
+    x = keras.Input((7,))
+    layers = [
+        keras.layers.Dropout(0.3),
+        keras.layers.Dense(4, name="low"),
+        keras.layers.BatchNormalization(name="norm"),
+    ]
+    return Noisy(x, keras.Sequential([*layers, keras.layers.Dense(1, name="top")])(x))
+
+
 class Autoencoder(keras.Model):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
         return keras.ops.mean(keras.ops.square(x - y_pred))
@@ -150,6 +172,27 @@ def test_a_loss_is_that_of_fit_however_a_batch_is_divided(name, replicas, accumu
     model, data, loss, more = (*LOSSES[name], {})[:4]
     divided = {"replicas": replicas, "accumulate": accumulate, "summed": name.startswith("none")}
     check_against_fit(tmp_path / "run", model, data, loss, steps=3, **divided, **more)
+
+
+def test_what_a_compute_loss_draws_and_changes_goes_on_as_in_keras(tmp_path):
+    """In the order of the run, which Keras is given: noise is of places in a batch."""
+    data = (features(7), features(1))
+    told = settings(noisy, data, None, replicas=1, steps=4, eval_every=2)
+    loop.run(told, tmp_path / "run")
+    order = train_batches(
+        ArraySource(*data), first_step=0, global_batch=COUNT, seed=0, context=tf.distribute.InputContext()
+    )
+    model = compiled(noisy, None)
+    losses = [model.train_on_batch(*batch) for batch in order.take(4)]
+    found = [row["loss"] for row in rows(tmp_path / "run" / "metrics.jsonl") if row["split"] == "train"]
+    np.testing.assert_allclose(found[0], losses[0], rtol=1e-9)
+    saved = state(tmp_path / "run", 4)
+    for path, variable in zip(selection.paths_of(model, model.variables), model.variables, strict=True):
+        kind = "variables" if variable.trainable else "statistics"
+        if variable.name != "seed_generator_state":
+            np.testing.assert_allclose(saved[f"{kind}/{path}"], variable, rtol=1e-9, err_msg=path)
+    counts = [int(saved[name][1]) for name in sorted(saved) if name.startswith("generators/")]
+    assert sorted(counts) == sorted(int(v[1]) for v in model.variables if v.name == "seed_generator_state")
 
 
 @pytest.mark.parametrize("reduction", ["none", None])
