@@ -147,7 +147,6 @@ LOSSES = {
     "compute_loss": (own_loss, SEQUENCES, per_class()),
     "compute_loss alone": (autoencoder, (features(7),), None),
     "one number": (one_output, (features(7), features(1)), one_number),
-    "one number of weights": (one_output, (features(7), features(1), weights_of()), one_number),
 } | {
     f"{reduction} of {name}": (reader(True), (*SEQUENCES, weights), per_class(reduction=reduction))
     for reduction in ("sum", "mean", "mean_with_sample_weight", "none", None)
@@ -170,7 +169,7 @@ QUICK = {
 )
 def test_a_loss_is_that_of_fit_however_a_batch_is_divided(name, replicas, accumulate, tmp_path):
     model, data, loss, more = (*LOSSES[name], {})[:4]
-    divided = {"replicas": replicas, "accumulate": accumulate, "summed": name.startswith("none")}
+    divided = {"replicas": replicas, "accumulate": accumulate, "summed": name.startswith(("none", "None"))}
     check_against_fit(tmp_path / "run", model, data, loss, steps=3, **divided, **more)
 
 
@@ -193,6 +192,15 @@ def test_what_a_compute_loss_draws_and_changes_goes_on_as_in_keras(tmp_path):
             np.testing.assert_allclose(saved[f"{kind}/{path}"], variable, rtol=1e-9, err_msg=path)
     counts = [int(saved[name][1]) for name in sorted(saved) if name.startswith("generators/")]
     assert sorted(counts) == sorted(int(v[1]) for v in model.variables if v.name == "seed_generator_state")
+
+
+def test_weights_of_a_loss_of_one_number_are_refused_where_batches_are_divided(tmp_path):
+    """Keras multiplies the number by their mean, which is not that of the parts."""
+    data = (features(7), features(1), weights_of())
+    check_against_fit(tmp_path / "alone", one_output, data, one_number, steps=3, replicas=1)
+    for more in ({"replicas": 2}, {"replicas": 1, "accumulate": 3}):
+        with pytest.raises(UserError, match=r"one number for a batch, and run\.data gives weights, which its parts"):
+            loop.run(settings(one_output, data, one_number, **more), tmp_path / "run")
 
 
 @pytest.mark.parametrize("reduction", ["none", None])
