@@ -354,6 +354,21 @@ def test_a_penalty_counts_once_however_a_batch_is_divided(tmp_path, replicas, ac
     check_against_fit(tmp_path / "run", penalised, data, keras.losses.MeanSquaredError, **made)
 
 
+def test_replicas_of_one_process_that_would_mix_up_what_layers_add_are_refused(tmp_path):
+    def model(**more):
+        norm = keras.layers.BatchNormalization(synchronized=True, name="norm")
+        return keras.Sequential(
+            [keras.Input((7,)), keras.layers.Dense(4, name="low", **more), norm, keras.layers.Dense(1, name="top")]
+        )
+
+    data = (features(7), features(1))
+    adding = functools.partial(model, activity_regularizer=L2)
+    with pytest.raises(UserError, match="the synchronised BatchNorm 'norm' and layers that add to the loss"):
+        loop.run(settings(adding, data, "mse"), tmp_path / "run")
+    check_against_fit(tmp_path / "alone", adding, data, "mse", replicas=1, steps=3)
+    check_against_fit(tmp_path / "run", functools.partial(model, kernel_regularizer=L2), data, "mse", steps=3)
+
+
 @pytest.mark.parametrize("name", ["penalty", "mask"])
 @pytest.mark.parametrize(
     ("replicas", "examples", "batch"),
