@@ -243,6 +243,7 @@ def backprop(
         loss, changed = spec.objective.loss(batch, outputs, True, share, counts)
         loss *= share
         scaled = loss * tf.cast(loss_scale, loss.dtype)
+    spec.objective.assign(changed)
     gradients = tape.gradient(scaled, values)
     metrics = spec.objective.added(batch, outputs, True, changed)
     return loss, metrics, [selected_rows(g, e.rule.rows) for g, e in zip(gradients, trained, strict=True)]
