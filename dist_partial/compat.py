@@ -260,6 +260,22 @@ def as_one_device() -> Iterator[None]:
             setattr(module, name, function)
 
 
+@contextlib.contextmanager
+def fixed_losses(model: Any) -> Iterator[None]:
+    """Has `model.losses` give within it what it gives at its beginning.
+
+    Keras 3.15: in a `StatelessScope` it gives what was added in the scope alone, and regularisers read their variables
+    from the scope alone. (Keras's own trainer for JAX sets the same attribute.)
+    Unnecessary if the scope knew what was added before it.
+    """
+    losses = list(model.losses)
+    model._losses_override.extend(losses)
+    try:
+        yield
+    finally:
+        model._losses_override.clear()
+
+
 def compute_loss(model: Any, x: Any, y: Any, outputs: Any, weight: Any, training: bool) -> Any:
     """Calls a compiled model's `compute_loss`, with or without `training`, as its signature has it.
 
@@ -289,7 +305,7 @@ def compiled_loss(model: Any) -> Any:
     return compiled and (compiled._user_loss, compiled._user_loss_weights)
 
 
-def loss_function(function: Callable[..., Any]) -> Any:
+def loss_function(function: Callable[..., Any], name: str | None = None) -> Any:
     """Makes a Keras loss of a function of targets and outputs, as `Model.compile` does.
 
     Keras 3.15: brings both to one rank and casts them; the class is not exported.
@@ -297,7 +313,7 @@ def loss_function(function: Callable[..., Any]) -> Any:
     """
     from keras.src.losses.losses import LossFunctionWrapper
 
-    name = getattr(function, "__name__", "")
+    name = name or getattr(function, "__name__", "")
     return LossFunctionWrapper(function, name=name if name.isidentifier() else None)  # TensorFlow takes no '<lambda>'
 
 
@@ -307,6 +323,24 @@ def set_mask(tensor: Any, mask: Any) -> None:
     Keras 3.15: as for `mask`.
     """
     tensor._keras_mask = mask
+
+
+def grows(metric: Any) -> bool:
+    """Tells whether more is better of a metric, as far as Keras knows.
+
+    Keras 3.15: callbacks with `mode="auto"` read a private attribute.
+    Unnecessary with a public name for it.
+    """
+    return getattr(metric, "_direction", None) == "up"
+
+
+def forget_compilation(model: Any) -> None:
+    """Has a compiled model saved as one that is not, for what it was compiled with is made for one run.
+
+    Keras 3.15: `Model.save` writes the arguments of `compile`; to set `compiled` back would take the metrics away, too.
+    Unnecessary with an option of `save`.
+    """
+    del model._compile_config
 
 
 def compiled_metrics(model: Any) -> list[tuple[str, Any]]:

@@ -148,7 +148,6 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
         given = {name: getattr(bound, name) for name in ("model", "data", "loss", "optimizer")}
         # What has no name is made already, or describes several.
         factories = {name: _explained(value) for name, value in given.items() if hasattr(value, "__name__")}
-        bound = dataclasses.replace(bound, **factories)
     except UserError as error:  # to which gin adds lines with the names of its own functions
         raise UserError(str(error).splitlines()[0]) from error
     except Exception as error:  # gin raises whatever the file's mistake leads to
@@ -158,7 +157,7 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
         raise UserError(_explain(error, current)) from error
     finally:
         logging.disable(logging.NOTSET)
-    return Configuration(bound, gin.operative_config_str, _unused, _bindings())
+    return Configuration(dataclasses.replace(bound, **factories), gin.operative_config_str, _unused, _bindings())
 
 
 def _register() -> None:

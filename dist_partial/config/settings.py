@@ -77,6 +77,9 @@ class Settings:
         loss_weights: of several losses: a dict or list as `loss`.
         metrics: Keras metrics, or their names, in a list, or by output in a dict; None chooses by the data.
         weighted_metrics: the same, of metrics that weigh targets as the loss does.
+        callbacks: Keras callbacks; an evaluation ends their epoch, and a call of the compiled step is their batch.
+        best: the number of an evaluation, such as 'accuracy' or 'loss', by which the best checkpoint is kept.
+        patience: evaluations without a better one after which the run stops; None does not stop it.
         class_weight: weights of the training examples by class id, which a dict has.
         reduction: how gradients travel under the rules that do not say.
         steps: updates in the whole run.
@@ -119,6 +122,9 @@ class Settings:
     metrics: Any = None
     weighted_metrics: Any = None
     class_weight: Any = None
+    callbacks: Sequence[Any] = ()
+    best: str | None = None
+    patience: Annotated[int | None, AtLeast(1)] = None
     reduction: Annotated[Any, REDUCTION] = dataclasses.field(default_factory=AllReduce)
     steps: Annotated[int, AtLeast(1)] = 1000
     global_batch: Annotated[int, AtLeast(1)] = 32
@@ -144,6 +150,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self, "run")
+        if self.patience is not None and self.best is None:
+            raise UserError("run.patience without run.best: bind the number that has to get better, such as 'loss'")
         parse_rules(self.rules)
         if self.activation_cache and self.jit_compile:
             raise UserError(

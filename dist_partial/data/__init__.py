@@ -1,6 +1,14 @@
 """Data sets with random access, and the pipeline that reads them by position."""
 
-from dist_partial.data.batches import evaluation_batches, fetch, fetched, some_targets, train_batches, train_indices
+from dist_partial.data.batches import (
+    evaluation_batches,
+    fetch,
+    fetched,
+    some_targets,
+    train_batches,
+    train_indices,
+    without_lists,
+)
 from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
 from dist_partial.data.prepared import tfds_dataset
@@ -26,4 +34,5 @@ __all__ = [
     "tokenized_text",
     "train_batches",
     "train_indices",
+    "without_lists",
 ]

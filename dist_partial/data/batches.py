@@ -7,6 +7,7 @@ The examples of a run have one global order, whatever the number of workers. Ste
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -90,8 +91,8 @@ def evaluation_batches(
     Examples:
         >>> source = ArraySource(np.zeros([5, 1], np.float32), np.arange(5))
         >>> batches = evaluation_batches(source, examples=5, global_batch=3, context=tf.distribute.InputContext())
-        >>> [(y.numpy().tolist(), weight.numpy().tolist()) for _, y, weight in batches.take(2)]
-        [([0, 1, 2], [1.0, 1.0, 1.0]), ([3, 4, 4], [1.0, 1.0, 0.0])]
+        >>> [y.numpy().tolist() for _, y in batches.take(2)]
+        [[0, 1, 2], [3, 4, 4]]
     """
     _check(source)
     if not 0 < first + examples <= len(source):
@@ -195,7 +196,7 @@ def fetched(source: Source, indices: tf.Tensor) -> tuple[Any, ...]:
         name="fetch",
     )
     flat = [tf.ensure_shape(a, indices.shape + one.shape) for a, one in zip(arrays, spec, strict=True)]
-    return tf.nest.pack_sequence_as(source.spec, flat)
+    return tf.nest.pack_sequence_as(without_lists(source.spec), flat)
 
 
 def fetch(source: Source, indices: np.ndarray) -> tuple[Any, ...]:
@@ -220,12 +221,22 @@ def fetch(source: Source, indices: np.ndarray) -> tuple[Any, ...]:
         want = tf.nest.map_structure(lambda one: f"{one.dtype.name} {(len(indices), *one.shape)}", source.spec)
     have = _described(arrays)
     if want == have:
-        return arrays
+        return without_lists(arrays)
     some = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
     raise UserError(
         f"{type(source).__name__}.fetch gives {_listed(have)} for the examples {some}, and its spec says "
         f"{_listed(want)}: both must be the same (x, y) or (x, y, weight)"
     )
+
+
+def without_lists(nest: Any) -> Any:
+    """Replaces the lists of a nest by tuples, for tf.data would make one tensor of a list.
+
+    Examples:
+        >>> without_lists(([1, 2], {"a": [3]}))
+        ((1, 2), {'a': (3,)})
+    """
+    return keras.tree.lists_to_tuples(nest)
 
 
 def _listed(parts: Any) -> str:

@@ -46,7 +46,6 @@ def write_keras(path: Path, built: Trainer, _: int | None) -> str:
         hint = "Keras 3.15 cannot load all models with layers in int8: write --format=savedmodel or safetensors"
     name = f"model {model.name!r}"
     notes = ""
-    model.compiled = False  # the losses that a run compiles it with are its own
     try:
         model.save(path)
         keras.config.set_floatx("float32")  # as in a new process

@@ -48,7 +48,9 @@ class LayerState:
         >>> from dist_partial.reductions import AllReduce
         >>> from dist_partial.selection import resolve
         >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
-        >>> state, _ = find(model, tf.TensorSpec([2], tf.float32), resolve([("train", ".*")], model, AllReduce()))
+        >>> model.compile(loss="mse")
+        >>> example = tf.TensorSpec([2], tf.float32), tf.TensorSpec([1], tf.float32)
+        >>> state = find(model, example, resolve([("train", ".*")], model, AllReduce()), Objective(model))
         >>> len(state.moving), [variable.name for variable in state.generators]
         (1, ['seed_generator_state'])
     """
@@ -106,11 +108,14 @@ def find(model: keras.Model, example: Batch, plan: Plan, objective: Objective) -
 
     def traced(*flat: tf.Tensor) -> None:
         batch = tf.nest.pack_sequence_as(example, flat)
-        with keras.StatelessScope() as scope:  # assignments are noted in it, and not made
+        # Assignments are noted in it, and not made; Keras 3.15 has regularisers read their variables from it.
+        start = [(v, v.value) for v in model.trainable_variables if v.regularizer is not None]
+        with keras.StatelessScope(start, collect_losses=True) as scope:
+            before = dict(scope.state_mapping)
             outputs = model(batch[0], training=True)
-        new.clear()  # if TensorFlow traces twice
-        new.update(scope.state_mapping)
-        objective.loss(batch, outputs, training=True)
+            new.clear()  # if TensorFlow traces twice
+            new.update({key: value for key, value in scope.state_mapping.items() if value is not before.get(key)})
+            objective.loss(batch, outputs, training=True)
 
     new: dict[int, tf.Tensor] = {}  # values by the identity of the variable
     count = batch_size(model) or 2

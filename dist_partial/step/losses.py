@@ -176,21 +176,24 @@ def made(loss: Any) -> Any:
         return {name: made(each) for name, each in loss.items()}
     if isinstance(loss, (list, tuple)):
         return [made(each) for each in loss]
+    name = None
     if isinstance(loss, str):
+        name = loss
         try:
             loss = keras.losses.get(loss)
         except ValueError as error:
             raise UserError(f"run.loss: Keras has no loss {loss!r}; write a name such as 'mse', or a class") from error
     elif callable(loss) and not isinstance(loss, keras.losses.Loss) and not takes_targets(loss):
         loss = loss()
-        if isinstance(loss, (dict, list, tuple)):
+        if isinstance(loss, (dict, list, tuple, str)):
             return made(loss)
     if not callable(loss):
         raise UserError(f"run.loss made a {type(loss).__name__}: its factory must return a Keras loss or a function")
     if not isinstance(loss, keras.losses.Loss):
-        loss = compat.loss_function(loss)
+        loss = compat.loss_function(loss, name)
     elif loss.dtype != keras.config.floatx():  # made before the run's precision was known
-        loss = type(loss).from_config(loss.get_config())
+        with contextlib.suppress(TypeError):  # a class of the user's need not be made of its config
+            loss = type(loss).from_config(loss.get_config())
     return DividedLoss(loss)
 
 

@@ -82,8 +82,7 @@ def are_class_ids(y: tf.Tensor, outputs: tf.Tensor) -> bool:
     """
     if not y.dtype.is_integer or not (outputs.shape.rank and outputs.shape[-1] > 1):
         return False
-    column = y.shape.rank == outputs.shape.rank and y.shape[-1] == 1
-    return column or y.shape.rank == outputs.shape.rank - 1
+    return y.shape.as_list() in (outputs.shape.as_list()[:-1], [*outputs.shape.as_list()[:-1], 1])
 
 
 class OfMeanLoss(keras.metrics.Mean):

@@ -4,9 +4,10 @@ Both are computed without changing a variable of a metric: what a batch adds to 
 which is summed over parts, replicas and workers like a loss.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -69,7 +70,7 @@ class Objective:
 
     def counted(self, batch: Batch, outputs: Any, training: bool) -> tf.Tensor:
         """Counts what this part adds to the divisors: [counts]."""
-        with keras.StatelessScope(_regularised(self.model)), losses.computing(losses.Part()) as part:
+        with _scope(self.model), losses.computing(losses.Part()) as part:
             self._loss(batch, outputs, training)
         return tf.stack([tf.reshape(count, []) for count in part.found])
 
@@ -89,8 +90,7 @@ class Objective:
             A scalar, and what it has changed, for `added`.
         """
         separate = None if counts is None else iter(tf.unstack(counts))
-        start = [*self._start(), *_regularised(self.model)]
-        with keras.StatelessScope(start) as scope, losses.computing(losses.Part(share, separate)):
+        with _scope(self.model, self._start()) as scope, losses.computing(losses.Part(share, separate)):
             return self._loss(batch, outputs, training), scope.state_mapping
 
     def added(self, batch: Batch, outputs: Any, training: bool, changed: Mapping[Any, Any]) -> tf.Tensor:
@@ -132,6 +132,11 @@ class Objective:
                 found |= _named(each.name, each.metric.result())
         return found
 
+    def grows(self, name: str) -> bool:
+        """Tells whether more is better of a number of an evaluation."""
+        found = [each.metric for each in self.measures if name == each.name or name.startswith(f"{each.name}_")]
+        return bool(found) and compat.grows(found[0])
+
     def _start(self) -> list[tuple[Any, tf.Tensor]]:
         return [
             (variable, tf.constant(value, variable.dtype))
@@ -145,9 +150,11 @@ class Objective:
             return compat.compute_loss(self.model, x, y, outputs, weight, training)
 
 
-def _regularised(model: keras.Model) -> list[tuple[Any, Any]]:
-    """The variables with a regulariser, which Keras 3.15 reads from the scope alone, and their values."""
-    return [(v, v.value) for v in model.trainable_variables if v.regularizer is not None]
+@contextlib.contextmanager
+def _scope(model: keras.Model, start: Sequence[tuple[Any, Any]] = ()) -> Iterator[keras.StatelessScope]:
+    """Opens a scope in which no variable changes, with the losses that layers have added before."""
+    with compat.fixed_losses(model), keras.StatelessScope(start) as scope:
+        yield scope
 
 
 def unpacked(batch: Batch) -> tuple[Any, Any, Any]:
@@ -181,9 +188,10 @@ def prepare(
     """
     # The class's own `compile` may take and do something else.
     keras.Model.compile(model, optimizer=None, **compiled)
+    compat.forget_compilation(model)
     x, y, weight = unpacked(batch)
     # The variables of metrics are made here.
-    with keras.StatelessScope(_regularised(model)), losses.computing(losses.Part()) as part:
+    with _scope(model), losses.computing(losses.Part()) as part:
         with calling("run.loss"):
             compat.compute_loss(model, x, y, outputs, weight, False)
         with calling("run.metrics"):

@@ -205,21 +205,24 @@ def _equal(value: Any, other: Any) -> bool:
 
 
 def check(where: str, optimizer: keras.optimizers.Optimizer) -> None:
-    """Raises UserError if an optimizer accumulates, averages, scales or delegates; `where` says which it is.
+    """Raises UserError if an optimizer accumulates, scales or delegates; `where` says which it is.
 
     Examples:
         >>> check("mine", keras.optimizers.SGD())
-        >>> check("mine", keras.optimizers.SGD(use_ema=True))
+        >>> check("mine", keras.optimizers.SGD(loss_scale_factor=2.0))
         Traceback (most recent call last):
-        dist_partial.errors.UserError: mine averages weights (use_ema), which is not done for a selection: ...
+        dist_partial.errors.UserError: mine scales the loss by itself: ...
     """
     if optimizer.gradient_accumulation_steps:
         raise UserError(
             f"{where} accumulates gradients by itself, which Keras 3.15 cannot do on several replicas: leave out "
             "gradient_accumulation_steps; dist_partial.train has run.accumulate"
         )
-    if optimizer.use_ema:
-        raise UserError(f"{where} averages weights (use_ema), which is not done for a selection: leave out use_ema")
+    if optimizer.ema_overwrite_frequency and tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        raise UserError(
+            f"{where} overwrites weights by their averages every few steps (ema_overwrite_frequency), which Keras 3.15 "
+            "cannot do on several replicas: leave it out; with use_ema alone the last weights are the averages"
+        )
     if optimizer.loss_scale_factor or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         raise UserError(
             f"{where} scales the loss by itself: give it without; under mixed_float16 the loss is scaled for all "
@@ -350,6 +353,17 @@ def apply(optimizers: Sequence[GroupOptimizer], gradients: Sequence[tf.Tensor | 
         pairs = [(gradient, member.variable) for member in group.members if (gradient := next(rest)) is not None]
         if pairs:
             group.optimizer.apply(*zip(*pairs, strict=True))
+
+
+def finalize(strategy: tf.distribute.Strategy, optimizers: Sequence[GroupOptimizer]) -> None:
+    """Gives the variables their last values, as Keras does at the end of `fit`: with `use_ema` their averages.
+
+    Called in the cross-replica context.
+    """
+    for group in optimizers:
+        if group.optimizer.use_ema and group.state:
+            group.optimizer.finalize_variable_values([member.variable for member in group.members])
+            write_rows(strategy, group.members)
 
 
 def write_rows(strategy: tf.distribute.Strategy, members: Sequence[OptimizerVariable]) -> None:

@@ -13,7 +13,7 @@ from dist_partial import checkpoints, reductions, selection, session
 from dist_partial.adapters import lora, quantization
 from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
-from dist_partial.data import ClassWeighted, Dataset, check_source, train_batches
+from dist_partial.data import ClassWeighted, Dataset, check_source, train_batches, without_lists
 from dist_partial.distributed import consistency
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.distributed.replicas import Replicas
@@ -141,7 +141,7 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
             check_source(f"{name} of {data.name}", getattr(data, name))
         if settings.class_weight:
             data = dataclasses.replace(data, train=ClassWeighted(data.train, settings.class_weight))
-    strategy, spec = replicas.strategy, data.train.spec
+    strategy, spec = replicas.strategy, without_lists(data.train.spec)
     with strategy.scope():
         keras.utils.set_random_seed(settings.seed)
         with calling("run.model"):

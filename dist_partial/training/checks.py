@@ -230,9 +230,9 @@ def make_objective(
         UserError: the loss or the metrics do not go with the model or the data.
     """
     with calling("run.loss"):
-        loss, weights = _loss(settings, model)
+        loss, weights = _loss(settings, data, model)
         loss = losses.made(loss)
-    _, y, _ = unpacked(batch)
+    _, y, weight = unpacked(batch)
     compiled = {"loss": loss, "loss_weights": weights}
     with calling("run.metrics"):
         names = ("metrics", "weighted_metrics")
@@ -249,10 +249,11 @@ def make_objective(
         error = raised.__cause__
         if not isinstance(error, (ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError)):
             raise
+        given = "none" if y is None else _batchless(y)
+        given += "" if weight is None else f", weights {_batchless(weight)}"
         raise UserError(
-            f"run.loss or run.metrics does not take run.data's targets {'none' if y is None else _batchless(y)} and "
-            f"outputs {_batchless(outputs)} of run.model: {first_line(error)}{own_line(error)}; bind another loss, or "
-            "a model of other outputs"
+            f"run.loss or run.metrics does not take run.data's targets {given} and outputs {_batchless(outputs)} of "
+            f"run.model: {first_line(error)}{own_line(error)}; bind another loss, or a model of other outputs"
         ) from error
     _check_class_ids(data, loss, y)
     called = _called(loss)
@@ -271,12 +272,12 @@ def _called(loss: Any) -> list[losses.DividedLoss]:
     return [each for each in tf.nest.flatten(loss) if each is not None and each.seen is not None]
 
 
-def _loss(settings: Settings, model: keras.Model) -> tuple[Any, Any]:
+def _loss(settings: Settings, data: Dataset, model: keras.Model) -> tuple[Any, Any]:
     """What is bound; or what the model was compiled with; or its own `compute_loss` alone; or cross-entropy."""
     if settings.loss is not None:
         return settings.loss, settings.loss_weights
     compiled = compat.compiled_loss(model)
-    if compiled or compat.overrides(model, "compute_loss"):
+    if compiled or compat.overrides(model, "compute_loss") or len(data.train.spec) == 1:
         return compiled or (None, None)
     return cross_entropy(), settings.loss_weights
 

@@ -29,11 +29,14 @@ class Evaluation:
     """Evaluates every `run.eval_every` steps and at the end, on all workers; then samples.
 
     Compiles the evaluation: a mistake in the model or the loss shows now, and not after the training.
+
+    Attributes:
+        trainer: of the run.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         settings, replicas = trainer.settings, trainer.replicas
-        self._trainer = trainer
+        self.trainer = trainer
         self._every = Every(settings.eval_every, settings.steps)
         source = trainer.data.evaluation
         spec = EvaluationSpec(replicas.strategy, replicas.collectives, trainer.model, trainer.objective)
@@ -58,8 +61,8 @@ class Evaluation:
     def next_due(self, step: int) -> int:
         return self._every.next_due(step)
 
-    def __call__(self, state: TrainState, writer: MetricWriter) -> None:
-        trainer, strategy = self._trainer, self._trainer.replicas.strategy
+    def __call__(self, state: TrainState, writer: MetricWriter) -> dict[str, float]:
+        trainer, strategy = self.trainer, self.trainer.replicas.strategy
         # Nothing but a step moves a state: recurrent layers with dropout draw random numbers in inference, too.
         with outer_step.agreed(strategy, trainer.fragments), untouched(strategy, trainer.layer_state.states):
             self._average()
@@ -69,9 +72,10 @@ class Evaluation:
             writer.evaluation(state.step, metrics, state.sent)
             if trainer.replicas.is_chief and trainer.data.codec is not None:
                 self._sample(state, writer)
+        return metrics
 
     def _sample(self, state: TrainState, writer: MetricWriter) -> None:
-        trainer = self._trainer
+        trainer = self.trainer
         try:
             texts = samples(trainer.model, trainer.data, trainer.settings.sampling, state.step)
         except UserError as error:  # of the first worker alone; the others train on

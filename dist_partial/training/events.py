@@ -3,6 +3,7 @@
 import dataclasses
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ from dist_partial.training.build import Trainer
 from dist_partial.training.failures import Interrupted
 from dist_partial.training.metric_writer import MetricWriter
 from dist_partial.training.state import TrainState
+
+BEST = "best"  # the folder of the best checkpoint
 
 
 class Event(Protocol):
@@ -93,16 +96,25 @@ class Saving:
         return self._every.next_due(step)
 
     def __call__(self, state: TrainState, writer: MetricWriter) -> None:
+        # First, for a run that is killed once its last checkpoint is there has nothing left to do.
+        self._write(
+            state, "checkpoints", self._trainer.settings.keep, lambda: writer.traffic(self.meter.to_json(state.step))
+        )
+        self.saved = state.step
+
+    def best(self, state: TrainState) -> None:
+        """Saves a checkpoint beside the others, in place of the best so far."""
+        self._write(state, BEST, 1)
+
+    def _write(self, state: TrainState, name: str, keep: int, first: Callable[[], None] = lambda: None) -> None:
         trainer = self._trainer
         frozen = checkpoints.frozen_fingerprints(trainer.model, trainer.plan, trainer.layer_state.moving)
         checkpoints.check_frozen(trainer.fingerprint["frozen"], frozen, state.step)
         arrays = checkpoints.read(state.variables, state.step, trainer.replicas.gather)
-        # First, for a run that is killed once its last checkpoint is there has nothing left to do.
-        writer.traffic(self.meter.to_json(state.step))
+        first()
         if trainer.replicas.is_chief:
             metadata = state.metadata() | {"frozen": trainer.fingerprint["frozen"]}
-            checkpoints.save(self._folder / "checkpoints", state.step, arrays, metadata, trainer.settings.keep)
-        self.saved = state.step
+            checkpoints.save(self._folder / name, state.step, arrays, metadata, keep)
 
 
 class Stopping:
@@ -152,9 +164,14 @@ class Stopping:
         """Takes what all workers got, [2]."""
         self._interrupted, self._terminated = (votes > 0).tolist()
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether a worker has got a signal."""
+        return self._interrupted or self._terminated
+
     def due(self, step: int) -> bool:
         """Tells whether the run ends after `step`: it is the last, or a worker has got a signal."""
-        return step >= self._last or self._interrupted or self._terminated
+        return step >= self._last or self.interrupted
 
     def __call__(self, state: TrainState, folder: Path) -> None:
         """Raises Interrupted, with the exit code that fits what was received."""
@@ -174,4 +191,6 @@ def going_on(state: TrainState, folder: Path, steps: int) -> str:
     """
     if state.step >= steps:
         return f"finished: {folder} is at step {state.step} of {steps}; bind a larger run.steps to go on"
+    if state.stopped:
+        return f"finished: {folder} stopped at step {state.step} of {steps}: {state.stopped}"
     return f"going on from step {state.step} ({state.checkpoint})"

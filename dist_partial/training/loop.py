@@ -17,9 +17,11 @@ from dist_partial.distributed import traffic
 from dist_partial.errors import Ending
 from dist_partial.selection.table import plan_table
 from dist_partial.session import put_back
+from dist_partial.step.optimizers import finalize
 from dist_partial.training import evaluation, events, failures, run_folder
 from dist_partial.training.build import build, restore
 from dist_partial.training.checks import check_division, check_workers
+from dist_partial.training.judge import Judge, learning_rates
 from dist_partial.training.metric_writer import MetricWriter
 from dist_partial.training.schedule_runner import ScheduleRunner
 from dist_partial.training.state import TrainState
@@ -60,31 +62,34 @@ def run(
             state = evaluation.make_up(trainer, folder, state)
         if state.checkpoint:
             replicas.say(events.going_on(state, folder, settings.steps))
-        if state.step >= settings.steps:
+        if state.step >= settings.steps or state.stopped:
             return replicas.finish()
-        runner, evaluate = ScheduleRunner(trainer, state), evaluation.Evaluation(trainer)
+        runner, evaluate, judge = ScheduleRunner(trainer, state), evaluation.Evaluation(trainer), Judge(trainer, state)
         _enter(runner, state.step)
         save = events.Saving(trainer, folder, state)
         with (
             run_folder.begun(folder, trainer, runner.plan),
             MetricWriter(folder, state.step, settings.steps, state.sent, replicas.is_chief) as writer,
             events.Stopping(settings.steps) as stop,
+            judge.training(),
         ):
             for note in runner.opening_notes():
                 writer.say(note)
             if settings.eval_first and state.step == 0:
                 evaluate(state, writer)
-            while not stop.due(state.step):
+            while not (stop.due(state.step) or judge.reason):
                 runner.report(writer, state.step)
                 due = events.next_due(state.step, evaluate, save, runner, *runner.phase.exchanges)
                 count = min(settings.steps_per_loop, due - state.step)
-                state = _advance(runner, state, count, writer, save, stop)
+                state = _advance(runner, state, count, writer, (save, stop, judge))
                 writer.configuration(operative, unused)
-                _after_steps(state, writer, evaluate, save, stop)
-                if not stop.due(state.step):
+                _after_steps(state, writer, evaluate, save, stop, judge)
+                if not (stop.due(state.step) or judge.reason):
                     _enter(runner, state.step)
+            if judge.reason:
+                writer.say(f"stopped at step {state.step} of {settings.steps}: {judge.reason}")
         replicas.finish()  # none ends before the last checkpoint is written
-        if state.step < settings.steps:
+        if stop.interrupted and state.step < settings.steps:
             stop(state, folder)
 
 
@@ -102,11 +107,11 @@ def _advance(
     state: TrainState,
     count: int,
     writer: MetricWriter,
-    save: events.Saving,
-    stop: events.Stopping,
+    followers: tuple[events.Saving, events.Stopping, Judge],
 ) -> TrainState:
     """Makes `count` steps and the exchanges that follow, and records them; returns the state after them."""
     trainer, phase, done = runner.trainer, runner.phase, state.step + count
+    save, stop, judge = followers
     save.meter.start()
     result = runner.advance(count)
     each = traffic.sent_each(phase.sent, trainer.plan, steps=1)
@@ -117,15 +122,21 @@ def _advance(
             sent[-1] += traffic.sent_each(exchange.sent, trainer.plan)
     # All workers stop after the same call, whichever of them got the signal, and all hear of a norm that is not finite
     # on one of them alone, which trains by itself.
-    parts = [result["loss"], result["gradient_norm"], stop.votes(), tf.reshape(result["metrics"], [-1])]
+    votes = np.append(stop.votes(), judge.wants_to_stop)
+    parts = [result["loss"], result["gradient_norm"], votes, tf.reshape(result["metrics"], [-1])]
     sums = trainer.replicas.sum(np.concatenate(parts, dtype=np.float64))
     losses, norms, votes, metrics = np.split(sums, np.cumsum([len(part) for part in parts])[:-1])
     norms = norms / trainer.replicas.workers
-    stop.count(votes)
+    stop.count(votes[:2])
+    if votes[2]:
+        judge.stop()
     save.meter.stop(phase.plan, state.step, done, int(sent[-1, 0] - state.sent[0]), sums.nbytes)
     good = failures.finite_steps(losses, norms, trainer.scale)
-    measured = [trainer.objective.results(row, training=True) for row in metrics.reshape(count, -1)[:good]]
-    writer.train(state.step + 1, losses[:good], norms[:good], sent[:good], measured)
+    metrics = metrics.reshape(count, -1)[:good]
+    measured = [trainer.objective.results(row, training=True) for row in metrics]
+    rates = learning_rates([group.optimizer for group in trainer.optimizers])
+    writer.train(state.step + 1, losses[:good], norms[:good], sent[:good], [row | rates for row in measured])
+    judge.made_steps(losses[:good], metrics, measured)
     failures.check_finite(losses, norms, state.step, save.saved, trainer.scale)
     return dataclasses.replace(state.after(sent), schedule=runner.to_json())
 
@@ -136,19 +147,28 @@ def _after_steps(
     evaluate: evaluation.Evaluation,
     save: events.Saving,
     stop: events.Stopping,
+    judge: Judge,
 ) -> None:
     """Evaluates and saves where that is due; a failed evaluation costs no training.
 
     The checkpoint then says that the evaluation is owed, and the next run in the folder makes it up: see `make_up`.
     """
     to_save = save.due(state.step) or stop.due(state.step)
+    trainer = evaluate.trainer
+    if state.step >= trainer.settings.steps:
+        finalize(trainer.replicas.strategy, trainer.optimizers)
     try:
-        if evaluate.due(state.step):
-            evaluate(state, writer)
+        if evaluate.due(state.step) or judge.reason:
+            better = judge.evaluated(state.step, evaluate(state, writer))
+            state = dataclasses.replace(state, judged=judge.to_json())
+            if better:
+                save.best(state)
     except BaseException:
         if to_save:
             with contextlib.suppress(Ending):  # what differs between workers cannot be had without the others
                 save(dataclasses.replace(state, evaluated=False), writer)
         raise
-    if to_save:
-        save(state, writer)
+    if judge.reason:
+        finalize(trainer.replicas.strategy, trainer.optimizers)
+    if to_save or judge.reason:
+        save(dataclasses.replace(state, judged=judge.to_json()), writer)

@@ -42,6 +42,7 @@ class TrainState:
         sent: bytes sent so far, int64 [3], as `traffic.SENT`.
         schedule: where the schedule is, from `ScheduleRunner.to_json`; None at the start, and if it is constant.
         evaluated: False if an evaluation was due after this step and has failed.
+        judged: what followed from the evaluations so far, from `Judge.to_json`; None at the start.
         checkpoint: the file from which the state was restored, or None.
 
     Examples:
@@ -71,7 +72,13 @@ class TrainState:
     sent: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(len(traffic.SENT), np.int64))
     schedule: dict[str, Any] | None = None
     evaluated: bool = True
+    judged: dict[str, Any] | None = None
     checkpoint: Path | None = None
+
+    @property
+    def stopped(self) -> str:
+        """Why the run has stopped early; empty if it has not."""
+        return (self.judged or {}).get("stopped", "")
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -122,6 +129,7 @@ class TrainState:
         """What a checkpoint holds besides the variables, as JSON values."""
         found: dict[str, Any] = dict(zip(traffic.SENT, self.sent.tolist(), strict=True))
         found |= {} if self.schedule is None else {"schedule": self.schedule}
+        found |= {} if self.judged is None else {"judged": self.judged}
         return found | ({} if self.evaluated else {"evaluated": False})
 
     def restored(self, checkpoint: checkpoints.Checkpoint) -> "TrainState":
@@ -139,5 +147,6 @@ class TrainState:
             sent=np.array([checkpoint.metadata[name] for name in traffic.SENT]),
             schedule=checkpoint.metadata.get("schedule"),
             evaluated=checkpoint.metadata.get("evaluated", True),
+            judged=checkpoint.metadata.get("judged"),
             checkpoint=checkpoint.path,
         )

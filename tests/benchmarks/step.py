@@ -22,7 +22,8 @@ from dist_partial.config.settings import cross_entropy
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.models import byte_transformer
 from dist_partial.reductions.reduce_gradients import make_states
-from dist_partial.step import optimizers
+from dist_partial.step import losses, optimizers
+from dist_partial.step.objective import prepare
 from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 from tests.benchmarks import tables
 
@@ -60,8 +61,9 @@ def ours(
         plan = selection.resolve(rules, model, reductions.AllReduce())
         groups = optimizers.build(plan, keras.optimizers.Adam)
         states = make_states(plan)
-    options = StepOptions(global_batch)
-    spec = StepSpec(strategy, Collectives(), model, cross_entropy().call, plan, groups, states, options)
+        x, y = next(iter(dataset(global_batch)))
+        objective = prepare(model, (x, y), model(x, training=False), {"loss": losses.made(cross_entropy)})
+    spec = StepSpec(strategy, Collectives(), model, objective, plan, groups, states, StepOptions())
     train = train_step(spec).function
     iterator = iter(dataset(global_batch))
     return lambda: train(iterator, tf.constant(STEPS_A_CALL))["loss"].numpy()

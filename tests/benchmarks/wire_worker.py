@@ -181,7 +181,8 @@ def dist_partial_variant(replicas: Any, worker: Worker, selected: str, dtype: st
 
     from dist_partial import reductions, selection
     from dist_partial.reductions.reduce_gradients import make_states
-    from dist_partial.step import optimizers
+    from dist_partial.step import losses, optimizers
+    from dist_partial.step.objective import prepare
     from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 
     rules = {"all": [("train", r".*")], "part": [("train", rf"dense_{LAYERS - 1}/.*"), ("freeze", r".*")]}
@@ -190,12 +191,9 @@ def dist_partial_variant(replicas: Any, worker: Worker, selected: str, dtype: st
         plan = selection.resolve(rules[selected], model, reductions.AllReduce(dtype))
         groups = optimizers.build(plan, lambda: keras.optimizers.SGD(LEARNING_RATE))
         states = make_states(plan)
-
-    def loss(y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_mean(tf.square(outputs - y), axis=1)
-
-    options = StepOptions(BATCH * worker.count)
-    spec = StepSpec(replicas.strategy, replicas.collectives, model, loss, plan, groups, states, options)
+        x, y = next(iter(batches(worker)))
+        objective = prepare(model, (x, y), model(x, training=False), {"loss": losses.made("mse")})
+    spec = StepSpec(replicas.strategy, replicas.collectives, model, objective, plan, groups, states, StepOptions())
     compiled = train_step(spec)
     iterator = iter(batches(worker))
 

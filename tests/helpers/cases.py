@@ -14,7 +14,8 @@ from dist_partial.distributed import per_replica, traffic
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.models import byte_transformer, two_dense
 from dist_partial.reductions.reduce_gradients import make_states
-from dist_partial.step import batch_norm, optimizers
+from dist_partial.step import batch_norm, losses, optimizers
+from dist_partial.step.objective import Objective, prepare
 from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 
 STEPS = 20
@@ -68,6 +69,12 @@ def shared_embedding() -> keras.Model:
     return keras.Model(tokens, inner([tokens[:, :4], tokens[:, 4:]]), name="shared")
 
 
+def masked() -> keras.Model:
+    """Reads sequences of which 0 is no part: each batch divides its loss by another number."""
+    layers = [keras.layers.Embedding(7, 6, mask_zero=True, name="embedding"), keras.layers.Dense(7, name="head")]
+    return keras.Sequential([keras.Input((6,), dtype="int32"), *layers], name="masked")
+
+
 def mobilenet() -> keras.Model:
     model = keras.applications.MobileNet(
         (32, 32, 3), alpha=0.25, dropout=0.0, weights=None, classes=5, classifier_activation=None
@@ -112,6 +119,13 @@ CASES = {
     "shared_embedding": Case(
         shared_embedding, [selection.Rule(r"embedding/.*", rows=(2, 9)), ("train", r"head/.*")], _ids(11, 8), _ids(5)
     ),
+    "masked": Case(
+        masked,
+        [("train", r".*")],
+        lambda rng, n: np.where(np.arange(6) < rng.integers(1, 7, (n, 1)), _ids(7, 6)(rng, n), 0),
+        _ids(7, 6),
+        statistics_bytes=lambda itemsize: itemsize,  # how many targets there are
+    ),
     "mobilenet": Case(
         mobilenet,
         [("train", r"conv_pw_1[23]/.*"), ("train", r"conv_preds/.*"), ("freeze", r".*")],
@@ -149,6 +163,7 @@ ROTATION = [
     ("batch_norm_synchronised", "momentum", "clip"),
     ("batch_norm_untrained", "momentum", "all"),
     ("shared_embedding", "adam", "accumulate"),
+    ("masked", "adamw", "all"),
     ("mobilenet", "momentum", "plain"),
 ]
 
@@ -161,6 +176,12 @@ def dataset(name: str, *columns: np.ndarray) -> Dataset:
 
 def loss(y: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
     return keras.losses.sparse_categorical_crossentropy(y, outputs, from_logits=True)
+
+
+def objective(model: keras.Model, x: Any, y: Any, loss: Any = loss) -> Objective:
+    """The loss alone, tried on some examples; call it in the strategy's scope."""
+    x, y = (tf.nest.map_structure(tf.constant, each) for each in (x, y))
+    return prepare(model, (x, y), model(x, training=False), {"loss": losses.made(loss)})
 
 
 def set_precision(dtype: str) -> None:
@@ -207,7 +228,7 @@ def reference(case: Case, name: str, options: Options, dtype: str) -> dict[str, 
     @tf.function(autograph=False)
     def one_step(x: tf.Tensor, y: tf.Tensor) -> None:
         with tf.GradientTape() as tape:
-            total = tf.reduce_mean(loss(y, model(x, training=True)))
+            total = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(y, model(x, training=True))
             if model.losses:
                 total += tf.add_n(model.losses)
         gradients = [tf.convert_to_tensor(g) for g in tape.gradient(total, [v.value for v in variables])]
@@ -270,16 +291,17 @@ def train(
         batch_norm.set_modes(batch_norm.layers(model), plan, everywhere=False)
         groups = optimizers.build(plan, lambda: optimizer(name, options))
         states = make_states(plan)
+        measured = objective(model, *(column[:2] for column in data[0]))
     before = weights(model)
     spec = StepSpec(
         strategy,
         collectives or Collectives(),
         model,
-        loss,
+        measured,
         plan,
         groups,
         states,
-        StepOptions(GLOBAL_BATCH, options.clip_norm, options.accumulate, jit_compile),
+        StepOptions(options.clip_norm, options.accumulate, jit_compile),
     )
     compiled = train_step(spec)
 

@@ -192,6 +192,159 @@ def test_graph_of_a_functional_model():
     assert keras.models.clone_model(model).layers[-1] is not model.layers[-1]
 
 
+# ---------------------------------------------------------------------------------------------- Keras: losses, metrics
+
+
+def tiny():
+    return keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="d")])
+
+
+def test_as_one_device(mirrored):
+    strategy, loss = mirrored(2), keras.losses.MeanSquaredError()
+
+    def values():
+        found = strategy.run(lambda: loss(tf.zeros([4, 1]), 3 * tf.ones([4, 1])))
+        return [float(each) for each in strategy.experimental_local_results(found)]
+
+    assert values() == [4.5, 4.5]  # no longer needed once it is 9
+    with compat.as_one_device():
+        assert values() == [9.0, 9.0]
+        with compat.as_one_device():
+            assert values() == [9.0, 9.0]
+        assert values() == [9.0, 9.0]
+    assert values() == [4.5, 4.5]
+    with pytest.raises(KeyError), compat.as_one_device():
+        raise KeyError
+    assert values() == [4.5, 4.5]
+
+
+class Without(keras.Model):
+    """Whose `compute_loss` has no `training`, as the examples of Keras's guides."""
+
+    def call(self, x):
+        return x
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return keras.ops.sum(y_pred)
+
+
+class With(Without):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return keras.ops.sum(y_pred) + (10.0 if training else 0.0)
+
+
+def test_compute_loss():
+    found = []
+    for model in (Without(), With()):
+        model.compile()
+        found.append([float(compat.compute_loss(model, None, None, np.ones(2), None, mode)) for mode in (True, False)])
+    assert found == [[2.0, 2.0], [12.0, 2.0]]
+    model = Without()
+    with pytest.raises(TypeError):  # the public method does not
+        model.compute_loss(y_pred=np.ones(2), training=True)
+
+
+def test_fixed_losses():
+    penalty = keras.regularizers.L2(1.0)
+    layers = [keras.layers.Dense(2, activity_regularizer=penalty, kernel_regularizer=penalty), Outer()]
+    model = keras.Sequential([keras.Input((3,)), keras.Sequential(layers)])
+    model(np.ones([2, 3], np.float32))
+    outside = [float(loss) for loss in model.losses]
+    assert len(outside) == 2
+    with keras.StatelessScope([(v, v.value) for v in model.trainable_variables]):
+        assert [float(loss) for loss in model.losses] == outside[1:]  # Keras forgets the other
+    with compat.fixed_losses(model), keras.StatelessScope():
+        assert [float(loss) for loss in model.losses] == outside
+    model(np.zeros([2, 3], np.float32))
+    assert [float(loss) for loss in model.losses] == [0.0, outside[1]]
+
+
+def test_grows():
+    with pytest.raises(AttributeError):
+        keras.metrics.AUC().direction  # noqa: B018
+    expected = {"AUC": True, "SparseCategoricalAccuracy": True, "MeanSquaredError": False, "Mean": False}
+    assert {name: compat.grows(getattr(keras.metrics, name)()) for name in expected} == expected
+
+
+def test_forget_compilation(tmp_path):
+    class OfOneRun(keras.losses.Loss):
+        def call(self, y_true, y_pred):
+            return y_pred[:, 0]
+
+        def get_config(self):
+            raise NotImplementedError
+
+    model = tiny()
+    model.compile(loss=OfOneRun(), metrics=["mae"])
+    with pytest.raises(NotImplementedError):
+        model.save(tmp_path / "compiled.keras")
+    compat.forget_compilation(model)
+    model.save(tmp_path / "model.keras")
+    assert not keras.saving.load_model(tmp_path / "model.keras").compiled
+    assert float(model.evaluate(np.zeros([2, 3]), np.zeros([2, 2]), verbose=0)[0]) == 0.0  # it computes as before
+
+
+def test_overrides():
+    assert compat.overrides(Without(), "compute_loss") and not compat.overrides(Without(), "compute_metrics")
+    model = tiny()
+    assert not compat.overrides(model, "train_step")
+    model.train_step = lambda data: {}
+    assert compat.overrides(model, "train_step")
+
+
+def test_compiled_loss():
+    model = tiny()
+    assert not compat.compiled_loss(model)
+    assert getattr(model, "loss", None) is None
+    model.compile(metrics=["mse"])
+    assert not compat.compiled_loss(model)
+    model.compile(loss=["mae"], loss_weights=[0.5])
+    assert compat.compiled_loss(model) == (["mae"], [0.5])
+    assert not [name for name in dir(model) if "loss_weights" in name and name[0] != "_"]
+
+
+def test_loss_function():
+    def twice(y, outputs):
+        assert outputs.dtype == y.dtype  # which Keras casts
+        return 2 * keras.ops.abs(y - outputs)[:, 0]
+
+    y, outputs = np.zeros([2, 1], np.int32), np.ones([2, 1], np.float32)
+    loss = compat.loss_function(twice)
+    assert float(loss(y, outputs)) == 2.0 and loss.name == "twice"
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Identity()])
+    for function in (twice, lambda y, outputs: keras.ops.abs(y - outputs)):  # a scope cannot be named '<lambda>'
+        model.compile(loss=function)
+        expected = model.evaluate(outputs, y, verbose=0)
+        loss = compat.loss_function(function)
+        assert float(tf.function(lambda loss=loss: loss(y, outputs))()) == expected
+    assert not hasattr(keras.losses, "LossFunctionWrapper")
+
+
+def test_set_mask():
+    losses = keras.losses.MeanSquaredError()
+    outputs = tf.constant([[1.0], [5.0]])
+    assert float(losses(tf.zeros([2, 1]), outputs)) == 13.0
+    compat.set_mask(outputs, tf.constant([True, False]))
+    assert float(losses(tf.zeros([2, 1]), outputs)) == 1.0
+    assert compat.mask(outputs).numpy().tolist() == [True, False]
+    assert not [name for name in dir(keras.ops) + dir(keras.tree) if "mask" in name]  # a public way
+
+
+def test_compiled_metrics():
+    x, own = keras.Input((2,)), keras.metrics.Mean(name="own")
+    outputs = [keras.layers.Dense(1, name=name) for name in ("a", "b")]
+    outputs[0].own = own
+    model = keras.Model(x, [layer(x) for layer in outputs])
+    model.compile(loss=["mse", "mae"], metrics=[["mae"], ["mse"]], weighted_metrics=[["mae"], None])
+    inputs, y = np.ones([2, 2], np.float32), [np.ones([2, 1], np.float32)] * 2
+    expected = model.evaluate(inputs, y, verbose=0, return_dict=True)
+    found = dict(compat.compiled_metrics(model))
+    assert found["own"] is own and set(found) == (set(expected) - {"loss"}) | {"own"}
+    for name in set(expected) - {"loss"}:
+        assert float(found[name].result()) == expected[name], name
+    assert not {"a_mae", "b_mse"} & {metric.name for metric in model.metrics}  # the public list has one object
+
+
 # ------------------------------------------------------------------------------------------------ Keras: optimizers
 
 

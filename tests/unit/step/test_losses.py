@@ -1,5 +1,6 @@
 """What a loss is made of: runs on two replicas against plain Keras on one device, and NumPy."""
 
+import dataclasses
 import re
 import threading
 
@@ -8,17 +9,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial.config.settings import Settings
-from dist_partial.data import ArraySource, Dataset
+from dist_partial import selection
+from dist_partial.data import ArraySource, Dataset, train_batches
 from dist_partial.errors import UserError
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.step import losses
-from dist_partial.step.evaluation_step import evaluation_step
 from dist_partial.training import loop
-from tests.helpers.against_fit import COUNT, check_against_fit, features, fitted, one_output, settings
+from tests.helpers.against_fit import COUNT, check_against_fit, compiled, features, fitted, one_output, settings
 from tests.helpers.cases import set_precision
 from tests.helpers.files import rows, trained
 from tests.helpers.marks import quick
@@ -39,36 +39,145 @@ def test_weights_of_examples_in_any_shape_are_those_of_fit(tmp_path, y_shape, we
     check_against_fit(tmp_path / "run", one_output, (x, y, weight), makers[loss])
 
 
-@pytest.mark.parametrize("y_last", [pytest.param((), marks=pytest.mark.slow), (1,)])
-@pytest.mark.parametrize("weight_last", [(), (1,)])
-def test_weights_of_elements_in_any_shape(tmp_path, y_last, weight_last):
-    """An example's loss is the weighted mean over its own elements: NumPy counts it at the first step."""
-    x = features(3, 7)
-    y = x.sum(2, keepdims=True)
-    weight = np.random.default_rng(2).uniform(0, 3, (COUNT, 3, *weight_last))
-    weight[0] = 0
-    data = (x, y.reshape(COUNT, 3, *y_last), weight)
-    loss = keras.losses.MeanSquaredError if y_last else one_an_element
-    loop.run(settings(one_output_a_step, data, loss, steps=1, eval_first=True), tmp_path / "run")
-    set_precision("float64")
-    keras.utils.set_random_seed(0)
-    outputs = one_output_a_step()(x).numpy()
-    squares, weight = ((outputs - y) ** 2)[..., 0], weight.reshape(COUNT, 3)
-    sums = weight.sum(1)
-    examples = np.divide((squares * weight).sum(1), sums, out=np.zeros(COUNT), where=sums > 0)
-    for row in rows(tmp_path / "run" / "metrics.jsonl")[:2]:  # held out, before the step, and the step
-        assert row["loss"] == pytest.approx(examples.mean(), rel=1e-6), row
+STEPS, CLASSES = 5, 6  # of a sequence, and what each of its steps may be
 
 
-def one_output_a_step():
-    return keras.Sequential([keras.Input((3, 7)), keras.layers.Dense(1, name="d")])
+def sequences(seed=3):
+    """Ids of sequences, [COUNT, STEPS], that end at lengths of their own: 0 follows."""
+    rng = np.random.default_rng(seed)
+    lengths = np.array([0, STEPS, *rng.integers(1, STEPS + 1, COUNT - 2)])
+    ids = rng.integers(1, CLASSES, (COUNT, STEPS))
+    return np.where(np.arange(STEPS) < lengths[:, None], ids, 0).astype(np.int32)
 
 
-def one_an_element():
-    return lambda y, outputs: keras.ops.square(y - outputs)  # [b, 3] and [b, 3, 1], brought to one rank
+def weights_of(*shape):
+    """Weights, some of which are 0."""
+    return np.maximum(np.random.default_rng(2).uniform(-1, 3, (COUNT, *shape)), 0)
 
 
-@pytest.mark.parametrize("shape", [(2,), (1, 2), (3,)])
+def reader(mask_zero, **more):
+    def model():
+        embedding = keras.layers.Embedding(CLASSES, 4, mask_zero=mask_zero, name="embedding")
+        head = keras.layers.Dense(CLASSES, name="head", **more)
+        return keras.Sequential([keras.Input((STEPS,), dtype="int32"), embedding, head])
+
+    return model
+
+
+def per_class(**more):
+    return lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True, **more)
+
+
+def two_readers():
+    inputs = {name: keras.Input((STEPS,), dtype="int32", name=name) for name in ("words", "tags")}
+    embedding = keras.layers.Embedding(CLASSES, 4, mask_zero=True, name="embedding")
+    heads = {"words": keras.layers.Dense(CLASSES, name="next"), "tags": keras.layers.Dense(1, name="kind")}
+    return keras.Model(inputs, {heads[name].name: heads[name](embedding(x)) for name, x in inputs.items()})
+
+
+def two_sets(*weights):
+    x = {"words": sequences(), "tags": sequences(7)}
+    return x, {"next": sequences(4), "kind": features(STEPS, 1)}, *weights
+
+
+def two_losses():
+    return {"next": per_class()(), "kind": keras.losses.Huber(reduction="mean_with_sample_weight")}
+
+
+class Own(keras.Model):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        return loss + 0.3 * keras.ops.mean(keras.ops.square(y_pred))
+
+
+def own_loss():
+    made = reader(True)()
+    return Own(made.inputs, made.outputs)
+
+
+class Autoencoder(keras.Model):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return keras.ops.mean(keras.ops.square(x - y_pred))
+
+
+def autoencoder():
+    x = keras.Input((7,))
+    return Autoencoder(x, keras.layers.Dense(7, name="d")(x))
+
+
+def one_number():
+    return lambda y, outputs: keras.ops.mean(keras.ops.square(y - outputs))
+
+
+L2 = keras.regularizers.L2(0.1)
+SEQUENCES = sequences(), sequences(4)
+# A model, what it is given, its loss, and other settings.
+LOSSES = {
+    "ignore_class": (reader(False), SEQUENCES, per_class(ignore_class=0)),
+    "mask": (reader(True), SEQUENCES, per_class()),
+    "mask and ignore_class": (reader(True), SEQUENCES, per_class(ignore_class=2)),
+    "mask, weights of examples": (reader(True), (*SEQUENCES, weights_of(1)), per_class()),
+    "mask, weights of steps": (reader(True), (*SEQUENCES, weights_of(STEPS)), per_class()),
+    "mask and regularisers": (reader(True, kernel_regularizer=L2, activity_regularizer=L2), SEQUENCES, per_class()),
+    "two losses": (two_readers, two_sets(), two_losses, {"loss_weights": {"next": 0.3, "kind": 2.0}}),
+    "two losses, two weights": (two_readers, two_sets({"next": weights_of(1), "kind": weights_of(STEPS)}), two_losses),
+    "compute_loss": (own_loss, SEQUENCES, per_class()),
+    "compute_loss alone": (autoencoder, (features(7),), None),
+    "one number": (one_output, (features(7), features(1)), one_number),
+    "one number of weights": (one_output, (features(7), features(1), weights_of()), one_number),
+} | {
+    f"{reduction} of {name}": (reader(True), (*SEQUENCES, weights), per_class(reduction=reduction))
+    for reduction in ("sum", "mean", "mean_with_sample_weight", "none", None)
+    for name, weights in {"examples": weights_of(1), "steps": weights_of(STEPS)}.items()
+}  # fmt: skip
+DIVISIONS = [(1, 3), (2, 1), (3, 2)]
+QUICK = {
+    ("ignore_class", 2, 1),
+    ("mask and regularisers", 1, 3),
+    ("two losses, two weights", 2, 1),
+    ("compute_loss", 2, 1),
+    ("sum of steps", 2, 1),
+    ("mean_with_sample_weight of steps", 3, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "replicas", "accumulate"),
+    quick([(name, *division) for name in LOSSES for division in DIVISIONS], *QUICK),
+)
+def test_a_loss_is_that_of_fit_however_a_batch_is_divided(name, replicas, accumulate, tmp_path):
+    model, data, loss, more = (*LOSSES[name], {})[:4]
+    divided = {"replicas": replicas, "accumulate": accumulate, "summed": name.startswith("none")}
+    check_against_fit(tmp_path / "run", model, data, loss, steps=3, **divided, **more)
+
+
+@pytest.mark.parametrize("reduction", ["none", None])
+def test_a_loss_that_is_not_reduced_is_the_sum_on_which_fit_trains(reduction, tmp_path):
+    loss, data = per_class(reduction=reduction), (*SEQUENCES, weights_of(1))
+    loop.run(settings(reader(True), data, loss, steps=1, eval_first=True), tmp_path / "run")
+    outputs = compiled(reader(True), loss)(data[0])
+    expected = float(np.sum(loss()(data[1], outputs, data[2])))
+    found = [row["loss"] for row in rows(tmp_path / "run" / "metrics.jsonl")[:2]]
+    np.testing.assert_allclose(found, [expected] * 2, rtol=1e-12)
+
+
+def test_replicas_that_train_by_themselves_divide_by_what_they_have(tmp_path):
+    """One step of SGD and an exchange: the mean of what plain Keras makes of each half of the batch."""
+    loop.run(settings(reader(True), SEQUENCES, per_class(), steps=1, reduction=LocalSGD(1)), tmp_path / "run")
+    source, alone = ArraySource(*SEQUENCES), tf.distribute.InputContext()
+    batch = next(iter(train_batches(source, first_step=0, global_batch=COUNT, seed=0, context=alone)))
+    halves = []
+    for half in (slice(COUNT // 2), slice(COUNT // 2, None)):
+        model = compiled(reader(True), per_class())
+        model.train_on_batch(*(column[half] for column in batch))
+        halves.append([np.array(variable) for variable in model.trainable_variables])
+    names = selection.variable_paths(model)
+    after = trained(tmp_path / "run", 1)
+    for name, values in zip(names, zip(*halves, strict=True), strict=True):
+        np.testing.assert_allclose(after[name], np.mean(values, axis=0), rtol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 2), (4,)])
 def test_weights_that_fit_nothing_are_refused(tmp_path, shape):
     class Weighted:
         spec = (
@@ -84,10 +193,9 @@ def test_weights_that_fit_nothing_are_refused(tmp_path, shape):
             return np.zeros((len(indices), 7)), np.zeros((len(indices), 1)), np.ones((len(indices), *shape))
 
     made = settings(one_output, (features(7), features(1)), keras.losses.MeanSquaredError)
-    with pytest.raises(UserError, match="give one weight an example"):
-        loop.run(
-            Settings(**{**vars(made), "data": lambda: Dataset("w", Weighted(), Weighted(), "1")}), tmp_path / "run"
-        )
+    words = rf"targets float64 \[1\], weights float64 {re.escape(str(list(shape)))} and outputs float64 \[1\]"
+    with pytest.raises(UserError, match=words):
+        loop.run(dataclasses.replace(made, data=lambda: Dataset("w", Weighted(), Weighted(), "1")), tmp_path / "run")
 
 
 def test_a_plain_function_is_brought_to_one_rank_as_keras_does(tmp_path):
@@ -160,14 +268,6 @@ def test_logits_that_look_like_little_are_logits(tmp_path, capsys):
     assert "probabilities" not in capsys.readouterr().out
 
 
-def test_a_mean_by_weights_is_refused_where_there_are_weights(tmp_path):
-    x = features(7)
-    loss = lambda: keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")  # noqa: E731
-    with pytest.raises(UserError, match=r"divides by the weights of a batch \(reduction='mean_with_sample_weight'\)"):
-        loop.run(settings(one_output, (x, x[:, :1], np.ones(COUNT)), loss), tmp_path / "weighted")
-    check_against_fit(tmp_path / "run", one_output, (x, x[:, :1]), loss)
-
-
 class Penalty(keras.layers.Layer):
     """Adds to the loss what Keras's activity regularisers add: a mean over the examples."""
 
@@ -202,21 +302,30 @@ def test_a_penalty_counts_once_however_a_batch_is_divided(tmp_path, replicas, ac
     check_against_fit(tmp_path / "run", penalised, data, keras.losses.MeanSquaredError, **made)
 
 
+@pytest.mark.parametrize("name", ["penalty", "mask"])
 @pytest.mark.parametrize(
     ("replicas", "examples", "batch"),
-    quick([(2, 13, 2), (1, 3, 8), (2, 3, 8), (3, 17, 6), (4, 18, 8)], (2, 13, 2), (2, 3, 8)),
+    quick([(2, 13, 2), (1, 3, 8), (2, 3, 8), (3, 17, 6), (4, 18, 8)], (2, 13, 2), (4, 18, 8)),
 )
-def test_examples_beyond_the_last_whole_batch_weigh_as_much(tmp_path, replicas, examples, batch):
-    """Held-out examples that do not fill the batches, and what layers add for them: Keras's evaluate, one at a time."""
-    x = features(7)
-    y = x.sum(1, keepdims=True)
-    loss = keras.losses.MeanSquaredError
-    made = settings(penalised, (x, y), loss, replicas=replicas, eval_first=True, steps=1)
-    data = Dataset("numbers", ArraySource(x, y), ArraySource(x[:examples], y[:examples]), "1")
-    loop.run(Settings(**{**vars(made), "data": lambda: data, "global_batch": batch}), tmp_path / "run")
-    _, _, model = fitted(penalised, (x, y), loss, steps=0)
-    expected = model.evaluate(x[:examples], y[:examples], batch_size=1, verbose=0)
-    assert rows(tmp_path / "run" / "metrics.jsonl")[0]["loss"] == pytest.approx(expected, rel=1e-6)
+def test_an_evaluation_is_that_of_keras_whatever_the_last_batch(tmp_path, name, replicas, examples, batch):
+    """The loss is the mean over the examples of the loss of their batch, of which the last is shorter."""
+    regularised = reader(True, kernel_regularizer=L2, activity_regularizer=L2)
+    data, model, loss = {
+        "penalty": ((features(7), features(7).sum(1, keepdims=True)), penalised, keras.losses.MeanSquaredError),
+        "mask": ((*SEQUENCES, weights_of(STEPS)), regularised, per_class()),
+    }[name]
+    chosen = {"weighted_metrics": [keras.metrics.MeanSquaredError if name == "penalty" else "accuracy"]}
+    made = settings(model, data, loss, replicas=replicas, eval_first=True, steps=1, **chosen)
+    some = [column[:examples] for column in data]
+    numbers = Dataset("numbers", ArraySource(*data), ArraySource(*some), "1")
+    loop.run(dataclasses.replace(made, data=lambda: numbers, global_batch=batch), tmp_path / "run")
+    x, y, weight = (*some, None)[:3]
+    alone = compiled(model, loss, **chosen)
+    expected = alone.evaluate(x, y, sample_weight=weight, batch_size=batch, verbose=0, return_dict=True)
+    found = rows(tmp_path / "run" / "metrics.jsonl")[0]
+    assert found["examples"] == examples and len(expected) == 2
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-9), key
 
 
 @pytest.mark.slow
@@ -238,29 +347,20 @@ def test_accuracy_of_class_ids_in_any_shape(tmp_path, shape):
     assert rows(tmp_path / "run" / "metrics.jsonl")[0]["accuracy"] == pytest.approx(right.mean())
 
 
-def test_accuracy_is_weighted():
-    """By hand: right are the first two, of which the second weighs nothing."""
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, use_bias=False, kernel_initializer="identity")])
-    x = np.array([[1, 0], [0, 1], [1, 0], [0, 1]], np.float32)
-    y, weight = np.array([0, 1, 1, 0], np.int32), np.array([1, 0, 1, 1], np.float32)
-    evaluate = evaluation_step(tf.distribute.get_strategy(), model, losses.unreduced(sparse()))
-    batches = iter(tf.data.Dataset.from_tensors((x, y, weight)))
-    *_, right, total = evaluate(batches, tf.constant(1), tf.constant(4)).numpy()
-    assert (right, total) == (1, 3)
-
-
-def test_what_tensorflow_says_of_shapes_is_cut_to_what_helps():
-    spec = (tf.TensorSpec([3]), tf.TensorSpec([]))
+def test_what_tensorflow_says_of_shapes_is_cut_to_what_helps(tmp_path):
+    data = (features(7).astype(np.float32), features(5).astype(np.float32))
+    two = lambda: keras.Sequential([keras.Input((7,)), keras.layers.Dense(2)])  # noqa: E731
     for loss, words in (
-        (lambda y, outputs: y - outputs, "Dimensions must be equal, but are 4 and 2 with input shapes: [4], [4,2]"),
-        (tf.function(lambda y, outputs: y - outputs), "Dimensions must be equal, but are 4 and 2 with input shapes:"),
-        (keras.losses.CategoricalCrossentropy().call, "must have the same rank (ndim). Received: target.shape=(4,)"),
+        (lambda y, outputs: y - outputs, "Incompatible shapes: [3,5] vs. [3,2]"),
+        (lambda: tf.function(lambda y, outputs: y - outputs), "Dimensions must be equal, but are 5 and 2"),
+        (keras.losses.CategoricalCrossentropy, "must have the same shape. Received: target.shape=(3, 5)"),
     ):
         with pytest.raises(UserError) as found:
-            losses.check_shapes(loss, spec, tf.zeros([1, 2]), 4)
+            loop.run(settings(two, data, loss, precision="float32"), tmp_path / "run")
         line = str(found.value)
-        assert line.startswith("run.loss does not take run.data's targets float32 [4] and outputs float32 [4, 2] of")
-        assert words in line and "\n" not in line and not re.search(r"T=DT_FLOAT|\.;|node|Op:", line), line
+        begin = "run.loss or run.metrics does not take run.data's targets float32 [5] and outputs float32 [2] of run"
+        assert line.startswith(begin) and words in line, line
+        assert "\n" not in line and not re.search(r"T=DT_FLOAT|\.;|node|Op:", line), line
 
 
 def test_class_ids_end_below_the_number_of_classes():
@@ -269,7 +369,7 @@ def test_class_ids_end_below_the_number_of_classes():
         losses.check_class_ids(sparse(), "d", np.array([0, 3]), 3)
 
 
-@pytest.mark.parametrize("name", ["train_step", "test_step", "compute_loss", "compute_metrics"])
+@pytest.mark.parametrize("name", ["train_step", "test_step"])
 def test_a_model_with_a_training_of_its_own_is_refused(tmp_path, name):
     def own():
         model = one_output()
@@ -286,14 +386,39 @@ def test_a_model_with_a_training_of_its_own_is_refused(tmp_path, name):
             loop.run(settings(model, (features(7), features(1)), keras.losses.MeanSquaredError), tmp_path / "run")
 
 
-def test_what_a_model_was_compiled_with_is_said_to_be_left_aside(tmp_path, capsys):
-    def compiled():
-        model = one_output()
-        model.compile("adam", loss="mae")
-        return model
+def test_a_model_trains_on_what_it_was_compiled_with_if_no_loss_is_bound(tmp_path):
+    def model():
+        made = two_readers()
+        made.compile(keras.optimizers.SGD(0.05), loss=two_losses(), loss_weights={"next": 0.3, "kind": 2.0})
+        return made
 
-    loop.run(settings(compiled, (features(7), features(1)), keras.losses.MeanSquaredError, steps=1), tmp_path / "run")
-    assert "run.model is compiled: run.loss and run.optimizer take the place" in capsys.readouterr().out
+    check_against_fit(tmp_path / "run", model, two_sets(), None, steps=3)
+
+
+def test_the_loss_without_any_is_the_weighted_mean_over_all_targets(tmp_path):
+    """Cross-entropy of logits, in NumPy; weights of 0 leave targets out, and so does a mask."""
+    data = (*SEQUENCES, weights_of(STEPS))
+    loop.run(settings(reader(True), data, None, steps=1, eval_first=True), tmp_path / "run")
+    logits = np.array(compiled(reader(True), None)(data[0]))
+    picked = np.take_along_axis(logits, data[1][..., None], axis=-1)[..., 0]
+    each, weights = np.log(np.exp(logits).sum(-1)) - picked, data[2] * (data[0] != 0)
+    before, step, _ = rows(tmp_path / "run" / "metrics.jsonl")
+    for row in (before, step):
+        assert row["loss"] == pytest.approx((each * weights).sum() / weights.sum(), rel=1e-12)
+    right = (logits.argmax(-1) == data[1]) * weights
+    assert before["accuracy"] == pytest.approx(right.sum() / weights.sum(), rel=1e-12)
+
+
+def test_class_weights_are_those_of_fit(tmp_path):
+    y = np.random.default_rng(1).integers(0, 10, COUNT).astype(np.int32)
+    model, weights = classifier(activation=None), {0: 3.0, 4: 0.0}
+    losses, after, _ = fitted(model, (features(10), y), sparse, steps=3, class_weight=weights)
+    told = settings(model, (features(10), y), sparse, steps=3, class_weight=weights)
+    loop.run(told, tmp_path / "run")
+    found = [row["loss"] for row in rows(tmp_path / "run" / "metrics.jsonl") if row["split"] == "train"]
+    np.testing.assert_allclose(found, losses, rtol=1e-6)
+    for name, value in trained(tmp_path / "run", 3).items():
+        np.testing.assert_allclose(value, after[name], rtol=1e-6, err_msg=name)
 
 
 class Contrast(keras.losses.Loss):
@@ -319,17 +444,10 @@ def test_a_loss_in_which_examples_meet_is_refused_where_batches_are_divided(tmp_
         loop.run(settings(classifier(activation=None), (features(10), y), circle), tmp_path / "circle")
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none", None])
-def test_a_loss_that_fit_sums_is_refused(tmp_path, reduction):
-    loss = lambda: keras.losses.MeanSquaredError(reduction=reduction)  # noqa: E731
-    with pytest.raises(UserError, match=f"sums over the batch .reduction={reduction!r}."):
-        loop.run(settings(one_output, (features(7), features(1)), loss), tmp_path / "run")
-
-
 def test_losses_along_another_axis_are_refused(tmp_path):
     loss = lambda: keras.losses.CosineSimilarity(axis=0)  # noqa: E731
     two = lambda: keras.Sequential([keras.Input((7,)), keras.layers.Dense(2)])  # noqa: E731
-    with pytest.raises(UserError, match=r"gives losses of the shape \[2\] for 9 examples"):
+    with pytest.raises(UserError, match="depends on the others of its batch, and a batch is divided into 2 parts"):
         loop.run(settings(two, (features(7), features(2)), loss), tmp_path / "run")
 
 
@@ -422,8 +540,8 @@ def test_a_run_in_a_thread_trains(tmp_path):
 @pytest.mark.parametrize(
     ("x", "words"),
     [
-        ({"a": np.zeros((3, 2))}, "ArraySource got x as a dict: give one array"),
-        ([[1.0], [2.0]], "ArraySource got x as a list"),
+        ({"a": np.zeros((3, 2)), "b": [1, 2]}, "ArraySource got a int in x: give an array, such as np.asarray makes"),
+        ([[1.0], [2.0]], "ArraySource got a float in x"),
     ],
 )
 def test_what_is_no_array_is_said(x, words):
@@ -434,17 +552,17 @@ def test_what_is_no_array_is_said(x, words):
 def test_what_is_no_source_is_said(tmp_path):
     made = settings(one_output, (features(7), features(1)), keras.losses.MeanSquaredError)
 
-    class Two:
-        spec = ({"a": tf.TensorSpec([7], tf.float64)}, tf.TensorSpec([1], tf.float64))
+    class Array:
+        spec = (np.zeros(3), tf.TensorSpec([1], tf.float64))
         __len__ = fetch = None
 
     for source, words in (
         (tf.data.Dataset.range(3), "train of d is a .*Dataset.*: a Dataset holds sources"),
-        (Two(), r"train of d has a spec of \(dict, TensorSpec\): write one tf.TensorSpec for x"),
+        (Array(), r"train of d has a spec of .*: write a tuple \(x, y\), or \(x, y, weight\), each a tf.TensorSpec or"),
     ):
         data = Dataset("d", source, source, "1")
         with pytest.raises(UserError, match=words):
-            loop.run(Settings(**{**vars(made), "data": lambda data=data: data}), tmp_path / "run")
+            loop.run(dataclasses.replace(made, data=lambda data=data: data), tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", quick([object, "S3", "U3"], object))

@@ -26,7 +26,7 @@ from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 from dist_partial.training.build import build
 from dist_partial.training.state import TrainState
 from tests.helpers import cases
-from tests.helpers.cases import CASES, GLOBAL_BATCH, copies, dataset
+from tests.helpers.cases import CASES, copies, dataset
 from tests.helpers.files import same_bits
 from tests.helpers.marks import quick
 
@@ -46,12 +46,13 @@ class Local:
             self.groups = optimizers.build(self.plan, lambda: cases.optimizer(inner, cases.Options()))
             self.states = make_states(self.plan)
             self.fragments = outer_step.build(self.plan, self.groups, self.states)
-        options = StepOptions(GLOBAL_BATCH, clip_norm)
-        spec = StepSpec(strategy, Collectives(), self.model, cases.loss, self.plan, self.groups, self.states, options)
+            self.data = cases.batches(case, dtype, STEPS)
+            objective = cases.objective(self.model, *self.data[0])
+        options = StepOptions(clip_norm)
+        spec = StepSpec(strategy, Collectives(), self.model, objective, self.plan, self.groups, self.states, options)
         self.train = train_step(spec).function
         compiled = outer_step.exchanges(strategy, Collectives(), self.plan, self.fragments, [], [])
         self.exchanges = [each.function for each in compiled]
-        self.data = cases.batches(case, dtype, STEPS)
         self.iterator = cases.worker_iterator(strategy, self.data)
         self.done = 0
 
@@ -534,11 +535,11 @@ def test_statistics_travel_with_the_first_exchange(mirrored):
         strategy,
         Collectives(),
         built.model,
-        built.loss,
+        built.objective,
         built.plan,
         built.optimizers,
         built.reduction_states,
-        StepOptions(GLOBAL_BATCH),
+        StepOptions(),
     )
     train = train_step(spec).function
     x, y = built.data.train.fetch(np.arange(24))

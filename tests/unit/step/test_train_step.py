@@ -11,10 +11,8 @@ import tensorflow as tf
 from dist_partial import reductions, selection
 from dist_partial.distributed import collectives
 from dist_partial.distributed.collectives import Collectives
-from dist_partial.errors import UserError
 from dist_partial.reductions.reduce_gradients import reduce_gradients
 from dist_partial.step import batch_norm, optimizers
-from dist_partial.step import losses as losses_lib
 from dist_partial.step.loss_scale import FIRST_SCALE, LossScale
 from dist_partial.step.probe import ProbeSpec, probe
 from dist_partial.step.train_step import StepOptions, StepSpec, train_step
@@ -54,7 +52,13 @@ def test_two_dense_equals_one_device(replicas, optimizer, option, mirrored):
 
 @pytest.mark.parametrize(
     "name",
-    quick([n for n in CASES if n != "two_dense"], "byte_transformer", "batch_norm_synchronised", "shared_embedding"),
+    quick(
+        [n for n in CASES if n != "two_dense"],
+        "byte_transformer",
+        "batch_norm_synchronised",
+        "shared_embedding",
+        "masked",
+    ),
 )
 @pytest.mark.parametrize("replicas", quick([1, 2, 3, 4], 2))
 def test_models_equal_one_device(name, replicas, mirrored):
@@ -175,14 +179,14 @@ def test_mixed_precision_learns_and_keeps_float32_variables(policy, mirrored):
 
 def one_weight(strategy, optimizer, x, **options):
     """A step on the loss w x, with a loss scale: what is trained, and a function that makes one more step."""
+    loss = lambda y, outputs: tf.reduce_sum(outputs, 1)  # noqa: E731
     with strategy.scope():
         model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, name="dense")])
         plan = selection.resolve([("train", ".*")], model, reductions.AllReduce())
         groups = optimizers.build(plan, optimizer)
         scale = LossScale()
-    loss = lambda y, out: tf.reduce_sum(out, 1)  # noqa: E731
-    told = StepOptions(x.shape[1], **options)
-    spec = StepSpec(strategy, Collectives(), model, loss, plan, groups, [{}], told, scale)
+        objective = cases.objective(model, x[0], x[0], loss)
+    spec = StepSpec(strategy, Collectives(), model, objective, plan, groups, [{}], StepOptions(**options), scale)
     function = train_step(spec).function
     iterator = cases.worker_iterator(strategy, list(zip(x, x, strict=True)))
     return model.weights[0], groups[0].optimizer, scale, lambda: function(iterator, tf.constant(1))
@@ -241,6 +245,8 @@ def test_loss_scale_ends_at_1():
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_probe_measures_in_inference_mode(replicas, mirrored):
     """Each replica's first micro-batch, by plain Keras; statistics keep their bits."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(2.0, size=(8, 3)).astype(np.float32), rng.integers(0, 5, 8).astype(np.int32)
     strategy = mirrored(replicas)
     with strategy.scope():
         keras.utils.set_random_seed(1)
@@ -249,10 +255,9 @@ def test_a_probe_measures_in_inference_mode(replicas, mirrored):
         model = keras.Sequential([keras.Input((3,)), *layers])
         plan = selection.resolve([("train", ".*")], model, reductions.AllReduce())
         plan = plan.divided([(name, [e.path for e in plan.trained if e.path.startswith(name)]) for name in ("a", "d")])
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(2.0, size=(8, 3)).astype(np.float32), rng.integers(0, 5, 8).astype(np.int32)
+        objective = cases.objective(model, x, y)
     before = cases.weights(model)
-    probed = probe(ProbeSpec(strategy, model, cases.loss, plan, 2))(cases.worker_iterator(strategy, [(x, y)]))
+    probed = probe(ProbeSpec(strategy, model, objective, plan, 2))(cases.worker_iterator(strategy, [(x, y)]))
     for name, value in cases.weights(model).items():
         assert value.tobytes() == before[name].tobytes(), name
     expected = dict.fromkeys(plan.units, 0.0)
@@ -282,34 +287,6 @@ def test_statistics_of_trained_layers_are_the_mean_over_replicas(mirrored):
     np.testing.assert_allclose(trained.after["norm/moving_mean"], np.mean([h.mean(0) for h in halves], 0), rtol=1e-12)
     np.testing.assert_allclose(trained.after["norm/moving_variance"], np.mean([h.var(0) for h in halves], 0), rtol=1e-9)
     assert trained.bytes_per_step == trained.plan.wire_bytes + 2 * 3 * 8
-
-
-@pytest.mark.parametrize(
-    ("losses", "weight", "expected"),
-    [
-        ([1.0, 3.0], None, [1.0, 3.0]),
-        ([1.0, 3.0], [2.0, 0.0], [2.0, 0.0]),
-        ([[1.0, 3.0], [5.0, 7.0]], None, [2.0, 6.0]),
-        ([[1.0, 3.0], [5.0, 7.0]], [1.0, 0.5], [2.0, 3.0]),
-        ([[1.0, 3.0], [5.0, 7.0]], [[1.0, 0.0], [0.0, 0.0]], [1.0, 0.0]),
-        ([1.0, 3.0], [[2.0], [0.0]], [2.0, 0.0]),
-        ([[1.0, 3.0], [5.0, 7.0]], [[1.0], [0.5]], [2.0, 3.0]),
-        ([[1.0, 3.0], [5.0, 7.0]], [[[1.0], [0.0]], [[1.0], [3.0]]], [1.0, 6.5]),
-    ],
-)
-def test_example_losses(losses, weight, expected):
-    result = losses_lib.example_losses(tf.constant(losses), None if weight is None else tf.constant(weight))
-    np.testing.assert_allclose(result, expected)
-
-
-def test_a_loss_of_the_whole_batch_is_refused():
-    with pytest.raises(UserError, match="one number for a whole batch"):
-        losses_lib.example_losses(tf.constant(1.0), None)
-
-
-def test_one_logit_is_no_choice_of_classes():
-    assert losses_lib.class_ids(tf.zeros([4], tf.int32), tf.zeros([4, 1])) is None
-    assert losses_lib.class_ids(tf.zeros([4], tf.int32), tf.zeros([4, 2])) is not None
 
 
 def test_modes_of_batch_norm():
