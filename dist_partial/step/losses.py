@@ -168,7 +168,7 @@ def made(loss: Any) -> Any:
     Examples:
         >>> losses = made({"label": keras.losses.BinaryCrossentropy, "box": "mse", "mask": None})
         >>> losses["label"].name, losses["box"].name, losses["mask"]
-        ('binary_crossentropy', 'mean_squared_error', None)
+        ('binary_crossentropy', 'mse', None)
     """
     if loss is None:
         return None

@@ -44,7 +44,7 @@ def probe(spec: ProbeSpec) -> Any:
         >>> plan = resolve([("train", ".*")], model, AllReduce())
         >>> spec = ProbeSpec(tf.distribute.get_strategy(), model, Objective(model), plan, parts=1)
         >>> batch = tf.constant([[3.0, 4.0]]), tf.zeros([1, 1])
-        >>> probe(spec)(iter(tf.data.Dataset.from_tensors(batch))).numpy().tolist()  # the gradient is the input, or minus it
+        >>> probe(spec)(iter(tf.data.Dataset.from_tensors(batch))).numpy().tolist()  # that of the input
         [25.0]
     """
     return tf.function(functools.partial(squares, spec), autograph=False)
