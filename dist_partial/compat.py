@@ -313,7 +313,7 @@ def loss_function(function: Callable[..., Any], name: str | None = None) -> Any:
     """
     from keras.src.losses.losses import LossFunctionWrapper
 
-    name = str(name or getattr(function, "__name__", ""))
+    name = name or str(getattr(function, "__name__", ""))
     return LossFunctionWrapper(function, name=name if name.isidentifier() else None)  # TensorFlow takes no '<lambda>'
 
 

@@ -184,7 +184,7 @@ def prepare(
 
     Raises:
         UserError: a metric cannot be summed over parts of the data.
-        Raised: Keras or the user's code raised an exception, which may be on structures and shapes that do not fit.
+        Raised: Keras or the user's code raised an exception.
     """
     # The class's own `compile` may take and do something else.
     keras.Model.compile(model, optimizer=None, **compiled)

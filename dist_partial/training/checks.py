@@ -252,8 +252,9 @@ def make_objective(
         given = "none" if y is None else _batchless(y)
         given += "" if weight is None else f", weights {_batchless(weight)}"
         raise UserError(
-            f"run.loss or run.metrics does not take run.data's targets {given} and outputs {_batchless(outputs)} of "
-            f"run.model: {first_line(error)}{own_line(error)}; bind another loss, or a model of other outputs"
+            f"{str(raised).split(' raised ')[0]} does not take run.data's targets {given} and outputs "
+            f"{_batchless(outputs)} of run.model: {first_line(error)}{own_line(error)}; bind another loss, or a model "
+            "of other outputs"
         ) from error
     _check_class_ids(data, loss, y)
     called = _called(loss)

@@ -374,7 +374,7 @@ CASES = [
         byte_images,
         byte_data,
         lambda: keras.losses.BinaryCrossentropy(from_logits=True),
-        metrics=lambda: [keras.metrics.BinaryAccuracy(threshold=0.0), keras.metrics.AUC(from_logits=True)],
+        metrics=lambda: [keras.metrics.BinaryAccuracy(threshold=0.0), keras.metrics.AUC(from_logits=True, name="auc")],
     ),
     Case("video_time_distributed", video_classifier, video_data, SPARSE, metrics=lambda: ["accuracy"]),
     Case(
