@@ -47,11 +47,10 @@ class LayerState:
     Examples:
         >>> from dist_partial.reductions import AllReduce
         >>> from dist_partial.selection import resolve
-        >>> from dist_partial.step.objective import prepare
         >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
-        >>> x, plan = tf.ones([1, 2]), resolve([("train", ".*")], model, AllReduce())
-        >>> objective = prepare(model, (x, tf.ones([1, 1])), model(x), {"loss": "mse"})
-        >>> state = find(model, (tf.TensorSpec([2]), tf.TensorSpec([1])), plan, objective)
+        >>> model.compile(loss="mse")
+        >>> example = tf.TensorSpec([2], tf.float32), tf.TensorSpec([1], tf.float32)
+        >>> state = find(model, example, resolve([("train", ".*")], model, AllReduce()), Objective(model))
         >>> len(state.moving), [variable.name for variable in state.generators]
         (1, ['seed_generator_state'])
     """
