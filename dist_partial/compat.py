@@ -289,6 +289,7 @@ def overrides(model: Any, name: str) -> bool:
     """Tells whether a model has a method of that name of its own, in its class or on the object.
 
     Keras 3.15: nothing marks what a user's class overrides. No private name of Keras's is used.
+    Unnecessary with such a mark.
     """
     import keras
 
