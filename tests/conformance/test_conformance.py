@@ -1,0 +1,72 @@
+"""What the loop trains on two replicas is what Keras's `fit` trains on one device: weights, losses, evaluations."""
+
+import keras
+import numpy as np
+import pytest
+
+from dist_partial.errors import UserError
+from tests.conformance.comparison import difference, keras_of, trained
+from tests.conformance.known import EXACT, KNOWN, PARTS, known
+from tests.conformance.models import CASES
+from tests.helpers.marks import quick
+from tests.helpers.strategies import in_process
+
+NAMED = {case.name: case for case in CASES}
+EXACTLY = [case for case in CASES if not case.random]
+RANDOM = [case for case in CASES if case.random]
+QUICK = [
+    NAMED[name]
+    for name in (
+        "outputs_dict",
+        "class_weights",
+        "reduction_by_weights",
+        "tagger_masked",
+        "added_loss_alone",
+        "frozen_base",
+    )
+]
+
+
+@pytest.fixture(autouse=True)
+def forgets():
+    yield
+    keras.utils.clear_session()  # else the graphs of all cases stay
+
+
+def needed(case):
+    if case.needs:
+        pytest.importorskip(case.needs)
+
+
+@pytest.mark.parametrize("case", quick(EXACTLY, *QUICK), ids=repr)
+def test_equals_keras(case, replicas=2):
+    needed(case)
+    different = known(case.name, replicas)
+    if different and different.refused:
+        with pytest.raises(UserError, match=different.refused):
+            trained(case, lambda: in_process(replicas))
+        return
+    far = difference(trained(case, lambda: in_process(replicas)), keras_of(case))
+    for part in PARTS:
+        if different and part in different.differs:
+            assert EXACT < getattr(far, part) <= different.within, f"{part}: {far}; {different.reason}"
+        else:
+            assert getattr(far, part) <= EXACT, f"{part}: {far}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RANDOM, ids=repr)
+def test_random_numbers_are_the_same_again(case):
+    needed(case)
+    first, second = (trained(case, lambda: in_process(2)) for _ in range(2))
+    assert first.weights.keys() == second.weights.keys()
+    for path, weight in first.weights.items():
+        assert weight.tobytes() == second.weights[path].tobytes(), path
+    assert first.losses == second.losses
+    assert {name: np.asarray(value).tobytes() for name, value in first.evaluation.items()} == {
+        name: np.asarray(value).tobytes() for name, value in second.evaluation.items()
+    }
+
+
+def test_what_is_known_are_cases():
+    assert KNOWN.keys() <= {case.name for case in EXACTLY}
