@@ -140,7 +140,7 @@ def prepare_evaluation(
 
     def evaluate() -> dict[str, float]:
         # The sum over batches of their losses, each of as many examples as the pass has in a batch.
-        sums = total(tf.stack([step(*arguments) for arguments in passes]).numpy())
+        sums = total(tf.concat([step(*arguments) for arguments in passes], axis=0).numpy()).reshape(len(passes), -1)
         loss = sum(row[0] * own for row, (*_, own) in zip(sums, passes, strict=True)) / examples
         return {"loss": float(loss), **objective.results(sums[:, 1:].sum(axis=0), training=False), "examples": examples}
 
