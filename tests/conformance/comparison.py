@@ -14,6 +14,7 @@ from tests.conformance import engine, reference
 from tests.conformance.case import Case
 from tests.conformance.known import PARTS
 
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """Holds the largest differences, each relative to max(1, |Keras's value|); infinite where a value is missing.

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from tests import ROOT
-from tests.conformance.known import EXACT, PARTS, known
+from tests.conformance.results import as_known, load, save
 from tests.helpers.workers import loopback, tf_config
 
-RESULTS = Path(__file__).parent / "results.json"
 AT_ONCE = 60  # results, after which other processes go on: the graphs of all cases are large
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
@@ -33,37 +32,6 @@ ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "DIST_PARTIAL_SECRET": "of the tests",
 }
-
-Results = dict[str, dict[str, Any]]
-
-
-def load() -> Results:
-    """Reads the results: by case its kind, and what came out by column: '1', '2', '3', '2 workers'."""
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-
-
-def save(results: Results) -> None:
-    """Writes the results in one piece, so that a killed table loses none."""
-    draft = RESULTS.with_suffix(".draft")
-    draft.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    draft.replace(RESULTS)
-
-
-def replicas_of(column: str) -> int:
-    """The number of replicas of a column, such as '2' or '2 workers'."""
-    return int(column.split()[0])
-
-
-def as_known(name: str, column: str, row: dict[str, Any]) -> bool:
-    """Whether a result is equality, or what is known of the case."""
-    different = known(name, replicas_of(column))
-    if "error" in row or (different and different.refused):
-        return bool(different and different.refused and different.refused in row.get("error", ""))
-    differs = different.differs if different else ()
-    return all(
-        EXACT < row[part] <= different.within if part in differs else row[part] <= EXACT  # type: ignore[union-attr]
-        for part in PARTS
-    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -86,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         every = [(name, column) for name in chosen for column in columns]
         missing = [pair for pair in every if given.again or pair[1] not in found.get(pair[0], {}).get("results", {})]
         while missing:
-            for name, column, row in _run(processes, missing[:AT_ONCE], given.seconds):
+            for name, column, row in run(processes, missing[:AT_ONCE], given.seconds):
                 missing = missing[1:]
                 case = found.setdefault(name, {"kind": kinds[name], "results": {}})
                 case["results"][column] = row
@@ -113,7 +81,7 @@ def kinds_of_cases() -> dict[str, str]:
     }
 
 
-def _run(processes: int, asked: Sequence[tuple[str, str]], seconds: float) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def run(processes: int, asked: Sequence[tuple[str, str]], seconds: float) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Gives the results of the first of what is asked, at least one, in its order, while processes compute them."""
     addresses, started = loopback(processes), []
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+", errors="replace") as log:

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 
 from dist_partial.errors import UserError
+from tests.conformance import table
 from tests.conformance.comparison import difference, keras_of, trained
 from tests.conformance.known import EXACT, KNOWN, PARTS, known
 from tests.conformance.models import CASES
+from tests.conformance.results import KINDS, as_known, load
 from tests.helpers.marks import quick
 from tests.helpers.strategies import in_process
 
@@ -66,6 +68,24 @@ def test_random_numbers_are_the_same_again(case):
     assert {name: np.asarray(value).tobytes() for name, value in first.evaluation.items()} == {
         name: np.asarray(value).tobytes() for name, value in second.evaluation.items()
     }
+
+
+@pytest.mark.slow
+def test_workers():
+    asked = [(name, "2 workers") for name in ("optimizer_adam_accumulates", "outputs_dict", "tagger_masked")]
+    results = list(table.run(2, asked, seconds=120))
+    assert [pair for *pair, _ in results] == [list(pair) for pair in asked]
+    for name, column, row in results:
+        assert as_known(name, column, row), (name, row)
+
+
+def test_results_are_as_they_are_known():
+    found = load()
+    assert found.keys() <= {case.name for case in EXACTLY}
+    for name, case in found.items():
+        assert case["kind"] in KINDS
+        for column, row in case["results"].items():
+            assert as_known(name, column, row), (name, column, row)
 
 
 def test_what_is_known_are_cases():
