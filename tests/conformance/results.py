@@ -48,10 +48,7 @@ def as_known(name: str, column: str, row: dict[str, Any]) -> bool:
     if "error" in row or (different and different.refused):
         return bool(different and different.refused and different.refused in row.get("error", ""))
     differs = different.differs if different else ()
-    return all(
-        EXACT < row[part] <= different.within if part in differs else row[part] <= EXACT  # type: ignore[union-attr]
-        for part in PARTS
-    )
+    return all(EXACT < row[part] <= different.within if part in differs else row[part] <= EXACT for part in PARTS)
 
 
 def tables(results: Results) -> tuple[list[list[Any]], list[list[Any]]]:
@@ -76,7 +73,7 @@ def _largest(cases: Mapping[str, Mapping[str, Any]], column: str) -> str:
 
 def _how(each: Known, case: Mapping[str, Any] | None) -> str:
     if each.refused:
-        return "refused" if each.alone else "refused on several replicas"
+        return "refused" if each.least == 1 else "refused on several replicas"
     rows: Sequence[Any] = [row for row in (case or {"results": {}})["results"].values() if "error" not in row]
     worst = [f"{part} {max(row[part] for row in rows):.0e}" for part in each.differs if rows]
     return ", ".join(worst) or ", ".join(each.differs)

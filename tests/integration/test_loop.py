@@ -382,7 +382,7 @@ def test_evaluation_is_that_of_one_device_on_every_example(reduction, weighted):
         evaluate = evaluation.prepare_evaluation(
             built.objective,
             evaluation_step(EvaluationSpec(made.strategy, made.collectives, built.model, built.objective)),
-            lambda vector: made.sum(vector) if vector.ndim == 1 else None,  # workers sum no matrix
+            of_vectors(made),
             source,
             examples=11,
             global_batch=4,
@@ -403,6 +403,16 @@ def test_evaluation_is_that_of_one_device_on_every_example(reduction, weighted):
         assert metrics["bits_per_byte"] == pytest.approx((losses * weight).sum() / weight.sum() / np.log(2), rel=1e-9)
         assert metrics["accuracy"] == pytest.approx((correct * weight).sum() / weight.sum())
         assert metrics["examples"] == 11
+
+
+def of_vectors(made):
+    """The sum over workers, which takes no matrix; in one process all would do."""
+
+    def total(vector):
+        assert vector.ndim == 1
+        return made.sum(vector)
+
+    return total
 
 
 def _rows() -> Settings:
