@@ -36,13 +36,6 @@ _NORM = Known("KerasHub computes its norms in float32", differs=PARTS, within=1e
 KNOWN: dict[str, Known] = {
     "reduction_none": _SUM,
     "reduction_none_by_none": _SUM,
-    "outputs_dict": Known(
-        "A metric that gives one number for a batch counts once for each replica's part, and held-out rows that do not "
-        "divide by the replicas make parts of different sizes",
-        differs=("evaluations",),
-        within=1e-2,
-        least=3,
-    ),
     "hub_bert_lora": Known("Keras makes the factors of LoRA in float32", differs=("weights",), within=1e-5),
     "hub_llama3": _NORM,
     "hub_gemma": _NORM,
