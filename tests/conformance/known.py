@@ -31,7 +31,7 @@ _SUM = Known(
     least=1,
 )
 
-_NORM = Known("KerasHub computes its norms in float32", differs=PARTS, within=1e-6)
+_NORM = Known("KerasHub computes norms and softmax of these models in float32", differs=PARTS, within=1e-6)
 
 KNOWN: dict[str, Known] = {
     "reduction_none": _SUM,

@@ -22,7 +22,7 @@ QUICK = [
         "nested_outputs",
         "class_weights",
         "reduction_by_weights",
-        "tagger_masked",
+        "text_averaged_embedding",
         "added_loss_alone",
         "frozen_base",
     )
