@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))  # for tests.benchmarks.tables
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from tests.benchmarks import tables  # noqa: E402
+from tests.conformance import results as conformance  # noqa: E402
 
 _LOG = logging.getLogger("mkdocs.hooks.dist_partial")  # a warning fails `mkdocs build --strict`
 # Sections of the page of bindings, by the part of the package that defines what is bound.
@@ -90,6 +91,23 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for name in pictures:
             files.append(File.generated(config, f"benchmarks/{name}", abs_src_path=str(tables.RESULTS / name)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:
+    """Puts the tables of the conformance suite where their page names them."""
+    if page.file.src_uri != "reference/conformance.md":
+        return markdown
+    kinds, known = conformance.tables(conformance.load())
+    header = ("models", "cases", *conformance.COLUMNS.values())
+    shown = {
+        "<!-- kinds -->": tables.markdown(header, kinds),
+        "<!-- known -->": tables.markdown(("case", "why", "difference"), known, words=3),
+    }
+    for place, table in shown.items():
+        if place not in markdown:
+            _LOG.warning("reference/conformance.md has no %s", place)
+        markdown = markdown.replace(place, table)
+    return markdown
 
 
 def on_post_page(output: str, page: Any, config: MkDocsConfig) -> str:

@@ -33,12 +33,14 @@ class Measure:
         metric: a Keras metric.
         initial: the values of its variables, in their order.
         training: whether it is computed in training, too.
+        of_batch: whether it is a mean of one number for each batch, to which a part adds its share.
     """
 
     name: str
     metric: keras.metrics.Metric
     initial: tuple[np.ndarray, ...]
     training: bool
+    of_batch: bool = False
 
     @property
     def size(self) -> int:
@@ -99,8 +101,18 @@ class Objective:
             if id(variable) in changed:
                 variable.assign(changed[id(variable)])
 
-    def added(self, batch: Batch, outputs: Any, training: bool, changed: Mapping[Any, Any]) -> tf.Tensor:
-        """Computes what a part adds to the variables of the metrics: float64 [size(training)]."""
+    def added(
+        self, batch: Batch, outputs: Any, training: bool, changed: Mapping[Any, Any], share: float = 1.0
+    ) -> tf.Tensor:
+        """Computes what a part adds to the variables of the metrics: float64 [size(training)].
+
+        Args:
+            batch: the part.
+            outputs: the model's.
+            training: the mode.
+            changed: from `loss`.
+            share: the part's share of the whole batch; parts of one size need none.
+        """
         chosen = self.chosen(training)
         if not chosen:
             return tf.zeros([0], tf.float64)
@@ -112,7 +124,8 @@ class Objective:
         for each in chosen:
             for variable, initial in zip(each.metric.variables, each.initial, strict=True):
                 new = tf.cast(scope.get_current_value(variable), tf.float64)
-                parts.append(tf.reshape(new - tf.constant(initial, tf.float64), [-1]))
+                new = (new - tf.constant(initial, tf.float64)) * (share if each.of_batch else 1.0)
+                parts.append(tf.reshape(new, [-1]))
         return tf.concat(parts, axis=0)
 
     def results(self, sums: np.ndarray, training: bool) -> dict[str, float]:
@@ -197,7 +210,7 @@ def prepare(
     compat.forget_compilation(model)
     x, y, weight = unpacked(batch)
     # The variables of metrics are made here.
-    with _scope(model), losses.computing(losses.Part()) as part:
+    with _scope(model), losses.computing(losses.Part()) as part, _noting_single_values() as single:
         with calling("run.loss"):
             compat.compute_loss(model, x, y, outputs, weight, False)
         with calling("run.metrics"):
@@ -209,10 +222,28 @@ def prepare(
         # Of this worker's first replica: a sum over all is what else a variable of a metric gives.
         initial = tuple(local(variable.value)[0].numpy() for variable in metric.variables)
         cheap = sum(value.size for value in initial) <= _CHEAP
-        measures.append(Measure(name, metric, initial, cheap and name not in quiet))
+        measures.append(Measure(name, metric, initial, cheap and name not in quiet, id(metric) in single))
     objective = Objective(model, len(part.found), measures)
     _check_sums(objective, batch, outputs)
     return objective
+
+
+@contextlib.contextmanager
+def _noting_single_values() -> Iterator[set[int]]:
+    """Gives the ids of the metrics that are updated by one number for a batch, which Keras counts as one example."""
+    found: set[int] = set()
+    update = keras.metrics.Mean.update_state
+
+    def noted(self: keras.metrics.Mean, values: Any, sample_weight: Any = None) -> None:
+        if sample_weight is None and keras.ops.ndim(values) == 0:
+            found.add(id(self))
+        update(self, values, sample_weight)
+
+    keras.metrics.Mean.update_state = noted
+    try:
+        yield found
+    finally:
+        keras.metrics.Mean.update_state = update
 
 
 def _check_sums(objective: Objective, batch: Batch, outputs: Any) -> None:

@@ -151,6 +151,7 @@ def lora_classifier():
 SPARSE = lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True)  # noqa: E731
 ACCURACY = lambda: ["accuracy"]  # noqa: E731
 HUB = {"rules": WITHOUT_KEY_BIAS, "needs": "keras_hub"}
+WITHOUT_BIASES = {"needs": "keras_hub"}
 
 CASES = [
     Case("hub_bert_classifier", bert_classifier, sentiment, SPARSE, metrics=ACCURACY, **HUB),
@@ -173,9 +174,9 @@ CASES = [
         next_tokens,
         SPARSE,
         weighted_metrics=lambda: [keras.metrics.SparseCategoricalAccuracy(name="right")],
-        **HUB,
+        **WITHOUT_BIASES,
     ),
-    Case("hub_gemma", gemma, next_tokens, SPARSE, weighted_metrics=ACCURACY, **HUB),
+    Case("hub_gemma", gemma, next_tokens, SPARSE, weighted_metrics=ACCURACY, **WITHOUT_BIASES),
     Case(
         "hub_bert_masked_words",
         bert_masked,
