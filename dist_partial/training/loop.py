@@ -112,6 +112,7 @@ def _advance(
     """Makes `count` steps and the exchanges that follow, and records them; returns the state after them."""
     trainer, phase, done = runner.trainer, runner.phase, state.step + count
     save, stop, judge = followers
+    judge.begin_steps()
     save.meter.start()
     result = runner.advance(count)
     each = traffic.sent_each(phase.sent, trainer.plan, steps=1)
@@ -157,6 +158,7 @@ def _after_steps(
     trainer = evaluate.trainer
     if state.step >= trainer.settings.steps:
         finalize(trainer.replicas.strategy, trainer.optimizers)
+    judged = judge.to_json()
     try:
         if evaluate.due(state.step) or judge.reason:
             better = judge.evaluated(state.step, evaluate(state, writer))
@@ -166,7 +168,7 @@ def _after_steps(
     except BaseException:
         if to_save:
             with contextlib.suppress(Ending):  # what differs between workers cannot be had without the others
-                save(dataclasses.replace(state, evaluated=False), writer)
+                save(dataclasses.replace(state, evaluated=False, judged=judged), writer)
         raise
     if judge.reason:
         finalize(trainer.replicas.strategy, trainer.optimizers)
