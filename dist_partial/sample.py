@@ -1,6 +1,7 @@
 """python -m dist_partial.sample --run_dir=DIR [--prompt=TEXT] [--temperature=T] [--top_k=K] [--top_p=P] ...
 
-Generates text from a checkpoint of a run folder, the newest or that of --step; what no flag sets is as the run had it bound.
+Generates text from the newest checkpoint of a run folder, or that of --step; what no flag sets is as the run had it
+bound.
 """
 
 import dataclasses

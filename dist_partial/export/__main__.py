@@ -1,7 +1,7 @@
 """python -m dist_partial.export --run_dir=DIR --format=safetensors|keras|savedmodel --output=PATH [--overwrite] ...
 
-Takes a checkpoint of a run folder home, the newest or that of --step: what was trained alone (safetensors; see dist_partial.export.delta),
-or the whole model, for Keras (keras) or for TensorFlow Serving (savedmodel).
+Takes the newest checkpoint of a run folder home, or that of --step: what was trained alone (safetensors; see
+dist_partial.export.delta), or the whole model, for Keras (keras) or for TensorFlow Serving (savedmodel).
 """
 
 import json

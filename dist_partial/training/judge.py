@@ -78,9 +78,7 @@ class Judge:
                 [type(each).__name__, {name: value for name, value in _values(each).items() if new.get(name) != value}]
                 for each, new in zip(self._settings.callbacks, self._new, strict=True)
             ]
-            content["rates"] = [
-                float(each.learning_rate) if _is_settable(each) else None for each in self._optimizers
-            ]
+            content["rates"] = [float(each.learning_rate) if _is_settable(each) else None for each in self._optimizers]
         return content | ({"stopped": self.reason} if self.reason else {})
 
     @contextlib.contextmanager

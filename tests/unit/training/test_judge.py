@@ -294,7 +294,7 @@ def test_an_evaluation_that_is_made_up_is_judged(tmp_path, monkeypatch):
         ),
         (
             {"callbacks": [keras.callbacks.EarlyStopping(restore_best_weights=True)]},
-            "run.callbacks has EarlyStopping with restore_best_weights, which a checkpoint does not hold: bind run.best",
+            "run.callbacks has EarlyStopping with restore_best_weights, which a checkpoint does not hold: bind run",
         ),
         (
             {"callbacks": [keras.callbacks.EarlyStopping("val_acuracy")]},
