@@ -59,7 +59,8 @@ class Judge:
             )
         self._kept = kept = state.judged or {}
         self.reason: str = kept.get("stopped", "")
-        self._best: dict[str, Any] = kept.get("best", {})
+        found = kept.get("best", {})
+        self._best: dict[str, Any] = found if found.get("name") == best else {}  # run.best may change
         self._epoch: int = kept.get("epoch", 0)
         # Steps of the epoch so far, and the sums of their losses and of what they add to the metrics.
         self._sums = np.array(kept.get("sums", [0.0] * (2 + sizes[0])))

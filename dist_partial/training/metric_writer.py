@@ -16,7 +16,6 @@ from dist_partial.files import write_atomically, write_json, write_text, writing
 from dist_partial.selection.plan import Plan
 from dist_partial.selection.table import grouped
 
-
 _SPLITS = ("train", "eval")
 # The steps, and what never changes or is only another measure of what is charted.
 _NOT_CHARTED = {"step", "examples", "wire_bytes", "wire_share", "wire_bytes_per_step", "nic_bytes_per_step"}

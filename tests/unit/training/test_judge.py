@@ -261,6 +261,18 @@ def test_settings_of_a_callback_may_change_when_a_run_goes_on(tmp_path):
     assert of(tmp_path, "eval", "loss")[-1][0] < STEPS
 
 
+def test_another_number_may_be_the_best_when_a_run_goes_on(tmp_path):
+    loop.run(told(best="loss", rate=3.0, steps=4), tmp_path)
+    loop.run(told(best="accuracy", rate=3.0), tmp_path)
+    later = [(step, value) for step, value in of(tmp_path, "eval", "accuracy") if step > 4]
+    best = max(later, key=lambda pair: pair[1])
+    assert judged(tmp_path)["best"] | {"waited": 0} == {
+        **dict(zip(("step", "value"), best, strict=True)),
+        "name": "accuracy",
+        "waited": 0,
+    }
+
+
 def test_an_evaluation_that_is_made_up_is_judged(tmp_path, monkeypatch):
     whole, failed = tmp_path / "whole", tmp_path / "failed"
     loop.run(told([scheduler()], best="loss"), whole)
