@@ -87,6 +87,8 @@ class Evaluation:
 
 def make_up(trainer: Trainer, folder: Path, state: TrainState) -> TrainState:
     """Makes the evaluation that the restored checkpoint owes, if it is still due, and notes it in the checkpoint."""
+    if state.evaluated:
+        return state
     settings, active = trainer.settings, trainer.replicas.is_chief
     trainer.replicas.say(f"step {state.step}: making up the evaluation that failed")
     evaluate = Evaluation(trainer)

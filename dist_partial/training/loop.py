@@ -58,8 +58,7 @@ def run(
         check_workers(replicas, trainer.fingerprint, bindings or {})
         replicas.say("\n".join([plan_table(trainer.plan, replicas.workers), *trainer.notes]))
         state = restore(trainer, folder, replicas.say)
-        if not state.evaluated:
-            state = evaluation.make_up(trainer, folder, state)
+        state = evaluation.make_up(trainer, folder, state)
         if state.checkpoint:
             replicas.say(events.going_on(state, folder, settings.steps))
         if state.step >= settings.steps or state.stopped:
@@ -86,8 +85,6 @@ def run(
                 _after_steps(state, writer, evaluate, save, stop, judge)
                 if not (stop.due(state.step) or judge.reason):
                     _enter(runner, state.step)
-            if judge.reason:
-                writer.say(f"stopped at step {state.step} of {settings.steps}: {judge.reason}")
         replicas.finish()  # none ends before the last checkpoint is written
         if stop.interrupted and state.step < settings.steps:
             stop(state, folder)
@@ -171,6 +168,7 @@ def _after_steps(
                 save(dataclasses.replace(state, evaluated=False, judged=judged), writer)
         raise
     if judge.reason:
+        writer.say(f"stopped at step {state.step} of {trainer.settings.steps}: {judge.reason}")
         finalize(trainer.replicas.strategy, trainer.optimizers)
     if to_save or judge.reason:
         save(dataclasses.replace(state, judged=judge.to_json()), writer)

@@ -10,7 +10,7 @@ from dist_partial.selection.plan import Plan
 from dist_partial.selection.table import plan_table
 from dist_partial.training.build import Trainer
 
-_WRITTEN = ("checkpoints", "best", "tensorboard", "tensorboard/train", "tensorboard/eval")
+_WRITTEN: tuple[str, ...] = ("checkpoints", "best", "tensorboard", "tensorboard/train", "tensorboard/eval")
 _WRITTEN += ("metrics.jsonl", "samples.jsonl")
 
 
