@@ -16,6 +16,7 @@ from dist_partial.training import evaluation, loop
 from tests.helpers.files import assert_same_state, checkpoint_names, rows
 from tests.helpers.marks import quick
 from tests.helpers.strategies import in_process
+from tests.helpers.workers import run_workers
 
 STEPS = 12
 RNG = np.random.default_rng(0)
@@ -340,3 +341,38 @@ def test_a_checkpoint_keeps_json(tmp_path):
     kept = judged(tmp_path)
     assert json.loads(json.dumps(kept)) == kept
     assert [name for name, _ in kept["callbacks"]] == ["ReduceLROnPlateau", "EarlyStopping"]
+
+
+APART = """
+
+class Apart(keras.callbacks.Callback):
+    # Each worker wants something else.
+    def on_epoch_end(self, epoch, logs=None):
+        import json, os
+        rank = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+        self.model.optimizer.learning_rate = 0.5 ** (1 + epoch + 3 * rank)
+        self.model.stop_training = epoch == (2 if rank == 0 else 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("callbacks", ["[@CSVLogger()]", "[@CSVLogger(), @letters_module.Apart()]"])
+def test_all_workers_do_what_callbacks_of_the_first_want(callbacks, letters, tmp_path):
+    """Of a callback that writes the second worker has none to call."""
+    with open(tmp_path / "letters_module.py", "a") as module:
+        module.write(APART)
+    folder = tmp_path / "run"
+    params = ["run.eval_every = 3", f"run.callbacks = {callbacks}", f"CSVLogger.filename = '{tmp_path}/log.csv'"]
+    params += ["run.best = 'loss'", "CSVLogger.append = True", "run.optimizer = @keras.optimizers.SGD"]
+    command = ["-m", "dist_partial.train", f"--run_dir={folder}", f"--gin_file={letters}"]
+    flags = [f"--gin_param={param}" for param in params]
+    results = run_workers([*command, *flags], workers=2, timeout=120, pythonpath=tmp_path)
+    assert [code for code, _ in results] == [0, 0], "\n".join(output[-1500:] for _, output in results)
+    losses = of(folder, "eval", "loss")
+    apart = "Apart" in callbacks
+    assert [step for step, _ in losses] == ([3, 6, 9] if apart else [3, 6, 9, 12])
+    with open(tmp_path / "log.csv") as file:
+        assert [float(row["val_loss"]) for row in csv.DictReader(file)] == [value for _, value in losses]
+    rates = [rate for _, rate in of(folder, "train", "learning_rate")]
+    assert rates[::3] == pytest.approx([0.01, 0.5, 0.25] if apart else [0.01] * 4)
+    assert len(list((folder / "best").iterdir())) == 1
