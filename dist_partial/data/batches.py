@@ -91,8 +91,8 @@ def evaluation_batches(
     Examples:
         >>> source = ArraySource(np.zeros([5, 1], np.float32), np.arange(5))
         >>> batches = evaluation_batches(source, examples=5, global_batch=3, context=tf.distribute.InputContext())
-        >>> [(y.numpy().tolist(), weight.numpy().tolist()) for _, y, weight in batches.take(2)]
-        [([0, 1, 2], [1.0, 1.0, 1.0]), ([3, 4, 4], [1.0, 1.0, 0.0])]
+        >>> [y.numpy().tolist() for _, y in batches.take(2)]
+        [[0, 1, 2], [3, 4, 4]]
     """
     _check(source)
     if not 0 < first + examples <= len(source):

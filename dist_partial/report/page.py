@@ -113,8 +113,8 @@ def summary(run: Run) -> dict[str, str]:
     if math.isfinite(end.get("loss", math.nan)):
         lowest = "" if end["loss"] <= best else f" (lowest {best:.4f})"
         cells["held-out loss"] = f"{end['loss']:.4f}{lowest}"
-    for name in ("bits_per_byte", "accuracy"):
-        if math.isfinite(end.get(name, math.nan)):
+    for name in _value_names([run]):
+        if name not in ("loss", "examples") and math.isfinite(end.get(name, math.nan)):
             cells[name.replace("_", " ")] = f"{end[name]:.4f}"
     share = percent(run.trained_parameters / run.parameters) if run.parameters else "-"
     cells["selected parameters"] = f"{run.trained_parameters:,} ({share})"

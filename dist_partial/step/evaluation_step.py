@@ -74,6 +74,7 @@ def replica_sums(spec: EvaluationSpec, batch: Batch, examples: int) -> tf.Tensor
         counts = run_rounds(spec.collectives, [total(mine)])[0]
     outputs = model_outputs(spec.model, batch[0], False)
     loss, changed = spec.objective.loss(batch, outputs, False, share or 1.0, counts)
+    spec.objective.assign(changed)
     added = spec.objective.added(batch, outputs, False, changed)
     sums = tf.concat([tf.cast(loss * share, tf.float64)[tf.newaxis], added], axis=0)
     return sums if own else tf.zeros_like(sums)

@@ -48,7 +48,9 @@ class LayerState:
         >>> from dist_partial.reductions import AllReduce
         >>> from dist_partial.selection import resolve
         >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
-        >>> state, _ = find(model, tf.TensorSpec([2], tf.float32), resolve([("train", ".*")], model, AllReduce()))
+        >>> model.compile(loss="mse")
+        >>> example = tf.TensorSpec([2], tf.float32), tf.TensorSpec([1], tf.float32)
+        >>> state = find(model, example, resolve([("train", ".*")], model, AllReduce()), Objective(model))
         >>> len(state.moving), [variable.name for variable in state.generators]
         (1, ['seed_generator_state'])
     """
@@ -103,22 +105,7 @@ def find(model: keras.Model, example: Batch, plan: Plan, objective: Objective) -
         UserError: a layer changes what the rules freeze, what no checkpoint would hold, or an integer on which
             replicas could not agree.
     """
-
-    def traced(*flat: tf.Tensor) -> None:
-        batch = tf.nest.pack_sequence_as(example, flat)
-        # Assignments are noted in it, and not made; Keras 3.15 has regularisers read their variables from it.
-        start = [(v, v.value) for v in model.trainable_variables if v.regularizer is not None]
-        with keras.StatelessScope(start, collect_losses=True) as scope:
-            before = dict(scope.state_mapping)
-            outputs = model(batch[0], training=True)
-            new.clear()  # if TensorFlow traces twice
-            new.update({key: value for key, value in scope.state_mapping.items() if value is not before.get(key)})
-            objective.loss(batch, outputs, training=True)
-
-    new: dict[int, tf.Tensor] = {}  # values by the identity of the variable
-    count = batch_size(model) or 2
-    specs = [tf.TensorSpec([count, *one.shape], one.dtype) for one in tf.nest.flatten(example)]
-    graph = tf.function(traced, autograph=False).get_concrete_function(*specs).graph
+    graph, new = _traced(model, example, objective)
     inputs = {tensor.op for tensor in graph.inputs[: len(tf.nest.flatten(example[0]))]}
     _check_own(model, graph, new)
     entries = {id(entry.variable): entry for entry in plan.entries}
@@ -151,6 +138,26 @@ def find(model: keras.Model, example: Batch, plan: Plan, objective: Objective) -
     return LayerState(tuple(moving), tuple(averaged), (*moving, *unused))
 
 
+def _traced(model: keras.Model, example: Batch, objective: Objective) -> tuple[Any, dict[int, tf.Tensor]]:
+    """The graph of the model and its loss in training mode, and what it assigns by the identity of the variable."""
+    new: dict[int, tf.Tensor] = {}
+
+    def traced(*flat: tf.Tensor) -> None:
+        batch = tf.nest.pack_sequence_as(example, flat)
+        # Assignments are noted in it, and not made; Keras 3.15 has regularisers read their variables from it.
+        start = [(v, v.value) for v in model.trainable_variables if v.regularizer is not None]
+        with keras.StatelessScope(start, collect_losses=True) as scope:
+            before = dict(scope.state_mapping)
+            outputs = model(batch[0], training=True)
+            new.clear()  # if TensorFlow traces twice
+            new.update({key: value for key, value in scope.state_mapping.items() if value is not before.get(key)})
+            new.update(objective.loss(batch, outputs, training=True)[1])
+
+    count = batch_size(model) or 2
+    specs = [tf.TensorSpec([count, *one.shape], one.dtype) for one in tf.nest.flatten(example)]
+    return tf.function(traced, autograph=False).get_concrete_function(*specs).graph, new
+
+
 def _check_own(model: keras.Model, graph: Any, new: Mapping[int, tf.Tensor]) -> None:
     """Raises UserError if the model changes variables that are not among its own: no checkpoint would hold them."""
     hint = "make it by self.add_weight(..., trainable=False), so that it is averaged, saved and exported"
@@ -163,8 +170,8 @@ def _check_own(model: keras.Model, graph: Any, new: Mapping[int, tf.Tensor]) -> 
     own = {id(variable) for variable in [*model.variables, *model.metrics_variables, *recurrent(model)]}
     if not set(new) <= own:
         raise UserError(
-            "run.model changes a variable that is none of its own, such as Keras's global random generator: give "
-            f"keras.random a keras.random.SeedGenerator that is an attribute of the layer; or {hint}"
+            "run.model or run.loss changes a variable that is none of the model's, such as Keras's global random "
+            f"generator: give keras.random a keras.random.SeedGenerator that is an attribute of the layer; or {hint}"
         )
 
 

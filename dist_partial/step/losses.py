@@ -88,12 +88,14 @@ class DividedLoss(keras.losses.Loss):
         part = getattr(_current, "part", None)
         y_pred = self._logits(y_pred)
         self.seen = y_true, y_pred
+        if part is not None and sample_weight is None and (mean := self._mean(y_true, y_pred)) is not None:
+            return mean
         value = self.inner(y_true, y_pred, sample_weight)
         if part is None:
             return value
         if self.reduction in ("sum", "none", None):  # `fit` trains on the sum of the last two as well
             return keras.ops.sum(value) / part.share
-        count = self._count(y_true, y_pred, sample_weight)
+        count = self._count(y_true, y_pred, sample_weight, part.share)
         if count is None:
             return value
         part.found.append(count)
@@ -101,7 +103,18 @@ class DividedLoss(keras.losses.Loss):
             return value
         return tf.math.divide_no_nan(value * count, next(part.counts) * part.share)
 
-    def _count(self, y_true: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor | None:
+    def _mean(self, y_true: Any, y_pred: Any) -> tf.Tensor | None:
+        """The mean over elements that the shapes count, as Keras's but in fewer operations; None if it is another."""
+        means = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
+        if self.reduction not in means or type(self.inner).__call__ is not keras.losses.Loss.__call__:
+            return None
+        if not (tf.is_tensor(y_true) and tf.is_tensor(y_pred)) or compat.mask(y_pred) is not None:
+            return None
+        values = self.elements(y_true, y_pred)
+        size = values.shape.num_elements() if tf.is_tensor(values) and values.shape.rank else None
+        return tf.reduce_sum(values) / size if size and compat.mask(values) is None else None
+
+    def _count(self, y_true: Any, y_pred: Any, sample_weight: Any, share: Any) -> tf.Tensor | None:
         """What the loss divides by up to a constant factor, or None if the shapes give it."""
         if type(self.inner).__call__ is not keras.losses.Loss.__call__:
             return None
@@ -109,6 +122,11 @@ class DividedLoss(keras.losses.Loss):
         ones = _Ones(self.inner)
         # Keras's own sum of ones brings mask and weights to one shape as its sum of losses does.
         count = ones(y_true, y_pred, sample_weight if by_weight else None)
+        if ones.single and sample_weight is not None and share != 1.0:
+            raise UserError(
+                "run.loss gives one number for a batch, and run.data gives weights, which its parts cannot share out: "
+                "have it give one loss an example, or train it on one replica without run.accumulate"
+            )
         masked = ones.masked or compat.mask(y_pred) is not None
         return count if masked or (by_weight and sample_weight is not None) else None
 
@@ -145,11 +163,12 @@ class _Ones(keras.losses.Loss):
     def __init__(self, inner: keras.losses.Loss) -> None:
         super().__init__(inner.name, "sum", inner.dtype)
         self._inner = inner
-        self.masked = False
+        self.masked = self.single = False
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         values = self._inner.call(y_true, y_pred)
         ones = keras.ops.ones_like(values)
+        self.single = not len(values.shape)
         if (mask := compat.mask(values)) is not None:
             self.masked = True
             compat.set_mask(ones, mask)
@@ -168,7 +187,7 @@ def made(loss: Any) -> Any:
     Examples:
         >>> losses = made({"label": keras.losses.BinaryCrossentropy, "box": "mse", "mask": None})
         >>> losses["label"].name, losses["box"].name, losses["mask"]
-        ('binary_crossentropy', 'mean_squared_error', None)
+        ('binary_crossentropy', 'mse', None)
     """
     if loss is None:
         return None

@@ -87,11 +87,17 @@ class Objective:
             counts: [counts], summed over the parts; None divides by the part's own.
 
         Returns:
-            A scalar, and what it has changed, for `added`.
+            A scalar, and what it has changed, for `added` and `assign`.
         """
         separate = None if counts is None else iter(tf.unstack(counts))
         with _scope(self.model, self._start()) as scope, losses.computing(losses.Part(share, separate)):
             return self._loss(batch, outputs, training), scope.state_mapping
+
+    def assign(self, changed: Mapping[Any, Any]) -> None:
+        """Gives the model's variables what `loss` has changed them to: a `compute_loss` may draw random numbers."""
+        for variable in self.model.variables:
+            if id(variable) in changed:
+                variable.assign(changed[id(variable)])
 
     def added(self, batch: Batch, outputs: Any, training: bool, changed: Mapping[Any, Any]) -> tf.Tensor:
         """Computes what a part adds to the variables of the metrics: float64 [size(training)]."""

@@ -40,10 +40,11 @@ def probe(spec: ProbeSpec) -> Any:
         >>> from dist_partial.reductions import AllReduce
         >>> from dist_partial.selection import resolve
         >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, use_bias=False)])
+        >>> model.compile(loss="mae")
         >>> plan = resolve([("train", ".*")], model, AllReduce())
-        >>> spec = ProbeSpec(tf.distribute.get_strategy(), model, lambda y, outputs: outputs[:, 0], plan, parts=1)
+        >>> spec = ProbeSpec(tf.distribute.get_strategy(), model, Objective(model), plan, parts=1)
         >>> batch = tf.constant([[3.0, 4.0]]), tf.zeros([1, 1])
-        >>> probe(spec)(iter(tf.data.Dataset.from_tensors(batch))).numpy().tolist()  # the gradient is the input
+        >>> probe(spec)(iter(tf.data.Dataset.from_tensors(batch))).numpy().tolist()  # that of the input
         [25.0]
     """
     return tf.function(functools.partial(squares, spec), autograph=False)
@@ -68,8 +69,9 @@ def replica_squares(spec: ProbeSpec, batch: Batch) -> tf.Tensor:
         >>> from dist_partial.reductions import AllReduce
         >>> from dist_partial.selection import resolve
         >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, use_bias=False)])
+        >>> model.compile(loss="mae")
         >>> plan = resolve([("train", ".*")], model, AllReduce())
-        >>> spec = ProbeSpec(tf.distribute.get_strategy(), model, lambda y, outputs: outputs[:, 0], plan, parts=2)
+        >>> spec = ProbeSpec(tf.distribute.get_strategy(), model, Objective(model), plan, parts=2)
         >>> replica_squares(spec, (tf.constant([[3.0, 4.0], [9.0, 9.0]]), tf.zeros([2, 1]))).numpy().tolist()
         [25.0]
     """

@@ -124,17 +124,19 @@ def train_steps(spec: StepSpec, iterator: Any, steps: tf.Tensor) -> dict[str, tf
     """Makes `steps` steps on the batches of an iterator; called in the cross-replica context of a graph.
 
     Returns:
-        float64 "loss" [steps] and "metrics" [steps, numbers], this worker's parts of the sums; float32
-        "gradient_norm" [steps], before clipping, and where replicas train by themselves that of this worker's first
-        replica; "unit_norms" [steps, units], squared, in the order of the plan's units, or [steps, 0] without
-        `options.unit_norms`.
+        "loss" [steps] in Keras's float type and float64 "metrics" [steps, numbers], this worker's parts of the sums;
+        float32 "gradient_norm" [steps], before clipping, and where replicas train by themselves that of this worker's
+        first replica; "unit_norms" [steps, units], squared, in the order of the plan's units. The metrics are absent if
+        there are none, and the units without `options.unit_norms`.
     """
-    kinds = {
-        "loss": (tf.float64, []),
-        "metrics": (tf.float64, [spec.objective.size(training=True)]),
+    kinds: dict[str, tuple[tf.DType, list[int]]] = {
+        "loss": (tf.as_dtype(keras.config.floatx()), []),
         "gradient_norm": (tf.float32, []),
-        "unit_norms": (tf.float32, [len(spec.plan.units) if spec.options.unit_norms else 0]),
     }
+    if size := spec.objective.size(training=True):
+        kinds["metrics"] = (tf.float64, [size])
+    if spec.options.unit_norms:
+        kinds["unit_norms"] = (tf.float32, [len(spec.plan.units)])
     arrays = {name: tf.TensorArray(dtype, steps, element_shape=shape) for name, (dtype, shape) in kinds.items()}
     step = functools.partial(one_step, spec, iterator)
     if spec.options.loop:
@@ -158,9 +160,9 @@ def one_step(spec: StepSpec, iterator: Any, i: tf.Tensor, arrays: dict[str, tf.T
         finite = tf.math.is_finite(norm)
         tf.cond(finite, lambda: update(spec, gradients), lambda: None)
         spec.scale.adjust(finite)
-    loss, metrics = (tf.cast(local_sum(strategy, value), tf.float64) for value in sums)
-    values = {"loss": loss, "metrics": metrics, "gradient_norm": tf.cast(norm, tf.float32), "unit_norms": squares}
-    return i + 1, {name: array.write(i, values[name]) for name, array in arrays.items()}
+    loss, metrics = (local_sum(strategy, value) for value in sums)
+    values = {"loss": loss, "metrics": metrics, "gradient_norm": norm, "unit_norms": squares}
+    return i + 1, {name: array.write(i, tf.cast(values[name], array.dtype)) for name, array in arrays.items()}
 
 
 def replica_gradients(spec: StepSpec, batch: Batch) -> tuple[Any, tf.Tensor, tf.Tensor, list[Any], list[Any]]:
@@ -241,6 +243,7 @@ def backprop(
         loss, changed = spec.objective.loss(batch, outputs, True, share, counts)
         loss *= share
         scaled = loss * tf.cast(loss_scale, loss.dtype)
+    spec.objective.assign(changed)
     gradients = tape.gradient(scaled, values)
     metrics = spec.objective.added(batch, outputs, True, changed)
     return loss, metrics, [selected_rows(g, e.rule.rows) for g, e in zip(gradients, trained, strict=True)]

@@ -27,7 +27,15 @@ from dist_partial.step.loss_scale import LossScale, needs_loss_scale
 from dist_partial.step.objective import Batch, Objective
 from dist_partial.step.train_step import StepOptions, StepSpec, TrainStep, train_step
 from dist_partial.training import run_fingerprint
-from dist_partial.training.checks import check_batch, check_scaled, make_model, make_objective, notes_on, taking
+from dist_partial.training.checks import (
+    check_added,
+    check_batch,
+    check_scaled,
+    make_model,
+    make_objective,
+    notes_on,
+    taking,
+)
 from dist_partial.training.state import TrainState
 
 
@@ -146,6 +154,7 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
         keras.utils.set_random_seed(settings.seed)
         with calling("run.model"):
             model, examples, outputs = make_model(settings, data, strategy)
+            check_added(model, strategy)
             if fixed := layer_state.batch_size(model):
                 check_batch(fixed, model, settings, data, strategy)
         batch_norms = batch_norm.layers(model)

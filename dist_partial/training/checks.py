@@ -13,10 +13,11 @@ from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings, cross_entropy
 from dist_partial.data import Dataset, fetch, some_targets
 from dist_partial.distributed import consistency
+from dist_partial.distributed.per_replica import local_count
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import Raised, UserError, calling, first_line, own_line
 from dist_partial.selection.plan import Plan
-from dist_partial.step import layer_state, losses, metrics
+from dist_partial.step import batch_norm, layer_state, losses, metrics
 from dist_partial.step.objective import Batch, Objective, prepare, unpacked
 from dist_partial.validation import counted
 
@@ -108,6 +109,22 @@ def check_batch(
         raise UserError(
             f"{where}, and an evaluation of {examples:,} does not divide into such batches: bind run.eval_examples = "
             f"{examples // batch * batch or batch}"
+        )
+
+
+def check_added(model: keras.Model, strategy: tf.distribute.Strategy) -> None:
+    """Raises UserError if replicas of one process would mix up what layers add to the loss.
+
+    Keras 3.15 keeps it in one list a layer, and replicas that meet within the model, in a synchronised BatchNorm, find
+    each other's. The model has been called.
+    """
+    met = [layer.name for layer in batch_norm.layers(model) if layer.synchronized]
+    regularisers = [v for v in model.trainable_variables if v.regularizer is not None]
+    if met and local_count(strategy) > 1 and len(model.losses) > len(regularisers):
+        raise UserError(
+            f"run.model has the synchronised BatchNorm {met[0]!r} and layers that add to the loss "
+            "(activity_regularizer, add_loss), which replicas of one process would mix up: start one process a "
+            "replica, or build it without synchronized=True"
         )
 
 

@@ -128,7 +128,7 @@ def prepare_evaluation(
     Args:
         objective: the loss and the metrics.
         step: from `step.evaluation_step`.
-        total: sums over the workers, from `Replicas.sum`.
+        total: sums a vector over the workers, from `Replicas.sum`.
         source: the held-out examples.
         examples: how many examples.
         global_batch: examples a step over all replicas.
@@ -152,7 +152,7 @@ def prepare_evaluation(
 
     def evaluate() -> dict[str, float]:
         # The sum over batches of their losses, each of as many examples as the pass has in a batch.
-        sums = total(tf.stack([step(*arguments) for arguments in passes]).numpy())
+        sums = total(tf.concat([step(*arguments) for arguments in passes], axis=0).numpy()).reshape(len(passes), -1)
         loss = sum(row[0] * own for row, (*_, own) in zip(sums, passes, strict=True)) / examples
         return {"loss": float(loss), **objective.results(sums[:, 1:].sum(axis=0), training=False), "examples": examples}
 

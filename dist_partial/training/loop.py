@@ -19,7 +19,7 @@ from dist_partial.selection.table import plan_table
 from dist_partial.session import put_back
 from dist_partial.step.optimizers import finalize
 from dist_partial.training import evaluation, events, failures, run_folder
-from dist_partial.training.build import build, restore
+from dist_partial.training.build import Trainer, build, restore
 from dist_partial.training.checks import check_division, check_workers
 from dist_partial.training.judge import Judge, learning_rates
 from dist_partial.training.metric_writer import MetricWriter
@@ -57,10 +57,7 @@ def run(
         trainer = build(settings, replicas)
         check_workers(replicas, trainer.fingerprint, bindings or {})
         replicas.say("\n".join([plan_table(trainer.plan, replicas.workers), *trainer.notes]))
-        state = restore(trainer, folder, replicas.say)
-        state = evaluation.make_up(trainer, folder, state)
-        if state.checkpoint:
-            replicas.say(events.going_on(state, folder, settings.steps))
+        state = _restored(trainer, folder)
         if state.step >= settings.steps or state.stopped:
             return replicas.finish()
         runner, evaluate, judge = ScheduleRunner(trainer, state), evaluation.Evaluation(trainer), Judge(trainer, state)
@@ -88,6 +85,15 @@ def run(
         replicas.finish()  # none ends before the last checkpoint is written
         if stop.interrupted and state.step < settings.steps:
             stop(state, folder)
+
+
+def _restored(trainer: Trainer, folder: Path) -> TrainState:
+    """Restores the newest checkpoint, makes up the evaluation that it owes, and says that the run goes on."""
+    state = restore(trainer, folder, trainer.replicas.say)
+    state = evaluation.make_up(trainer, folder, state)
+    if state.checkpoint:
+        trainer.replicas.say(events.going_on(state, folder, trainer.settings.steps))
+    return state
 
 
 def _enter(runner: ScheduleRunner, done: int) -> None:
@@ -121,7 +127,7 @@ def _advance(
     # All workers stop after the same call, whichever of them got the signal, and all hear of a norm that is not finite
     # on one of them alone, which trains by itself.
     votes = np.append(stop.votes(), judge.wants_to_stop)
-    parts = [result["loss"], result["gradient_norm"], votes, tf.reshape(result["metrics"], [-1])]
+    parts = [result["loss"], result["gradient_norm"], votes, np.ravel(result.get("metrics", ()))]
     sums = trainer.replicas.sum(np.concatenate(parts, dtype=np.float64))
     losses, norms, votes, metrics = np.split(sums, np.cumsum([len(part) for part in parts])[:-1])
     norms = norms / trainer.replicas.workers

@@ -198,7 +198,7 @@ def test_what_is_no_mistake(train_main, tmp_path, capsys):
         ["unused/hub_model.preset=None", "Rule.rows=[0, 2]", "local_sgd.outer_optimizer=@nesterov"],
     ):
         assert train_main(*params, "run.steps=1", folder=tmp_path / str(len(list(tmp_path.iterdir())))) == 0, params
-        assert "error" not in capsys.readouterr().err
+        assert "error:" not in capsys.readouterr().err
 
 
 def test_an_id_that_no_look_has_found(train_main, capsys):

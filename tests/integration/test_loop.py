@@ -372,6 +372,11 @@ def test_evaluation_is_that_of_one_device_on_every_example(reduction, weighted):
     """11 examples, of unequal weights, on 1, 2 and 4 replicas in batches of 4, 4 and 3: NumPy counts in float64."""
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (11, 6)).astype(np.int32), rng.integers(0, 256, (11, 6)).astype(np.int32)
+
+    def total(vector):
+        assert vector.ndim == 1  # which is what several workers sum
+        return vector
+
     weight = rng.integers(1, 4, (11, 6)) * rng.integers(0, 2, (11, 6)) / 2 if weighted else np.ones((11, 6))
     source = ArraySource(x, y, weight if weighted else None)
     for replicas in (1, 2, 4):
@@ -392,7 +397,7 @@ def test_evaluation_is_that_of_one_device_on_every_example(reduction, weighted):
         evaluate = evaluation.prepare_evaluation(
             built.objective,
             evaluation_step(EvaluationSpec(made.strategy, made.collectives, built.model, built.objective)),
-            made.sum,
+            total,
             source,
             examples=11,
             global_batch=4,

@@ -70,7 +70,9 @@ def write_run(folder: Path, steps: int = 60, every: int = 20, **change: Any) -> 
         rows.append({"step": step, "split": "train", "loss": loss, "gradient_norm": 1.0} | bytes_of(sent * step))
         rows[-1]["wire_share"] = sent / full
         if step % every == 0:
-            more = {"examples": 11, "accuracy": 0.5, "bits_per_byte": loss / math.log(2)} | bytes_of(sent * step)
+            more = {"examples": 11, "accuracy": 0.5, "bits_per_byte": loss / math.log(2), "auc": 0.75} | bytes_of(
+                sent * step
+            )
             rows.append({"step": step, "split": "eval", "loss": loss} | more)
     texts = [{"step": step, "temperature": 0.6, "prompt": "\ndef ", "text": f"a{step}"} for step in (every, steps)]
     traffic = {"workers": 4, "first_step": 1, "last_step": steps, "planned_bytes": sent * steps, "step_ms": 12.5}
@@ -129,6 +131,7 @@ def test_numbers_of_a_run(tmp_path):
     assert cells["bytes sent"] == "132\u00a0kB"  # of sums among four, 1.5 * 4 * 368 * 60
     assert cells["of exchanging everything"] == "92.5%"
     assert cells["bits per byte"] == f"{losses[-1] / math.log(2):.4f}"
+    assert (cells["accuracy"], cells["auc"]) == ("0.5000", "0.7500")  # whatever metrics the run has
     [strip] = [strip for strip in run.strips() if strip.name == "block_0"]
     assert strip.spans == ((0, 60, 120 / 150),)
 

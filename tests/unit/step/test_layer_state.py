@@ -129,17 +129,35 @@ def test_what_is_frozen_is_looked_at_before_each_save(tmp_path):
         kept.append(keras.Sequential([keras.Input((7,)), keras.layers.Dense(4, name="low"), keras.layers.Dense(1)]))
         return kept[-1]
 
-    def loss():
-        def meddling(y, outputs):
+    class Meddling(keras.optimizers.SGD):
+        def update_step(self, gradient, variable, learning_rate):
+            super().update_step(gradient, variable, learning_rate)
             kept[-1].layers[0].kernel.assign_add(keras.ops.ones((7, 4)))
-            return keras.ops.square(y - outputs)
 
-        return meddling
+    told = {"rules": [("freeze", r"low/.*"), ("train", ".*")], "steps": 2, "optimizer": Meddling}
+    with pytest.raises(UserError, match="'low/kernel' is frozen and has changed by step 2; nothing is saved of it"):
+        loop.run(settings(model, numbers(), keras.losses.MeanSquaredError, **told), tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
+def test_a_loss_that_changes_what_is_frozen_or_none_of_the_models_is_refused(tmp_path):
+    kept = []
+
+    def model():
+        kept.append(keras.Sequential([keras.Input((7,)), keras.layers.Dense(4, name="low"), keras.layers.Dense(1)]))
+        return kept[-1]
+
+    def meddling():
+        return lambda y, outputs: (kept[-1].layers[0].bias.assign_add([1.0] * 4), y - outputs)[1] ** 2
+
+    def counting():
+        count = keras.Variable(0.0)
+        return lambda y, outputs: (count.assign_add(1.0), y - outputs)[1] ** 2
 
     rules = [("freeze", r"low/.*"), ("train", ".*")]
-    with pytest.raises(UserError, match="'low/kernel' is frozen and has changed by step 2; nothing is saved of it"):
-        loop.run(settings(model, numbers(), loss, rules=rules, steps=2), tmp_path / "run")
-    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+    for loss, words in ((meddling, "'low/bias' is frozen"), (counting, "run.loss changes a variable that is none of")):
+        with pytest.raises(UserError, match=words):
+            loop.run(settings(model, numbers(), loss, rules=rules), tmp_path / "run")
 
 
 class Letters:

@@ -1,6 +1,7 @@
 """What a loss is made of: runs on two replicas against plain Keras on one device, and NumPy."""
 
 import dataclasses
+import functools
 import re
 import threading
 
@@ -20,7 +21,7 @@ from dist_partial.step import losses
 from dist_partial.training import loop
 from tests.helpers.against_fit import COUNT, check_against_fit, compiled, features, fitted, one_output, settings
 from tests.helpers.cases import set_precision
-from tests.helpers.files import rows, trained
+from tests.helpers.files import rows, state, trained
 from tests.helpers.marks import quick
 
 
@@ -95,6 +96,28 @@ def own_loss():
     return Own(made.inputs, made.outputs)
 
 
+class Noisy(keras.Model):
+    """Whose `compute_loss` draws random numbers and calls the model again, as those of diffusion models."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seed_generator = keras.random.SeedGenerator(5)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        noise = keras.random.normal(keras.ops.shape(x), seed=self.seed_generator, dtype=x.dtype)
+        return keras.ops.mean(keras.ops.square(self(x + noise, training=training) - y))
+
+
+def noisy():
+    x = keras.Input((7,))
+    layers = [
+        keras.layers.Dropout(0.3),
+        keras.layers.Dense(4, name="low"),
+        keras.layers.BatchNormalization(name="norm"),
+    ]
+    return Noisy(x, keras.Sequential([*layers, keras.layers.Dense(1, name="top")])(x))
+
+
 class Autoencoder(keras.Model):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
         return keras.ops.mean(keras.ops.square(x - y_pred))
@@ -124,7 +147,6 @@ LOSSES = {
     "compute_loss": (own_loss, SEQUENCES, per_class()),
     "compute_loss alone": (autoencoder, (features(7),), None),
     "one number": (one_output, (features(7), features(1)), one_number),
-    "one number of weights": (one_output, (features(7), features(1), weights_of()), one_number),
 } | {
     f"{reduction} of {name}": (reader(True), (*SEQUENCES, weights), per_class(reduction=reduction))
     for reduction in ("sum", "mean", "mean_with_sample_weight", "none", None)
@@ -147,8 +169,38 @@ QUICK = {
 )
 def test_a_loss_is_that_of_fit_however_a_batch_is_divided(name, replicas, accumulate, tmp_path):
     model, data, loss, more = (*LOSSES[name], {})[:4]
-    divided = {"replicas": replicas, "accumulate": accumulate, "summed": name.startswith("none")}
+    divided = {"replicas": replicas, "accumulate": accumulate, "summed": name.startswith(("none", "None"))}
     check_against_fit(tmp_path / "run", model, data, loss, steps=3, **divided, **more)
+
+
+def test_what_a_compute_loss_draws_and_changes_goes_on_as_in_keras(tmp_path):
+    """In the order of the run, which Keras is given: noise is of places in a batch."""
+    data = (features(7), features(1))
+    told = settings(noisy, data, None, replicas=1, steps=4, eval_every=2)
+    loop.run(told, tmp_path / "run")
+    order = train_batches(
+        ArraySource(*data), first_step=0, global_batch=COUNT, seed=0, context=tf.distribute.InputContext()
+    )
+    model = compiled(noisy, None)
+    losses = [model.train_on_batch(*batch) for batch in order.take(4)]
+    found = [row["loss"] for row in rows(tmp_path / "run" / "metrics.jsonl") if row["split"] == "train"]
+    np.testing.assert_allclose(found[0], losses[0], rtol=1e-9)
+    saved = state(tmp_path / "run", 4)
+    for path, variable in zip(selection.paths_of(model, model.variables), model.variables, strict=True):
+        kind = "variables" if variable.trainable else "statistics"
+        if variable.name != "seed_generator_state":
+            np.testing.assert_allclose(saved[f"{kind}/{path}"], variable, rtol=1e-9, err_msg=path)
+    counts = [int(saved[name][1]) for name in sorted(saved) if name.startswith("generators/")]
+    assert sorted(counts) == sorted(int(v[1]) for v in model.variables if v.name == "seed_generator_state")
+
+
+def test_weights_of_a_loss_of_one_number_are_refused_where_batches_are_divided(tmp_path):
+    """Keras multiplies the number by their mean, which is not that of the parts."""
+    data = (features(7), features(1), weights_of())
+    check_against_fit(tmp_path / "alone", one_output, data, one_number, steps=3, replicas=1)
+    for more in ({"replicas": 2}, {"replicas": 1, "accumulate": 3}):
+        with pytest.raises(UserError, match=r"one number for a batch, and run\.data gives weights, which its parts"):
+            loop.run(settings(one_output, data, one_number, **more), tmp_path / "run")
 
 
 @pytest.mark.parametrize("reduction", ["none", None])
@@ -300,6 +352,21 @@ def test_a_penalty_counts_once_however_a_batch_is_divided(tmp_path, replicas, ac
     made = {"replicas": replicas, "accumulate": accumulate}
     data = (features(7), features(7).sum(1, keepdims=True))
     check_against_fit(tmp_path / "run", penalised, data, keras.losses.MeanSquaredError, **made)
+
+
+def test_replicas_of_one_process_that_would_mix_up_what_layers_add_are_refused(tmp_path):
+    def model(**more):
+        norm = keras.layers.BatchNormalization(synchronized=True, name="norm")
+        return keras.Sequential(
+            [keras.Input((7,)), keras.layers.Dense(4, name="low", **more), norm, keras.layers.Dense(1, name="top")]
+        )
+
+    data = (features(7), features(1))
+    adding = functools.partial(model, activity_regularizer=L2)
+    with pytest.raises(UserError, match="the synchronised BatchNorm 'norm' and layers that add to the loss"):
+        loop.run(settings(adding, data, "mse"), tmp_path / "run")
+    check_against_fit(tmp_path / "alone", adding, data, "mse", replicas=1, steps=3)
+    check_against_fit(tmp_path / "run", functools.partial(model, kernel_regularizer=L2), data, "mse", steps=3)
 
 
 @pytest.mark.parametrize("name", ["penalty", "mask"])
@@ -584,3 +651,107 @@ def test_text_is_a_models_input(tmp_path, kind):
     _, weights, _ = fitted(model, (tf.constant(x.tolist()), y), keras.losses.MeanSquaredError, 2, "float32")
     for name, value in trained(tmp_path / "run", 2).items():
         np.testing.assert_allclose(value, weights[name], rtol=1e-5, atol=1e-7)
+
+
+def test_what_users_write_is_made():
+    def error(y, outputs):
+        return keras.ops.abs(y - outputs)[:, 0]
+
+    ready = keras.losses.Huber(0.3, name="ready")
+    written = {
+        "a": "mse",
+        "b": [keras.losses.LogCosh, lambda: error],
+        "c": (ready, error),
+        "d": None,
+        "e": lambda: "mae",
+    }
+    found = losses.made(written)
+    assert list(found) == list("abcde") and found["d"] is None
+    made = [found["a"], *found["b"], *found["c"], found["e"]]
+    assert all(isinstance(each, losses.DividedLoss) for each in made)
+    assert [made[0].name, made[1].name, made[3].inner, made[4].inner.fn] == ["mse", "log_cosh", ready, error]
+    y, outputs = np.zeros([2, 1], np.float32), np.array([[1.0], [-3.0]], np.float32)
+    expected = [
+        5.0,
+        *[float(loss()(y, outputs)) for loss in (keras.losses.LogCosh,)],
+        2.0,
+        float(ready(y, outputs)),
+        2,
+        2,
+    ]
+    np.testing.assert_allclose([float(each(y, outputs)) for each in made], expected, rtol=1e-6)
+    assert losses.made(None) is None
+
+
+def test_a_loss_that_was_made_before_the_precision_was_known_has_it():
+    made = keras.losses.Huber(0.3, reduction="sum")
+    keras.config.set_floatx("float64")
+    found = losses.made(made)
+    assert (found.inner.dtype, made.dtype, found.reduction) == ("float64", "float32", "sum")
+    assert found.inner.get_config() == made.get_config()
+    assert losses.made(found.inner).inner is found.inner
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("squares", "run.loss: Keras has no loss 'squares'; write a name such as 'mse', or a class"),
+        (lambda: 3, "run.loss made a int: its factory must return a Keras loss or a function"),
+    ],
+)
+def test_what_is_no_loss_is_one_line(given, words):
+    with pytest.raises(UserError) as found:
+        losses.made({"a": given})
+    assert str(found.value) == words
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda y, outputs: y, True),
+        (lambda y, outputs, margin=0.2: y, True),
+        (functools.partial(lambda margin, y, outputs: y, 0.2), True),
+        (lambda: None, False),
+        (lambda delta=1.0, scale=2.0: None, False),
+        (lambda model: None, False),
+        (keras.losses.Huber, False),
+        (keras.losses.mean_squared_error, True),
+    ],
+)
+def test_functions_of_targets_are_told_from_factories(function, expected):
+    assert losses.takes_targets(function) is expected
+
+
+def test_losses_within_one_computation_are_of_one_part():
+    """Of two that nest, the inner one counts; outside of any the loss is Keras's own."""
+    loss = losses.made(per_class(ignore_class=0))
+    y, outputs = tf.constant([0, 1, 2, 2]), tf.random.stateless_normal([4, 3], [0, 1])
+    alone = float(per_class(ignore_class=0)()(y, outputs))
+    assert float(loss(y, outputs)) == pytest.approx(alone, rel=1e-6)
+    with losses.computing(losses.Part()) as outer:
+        loss(y, outputs)
+        with losses.computing(losses.Part(0.5, iter([tf.constant(12.0)]))) as inner:
+            assert float(loss(y, outputs)) == pytest.approx(alone * 3 / 12 / 0.5, rel=1e-6)
+        loss(y[:2], outputs[:2])
+    assert [float(each) for each in outer.found] == [3.0, 1.0] and [float(each) for each in inner.found] == [3.0]
+
+
+def test_a_part_without_any_target_adds_nothing():
+    loss, y, outputs = losses.made(per_class(ignore_class=0)), tf.zeros([4], tf.int32), tf.ones([4, 3])
+    for counts in ([tf.constant(5.0)], [tf.constant(0.0)]):
+        with losses.computing(losses.Part(0.5, iter(counts))):
+            assert float(loss(y, outputs)) == 0.0
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_loss_is_tried_out_on_parts(parts):
+    y = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
+    fine, contrast = losses.made(keras.losses.CosineSimilarity), losses.made(Contrast)
+    for loss in (fine, contrast):
+        loss(tf.constant(y), tf.zeros([20, 2]))
+    losses.check_divisible(fine, y, parts)
+    if parts == 1:
+        losses.check_divisible(contrast, y, parts)
+    else:
+        with pytest.raises(UserError, match="a batch is divided into 2 parts: train it on one replica"):
+            losses.check_divisible(contrast, y, parts)

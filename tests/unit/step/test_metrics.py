@@ -75,7 +75,7 @@ def test_nothing_is_suggested_for_several_losses_or_a_loss_of_the_models_own():
 def test_bits_and_perplexity_are_those_of_the_weighted_mean(unit, function, weighted):
     """With a mask of the outputs and ignore_class, in NumPy."""
     loss, weight = cross_entropy(ignore_class=2), np.array([[1.0, 0.5], [2.0, 0.0], [3.0, 1.5]], np.float32)
-    mask = np.array([[True, True], [True, True], [False, True]])
+    mask = np.array([[False, True], [True, True], [True, True]])
     masked = tf.identity(LOGITS)
     compat.set_mask(masked, tf.constant(mask))
     metric = metrics.suggested(IDS, masked, loss, True, unit)[1]

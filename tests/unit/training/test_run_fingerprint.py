@@ -80,7 +80,8 @@ CASES = [
 ]
 # How long, how fast, how often and where: what may change while a run goes on.
 FREE = {"steps", "eval_first", "eval_every", "eval_examples", "save_every", "keep", "accumulate", "steps_per_loop"}
-FREE |= {"metrics", "weighted_metrics", "jit_compile", "compiled_plans", "activation_cache", "replicas", "sampling"}
+FREE |= {"metrics", "weighted_metrics", "callbacks", "best", "patience"}
+FREE |= {"jit_compile", "compiled_plans", "activation_cache", "replicas", "sampling"}
 
 
 def of(**more):
