@@ -38,7 +38,7 @@ def told(callbacks=(), rate=0.1, **more):
         optimizer=lambda: keras.optimizers.SGD(rate),
         global_batch=16,
         replicas=in_process,
-        callbacks=list(callbacks),
+        callbacks=callbacks,
         **more,
     )
 
@@ -299,6 +299,7 @@ def test_an_evaluation_that_is_made_up_is_judged(tmp_path, monkeypatch):
         ({"best": "acurracy"}, "run.best is 'acurracy', which is no number of an evaluation; nearest: 'accuracy'"),
         ({"best": "val_loss"}, "run.best is 'val_loss', which is no number of an evaluation; nearest: 'loss'"),
         ({"patience": 2}, "run.patience without run.best"),
+        ({"callbacks": print}, "run.callbacks is <built-in function print>: give a list, such as"),
         ({"callbacks": [print]}, "run.callbacks has a builtin_function_or_method: give Keras callbacks"),
         ({"callbacks": [keras.callbacks.CSVLogger]}, "run.callbacks has a type: give Keras callbacks"),
         (
