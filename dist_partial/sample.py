@@ -1,6 +1,7 @@
 """python -m dist_partial.sample --run_dir=DIR [--prompt=TEXT] [--temperature=T] [--top_k=K] [--top_p=P] ...
 
-Generates text from the newest checkpoint of a run folder; what no flag sets is as the run had it bound.
+Generates text from the newest checkpoint of a run folder, or that of --step; what no flag sets is as the run had it
+bound.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, or 2 for a mistake of the user's."""
     values = flags.FlagValues()
     flags.DEFINE_string("run_dir", None, "run folder", flag_values=values)
+    flags.DEFINE_string("step", None, "'best', or the step of a checkpoint; without it the newest", flag_values=values)
     flags.DEFINE_string("prompt", None, "what the text goes on from", flag_values=values)
     flags.DEFINE_float("temperature", None, "divides the logits; 0 is greedy", flag_values=values)
     flags.DEFINE_integer("top_k", None, "only the k likeliest symbols", flag_values=values)
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dist_partial.export import restore
         from dist_partial.training import evaluation
 
-        with restore.newest(folder, values.allow_imports) as (settings, built, step):
+        with restore.restored(folder, values.allow_imports, values.step) as (settings, built, step):
             sampling = dataclasses.replace(settings.sampling, **given)
             for row in evaluation.samples(built.model, built.data, sampling, step):
                 print(f"{row['prompt']}{row['text']}\n")

@@ -137,8 +137,8 @@ def bindings_page() -> str:
         "# Bindings",
         "What a gin file, or `--gin_param`, can bind. A *factory* is bound without parentheses "
         "(`run.model = @two_dense`), everything else that begins with `@` with them (`run.reduction = @top_k()`). "
-        "Names of Keras's optimizers, schedules of learning rates, losses, metrics, applications, initializers and "
-        "regularizers can be bound as well, and those of each module that the file imports.",
+        "Names of Keras's optimizers, schedules of learning rates, losses, metrics, callbacks, applications, "
+        "initializers and regularizers can be bound as well, and those of each module that the file imports.",
     ]
     section = ""
     for name, value in _bound().items():

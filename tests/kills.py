@@ -135,7 +135,7 @@ def left(folder: Path) -> dict[str, object]:
     files = [
         str(path.relative_to(folder))
         for path in folder.rglob("*")
-        if path.parent.name != "tensorboard" and path not in older
+        if "tensorboard" not in path.relative_to(folder).parts[:-1] and path not in older
     ]
     lines = {
         name: [json.loads(line) for line in (folder / name).read_text().splitlines()]

@@ -1,6 +1,6 @@
 """Checkpoints of what is trained, and the fingerprints of everything else."""
 
-from dist_partial.checkpoints.files import Checkpoint, newest, read, restore, save
+from dist_partial.checkpoints.files import Checkpoint, newest, read, restore, save, steps
 from dist_partial.checkpoints.fingerprints import (
     check_frozen,
     digest,
@@ -19,5 +19,6 @@ __all__ = [
     "read",
     "restore",
     "save",
+    "steps",
     "variables",
 ]

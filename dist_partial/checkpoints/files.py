@@ -151,6 +151,19 @@ def newest(folder: Path, warn: Callable[[str], None], at_most: int | None = None
     return None
 
 
+def steps(folder: Path) -> list[int]:
+    """Lists the steps of the checkpoints in a folder, whole or not; the newest is the last.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     paths = [save(Path(folder), step, {"variables/w": np.ones(2)}, {}, keep=2) for step in (10, 20)]
+        ...     steps(Path(folder))
+        [10, 20]
+    """
+    return [step for step, _ in _listed(folder)]
+
+
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     arrays, metadata = safetensors_file.read(path)
     texts = json.loads(metadata[_FORMAT])

@@ -72,7 +72,8 @@ _REQUIRED = re.compile(r"Required bindings for `([\w.]+)` not provided in config
 # Bound before any file is read, so that `Adam.learning_rate` or `all_reduce.dtype` alone have their effect.
 _DEFAULTS = ("run.optimizer = @keras.optimizers.Adam", "run.reduction = @all_reduce()")
 _FEW = 8  # parameters that a message lists
-_KERAS = ("optimizers", "optimizers.schedules", "losses", "metrics", "applications", "initializers", "regularizers")
+_KERAS: tuple[str, ...] = ("optimizers", "optimizers.schedules", "losses", "metrics", "callbacks", "applications")
+_KERAS += ("initializers", "regularizers")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dist_partial.errors import UserError
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.rules import REDUCTION, TABLE, parse_rules
-from dist_partial.validation import Above, AtLeast, AtMost, Factory, Has, OneOf, check
+from dist_partial.validation import Above, AtLeast, AtMost, Factory, Has, OneOf, check, shown
 
 _SCHEDULE = Has("next_switch", "give one such as Lisa(), in a gin file @lisa(), with the ()")
 _REPLICAS = "give what makes them, such as functools.partial(dist_partial.distributed.replicas.create, cpu=2)"
@@ -150,6 +150,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self, "run")
+        if not isinstance(self.callbacks, (list, tuple)):
+            raise UserError(
+                f"run.callbacks is {shown(self.callbacks)}: give a list, such as [@keras.callbacks.CSVLogger()]"
+            )
         if self.patience is not None and self.best is None:
             raise UserError("run.patience without run.best: bind the number that has to get better, such as 'loss'")
         parse_rules(self.rules)

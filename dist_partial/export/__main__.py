@@ -1,7 +1,7 @@
 """python -m dist_partial.export --run_dir=DIR --format=safetensors|keras|savedmodel --output=PATH [--overwrite] ...
 
-Takes the newest checkpoint of a run folder home: what was trained alone (safetensors; see dist_partial.export.delta),
-or the whole model, for Keras (keras) or for TensorFlow Serving (savedmodel).
+Takes the newest checkpoint of a run folder home, or that of --step: what was trained alone (safetensors; see
+dist_partial.export.delta), or the whole model, for Keras (keras) or for TensorFlow Serving (savedmodel).
 """
 
 import json
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.DEFINE_string("run_dir", None, "run folder", flag_values=values)
     flags.DEFINE_enum("format", None, list(FORMATS), "what to write", flag_values=values)
     flags.DEFINE_string("output", None, "the file, or for savedmodel the folder, to write", flag_values=values)
+    flags.DEFINE_string("step", None, "'best', or the step of a checkpoint; without it the newest", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "replace an output of the same format", flag_values=values)
     flags.DEFINE_integer("max_length", None, "savedmodel: ids that a cache of `generate` holds", flag_values=values)
     flags.DEFINE_bool("allow_imports", False, "import the modules that the run's gin file names", flag_values=values)
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cli.import_tensorflow_quietly()
         from dist_partial.export import delta, keras_file, restore, saved_model
 
-        with restore.newest(folder, values.allow_imports) as (_, built, step):
+        with restore.restored(folder, values.allow_imports, values.step) as (_, built, step):
             if values.format == "safetensors":
                 changed = delta.of(built.model, built.plan, _base(folder, built), step)
                 delta.write(output, changed)

@@ -16,6 +16,7 @@ from dist_partial.report.runs import Run, Variable
 
 _EARLIER = 8  # steps whose samples are shown beside the last one's
 _TEXTS = 3  # samples of one run, step and temperature
+_MEASURES = 24  # plots of metrics
 _CARDS = 24  # texts side by side
 _CHARACTERS = 3000  # of a sample
 _VALUES = 100  # evaluations in the table of values
@@ -178,8 +179,24 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
             f"Cumulative bytes sent over steps, against exchanging everything. {sent}.",
             plots.sent(runs),
         ),
+        *_measures(runs),
     ]
     return [Figure(title, note, visible(label), plot) for title, note, label, plot in drawn if plot is not None]
+
+
+def _measures(runs: Sequence[Run]) -> list[tuple[str, str, str, plots.Plot | None]]:
+    """The plots of metrics and learning rates, but of what another plot has."""
+    names = dict.fromkeys(name for run in runs for name in run.measures)
+    known = {name for run in runs for name in run.measured}
+    shown = [name for name in names if name in known or name != plots.quality(runs)][:_MEASURES]
+    found = []
+    for number, name in enumerate(shown):
+        words = name.replace("_", " ")
+        title = words[:1].upper() + words[1:]
+        note = "Thin: training, with the range of the steps that share a point. Marked: held-out."
+        note = note if any(name in row for run in runs for row in run.evaluations) else "Of each step."
+        found.append((title, note, f"{title} over steps.", plots.measure(runs, name, number)))
+    return found
 
 
 def strips(runs: Sequence[Run]) -> list[Figure | None]:

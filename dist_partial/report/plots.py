@@ -124,6 +124,32 @@ def held_out(runs: Sequence[Run], over: str) -> Plot | None:
     return _plot(draw, f"held-out-{over}") if known else None
 
 
+def measure(runs: Sequence[Run], name: str, number: int) -> Plot | None:
+    """Draws a metric of steps and evaluations, or a learning rate; None without any.
+
+    Args:
+        runs: in whose order they are drawn.
+        name: as the rows have it.
+        number: of the plot, unique on the page.
+    """
+
+    def draw(axes: Axes, wide: bool) -> None:
+        shown: list[np.ndarray] = []
+        for place, run in enumerate(runs):
+            rows = run.measured.get(name, np.zeros([0, 2]))
+            steps, mean, low, high = binned(rows[:, 0], rows[:, 1], _LOSSES[wide])
+            axes.fill_between(steps, low, high, color=_color(place), alpha=0.1, linewidth=0)
+            axes.plot(steps, mean, color=_color(place), linewidth=1, alpha=0.75, linestyle=_dash(place))
+            _curve(axes, column(run, "step"), column(run, name), place, wide)
+            shown += [mean, column(run, name)]
+        _scale(axes, np.concatenate(shown))
+        axes.set_title(_cut(name.replace("_", " "), _NAMES[wide]))
+        _steps(axes)
+
+    known = [values for run in runs for values in (column(run, name), run.measured.get(name, np.zeros([0, 2]))[:, 1])]
+    return _plot(draw, f"measure-{number}") if any(np.isfinite(values).any() for values in known) else None
+
+
 def sent(runs: Sequence[Run]) -> Plot | None:
     """Draws the bytes that have left each worker, and what exchanging everything would be; None without any."""
 

@@ -15,6 +15,8 @@ from dist_partial.errors import UserError
 from dist_partial.validation import nearest
 
 _STEPS = 2**53  # the largest step that a float holds exactly
+_MEASURES = 24  # metrics that are read of the steps of a run
+_NO_MEASURES = {"step", "split", "loss", "gradient_norm", "wire_bytes", "nic_bytes", "wire_share", "examples"}
 _PHASES = 440  # stretches of a run in which what is trained is distinguished
 
 
@@ -99,6 +101,7 @@ class Run:
         full_bytes: bytes at the interface of each of them a step if everything were trained and sent.
         plan_bytes: the same for what the rules select.
         train: [rows, 3]: step, loss, cumulative bytes at the interface; by step, NaN for what is missing.
+        measured: [rows, 2] by name: steps with metrics of their batches, and with learning rates.
         share: of exchanging everything, up to the last step; NaN if it is not known.
         evaluations: rows of the split "eval", by step; numbers only.
         switches: (step, names of the units that are trained from it on); () if the selection never changes.
@@ -117,6 +120,7 @@ class Run:
     full_bytes: float
     plan_bytes: float
     train: np.ndarray
+    measured: dict[str, np.ndarray]
     share: float
     evaluations: tuple[dict[str, float], ...]
     switches: tuple[tuple[int, tuple[str, ...]], ...]
@@ -132,6 +136,12 @@ class Run:
         """The last that the metrics know; 0 if there is none."""
         steps = [*self.train[-1:, 0].tolist(), *[row["step"] for row in self.evaluations[-1:]]]
         return int(max(steps, default=0))
+
+    @property
+    def measures(self) -> list[str]:
+        """Names of metrics, of steps or evaluations, and of learning rates."""
+        found = dict.fromkeys(name for row in self.evaluations for name in row) | dict.fromkeys(self.measured)
+        return [name for name in found if name not in _NO_MEASURES]
 
     @property
     def planned_steps(self) -> int | None:
@@ -252,6 +262,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str) -> Run:
     plan = _plan(folder / "plan.json")
     train: dict[int, tuple[float, float, float]] = {}
+    measured: dict[str, dict[int, float]] = {}
     shares: dict[int, float] = {}
     evaluations: dict[int, dict[str, float]] = {}
     switches: dict[int, tuple[str, ...]] = {}
@@ -263,6 +274,9 @@ def _read(folder: Path, name: str) -> Run:
         elif split == "train":
             train[step] = (step, _number(row.get("loss")), _number(row.get("nic_bytes")))
             shares[step] = _number(row.get("wire_share"))
+            for key in row.keys() - _NO_MEASURES:
+                if key in measured or len(measured) < _MEASURES:
+                    measured.setdefault(key, {})[step] = _number(row[key])
         elif split == "eval":
             evaluations[step] = {key: _number(value) for key, value in row.items() if key != "split"}
         elif split == "plan" and isinstance(row.get("units"), list):
@@ -284,6 +298,9 @@ def _read(folder: Path, name: str) -> Run:
         full_bytes=_number(plan.get("full_nic_bytes_per_step")),
         plan_bytes=_number(plan.get("nic_bytes_per_step")),
         train=np.array([train[step] for step in sorted(train)], np.float64).reshape(-1, 3),
+        measured={
+            key: np.array(sorted(values.items()), np.float64).reshape(-1, 2) for key, values in sorted(measured.items())
+        },
         share=shares[max(shares)] if shares else math.nan,
         evaluations=tuple(evaluations[step] for step in sorted(evaluations)),
         switches=tuple((step, switches[step]) for step in sorted(switches)),

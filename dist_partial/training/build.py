@@ -226,7 +226,14 @@ def _divided(
     return plan, tuple(units), notes
 
 
-def restore(trainer: Trainer, folder: Path, say: Callable[[str], None], may_differ: Collection[str] = ()) -> TrainState:
+def restore(
+    trainer: Trainer,
+    folder: Path,
+    say: Callable[[str], None],
+    may_differ: Collection[str] = (),
+    place: str = "checkpoints",
+    at_most: int | None = None,
+) -> TrainState:
     """Restores the newest checkpoint of the folder that every worker can read, if there is one; all call it.
 
     Args:
@@ -234,6 +241,8 @@ def restore(trainer: Trainer, folder: Path, say: Callable[[str], None], may_diff
         folder: the run folder.
         say: takes a line of text.
         may_differ: for `fingerprints.check_run`.
+        place: where in the folder the checkpoints are.
+        at_most: the newest step that may be restored; None is any.
 
     Returns:
         The state from which to go on: that before the first step, without `checkpoint`, if there is none.
@@ -242,7 +251,7 @@ def restore(trainer: Trainer, folder: Path, say: Callable[[str], None], may_diff
         UserError: the folder belongs to another run, or is damaged.
     """
     known = fingerprints.check_run(folder, trainer.fingerprint, may_differ)
-    checkpoint = checkpoints.newest(folder / "checkpoints", say) if known else None
+    checkpoint = checkpoints.newest(folder / place, say, at_most) if known else None
     backend = trainer.replicas.backend
     while len(set(steps := consistency.everyone(backend, checkpoint.step if checkpoint else 0))) > 1:
         least = min(steps)
@@ -253,7 +262,7 @@ def restore(trainer: Trainer, folder: Path, say: Callable[[str], None], may_diff
                 "folder, on a disk that they share"
             )
         if checkpoint is not None and checkpoint.step > least:  # another worker cannot read it
-            checkpoint = checkpoints.newest(folder / "checkpoints", say, least)
+            checkpoint = checkpoints.newest(folder / place, say, least)
     state = trainer.state()
     if checkpoint is None:
         return state

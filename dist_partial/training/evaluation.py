@@ -18,8 +18,9 @@ from dist_partial.step.evaluation_step import EvaluationSpec, evaluation_step
 from dist_partial.step.layer_state import untouched
 from dist_partial.step.objective import Objective
 from dist_partial.training.build import Trainer
-from dist_partial.training.events import Every
+from dist_partial.training.events import Every, Saving
 from dist_partial.training.failures import connected, explained
+from dist_partial.training.judge import Judge
 from dist_partial.training.metric_writer import MetricWriter
 from dist_partial.training.run_folder import held
 from dist_partial.training.state import TrainState
@@ -86,19 +87,30 @@ class Evaluation:
 
 def make_up(trainer: Trainer, folder: Path, state: TrainState) -> TrainState:
     """Makes the evaluation that the restored checkpoint owes, if it is still due, and notes it in the checkpoint."""
+    if state.evaluated:
+        return state
     settings, active = trainer.settings, trainer.replicas.is_chief
     trainer.replicas.say(f"step {state.step}: making up the evaluation that failed")
     evaluate = Evaluation(trainer)
     if not evaluate.due(state.step):  # by settings that have changed since
         return state
-    with held(folder, active), MetricWriter(folder, state.step, settings.steps, state.sent, active, False) as writer:
-        evaluate(state, writer)
+    judge = Judge(trainer, state)
+    with (
+        held(folder, active),
+        MetricWriter(folder, state.step, settings.steps, state.sent, active, False) as writer,
+        judge.training(),
+    ):
+        better = judge.evaluated(state.step, evaluate(state, writer))
+        state = dataclasses.replace(state, evaluated=True, judged=judge.to_json())
+        if better:
+            Saving(trainer, folder, state).best(state)
         if active:
             checkpoint = checkpoints.newest(folder / "checkpoints", lambda _: None, state.step)
             assert checkpoint is not None
             metadata = {name: value for name, value in checkpoint.metadata.items() if name != "evaluated"}
+            metadata |= {"judged": state.judged}
             checkpoints.save(folder / "checkpoints", state.step, checkpoint.arrays, metadata, settings.keep)
-    return dataclasses.replace(state, evaluated=True)
+    return state
 
 
 def prepare_evaluation(

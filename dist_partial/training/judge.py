@@ -1,6 +1,7 @@
 """What follows from evaluations: the best checkpoint, Keras's callbacks, and an early end of the run."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,10 @@ from dist_partial.validation import nearest
 
 # These write files, and would write the same on every worker.
 _WRITERS = (keras.callbacks.ModelCheckpoint, keras.callbacks.CSVLogger, keras.callbacks.TensorBoard)
+_REFUSED = {
+    keras.callbacks.BackupAndRestore: "the run folder goes on by itself",
+    keras.callbacks.SwapEMAWeights: "the averages of use_ema become the weights at the end of the run",
+}
 # Keras changes its sign when it first compares, which it does again after a stop.
 _NOT_KEPT = {"min_delta"}
 _KEPT = (bool, int, float, str, type(None))
@@ -24,7 +29,7 @@ class Judge:
 
     An evaluation ends an epoch of the callbacks, and a call of the compiled step is their batch. All workers call all
     callbacks, but those of Keras that write files, which the first worker calls; what callbacks set on the first worker
-    (learning rates, a stop) holds on all.
+    (learning rates, a stop) holds on all. A checkpoint keeps what callbacks hold in numbers and texts.
 
     Attributes:
         reason: why the run stops early; empty if it does not.
@@ -34,48 +39,75 @@ class Judge:
         state: with which the run begins.
 
     Raises:
-        UserError: a callback is none, or one that cannot work here.
+        UserError: a callback is none, or one that cannot work here, or `run.best` or what a callback monitors is none
+            of the numbers of an evaluation.
     """
 
     def __init__(self, trainer: Trainer, state: TrainState) -> None:
         self._trainer, self._settings = trainer, trainer.settings
-        kept = state.judged or {}
+        objective = trainer.objective
+        sizes = [objective.size(training) for training in (True, False)]
+        own, held_out = (
+            ["loss", *objective.results(np.zeros(size), training)]
+            for size, training in zip(sizes, (True, False), strict=True)
+        )
+        _check(self._settings.callbacks, [*own, *(f"val_{name}" for name in held_out), "learning_rate"])
+        best = self._settings.best
+        if best is not None and best not in held_out:
+            raise UserError(
+                f"run.best is {best!r}, which is no number of an evaluation{nearest(best, held_out, always=True)}"
+            )
+        self._kept = kept = state.judged or {}
         self.reason: str = kept.get("stopped", "")
-        self._best: dict[str, Any] = kept.get("best", {})
+        found = kept.get("best", {})
+        self._best: dict[str, Any] = found if found.get("name") == best else {}  # run.best may change
         self._epoch: int = kept.get("epoch", 0)
-        size = trainer.objective.size(training=True)
         # Steps of the epoch so far, and the sums of their losses and of what they add to the metrics.
-        self._sums = np.array(kept.get("sums", [0.0] * (2 + size)))
-        self._states: list[dict[str, Any]] = kept.get("callbacks", [])
+        self._sums = np.array(kept.get("sums", [0.0] * (2 + sizes[0])))
+        if len(self._sums) != 2 + sizes[0]:  # other metrics are bound by now
+            self._sums = np.zeros(2 + sizes[0])
         self._callbacks = [each for each in self._settings.callbacks if trainer.replicas.is_chief or not _writes(each)]
-        _check(self._settings.callbacks)
+        self._new: list[dict[str, Any]] = []  # what the callbacks hold at the beginning of a run
+        self._stopper = ""
 
     def to_json(self) -> dict[str, Any]:
         """What a run needs to go on exactly from here, as JSON values."""
-        states = [
-            {name: _plain(value) for name, value in vars(each).items() if isinstance(_plain(value), _KEPT)}
-            for each in self._settings.callbacks
-        ]
-        states = [{name: value for name, value in each.items() if name not in _NOT_KEPT} for each in states]
-        content = {"epoch": self._epoch, "sums": self._sums.tolist(), "callbacks": states, "best": self._best}
+        content: dict[str, Any] = {"epoch": self._epoch, "sums": self._sums.tolist(), "best": dict(self._best)}
+        if self._settings.callbacks:
+            content["callbacks"] = [
+                # What is as at the beginning may be changed between two starts, such as the patience.
+                [type(each).__name__, {name: value for name, value in _values(each).items() if new.get(name) != value}]
+                for each, new in zip(self._settings.callbacks, self._new, strict=True)
+            ]
+            content["rates"] = [float(each.learning_rate) if _is_settable(each) else None for each in self._optimizers]
         return content | ({"stopped": self.reason} if self.reason else {})
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Tells the callbacks of the beginning and the end of the run."""
         model = self._trainer.model
-        model.optimizer = _Optimizers([group.optimizer for group in self._trainer.optimizers])
         model.stop_training = False
         for each in self._callbacks:
             each.set_model(model)
             each.set_params({"epochs": None, "steps": None, "verbose": 0})
         self._call("on_train_begin")
-        for each, kept in zip(self._settings.callbacks, self._states, strict=False):
-            for name, value in kept.items():
-                setattr(each, name, value)
+        self._new = [_values(each) for each in self._settings.callbacks]
         self._call("on_epoch_begin", self._epoch)
+        # A run that goes on has begun this epoch before.
+        callbacks = zip(self._settings.callbacks, self._new, self._kept.get("callbacks", []), strict=False)
+        for each, new, (name, kept) in callbacks:
+            for attribute, value in (new | kept).items() if name == type(each).__name__ else ():
+                setattr(each, attribute, value)
+        for optimizer, rate in zip(self._optimizers, self._kept.get("rates", []), strict=False):
+            if rate is not None and _is_settable(optimizer):
+                optimizer.learning_rate = rate
         yield
         self._call("on_train_end")
+        model.optimizer = None
+
+    def begin_steps(self) -> None:
+        """Notes that the next call of the compiled step begins."""
+        self._call("on_train_batch_begin", int(self._sums[0]))
 
     def made_steps(self, losses: np.ndarray, sums: np.ndarray, results: Sequence[Mapping[str, float]]) -> None:
         """Takes what consecutive steps gave: losses [steps], what they add to the metrics [steps, numbers], results."""
@@ -90,15 +122,11 @@ class Judge:
 
     def stop(self) -> None:
         """Notes that a callback has ended the run."""
-        self.reason = self.reason or "a callback has stopped it"
+        self.reason = self.reason or f"{self._stopper or 'a callback'} has stopped it"
 
     def evaluated(self, step: int, held_out: Mapping[str, float]) -> bool:
-        """Takes an evaluation; all workers call it with the same; returns whether it is the best so far.
-
-        Raises:
-            UserError: `run.best` is none of its numbers.
-        """
-        if self._callbacks:
+        """Takes an evaluation; all workers call it with the same; returns whether it is the best so far."""
+        if self._settings.callbacks:  # of which this worker may have none to call
             steps, loss, *metrics = self._sums.tolist()
             own = {"loss": loss / max(steps, 1), **self._trainer.objective.results(np.array(metrics), training=True)}
             own |= {f"val_{name}": value for name, value in held_out.items() if name != "examples"}
@@ -115,13 +143,12 @@ class Judge:
 
     def _is_better(self, step: int, held_out: Mapping[str, float]) -> bool:
         name, patience = str(self._settings.best), self._settings.patience
-        if name not in held_out or name == "examples":
-            known = [each for each in held_out if each != "examples"]
-            raise UserError(f"run.best = {name!r} is no number of an evaluation{nearest(name, known, always=True)}")
-        value = held_out[name]
         sign = -1 if self._trainer.objective.grows(name) else 1
+        value = held_out[name]
+        if math.isnan(value):  # which nothing would be better than
+            value = sign * math.inf
         if not self._best or sign * value < sign * self._best["value"]:
-            self._best = {"step": step, "value": value, "waited": 0}
+            self._best = {"name": name, "step": step, "value": value, "waited": 0}
             return True
         self._best["waited"] += 1
         if patience is not None and self._best["waited"] >= patience:
@@ -131,23 +158,34 @@ class Judge:
     def _agree(self) -> None:
         """Has all workers do what the callbacks of the first have set."""
         replicas, model = self._trainer.replicas, self._trainer.model
-        optimizers = [each for each in model.optimizer.optimizers if _is_settable(each)]
+        if replicas.workers == 1:
+            return
+        optimizers = [each for each in self._optimizers if _is_settable(each)]
         own = [float(model.stop_training), *(float(each.learning_rate) for each in optimizers)]
-        if replicas.workers > 1:
-            stop, *rates = replicas.sum(np.array(own if replicas.is_chief else [0.0] * len(own))).tolist()
-            model.stop_training = bool(stop)
-            for each, rate, before in zip(optimizers, rates, own[1:], strict=True):
-                if rate != before:
-                    each.learning_rate = rate
+        stop, *rates = replicas.sum(np.array(own if replicas.is_chief else [0.0] * len(own))).tolist()
+        model.stop_training = bool(stop)
+        for each, rate, before in zip(optimizers, rates, own[1:], strict=True):
+            if rate != before:
+                each.learning_rate = rate
+
+    @property
+    def _optimizers(self) -> list[keras.optimizers.Optimizer]:
+        """Those of this moment: a schedule may make others."""
+        return [group.optimizer for group in self._trainer.optimizers]
 
     def _call(self, name: str, *arguments: Any) -> None:
-        with calling("run.callbacks"):
-            for each in self._callbacks:
+        model = self._trainer.model
+        for each in self._callbacks:
+            optimizers = self._optimizers
+            model.optimizer = optimizers[0] if len(optimizers) == 1 else _Optimizers(optimizers)
+            with calling("run.callbacks"):
                 getattr(each, name)(*arguments)
+            if model.stop_training and not self._stopper:
+                self._stopper = type(each).__name__
 
 
 class _Optimizers:
-    """Shows the optimizers of a run to callbacks as `model.optimizer`."""
+    """Shows several optimizers to callbacks as `model.optimizer`; Keras's own set the rate of each."""
 
     def __init__(self, optimizers: Sequence[keras.optimizers.Optimizer]) -> None:
         self.optimizers = list(optimizers)
@@ -188,19 +226,30 @@ def _writes(callback: Any) -> bool:
     return isinstance(callback, _WRITERS)
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
+def _values(callback: Any) -> dict[str, Any]:
+    """What a callback holds in numbers, texts and None, which a checkpoint keeps."""
+    found = {name: value.item() if isinstance(value, np.generic) else value for name, value in vars(callback).items()}
+    return {name: value for name, value in found.items() if isinstance(value, _KEPT) and name not in _NOT_KEPT}
 
 
-def _check(callbacks: Sequence[Any]) -> None:
+def _check(callbacks: Sequence[Any], names: Sequence[str]) -> None:
     for each in callbacks:
         name = type(each).__name__
         if not isinstance(each, keras.callbacks.Callback):
             raise UserError(f"run.callbacks has a {name}: give Keras callbacks, such as @keras.callbacks.CSVLogger()")
-        if isinstance(each, keras.callbacks.BackupAndRestore):
-            raise UserError(f"run.callbacks has {name}: the run folder goes on by itself; leave it out")
+        for kind, words in _REFUSED.items():
+            if isinstance(each, kind):
+                raise UserError(f"run.callbacks has {name}: {words}; leave it out")
         if getattr(each, "restore_best_weights", False):
             raise UserError(
                 f"run.callbacks has {name} with restore_best_weights, which a checkpoint does not hold: bind run.best "
                 "and run.patience, and export with --step=best"
+            )
+        monitor = getattr(each, "monitor", None)
+        # Other callbacks may add numbers of their own.
+        of_keras = all(type(one).__module__.startswith("keras.") for one in callbacks)
+        if of_keras and isinstance(monitor, str) and monitor not in names:
+            raise UserError(
+                f"run.callbacks has {name} with monitor={monitor!r}, which is no number of this run"
+                f"{nearest(monitor, names, always=True)}"
             )

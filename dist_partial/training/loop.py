@@ -82,8 +82,6 @@ def run(
                 _after_steps(state, writer, evaluate, save, stop, judge)
                 if not (stop.due(state.step) or judge.reason):
                     _enter(runner, state.step)
-            if judge.reason:
-                writer.say(f"stopped at step {state.step} of {settings.steps}: {judge.reason}")
         replicas.finish()  # none ends before the last checkpoint is written
         if stop.interrupted and state.step < settings.steps:
             stop(state, folder)
@@ -92,8 +90,7 @@ def run(
 def _restored(trainer: Trainer, folder: Path) -> TrainState:
     """Restores the newest checkpoint, makes up the evaluation that it owes, and says that the run goes on."""
     state = restore(trainer, folder, trainer.replicas.say)
-    if not state.evaluated:
-        state = evaluation.make_up(trainer, folder, state)
+    state = evaluation.make_up(trainer, folder, state)
     if state.checkpoint:
         trainer.replicas.say(events.going_on(state, folder, trainer.settings.steps))
     return state
@@ -118,6 +115,7 @@ def _advance(
     """Makes `count` steps and the exchanges that follow, and records them; returns the state after them."""
     trainer, phase, done = runner.trainer, runner.phase, state.step + count
     save, stop, judge = followers
+    judge.begin_steps()
     save.meter.start()
     result = runner.advance(count)
     each = traffic.sent_each(phase.sent, trainer.plan, steps=1)
@@ -163,6 +161,7 @@ def _after_steps(
     trainer = evaluate.trainer
     if state.step >= trainer.settings.steps:
         finalize(trainer.replicas.strategy, trainer.optimizers)
+    judged = judge.to_json()
     try:
         if evaluate.due(state.step) or judge.reason:
             better = judge.evaluated(state.step, evaluate(state, writer))
@@ -172,9 +171,10 @@ def _after_steps(
     except BaseException:
         if to_save:
             with contextlib.suppress(Ending):  # what differs between workers cannot be had without the others
-                save(dataclasses.replace(state, evaluated=False), writer)
+                save(dataclasses.replace(state, evaluated=False, judged=judged), writer)
         raise
     if judge.reason:
+        writer.say(f"stopped at step {state.step} of {trainer.settings.steps}: {judge.reason}")
         finalize(trainer.replicas.strategy, trainer.optimizers)
     if to_save or judge.reason:
         save(dataclasses.replace(state, judged=judge.to_json()), writer)

@@ -16,6 +16,11 @@ from dist_partial.files import write_atomically, write_json, write_text, writing
 from dist_partial.selection.plan import Plan
 from dist_partial.selection.table import grouped
 
+_SPLITS = ("train", "eval")
+# The steps, and what never changes or is only another measure of what is charted.
+_NOT_CHARTED = {"step", "examples", "wire_bytes", "wire_share", "wire_bytes_per_step", "nic_bytes_per_step"}
+_BYTES = {"nic_bytes"}  # an evaluation sends none
+
 
 class MetricWriter:
     """Writes what happens in a run to its folder and to the terminal.
@@ -54,14 +59,17 @@ class MetricWriter:
         self._steps = steps
         self._active = active
         self._configured = False
-        self._board = tf.summary.create_noop_writer()
+        self._boards = {split: tf.summary.create_noop_writer() for split in _SPLITS}
         if active:
             with _writing(folder):
                 for name in ("metrics.jsonl", "samples.jsonl"):
                     _keep_until(folder / name, step, evaluated)
-                for path in [] if step else (folder / "tensorboard").glob("events.out.tfevents.*"):
+                for path in [] if step else (folder / "tensorboard").rglob("events.out.tfevents.*"):
                     path.unlink()
-                self._board = tf.summary.create_file_writer(str(folder / "tensorboard"))
+                # Values of one name from two folders share a chart.
+                self._boards = {
+                    split: tf.summary.create_file_writer(str(folder / "tensorboard" / split)) for split in _SPLITS
+                }
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not active)
 
     def __enter__(self) -> "MetricWriter":
@@ -70,7 +78,8 @@ class MetricWriter:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
         with _writing(self._folder):
-            self._board.close()
+            for board in self._boards.values():
+                board.close()
 
     def train(
         self,
@@ -102,7 +111,10 @@ class MetricWriter:
         self._sent = sent[-1]
         size = tqdm.format_sizeof(now / len(rows), "B")
         values = {"loss": losses[-1], **(metrics[-1] if metrics else {})}
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        shown = ", ".join(
+            f"{name} {value:.3g}" if name.startswith("learning_rate") else f"{name} {value:.3f}"
+            for name, value in values.items()
+        )
         self._bar.set_postfix_str(f"{shown}, {size}/step at the interface ({now / full:.2%})")
 
     def evaluation(self, step: int, metrics: dict[str, float], sent: np.ndarray) -> None:
@@ -125,7 +137,7 @@ class MetricWriter:
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         """Records sampled texts: `{"step", "temperature", "prompt", "text"}`."""
         self._append("samples.jsonl", rows)
-        with _writing(self._folder), self._board.as_default():
+        with _writing(self._folder), self._boards["eval"].as_default():
             for i, row in enumerate(rows):
                 text = f"temperature {row['temperature']}\n\n```\n{row['prompt']}{row['text']}\n```"
                 tf.summary.text(f"samples/{i}", text, step=row["step"])
@@ -167,13 +179,14 @@ class MetricWriter:
 
     def _record(self, rows: Sequence[dict[str, Any]]) -> None:
         self._append("metrics.jsonl", rows)
-        with _writing(self._folder), self._board.as_default():
+        with _writing(self._folder):
             for row in rows:
-                values = {name: value for name, value in row.items() if isinstance(value, (int, float))}
-                for name, value in values.items():
-                    if name == "step":
-                        continue
-                    tf.summary.scalar(f"{row['split']}/{name}", value, step=row["step"])
+                # A switch of a schedule is about the steps that follow it.
+                split, left_out = ("eval", _NOT_CHARTED | _BYTES) if row["split"] == "eval" else ("train", _NOT_CHARTED)
+                with self._boards[split].as_default():
+                    for name, value in row.items():
+                        if isinstance(value, (int, float)) and name not in left_out:
+                            tf.summary.scalar(name, value, step=row["step"])
 
     def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         if not self._active:

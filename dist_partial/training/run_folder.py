@@ -10,6 +10,9 @@ from dist_partial.selection.plan import Plan
 from dist_partial.selection.table import plan_table
 from dist_partial.training.build import Trainer
 
+_WRITTEN: tuple[str, ...] = ("checkpoints", "best", "tensorboard", "tensorboard/train", "tensorboard/eval")
+_WRITTEN += ("metrics.jsonl", "samples.jsonl")
+
 
 @contextlib.contextmanager
 def held(folder: Path, active: bool) -> Iterator[None]:
@@ -20,7 +23,7 @@ def held(folder: Path, active: bool) -> Iterator[None]:
     """
     with locked(folder) if active else contextlib.nullcontext():
         if active:  # whatever else is written there replaces what has its name
-            refuse_links(*(folder / name for name in ("checkpoints", "tensorboard", "metrics.jsonl", "samples.jsonl")))
+            refuse_links(*(folder / name for name in _WRITTEN))
         yield
 
 

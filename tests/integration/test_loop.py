@@ -79,12 +79,19 @@ def test_tensorboard_has_the_same_scalars(letters, tmp_path):
 
     folder = tmp_path / "run"
     assert start(letters, folder) == 0
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0}).Reload()
-    for split, name in [("train", "loss"), ("train", "wire_bytes"), ("eval", "loss"), ("eval", "accuracy")]:
-        written = [(r["step"], r[name]) for r in rows(folder / "metrics.jsonl") if r["split"] == split]
-        shown = [(e.step, float(tf.make_ndarray(e.tensor_proto))) for e in events.Tensors(f"{split}/{name}")]
-        np.testing.assert_allclose(shown, written)
-    assert len(events.Tensors("samples/0")) == 2
+    boards = {}
+    for split in ("train", "eval"):
+        events = EventAccumulator(str(folder / "tensorboard" / split), size_guidance={"tensors": 0}).Reload()
+        boards[split] = events
+        written = [row for row in rows(folder / "metrics.jsonl") if row["split"] == split]
+        # The same names in both, so that TensorBoard draws them in one chart; nothing that never changes.
+        names = {"loss", "accuracy", "bits_per_byte"} if split == "eval" else {"loss", "learning_rate", "gradient_norm"}
+        tags = {tag for tag in events.Tags()["tensors"] if not tag.startswith("samples/")}
+        assert tags == names | ({"nic_bytes"} if split == "train" else set())
+        for name in tags:
+            shown = [(e.step, float(tf.make_ndarray(e.tensor_proto))) for e in events.Tensors(name)]
+            np.testing.assert_allclose(shown, [(row["step"], row[name]) for row in written], rtol=1e-6)
+    assert len(boards["eval"].Tensors("samples/0")) == 2
 
 
 @pytest.mark.parametrize(
@@ -141,7 +148,10 @@ def test_a_folder_has_one_run_at_a_time(letters, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", quick([".lock", "metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard"], "metrics.jsonl")
+    "name",
+    quick(
+        [".lock", "metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard", "tensorboard/eval"], "metrics.jsonl"
+    ),
 )
 def test_nothing_in_a_run_folder_is_written_through_a_link(name, letters, tmp_path, capsys):
     run, mine = tmp_path / "run", tmp_path / "mine"
@@ -212,7 +222,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(letters,
     assert_same_run(whole, killed, 6)
     assert [row["step"] for row in rows(killed / "metrics.jsonl") if row["split"] == "eval"] == [0, 6]
     assert [row["step"] for row in rows(killed / "samples.jsonl")] == [0, 6]
-    assert len(list((killed / "tensorboard").iterdir())) == 1
+    assert len(list((killed / "tensorboard").rglob("events*"))) == 2  # of training and of evaluation
 
 
 @pytest.mark.slow

@@ -136,6 +136,27 @@ def test_numbers_of_a_run(tmp_path):
     assert strip.spans == ((0, 60, 120 / 150),)
 
 
+def test_every_metric_and_the_learning_rate_are_drawn(tmp_path):
+    """Of steps and of evaluations in one plot; of a run that lacks one, the others."""
+    rows = [
+        {"step": step, "split": "train", "loss": 1.0, "learning_rate": 0.1 / step, "auc": 0.5 if step % 2 else None}
+        for step in range(61, 81)
+    ]
+    rows += [{"step": 80, "split": "eval", "loss": 1.0, "auc": 0.75, "f1_score_0": 0.25, "examples": 11}]
+    runs_of = runs.read([write_run(tmp_path / "one", before=rows), write_run(tmp_path / "other")])
+    assert set(runs_of[0].measures) == {"auc", "f1_score_0", "accuracy", "bits_per_byte", "learning_rate"}
+    np.testing.assert_array_equal(runs_of[0].measured["learning_rate"][:, 0], range(61, 81))
+    assert np.isfinite(runs_of[0].measured["auc"][:, 1]).sum() == 10
+    titles = {figure.title: figure for figure in page.figures(runs_of)}
+    assert {"Auc", "F1 score 0", "Accuracy", "Learning rate"} <= titles.keys()
+    assert titles["Learning rate"].note == "Of each step."
+    assert titles["Auc"].note.endswith("Marked: held-out.")
+    text = report(tmp_path, tmp_path / "one", tmp_path / "other")
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    assert "Gradient norm" not in titles
+
+
 def test_curves_are_binned_as_by_hand():
     rng = np.random.default_rng(0)
     x, y = np.arange(1.0, 1002), rng.normal(size=1001)
