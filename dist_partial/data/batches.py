@@ -176,7 +176,17 @@ def some_targets(source: Source) -> Any:
         return None
     if isinstance(source, ArraySource) and sum(array.nbytes for array in tf.nest.flatten(source.y)) <= 2**30:
         return source.y
-    return fetch(source, np.unique(np.linspace(0, len(source) - 1, 64).astype(np.int64)))[1]
+    return fetch(source, looks(source))[1]
+
+
+def looks(source: Source) -> np.ndarray:
+    """Chooses up to 64 examples from all over a source, to look at before a run: int64 [n].
+
+    Examples:
+        >>> looks(ArraySource(np.zeros([3, 1], np.float32), np.array([5, 6, 7]))).tolist()
+        [0, 1, 2]
+    """
+    return np.unique(np.linspace(0, len(source) - 1, 64).astype(np.int64))
 
 
 def fetched(source: Source, indices: tf.Tensor) -> tuple[Any, ...]:
@@ -216,9 +226,11 @@ def fetch(source: Source, indices: np.ndarray) -> tuple[Any, ...]:
         dist_partial.errors.UserError: Halves.fetch gives [float64 (1,), float32 (1,)] for the examples 1, and its ...
     """
     with calling("run.data"):
-        found = source.fetch(indices)
-        arrays = tuple(found) if isinstance(found, list) else found
-        want = tf.nest.map_structure(lambda one: f"{one.dtype.name} {(len(indices), *one.shape)}", source.spec)
+        arrays, spec = source.fetch(indices), source.spec
+    if _fits(arrays, spec, len(indices)):
+        return without_lists(arrays)
+    arrays = tuple(arrays) if isinstance(arrays, list) else arrays
+    want = tf.nest.map_structure(lambda one: f"{one.dtype.name} {(len(indices), *one.shape)}", spec)
     have = _described(arrays)
     if want == have:
         return without_lists(arrays)
@@ -229,6 +241,19 @@ def fetch(source: Source, indices: np.ndarray) -> tuple[Any, ...]:
     )
 
 
+def _fits(found: Any, spec: Any, count: int) -> bool:
+    """Whether NumPy arrays are those of a spec; by hand, for it is called for each batch."""
+    if isinstance(spec, tf.TensorSpec):
+        if not isinstance(found, np.ndarray) or found.shape != (count, *spec.shape.as_list()):
+            return False
+        return found.dtype == spec.dtype.as_numpy_dtype or (spec.dtype == tf.string and found.dtype.kind in "OSU")
+    if isinstance(spec, dict):
+        same = isinstance(found, dict) and found.keys() == spec.keys()
+        return same and all(_fits(found[name], spec[name], count) for name in spec)
+    same = isinstance(found, (tuple, list)) and len(found) == len(spec)
+    return same and all(_fits(one, its, count) for one, its in zip(found, spec, strict=True))
+
+
 def without_lists(nest: Any) -> Any:
     """Replaces the lists of a nest by tuples, for tf.data would make one tensor of a list.
 
@@ -236,6 +261,8 @@ def without_lists(nest: Any) -> Any:
         >>> without_lists(([1, 2], {"a": [3]}))
         ((1, 2), {'a': (3,)})
     """
+    if isinstance(nest, tuple) and not any(isinstance(part, (dict, list, tuple)) for part in nest):
+        return nest
     return keras.tree.lists_to_tuples(nest)
 
 

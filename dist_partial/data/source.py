@@ -1,5 +1,6 @@
 """What a data set is: examples that are fetched by index."""
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -135,11 +136,11 @@ class ArraySource:
                 f"{self.y.shape[:1]}, or one a target {self.y.shape}, of which the last axes may be left out"
             )
 
-    @property
+    @functools.cached_property
     def _arrays(self) -> tuple[Any, ...]:
         return tuple(each for each in (self.x, self.y, self.weight) if each is not None)
 
-    @property
+    @functools.cached_property
     def spec(self) -> tuple[Any, ...]:
         """(x,), (x, y) or (x, y, weight) of one example."""
         return tf.nest.map_structure(
@@ -152,7 +153,13 @@ class ArraySource:
 
     def fetch(self, indices: np.ndarray) -> tuple[Any, ...]:
         """Rows `indices`, int64 [b], of every array."""
-        return tf.nest.map_structure(lambda array: array[indices], self._arrays)
+        return tuple(_rows(arrays, indices) for arrays in self._arrays)
+
+
+def _rows(arrays: Any, indices: np.ndarray) -> Any:
+    if isinstance(arrays, np.ndarray):  # by far the most frequent, and called for each batch
+        return arrays[indices]
+    return tf.nest.map_structure(lambda array: array[indices], arrays)
 
 
 @dataclass(frozen=True, eq=False)

@@ -155,6 +155,8 @@ def _checked(optimizer: Any, strategy: tf.distribute.Strategy) -> keras.optimize
     if inner.built:
         raise UserError(f"{where} has slots for other variables already: pass a new one")
     optimizers.check(where, inner)
+    if inner.use_ema:
+        raise UserError(f"{where} averages weights (use_ema), which dist_partial.train alone does: leave out use_ema")
     if compat.strategy_of(inner) is not strategy:
         raise UserError(f"{where} was made outside the model's strategy: make both inside the same strategy.scope()")
     return inner

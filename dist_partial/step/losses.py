@@ -110,7 +110,7 @@ class DividedLoss(keras.losses.Loss):
             return None
         if not (tf.is_tensor(y_true) and tf.is_tensor(y_pred)) or compat.mask(y_pred) is not None:
             return None
-        values = self.elements(y_true, y_pred)
+        values = self._values(y_true, y_pred)
         size = values.shape.num_elements() if tf.is_tensor(values) and values.shape.rank else None
         return tf.reduce_sum(values) / size if size and compat.mask(values) is None else None
 
@@ -150,7 +150,10 @@ class DividedLoss(keras.losses.Loss):
 
     def elements(self, y_true: Any, y_pred: Any) -> Any:
         """Computes the losses that `__call__` reduces."""
-        y_true, y_pred = (keras.ops.convert_to_tensor(v, dtype=self.dtype) for v in (y_true, self._logits(y_pred)))
+        return self._values(y_true, self._logits(y_pred))
+
+    def _values(self, y_true: Any, y_pred: Any) -> Any:
+        y_true, y_pred = (keras.ops.convert_to_tensor(each, dtype=self.dtype) for each in (y_true, y_pred))
         return self.inner.call(y_true, y_pred)
 
     def get_config(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import tensorflow as tf
 from dist_partial import compat
 from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings, cross_entropy
-from dist_partial.data import Dataset, fetch, some_targets
+from dist_partial.data import Dataset, fetch, looks, some_targets
 from dist_partial.distributed import consistency
 from dist_partial.distributed.per_replica import local_count
 from dist_partial.distributed.replicas import Replicas
@@ -80,7 +80,7 @@ def _tried(model: keras.Model, data: Dataset) -> tuple[Batch, Any]:
     for _ in range(2):  # there are models whose outputs have the number of examples as another size
         while count in sizes and not fixed:
             count += 1
-        batch = tf.nest.map_structure(tf.constant, fetch(data.train, np.arange(count) % len(data.train)))
+        batch = tf.nest.map_structure(tf.constant, fetch(data.train, np.resize(looks(data.train), count)))
         outputs = model(batch[0], training=False)
         sizes |= {size for output in tf.nest.flatten(outputs) for size in output.shape[1:]}
         if fixed or count not in sizes:

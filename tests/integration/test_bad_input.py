@@ -92,7 +92,7 @@ PARAMS = {
     ),
     "unknown loss": (["run.loss='mean_square'"], ["run.loss", "no loss 'mean_square'"]),
     "metric of another kind": (["run.metrics=[5]"], ["run.metrics has a int", "'accuracy'"]),
-    "unknown metric": (["run.metrics=['acuracy']"], ["run.loss or run.metrics", "acuracy"]),
+    "unknown metric": (["run.metrics=['acuracy']"], ["run.metrics", "acuracy"]),
     "metric that keeps a maximum": (["run.metrics=[@user_module.Largest]"], ["run.metrics: 'largest'", "add them up"]),
     "weights of no classes": (["run.class_weight=[1.0, 2.0]"], ["run.class_weight is [1.0, 2.0]", "{0: 1.0, 1: 5.0}"]),
     "classes of several targets": (

@@ -79,7 +79,9 @@ def test_layers_that_a_module_holds_keep_their_numbers(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / "c.gin"
-    file.write_text("import holding\nrun.model = @holding.model\nrun.data = @stdlib_shapes\nrun.rules = []\n")
+    file.write_text(
+        "import holding\nrun.model = @holding.model\nrun.data = @stdlib_shapes\nrun.rules = [('train', '.*')]\n"
+    )
     keras.layers.Dense(1)
     for _ in range(2):
         factory = gin_files.load([file]).settings.model
