@@ -70,8 +70,10 @@ class Judge:
         self._new: list[dict[str, Any]] = []  # what the callbacks hold at the beginning of a run
         self._stopper = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """What a run needs to go on exactly from here, as JSON values."""
+    def to_json(self) -> dict[str, Any] | None:
+        """What a run needs to go on exactly from here, as JSON values; None if nothing is judged."""
+        if not self._settings.callbacks and self._settings.best is None:
+            return None
         content: dict[str, Any] = {"epoch": self._epoch, "sums": self._sums.tolist(), "best": dict(self._best)}
         if self._settings.callbacks:
             content["callbacks"] = [

@@ -112,7 +112,7 @@ def test_interface_graph_and_plan_agree(tmp_path):
             assert found["planned_bytes"] == found["counted_bytes"] > 1e6, name
             # A call, after which losses, norms and two flags are summed.
             steps = {"mixed": 2, "byte_budget": 3}.get(name, 4)
-            assert found["metrics_bytes"] == 12 // steps * 4 * (2 * steps + 2)
+            assert found["metrics_bytes"] == 12 // steps * 8 * (2 * steps + 3)
             # With two workers as much as the payload leaves each interface, of a sum and of a gather.
             assert found["expected_nic_bytes"] == found["planned_bytes"] + found["metrics_bytes"]
             assert found["nic_bytes"] == pytest.approx(found["expected_nic_bytes"], rel=0.02), name
