@@ -65,14 +65,13 @@ def replica_sums(spec: EvaluationSpec, batch: Batch, examples: int) -> tf.Tensor
     replica = int(tf.get_static_value(context.replica_id_in_sync_group))
     own = min(max(examples - replica * room, 0), room)
     batch = tf.nest.map_structure(lambda tensor: tensor[: max(own, 1)], batch)
+    outputs_of = functools.partial(model_outputs, spec.model, training=False)
     share, counts = own / examples, None
     if spec.objective.counts and spec.strategy.num_replicas_in_sync > 1:
-        # A pass of its own, as in training: while replicas meet, a layer forgets what it has added to the loss.
-        with keras.StatelessScope():
-            outputs = model_outputs(spec.model, batch[0], False)
-        mine = spec.objective.counted(batch, outputs, False) * (1 if own else 0)
+        mine = spec.objective.counted(batch, outputs_of, False) * (1 if own else 0)
         counts = run_rounds(spec.collectives, [total(mine)])[0]
-    outputs = model_outputs(spec.model, batch[0], False)
+    # After the replicas have met, for a layer forgets then what it has added to the loss.
+    outputs = outputs_of(batch[0])
     loss, changed = spec.objective.loss(batch, outputs, False, share or 1.0, counts)
     spec.objective.assign(changed)
     added = spec.objective.added(batch, outputs, False, changed, share)

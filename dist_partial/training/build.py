@@ -27,15 +27,9 @@ from dist_partial.step.loss_scale import LossScale, needs_loss_scale
 from dist_partial.step.objective import Batch, Objective
 from dist_partial.step.train_step import StepOptions, StepSpec, TrainStep, train_step
 from dist_partial.training import run_fingerprint
-from dist_partial.training.checks import (
-    check_added,
-    check_batch,
-    check_scaled,
-    make_model,
-    make_objective,
-    notes_on,
-    taking,
-)
+from dist_partial.training.checks import check_added, check_batch, check_scaled
+from dist_partial.training.loss_and_metrics import make_objective, notes_on
+from dist_partial.training.model import make_model, taking
 from dist_partial.training.state import TrainState
 
 
