@@ -346,9 +346,9 @@ def forget_compilation(model: Any) -> None:
 
 @contextlib.contextmanager
 def noting_single_values() -> Iterator[set[int]]:
-    """Gives the ids of the metrics that are updated within it by one number for a batch, which Keras counts as one.
+    """Gives the ids of the metrics that are updated within it by one number for a batch, which counts as one.
 
-    Keras 3.15: a `Mean` of numbers of a batch and one of numbers of examples are told apart by what updates them alone.
+    Keras 3.15: a `Mean` over batches differs from one over examples in its calls alone.
     Unnecessary if a metric said which of them it is.
     """
     import keras
