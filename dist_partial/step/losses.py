@@ -225,21 +225,26 @@ def takes_targets(function: Callable[..., Any]) -> bool:
     return len([p for p in parameters if p.kind in kinds and p.default is p.empty]) >= 2
 
 
-def check_divisible(loss: DividedLoss, y: np.ndarray, parts: int) -> None:
-    """Looks whether the loss of a batch is the mean of the losses of its parts, as a batch that is divided needs.
+def is_coupled(loss: DividedLoss, y: np.ndarray) -> bool:
+    """Tells whether the loss of an example depends on the others of its batch: Keras's Circle, contrastive losses.
+
+    Tried on random outputs: the loss of a batch is then something else than the mean of those of its parts.
 
     Args:
         loss: which has been called on some of the model's outputs.
         y: some targets, [n, ...].
-        parts: into how many a batch is divided, among replicas and micro-batches.
 
-    Raises:
-        UserError: it is not (Keras's Circle, contrastive losses), and batches are divided.
+    Examples:
+        >>> loss = DividedLoss(keras.losses.CosineSimilarity(axis=0))
+        >>> y = tf.constant([[1.0], [2.0]])
+        >>> _ = loss(y, y)
+        >>> is_coupled(loss, y.numpy())
+        True
     """
     assert loss.seen is not None
     outputs = loss.seen[1]
-    if parts == 1 or not tf.is_tensor(outputs) or np.prod(outputs.shape[1:]) * 12 > _LARGEST:
-        return
+    if not tf.is_tensor(outputs) or np.prod(outputs.shape[1:]) * 12 > _LARGEST:
+        return False
     rng = np.random.default_rng(0)
     some = tf.constant(y[rng.integers(0, len(y), 12)])
     shape = (12, *outputs.shape[1:])
@@ -250,12 +255,10 @@ def check_divisible(loss: DividedLoss, y: np.ndarray, parts: int) -> None:
             whole = loss_of(loss, [(some, predicted)])
             apart = loss_of(loss, [(some[:6], predicted[:6]), (some[6:], predicted[6:])])
         except (ValueError, TypeError, UserError, tf.errors.OpError):  # it takes no such values, or not so many
-            return
+            return False
         if not np.allclose(whole, apart, rtol=1e-3, equal_nan=True):
-            raise UserError(
-                "run.loss makes of an example what depends on the others of its batch, and a batch is divided into "
-                f"{parts} parts: train it on one replica without run.accumulate, or bind another loss"
-            )
+            return True
+    return False
 
 
 def loss_of(loss: Callable[..., Any], parts: Sequence[tuple[Any, Any]]) -> float:

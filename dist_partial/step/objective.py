@@ -56,11 +56,13 @@ class Objective:
         model: compiled.
         counts: how many of its losses divide by a number that the data decides on, see `losses.Part`.
         measures: its metrics.
+        coupled: whether its loss of an example depends on the others of the batch: it is computed of the whole batch.
     """
 
     model: keras.Model
     counts: int = 0
     measures: Sequence[Measure] = ()
+    coupled: bool = False
 
     def chosen(self, training: bool) -> list[Measure]:
         """The metrics that are computed: in training the cheap ones."""

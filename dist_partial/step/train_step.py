@@ -31,6 +31,7 @@ from dist_partial.step.gradients import (
 from dist_partial.step.loss_scale import LossScale
 from dist_partial.step.objective import Batch, Objective
 from dist_partial.step.optimizers import GroupOptimizer
+from dist_partial.step.whole_batch import whole_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,9 +211,10 @@ def divisors(spec: StepSpec, parts: Sequence[Batch]) -> tf.Tensor | None:
     Returns:
         [objective.counts], or None.
     """
-    if not spec.objective.counts or (len(parts) == 1 and spec.strategy.num_replicas_in_sync == 1):
+    objective = spec.objective
+    if not objective.counts or objective.coupled or (len(parts) == 1 and spec.strategy.num_replicas_in_sync == 1):
         return None
-    own = tf.add_n([spec.objective.counted(part, functools.partial(outputs_of, spec), True) for part in parts])
+    own = tf.add_n([objective.counted(part, functools.partial(outputs_of, spec), True) for part in parts])
     if not any(entry.reduction.shared for entry in spec.plan.trained):
         return own * spec.strategy.num_replicas_in_sync
     return run_rounds(spec.collectives, [total_over_replicas(own)])[0]
@@ -234,7 +236,10 @@ def backprop(
         tape.watch(values)
         outputs = outputs_of(spec, batch[0])
         share = 1 / (spec.strategy.num_replicas_in_sync * spec.options.accumulate)
-        loss, changed = spec.objective.loss(batch, outputs, True, share, counts)
+        if spec.objective.coupled:
+            loss, changed = spec.objective.loss(*whole_batch(spec.collectives, batch, outputs, share), True)
+        else:
+            loss, changed = spec.objective.loss(batch, outputs, True, share, counts)
         loss *= share
         scaled = loss * tf.cast(loss_scale, loss.dtype)
     spec.objective.assign(changed)

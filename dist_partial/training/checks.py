@@ -1,11 +1,13 @@
 """Checks what a run consists of against each other before anything is compiled."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from dist_partial import compat
 from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
 from dist_partial.data import Dataset
@@ -15,6 +17,7 @@ from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError
 from dist_partial.selection.plan import Plan
 from dist_partial.step import batch_norm
+from dist_partial.step.objective import Objective
 from dist_partial.validation import counted
 
 
@@ -49,13 +52,51 @@ def check_added(model: keras.Model, strategy: tf.distribute.Strategy) -> None:
     each other's. The model has been called.
     """
     met = [layer.name for layer in batch_norm.layers(model) if layer.synchronized]
-    regularisers = [v for v in model.trainable_variables if v.regularizer is not None]
-    if met and local_count(strategy) > 1 and len(model.losses) > len(regularisers):
+    if met and local_count(strategy) > 1 and adds_losses(model):
         raise UserError(
             f"run.model has the synchronised BatchNorm {met[0]!r} and layers that add to the loss "
             "(activity_regularizer, add_loss), which replicas of one process would mix up: start one process a "
             "replica, or build it without synchronized=True"
         )
+
+
+def adds_losses(model: keras.Model) -> bool:
+    """Tells whether layers of a model that has been called add to its loss, besides regularisers of weights.
+
+    Examples:
+        >>> adds_losses(keras.Sequential([keras.Input([2]), keras.layers.Dense(1, kernel_regularizer="l2")]))
+        False
+    """
+    return len(model.losses) > sum(variable.regularizer is not None for variable in model.trainable_variables)
+
+
+def divided_objective(
+    objective: Objective, settings: Settings, plan: Plan, strategy: tf.distribute.Strategy
+) -> Objective:
+    """Gives what a run trains on, where the loss of an example may depend on the others of its batch.
+
+    Raises:
+        UserError: it does, and the replicas of this run cannot compute the loss of the whole batch.
+    """
+    parts = strategy.num_replicas_in_sync * settings.accumulate
+    if not objective.coupled or parts == 1:
+        return dataclasses.replace(objective, coupled=False)
+    if settings.accumulate > 1:
+        reason, remedy = "run.accumulate divides it", "bind no run.accumulate"
+    elif not all(entry.reduction.shared for entry in plan.trained):
+        reason, remedy = "with LocalSGD or LocalOnly each replica trains by itself", "reduce in every step"
+    elif settings.jit_compile:
+        reason, remedy = "replicas cannot meet within what run.jit_compile compiles", "bind no run.jit_compile"
+    elif compat.overrides(objective.model, "compute_loss"):
+        reason, remedy = "run.model has a compute_loss of its own, which may read x", "give run.loss alone"
+    elif local_count(strategy) > 1 and adds_losses(objective.model):
+        reason, remedy = "layers add to the loss (activity_regularizer, add_loss)", "start one process a replica"
+    else:
+        return objective
+    raise UserError(
+        "run.loss makes of an example what depends on the others of its batch, which has to be whole, and "
+        f"{reason}: {remedy}, or train it on one replica without run.accumulate"
+    )
 
 
 def check_division(settings: Settings, replicas: int) -> None:

@@ -1,5 +1,6 @@
 """The loss and the metrics of a run, compared with its model and its data."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from dist_partial.training.model import described
 
 
 def make_objective(
-    settings: Settings, data: Dataset, model: keras.Model, batch: Batch, outputs: Any, parts: int
+    settings: Settings, data: Dataset, model: keras.Model, batch: Batch, outputs: Any
 ) -> tuple[Objective, list[losses.DividedLoss]]:
     """Makes the loss and the metrics, and lines to say of them; in the strategy's scope.
 
@@ -27,7 +28,6 @@ def make_objective(
         model: the model.
         batch: some examples.
         outputs: the model's for them.
-        parts: into how many a batch is divided.
 
     Raises:
         UserError: the loss or the metrics do not go with the model or the data.
@@ -61,9 +61,9 @@ def make_objective(
         ) from error
     _check_class_ids(data, loss, y)
     called = _called(loss)
-    for each, _, targets in _targets_of(called, y, some_targets(data.train)):
-        losses.check_divisible(each, targets, parts)
-    return objective, called
+    found = list(_targets_of(called, y, some_targets(data.train)))
+    coupled = any(losses.is_coupled(each, targets) for each, _, targets in found)
+    return dataclasses.replace(objective, coupled=coupled), called
 
 
 def _check_class_ids(data: Dataset, loss: Any, y: Any) -> None:
