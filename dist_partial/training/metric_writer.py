@@ -15,6 +15,7 @@ from dist_partial.errors import Fault
 from dist_partial.files import write_atomically, write_json, write_text, writing
 from dist_partial.selection.plan import Plan
 from dist_partial.selection.table import grouped
+from dist_partial.synonyms import meant
 
 _SPLITS = ("train", "eval")
 # The steps, and what never changes or is only another measure of what is charted.
@@ -156,7 +157,9 @@ class MetricWriter:
             with _writing(path):
                 write_text(path, text)
         if names:
-            self.say(f"bound but never used: {', '.join(names)}")
+            # A line such as `lr = 0.1` of a gin file is a macro, whatever was meant by it.
+            words = [f"{name} ({ours[2:]})" if (ours := meant(name)) else name for name in names]
+            self.say(f"bound but never used: {', '.join(words)}")
 
     def traffic(self, row: dict[str, Any]) -> None:
         """Writes traffic.json, and says at the end of the run what was planned, counted and read."""
