@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dist_partial.errors import Fault
 from dist_partial.files import write_atomically, write_json, write_text, writing
 from dist_partial.selection.plan import Plan
-from dist_partial.selection.table import grouped
+from dist_partial.selection.table import grouped, trained_layers
 from dist_partial.synonyms import meant
 
 _SPLITS = ("train", "eval")
@@ -131,7 +131,7 @@ class MetricWriter:
         row |= {"nic_bytes_per_step": plan.nic_bytes}
         self._record([row | {"trained_parameters": trained, "units": list(plan.units)}])
         self.say(
-            f"step {step}: training {', '.join(plan.units)}: {trained:,} parameters, {grouped(plan.nic_bytes)} bytes a "
+            f"step {step}: training {trained_layers(plan)}: {trained:,} parameters, {grouped(plan.nic_bytes)} bytes a "
             f"step at the interface of each of {plan.workers} workers"
         )
 
