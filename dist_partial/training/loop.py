@@ -15,7 +15,7 @@ import tensorflow as tf
 from dist_partial.config.settings import Settings
 from dist_partial.distributed import traffic
 from dist_partial.errors import Ending
-from dist_partial.selection.table import plan_table
+from dist_partial.selection.table import plan_summary
 from dist_partial.session import put_back
 from dist_partial.step.optimizers import finalize
 from dist_partial.training import evaluation, events, failures, run_folder
@@ -56,7 +56,7 @@ def run(
         check_division(settings, replicas.strategy.num_replicas_in_sync)
         trainer = build(settings, replicas)
         check_workers(replicas, trainer.fingerprint, bindings or {})
-        replicas.say("\n".join([plan_table(trainer.plan, replicas.workers), *trainer.notes]))
+        replicas.say("\n".join([plan_summary(trainer.plan, replicas.workers), *trainer.notes]))
         state = _restored(trainer, folder)
         if state.step >= settings.steps or state.stopped:
             return replicas.finish()

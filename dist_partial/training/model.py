@@ -12,6 +12,7 @@ from dist_partial import compat
 from dist_partial.config.settings import Settings
 from dist_partial.data import Dataset, fetch, looks
 from dist_partial.errors import UserError, first_line, own_line
+from dist_partial.models.inputs import check_asked, check_inputs
 from dist_partial.step import layer_state
 from dist_partial.step.objective import Batch
 
@@ -56,6 +57,7 @@ def make_model(settings: Settings, data: Dataset, strategy: tf.distribute.Strate
             f"run.model reads ids ({inputs[0].dtype}) and not {_example(data.name, x)}: bind a model of features, or "
             "other data"
         )
+    check_inputs(model, data.name, x)
     with taking(data.name, x), layer_state.untouched(strategy, generators):
         batch, outputs = _tried(model, data)
     if data.codec is not None and tf.is_tensor(outputs):
@@ -109,6 +111,9 @@ def taking(name: str, x: Any) -> Iterator[None]:
     """
     try:
         yield
+    except KeyError as error:
+        check_asked(name, x, error)
+        raise
     except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
         raise UserError(
             f"run.model does not take {_example(name, x)}: {first_line(error).rstrip('.')}{own_line(error)}; bind "
