@@ -19,6 +19,7 @@ _HOMES = {
     "Settings": "config.settings",
     "TopK": "reductions",
     "UserError": "errors",
+    "delta": "export.delta",
     "partial": "fit",
 }
 
@@ -26,7 +27,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     # Importing the package must not import TensorFlow: that takes seconds, and the commands set it up first.
     if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+        return module if _HOMES[name].endswith(f".{name}") else getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

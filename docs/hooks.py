@@ -195,7 +195,7 @@ def homes() -> list[tuple[str, str]]:
 
 
 def _path(home: str, name: str) -> str:
-    return f"dist_partial.{home}.{name}"
+    return f"dist_partial.{home}" if home.endswith(f".{name}") else f"dist_partial.{home}.{name}"
 
 
 def _bound() -> dict[str, Callable[..., Any]]:

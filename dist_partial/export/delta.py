@@ -7,6 +7,9 @@ holds digests of every variable of the model as it was before the training, so t
     base.use(read("cats.safetensors"))
     base.use({cats: 0.5, dogs: 0.5})  # base + the weighted sum of (delta - base)
     base.use(None)                    # the base again, bit for bit
+
+A run folder's is written by `dist_partial.export`; that of a model which `model.fit` has trained with `partial` by
+`write("cats.safetensors", of(model))`.
 """
 
 import dataclasses
@@ -20,6 +23,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from dist_partial import fit
 from dist_partial.checkpoints import safetensors_file
 from dist_partial.checkpoints.fingerprints import digest, model_fingerprints, variables
 from dist_partial.distributed import consistency
@@ -59,6 +63,12 @@ class Delta:
     versions: dict[str, str]
     name: str = "the delta"
 
+    def __repr__(self) -> str:
+        size = sum(array.nbytes for array in self.arrays.values())
+        return (
+            f"<Delta {self.name!r}: {len(self.arrays)} of {len(self.base)} variables, {size:,} bytes, step {self.step}>"
+        )
+
     def place(self, key: str) -> tuple[str, Any]:
         """The path of a key's variable, and the index of its rows, which is `...` for all."""
         if key not in self.rows:
@@ -67,8 +77,13 @@ class Delta:
         return path, slice(start, stop)
 
 
-def of(model: keras.Model, plan: Plan, base: Mapping[str, str], step: int) -> Delta:
+def of(
+    model: keras.Model, plan: Plan | None = None, base: Mapping[str, str] | None = None, step: int | None = None
+) -> Delta:
     """Collects what a training has changed.
+
+    A model that is compiled with an optimizer from `partial` knows the rest: its base is what it was when `partial` was
+    called. Of another training, plan, base and step have to be given.
 
     Args:
         model: as it is now.
@@ -79,14 +94,19 @@ def of(model: keras.Model, plan: Plan, base: Mapping[str, str], step: int) -> De
     Returns:
         The delta: what the plan trains, and of what no rule covers (moving statistics) that which has changed.
 
+    Raises:
+        UserError: the model alone is given, and is not compiled with such an optimizer.
+
     Examples:
-        >>> from dist_partial.reductions import AllReduce
-        >>> from dist_partial.selection import resolve
+        >>> from dist_partial import partial
         >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(1, name="head")])
-        >>> plan = resolve([("train", ".*/kernel"), ("freeze", ".*")], model, AllReduce())
-        >>> list(of(model, plan, model_fingerprints(model), step=0).arrays)
-        ['head/kernel']
+        >>> model.compile(partial("sgd", [("train", ".*/kernel"), ("freeze", ".*")], model), "mse")
+        >>> _ = model.fit(np.ones([8, 4]), np.ones([8, 1]), batch_size=4, verbose=0)
+        >>> of(model)
+        <Delta 'the delta': 1 of 2 variables, 16 bytes, step 2>
     """
+    if plan is None or base is None or step is None:
+        plan, base, step = _of_fit(model)
     entries = {id(entry.variable): entry for entry in plan.entries}
     arrays, rows = {}, {}
     for path, variable in variables(model).items():
@@ -100,7 +120,20 @@ def of(model: keras.Model, plan: Plan, base: Mapping[str, str], step: int) -> De
             key, value = f"{path}[{start}:{stop}]", value[start:stop]
             rows[key] = (path, start, stop)
         arrays[key] = np.array(value)
-    return Delta(arrays, rows, dict(base), tuple(map(str, plan.rules)), step, consistency.versions())
+    return Delta(arrays, rows, dict(base), tuple(dict.fromkeys(map(str, plan.rules))), step, consistency.versions())
+
+
+def _of_fit(model: keras.Model) -> tuple[Plan, dict[str, str], int]:
+    """The plan, the base and the updates of a model that is compiled with an optimizer from `partial`."""
+    optimizer = fit.of(model)
+    if optimizer is None:
+        raise UserError(
+            f"model {model.name!r} is not compiled with an optimizer from dist_partial.partial, which knows what it was "
+            "before: export a run folder by dist_partial.export, or give plan, base and step"
+        )
+    # What the rules freeze is as it was, and need not have been looked at before.
+    base = {path: optimizer.options.base.get(path) or digest(_value(v)) for path, v in variables(model).items()}
+    return optimizer.plan, base, int(_value(optimizer.iterations))
 
 
 def write(path: str | Path, delta: Delta) -> None:

@@ -10,21 +10,32 @@ Keras differentiates `model.trainable_weights`, so `partial` takes what the rule
 such an optimizer needs `import dist_partial.fit` before `keras.saving.load_model`, or `compile=False`.
 """
 
+import dataclasses
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import keras
 import tensorflow as tf
 
 from dist_partial import compat
+from dist_partial.checkpoints.fingerprints import digest, variables
 from dist_partial.distributed.per_replica import local_count
 from dist_partial.errors import UserError
-from dist_partial.fit.optimizer import FROZEN, REDUCTIONS, Partial, PartialLossScale, Share, freeze
+from dist_partial.fit import saved_plan
+from dist_partial.fit.loss_scale import PartialLossScale, of
+from dist_partial.fit.optimizer import FROZEN, Options, Partial, freeze
+from dist_partial.fit.scheduler import SelectionScheduler, units_of
 from dist_partial.reductions.all_reduce import AllReduce
+from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.plan import Plan
 from dist_partial.selection.resolve import resolve
 from dist_partial.step import batch_norm, optimizers
-from dist_partial.validation import shown
+from dist_partial.validation import AtLeast, Has, check_arguments, shown
+
+__all__ = ["Partial", "PartialLossScale", "SelectionScheduler", "partial", "release", "resume"]
+
+SCHEDULE = Has("select", "give one such as dist_partial.schedules.Rotation(every=20)")
 
 
 def partial(
@@ -32,13 +43,16 @@ def partial(
     rules: Sequence[Any],
     model: keras.Model,
     reduction: Any = AllReduce(),  # noqa: B008 (frozen)
+    schedule: Annotated[Any, SCHEDULE] = Constant(),  # noqa: B008 (frozen)
+    accumulate: Annotated[int, AtLeast(1)] = 1,
 ) -> Partial | PartialLossScale:
     """Freezes what the rules do not train, and wraps an optimizer so that only the rest is reduced, once.
 
-    Call it inside `strategy.scope()`, before `model.compile`. Loss and metrics stay as in Keras: each replica divides
-    its loss by the number of replicas, and the sum of their gradients is the gradient of the global batch's mean. The
-    optimizer's clipping is of that sum, each optimizer's of its own part. BatchNorm layers of which nothing is trained
-    run in inference mode. A model that has been through here before begins as it was before.
+    Call it inside `strategy.scope()`, before `model.compile`, on a model that has its weights: a delta is of what they
+    are now. Loss and metrics stay as in Keras: each replica divides its loss by the number of replicas, and the sum of
+    their gradients is the gradient of the global batch's mean. The optimizer's clipping is of that sum, each
+    optimizer's of its own part. BatchNorm layers of which nothing is trained run in inference mode. A model that has
+    been through here before begins as it was before.
 
     Args:
         optimizer: a Keras optimizer that has no variables yet, or its name. It trains the rules that name neither an
@@ -46,14 +60,19 @@ def partial(
         rules: the table, as for `run.rules`; its paths have no model name in front.
         model: a built model.
         reduction: of the rules that name none: `AllReduce`, `Quantized`, `TopK` or `PowerSGD`.
+        schedule: what is trained when, of what the rules train; the callback `SelectionScheduler` follows it. Each unit
+            that it switches has an optimizer of its own.
+        accumulate: steps of `fit` in one update, which is of the mean of their gradients. What is counted in
+            `iterations`, by learning rates and by schedules are updates.
 
     Returns:
-        What `model.compile(optimizer=...)` takes; with loss scaling if the model's policy is mixed_float16.
+        What `model.compile(optimizer=...)` takes; with loss scaling if the model's policy is mixed_float16. Print its
+        `plan` to see what is trained.
 
     Raises:
         UserError: a rule table that does not fit the model, as from `selection.resolve`; a model without variables;
             an optimizer that is wrapped or built already, was made outside the model's strategy, or accumulates,
-            averages or scales by itself; a reduction with which replicas would part.
+            averages or scales by itself; a reduction with which replicas would part; a schedule that does not fit.
 
     Examples:
         >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3), keras.layers.Dense(1, name="head")])
@@ -62,6 +81,7 @@ def partial(
         >>> [(variable.name, tuple(variable.shape)) for variable in model.trainable_variables]
         [('kernel', (3, 1)), ('bias', (1,))]
     """
+    check_arguments(partial, {"schedule": schedule, "accumulate": accumulate})
     if not isinstance(model, keras.Model):
         raise UserError(
             f"partial was given {shown(model)}: the third argument is the Keras model that will be compiled"
@@ -75,15 +95,19 @@ def partial(
             "optimizer: train with dist_partial.train"
         )
     with strategy.scope():
-        plan, made = _resolve(rules, model, reduction, _checked(optimizer, strategy))
+        inner = _checked(optimizer, strategy)
+        plan, made, alike = _resolve(rules, model, reduction, schedule, inner)
         used = list({id(each): each for each in made}.values())
-        shares = [
-            Share(tuple(e.path for e in group.entries), group.rule.rows, group.reduction, used.index(each))
-            for group, each in zip(plan.groups, made, strict=True)
-        ]
         asleep = {id(variable) for layer in _freeze_rest(model, plan) for variable in layer.variables}
-        wrapped = Partial(used, shares, [e.path for e in plan.entries if id(e.variable) in asleep])
-        wrapped.build(model.trainable_variables, {e.path: e.variable for e in plan.entries})
+        options = Options(
+            inference=[e.path for e in plan.entries if id(e.variable) in asleep],
+            accumulate=accumulate,
+            norms=schedule.statistics == "norms",
+            alike=[i for i, each in enumerate(used) if id(each) in alike] or [0],
+            base=_changeable(model, plan),
+        )
+        wrapped = Partial(used, saved_plan.with_optimizers(plan, made), options)
+        wrapped.build(model.trainable_variables)
         outer = PartialLossScale(wrapped) if model.dtype_policy.name == "mixed_float16" else wrapped
         outer.build(model.trainable_variables)
         return outer
@@ -103,11 +127,11 @@ def release(model: keras.Model) -> None:
         >>> frozen, len(model.trainable_variables)
         (2, 4)
     """
-    layers, variables = _frozen(model)
+    layers, frozen = _frozen(model)
     for layer in layers:
         setattr(layer, FROZEN, False)
         batch_norm.set_mode(layer, True)
-    for variable in variables:
+    for variable in frozen:
         setattr(variable, FROZEN, False)
         variable.trainable = True
 
@@ -127,17 +151,11 @@ def resume(model: keras.Model) -> None:
         >>> layers[0].trainable
         False
     """
-    optimizer = _optimizer(model)
+    optimizer = of(model)
     if optimizer is None:
         raise UserError(f"model {model.name!r} is not compiled with an optimizer from partial(...)")
     _freeze_rest(model, optimizer.plan)
     optimizer.awake = []
-
-
-def _optimizer(model: keras.Model) -> Partial | None:
-    outer = getattr(model, "optimizer", None)
-    inner = outer.inner_optimizer if isinstance(outer, PartialLossScale) else outer
-    return inner if isinstance(inner, Partial) else None
 
 
 def _checked(optimizer: Any, strategy: tf.distribute.Strategy) -> keras.optimizers.Optimizer:
@@ -154,6 +172,11 @@ def _checked(optimizer: Any, strategy: tf.distribute.Strategy) -> keras.optimize
         raise UserError(f"{where} is wrapped already: pass the Keras optimizer itself, a new one")
     if inner.built:
         raise UserError(f"{where} has slots for other variables already: pass a new one")
+    if steps := inner.gradient_accumulation_steps:
+        raise UserError(
+            f"{where} accumulates gradients by itself, which Keras 3.15 cannot do on several replicas: leave out "
+            f"gradient_accumulation_steps, and give partial accumulate={steps}"
+        )
     optimizers.check(where, inner)
     if inner.use_ema:
         raise UserError(f"{where} averages weights (use_ema), which dist_partial.train alone does: leave out use_ema")
@@ -163,30 +186,62 @@ def _checked(optimizer: Any, strategy: tf.distribute.Strategy) -> keras.optimize
 
 
 def _resolve(
-    rules: Sequence[Any], model: keras.Model, reduction: Any, inner: keras.optimizers.Optimizer
-) -> tuple[Plan, list[keras.optimizers.Optimizer]]:
-    """The plan for the model as it was before `partial`, and the optimizer of each of its groups."""
+    rules: Sequence[Any], model: keras.Model, reduction: Any, schedule: Any, inner: keras.optimizers.Optimizer
+) -> tuple[Plan, list[keras.optimizers.Optimizer], set[int]]:
+    """The plan for the model as it was before `partial`, in the schedule's units.
+
+    Returns:
+        The plan; the optimizer of each of its groups; the ids of those that are `inner` or a copy for another unit.
+    """
+    config, rate, alike = inner.get_config(), compat.learning_rate(inner), {id(inner)}
 
     def make(learning_rate: Any = None) -> keras.optimizers.Optimizer:
-        return inner if learning_rate is None else optimizers.another(inner, learning_rate)
+        if learning_rate is not None:
+            return optimizers.another(inner, learning_rate)
+        if isinstance(schedule, Constant) or not copies:
+            copies.append(inner)
+        else:  # each unit counts its own steps
+            copies.append(optimizers.another(inner, rate if callable(rate) else config["learning_rate"]))
+        return copies[-1]
 
-    layers, variables = _frozen(model)
+    copies: list[keras.optimizers.Optimizer] = []
+    layers, frozen = _frozen(model)
     release(model)
     try:
         plan = resolve(rules, model, reduction)
+        plan = dataclasses.replace(plan, workers=max(2, tf.distribute.get_strategy().num_replicas_in_sync))
         for group in plan.groups:
-            if type(group.reduction) not in REDUCTIONS.values():
+            if type(group.reduction) not in saved_plan.REDUCTIONS.values():
                 raise UserError(
                     f"rule {group.rule.match!r}: model.fit cannot reduce by "
                     f"{type(group.reduction).__name__} ({group.reduction}): take one of "
-                    f"{', '.join(REDUCTIONS)}, or train with dist_partial.train"
+                    f"{', '.join(saved_plan.REDUCTIONS)}, or train with dist_partial.train"
                 )
-        return plan, [group.optimizer for group in optimizers.build(plan, make, slots=False)]
+        if schedule.statistics == "probe":
+            raise UserError(
+                f"{type(schedule).__name__} measures gradients on the batch that comes next, which model.fit does not "
+                "show: take another schedule, or train with dist_partial.train"
+            )
+        units = units_of(schedule, plan)
+        schedule.check(units, sys.maxsize)  # steps of fit are not known yet
+        plan = plan.divided([(unit.name, unit.paths) for unit in units])
+        made = [group.optimizer for group in optimizers.build(plan, make, slots=False)]
+        return plan, made, alike | {id(each) for each in copies}
     except UserError:
         # An optimizer that the model was compiled with before stays usable.
         _sleep(layers)
-        freeze(variables)
+        freeze(frozen)
         raise
+
+
+def _changeable(model: keras.Model, plan: Plan) -> dict[str, str]:
+    """Digests of all that training may change, by path: of what the rules do not freeze."""
+    frozen = {id(entry.variable) for entry in plan.frozen}
+    return {
+        path: digest(keras.ops.convert_to_numpy(variable))
+        for path, variable in variables(model).items()
+        if id(variable) not in frozen
+    }
 
 
 def _freeze_rest(model: keras.Model, plan: Plan) -> list[Any]:
@@ -208,13 +263,13 @@ def _sleep(layers: Sequence[Any]) -> None:
 
 def _frozen(model: keras.Model) -> tuple[list[Any], list[Any]]:
     """BatchNorm layers and variables that `partial` has frozen, in this process or before the model was saved."""
-    optimizer, still = _optimizer(model), [v for v in model.variables if not v.trainable]
+    optimizer, still = of(model), [v for v in model.variables if not v.trainable]
     before = optimizer.asleep(still) if optimizer else []
-    variables = [v for v in still if getattr(v, FROZEN, False) or any(v is other for other in before)]
+    frozen = [v for v in still if getattr(v, FROZEN, False) or any(v is other for other in before)]
     ids = {id(v) for v in before}
     layers = [
         layer
         for layer in compat.layers(model)
         if getattr(layer, FROZEN, False) or (not layer.trainable and ids & {id(v) for v in compat.own_weights(layer)})
     ]
-    return layers, variables
+    return layers, frozen

@@ -1,24 +1,29 @@
 """The optimizer that `fit.partial` makes: what Keras's `fit` and `save` see of a plan."""
 
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+import json
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from dist_partial import compat, reductions
+from dist_partial import compat
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.errors import UserError
-from dist_partial.reductions.all_reduce import AllReduce
+from dist_partial.fit import saved_plan
 from dist_partial.reductions.reduce_gradients import make_states, reduce_gradients
 from dist_partial.selection.plan import Plan, VariablePlan
-from dist_partial.selection.rules import Rule
 from dist_partial.step import optimizers
+from dist_partial.step.gradients import unit_squares
 
-REDUCTIONS = {each.__name__: each for each in (AllReduce, reductions.Quantized, reductions.TopK, reductions.PowerSGD)}
 FROZEN = "_frozen_by_partial"  # a mark on the variables and layers that `partial` has frozen
+NOT_FOLLOWED = (
+    "partial was given a schedule, which a callback of fit follows: "
+    "model.fit(..., callbacks=[dist_partial.fit.SelectionScheduler(schedule)])"
+)
 
 
 def freeze(variables: Iterable[Any]) -> None:
@@ -36,31 +41,26 @@ def freeze(variables: Iterable[Any]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """Describes what one rule trains: paths of variables, rows, reduction, and the number of the optimizer.
+class Options:
+    """Describes how an optimizer from `partial` trains its plan, as JSON values.
+
+    Attributes:
+        inference: paths of the variables of BatchNorm layers in inference mode.
+        accumulate: steps of `fit` in one update.
+        norms: whether the squared gradient norms of the units are added up for a schedule.
+        alike: numbers of the optimizers whose learning rate is set with the first one's.
+        base: digests, by path, of what training may change, as it was before.
 
     Examples:
-        >>> share = Share(("head/kernel",), (0, 2), AllReduce("bfloat16"), optimizer=0)
-        >>> share.to_json()["reduction"], Share.from_json(share.to_json()) == share
-        ({'class': 'AllReduce', 'dtype': 'bfloat16'}, True)
+        >>> Options(accumulate=2).inference
+        ()
     """
 
-    paths: tuple[str, ...]
-    rows: tuple[int, int] | None
-    reduction: Any
-    optimizer: int
-
-    def to_json(self) -> dict[str, Any]:
-        fields = {"class": type(self.reduction).__name__, **dataclasses.asdict(self.reduction)}
-        rows = self.rows and list(self.rows)
-        return {"paths": list(self.paths), "rows": rows, "reduction": fields, "optimizer": self.optimizer}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Share":
-        fields = dict(content["reduction"])
-        made = REDUCTIONS[fields.pop("class")](**fields)
-        rows = tuple(content["rows"]) if content["rows"] else None
-        return cls(tuple(content["paths"]), rows, made, content["optimizer"])
+    inference: Sequence[str] = ()
+    accumulate: int = 1
+    norms: bool = False
+    alike: Sequence[int] = (0,)
+    base: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @keras.saving.register_keras_serializable(package="dist_partial")
@@ -69,14 +69,18 @@ class Partial(keras.optimizers.Optimizer):
 
     Args:
         inner: the optimizers; the first one's learning rate is this one's.
-        shares: what each rule trains.
-        inference: paths of the variables of BatchNorm layers in inference mode.
+        plan: from `saved_plan`: with the variables, or without those that `build` finds.
+        options: how it trains.
         name: of this optimizer.
         excluded: of each optimizer, what is excluded from weight decay: see `optimizers.exclusions`.
 
     Examples:
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
         >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, name="head")])
-        >>> optimizer = Partial([keras.optimizers.SGD(0.5)], [Share(("head/bias",), None, AllReduce(), 0)])
+        >>> plan = resolve([("train", ".*/bias"), ("freeze", ".*")], model, AllReduce())
+        >>> sgd = keras.optimizers.SGD(0.5)
+        >>> optimizer = Partial([sgd], saved_plan.with_optimizers(plan, [sgd]))
         >>> optimizer.build(model.trainable_variables)
         >>> optimizer.apply([tf.constant([2.0])], [model.layers[0].bias])
         >>> model.layers[0].bias.numpy().tolist(), [variable.name for variable in model.trainable_variables]
@@ -86,63 +90,119 @@ class Partial(keras.optimizers.Optimizer):
     def __init__(
         self,
         inner: Sequence[keras.optimizers.Optimizer],
-        shares: Sequence[Share],
-        inference: Sequence[str] = (),
+        plan: Plan,
+        options: Options = Options(),
         name: str = "partial",
         excluded: Sequence[dict[str, Any]] = (),
     ) -> None:
         super().__init__(learning_rate=0.0, name=name)
         self._inner = list(inner)  # Keras saves their variables, as it finds them in an attribute
-        self._shares, self._inference, self._excluded = tuple(shares), tuple(inference), tuple(excluded)
+        self.plan, self.options, self._excluded = plan, options, tuple(excluded)
         self._reduces = True
+        self.followed = False  # whether a callback runs the step with the units of its schedule
+        self.schedule: str | None = None  # where that schedule is, as JSON
 
-    def build(self, variables: Sequence[Any], by_path: Mapping[str, Any] | None = None) -> None:
-        """Makes the slots of the selection, and freezes the rest of `variables`, which a loaded model has trainable.
-
-        Args:
-            variables: the model's that may be trained.
-            by_path: these and others by the paths that rules read; None, as in `load_model`, goes by Keras's paths.
-        """
+    def build(self, variables: Sequence[Any]) -> None:
+        """Makes the slots of the selection, and freezes the rest of `variables`, which a loaded model has trainable."""
         if self.built:
             return
         with compat.strategy_of(self).scope():
-            self.plan = plan = _plan(self._shares, self._inner, by_path or _by_path(variables, self._shares))
-            groups: dict[int, optimizers.GroupOptimizer] = {}
-            for group in optimizers.build(plan, lambda: None, slots=False):  # each rule names its own
-                same = groups.setdefault(id(group.optimizer), dataclasses.replace(group, members=()))
-                same.members += group.members
-            variable_at = {entry.path: entry.variable for entry in plan.trained}
-            for group, excluded in zip(groups.values(), self._excluded, strict=False):
-                if excluded:
-                    listed, pattern = [variable_at[path] for path in excluded["paths"]], excluded["pattern"]
-                    group.optimizer.exclude_from_weight_decay(listed, pattern and [pattern])
-            for group in groups.values():
-                group.allocate()
-            self._groups, self._states = tuple(groups.values()), make_states(plan)
+            if any(entry.variable is None for entry in self.plan.trained):
+                self.plan = saved_plan.bound(self.plan, variables)
+            self._groups = self._build_groups()
+            self._states = make_states(self.plan)
+            if self.options.norms:
+                self.squares = self._counter([len(self.plan.units)], "float64", "squares")
+            if self.options.accumulate > 1:
+                self._done = self._counter([], "int64", "accumulated_steps")
+                self._sums = [_zeros(entry) for entry in self.plan.trained]
         self.awake = self.asleep(variables)
         freeze(v for v in variables if v.trainable and all(v is not chosen for chosen in self.selected))
         super().build(self.selected)
 
+    def _build_groups(self) -> tuple[optimizers.GroupOptimizer, ...]:
+        groups: dict[int, optimizers.GroupOptimizer] = {}
+        for group in optimizers.build(self.plan, lambda: None, slots=False):  # each rule names its own
+            first = dataclasses.replace(group, members=(), make=functools.partial(_new, group.optimizer))
+            groups.setdefault(id(group.optimizer), first).members += group.members
+        variable_at = {entry.path: entry.variable for entry in self.plan.trained}
+        for group, excluded in zip(groups.values(), self._excluded, strict=False):
+            if excluded:
+                listed, pattern = [variable_at[path] for path in excluded["paths"]], excluded["pattern"]
+                group.optimizer.exclude_from_weight_decay(listed, pattern and [pattern])
+        for group in groups.values():
+            group.allocate()
+        return tuple(groups.values())
+
+    def _counter(self, shape: list[int], dtype: str, name: str) -> Any:
+        return self.add_variable(shape, dtype=dtype, aggregation="only_first_replica", name=name)
+
     def asleep(self, variables: Sequence[Any]) -> list[Any]:
         """Those of BatchNorm layers that `partial` has put into inference mode."""
-        return [v for v in variables if {v.path, v.path.split("/", 1)[-1]} & set(self._inference)]
+        return [v for v in variables if {v.path, v.path.split("/", 1)[-1]} & set(self.options.inference)]
 
-    def reduce(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-        """Sums the gradients over the replicas; called in a replica context.
+    @property
+    def selected(self) -> list[Any]:
+        """The variables that are trained."""
+        return [entry.variable for entry in self.plan.trained]
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+        """Reduces and applies the gradients of a step; called in a replica context."""
+        if not self.built:
+            self.build(list(trainable_variables or ()))
+        if self._reduces:
+            self.reduce(grads, trainable_variables, self._update)
+        else:
+            self._update(grads)
+
+    def reduce(
+        self, grads: Sequence[Any], variables: Sequence[Any] | None, update: Callable[[list[Any]], None]
+    ) -> None:
+        """Sums the gradients of a step over the replicas, and has them applied; called in a replica context.
+
+        Where several steps make one update, each replica adds up its own until then.
 
         Args:
             grads: this replica's part of each, or None.
-            variables: the variables in the same order.
-
-        Returns:
-            The sums in the order of `selected`: the same on every replica; of the selected rows alone where rows are.
+            variables: the variables in the same order; None is `selected`.
+            update: takes the sums in the order of `selected`: the same on every replica; of the selected rows alone
+                where rows are.
         """
+        gradients = self._in_order(grads, self.selected if variables is None else variables)
+        if self.options.accumulate == 1:
+            update(self._summed(gradients))
+            return
+        for gradient, own in zip(gradients, self._sums, strict=True):
+            if gradient is not None:
+                own.assign_add(gradient / self.options.accumulate)
+        self._done.assign_add(1)
+
+        def update_replica() -> None:
+            pairs = list(zip(gradients, self._sums, strict=True))
+            totals = [None if gradient is None else tf.identity(own) for gradient, own in pairs]
+            update(self._summed(totals))
+            for gradient, own in pairs:
+                if gradient is not None:
+                    own.assign(tf.zeros_like(own))
+
+        def when_due(strategy: Any) -> None:
+            # Within a branch replicas cannot leave their context, so the branch is outside of it.
+            due = tf.equal(tf.convert_to_tensor(self._done.value) % self.options.accumulate, 0)
+            tf.cond(due, lambda: strategy.extended.call_for_each_replica(update_replica), lambda: None)
+
+        context: Any = tf.distribute.get_replica_context()
+        context.merge_call(when_due)
+
+    def _in_order(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        """The gradients in the order of `selected`; what has none, or is switched off by a schedule, has None."""
         if self.awake:
             raise UserError(
                 f"the BatchNorm layer of {self.awake[0].path!r} was in inference mode when the model was saved, which "
                 "its class has not kept: call dist_partial.fit.resume(model) after load_model"
             )
         trained = self.plan.trained
+        if any(entry.unit for entry in trained) and not self.followed:
+            raise UserError(NOT_FOLLOWED)
         found = {
             compat.variable_key(self, variable): gradient for variable, gradient in zip(variables, grads, strict=True)
         }
@@ -162,24 +222,22 @@ class Partial(keras.optimizers.Optimizer):
                 gradient = gradient if entry.rule.rows is None else gradient[slice(*entry.rule.rows)]
             gradients.append(gradient)
         if all(gradient is None for gradient in gradients):
-            raise UserError(f"the loss depends on none of the selected variables ({trained[0].path!r}, ...)")
+            raise UserError(f"the loss depends on none of the selected variables ({variables[0].path!r}, ...)")
+        return gradients
+
+    def _summed(self, gradients: list[Any]) -> list[Any]:
         return reduce_gradients(Collectives(), self.plan, gradients, self._states)[0]
 
-    @property
-    def selected(self) -> list[Any]:
-        """The variables that are trained."""
-        return [entry.variable for entry in self.plan.trained]
-
-    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Reduces and applies the gradients of a step; called in a replica context."""
-        if not self.built:
-            self.build(list(trainable_variables or ()))
-        if self._reduces:
-            grads = self.reduce(grads, self.selected if trainable_variables is None else trainable_variables)
+    def _update(self, grads: Sequence[Any]) -> None:
+        """Applies gradients that are reduced already, in the order of `selected`; called in a replica context."""
         sums = {id(entry): gradient for entry, gradient in zip(self.plan.trained, grads, strict=True)}
+        if self.options.norms:
+            self.squares.assign_add(tf.cast(unit_squares(self.plan, grads), tf.float64))
         members = [member for group in self._groups for member in group.members]
         context: Any = tf.distribute.get_replica_context()
-        rows = [member for member in members if member.entry.rule.rows is not None]
+        rows = [
+            member for member in members if member.entry.rule.rows is not None and sums[id(member.entry)] is not None
+        ]
         if rows:  # the model's weights may have been loaded since
             context.merge_call(lambda strategy: _read_rows(strategy, rows))
         optimizers.apply(self._groups, [sums[id(member.entry)] for member in members])
@@ -187,9 +245,16 @@ class Partial(keras.optimizers.Optimizer):
             context.merge_call(lambda strategy: optimizers.write_rows(strategy, rows))
         self.iterations.assign_add(1)
 
+    def reset(self, units: Collection[str]) -> None:
+        """Gives the slots of some units the values of a new optimizer; called in the cross-replica context."""
+        with compat.strategy_of(self).scope():
+            for group in self._groups:
+                if group.members[0].entry.unit in units:
+                    group.reset()
+
     @property
     def optimizers(self) -> list[keras.optimizers.Optimizer]:
-        """Where rules have optimizers of their own, all of them: Keras's callbacks set the learning rate of each."""
+        """Where there are several, all of them: Keras's callbacks set the learning rate of each."""
         if len(self._inner) == 1:
             raise AttributeError("there is one optimizer, whose learning rate is `learning_rate`")
         return self._inner
@@ -200,7 +265,8 @@ class Partial(keras.optimizers.Optimizer):
 
     @learning_rate.setter
     def learning_rate(self, value: Any) -> None:
-        self._inner[0].learning_rate = value
+        for number in self.options.alike:
+            self._inner[number].learning_rate = value
 
     @property
     def variables(self) -> list[Any]:
@@ -212,100 +278,77 @@ class Partial(keras.optimizers.Optimizer):
 
     def save_own_variables(self, store: Any) -> None:
         store["iteration"] = self.iterations.numpy()
-        for name, copies in self._residuals().items():
+        for name, variable in self._counters().items():
+            store[name] = variable.numpy()
+        if self.schedule is not None:
+            store["schedule"] = np.frombuffer(self.schedule.encode(), np.uint8)
+        for name, copies in self._kept().items():
             store[name] = tf.stack(copies).numpy()
 
     def load_own_variables(self, store: Any) -> None:
         self.iterations.assign(store["iteration"])
-        for name, copies in self._residuals().items():
-            # With another number of replicas, what they had left out so far is left out for good.
-            if name in set(store.keys()) and len(store[name]) == len(copies):
+        found = set(store.keys())
+        for name, variable in self._counters().items():
+            variable.assign(store[name])
+        self.schedule = np.asarray(store["schedule"]).tobytes().decode() if "schedule" in found else None
+        for name, copies in self._kept().items():
+            # With another number of replicas, what they had left out, or added up, so far is left out for good.
+            if name in found and len(store[name]) == len(copies):
                 for copy, value in zip(copies, store[name], strict=True):
                     copy.assign(value)
+            elif name.endswith("_accumulated"):
+                self._done.assign(0)
 
-    def _residuals(self) -> dict[str, Any]:
-        kept = self._states if self.built else []
+    def _counters(self) -> dict[str, Any]:
+        names = [("squares", self.options.norms), ("_done", self.options.accumulate > 1)]
+        return {name: getattr(self, name) for name, kept in names if kept and self.built}
+
+    def _kept(self) -> dict[str, Any]:
+        """What each replica has of its own."""
+        if not self.built:
+            return {}
+        kept = {f"{i}_{name}": value for i, state in enumerate(self._states) for name, value in state.items()}
+        if self.options.accumulate > 1:
+            kept |= {f"{i}_accumulated": value for i, value in enumerate(self._sums)}
         local = compat.strategy_of(self).experimental_local_results
-        return {f"{i}_{name}": local(variable) for i, state in enumerate(kept) for name, variable in state.items()}
+        return {name: local(variable) for name, variable in kept.items()}
 
     def get_config(self) -> dict[str, Any]:
-        shares = [share.to_json() for share in self._shares]
-        inner = [keras.optimizers.serialize(each) for each in self._inner]
         excluded = list(self._excluded)
         if self.built:
             excluded = [optimizers.exclusions(group.optimizer, group.members) for group in self._groups]
-        content = {"name": self.name, "inner": inner, "shares": shares, "inference": list(self._inference)}
-        return content | {"excluded": excluded}
+        return {
+            "name": self.name,
+            "inner": [keras.optimizers.serialize(each) for each in self._inner],
+            "plan": saved_plan.to_json(self.plan, self._inner),
+            "options": json.dumps(dataclasses.asdict(self.options)),
+            "excluded": excluded,
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "Partial":
-        shares = [Share.from_json(share) for share in config["shares"]]
         inner = [keras.optimizers.deserialize(each, custom_objects) for each in config["inner"]]
-        return cls(inner, shares, config["inference"], config["name"], config["excluded"])
+        plan, options = saved_plan.from_json(config["plan"], inner), Options(**json.loads(config["options"]))
+        return cls(inner, plan, options, config["name"], config["excluded"])
 
 
-@keras.saving.register_keras_serializable(package="dist_partial")
-class PartialLossScale(keras.optimizers.LossScaleOptimizer):
-    """Scales the loss around `Partial` as Keras does dynamically, which `compile` does not wrap again.
-
-    Keras 3.15 decides about an overflow by the first replica's gradient alone, so that another one's overflow would
-    reach the weights; here it sees the sum, which is the same on all of them.
-
-    Examples:
-        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, name="head")])
-        >>> inner = Partial([keras.optimizers.SGD(0.5)], [Share(("head/bias",), None, AllReduce(), 0)])
-        >>> optimizer = PartialLossScale(inner, initial_scale=8.0)
-        >>> optimizer.build(model.trainable_variables)
-        >>> optimizer.apply([tf.constant([2.0])], [model.layers[0].bias])  # of a loss that is 8 times as large
-        >>> model.layers[0].bias.numpy().tolist()
-        [-0.125]
-    """
-
-    def __init__(self, inner_optimizer: Partial, *args: Any, **kwargs: Any) -> None:
-        super().__init__(inner_optimizer, *args, **kwargs)
-        inner_optimizer._reduces = False
-
-    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Reduces, unscales and applies the gradients of a step; called in a replica context."""
-        inner = self.inner_optimizer
-        if not self.built:
-            self.build(list(trainable_variables or ()))
-        sums = inner.reduce(grads, inner.selected if trainable_variables is None else trainable_variables)
-        super().apply(sums, inner.selected)
-
-    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
-        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
-
-    @property
-    def optimizers(self) -> list[keras.optimizers.Optimizer]:
-        return self.inner_optimizer.optimizers
+def _new(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """Makes one without slots of the same config, with the learning rate that callbacks have set since."""
+    rate = compat.learning_rate(optimizer)
+    # Keras refuses to read a function back from a config.
+    given = {"learning_rate": rate} if callable(rate) else {}
+    return type(optimizer).from_config(optimizer.get_config() | given)
 
 
-def _by_path(variables: Sequence[Any], shares: Sequence[Share]) -> dict[str, Any]:
-    """The variables by the paths that the shares have of them; without the model they are known by Keras's alone."""
-    wanted = [path for share in shares for path in share.paths]
-    # With the model's name in front or not, as Keras does it for the kind of model.
-    by_path = {variable.path: variable for variable in variables}
-    if not by_path.keys() >= set(wanted):
-        by_path = {path.split("/", 1)[-1]: variable for path, variable in by_path.items()}
-    for path in wanted:
-        if path not in by_path:
-            raise UserError(
-                f"the optimizer trains {path!r}, which the model does not have or has frozen, or in which Keras calls "
-                "several variables the same: load it with compile=False, then call partial and model.compile again"
-            )
-    return by_path
-
-
-def _plan(shares: Sequence[Share], inner: Sequence[Any], by_path: Mapping[str, Any]) -> Plan:
-    rules, entries = [], []
-    for share in shares:
-        optimizer = inner[share.optimizer]
-        rules.append(Rule("|".join(map(re.escape, share.paths)), optimizer=lambda o=optimizer: o, rows=share.rows))
-        for path in share.paths:
-            v = by_path[path]
-            entries.append(VariablePlan(path, tuple(v.shape), v.dtype, v, rules[-1], share.reduction))
-    return Plan(tuple(rules), tuple(entries))
+def _zeros(entry: VariablePlan) -> tf.Variable:
+    """Makes the variable in which each replica adds up its own gradients."""
+    return tf.Variable(
+        tf.zeros(entry.trained_shape, entry.dtype),
+        trainable=False,
+        name="accumulated",
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.NONE,
+    )
 
 
 def _read_rows(strategy: tf.distribute.Strategy, members: Sequence[optimizers.OptimizerVariable]) -> None:

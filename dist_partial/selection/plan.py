@@ -7,6 +7,7 @@ from typing import Any
 
 from dist_partial.selection.payload import average_bytes, exact_number, itemsize, nic_bytes
 from dist_partial.selection.rules import Rule
+from dist_partial.selection.table import parameters_words, plan_html, plan_table, shape_words
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,6 +25,9 @@ class Adapter:
 
     kernel: Any
     factors: tuple[Any, ...]
+
+    def __repr__(self) -> str:  # not the values of variables, here and below
+        return f"<Adapter of {self.kernel.path}>"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,6 +50,9 @@ class VariablePlan:
     sent: bool = True  # False once tracing has shown that the loss does not depend on the variable
     unit: str = ""  # what a schedule switches as one
     active: bool = True  # False while the schedule leaves its unit out
+
+    def __repr__(self) -> str:
+        return f"<VariablePlan {self.path} {shape_words(self.shape)}: {self.rule}>"
 
     @property
     def trained(self) -> bool:
@@ -100,6 +107,9 @@ class Group:
     rule: Rule
     entries: tuple[VariablePlan, ...]
 
+    def __repr__(self) -> str:
+        return f"<Group of {len(self.entries)} variables: {self.rule}>"
+
     @property
     def reduction(self) -> Any:
         return self.entries[0].reduction
@@ -117,12 +127,30 @@ class Plan:
         >>> plan = resolve([("train", ".*/kernel"), ("freeze", ".*")], model, AllReduce())
         >>> [entry.path for entry in plan.trained], plan.wire_bytes, plan.full_wire_bytes
         (['head/kernel'], 64, 72)
+        >>> plan
+        <Plan: trains 16 of 18 parameters (88.89%)>
+        >>> print(plan)
+        path         shape  trained  rule             reduction   bytes a step
+        -----------  -----  -------  ---------------  ----------  ------------
+        head/kernel  8x2    yes      train .*/kernel  all-reduce            64
+        head/bias    2      no       freeze .*        -                      0
+        trained: 16 of 18 parameters (88.89%)
+        ...
     """
 
     rules: tuple[Rule, ...]
     entries: tuple[VariablePlan, ...]
     statistics: tuple[Any, ...] = ()  # what BatchNorm layers in training mode send; known once the step is traced
     workers: int = 2  # among which bytes at the network interface are counted, with one replica each
+
+    def __repr__(self) -> str:
+        return f"<Plan: trains {parameters_words(self)}>"
+
+    def __str__(self) -> str:
+        return plan_table(self, hosts=1)
+
+    def _repr_html_(self) -> str:
+        return plan_html(self, hosts=1)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -210,7 +238,7 @@ class Plan:
                     "path": e.path,
                     "shape": list(e.shape),
                     "dtype": e.dtype,
-                    "stored_dtype": e.variable.dtype,
+                    "stored_dtype": getattr(e.variable, "dtype", e.dtype),
                     "trained": e.trained,
                     "rule": str(e.rule),
                     "unit": e.unit or None,

@@ -1,0 +1,71 @@
+"""Loss scaling around the optimizer that `fit.partial` makes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from dist_partial.fit.optimizer import Partial
+from dist_partial.selection.plan import Plan
+
+
+@keras.saving.register_keras_serializable(package="dist_partial")
+class PartialLossScale(keras.optimizers.LossScaleOptimizer):
+    """Scales the loss around `Partial` as Keras does dynamically, which `compile` does not wrap again.
+
+    Keras 3.15 decides about an overflow by the first replica's gradient alone, so that another one's overflow would
+    reach the weights; here it sees the sum, which is the same on all of them.
+
+    Examples:
+        >>> from dist_partial.fit import saved_plan
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, name="head")])
+        >>> plan = resolve([("train", ".*/bias"), ("freeze", ".*")], model, AllReduce())
+        >>> sgd = keras.optimizers.SGD(0.5)
+        >>> inner = Partial([sgd], saved_plan.with_optimizers(plan, [sgd]))
+        >>> optimizer = PartialLossScale(inner, initial_scale=8.0)
+        >>> optimizer.build(model.trainable_variables)
+        >>> optimizer.apply([tf.constant([2.0])], [model.layers[0].bias])  # of a loss that is 8 times as large
+        >>> model.layers[0].bias.numpy().tolist()
+        [-0.125]
+    """
+
+    def __init__(self, inner_optimizer: Partial, *args: Any, **kwargs: Any) -> None:
+        super().__init__(inner_optimizer, *args, **kwargs)
+        inner_optimizer._reduces = False
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+        """Reduces, unscales and applies the gradients of a step; called in a replica context."""
+        if not self.built:
+            self.build(list(trainable_variables or ()))
+        update = super().apply
+        self.inner_optimizer.reduce(
+            grads, trainable_variables, lambda sums: update(sums, self.inner_optimizer.selected)
+        )
+
+    @property
+    def plan(self) -> Plan:
+        """What is trained, and how it travels."""
+        return self.inner_optimizer.plan
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    @property
+    def optimizers(self) -> list[keras.optimizers.Optimizer]:
+        return self.inner_optimizer.optimizers
+
+
+def of(model: keras.Model) -> Partial | None:
+    """Finds the optimizer from `partial` with which a model is compiled; None if it is another one.
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+        >>> model.compile("sgd", "mse")
+        >>> print(of(model))
+        None
+    """
+    outer = getattr(model, "optimizer", None)
+    inner = outer.inner_optimizer if isinstance(outer, PartialLossScale) else outer
+    return inner if isinstance(inner, Partial) else None
