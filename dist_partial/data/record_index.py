@@ -94,28 +94,33 @@ def open_index(paths: Sequence[Path], cache_dir: str | os.PathLike[str] | None =
     folders = [Path(cache_dir).expanduser() / whose] if cache_dir else [beside / ".dist_partial", caches / whose]
     names = [os.path.relpath(path, beside) for path in paths]
     name = f"{_digest(*names)}-{_digest(states.tobytes().hex())}.npy"
+    failures = []
     for folder in folders:
         if (table := _read(folder / name, states)) is not None:
             return _index(paths, states, table)
-    table, failures = None, []
     for folder in folders:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with lock(folder / ".lock"):
-                if (kept := _read(folder / name, states)) is None:  # another process may have made it meanwhile
-                    remove_leftovers(folder)
-                    table = _scan_all(paths, states, folder) if table is None else table
-                    for outdated in folder.glob(f"{name.partition('-')[0]}-*.npy"):
-                        remove(outdated)
-                    write_atomically(folder / name, lambda file: np.save(file, table))
-                    kept = _read(folder / name, states)
-            if kept is not None:
-                return _index(paths, states, kept)
+            return _index(paths, states, _made(folder, name, paths, states))
         except OSError as error:
             failures.append(f"{folder} ({error.strerror or error})")
     raise UserError(
-        f"cannot keep the index of {paths[0]} in {' or '.join(failures)}: give a folder that can be written as cache_dir"
+        f"cannot keep the index of {paths[0]} in {' or '.join(failures)}: give cache_dir a folder that can be written"
     )
+
+
+def _made(folder: Path, name: str, paths: Sequence[Path], states: np.ndarray) -> np.ndarray:
+    """Makes the table, and keeps it in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / ".lock"):
+        if (table := _read(folder / name, states)) is not None:  # another process has made it meanwhile
+            return table
+        remove_leftovers(folder)
+        found = _scan_all(paths, states, folder)
+        for outdated in folder.glob(f"{name.partition('-')[0]}-*.npy"):
+            remove(outdated)
+        write_atomically(folder / name, lambda file: np.save(file, found))
+        table = _read(folder / name, states)
+    return found if table is None else table
 
 
 def _state(path: Path) -> tuple[int, int]:

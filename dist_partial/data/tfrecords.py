@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -28,7 +27,7 @@ class TFRecordSource:
     Args:
         files: a path, a pattern such as `data/train-*`, a folder (its files `*.tfrec*`), or a list of these. Records
             are in the order of the paths.
-        cache_dir: where the index is kept; None: beside the files or, where that cannot be written, in the user's cache.
+        cache_dir: where the index is kept; None: beside the files or, if that cannot be written, in the user's cache.
 
     Raises:
         UserError: there is no such file; one is no TFRecord file, is compressed, damaged or cut; there is no record.
