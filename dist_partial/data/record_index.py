@@ -142,7 +142,7 @@ def _index(paths: Sequence[Path], states: np.ndarray, table: np.ndarray) -> Reco
 def _read(path: Path, states: np.ndarray) -> np.ndarray | None:
     """A table that is kept; None where it is missing or not whole."""
     files = len(states)
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, EOFError):
         table = np.asarray(np.load(path, mmap_mode="r"))
         counts = np.array(table[:files])
         ends = files + np.cumsum(counts + 1) - 1
