@@ -1,14 +1,20 @@
 """Folders of images, one a class."""
 
+import dataclasses
 import os
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import tensorflow as tf
 
+from dist_partial.data.adapt import dataset
+from dist_partial.data.corpus import Share
+from dist_partial.data.decoding import Augment, decoded
+from dist_partial.data.source import Dataset
 from dist_partial.errors import Fault, UserError
 from dist_partial.files import MISTAKES
-from dist_partial.validation import nearest
+from dist_partial.validation import check_arguments, nearest
 
 DECODED = (b".bmp", b".gif", b".jpeg", b".jpg", b".png")
 """Endings of files that are read; of an animated GIF, the first picture."""
@@ -123,3 +129,69 @@ def _images(folder: bytes) -> np.ndarray:
         return np.array(sorted(found))
     has = f"files that end in {', '.join(map(repr, sorted(others)[:5]))}" if others else "no files"
     raise UserError(f"{os.fsdecode(folder)} is a class without images: it has {has}; fill or delete it")
+
+
+class _Size:
+    """Annotates the size of an image."""
+
+    def refusal(self, value: Any) -> str:
+        """What to write instead of a value; '' where it is a size."""
+        whole = isinstance(value, (tuple, list)) and all(type(each) is int and each > 0 for each in value)
+        return "" if whole and len(value) == 2 else "write (height, width) in pixels, such as (224, 224)"
+
+
+def image_folder(
+    folder: str | os.PathLike[str],
+    size: Annotated[tuple[int, int], _Size()],
+    evaluation: str | os.PathLike[str] | None = None,
+    held_out: Share = 0.1,
+    augment: Augment = None,
+    name: str | None = None,
+) -> Dataset:
+    """Reads images from a folder whose subfolders are the classes.
+
+    Args:
+        folder: of the classes, see `ImageFolderSource`.
+        size: height and width to which images are resized, by bilinear interpolation and without keeping their shape.
+        evaluation: a folder of images held out, with the same classes; None: a part of `folder`.
+        held_out: that part of them, in (0, 1), drawn from all over.
+        augment: changes the images that are trained on: a function of (x, y, seed), or of (x, y) if it draws no random
+            numbers, in TensorFlow; see `Dataset.map`.
+        name: for people; None: that of the folder.
+
+    Returns:
+        x float32 [height, width, 3] in [0, 255], as of `keras.utils.image_dataset_from_directory`, and as the models of
+        `keras.applications` take them, whose `preprocess_input` or first layer scales them; y int32 (), the class id:
+        its name is `classes[y]` of the data set.
+
+    Raises:
+        UserError: as of `ImageFolderSource`; the classes of both folders differ; `augment` does not fit the images.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for each in ("dog", "cat"):
+        ...         Path(folder, each).mkdir()
+        ...         _ = tf.keras.utils.save_img(f"{folder}/{each}/1.png", np.zeros([9, 16, 3]))
+        ...     data = image_folder(folder, size=(4, 4), held_out=0.5)
+        ...     data.classes, len(data.train), data.train.fetch(np.array([0]))[0].shape
+        (('cat', 'dog'), 1, (1, 4, 4, 3))
+    """
+    check_arguments(image_folder, locals())
+    train = ImageFolderSource(folder)
+    other = None if evaluation is None else ImageFolderSource(evaluation)
+    if other and (differ := {*train.classes} ^ {*other.classes}):
+        odd = min(differ)
+        has, lacks = (train, other) if odd in train.classes else (other, train)
+        raise UserError(
+            f"{os.fsdecode(has.folder)} has a class {odd!r}, and {os.fsdecode(lacks.folder)} has none"
+            f"{nearest(odd, lacks.classes)}: both need the same subfolders"
+        )
+    data = dataset(train, other, held_out, name or Path(os.path.abspath(os.fsdecode(train.folder))).name)
+    data = dataclasses.replace(data, classes=train.classes)
+
+    def decode(image: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        pixels = tf.io.decode_image(image, channels=3, expand_animations=False)
+        return tf.image.resize(pixels, size), y
+
+    return decoded(data, decode, augment)

@@ -1,19 +1,26 @@
 """TFRecord files by random access."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import google_crc32c
 import numpy as np
 import tensorflow as tf
 
+from dist_partial.data.adapt import dataset
+from dist_partial.data.corpus import Share
+from dist_partial.data.decoding import Augment, decoded
 from dist_partial.data.file_lists import Files, find_files
 from dist_partial.data.record_index import FOOTER, HEADER, RecordIndex, masked, open_index
+from dist_partial.data.source import Dataset
 from dist_partial.errors import Fault, UserError
 from dist_partial.files import MISTAKES
+from dist_partial.validation import Has, check_arguments
 
+_PARSE = "give a function of a record, such as parse, in a gin file @my_module.parse without ()"
 PATTERN = "*.tfrec*"
 """The files of a folder: `train.tfrecord`, `images.tfrecords-00003-of-00128`, `a.tfrec`."""
 
@@ -109,3 +116,49 @@ class TFRecordSource:
     def place(self, index: int) -> str:
         """Where an example is: its file, which record of it, and at which byte."""
         return self._index.place(index)
+
+
+def tfrecord_dataset(
+    train: Files,
+    parse: Annotated[Callable[..., Any], Has("__call__", _PARSE)],
+    evaluation: Files | None = None,
+    held_out: Share = 0.1,
+    augment: Augment = None,
+    name: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Dataset:
+    """Reads examples from TFRecord files; nothing but what is being trained on is in memory.
+
+    Args:
+        train: a path, a pattern such as `data/train-*`, a folder (its files `*.tfrec*`), or a list of these.
+        parse: makes x, (x, y) or (x, y, weight) of a record, a scalar string, in TensorFlow: with
+            `tf.io.parse_single_example`, `tf.io.decode_jpeg` and the like, to tensors of one shape for all.
+        evaluation: files held out, likewise; None: a part of the records of `train`.
+        held_out: that part of them, in (0, 1), drawn from all over.
+        augment: changes what `parse` makes of the records that are trained on: a function of (x, y, seed), or of
+            (x, y) if it draws no random numbers; see `Dataset.map`.
+        name: for people; None: that of the folder of the files.
+        cache_dir: where the index of the records is kept, see `TFRecordSource`.
+
+    Raises:
+        UserError: as of `TFRecordSource`; `parse` or `augment` does not fit the records.
+
+    Examples:
+        >>> import tempfile
+        >>> def parse(serialized):
+        ...     digits = tf.strings.to_number(tf.strings.split(tf.ensure_shape(serialized, [])))
+        ...     return tf.ensure_shape(digits, [2]), digits[0]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with tf.io.TFRecordWriter(f"{folder}/mine.tfrecord") as writer:
+        ...         for text in ("1 2", "3 4", "5 6"):
+        ...             writer.write(text)
+        ...     data = tfrecord_dataset(folder, parse, held_out=0.3)
+        ...     len(data.train), data.evaluation.fetch(np.array([0]))[0].shape
+        (2, (1, 2))
+    """
+    check_arguments(tfrecord_dataset, locals())
+    paths = find_files("tfrecord_dataset.train", train, PATTERN)
+    others = None if evaluation is None else find_files("tfrecord_dataset.evaluation", evaluation, PATTERN)
+    source = TFRecordSource(paths, cache_dir)
+    other = None if others is None else TFRecordSource(others, cache_dir)
+    return decoded(dataset(source, other, held_out, name or paths[0].absolute().parent.name), parse, augment)
