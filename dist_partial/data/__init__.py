@@ -2,17 +2,17 @@
 
 from dist_partial.data.batches import (
     evaluation_batches,
-    fetch,
-    fetched,
+    failing_example,
     looks,
     some_targets,
     train_batches,
     train_indices,
-    without_lists,
 )
 from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
+from dist_partial.data.mapped import Mapped
 from dist_partial.data.prepared import tfds_dataset
+from dist_partial.data.reading import fetch, fetched, without_lists
 from dist_partial.data.source import ArraySource, ClassWeighted, Dataset, Source, check_source, fingerprint
 from dist_partial.data.tokens import stdlib_prose, tokenized_text
 
@@ -21,9 +21,11 @@ __all__ = [
     "ClassWeighted",
     "Codec",
     "Dataset",
+    "Mapped",
     "Source",
     "check_source",
     "evaluation_batches",
+    "failing_example",
     "fetch",
     "fetched",
     "fingerprint",
