@@ -10,10 +10,12 @@ from dist_partial.data.batches import (
 )
 from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
+from dist_partial.data.images import ImageFolderSource, image_folder
 from dist_partial.data.mapped import Mapped
 from dist_partial.data.prepared import tfds_dataset
 from dist_partial.data.reading import fetch, fetched, without_lists
 from dist_partial.data.source import ArraySource, ClassWeighted, Dataset, Source, check_source, fingerprint
+from dist_partial.data.tfrecords import TFRecordSource, tfrecord_dataset
 from dist_partial.data.tokens import stdlib_prose, tokenized_text
 
 __all__ = [
@@ -21,20 +23,24 @@ __all__ = [
     "ClassWeighted",
     "Codec",
     "Dataset",
+    "ImageFolderSource",
     "Mapped",
     "Source",
+    "TFRecordSource",
     "check_source",
     "evaluation_batches",
     "failing_example",
     "fetch",
     "fetched",
     "fingerprint",
+    "image_folder",
     "looks",
     "some_targets",
     "stdlib_corpus",
     "stdlib_prose",
     "stdlib_shapes",
     "tfds_dataset",
+    "tfrecord_dataset",
     "tokenized_text",
     "train_batches",
     "train_indices",

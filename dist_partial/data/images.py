@@ -49,6 +49,7 @@ class ImageFolderSource:
     """
 
     spec = (tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.int32))
+    thread_safe = True
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = os.fsencode(os.path.expanduser(folder))

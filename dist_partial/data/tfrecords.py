@@ -54,6 +54,7 @@ class TFRecordSource:
     cache_dir: str | os.PathLike[str] | None = None
 
     spec = (tf.TensorSpec([], tf.string),)
+    thread_safe = True
 
     def __post_init__(self) -> None:
         if not len(self):

@@ -3,9 +3,8 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
-from dist_partial.data import image_folder
+from dist_partial.data import fetch, image_folder
 from dist_partial.data.images import ImageFolderSource
 from dist_partial.errors import Raised, UserError
 from tests.helpers.files import same_bits
@@ -24,7 +23,7 @@ def folder(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             size = (*rng.integers(10, 60, 2), 3)
             keras.utils.save_img(path, rng.uniform(0, 255, size), scale=False)
-    for other in ("notes.txt", "cat/notes.txt", "cat/.hidden.png", ".git/x.png"):
+    for other in ("notes.txt", "cat/notes.txt", ".git/x.png"):
         (tmp_path / "animals" / other).parent.mkdir(exist_ok=True)
         (tmp_path / "animals" / other).write_text("other")
     return tmp_path / "animals"
@@ -72,12 +71,9 @@ def test_places_name_the_file(folder):
 
 @pytest.mark.parametrize("left", [0, 400], ids=["empty", "half"])
 def test_a_broken_image(folder, left):
-    path = folder / "zebra" / "1.jpg"
+    path, source = folder / "zebra" / "1.jpg", image_folder(folder, SIZE, evaluation=folder).train
     path.write_bytes(path.read_bytes()[:left])
-    source = image_folder(folder, SIZE, evaluation=folder).train
-    source.fetch(np.arange(6))
-    from dist_partial.data import fetch
-
+    fetch(source, np.arange(6))
     with pytest.raises((UserError, Raised)) as error:
         fetch(source, np.arange(7))
     assert str(path) in line(error)
@@ -98,6 +94,7 @@ def test_a_file_that_is_gone(folder):
 
 def test_folders_that_are_no_classes(folder, tmp_path):
     (folder / "empty").mkdir()
+    (folder / "empty" / ".hidden.png").write_text("")
     with pytest.raises(UserError, match="animals/empty is a class without images: it has no files"):
         image_folder(folder, SIZE)
     (folder / "empty" / "a.txt").write_text("")

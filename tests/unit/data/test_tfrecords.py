@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial.data import record_index
-from dist_partial.data.tfrecords import TFRecordSource
-from dist_partial.errors import UserError
+from dist_partial.data import TFRecordSource, fetch, record_index, tfrecord_dataset, train_batches
+from dist_partial.errors import Raised, UserError
+from tests.helpers.files import same_bits
 
 SIZES = (0, 7, 3, 12)  # records of each file, one of which has none
 
@@ -189,3 +189,108 @@ def test_files_that_change_during_a_run(folder):
     with pytest.raises(UserError, match=r"cannot read .*-00001, record 3 \(byte \d+\): No such file"):
         source.fetch(np.array([3]))
     assert len(source.fetch(np.array([8]))[0]) == 1
+
+
+FEATURES = {"jpeg": tf.io.FixedLenFeature([], tf.string), "label": tf.io.FixedLenFeature([], tf.int64)}
+
+
+def parse(record):
+    example = tf.io.parse_single_example(record, FEATURES)
+    image = tf.io.decode_jpeg(example["jpeg"], channels=3)
+    return tf.ensure_shape(image, [16, 20, 3]), tf.cast(example["label"], tf.int32)
+
+
+def augment(image, label, seed):
+    image = tf.image.stateless_random_crop(image, (12, 12, 3), seed)
+    image = tf.image.stateless_random_jpeg_quality(image, 50, 100, seed)
+    return tf.ensure_shape(image, (12, 12, 3)), label
+
+
+def serialized(jpeg: bytes, label: int) -> bytes:
+    feature = {
+        "jpeg": tf.train.Feature(bytes_list=tf.train.BytesList(value=[jpeg])),
+        "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label])),
+    }
+    return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two files of JPEG images, whose labels count them."""
+    rng, folder = np.random.default_rng(0), tmp_path / "pictures"
+    folder.mkdir()
+    for part in range(2):
+        with tf.io.TFRecordWriter(str(folder / f"{part}.tfrecord")) as writer:
+            for label in range(part * 20, part * 20 + 20):
+                image = rng.integers(0, 256, (16, 20, 3)).astype(np.uint8)
+                writer.write(serialized(tf.io.encode_jpeg(image).numpy(), label))
+    return folder
+
+
+def steps(source, workers, first_step, count):
+    """(x, y) of each global batch of 12 from a step on, as `workers` workers of a replica each read them."""
+    read = []
+    for worker in range(workers):
+        context = tf.distribute.InputContext(workers, worker, workers)
+        batches = train_batches(source, first_step=first_step, global_batch=12, seed=3, context=context)
+        read.append(list(batches.take(count).as_numpy_iterator()))
+    return [tuple(np.concatenate(part) for part in zip(*parts, strict=True)) for parts in zip(*read, strict=True)]
+
+
+def center(image, label):
+    return image[2:14, 4:16], label
+
+
+def test_the_same_examples_on_any_workers_and_from_any_step(pictures):
+    data = tfrecord_dataset(pictures, parse, held_out=0.1).map(augment, evaluation=center)
+    alone = steps(data.train, 1, 0, 9)
+    first = np.random.default_rng().integers(1, 8)
+    for found, want in ((steps(data.train, 2, 0, 9), alone), (steps(data.train, 3, first, 9 - first), alone[first:])):
+        for (x, y), (same_x, same_y) in zip(found, want, strict=True):
+            assert same_bits([x, same_x]) and same_bits([y, same_y])
+
+
+def test_examples_are_those_of_tf_data(pictures):
+    """Each record once an epoch, cropped and packed by numbers that differ from epoch to epoch."""
+    files = sorted(map(str, pictures.glob("*.tfrecord")))
+    images = {int(y): x for x, y in tf.data.TFRecordDataset(files).map(parse).as_numpy_iterator()}
+    data = tfrecord_dataset(pictures, parse, evaluation=[pictures / "1.tfrecord"], augment=lambda x, y: (255 - x, y))
+    x, y = (np.concatenate(part) for part in zip(*steps(data.train, 1, 0, 10), strict=True))
+    assert [sorted(epoch) for epoch in y.reshape(3, 40).tolist()] == [list(range(40))] * 3
+    assert same_bits([255 - x, np.stack([images[label] for label in y.tolist()])])
+    held_out, labels = data.evaluation.fetch(np.arange(20))  # not augmented
+    assert labels.tolist() == list(range(20, 40))
+    assert same_bits([held_out, np.stack([images[label] for label in labels.tolist()])])
+
+
+def test_fingerprints(pictures, tmp_path):
+    made = [tfrecord_dataset(pictures, parse, held_out=share).fingerprint for share in (0.1, 0.1, 0.2)]
+    assert made[0] == made[1] != made[2]
+    shutil.copytree(pictures, tmp_path / "copy", copy_function=shutil.copyfile)  # with other times
+    assert tfrecord_dataset(tmp_path / "copy", parse, name="pictures").fingerprint == made[0]
+    assert tfrecord_dataset(f"{pictures}/0*", parse).fingerprint != made[0]
+
+
+def test_a_record_that_does_not_parse_is_named(pictures):
+    with tf.io.TFRecordWriter(str(pictures / "2.tfrecord")) as writer:
+        writer.write(serialized(tf.io.encode_jpeg(np.zeros([16, 20, 3], np.uint8)).numpy(), 40))
+        writer.write(serialized(b"no image", 41))
+    data = tfrecord_dataset(pictures, parse, evaluation=pictures / "0.tfrecord")
+    with pytest.raises(Raised, match=r"^parse of run\.data raised .*2\.tfrecord, record 1 \(byte \d+\)") as error:
+        fetch(data.train, np.array([40, 41, 3]))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"parse": None}, r"tfrecord_dataset.parse is None: give a function of a record"),
+        ({"augment": 5}, r"tfrecord_dataset.augment is 5: give a function of \(x, y, seed\)"),
+        ({"augment": lambda x: x}, r"<lambda>\(x\) does not take an example"),
+        ({"held_out": 1.0}, r"tfrecord_dataset.held_out is 1.0: it must be a number above 0 and below 1"),
+        ({"evaluation": "nowhere*"}, r"tfrecord_dataset.evaluation: no file matches 'nowhere\*'"),
+    ],
+)
+def test_arguments(pictures, arguments, words):
+    with pytest.raises(UserError, match=words):
+        tfrecord_dataset(**{"train": pictures, "parse": parse, **arguments})
