@@ -128,7 +128,9 @@ def starts() -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         write_numbers(folder)
         command = [sys.executable, "-m", "tests.benchmarks.records", folder]
-        outputs = [subprocess.run(command, capture_output=True, check=True, text=True).stdout for _ in range(1 + STARTS)]
+        outputs = [
+            subprocess.run(command, capture_output=True, check=True, text=True).stdout for _ in range(1 + STARTS)
+        ]
     return [float(output.splitlines()[-1]) for output in outputs]
 
 

@@ -3,11 +3,13 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from dist_partial.data import fetch, image_folder
 from dist_partial.data.images import ImageFolderSource
 from dist_partial.errors import Raised, UserError
 from tests.helpers.files import same_bits
+from tests.helpers.orders import assert_one_order
 
 SIZE = (20, 24)
 CLASSES = {"zebra": ("1.jpg", "0.jpeg"), "cat": ("b.PNG", "a.bmp", "c.gif"), "dog": ("deep/1.png", "2.png")}
@@ -49,10 +51,20 @@ def test_augment_changes_what_is_trained_on_alone(folder):
     assert same_bits([data.evaluation.fetch(indices)[0], plain.train.fetch(indices)[0]])
 
 
+@pytest.mark.slow
+def test_the_same_examples_on_any_workers_and_from_any_step(folder):
+    def cropped(x, y, seed):
+        return tf.image.stateless_random_crop(x, (9, 9, 3), seed), y
+
+    assert_one_order(image_folder(folder, SIZE).map(cropped, lambda x, y: (x[:9, :9], y)).train)
+
+
 def test_a_part_is_held_out(folder):
     data = image_folder(folder, SIZE, held_out=0.3)
     assert (len(data.train), len(data.evaluation)) == (5, 2)
-    images = [image.tobytes() for part in (data.train, data.evaluation) for image in part.fetch(np.arange(len(part)))[0]]
+    images = [
+        image.tobytes() for part in (data.train, data.evaluation) for image in part.fetch(np.arange(len(part)))[0]
+    ]
     assert len(set(images)) == 7
     assert data.fingerprint == image_folder(folder, SIZE, held_out=0.3).fingerprint
     assert data.fingerprint != image_folder(folder, SIZE, held_out=0.4).fingerprint
@@ -66,7 +78,9 @@ def line(error) -> str:
 
 def test_places_name_the_file(folder):
     source = ImageFolderSource(folder)
-    assert [source.place(i) for i in (0, 3, 6)] == [f"{folder}/{name}" for name in ("cat/a.bmp", "dog/2.png", "zebra/1.jpg")]
+    assert [source.place(i) for i in (0, 3, 6)] == [
+        f"{folder}/{name}" for name in ("cat/a.bmp", "dog/2.png", "zebra/1.jpg")
+    ]
 
 
 @pytest.mark.parametrize("left", [0, 400], ids=["empty", "half"])
@@ -81,14 +95,14 @@ def test_a_broken_image(folder, left):
 
 def test_a_file_that_is_no_image(folder):
     (folder / "dog" / "deep" / "1.png").write_text("no image")
-    with pytest.raises(UserError, match="dog/deep/1.png is no JPEG, PNG, GIF or BMP image: replace or delete it"):
+    with pytest.raises(UserError, match=r"dog/deep/1.png is no JPEG, PNG, GIF or BMP image: replace or delete it"):
         ImageFolderSource(folder).fetch(np.array([5, 4]))
 
 
 def test_a_file_that_is_gone(folder):
     source = ImageFolderSource(folder)
     (folder / "cat" / "a.bmp").unlink()
-    with pytest.raises(UserError, match="cannot read .*/cat/a.bmp: No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*/cat/a.bmp: No such file"):
         source.fetch(np.array([0]))
 
 
@@ -101,11 +115,11 @@ def test_folders_that_are_no_classes(folder, tmp_path):
     with pytest.raises(UserError, match=r"animals/empty is a class without images: it has files that end in '\.txt'"):
         image_folder(folder, SIZE)
     (folder / "empty" / "a.webp").write_text("")
-    with pytest.raises(UserError, match="animals/empty/a.webp is of a kind that TensorFlow cannot decode: convert"):
+    with pytest.raises(UserError, match=r"animals/empty/a.webp is of a kind that TensorFlow cannot decode: convert"):
         image_folder(folder, SIZE)
-    with pytest.raises(UserError, match="animals/zebra has no subfolders, which are the classes, but '0.jpeg', '1.jpg'"):
+    with pytest.raises(UserError, match="animals/zebra has no subfolders, which are the classes, but '0"):
         image_folder(folder / "zebra", SIZE)
-    with pytest.raises(UserError, match="cannot read the folder .*/animal: No such file.*; nearest: '.*/animals'"):
+    with pytest.raises(UserError, match=r"cannot read the folder .*/animal: No such file.*; nearest: '.*/animals'"):
         image_folder(tmp_path / "animal", SIZE)
 
 
@@ -114,7 +128,7 @@ def test_classes_that_differ(folder, tmp_path):
     for name in ("cat", "dogs", "zebra"):
         (other / name).mkdir(parents=True)
         keras.utils.save_img(other / name / "0.png", np.zeros([3, 3, 3]))
-    with pytest.raises(UserError, match="animals has a class 'dog', and .*/other has none; nearest: 'dogs'"):
+    with pytest.raises(UserError, match=r"animals has a class 'dog', and .*/other has none; nearest: 'dogs'"):
         image_folder(folder, SIZE, evaluation=other)
 
 
