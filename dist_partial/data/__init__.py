@@ -1,19 +1,26 @@
 """Data sets with random access, and the pipeline that reads them by position."""
 
+from dist_partial.data.adapt import dataset, source_of
 from dist_partial.data.batches import (
     evaluation_batches,
-    fetch,
-    fetched,
+    failing_example,
     looks,
     some_targets,
     train_batches,
     train_indices,
-    without_lists,
 )
 from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
+from dist_partial.data.held_out import Part, hold_out
+from dist_partial.data.images import ImageFolderSource, image_folder
+from dist_partial.data.map_source import MapSource
+from dist_partial.data.mapped import Mapped
 from dist_partial.data.prepared import tfds_dataset
+from dist_partial.data.py_dataset import PyDatasetSource
+from dist_partial.data.reading import fetch, fetched, without_lists
 from dist_partial.data.source import ArraySource, ClassWeighted, Dataset, Source, check_source, fingerprint
+from dist_partial.data.tables import csv_dataset, parquet_dataset
+from dist_partial.data.tfrecords import TFRecordSource, tfrecord_dataset
 from dist_partial.data.tokens import stdlib_prose, tokenized_text
 
 __all__ = [
@@ -21,18 +28,32 @@ __all__ = [
     "ClassWeighted",
     "Codec",
     "Dataset",
+    "ImageFolderSource",
+    "MapSource",
+    "Mapped",
+    "Part",
+    "PyDatasetSource",
     "Source",
+    "TFRecordSource",
     "check_source",
+    "csv_dataset",
+    "dataset",
     "evaluation_batches",
+    "failing_example",
     "fetch",
     "fetched",
     "fingerprint",
+    "hold_out",
+    "image_folder",
     "looks",
+    "parquet_dataset",
     "some_targets",
+    "source_of",
     "stdlib_corpus",
     "stdlib_prose",
     "stdlib_shapes",
     "tfds_dataset",
+    "tfrecord_dataset",
     "tokenized_text",
     "train_batches",
     "train_indices",

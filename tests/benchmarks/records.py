@@ -1,0 +1,164 @@
+"""TFRecord files: JPEG images with augmentation against tf.data's own pipeline, and the start far into a large set.
+
+python -m tests.benchmarks.records
+
+Writes tests/benchmarks/results/records.json.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import tensorflow as tf
+
+from dist_partial.data import tfrecord_dataset, train_batches
+from tests.benchmarks import tables
+
+COMMAND = "python -m tests.benchmarks.records"
+RESULTS = Path(__file__).parent / "results" / "records.json"
+SETTING = "2 CPU cores; files in the page cache; medians of interleaved rounds"
+FILES, IMAGES, STORED, SIZE, BATCH = 8, 2048, 256, 224, 64
+ROUNDS, STEPS = 9, 24  # of one side and then the other
+RECORDS, FIRST_STEP, STARTS = 10**7, 10**6, 5
+FEATURES = {"image": tf.io.FixedLenFeature([], tf.string), "label": tf.io.FixedLenFeature([], tf.int64)}
+
+
+def write_images(folder: str) -> None:
+    """Blurred noise, which JPEG packs about as tightly as photographs: some 15 kB a picture."""
+    rng = np.random.default_rng(0)
+    for number in range(FILES):
+        with tf.io.TFRecordWriter(f"{folder}/images-{number:05}.tfrecord") as writer:
+            for label in range(IMAGES // FILES):
+                noise = tf.image.resize(rng.uniform(0, 255, (STORED // 4, STORED // 4, 3)), (STORED, STORED), "bicubic")
+                jpeg = tf.io.encode_jpeg(tf.cast(tf.clip_by_value(noise, 0, 255), tf.uint8), quality=90).numpy()
+                feature = {
+                    "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[jpeg])),
+                    "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label % 10])),
+                }
+                writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
+
+
+def parse(serialized: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    record = tf.io.parse_single_example(serialized, FEATURES)
+    image = tf.ensure_shape(tf.io.decode_jpeg(record["image"], channels=3), [STORED, STORED, 3])
+    return image, tf.cast(record["label"], tf.int32)
+
+
+def augment(image: tf.Tensor, label: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    image = tf.image.stateless_random_crop(image, (SIZE, SIZE, 3), seed)
+    image = tf.image.stateless_random_flip_left_right(image, seed)
+    image = tf.image.stateless_random_brightness(tf.cast(image, tf.float32), 32.0, seed)
+    return image / 255, label
+
+
+def centre(image: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    return tf.cast(tf.image.resize_with_crop_or_pad(image, SIZE, SIZE), tf.float32) / 255, label
+
+
+def of_tf_data(folder: str) -> Iterator[Any]:
+    """What people write: in the order of the files, with a thread a core."""
+    records = tf.data.TFRecordDataset(sorted(map(str, Path(folder).glob("*.tfrecord")))).repeat()
+
+    def example(number: tf.Tensor, serialized: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return augment(*parse(serialized), seed=tf.stack([number, 0]))
+
+    return iter(records.enumerate().map(example, num_parallel_calls=2).batch(BATCH, drop_remainder=True).prefetch(4))
+
+
+def of_dist_partial(folder: str) -> Iterator[Any]:
+    """Shuffled over all files, each record found by its number."""
+    data = tfrecord_dataset(folder, parse, held_out=0.01).map(augment, evaluation=centre)
+    alone = tf.distribute.InputContext()
+    return iter(train_batches(data.train, first_step=0, global_batch=BATCH, seed=0, context=alone))
+
+
+def rates(sides: dict[str, Callable[[str], Iterator[Any]]]) -> dict[str, list[float]]:
+    """Examples a second of each round."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(folder)
+        found: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(ROUNDS):
+            for name, make in sides.items():
+                batches = make(folder)
+                for _ in range(6):  # more than are made ahead
+                    next(batches)
+                begun = time.perf_counter()
+                for _ in range(STEPS):
+                    next(batches)
+                found[name].append(STEPS * BATCH / (time.perf_counter() - begun))
+                del batches
+        return found
+
+
+def write_numbers(folder: str) -> None:
+    """Records of 8 to 24 bytes."""
+    for number in range(FILES):
+        with tf.io.TFRecordWriter(f"{folder}/numbers-{number:05}.tfrecord") as writer:
+            for i in range(RECORDS // FILES):
+                writer.write(i.to_bytes(8, "little") * (1 + i % 3))
+
+
+def number(serialized: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    x = tf.io.decode_raw(tf.strings.substr(serialized, 0, 8), tf.int64)
+    return tf.ensure_shape(tf.cast(x, tf.float32), [1]), tf.cast(x[0] % 10, tf.int32)
+
+
+def start(folder: str) -> float:
+    """Seconds from the names of the files to the first batch."""
+    begun = time.perf_counter()
+    data = tfrecord_dataset(folder, number)
+    alone = tf.distribute.InputContext()
+    batches = train_batches(data.train, first_step=FIRST_STEP, global_batch=BATCH, seed=0, context=alone)
+    next(iter(batches))
+    return time.perf_counter() - begun
+
+
+def starts() -> list[float]:
+    """Of new processes, the first of which makes the index."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_numbers(folder)
+        command = [sys.executable, "-m", "tests.benchmarks.records", folder]
+        outputs = [
+            subprocess.run(command, capture_output=True, check=True, text=True).stdout for _ in range(1 + STARTS)
+        ]
+    return [float(output.splitlines()[-1]) for output in outputs]
+
+
+def main() -> None:
+    found = {name: rates_ for name, rates_ in rates({"tf.data": of_tf_data, "dist_partial": of_dist_partial}).items()}
+    first, *later = starts()
+    result = {
+        "command": COMMAND,
+        "setting": SETTING,
+        "rates": [
+            {"pipeline": name, "median": statistics.median(each), "least": min(each), "most": max(each)}
+            for name, each in found.items()
+        ],
+        "start": {
+            "records": RECORDS,
+            "step": FIRST_STEP,
+            "without_index_s": first,
+            "median_s": statistics.median(later),
+            "most_s": max(later),
+        },
+    }
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(tables.text("records"))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(start(sys.argv[1]), flush=True)
+        os._exit(0)  # an iterator that is alive would hold the process up
+    main()
+    os._exit(0)
