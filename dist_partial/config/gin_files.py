@@ -19,7 +19,7 @@ import gin
 
 from dist_partial import data, models, schedules, session
 from dist_partial.config import settings
-from dist_partial.config.bindings import annotation, check_bindings, unbound
+from dist_partial.config.bindings import annotation, check_bindings, only_in_python, unbound
 from dist_partial.distributed import replicas
 from dist_partial.errors import UserError, own_line, raised
 from dist_partial.reductions.all_reduce import AllReduce
@@ -35,6 +35,7 @@ _OURS: dict[str, Callable[..., Any]] = {
     "run": settings.Settings,
     "sample": settings.Sampling,
     "replicas": replicas.ReplicaOptions,
+    "only_in_python": only_in_python,
     "Rule": Rule,
     "all_reduce": AllReduce,
     "power_sgd": PowerSGD,
@@ -56,6 +57,7 @@ _OURS: dict[str, Callable[..., Any]] = {
     "keras_file": models.keras_file,
     "smollm2": models.smollm2,
     "smollm2_tokenizer": models.smollm2_tokenizer,
+    "kept_examples": data.kept_examples,
     "stdlib_corpus": data.stdlib_corpus,
     "stdlib_prose": data.stdlib_prose,
     "stdlib_shapes": data.stdlib_shapes,

@@ -12,6 +12,7 @@ from dist_partial.data.batches import (
 )
 from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
+from dist_partial.data.kept import keep_examples, kept_examples
 from dist_partial.data.prepared import tfds_dataset
 from dist_partial.data.source import ArraySource, ClassWeighted, Dataset, Source, check_source, fingerprint
 from dist_partial.data.tokens import stdlib_prose, tokenized_text
@@ -27,6 +28,8 @@ __all__ = [
     "fetch",
     "fetched",
     "fingerprint",
+    "keep_examples",
+    "kept_examples",
     "looks",
     "some_targets",
     "stdlib_corpus",

@@ -150,12 +150,11 @@ class MetricWriter:
         if self._configured:
             return
         self._configured = True
-        text, names = operative(), unused()
-        if self._active and text:
+        if self._active and (text := operative()):
             path = self._folder / "operative_config.gin"
             with _writing(path):
                 write_text(path, text)
-        if names:
+        if names := unused():
             self.say(f"bound but never used: {', '.join(names)}")
 
     def traffic(self, row: dict[str, Any]) -> None:
