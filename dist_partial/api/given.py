@@ -137,7 +137,8 @@ class Model:
         if not self.of_instance or not self.given.compiled:
             return {}
         loss, weights = compat.compiled_loss(self.given) or (None, None)
-        return {"optimizer": self.given.optimizer, "loss": loss, "loss_weights": weights}
+        one = self.given.optimizer
+        return {"optimizer": getattr(one, "inner_optimizer", one), "loss": loss, "loss_weights": weights}
 
     def precision(self, wanted: str | None) -> str:
         """The precision of the run, which is that of a model that is made already.

@@ -48,43 +48,32 @@ class Result:
         folder: the run folder.
         plan: what was trained, and what it sends.
         steps: that were to be made.
+        history: the rows of metrics.jsonl.
+        best: the evaluation of the best checkpoint; None without the setting of that name.
 
     Examples:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     row = {"step": 10, "split": "eval", "loss": 0.5, "accuracy": 0.75, "examples": 20}
-        ...     _ = Path(folder, "metrics.jsonl").write_text(json.dumps(row))
-        ...     Result(None, Path(folder), Plan((), ()), 10).metrics
+        >>> history = History([{"step": 10, "split": "eval", "loss": 0.5, "accuracy": 0.75, "examples": 20}])
+        >>> result = Result(None, Path("runs/mine"), Plan((), ()), 10, history)
+        >>> result.metrics
         {'step': 10, 'loss': 0.5, 'accuracy': 0.75, 'examples': 20}
+        >>> print(str(result).splitlines()[1])
+        held-out, step 10: loss 0.5000, accuracy 0.7500
     """
 
     model: Any
     folder: Path
     plan: Plan
     steps: int
-
-    @property
-    def history(self) -> History:
-        """The rows of metrics.jsonl."""
-        file = self.folder / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        return History(json.loads(line) for line in lines)
+    history: History
+    best: dict[str, Any] | None = None
 
     @property
     def metrics(self) -> dict[str, Any]:
         """The last evaluation; {} if there was none."""
         return _numbers(self.history.of("eval")[-1:])
 
-    @property
-    def best(self) -> dict[str, Any] | None:
-        """The evaluation of the checkpoint in the folder's `best`; None without the setting of that name."""
-        steps = checkpoints.steps(self.folder / "best")
-        rows = [row for row in self.history.of("eval") if row["step"] in steps]
-        return _numbers(rows[-1:]) or None
-
     def __repr__(self) -> str:
-        history = self.history
-        done = max((row["step"] for row in history), default=0)
+        done = max((row["step"] for row in self.history if row["split"] != "plan"), default=0)
         trained = sum(entry.trained_parameters for entry in self.plan.entries)
         total = sum(entry.parameters for entry in self.plan.entries)
         lines = [f"{self.folder}: {done:,} of {self.steps:,} steps"]
@@ -102,6 +91,22 @@ class Result:
         from dist_partial.report import notebook, runs
 
         return notebook.html(runs.read([self.folder])[0], str(self))
+
+
+def read(model: Any, folder: Path, plan: Plan, steps: int) -> Result:
+    """Reads what a run has written to its folder.
+
+    Args:
+        model: with the trained weights.
+        folder: the run folder.
+        plan: of the run.
+        steps: that were to be made.
+    """
+    file = folder / "metrics.jsonl"
+    history = History(json.loads(line) for line in file.read_text().splitlines()) if file.exists() else History()
+    kept = checkpoints.steps(folder / "best")
+    best = _numbers([row for row in history.of("eval") if row["step"] in kept][-1:])
+    return Result(model, folder, plan, steps, history, best or None)
 
 
 def _numbers(rows: list[dict[str, Any]]) -> dict[str, Any]:

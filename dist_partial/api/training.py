@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 
 import tensorflow as tf
 
-from dist_partial.api import given
+from dist_partial.api import given, result
 from dist_partial.api.result import Result
 from dist_partial.api.words import spoken
 from dist_partial.config import gin_text
 from dist_partial.config.settings import Settings
+from dist_partial.distributed.cluster import read_tf_config
 from dist_partial.distributed.replicas import ReplicaOptions, simulated
 from dist_partial.errors import UserError
 from dist_partial.step import outer_step
@@ -83,7 +85,7 @@ def train(
         if "optimizer" in settings:
             settings["optimizer"] = given.optimizer(settings["optimizer"])
         bound = Settings(rules=rules, model=made, data=examples, replicas=given.replicas(replicas), **settings)
-        place = Path(folder).expanduser() if folder is not None else _new_folder(getattr(model, "name", model))
+        place = _new_folder(getattr(model, "name", model)) if folder is None else Path(folder).expanduser()
         going_on = any((place / "checkpoints").glob("step-*"))
 
         def operative() -> str:
@@ -98,6 +100,10 @@ def train(
             if made.made is not None:
                 made.give_back(made.made.get_weights())
             raise
+        finally:
+            if folder is None:
+                with contextlib.suppress(OSError):
+                    place.rmdir()  # which nothing was written to
         return _result(trainer, made, place)
 
 
@@ -113,7 +119,7 @@ def _result(trainer: Trainer, made: given.Model, folder: Path) -> Result:
                 f"model {made.given.name!r} keeps its weights, for the rules have given the trained one other "
                 "variables (LoRA, a lower precision): it is the result's .model"
             )
-    return Result(model=model, folder=folder, plan=trainer.plan, steps=trainer.settings.steps)
+    return result.read(model, folder, trainer.plan, trainer.settings.steps)
 
 
 def devices(count: int = _DEVICES) -> None:
@@ -140,6 +146,8 @@ def _some_devices() -> None:
 
 def _new_folder(named: Any) -> Path:
     """Makes the next free folder for a model of that name."""
+    if read_tf_config(os.environ.get("TF_CONFIG", "")):
+        raise UserError("folder is None, and the workers of TF_CONFIG write one together: give folder='runs/mine'")
     name = named if isinstance(named, str) else getattr(named, "__name__", "model")
     name = re.sub(r"\W+", "_", re.sub(r"_\d+$", "", name)).strip("_") or "model"
     for number in itertools.count(1):

@@ -1,6 +1,7 @@
 """Copies of a Keras model: of its config, its weights, and what its layers have adapted to."""
 
 import copy
+import inspect
 import re
 import tempfile
 import warnings
@@ -40,11 +41,12 @@ class ModelCopy:
         weights: Sequence[Any] | None = None,
     ) -> None:
         self.model, self._names, self._example, self._weights = model, names or {}, example, weights
-        self.__name__ = model.name  # for messages
+        own = {type(layer) for layer in compat.layers(model) if not type(layer).__module__.startswith("keras.")}
+        self._own = {name: kind for kind in own for name in (keras.saving.get_registered_name(kind), kind.__name__)}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of lambdas, which stay in this process
-                self._config = _renamed(keras.saving.serialize_keras_object(model), self._names)
+                self._config = self._prepared(keras.saving.serialize_keras_object(model))
         except NotImplementedError as error:  # whose message is a page
             raise self._refused("nothing says with which arguments one of its classes was called") from error
         except Exception as error:  # Keras raises this and that, and so may the classes of the user's
@@ -53,16 +55,16 @@ class ModelCopy:
 
     def __call__(self) -> keras.Model:
         """Makes the next copy, which is not compiled."""
-        own = {type(layer) for layer in compat.layers(self.model) if not type(layer).__module__.startswith("keras.")}
-        known = {name: kind for kind in own for name in (keras.saving.get_registered_name(kind), kind.__name__)}
         weights = self.model.get_weights() if self._weights is None else self._weights
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                made = keras.saving.deserialize_keras_object(copy.deepcopy(self._config), known, safe_mode=False)
+                made = keras.saving.deserialize_keras_object(copy.deepcopy(self._config), self._own, safe_mode=False)
             pairs = list(zip(compat.layers(self.model), compat.layers(made), strict=True))
             for layer, other in pairs:
                 _adapt(layer, other)
+                if other.trainable != layer.trainable:
+                    other.trainable = layer.trainable
             if weights and not made.weights:
                 made(self._example, training=False)
             made.set_weights(weights)
@@ -73,6 +75,23 @@ class ModelCopy:
             if wanted != other.name and not (is_numbered(layer) and is_numbered(other)):
                 raise self._refused(f"its layer {layer.name!r} loses its name, which __init__ takes by **kwargs alone")
         return made
+
+    def _prepared(self, config: Any) -> Any:
+        """A config with other names of layers, and without what the constructors of the user's classes do not take."""
+        if isinstance(config, dict):
+            config = {key: self._prepared(value) for key, value in config.items()}
+            if isinstance(name := config.get("name"), str):
+                config["name"] = self._names.get(name, name)
+            kind = self._own.get(config.get("registered_name") or config.get("class_name"))
+            if kind and kind.get_config.__module__.startswith("keras."):  # which adds what all layers have
+                parameters = inspect.signature(kind).parameters
+                if all(each.kind is not each.VAR_KEYWORD for each in parameters.values()):
+                    config["config"] = {name: each for name, each in config["config"].items() if name in parameters}
+        elif isinstance(config, (list, tuple)):  # ["dense", 0, 0] is a link
+            link = len(config) == 3 and isinstance(config[0], str) and all(type(each) is int for each in config[1:])
+            head = [self._names.get(config[0], config[0])] if link else []
+            config = type(config)([*head, *map(self._prepared, config[len(head) :])])
+        return config
 
     def _refused(self, why: str) -> UserError:
         return UserError(
@@ -117,20 +136,6 @@ def numbered_names(model: keras.Model) -> dict[str, str]:
 
 def _base(name: str) -> str:
     return re.sub(r"_\d+$", "", name)
-
-
-def _renamed(config: Any, names: Mapping[str, str]) -> Any:
-    """A config with other names of layers, where it has them: beside "name", and before two numbers."""
-    if isinstance(config, dict):
-        return {
-            key: names.get(value, value) if key == "name" and isinstance(value, str) else _renamed(value, names)
-            for key, value in config.items()
-        }
-    if isinstance(config, (list, tuple)):
-        link = len(config) == 3 and isinstance(config[0], str) and all(type(each) is int for each in config[1:])
-        head = [names.get(config[0], config[0])] if link else []
-        return type(config)(head + [_renamed(each, names) for each in config[len(head) :]])
-    return config
 
 
 def _adapt(layer: Any, other: Any) -> None:
