@@ -1,7 +1,12 @@
 """Train a rule-selected part of a Keras model on several replicas, and send only that part's gradients."""
 
 import importlib
-from typing import Any
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_partial.api import train as train
 
 _HOMES = {
     "ArraySource": "data",
@@ -14,14 +19,19 @@ _HOMES = {
     "Plan": "selection",
     "PowerSGD": "reductions",
     "Quantized": "reductions",
+    "ReplicaOptions": "distributed.replicas",
+    "Result": "api",
     "Rule": "selection",
     "Sampling": "config.settings",
     "Settings": "config.settings",
     "TopK": "reductions",
     "UserError": "errors",
     "delta": "export.delta",
+    "devices": "api",
     "partial": "fit",
+    "train": "api",
 }
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
@@ -33,4 +43,19 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(_HOMES)
+    return __all__
+
+
+class _Package(types.ModuleType):
+    """A package whose `train` stays the function: to import the command `dist_partial.train` would replace it."""
+
+    @property
+    def train(self) -> Any:
+        return __getattr__("train")
+
+    @train.setter
+    def train(self, command: types.ModuleType) -> None:
+        pass
+
+
+sys.modules[__name__].__class__ = _Package

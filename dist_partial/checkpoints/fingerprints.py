@@ -152,6 +152,28 @@ def check_run(folder: Path, fingerprint: dict[str, Any], may_differ: Collection[
     return True
 
 
+def began(folder: Path) -> dict[str, Any]:
+    """Returns the digests of the values that the run in a folder began with, if it has come as far as a checkpoint.
+
+    A run that goes on may be given a model that has been trained in the meantime.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, RUN_FILE).write_text('{"initial values": {"head/bias": "12ab"}, "seed": 0}')
+        ...     print(began(Path(folder)))
+        ...     Path(folder, "checkpoints", "step-0000000010.safetensors").mkdir(parents=True)
+        ...     began(Path(folder))
+        {}
+        {'initial values': {'head/bias': '12ab'}}
+    """
+    path = folder / RUN_FILE
+    if not path.exists() or not any((folder / "checkpoints").glob("step-*")):
+        return {}
+    content = json.loads(path.read_text())
+    return {INITIAL: content[INITIAL]} if INITIAL in content else {}
+
+
 def _in_words(name: str, old: Any, new: Any) -> str:
     """Says a difference between two fingerprints; digests mean nothing to a reader."""
     part, _, path = name.partition(".")

@@ -5,7 +5,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import gin
 
@@ -75,6 +75,26 @@ def annotation(registry: Any, binding: str) -> Any:
     except Exception:  # an unknown name, or one of several; a user's annotation that is none
         return Any
     return hints.get(argument, {bool: bool, int: float, float: float}.get(type(default), Any))
+
+
+def only_in_python(what: str, **_: Any) -> NoReturn:
+    """Stands in a run folder's configuration for what only the Python process that trained it has.
+
+    Args:
+        what: says what it is.
+
+    Raises:
+        UserError: always.
+
+    Examples:
+        >>> only_in_python("run.loss is <function mine>")
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: run.loss is <function mine>, which only the Python process that trained has: ...
+    """
+    raise UserError(
+        f"{what}, which only the Python process that trained has: there, write result.model.save('mine.keras'); or "
+        "define it in a module that can be imported, and train again"
+    )
 
 
 def _check_missing(ours: Collection[str], bindable: Mapping[str, Callable[..., Any]]) -> None:

@@ -19,7 +19,7 @@ import gin
 
 from dist_partial import data, models, schedules, session
 from dist_partial.config import settings
-from dist_partial.config.bindings import annotation, check_bindings, unbound, unknown, written
+from dist_partial.config.bindings import annotation, check_bindings, only_in_python, unbound, unknown, written
 from dist_partial.distributed import replicas
 from dist_partial.errors import UserError, own_line, raised
 from dist_partial.reductions.all_reduce import AllReduce
@@ -36,6 +36,7 @@ _OURS: dict[str, Callable[..., Any]] = {
     "run": settings.Settings,
     "sample": settings.Sampling,
     "replicas": replicas.ReplicaOptions,
+    "only_in_python": only_in_python,
     "Rule": Rule,
     "all_reduce": AllReduce,
     "power_sgd": PowerSGD,
@@ -58,6 +59,7 @@ _OURS: dict[str, Callable[..., Any]] = {
     "smollm2": models.smollm2,
     "smollm2_tokenizer": models.smollm2_tokenizer,
     "image_folder": data.image_folder,
+    "kept_examples": data.kept_examples,
     "stdlib_corpus": data.stdlib_corpus,
     "stdlib_prose": data.stdlib_prose,
     "stdlib_shapes": data.stdlib_shapes,

@@ -13,6 +13,7 @@ from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
 from dist_partial.data.held_out import Part, hold_out
 from dist_partial.data.images import ImageFolderSource, image_folder
+from dist_partial.data.kept import keep_examples, kept_examples
 from dist_partial.data.map_source import MapSource
 from dist_partial.data.mapped import Mapped
 from dist_partial.data.prepared import tfds_dataset
@@ -45,6 +46,8 @@ __all__ = [
     "fingerprint",
     "hold_out",
     "image_folder",
+    "keep_examples",
+    "kept_examples",
     "looks",
     "parquet_dataset",
     "some_targets",

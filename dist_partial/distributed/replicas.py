@@ -152,7 +152,7 @@ class ReplicaOptions:
         collectives = Collectives(pack_bytes=self.pack_bytes)
         if kind == "default":
             return Replicas(tf.distribute.get_strategy(), collectives, f"replicas: 1, default strategy{reason}")
-        devices = [f"GPU:{i}" for i in range(gpus)] or _simulated(self.cpu)
+        devices = [f"GPU:{i}" for i in range(gpus)] or simulated(self.cpu)
         what = f"{gpus} GPUs" if gpus else f"{self.cpu} simulated on the CPU"
         description = f"replicas: {len(devices)}, MirroredStrategy over {what}{reason}"
         return Replicas(_mirrored(tuple(devices)), collectives, description)
@@ -183,15 +183,24 @@ def _chosen(cluster: bool, gpus: int, cpu: int) -> tuple[str, str]:
     return "default", " (one GPU here)" if gpus else " (no GPU here, replicas.cpu = 1)"
 
 
-def _simulated(count: int) -> list[str]:
+def simulated(count: int) -> list[str]:
+    """Makes at least so many logical devices on the CPU, before TensorFlow has started; returns the names of these.
+
+    Examples:
+        >>> simulated(1)
+        ['CPU:0']
+
+    Raises:
+        UserError: TensorFlow has started with fewer.
+    """
     cpu = tf.config.list_physical_devices("CPU")[0]
     try:
         if len(tf.config.get_logical_device_configuration(cpu) or [None]) < count:
             tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
     except RuntimeError:
         raise UserError(
-            f"replicas.cpu = {count} comes too late: TensorFlow has started with fewer CPU devices; make the replicas "
-            "before anything else uses TensorFlow"
+            f"replicas.cpu = {count} comes too late: TensorFlow has started with fewer CPU devices; restart Python, or "
+            f"the notebook's kernel, and call dist_partial.devices({count}) before anything else uses TensorFlow"
         ) from None
     return [f"CPU:{i}" for i in range(count)]
 

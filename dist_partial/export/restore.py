@@ -40,7 +40,10 @@ def restored(folder: Path, imports: bool, step: str | None = None) -> Iterator[t
         print(line, file=sys.stderr)
 
     place, wanted = find(folder, step)
-    settings = gin_files.load([folder / "operative_config.gin"], imports=imports).settings
+    # A run from Python has these beside its configuration, which names the place where they were written.
+    own = {"model/keras_file.path": folder / "model.keras", "data/kept_examples.path": folder / "examples.npz"}
+    params = [f"{name} = {str(path)!r}" for name, path in own.items() if path.is_file()]
+    settings = gin_files.load([folder / "operative_config.gin"], params, imports=imports).settings
     with put_back():
         trainer = build(settings, replicas.create("default"))
         state = restore(trainer, folder, say, may_differ=("data",), place=place, at_most=wanted)

@@ -60,19 +60,19 @@ def main(argv: Sequence[str] | None = None, program: Sequence[str] = ()) -> int:
 
 
 def _train(scheduler: str, argv: Sequence[str]) -> int:
-    from dist_partial import train
     from dist_partial.distributed import cluster
+    from dist_partial.train import main as train
 
     cli.import_tensorflow_quietly()  # cluster reads Slurm's variables by it
     config = cluster.tf_config(scheduler, os.environ)
     os.environ["TF_CONFIG"] = json.dumps(config)
     arguments = argv[1:] if argv[:1] == ["--"] else argv
     if scheduler == "slurm":
-        return train.main(arguments)
+        return train(arguments)
     # Kubernetes judges a pod by its exit code alone.
     ledger, limit = _ledger(arguments, f"worker-{config['task']['index']}"), _limit()
     ledger.begin()
-    code = train.main(arguments)
+    code = train(arguments)
     reason, _, _ = ledger.refusal(code, limit)
     if reason and code not in (0, INTERRUPTED, *restarts.MISTAKES):
         raise UserError(f"exit code {code}, and no other pod: {reason}")

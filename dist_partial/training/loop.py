@@ -34,7 +34,7 @@ def run(
     operative: Callable[[], str] = lambda: "",
     unused: Callable[[], list[str]] = lambda: [],
     bindings: Mapping[str, str] | None = None,
-) -> None:
+) -> Trainer:
     """Trains, evaluates, samples and saves; goes on from what is in the folder.
 
     Keras's floatx and dtype policy are put back at the end; the random seeds that `run.seed` sets stay.
@@ -42,9 +42,13 @@ def run(
     Args:
         settings: what to do.
         folder: the run folder, made if absent.
-        operative: gives the text of operative_config.gin, once the first step has used everything.
+        operative: gives the text of operative_config.gin, once the first step has used everything; called on the first
+            worker alone.
         unused: gives the bindings that nothing has used by then.
         bindings: what the user has bound, which must be the same on all workers.
+
+    Returns:
+        What the run computed with; its model has the trained weights.
 
     Raises:
         UserError, Fault, Raised: see `errors`; on every worker, whichever of them it happened on.
@@ -59,7 +63,8 @@ def run(
         replicas.say("\n".join([plan_summary(trainer.plan, replicas.workers), *trainer.notes]))
         state = _restored(trainer, folder)
         if state.step >= settings.steps or state.stopped:
-            return replicas.finish()
+            replicas.finish()
+            return trainer
         runner, evaluate, judge = ScheduleRunner(trainer, state), evaluation.Evaluation(trainer), Judge(trainer, state)
         _enter(runner, state.step)
         save = events.Saving(trainer, folder, state)
@@ -85,6 +90,7 @@ def run(
         replicas.finish()  # none ends before the last checkpoint is written
         if stop.interrupted and state.step < settings.steps:
             stop(state, folder)
+    return trainer
 
 
 def _restored(trainer: Trainer, folder: Path) -> TrainState:

@@ -151,12 +151,11 @@ class MetricWriter:
         if self._configured:
             return
         self._configured = True
-        text, names = operative(), unused()
-        if self._active and text:
+        if self._active and (text := operative()):
             path = self._folder / "operative_config.gin"
             with _writing(path):
                 write_text(path, text)
-        if names:
+        if names := unused():
             # A line such as `lr = 0.1` of a gin file is a macro, whatever was meant by it.
             words = [f"{name} ({ours[2:]})" if (ours := meant(name)) else name for name in names]
             self.say(f"bound but never used: {', '.join(words)}")

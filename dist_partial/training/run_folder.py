@@ -34,7 +34,7 @@ def begun(folder: Path, trainer: Trainer, plan: Plan) -> Iterator[None]:
     with held(folder, active):
         if active:
             with writing(folder):
-                write_json(folder / fingerprints.RUN_FILE, trainer.fingerprint)
+                write_json(folder / fingerprints.RUN_FILE, trainer.fingerprint | fingerprints.began(folder))
                 write_json(folder / "plan.json", plan.to_json())
                 write_text(folder / "plan.txt", plan_table(plan, trainer.replicas.workers) + "\n")
         yield

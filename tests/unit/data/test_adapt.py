@@ -68,7 +68,9 @@ def test_arrays_have_one_order():
     np.testing.assert_array_equal(x, X[y])
 
 
-@pytest.mark.parametrize(("count", "share", "held"), [(50, 0.1, 5), (50, 0.5, 25), (2, 0.1, 1), (3, 0.99, 2), (10**7, 0.01, 10**5)])
+@pytest.mark.parametrize(
+    ("count", "share", "held"), [(50, 0.1, 5), (50, 0.5, 25), (2, 0.1, 1), (3, 0.99, 2), (10**7, 0.01, 10**5)]
+)
 def test_parts_share_all_examples_and_none_twice(count, share, held):
     class Numbers:
         spec = (tf.TensorSpec([], tf.int64),)
@@ -109,7 +111,13 @@ def test_fingerprints_tell_contents_apart():
     other[17, 1] += 1
     rows = list(zip(X, Y, strict=True))
     same = [dataset((X, Y)), dataset((X.copy(), Y.copy()))]
-    unlike = [dataset((other, Y)), dataset((X, Y), held_out=0.2), dataset((X, Y), (X, Y)), dataset(rows), dataset(rows[1:])]
+    unlike = [
+        dataset((other, Y)),
+        dataset((X, Y), held_out=0.2),
+        dataset((X, Y), (X, Y)),
+        dataset(rows),
+        dataset(rows[1:]),
+    ]
     assert same[0].fingerprint == same[1].fingerprint
     assert len({data.fingerprint for data in (same[0], *unlike)}) == 6
     assert dataset(rows).fingerprint == dataset(list(rows)).fingerprint

@@ -1,0 +1,183 @@
+"""`dist_partial.train`: one call that trains, and returns what came of it."""
+
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from dist_partial.api import given, result
+from dist_partial.api.result import Result
+from dist_partial.api.words import spoken
+from dist_partial.config import gin_text
+from dist_partial.config.settings import Settings
+from dist_partial.distributed.cluster import read_tf_config
+from dist_partial.distributed.replicas import ReplicaOptions, simulated
+from dist_partial.errors import UserError
+from dist_partial.step import outer_step
+from dist_partial.train import main as command
+from dist_partial.training import failures, loop
+from dist_partial.training.build import Trainer
+from dist_partial.validation import nearest
+
+_DEVICES = 8  # on the CPU, which cost nothing where they are not used
+_FIRST = ("model", "data")
+_OWN = ("evaluation", "folder", "replicas")
+
+
+def train(
+    model: Any,
+    data: Any,
+    *,
+    rules: Sequence[Any],
+    evaluation: Any = None,
+    folder: str | Path | None = None,
+    replicas: Any = 1,
+    **settings: Any,
+) -> Result:
+    """Trains the part of a model that the rules select, and returns the model, its history and more.
+
+    A model that is made already has the trained weights afterwards, as after `fit`, and is trained from those that it
+    has. What the function of a model makes has Keras's names of layers in a new process, however often it is called.
+
+    Args:
+        model: a Keras model, or a function without arguments that makes one.
+        data: arrays (x, y) or (x, y, weight), a `Dataset`, what else `data.dataset` takes, or a function that makes
+            one of these.
+        rules: the table: `('train' | 'freeze', pattern)` lines or `Rule`s.
+        evaluation: the examples held out, as `data`; None holds a part of it out.
+        folder: the run folder, from which a run goes on; None is a new one in `runs`.
+        replicas: how many, simulated on the CPU; or a `ReplicaOptions`, or a function that makes `Replicas`.
+        **settings: the other attributes of `Settings`, such as `steps`, `optimizer`, `loss`, `metrics`. An optimizer
+            may be a factory, a name, or an optimizer; without one, and without a loss, those take their place with
+            which the model was compiled.
+
+    Raises:
+        UserError: a mistake in one of these, in one line.
+        Raised: the model, the data or the loss raised an exception.
+        Interrupted: the kernel was interrupted, or Ctrl-C; the run is saved, and goes on if it is called again.
+
+    Examples:
+        >>> import tempfile
+        >>> import keras
+        >>> import numpy as np
+        >>> x = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+        >>> model = keras.Sequential([keras.Input([3]), keras.layers.Dense(4), keras.layers.Dense(1, name="head")])
+        >>> rules = [("train", "head/.*"), ("freeze", ".*")]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found = train(model, (x, x.sum(1)), rules=rules, loss="mse", steps=3, folder=f"{folder}/run")
+        path ...
+        >>> [row["step"] for row in found.history if row["split"] == "train"], found.model is model
+        ([1, 2, 3], True)
+    """
+    with spoken():
+        _check_names(settings)
+        examples = given.Data(data, evaluation)
+        made = given.Model(model, examples, rules)
+        settings = {name: value for name, value in made.compiled().items() if value is not None} | settings
+        settings["precision"] = made.precision(settings.get("precision"))
+        if "optimizer" in settings:
+            settings["optimizer"] = given.optimizer(settings["optimizer"])
+        bound = Settings(rules=rules, model=made, data=examples, replicas=given.replicas(replicas), **settings)
+        place = _new_folder(getattr(model, "name", model)) if folder is None else Path(folder).expanduser()
+        going_on = any((place / "checkpoints").glob("step-*"))
+
+        def operative() -> str:
+            kept = dataclasses.replace(bound, model=made.kept(place, going_on), data=examples.kept(place))
+            return gin_text.text(kept)
+
+        for note in made.notes:
+            print(note)
+        try:
+            trainer = loop.run(bound, place, operative)
+        except failures.Interrupted:
+            if made.made is not None:
+                made.give_back(made.made.get_weights())
+            raise
+        finally:
+            if folder is None:
+                with contextlib.suppress(OSError):
+                    place.rmdir()  # which nothing was written to
+        return _result(trainer, made, place)
+
+
+def _result(trainer: Trainer, made: given.Model, folder: Path) -> Result:
+    model = trainer.model
+    for layer in trainer.batch_norms:
+        layer.trainable = True  # as it was made: the run alone had put it into inference mode
+    with outer_step.agreed(trainer.replicas.strategy, trainer.fragments):
+        if made.give_back(model.get_weights()):
+            model = made.given
+        elif made.of_instance:
+            print(
+                f"model {made.given.name!r} keeps its weights, for the rules have given the trained one other "
+                "variables (LoRA, a lower precision): it is the result's .model"
+            )
+    return result.read(model, folder, trainer.plan, trainer.settings.steps)
+
+
+def devices(count: int = _DEVICES) -> None:
+    """Makes devices on the CPU that can act as replicas; call it before anything else uses TensorFlow.
+
+    The first use of `dist_partial.train` makes eight, if TensorFlow has not started: `from dist_partial import train`
+    above the first model is enough.
+
+    Raises:
+        UserError: TensorFlow has started with fewer.
+
+    Examples:
+        >>> devices(1)
+    """
+    with spoken():
+        simulated(ReplicaOptions(cpu=count).cpu)
+
+
+def _some_devices() -> None:
+    if tf.config.get_logical_device_configuration(tf.config.list_physical_devices("CPU")[0]) is None:
+        with contextlib.suppress(UserError):  # TensorFlow has started; then there is one
+            simulated(_DEVICES)
+
+
+def _new_folder(named: Any) -> Path:
+    """Makes the next free folder for a model of that name."""
+    if read_tf_config(os.environ.get("TF_CONFIG", "")):
+        raise UserError("folder is None, and the workers of TF_CONFIG write one together: give folder='runs/mine'")
+    name = named if isinstance(named, str) else getattr(named, "__name__", "model")
+    name = re.sub(r"\W+", "_", re.sub(r"_\d+$", "", name)).strip("_") or "model"
+    for number in itertools.count(1):
+        folder = Path("runs") / f"{name}-{number}"
+        folder.parent.mkdir(exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("unreachable")
+
+
+def _check_names(settings: dict[str, Any]) -> None:
+    fields = [field.name for field in dataclasses.fields(Settings)]
+    for name in settings:
+        if name not in fields:
+            raise UserError(f"train has no argument {name!r}{nearest(name, [*_FIRST, *_OWN, *fields], always=True)}")
+
+
+def _signature() -> inspect.Signature:
+    """That of `train`, with each of the settings, for help and completion."""
+    own = inspect.signature(train)
+    parameters = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    for each in inspect.signature(Settings).parameters.values():
+        if each.name not in own.parameters:
+            parameters.append(each.replace(kind=each.KEYWORD_ONLY))
+    return own.replace(parameters=parameters)
+
+
+train.main = command  # type: ignore[attr-defined]  # for those who have `from dist_partial import train` for it
+train.__signature__ = _signature()  # type: ignore[attr-defined]
+_some_devices()

@@ -1,0 +1,86 @@
+"""A few examples of a data set in a file: for those who use a run whose data only the process that trained it has."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_partial.data.batches import fetch
+from dist_partial.data.codecs import ByteCodec, Codec, ShapeCodec
+from dist_partial.data.source import ArraySource, Dataset
+from dist_partial.errors import UserError
+from dist_partial.files import existing, write_atomically
+from dist_partial.validation import check_arguments
+
+_KEPT = 32  # examples of each part
+_CODECS: dict[str, Callable[[], Codec]] = {"bytes": ByteCodec, "shapes": ShapeCodec}
+
+
+def kept_examples(path: str) -> Dataset:
+    """Reads the examples that `dist_partial.train` has kept beside a run, for `sample` and `export`.
+
+    Args:
+        path: of the file, examples.npz of the run folder.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+
+    Examples:
+        >>> import tempfile
+        >>> part = ArraySource({"a": np.zeros([100, 2], np.float32)}, np.arange(100))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     keep_examples(Path(folder, "examples.npz"), Dataset("mine", part, part, "its digest"))
+        ...     data = kept_examples(f"{folder}/examples.npz")
+        >>> data.name, len(data.train), data.train.spec[0]["a"].shape.as_list(), data.train.fetch(np.array([3]))[1]
+        ('mine', 32, [2], array([3]))
+    """
+    check_arguments(kept_examples, locals())
+    file = existing("kept_examples.path", path, "*.npz")
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            content = json.loads(str(arrays["content"]))
+            train, evaluation = (ArraySource(*_nest(content[name], arrays)) for name in ("train", "evaluation"))
+        codec = _CODECS[content["codec"]]() if content["codec"] else None
+        return Dataset(content["name"], train, evaluation, content["fingerprint"], codec, content["unit"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"kept_examples.path: {path} is damaged ({error}): train again to write it") from error
+
+
+def keep_examples(path: Path, data: Dataset) -> None:
+    """Writes the first examples of a data set to a file, for `kept_examples`.
+
+    Examples:
+        >>> import tempfile
+        >>> part = ArraySource(np.zeros([100, 2], np.float32))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     keep_examples(Path(folder, "examples.npz"), Dataset("mine", part, part, "its digest"))
+        ...     len(kept_examples(f"{folder}/examples.npz").evaluation)
+        32
+    """
+    codecs = [name for name, kind in _CODECS.items() if type(data.codec) is kind]
+    content: dict[str, Any] = {"name": data.name, "fingerprint": data.fingerprint, "unit": data.unit}
+    content["codec"] = codecs[0] if codecs else None
+    arrays: list[Any] = []
+    for name, source in (("train", data.train), ("evaluation", data.evaluation)):
+        content[name] = _places(fetch(source, np.arange(min(_KEPT, len(source)))), arrays)
+    named = {str(number): array for number, array in enumerate(arrays)} | {"content": np.array(json.dumps(content))}
+    write_atomically(path, lambda file: np.savez(file, **named))
+
+
+def _places(nest: Any, arrays: list[Any]) -> Any:
+    """The nest as JSON, with the number of an array in its place."""
+    if isinstance(nest, dict):
+        return {key: _places(each, arrays) for key, each in nest.items()}
+    if isinstance(nest, (list, tuple)):
+        return [_places(each, arrays) for each in nest]
+    array = np.asarray(nest)
+    arrays.append(array.astype(str) if array.dtype == object else array)  # objects would be pickled
+    return len(arrays) - 1
+
+
+def _nest(places: Any, arrays: Any) -> Any:
+    if isinstance(places, dict):
+        return {key: _nest(each, arrays) for key, each in places.items()}
+    return [_nest(each, arrays) for each in places] if isinstance(places, list) else arrays[str(places)]

@@ -1,0 +1,146 @@
+"""Copies of a Keras model: of its config, its weights, and what its layers have adapted to."""
+
+import copy
+import inspect
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+
+from dist_partial import compat
+from dist_partial.errors import UserError, first_line
+
+
+class ModelCopy:
+    """Makes a model again and again, as a factory does: in another strategy's scope, with other names of its layers.
+
+    Args:
+        model: a built model, which stays as it is. Its weights are read when a copy is made.
+        names: of layers, which are called otherwise in the copy.
+        example: an input, by which a subclassed model makes its variables.
+        weights: to have instead of the model's.
+
+    Raises:
+        UserError: Keras cannot make the model of its config.
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, name="dense_7")])
+        >>> other = ModelCopy(model, {"dense_7": "head"})()
+        >>> other.layers[0].name, bool((other.get_weights()[0] == model.get_weights()[0]).all())
+        ('head', True)
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        names: Mapping[str, str] | None = None,
+        example: Any = None,
+        weights: Sequence[Any] | None = None,
+    ) -> None:
+        self.model, self._names, self._example, self._weights = model, names or {}, example, weights
+        own = {type(layer) for layer in compat.layers(model) if not type(layer).__module__.startswith("keras.")}
+        self._own = {name: kind for kind in own for name in (keras.saving.get_registered_name(kind), kind.__name__)}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of lambdas, which stay in this process
+                self._config = self._prepared(keras.saving.serialize_keras_object(model))
+        except NotImplementedError as error:  # whose message is a page
+            raise self._refused("nothing says with which arguments one of its classes was called") from error
+        except Exception as error:  # Keras raises this and that, and so may the classes of the user's
+            raise self._refused(first_line(error)) from error
+        self._config.pop("compile_config", None)
+
+    def __call__(self) -> keras.Model:
+        """Makes the next copy, which is not compiled."""
+        weights = self.model.get_weights() if self._weights is None else self._weights
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                made = keras.saving.deserialize_keras_object(copy.deepcopy(self._config), self._own, safe_mode=False)
+            pairs = list(zip(compat.layers(self.model), compat.layers(made), strict=True))
+            for layer, other in pairs:
+                _adapt(layer, other)
+                if other.trainable != layer.trainable:
+                    other.trainable = layer.trainable
+            if weights and not made.weights:
+                made(self._example, training=False)
+            made.set_weights(weights)
+        except Exception as error:
+            raise self._refused(first_line(error)) from error
+        for layer, other in pairs:
+            wanted = self._names.get(layer.name, layer.name)
+            if wanted != other.name and not (is_numbered(layer) and is_numbered(other)):
+                raise self._refused(f"its layer {layer.name!r} loses its name, which __init__ takes by **kwargs alone")
+        return made
+
+    def _prepared(self, config: Any) -> Any:
+        """A config with other names of layers, and without what the constructors of the user's classes do not take."""
+        if isinstance(config, dict):
+            config = {key: self._prepared(value) for key, value in config.items()}
+            if isinstance(name := config.get("name"), str):
+                config["name"] = self._names.get(name, name)
+            kind = self._own.get(config.get("registered_name") or config.get("class_name"))
+            if kind and kind.get_config.__module__.startswith("keras."):  # which adds what all layers have
+                parameters = inspect.signature(kind).parameters
+                if all(each.kind is not each.VAR_KEYWORD for each in parameters.values()):
+                    config["config"] = {name: each for name, each in config["config"].items() if name in parameters}
+        elif isinstance(config, (list, tuple)):  # ["dense", 0, 0] is a link
+            link = len(config) == 3 and isinstance(config[0], str) and all(type(each) is int for each in config[1:])
+            head = [self._names.get(config[0], config[0])] if link else []
+            config = type(config)([*head, *map(self._prepared, config[len(head) :])])
+        return config
+
+    def _refused(self, why: str) -> UserError:
+        return UserError(
+            f"model {self.model.name!r} ({type(self.model).__name__}) cannot be made again of its config: "
+            f"{why.rstrip('.')}; give the function that makes it, and not the model, or give its classes get_config"
+        )
+
+
+def is_numbered(layer: Any) -> bool:
+    """Tells whether a layer may have its name from Keras, which counts them: `dense`, `dense_1`.
+
+    Examples:
+        >>> [is_numbered(keras.layers.Dense(1, name=name)) for name in ("dense_4", "dense", "head", None)]
+        [True, True, False, True]
+    """
+    return _base(layer.name).replace("_", "") == type(layer).__name__.lower()
+
+
+def numbered_names(model: keras.Model) -> dict[str, str]:
+    """Gives the names that layers which Keras has numbered have where a process makes them first.
+
+    Returns:
+        The names of those that are called otherwise now, with the others.
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(2), keras.layers.Dense(1)])
+        >>> now = [layer.name for layer in model.layers]
+        >>> names = numbered_names(model)
+        >>> [names.get(name, name) for name in now]
+        ['dense', 'dense_1']
+    """
+    groups: dict[str, set[str]] = {}
+    for layer in compat.layers(model):
+        if is_numbered(layer):
+            groups.setdefault(_base(layer.name), set()).add(layer.name)
+    found = {}
+    for base, names in groups.items():
+        for number, name in enumerate(sorted(names, key=lambda name: int(name[len(base) + 1 :] or 0))):
+            found[name] = f"{base}_{number}" if number else base
+    return {name: other for name, other in found.items() if name != other}
+
+
+def _base(name: str) -> str:
+    return re.sub(r"_\d+$", "", name)
+
+
+def _adapt(layer: Any, other: Any) -> None:
+    """Hands on what no config and no weight has, such as an adapted vocabulary."""
+    if hasattr(layer, "save_assets"):
+        with tempfile.TemporaryDirectory() as folder:
+            layer.save_assets(folder)
+            other.load_assets(folder)
