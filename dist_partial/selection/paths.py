@@ -31,7 +31,7 @@ def paths_of(model: Any, variables: Sequence[Any]) -> list[str]:
     """
     weights = {id(v): v.path for layer in compat.layers(model) for v in compat.own_weights(layer)}
     if len(set(weights.values())) == len(weights):
-        return _strip_root(model.name, [variable.path for variable in variables])
+        return _strip_root(model, [variable.path for variable in variables])
     placed: dict[int, str] = {}
     _place(model, "", placed)
     return [placed.get(id(variable), variable.path) for variable in variables]
@@ -45,12 +45,14 @@ def _place(layer: Any, prefix: str, placed: dict[int, str]) -> None:
         _place(inner, f"{prefix}{inner.name}/", placed)
 
 
-def _strip_root(root: str, paths: Sequence[str]) -> list[str]:
-    # Keras puts the model's name before some models' paths (subclassed, Sequential) and not before others'
-    # (functional); a layer may bear the model's name, so it is stripped only where all paths begin with it.
-    if all(path.startswith(f"{root}/") for path in paths):
-        return [path[len(root) + 1 :] for path in paths]
-    return list(paths)
+def _strip_root(model: Any, paths: Sequence[str]) -> list[str]:
+    # Keras puts the model's name before the paths of some models (subclassed, Sequential, but not before those of a
+    # functional model in them) and not before those of others (functional). It stays where a layer bears it, too.
+    root = f"{model.name}/"
+    borne = any(layer is not model and layer.name == model.name for layer in compat.layers(model))
+    if borne and not all(path.startswith(root) for path in paths):
+        return list(paths)
+    return [path.removeprefix(root) for path in paths]
 
 
 def own_names(model: Any, variables: Sequence[Any]) -> list[str]:

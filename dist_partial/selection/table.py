@@ -89,7 +89,7 @@ def plan_summary(plan: "Plan", hosts: int) -> str:
     """
     if len(plan.entries) <= _SMALL:
         return plan_table(plan, hosts)
-    numbers = {id(rule): number for number, rule in enumerate(plan.rules, 1)}
+    numbers = {rule.match: number for number, rule in enumerate(plan.rules, 1)}  # no two match the same
     header = ("path", "variables", "parameters", "trained", "rule", "bytes a step")
     lines = [
         (
@@ -97,7 +97,7 @@ def plan_summary(plan: "Plan", hosts: int) -> str:
             f"{len(group):,}",
             f"{sum(entry.parameters for entry in group):,}",
             _trained_word(group[0]),
-            str(numbers[id(group[0].rule)]),
+            str(numbers[group[0].rule.match]),
             grouped(sum(entry.wire_bytes for entry in group)),
         )
         for group in _groups(plan.entries)
@@ -105,8 +105,8 @@ def plan_summary(plan: "Plan", hosts: int) -> str:
     lines += [("(statistics)", "", "", often, "", size) for often, size in _statistics(plan)]
     most = _WIDTH - len(_table(header, [("", *line[1:]) for line in lines])[1]) + len(header[0])
     lines = [(_cut(line[0], most), *line[1:]) for line in lines]
-    travel = {id(entry.rule): f": {entry.reduction}" for entry in plan.trained}
-    ends = [travel.get(id(rule), "") for rule in plan.rules]
+    travel = {entry.rule.match: f": {entry.reduction}" for entry in plan.trained}
+    ends = [travel.get(rule.match, "") for rule in plan.rules]
     rules = [f"rule {number}: {rule}" for number, rule in enumerate(plan.rules, 1)]
     rules = [f"{_cut(rule, _WIDTH - len(end))}{end}" for rule, end in zip(rules, ends, strict=True)]
     note = f"{len(plan.entries):,} variables, one a line in plan.txt of the run folder"

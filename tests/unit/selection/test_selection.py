@@ -42,6 +42,13 @@ class Subclassed(keras.Model):
         return self.two(self.one(x))
 
 
+def around() -> keras.Model:
+    """A Sequential around a functional model, before whose paths Keras does not put the Sequential's name."""
+    x = keras.Input((3,))
+    inner = keras.Model(x, keras.layers.Dense(6, name="dense1")(x), name="inner")
+    return keras.Sequential([keras.Input((3,)), inner, keras.layers.Dense(2, name="dense2")])
+
+
 def called(model: keras.Model) -> keras.Model:
     model(np.zeros([1, 3], np.float32))
     return model
@@ -57,8 +64,8 @@ def trained_paths(table, model=None) -> set[str]:
 
 @pytest.mark.parametrize(
     "make",
-    [sequential, lambda: sequential(name=None), functional, lambda: called(Subclassed())],
-    ids=["sequential", "unnamed", "functional", "subclassed"],
+    [sequential, lambda: sequential(name=None), functional, lambda: called(Subclassed()), around],
+    ids=["sequential", "unnamed", "functional", "subclassed", "around a functional"],
 )
 def test_paths_are_without_the_models_own_name(make):
     assert [entry.path for entry in plan_of([("train", ".*")], make()).entries] == PATHS
