@@ -21,7 +21,7 @@ from dist_partial.step.optimizers import finalize
 from dist_partial.training import evaluation, events, failures, run_folder
 from dist_partial.training.build import Trainer, build, restore
 from dist_partial.training.checks import check_division, check_workers
-from dist_partial.training.judge import Judge, learning_rates
+from dist_partial.training.judge import Judge, learning_rates, reopened
 from dist_partial.training.metric_writer import MetricWriter
 from dist_partial.training.schedule_runner import ScheduleRunner
 from dist_partial.training.state import TrainState
@@ -90,7 +90,7 @@ def run(
 def _restored(trainer: Trainer, folder: Path) -> TrainState:
     """Restores the newest checkpoint, makes up the evaluation that it owes, and says that the run goes on."""
     state = restore(trainer, folder, trainer.replicas.say)
-    state = evaluation.make_up(trainer, folder, state)
+    state = reopened(trainer, evaluation.make_up(trainer, folder, state))
     if state.checkpoint:
         trainer.replicas.say(events.going_on(state, folder, trainer.settings.steps))
     return state

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import time
 
 import keras
 import numpy as np
@@ -262,6 +263,87 @@ def test_settings_of_a_callback_may_change_when_a_run_goes_on(tmp_path):
     assert of(tmp_path, "eval", "loss")[-1][0] < STEPS
 
 
+class Limit(keras.callbacks.Callback):
+    """Stops after so many batches; counts and notes the time, as people's callbacks do."""
+
+    def __init__(self, batches=3):
+        super().__init__()
+        self.batches, self.seen = batches, 0
+
+    def on_train_begin(self, logs=None):
+        self.began = time.time()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen += 1
+        self.model.stop_training = self.seen >= self.batches
+
+
+def stopping(**more):
+    return keras.callbacks.EarlyStopping(**{"monitor": "val_loss", "patience": 1, **more})
+
+
+# What stopped a run, what is the same, and what is not.
+STOPS = {
+    "patience": ({"best": "loss", "patience": 1}, {}, {"patience": 9}),
+    "no patience": ({"best": "loss", "patience": 1}, {"patience": 1}, {"patience": None}),
+    "another best": ({"best": "loss", "patience": 1}, {"metrics": ["accuracy"]}, {"best": "accuracy", "patience": 9}),
+    "nothing judged": ({"best": "loss", "patience": 1}, {}, {"best": None, "patience": None}),
+    "callback": (
+        {"callbacks": lambda: [stopping(), Own()]},
+        {"callbacks": lambda: [Own(), stopping()]},
+        {"callbacks": lambda: [stopping(patience=9), Own()]},
+    ),
+    "callback of another delta": (
+        {"callbacks": lambda: [stopping(min_delta=5.0)]},
+        {"callbacks": lambda: [stopping(min_delta=5.0)]},
+        {"callbacks": lambda: [stopping(min_delta=0.0, patience=9)]},
+    ),
+    "callback left out": ({"callbacks": lambda: [stopping()]}, {"best": "loss"}, {"callbacks": lambda: []}),
+    "own callback": (
+        {"callbacks": lambda: [Limit()]},
+        {"callbacks": lambda: [Limit()]},
+        {"callbacks": lambda: [Limit(batches=50)]},
+    ),
+}
+
+
+def made(more):
+    return {name: value() if name == "callbacks" else value for name, value in more.items()}
+
+
+@pytest.mark.parametrize("name", quick(STOPS, "patience", "callback", "own callback"))
+def test_a_run_that_stopped_goes_on_once_what_stopped_it_has_changed(name, tmp_path, capsys):
+    first, alike, other = STOPS[name]
+    first = {"rate": 30.0, **first}
+    loop.run(told(**made(first)), tmp_path)
+    stopped = rows(tmp_path / "metrics.jsonl")[-1]["step"]
+    assert stopped < STEPS
+    capsys.readouterr()
+    loop.run(told(**made(first | alike)), tmp_path)
+    said = capsys.readouterr().out
+    assert f"finished: {tmp_path} stopped at step {stopped} of {STEPS}" in said
+    assert "change what has stopped it to go on, or choose another --run_dir" in said
+    assert rows(tmp_path / "metrics.jsonl")[-1]["step"] == stopped
+    loop.run(told(**made(first | other)), tmp_path)
+    said = capsys.readouterr().out
+    assert "that has changed since, and the run goes on" in said
+    assert f"going on from step {stopped}" in said
+    assert [step for step, _ in of(tmp_path, "train", "loss")] == list(range(1, STEPS + 1))
+
+
+def test_a_run_that_was_stopped_goes_on_as_one_of_more_patience(tmp_path):
+    """Nothing of the early end is left: the bits are those of a run that was more patient from the beginning."""
+    more = {"best": "loss", "rate": 30.0}
+    loop.run(told(**more, patience=1), tmp_path / "stopped")
+    assert rows(tmp_path / "stopped" / "metrics.jsonl")[-1]["step"] < STEPS
+    for folder in ("stopped", "patient"):
+        loop.run(told(**more, patience=9), tmp_path / folder)
+    one, other = (tmp_path / folder for folder in ("stopped", "patient"))
+    assert rows(one / "metrics.jsonl") == rows(other / "metrics.jsonl")
+    assert judged(one) == judged(other)
+    assert_same_state(one, other, STEPS)
+
+
 def test_another_number_may_be_the_best_when_a_run_goes_on(tmp_path):
     loop.run(told(best="loss", rate=3.0, steps=4), tmp_path)
     loop.run(told(best="accuracy", rate=3.0), tmp_path)
@@ -366,9 +448,14 @@ def test_all_workers_do_what_callbacks_of_the_first_want(callbacks, letters, tmp
     params = ["run.eval_every = 3", f"run.callbacks = {callbacks}", f"CSVLogger.filename = '{tmp_path}/log.csv'"]
     params += ["run.best = 'loss'", "CSVLogger.append = True", "run.optimizer = @keras.optimizers.SGD"]
     command = ["-m", "dist_partial.train", f"--run_dir={folder}", f"--gin_file={letters}"]
-    flags = [f"--gin_param={param}" for param in params]
-    results = run_workers([*command, *flags], workers=2, timeout=120, pythonpath=tmp_path)
-    assert [code for code, _ in results] == [0, 0], "\n".join(output[-1500:] for _, output in results)
+
+    def train(*more):
+        flags = [f"--gin_param={param}" for param in (*params, *more)]
+        results = run_workers([*command, *flags], workers=2, timeout=120, pythonpath=tmp_path)
+        assert [code for code, _ in results] == [0, 0], "\n".join(output[-1500:] for _, output in results)
+        return results[0][1]
+
+    train()
     losses = of(folder, "eval", "loss")
     apart = "Apart" in callbacks
     assert [step for step, _ in losses] == ([3, 6, 9] if apart else [3, 6, 9, 12])
@@ -377,3 +464,7 @@ def test_all_workers_do_what_callbacks_of_the_first_want(callbacks, letters, tmp
     rates = [rate for _, rate in of(folder, "train", "learning_rate")]
     assert rates[::3] == pytest.approx([0.01, 0.5, 0.25] if apart else [0.01] * 4)
     assert len(list((folder / "best").iterdir())) == 1
+    if apart:
+        assert "change what has stopped it to go on" in train()
+        assert "the run goes on" in train("run.callbacks = [@CSVLogger()]")
+        assert [step for step, _ in of(folder, "eval", "loss")] == [3, 6, 9, 12]
