@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from dist_partial.errors import UserError, calling
+from dist_partial.step.optimizers import averaged
 from dist_partial.training.build import Trainer
 from dist_partial.training.state import TrainState
 from dist_partial.validation import nearest
@@ -18,7 +19,6 @@ from dist_partial.validation import nearest
 _WRITERS = (keras.callbacks.ModelCheckpoint, keras.callbacks.CSVLogger, keras.callbacks.TensorBoard)
 _REFUSED = {
     keras.callbacks.BackupAndRestore: "the run folder goes on by itself",
-    keras.callbacks.SwapEMAWeights: "the averages of use_ema become the weights at the end of the run",
 }
 # Keras changes its sign when it first compares, which it does again after a stop.
 _SIGNED = {"min_delta"}
@@ -68,7 +68,12 @@ class Judge:
         self._sums = np.array(kept.get("sums", [0.0] * (2 + sizes[0])))
         if len(self._sums) != 2 + sizes[0]:  # other metrics are bound by now
             self._sums = np.zeros(2 + sizes[0])
-        self._callbacks = [each for each in self._settings.callbacks if trainer.replicas.is_chief or not _writes(each)]
+        self._swaps = _swaps(trainer)
+        self._callbacks = [
+            each
+            for each in self._settings.callbacks
+            if not isinstance(each, keras.callbacks.SwapEMAWeights) and (trainer.replicas.is_chief or not _writes(each))
+        ]
         self._made = [_values(each) for each in self._settings.callbacks]
         self._new: list[dict[str, Any]] = []  # what the callbacks hold at the beginning of a run
         self._stopper: Any = None
@@ -84,7 +89,7 @@ class Judge:
                 [type(each).__name__, {name: value for name, value in _values(each).items() if new.get(name) != value}]
                 for each, new in zip(self._settings.callbacks, self._new, strict=True)
             ]
-            content["rates"] = [float(each.learning_rate) if _is_settable(each) else None for each in self._optimizers]
+            content["rates"] = [_rate(each) if _is_settable(each) else None for each in self._optimizers]
         return content | ({"stopped": self.reason, "stopped_by": self._stopped_by} if self.reason else {})
 
     @contextlib.contextmanager
@@ -110,6 +115,15 @@ class Judge:
         yield
         self._call("on_train_end")
         model.optimizer = None
+
+    def weights(self) -> contextlib.AbstractContextManager[None]:
+        """Gives the model the weights to evaluate, and to keep as the best: with Keras's SwapEMAWeights the averages.
+
+        That is what Keras makes of it with `swap_on_epoch`, which other callbacks see as well.
+        """
+        if not self._swaps:
+            return contextlib.nullcontext()
+        return averaged(self._trainer.replicas.strategy, self._trainer.optimizers)
 
     def begin_steps(self) -> None:
         """Notes that the next call of the compiled step begins."""
@@ -174,7 +188,7 @@ class Judge:
         if replicas.workers == 1:
             return
         optimizers = [each for each in self._optimizers if _is_settable(each)]
-        own = [float(model.stop_training), *(float(each.learning_rate) for each in optimizers)]
+        own = [float(model.stop_training), *map(_rate, optimizers)]
         stop, *rates = replicas.sum(np.array(own if replicas.is_chief else [0.0] * len(own))).tolist()
         model.stop_training = bool(stop)
         for each, rate, before in zip(optimizers, rates, own[1:], strict=True):
@@ -247,7 +261,7 @@ def learning_rates(optimizers: Sequence[keras.optimizers.Optimizer]) -> dict[str
         >>> learning_rates([keras.optimizers.SGD(0.5), keras.optimizers.SGD(0.25)])
         {'learning_rate_0': 0.5, 'learning_rate_1': 0.25}
     """
-    rates = [float(keras.ops.convert_to_numpy(each.learning_rate)) for each in optimizers]
+    rates = [_rate(each) for each in optimizers]
     if len(set(rates)) == 1:
         return {"learning_rate": rates[0]}
     return {f"learning_rate_{number}": rate for number, rate in enumerate(rates)}
@@ -256,10 +270,37 @@ def learning_rates(optimizers: Sequence[keras.optimizers.Optimizer]) -> dict[str
 def _is_settable(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether the learning rate is a number, and not a schedule."""
     try:
-        optimizer.learning_rate = float(optimizer.learning_rate)
+        optimizer.learning_rate = _rate(optimizer)
     except TypeError:
         return False
     return True
+
+
+def _rate(optimizer: keras.optimizers.Optimizer) -> float:
+    # Keras 3.15 cannot make a float of a variable that several replicas hold.
+    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+
+
+def notes_on_averages(trainer: Trainer) -> list[str]:
+    """Says what `run.best` keeps where an optimizer averages weights: a line, or none."""
+    averages = any(group.optimizer.use_ema for group in trainer.optimizers)
+    if trainer.settings.best is None or not averages or _swaps(trainer):
+        return []
+    return [
+        "run.best evaluates and keeps the weights themselves, as fit does, and not the averages of use_ema: for those "
+        "put @SwapEMAWeights() into run.callbacks"
+    ]
+
+
+def _swaps(trainer: Trainer) -> bool:
+    """Whether evaluations are of averages; raises UserError if they are to be, and there are none."""
+    found = any(isinstance(each, keras.callbacks.SwapEMAWeights) for each in trainer.settings.callbacks)
+    if found and not any(group.optimizer.use_ema for group in trainer.optimizers):
+        raise UserError(
+            "run.callbacks has SwapEMAWeights, and no optimizer averages weights: make one with use_ema=True, "
+            "or leave it out"
+        )
+    return found
 
 
 def _writes(callback: Any) -> bool:

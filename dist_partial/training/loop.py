@@ -21,7 +21,7 @@ from dist_partial.step.optimizers import finalize
 from dist_partial.training import evaluation, events, failures, run_folder
 from dist_partial.training.build import Trainer, build, restore
 from dist_partial.training.checks import check_division, check_workers
-from dist_partial.training.judge import Judge, learning_rates, reopened
+from dist_partial.training.judge import Judge, learning_rates, notes_on_averages, reopened
 from dist_partial.training.metric_writer import MetricWriter
 from dist_partial.training.schedule_runner import ScheduleRunner
 from dist_partial.training.state import TrainState
@@ -56,7 +56,8 @@ def run(
         check_division(settings, replicas.strategy.num_replicas_in_sync)
         trainer = build(settings, replicas)
         check_workers(replicas, trainer.fingerprint, bindings or {})
-        replicas.say("\n".join([plan_table(trainer.plan, replicas.workers), *trainer.notes]))
+        notes = [*trainer.notes, *notes_on_averages(trainer)]
+        replicas.say("\n".join([plan_table(trainer.plan, replicas.workers), *notes]))
         state = _restored(trainer, folder)
         if state.step >= settings.steps or state.stopped:
             return replicas.finish()
@@ -164,10 +165,11 @@ def _after_steps(
     judged = judge.to_json()
     try:
         if evaluate.due(state.step) or judge.reason:
-            better = judge.evaluated(state.step, evaluate(state, writer))
-            state = dataclasses.replace(state, judged=judge.to_json())
-            if better:
-                save.best(state)
+            with judge.weights():
+                better = judge.evaluated(state.step, evaluate(state, writer))
+                state = dataclasses.replace(state, judged=judge.to_json())
+                if better:
+                    save.best(state)
     except BaseException:
         if to_save:
             with contextlib.suppress(Ending):  # what differs between workers cannot be had without the others

@@ -198,6 +198,58 @@ def test_the_best_checkpoint_is_kept(name, best, tmp_path):
     assert judged(tmp_path)["best"]["step"] == expected
 
 
+def averaging():
+    return keras.optimizers.SGD(40.0, use_ema=True, ema_momentum=0.5)
+
+
+def swap():
+    return [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)]
+
+
+@pytest.mark.parametrize("callbacks", [(), swap])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_weights_and_averages_are_evaluated_as_in_fit(callbacks, replicas, tmp_path, capsys):
+    """The best checkpoint has what was evaluated: the weights, or with SwapEMAWeights the averages."""
+    made, steps = in_process(replicas), 6
+    whole = told(callbacks() if callbacks else (), best="loss", steps=steps, eval_every=1, metrics=["accuracy"])
+    source = ArraySource(X[:32].astype(np.float64), Y[:32])
+    settings = dataclasses.replace(
+        whole,
+        optimizer=averaging,
+        global_batch=32,
+        precision="float64",
+        replicas=lambda: made,
+        data=lambda: Dataset("points", source, ArraySource(X[32:].astype(np.float64), Y[32:]), "1"),
+    )
+    loop.run(settings, tmp_path)
+    assert ("not the averages of use_ema" in capsys.readouterr().out) == (not callbacks)
+
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    keras.utils.set_random_seed(0)
+    plain, seen = model(), []
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    plain.compile(averaging(), loss=loss)
+    note = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: seen.append(plain.get_weights()))
+    more = {"batch_size": 32, "epochs": steps, "shuffle": False, "verbose": 0}
+    held_out = X[32:].astype(np.float64), Y[32:]
+    told_keras = [*(callbacks() if callbacks else ()), note]
+    fitted = plain.fit(X[:32].astype(np.float64), Y[:32], validation_data=held_out, callbacks=told_keras, **more)
+    expected = fitted.history["val_loss"]
+    losses = [value for _, value in of(tmp_path, "eval", "loss")]
+    # The run's last evaluation is of the averages, which are then the weights.
+    np.testing.assert_allclose(losses[:-1], expected[:-1], rtol=1e-9)
+    assert losses[-1] == pytest.approx(plain.evaluate(*held_out, batch_size=16, verbose=0), rel=1e-9)
+    best = int(np.argmin(losses))
+    assert best < steps - 1
+    arrays = checkpoints.newest(tmp_path / "best", print).arrays
+    for name, value in zip(("kernel", "bias"), seen[best], strict=True):
+        np.testing.assert_allclose(arrays[f"variables/head/{name}"], value, rtol=1e-9)
+    for name, value in zip(("kernel", "bias"), plain.get_weights(), strict=True):
+        last = checkpoints.newest(tmp_path / "checkpoints", print).arrays[f"variables/head/{name}"]
+        np.testing.assert_allclose(last, value, rtol=1e-9)
+
+
 def test_patience_ends_the_run(tmp_path, capsys):
     loop.run(told(best="loss", patience=2, rate=30.0), tmp_path)
     losses = of(tmp_path, "eval", "loss")
@@ -240,6 +292,17 @@ def test_a_run_in_pieces_decides_as_the_run_in_one(name, tmp_path):
     if "best" in MANY[name]():
         one, other = (next((folder / "best").iterdir()) for folder in (whole, pieces))
         assert (one.name, one.read_bytes()) == (other.name, other.read_bytes())
+
+
+def test_replicas_of_one_process_go_on_with_their_learning_rate(tmp_path):
+    made = in_process(2)
+    for folder, steps in (("whole", (STEPS,)), ("pieces", (4, STEPS))):
+        for stop in steps:
+            settings = told([scheduler()], steps=stop)
+            loop.run(dataclasses.replace(settings, replicas=lambda: made), tmp_path / folder)
+    whole, pieces = (of(tmp_path / folder, "train", "learning_rate") for folder in ("whole", "pieces"))
+    assert whole == pieces
+    np.testing.assert_allclose([rate for _, rate in whole], [0.1 * 0.5 ** (step // 2) for step in range(STEPS)], 1e-6)
 
 
 def test_a_run_that_goes_on_between_evaluations(tmp_path):
@@ -384,6 +447,10 @@ def test_an_evaluation_that_is_made_up_is_judged(tmp_path, monkeypatch):
         ({"callbacks": print}, "run.callbacks is <built-in function print>: give a list, such as"),
         ({"callbacks": [print]}, "run.callbacks has a builtin_function_or_method: give Keras callbacks"),
         ({"callbacks": [keras.callbacks.CSVLogger]}, "run.callbacks has a type: give Keras callbacks"),
+        (
+            {"callbacks": [keras.callbacks.SwapEMAWeights()]},
+            "run.callbacks has SwapEMAWeights, and no optimizer averages weights: make one with use_ema=True",
+        ),
         (
             {"callbacks": [keras.callbacks.BackupAndRestore("there")]},
             "run.callbacks has BackupAndRestore: the run folder goes on by itself; leave it out",
