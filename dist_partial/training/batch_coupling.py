@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -50,7 +50,11 @@ def coupling_notes(objective: Objective, source: Source, replicas: int, micro_ba
         outputs, scope = _called(model, batch[0], training=True)
         if _outputs_are_coupled(model, batch[0], outputs):
             found = "run.model's outputs for an example depend on the others of its batch"
-        elif (scope.losses or compat.overrides(model, "compute_loss")) and _loss_is_coupled(objective, batch):
+        elif (
+            not objective.coupled  # which is computed of the whole batch
+            and (scope.losses or compat.overrides(model, "compute_loss"))
+            and _loss_is_coupled(objective, batch)
+        ):
             found = (
                 "the loss that run.model computes (compute_loss, add_loss) is not the mean of that of a batch's parts"
             )
@@ -110,19 +114,18 @@ def _called(model: keras.Model, x: Any, training: bool) -> tuple[list[Any], kera
 
 def _loss(objective: Objective, parts: Sequence[Batch]) -> float:
     """The loss of a batch from its equal parts, as a step computes it."""
-
-    def of(compute: Callable[[Batch, Any], Any]) -> list[Any]:
+    model, share, total, counts = objective.model, 1 / len(parts), 0.0, None
+    if objective.counts:
         found = []
         for part in parts:
-            with _scope(objective.model):
-                found.append(compute(part, model_outputs(objective.model, part[0], False)))
-        return found
-
-    counts, share = None, 1 / len(parts)
-    if objective.counts:
-        counts = tf.add_n(of(lambda part, outputs: objective.counted(part, outputs, False)))
-    losses = of(lambda part, outputs: objective.loss(part, outputs, False, share, counts)[0])
-    return sum(share * float(loss) for loss in losses)
+            with _scope(model):
+                found.append(objective.counted(part, lambda x: model_outputs(model, x, False), False))
+        counts = tf.add_n(found)
+    for part in parts:
+        with _scope(model):
+            outputs = model_outputs(model, part[0], False)
+            total += share * float(objective.loss(part, outputs, False, share, counts)[0])
+    return total
 
 
 def _scope(model: keras.Model) -> keras.StatelessScope:
