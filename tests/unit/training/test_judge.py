@@ -161,6 +161,16 @@ def test_keras_sets_the_learning_rate_of_each_epoch(tmp_path):
     np.testing.assert_allclose(rates, [0.1 * 0.5 ** (step // 2) for step in range(STEPS)], rtol=1e-6)
 
 
+@pytest.mark.parametrize("callback", [plateau, scheduler, keras.callbacks.Callback])
+def test_callbacks_do_on_several_replicas_what_they_do_on_one(tmp_path, callback):
+    for count in (1, 2):
+        run = dataclasses.replace(told([callback()], rate=30.0), replicas=lambda count=count: in_process(count))
+        loop.run(run, tmp_path / str(count))
+    one, two = (of(tmp_path / str(count), "train", "learning_rate") for count in (1, 2))
+    assert one == two
+    assert judged(tmp_path / "1")["rates"] == judged(tmp_path / "2")["rates"]
+
+
 def test_keras_writes_what_can_be_read(tmp_path):
     seen = []
     callbacks = [
