@@ -1,10 +1,11 @@
 """Builds one Keras optimizer a group, and applies them to gradients that are reduced already."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -14,6 +15,7 @@ import tensorflow as tf
 from dist_partial import compat
 from dist_partial.errors import UserError, first_line
 from dist_partial.selection.plan import Group, Plan, VariablePlan
+from dist_partial.step.layer_state import untouched
 from dist_partial.validation import shown
 
 
@@ -363,6 +365,38 @@ def finalize(strategy: tf.distribute.Strategy, optimizers: Sequence[GroupOptimiz
     for group in optimizers:
         if group.optimizer.use_ema and group.state:
             group.optimizer.finalize_variable_values([member.variable for member in group.members])
+            write_rows(strategy, group.members)
+
+
+@contextlib.contextmanager
+def averaged(strategy: tf.distribute.Strategy, optimizers: Sequence[GroupOptimizer]) -> Iterator[None]:
+    """Gives the variables the averages of `use_ema` and their own values back afterwards.
+
+    Called in the cross-replica context. Before the first step there are no averages.
+
+    Examples:
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1, name="head")])
+        >>> plan = resolve([("train", ".*/bias"), ("freeze", ".*")], model, AllReduce())
+        >>> groups = build(plan, lambda: keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.5))
+        >>> for gradient in (0.0, -1.0):
+        ...     apply(groups, [tf.constant([gradient])])
+        >>> with averaged(tf.distribute.get_strategy(), groups):
+        ...     model.layers[0].bias.numpy().tolist()
+        [0.5]
+        >>> model.layers[0].bias.numpy().tolist()
+        [1.0]
+    """
+    begun = [
+        group for group in optimizers if group.state and int(keras.ops.convert_to_numpy(group.optimizer.iterations))
+    ]
+    try:
+        with untouched(strategy, [member.variable for group in begun for member in group.members]):
+            finalize(strategy, begun)
+            yield
+    finally:
+        for group in begun:
             write_rows(strategy, group.members)
 
 

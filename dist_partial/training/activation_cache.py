@@ -126,19 +126,19 @@ class Activations:
         x, *others = (_inputs(self._source, batch) for batch in (first, beside, repeated))
         bytes_of_x = self._computed(x)
         known = dict(zip(first, range(rows), strict=True))
-        limit = _rounding(part.model)
+        limit = rounding(part.model)
         for batch, other in zip((beside, repeated), others, strict=True):
             there = np.flatnonzero(np.isin(batch, first))
             here = [known[index] for index in batch[there]]
             pairs = zip(self._tensors(bytes_of_x), self._tensors(self._computed(other)), strict=True)
-            apart = max(_apart(a.numpy()[here], b.numpy()[there]) for a, b in pairs)
+            apart = max(largest_distance(a.numpy()[here], b.numpy()[there]) for a, b in pairs)
             if apart > limit:
                 raise part.refusal(f"depends on the other examples of a batch, or is random ({apart:.2g} apart)")
         self._compare(part, x, bytes_of_x, limit)
 
     def _compare(self, part: SplitModel, x: Any, kept: tf.Tensor, limit: float) -> None:
         def apart(a: list[np.ndarray], b: list[np.ndarray]) -> float:
-            return max(itertools.starmap(_apart, zip(a, b, strict=True)))
+            return max(itertools.starmap(largest_distance, zip(a, b, strict=True)))
 
         for training in (True, False):  # what draws by itself is often quiet in inference
             whole = _outputs(part.model, x, training)
@@ -210,8 +210,17 @@ def _outputs(model: Callable[..., Any], x: Any, training: bool) -> list[np.ndarr
     return [*(one.numpy() for one in tf.nest.flatten(y)), *(loss.numpy().reshape(1, -1) for loss in scope.losses)]
 
 
-def _apart(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest distance between two examples' values, as a share of the largest norm of one; NaNs are alike."""
+def largest_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Computes the largest distance between two examples' values, as a share of the largest norm of one.
+
+    Args:
+        a: [n, ...]; NaNs are like NaNs.
+        b: of the same shape.
+
+    Examples:
+        >>> largest_distance(np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([[3.0, 4.0], [0.0, 1.0]]))
+        0.2
+    """
     a, b = (values.reshape(len(values), math.prod(values.shape[1:])).astype(np.float64) for values in (a, b))
     with np.errstate(invalid="ignore"):
         distances = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
@@ -220,8 +229,13 @@ def _apart(a: np.ndarray, b: np.ndarray) -> float:
     return distance and float(distance / norm if norm else np.inf)
 
 
-def _rounding(model: keras.Model) -> float:
-    """How far rounding may bring values apart, as a share of them: half of the digits of the coarsest dtype."""
+def rounding(model: keras.Model) -> float:
+    """Tells how far rounding may bring values apart, as a share of them: half of the digits of the coarsest dtype.
+
+    Examples:
+        >>> rounding(keras.Sequential([keras.layers.Dense(1, dtype="mixed_bfloat16")]))
+        0.0625
+    """
     digits = {"bfloat16": 8, "float16": 11}
     return 2.0 ** (-min(digits.get(layer.compute_dtype, 24) for layer in compat.layers(model)) / 2)
 

@@ -27,6 +27,7 @@ from dist_partial.step.loss_scale import LossScale, needs_loss_scale
 from dist_partial.step.objective import Batch, Objective
 from dist_partial.step.train_step import StepOptions, StepSpec, TrainStep, train_step
 from dist_partial.training import run_fingerprint
+from dist_partial.training.batch_coupling import coupling_notes
 from dist_partial.training.checks import check_added, check_batch, check_scaled, divided_objective
 from dist_partial.training.loss_and_metrics import make_objective, notes_on
 from dist_partial.training.model import make_model, taking
@@ -161,6 +162,7 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
         objective = divided_objective(objective, settings, plan, strategy)
         with calling("run.model"), taking(data.name, spec[0]):
             changed = layer_state.find(model, spec, plan, objective)
+        notes += coupling_notes(objective, data.train, strategy.num_replicas_in_sync, settings.accumulate)
         with calling("run.optimizer"):
             groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))
         reduction_states = make_states(plan)

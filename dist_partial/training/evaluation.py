@@ -100,10 +100,11 @@ def make_up(trainer: Trainer, folder: Path, state: TrainState) -> TrainState:
         MetricWriter(folder, state.step, settings.steps, state.sent, active, False) as writer,
         judge.training(),
     ):
-        better = judge.evaluated(state.step, evaluate(state, writer))
-        state = dataclasses.replace(state, evaluated=True, judged=judge.to_json())
-        if better:
-            Saving(trainer, folder, state).best(state)
+        with judge.weights():
+            better = judge.evaluated(state.step, evaluate(state, writer))
+            state = dataclasses.replace(state, evaluated=True, judged=judge.to_json())
+            if better:
+                Saving(trainer, folder, state).best(state)
         if active:
             checkpoint = checkpoints.newest(folder / "checkpoints", lambda _: None, state.step)
             assert checkpoint is not None

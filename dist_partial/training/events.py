@@ -192,5 +192,8 @@ def going_on(state: TrainState, folder: Path, steps: int) -> str:
     if state.step >= steps:
         return f"finished: {folder} is at step {state.step} of {steps}; bind a larger run.steps to go on"
     if state.stopped:
-        return f"finished: {folder} stopped at step {state.step} of {steps}: {state.stopped}; choose another --run_dir"
+        return (
+            f"finished: {folder} stopped at step {state.step} of {steps}: {state.stopped}; change what has stopped it "
+            "to go on, or choose another --run_dir"
+        )
     return f"going on from step {state.step} ({state.checkpoint})"

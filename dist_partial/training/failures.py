@@ -67,7 +67,7 @@ def connected(replicas: Replicas) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Turns what TensorFlow says, after many lines, of an id out of range or of Python code in a graph into one.
+    """Turns what TensorFlow says, after many lines, of ids out of range, of XLA or of Python code in a graph into one.
 
     Examples:
         >>> with explained():
@@ -85,6 +85,11 @@ def explained() -> Iterator[None]:
         ):
             if found := re.search(pattern, error.message):
                 raise UserError(ids.format(what, found[1], found[2])) from error
+        if found := re.search(r"Detected unsupported operations when trying to compile.*?: (\w+) ", error.message):
+            raise UserError(
+                f"run.jit_compile: XLA cannot compile run.model or run.loss ({found[1]}), as none that reads text or "
+                "looks words up: leave out run.jit_compile"
+            ) from error
         if reason := of_graph(error.message) or failing_example(error):
             raise reason from error
         raise

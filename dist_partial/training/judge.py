@@ -1,6 +1,7 @@
 """What follows from evaluations: the best checkpoint, Keras's callbacks, and an early end of the run."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from dist_partial import compat
 from dist_partial.errors import UserError, calling
+from dist_partial.step.optimizers import averaged
 from dist_partial.training.build import Trainer
 from dist_partial.training.state import TrainState
 from dist_partial.validation import nearest
@@ -18,10 +20,9 @@ from dist_partial.validation import nearest
 _WRITERS = (keras.callbacks.ModelCheckpoint, keras.callbacks.CSVLogger, keras.callbacks.TensorBoard)
 _REFUSED = {
     keras.callbacks.BackupAndRestore: "the run folder goes on by itself",
-    keras.callbacks.SwapEMAWeights: "the averages of use_ema become the weights at the end of the run",
 }
 # Keras changes its sign when it first compares, which it does again after a stop.
-_NOT_KEPT = {"min_delta"}
+_SIGNED = {"min_delta"}
 _KEPT = (bool, int, float, str, type(None))
 
 
@@ -60,6 +61,7 @@ class Judge:
             )
         self._kept = kept = state.judged or {}
         self.reason: str = kept.get("stopped", "")
+        self._stopped_by: list[Any] = kept.get("stopped_by", [])
         found = kept.get("best", {})
         self._best: dict[str, Any] = found if found.get("name") == best else {}  # run.best may change
         self._epoch: int = kept.get("epoch", 0)
@@ -67,9 +69,15 @@ class Judge:
         self._sums = np.array(kept.get("sums", [0.0] * (2 + sizes[0])))
         if len(self._sums) != 2 + sizes[0]:  # other metrics are bound by now
             self._sums = np.zeros(2 + sizes[0])
-        self._callbacks = [each for each in self._settings.callbacks if trainer.replicas.is_chief or not _writes(each)]
+        self._swaps = _swaps(trainer)
+        self._callbacks = [
+            each
+            for each in self._settings.callbacks
+            if not isinstance(each, keras.callbacks.SwapEMAWeights) and (trainer.replicas.is_chief or not _writes(each))
+        ]
+        self._made = [_values(each) for each in self._settings.callbacks]
         self._new: list[dict[str, Any]] = []  # what the callbacks hold at the beginning of a run
-        self._stopper = ""
+        self._stopper: Any = None
 
     def to_json(self) -> dict[str, Any] | None:
         """What a run needs to go on exactly from here, as JSON values; None if nothing is judged."""
@@ -82,8 +90,8 @@ class Judge:
                 [type(each).__name__, {name: value for name, value in _values(each).items() if new.get(name) != value}]
                 for each, new in zip(self._settings.callbacks, self._new, strict=True)
             ]
-            content["rates"] = [float(each.learning_rate) if _is_settable(each) else None for each in self._optimizers]
-        return content | ({"stopped": self.reason} if self.reason else {})
+            content["rates"] = [_rate(each) if _is_settable(each) else None for each in self._optimizers]
+        return content | ({"stopped": self.reason, "stopped_by": self._stopped_by} if self.reason else {})
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
@@ -100,13 +108,23 @@ class Judge:
         callbacks = zip(self._settings.callbacks, self._new, self._kept.get("callbacks", []), strict=False)
         for each, new, (name, kept) in callbacks:
             for attribute, value in (new | kept).items() if name == type(each).__name__ else ():
-                setattr(each, attribute, value)
+                if attribute not in _SIGNED:
+                    setattr(each, attribute, value)
         for optimizer, rate in zip(self._optimizers, self._kept.get("rates", []), strict=False):
             if rate is not None and _is_settable(optimizer):
                 optimizer.learning_rate = rate
         yield
         self._call("on_train_end")
         model.optimizer = None
+
+    def weights(self) -> contextlib.AbstractContextManager[None]:
+        """Gives the model the weights to evaluate, and to keep as the best: with Keras's SwapEMAWeights the averages.
+
+        That is what Keras makes of it with `swap_on_epoch`, which other callbacks see as well.
+        """
+        if not self._swaps:
+            return contextlib.nullcontext()
+        return averaged(self._trainer.replicas.strategy, self._trainer.optimizers)
 
     def begin_steps(self) -> None:
         """Notes that the next call of the compiled step begins."""
@@ -124,8 +142,15 @@ class Judge:
         return bool(self._callbacks) and bool(self._trainer.model.stop_training)
 
     def stop(self) -> None:
-        """Notes that a callback has ended the run."""
-        self.reason = self.reason or f"{self._stopper or 'a callback'} has stopped it"
+        """Notes that a callback has ended the run; if this worker does not know which, any of them may have."""
+        name = "a callback" if self._stopper is None else type(self._stopper).__name__
+        self.reason = self.reason or f"{name} has stopped it"
+        self._stopped_by = [
+            # What was given, and does not count or remember.
+            [type(each).__name__, dict(made.items() & new.items() & _values(each).items())]
+            for each, made, new in zip(self._settings.callbacks, self._made, self._new, strict=True)
+            if self._stopper in (None, each)
+        ]
 
     def evaluated(self, step: int, held_out: Mapping[str, float]) -> bool:
         """Takes an evaluation; all workers call it with the same; returns whether it is the best so far."""
@@ -164,7 +189,7 @@ class Judge:
         if replicas.workers == 1:
             return
         optimizers = [each for each in self._optimizers if _is_settable(each)]
-        own = [float(model.stop_training), *(float(each.learning_rate) for each in optimizers)]
+        own = [float(model.stop_training), *map(_rate, optimizers)]
         stop, *rates = replicas.sum(np.array(own if replicas.is_chief else [0.0] * len(own))).tolist()
         model.stop_training = bool(stop)
         for each, rate, before in zip(optimizers, rates, own[1:], strict=True):
@@ -183,8 +208,35 @@ class Judge:
             model.optimizer = optimizers[0] if len(optimizers) == 1 else _Optimizers(optimizers)
             with calling("run.callbacks"):
                 getattr(each, name)(*arguments)
-            if model.stop_training and not self._stopper:
-                self._stopper = type(each).__name__
+            if model.stop_training and self._stopper is None:
+                self._stopper = each
+
+
+def reopened(trainer: Trainer, state: TrainState) -> TrainState:
+    """Lets a run that has stopped early go on if what stopped it has changed since; all workers call it.
+
+    That is `run.patience` or `run.best`, or the callback: it is gone, or was made with other numbers or texts.
+
+    Returns:
+        The state, as one that has not stopped if so.
+    """
+    judged, settings = state.judged or {}, trainer.settings
+    if not state.stopped:
+        return state
+    best = judged.get("best", {})
+    waits = best.get("name") != settings.best or settings.patience is None or best["waited"] < settings.patience
+    callbacks = [(type(each).__name__, _values(each).items()) for each in settings.callbacks]
+    by = [
+        any(name == other and given.items() <= values for other, values in callbacks)
+        for name, given in judged.get("stopped_by", [])
+    ]
+    stays = not waits or (bool(by) and all(by))
+    # Callbacks of the first worker decide, as they have done when they stopped it.
+    if trainer.replicas.sum(np.array([float(stays and trainer.replicas.is_chief)]))[0]:
+        return state
+    trainer.replicas.say(f"step {state.step}: {state.stopped}; that has changed since, and the run goes on")
+    kept = {name: value for name, value in judged.items() if name not in ("stopped", "stopped_by")}
+    return dataclasses.replace(state, judged=kept)
 
 
 class _Optimizers:
@@ -210,7 +262,7 @@ def learning_rates(optimizers: Sequence[keras.optimizers.Optimizer]) -> dict[str
         >>> learning_rates([keras.optimizers.SGD(0.5), keras.optimizers.SGD(0.25)])
         {'learning_rate_0': 0.5, 'learning_rate_1': 0.25}
     """
-    rates = [float(keras.ops.convert_to_numpy(each.learning_rate)) for each in optimizers]
+    rates = [_rate(each) for each in optimizers]
     if len(set(rates)) == 1:
         return {"learning_rate": rates[0]}
     return {f"learning_rate_{number}": rate for number, rate in enumerate(rates)}
@@ -221,6 +273,33 @@ def _is_settable(optimizer: keras.optimizers.Optimizer) -> bool:
     return not callable(compat.learning_rate(optimizer))
 
 
+def _rate(optimizer: keras.optimizers.Optimizer) -> float:
+    # Keras 3.15 cannot make a float of a variable that several replicas hold.
+    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+
+
+def notes_on_averages(trainer: Trainer) -> list[str]:
+    """Says what `run.best` keeps where an optimizer averages weights: a line, or none."""
+    averages = any(group.optimizer.use_ema for group in trainer.optimizers)
+    if trainer.settings.best is None or not averages or _swaps(trainer):
+        return []
+    return [
+        "run.best evaluates and keeps the weights themselves, as fit does, and not the averages of use_ema: for those "
+        "put @SwapEMAWeights() into run.callbacks"
+    ]
+
+
+def _swaps(trainer: Trainer) -> bool:
+    """Whether evaluations are of averages; raises UserError if they are to be, and there are none."""
+    found = any(isinstance(each, keras.callbacks.SwapEMAWeights) for each in trainer.settings.callbacks)
+    if found and not any(group.optimizer.use_ema for group in trainer.optimizers):
+        raise UserError(
+            "run.callbacks has SwapEMAWeights, and no optimizer averages weights: make one with use_ema=True, "
+            "or leave it out"
+        )
+    return found
+
+
 def _writes(callback: Any) -> bool:
     return isinstance(callback, _WRITERS)
 
@@ -228,7 +307,8 @@ def _writes(callback: Any) -> bool:
 def _values(callback: Any) -> dict[str, Any]:
     """What a callback holds in numbers, texts and None, which a checkpoint keeps."""
     found = {name: value.item() if isinstance(value, np.generic) else value for name, value in vars(callback).items()}
-    return {name: value for name, value in found.items() if isinstance(value, _KEPT) and name not in _NOT_KEPT}
+    found |= {name: abs(found[name]) for name in _SIGNED & found.keys()}
+    return {name: value for name, value in found.items() if isinstance(value, _KEPT)}
 
 
 def _check(callbacks: Sequence[Any], names: Sequence[str]) -> None:

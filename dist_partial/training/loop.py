@@ -21,7 +21,7 @@ from dist_partial.step.optimizers import finalize
 from dist_partial.training import evaluation, events, failures, run_folder
 from dist_partial.training.build import Trainer, build, restore
 from dist_partial.training.checks import check_division, check_workers
-from dist_partial.training.judge import Judge, learning_rates
+from dist_partial.training.judge import Judge, learning_rates, notes_on_averages, reopened
 from dist_partial.training.metric_writer import MetricWriter
 from dist_partial.training.schedule_runner import ScheduleRunner
 from dist_partial.training.state import TrainState
@@ -60,7 +60,8 @@ def run(
         check_division(settings, replicas.strategy.num_replicas_in_sync)
         trainer = build(settings, replicas)
         check_workers(replicas, trainer.fingerprint, bindings or {})
-        replicas.say("\n".join([plan_summary(trainer.plan, replicas.workers), *trainer.notes]))
+        notes = [*trainer.notes, *notes_on_averages(trainer)]
+        replicas.say("\n".join([plan_summary(trainer.plan, replicas.workers), *notes]))
         state = _restored(trainer, folder)
         if state.step >= settings.steps or state.stopped:
             replicas.finish()
@@ -96,7 +97,7 @@ def run(
 def _restored(trainer: Trainer, folder: Path) -> TrainState:
     """Restores the newest checkpoint, makes up the evaluation that it owes, and says that the run goes on."""
     state = restore(trainer, folder, trainer.replicas.say)
-    state = evaluation.make_up(trainer, folder, state)
+    state = reopened(trainer, evaluation.make_up(trainer, folder, state))
     if state.checkpoint:
         trainer.replicas.say(events.going_on(state, folder, trainer.settings.steps))
     return state
@@ -170,10 +171,11 @@ def _after_steps(
     judged = judge.to_json()
     try:
         if evaluate.due(state.step) or judge.reason:
-            better = judge.evaluated(state.step, evaluate(state, writer))
-            state = dataclasses.replace(state, judged=judge.to_json())
-            if better:
-                save.best(state)
+            with judge.weights():
+                better = judge.evaluated(state.step, evaluate(state, writer))
+                state = dataclasses.replace(state, judged=judge.to_json())
+                if better:
+                    save.best(state)
     except BaseException:
         if to_save:
             with contextlib.suppress(Ending):  # what differs between workers cannot be had without the others

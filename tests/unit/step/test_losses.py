@@ -173,6 +173,58 @@ def test_a_loss_is_that_of_fit_however_a_batch_is_divided(name, replicas, accumu
     check_against_fit(tmp_path / "run", model, data, loss, steps=3, **divided, **more)
 
 
+def masked(*layers):
+    """Makes models in which layers read the mask of an embedding."""
+
+    def model():
+        embedding = keras.layers.Embedding(CLASSES, 4, mask_zero=True, name="embedding")
+        return keras.Sequential([keras.Input((STEPS,), dtype="int32"), embedding, *(layer() for layer in layers)])
+
+    return model
+
+
+def attentive():
+    x = keras.Input((STEPS,), dtype="int32")
+    words = keras.layers.Embedding(CLASSES, 4, mask_zero=True, name="embedding")(x)
+    mixed = keras.layers.MultiHeadAttention(2, 2, name="attention")(words, words)
+    return keras.Model(x, keras.layers.Dense(CLASSES, name="head")(words + mixed))
+
+
+def lstm(**more):
+    return lambda: keras.layers.LSTM(3, name="lstm", **more)
+
+
+def dense(units):
+    return lambda: keras.layers.Dense(units, name="head")
+
+
+SQUARES = (np.maximum(sequences(), np.eye(1, STEPS, dtype=np.int32)), features(1)), keras.losses.MeanSquaredError
+COMPILED_BY_XLA = {
+    "LSTM": (masked(lstm(return_sequences=True), dense(CLASSES)), SEQUENCES, per_class()),
+    "the last of an LSTM": (masked(lstm(), dense(1)), *SQUARES),
+    "two directions": (
+        masked(lambda: keras.layers.Bidirectional(lstm(return_sequences=True)(), name="both"), dense(CLASSES)),
+        SEQUENCES,
+        per_class(),
+    ),
+    "pooling": (masked(keras.layers.GlobalAveragePooling1D, dense(1)), *SQUARES),
+    "attention": (attentive, SEQUENCES, per_class()),
+    "mask and ignore_class": LOSSES["mask and ignore_class"],
+    "ignore_class": LOSSES["ignore_class"],
+    "mean_with_sample_weight of steps": LOSSES["mean_with_sample_weight of steps"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "replicas", "accumulate"),
+    quick([(name, *division) for name in COMPILED_BY_XLA for division in DIVISIONS], ("pooling", 2, 1)),
+)
+def test_masks_are_those_of_fit_where_xla_compiles(name, replicas, accumulate, tmp_path):
+    model, data, loss = COMPILED_BY_XLA[name]
+    divided = {"replicas": replicas, "accumulate": accumulate, "jit_compile": True}
+    check_against_fit(tmp_path / "run", model, data, loss, steps=3, **divided)
+
+
 def test_what_a_compute_loss_draws_and_changes_goes_on_as_in_keras(tmp_path):
     """In the order of the run, which Keras is given: noise is of places in a batch."""
     data = (features(7), features(1))

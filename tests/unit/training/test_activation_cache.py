@@ -14,6 +14,7 @@ from dist_partial.models import byte_transformer
 from dist_partial.schedules.adaptive import AutoFreeze
 from dist_partial.schedules.fixed import Phases
 from dist_partial.training import activation_cache, loop, split_model
+from tests.helpers.against_fit import COUNT, check_against_fit, features
 from tests.helpers.cases import LAYERS, dataset, mlp
 from tests.helpers.files import rows, same_bits, state
 from tests.helpers.marks import quick
@@ -424,6 +425,37 @@ def test_what_cannot_be_kept_at_a_switch_does_not_end_the_run(tmp_path, monkeypa
     loop.run(settings, tmp_path)
     said = capsys.readouterr()
     assert "0 are free: bind run.activation_cache = 'disk', or unbind it; going on without it" in said.out + said.err
+
+
+def on_frozen():
+    """A layer that the user froze, below one that trains."""
+    low = keras.layers.Dense(5, "tanh", name="low", trainable=False)
+    return keras.Sequential([keras.Input((7,)), low, keras.layers.Dense(3, name="top")])
+
+
+def classes_loss(reduction):
+    return lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "where"),
+    quick(
+        [(mean, where) for mean in ("sum_over_batch_size", "mean_with_sample_weight") for where in ("memory", "disk")],
+        ("mean_with_sample_weight", "memory"),
+    ),
+)
+def test_class_weights_are_those_of_fit(reduction, where, tmp_path, monkeypatch):
+    """Activations are kept by example, and so is its weight."""
+    filled = []
+    fill = activation_cache.Activations.fill
+    monkeypatch.setattr(
+        activation_cache.Activations, "fill", lambda self, indices: (filled.append(indices), fill(self, indices))
+    )
+    data = features(7), np.random.default_rng(1).integers(0, 3, COUNT).astype(np.int32)
+    rules = [("train", "top/.*"), ("freeze", ".*")]
+    more = {"class_weight": {0: 0.25, 2: 4.0}, "activation_cache": where, "rules": rules}
+    check_against_fit(tmp_path, on_frozen, data, classes_loss(reduction), steps=4, **more)
+    assert filled
 
 
 def test_bad_settings():

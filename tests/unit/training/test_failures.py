@@ -1,12 +1,13 @@
-"""What a failed run leaves behind."""
+"""What a failed run leaves behind, and says."""
 
 import traceback
 
 import keras
 import pytest
+import tensorflow as tf
 
-from dist_partial.errors import Raised
-from dist_partial.training import loop
+from dist_partial.errors import Raised, UserError
+from dist_partial.training import failures, loop
 from tests.helpers import against_fit
 
 
@@ -30,3 +31,10 @@ def test_the_exception_of_a_run_holds_none_of_its_iterators(tmp_path):
     frames = {frame.f_code: frame for frame, _ in traceback.walk_tb(caught.tb)}
     assert "runner" in loop.run.__wrapped__.__code__.co_varnames
     assert not frames[loop.run.__wrapped__.__code__].f_locals
+
+
+def test_what_xla_cannot_compile_is_one_line():
+    lengths = tf.function(tf.strings.length, jit_compile=True)
+    said = pytest.raises(UserError, match=r"^run\.jit_compile: XLA cannot compile .*: leave out run\.jit_compile$")
+    with said, failures.explained():
+        lengths(tf.constant(["one", "three"]))

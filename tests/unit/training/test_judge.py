@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import time
 
 import keras
 import numpy as np
@@ -160,6 +161,16 @@ def test_keras_sets_the_learning_rate_of_each_epoch(tmp_path):
     np.testing.assert_allclose(rates, [0.1 * 0.5 ** (step // 2) for step in range(STEPS)], rtol=1e-6)
 
 
+@pytest.mark.parametrize("callback", [plateau, scheduler, keras.callbacks.Callback])
+def test_callbacks_do_on_several_replicas_what_they_do_on_one(tmp_path, callback):
+    for count in (1, 2):
+        run = dataclasses.replace(told([callback()], rate=30.0), replicas=lambda count=count: in_process(count))
+        loop.run(run, tmp_path / str(count))
+    one, two = (of(tmp_path / str(count), "train", "learning_rate") for count in (1, 2))
+    assert one == two
+    assert judged(tmp_path / "1")["rates"] == judged(tmp_path / "2")["rates"]
+
+
 def test_keras_writes_what_can_be_read(tmp_path):
     seen = []
     callbacks = [
@@ -195,6 +206,58 @@ def test_the_best_checkpoint_is_kept(name, best, tmp_path):
     for key, array in beside.items():
         np.testing.assert_array_equal(arrays[key], array, err_msg=key)
     assert judged(tmp_path)["best"]["step"] == expected
+
+
+def averaging():
+    return keras.optimizers.SGD(40.0, use_ema=True, ema_momentum=0.5)
+
+
+def swap():
+    return [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)]
+
+
+@pytest.mark.parametrize("callbacks", [(), swap])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_weights_and_averages_are_evaluated_as_in_fit(callbacks, replicas, tmp_path, capsys):
+    """The best checkpoint has what was evaluated: the weights, or with SwapEMAWeights the averages."""
+    made, steps = in_process(replicas), 6
+    whole = told(callbacks() if callbacks else (), best="loss", steps=steps, eval_every=1, metrics=["accuracy"])
+    source = ArraySource(X[:32].astype(np.float64), Y[:32])
+    settings = dataclasses.replace(
+        whole,
+        optimizer=averaging,
+        global_batch=32,
+        precision="float64",
+        replicas=lambda: made,
+        data=lambda: Dataset("points", source, ArraySource(X[32:].astype(np.float64), Y[32:]), "1"),
+    )
+    loop.run(settings, tmp_path)
+    assert ("not the averages of use_ema" in capsys.readouterr().out) == (not callbacks)
+
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    keras.utils.set_random_seed(0)
+    plain, seen = model(), []
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    plain.compile(averaging(), loss=loss)
+    note = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: seen.append(plain.get_weights()))
+    more = {"batch_size": 32, "epochs": steps, "shuffle": False, "verbose": 0}
+    held_out = X[32:].astype(np.float64), Y[32:]
+    told_keras = [*(callbacks() if callbacks else ()), note]
+    fitted = plain.fit(X[:32].astype(np.float64), Y[:32], validation_data=held_out, callbacks=told_keras, **more)
+    expected = fitted.history["val_loss"]
+    losses = [value for _, value in of(tmp_path, "eval", "loss")]
+    # The run's last evaluation is of the averages, which are then the weights.
+    np.testing.assert_allclose(losses[:-1], expected[:-1], rtol=1e-9)
+    assert losses[-1] == pytest.approx(plain.evaluate(*held_out, batch_size=16, verbose=0), rel=1e-9)
+    best = int(np.argmin(losses))
+    assert best < steps - 1
+    arrays = checkpoints.newest(tmp_path / "best", print).arrays
+    for name, value in zip(("kernel", "bias"), seen[best], strict=True):
+        np.testing.assert_allclose(arrays[f"variables/head/{name}"], value, rtol=1e-9)
+    for name, value in zip(("kernel", "bias"), plain.get_weights(), strict=True):
+        last = checkpoints.newest(tmp_path / "checkpoints", print).arrays[f"variables/head/{name}"]
+        np.testing.assert_allclose(last, value, rtol=1e-9)
 
 
 def test_patience_ends_the_run(tmp_path, capsys):
@@ -241,6 +304,17 @@ def test_a_run_in_pieces_decides_as_the_run_in_one(name, tmp_path):
         assert (one.name, one.read_bytes()) == (other.name, other.read_bytes())
 
 
+def test_replicas_of_one_process_go_on_with_their_learning_rate(tmp_path):
+    made = in_process(2)
+    for folder, steps in (("whole", (STEPS,)), ("pieces", (4, STEPS))):
+        for stop in steps:
+            settings = told([scheduler()], steps=stop)
+            loop.run(dataclasses.replace(settings, replicas=lambda: made), tmp_path / folder)
+    whole, pieces = (of(tmp_path / folder, "train", "learning_rate") for folder in ("whole", "pieces"))
+    assert whole == pieces
+    np.testing.assert_allclose([rate for _, rate in whole], [0.1 * 0.5 ** (step // 2) for step in range(STEPS)], 1e-6)
+
+
 def test_a_run_that_goes_on_between_evaluations(tmp_path):
     """Its epoch has begun before; what the checkpoint keeps of it is what a run in one has then."""
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
@@ -260,6 +334,87 @@ def test_settings_of_a_callback_may_change_when_a_run_goes_on(tmp_path):
     loop.run(told([keras.callbacks.EarlyStopping(patience=5)], rate=30.0, steps=4), tmp_path)
     loop.run(told([keras.callbacks.EarlyStopping(patience=1)], rate=30.0), tmp_path)
     assert of(tmp_path, "eval", "loss")[-1][0] < STEPS
+
+
+class Limit(keras.callbacks.Callback):
+    """Stops after so many batches; counts and notes the time, as people's callbacks do."""
+
+    def __init__(self, batches=3):
+        super().__init__()
+        self.batches, self.seen = batches, 0
+
+    def on_train_begin(self, logs=None):
+        self.began = time.time()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen += 1
+        self.model.stop_training = self.seen >= self.batches
+
+
+def stopping(**more):
+    return keras.callbacks.EarlyStopping(**{"monitor": "val_loss", "patience": 1, **more})
+
+
+# What stopped a run, what is the same, and what is not.
+STOPS = {
+    "patience": ({"best": "loss", "patience": 1}, {}, {"patience": 9}),
+    "no patience": ({"best": "loss", "patience": 1}, {"patience": 1}, {"patience": None}),
+    "another best": ({"best": "loss", "patience": 1}, {"metrics": ["accuracy"]}, {"best": "accuracy", "patience": 9}),
+    "nothing judged": ({"best": "loss", "patience": 1}, {}, {"best": None, "patience": None}),
+    "callback": (
+        {"callbacks": lambda: [stopping(), Own()]},
+        {"callbacks": lambda: [Own(), stopping()]},
+        {"callbacks": lambda: [stopping(patience=9), Own()]},
+    ),
+    "callback of another delta": (
+        {"callbacks": lambda: [stopping(min_delta=5.0)]},
+        {"callbacks": lambda: [stopping(min_delta=5.0)]},
+        {"callbacks": lambda: [stopping(min_delta=0.0, patience=9)]},
+    ),
+    "callback left out": ({"callbacks": lambda: [stopping()]}, {"best": "loss"}, {"callbacks": lambda: []}),
+    "own callback": (
+        {"callbacks": lambda: [Limit()]},
+        {"callbacks": lambda: [Limit()]},
+        {"callbacks": lambda: [Limit(batches=50)]},
+    ),
+}
+
+
+def made(more):
+    return {name: value() if name == "callbacks" else value for name, value in more.items()}
+
+
+@pytest.mark.parametrize("name", quick(STOPS, "patience", "callback", "own callback"))
+def test_a_run_that_stopped_goes_on_once_what_stopped_it_has_changed(name, tmp_path, capsys):
+    first, alike, other = STOPS[name]
+    first = {"rate": 30.0, **first}
+    loop.run(told(**made(first)), tmp_path)
+    stopped = rows(tmp_path / "metrics.jsonl")[-1]["step"]
+    assert stopped < STEPS
+    capsys.readouterr()
+    loop.run(told(**made(first | alike)), tmp_path)
+    said = capsys.readouterr().out
+    assert f"finished: {tmp_path} stopped at step {stopped} of {STEPS}" in said
+    assert "change what has stopped it to go on, or choose another --run_dir" in said
+    assert rows(tmp_path / "metrics.jsonl")[-1]["step"] == stopped
+    loop.run(told(**made(first | other)), tmp_path)
+    said = capsys.readouterr().out
+    assert "that has changed since, and the run goes on" in said
+    assert f"going on from step {stopped}" in said
+    assert [step for step, _ in of(tmp_path, "train", "loss")] == list(range(1, STEPS + 1))
+
+
+def test_a_run_that_was_stopped_goes_on_as_one_of_more_patience(tmp_path):
+    """Nothing of the early end is left: the bits are those of a run that was more patient from the beginning."""
+    more = {"best": "loss", "rate": 30.0}
+    loop.run(told(**more, patience=1), tmp_path / "stopped")
+    assert rows(tmp_path / "stopped" / "metrics.jsonl")[-1]["step"] < STEPS
+    for folder in ("stopped", "patient"):
+        loop.run(told(**more, patience=9), tmp_path / folder)
+    one, other = (tmp_path / folder for folder in ("stopped", "patient"))
+    assert rows(one / "metrics.jsonl") == rows(other / "metrics.jsonl")
+    assert judged(one) == judged(other)
+    assert_same_state(one, other, STEPS)
 
 
 def test_another_number_may_be_the_best_when_a_run_goes_on(tmp_path):
@@ -302,6 +457,10 @@ def test_an_evaluation_that_is_made_up_is_judged(tmp_path, monkeypatch):
         ({"callbacks": print}, "run.callbacks is <built-in function print>: give a list, such as"),
         ({"callbacks": [print]}, "run.callbacks has a builtin_function_or_method: give Keras callbacks"),
         ({"callbacks": [keras.callbacks.CSVLogger]}, "run.callbacks has a type: give Keras callbacks"),
+        (
+            {"callbacks": [keras.callbacks.SwapEMAWeights()]},
+            "run.callbacks has SwapEMAWeights, and no optimizer averages weights: make one with use_ema=True",
+        ),
         (
             {"callbacks": [keras.callbacks.BackupAndRestore("there")]},
             "run.callbacks has BackupAndRestore: the run folder goes on by itself; leave it out",
@@ -366,9 +525,14 @@ def test_all_workers_do_what_callbacks_of_the_first_want(callbacks, letters, tmp
     params = ["run.eval_every = 3", f"run.callbacks = {callbacks}", f"CSVLogger.filename = '{tmp_path}/log.csv'"]
     params += ["run.best = 'loss'", "CSVLogger.append = True", "run.optimizer = @keras.optimizers.SGD"]
     command = ["-m", "dist_partial.train", f"--run_dir={folder}", f"--gin_file={letters}"]
-    flags = [f"--gin_param={param}" for param in params]
-    results = run_workers([*command, *flags], workers=2, timeout=120, pythonpath=tmp_path)
-    assert [code for code, _ in results] == [0, 0], "\n".join(output[-1500:] for _, output in results)
+
+    def train(*more):
+        flags = [f"--gin_param={param}" for param in (*params, *more)]
+        results = run_workers([*command, *flags], workers=2, timeout=120, pythonpath=tmp_path)
+        assert [code for code, _ in results] == [0, 0], "\n".join(output[-1500:] for _, output in results)
+        return results[0][1]
+
+    train()
     losses = of(folder, "eval", "loss")
     apart = "Apart" in callbacks
     assert [step for step, _ in losses] == ([3, 6, 9] if apart else [3, 6, 9, 12])
@@ -377,3 +541,7 @@ def test_all_workers_do_what_callbacks_of_the_first_want(callbacks, letters, tmp
     rates = [rate for _, rate in of(folder, "train", "learning_rate")]
     assert rates[::3] == pytest.approx([0.01, 0.5, 0.25] if apart else [0.01] * 4)
     assert len(list((folder / "best").iterdir())) == 1
+    if apart:
+        assert "change what has stopped it to go on" in train()
+        assert "the run goes on" in train("run.callbacks = [@CSVLogger()]")
+        assert [step for step, _ in of(folder, "eval", "loss")] == [3, 6, 9, 12]
