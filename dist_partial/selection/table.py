@@ -125,7 +125,7 @@ def trained_layers(plan: "Plan") -> str:
         >>> layers = [keras.layers.Dense(8, name=f"dense_{i}") for i in range(9)]
         >>> model = keras.Sequential([keras.Input([8]), *layers])
         >>> trained_layers(resolve([("train", "dense_[4-8]/.*|dense_1/bias"), ("freeze", ".*")], model, AllReduce()))
-        'dense_1 (in part), dense_4, dense_5, dense_6, dense_7, dense_8'
+        'dense_1 (in part), dense_4, dense_5, dense_6, dense_7 and 1 more of 9 layers'
     """
     layers: dict[str, list[bool]] = {}
     shared = _shared([entry.path.split("/") for entry in plan.entries])

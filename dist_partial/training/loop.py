@@ -23,6 +23,7 @@ from dist_partial.training.build import Trainer, build, restore
 from dist_partial.training.checks import check_division, check_workers
 from dist_partial.training.judge import Judge, learning_rates, notes_on_averages, reopened
 from dist_partial.training.metric_writer import MetricWriter
+from dist_partial.training.progress import Progress
 from dist_partial.training.schedule_runner import ScheduleRunner
 from dist_partial.training.state import TrainState
 
@@ -55,10 +56,12 @@ def run(
         Interrupted: Ctrl-C or SIGTERM on any of the workers; the state is saved.
     """
     folder, replicas = Path(folder), settings.replicas()
-    with put_back(), failures.ended_together(replicas):
+    with put_back(), failures.ended_together(replicas), Progress(replicas.is_chief) as progress:
         replicas.say(replicas.description)
         check_division(settings, replicas.strategy.num_replicas_in_sync)
+        progress.begin("building the model")
         trainer = build(settings, replicas)
+        progress.end()
         check_workers(replicas, trainer.fingerprint, bindings or {})
         notes = [*trainer.notes, *notes_on_averages(trainer)]
         replicas.say("\n".join([plan_summary(trainer.plan, replicas.workers), *notes]))
@@ -66,7 +69,8 @@ def run(
         if state.step >= settings.steps or state.stopped:
             replicas.finish()
             return trainer
-        runner, evaluate, judge = ScheduleRunner(trainer, state), evaluation.Evaluation(trainer), Judge(trainer, state)
+        runner, evaluate = ScheduleRunner(trainer, state, progress), evaluation.Evaluation(trainer, progress)
+        judge = Judge(trainer, state)
         _enter(runner, state.step)
         save = events.Saving(trainer, folder, state)
         with (
