@@ -1,16 +1,13 @@
 """Prints a plan as a table."""
 
-import html
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dist_partial.selection.payload import average_bytes
-
-if TYPE_CHECKING:
-    from dist_partial.selection.plan import Plan
+from dist_partial.selection.plan import Plan
 
 
-def plan_table(plan: "Plan", hosts: int) -> str:
+def plan_table(plan: Plan, hosts: int) -> str:
     """Writes the plan for people: a line a variable, then totals and the share of the whole.
 
     Args:
@@ -26,41 +23,11 @@ def plan_table(plan: "Plan", hosts: int) -> str:
         >>> print(table.splitlines()[2])
         head/kernel  8x2    yes      train .*/kernel  all-reduce            64
     """
-    lines = _lines(plan)
-    widths = [max(len(line[i]) for line in [_HEADER, *lines]) for i in range(len(_HEADER))]
-    table = [_row(_HEADER, widths), "  ".join("-" * width for width in widths), *[_row(line, widths) for line in lines]]
-    return "\n".join([*table, *_totals(plan, hosts)])
-
-
-def plan_html(plan: "Plan", hosts: int) -> str:
-    """Writes the same as an HTML table, as notebooks show it.
-
-    Examples:
-        >>> import keras
-        >>> from dist_partial.reductions import AllReduce
-        >>> from dist_partial.selection import resolve
-        >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(2, name="head")])
-        >>> page = plan_html(resolve([("train", ".*/kernel"), ("freeze", ".*")], model, AllReduce()), 2)
-        >>> page.count("<tr>"), "<td>head/kernel</td><td>8x2</td><td>yes</td>" in page
-        (3, True)
-    """
-
-    def row(tag: str, cells: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    lines = [row("th", _HEADER), *(row("td", line) for line in _lines(plan))]
-    totals = [html.escape(line) for line in _totals(plan, hosts)]
-    return f"<table>{''.join(lines)}</table><p>{'<br>'.join(totals)}</p>"
-
-
-_HEADER = ("path", "shape", "trained", "rule", "reduction", "bytes a step")
-
-
-def _lines(plan: "Plan") -> list[tuple[str, ...]]:
-    lines: list[tuple[str, ...]] = [
+    header = ("path", "shape", "trained", "rule", "reduction", "bytes a step")
+    lines = [
         (
             entry.path,
-            shape_words(entry.shape),
+            "x".join(map(str, entry.shape)) or "scalar",
             _trained_word(entry),
             str(entry.rule),
             str(entry.reduction) if entry.trained and entry.sent else "-",
@@ -71,42 +38,19 @@ def _lines(plan: "Plan") -> list[tuple[str, ...]]:
     for payload in plan.statistics:
         often = f"every {payload.every} steps" if payload.every > 1 else "every step"
         lines.append(("(statistics)", "", "", "", often, grouped(average_bytes([payload]))))
-    return lines
-
-
-def _totals(plan: "Plan", hosts: int) -> list[str]:
-    return [
-        f"trained: {parameters_words(plan)}",
-        f"payload: {grouped(plan.wire_bytes)} of {plan.full_wire_bytes:,} bytes a step and replica",
-        f"{_interface(plan.workers, hosts)} {grouped(plan.nic_bytes)} of {grouped(plan.full_nic_bytes)} bytes a "
-        f"step ({plan.nic_bytes / plan.full_nic_bytes:.2%} of exchanging everything)",
-    ]
-
-
-def parameters_words(plan: "Plan") -> str:
-    """Writes how much of a plan is trained.
-
-    Examples:
-        >>> import keras
-        >>> from dist_partial.reductions import AllReduce
-        >>> from dist_partial.selection import resolve
-        >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(2, name="head")])
-        >>> parameters_words(resolve([("train", ".*/kernel"), ("freeze", ".*")], model, AllReduce()))
-        '16 of 18 parameters (88.89%)'
-    """
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    table = [_row(header, widths), "  ".join("-" * width for width in widths), *[_row(line, widths) for line in lines]]
     trained = sum(entry.trained_parameters for entry in plan.entries)
     total = sum(entry.parameters for entry in plan.entries)
-    return f"{trained:,} of {total:,} parameters ({trained / total:.2%})"
-
-
-def shape_words(shape: Sequence[int]) -> str:
-    """Writes a shape.
-
-    Examples:
-        >>> shape_words((8, 2)), shape_words(())
-        ('8x2', 'scalar')
-    """
-    return "x".join(map(str, shape)) or "scalar"
+    return "\n".join(
+        [
+            *table,
+            f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%})",
+            f"payload: {grouped(plan.wire_bytes)} of {plan.full_wire_bytes:,} bytes a step and replica",
+            f"{_interface(plan.workers, hosts)} {grouped(plan.nic_bytes)} of {grouped(plan.full_nic_bytes)} bytes a "
+            f"step ({plan.nic_bytes / plan.full_nic_bytes:.2%} of exchanging everything)",
+        ]
+    )
 
 
 def _interface(workers: int, hosts: int) -> str:

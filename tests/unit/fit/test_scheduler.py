@@ -179,7 +179,8 @@ def test_a_selection_that_returns_is_not_traced_again():
             return super().train_step(data)
 
     schedule = Rotation(every=2, order="ascending")
-    model = built(schedule, [("train", ".*")], lambda: Model(mlp().layers))
+    layers = [keras.Input((WIDTH,)), *(keras.layers.Dense(WIDTH, name=name) for name in LAYERS)]
+    model = built(schedule, [("train", ".*")], lambda: Model(layers))
     scheduler = fit.SelectionScheduler(schedule)
     x, y = batches()
     for _ in range(2):
@@ -203,7 +204,7 @@ def test_callbacks_set_the_learning_rate_of_all_units():
 def test_mixed_precision_follows_it(leave):
     keras.config.set_dtype_policy("mixed_float16")
     schedule, paths = Phases([(0, "d/.*"), (8, "[cd]/.*")]), []
-    model = built(schedule)
+    model = built(schedule, [("freeze", "[ab]/.*"), *RULES[1:]])
     record = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda batch, logs: paths.append(cases.weights(model)))
     x, y = batches()
     scheduler = fit.SelectionScheduler(schedule, leave=leave)
