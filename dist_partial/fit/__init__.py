@@ -28,7 +28,7 @@ from dist_partial.fit.optimizer import FROZEN, Options, Partial, freeze
 from dist_partial.fit.scheduler import SelectionScheduler, units_of
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.schedules.fixed import Constant
-from dist_partial.selection.plan import Plan
+from dist_partial.selection.plan import Plan, VariablePlan
 from dist_partial.selection.resolve import resolve
 from dist_partial.step import batch_norm, optimizers
 from dist_partial.validation import AtLeast, Has, check_arguments, shown
@@ -210,13 +210,8 @@ def _resolve(
     try:
         plan = resolve(rules, model, reduction)
         plan = dataclasses.replace(plan, workers=max(2, tf.distribute.get_strategy().num_replicas_in_sync))
-        for group in plan.groups:
-            if type(group.reduction) not in saved_plan.REDUCTIONS.values():
-                raise UserError(
-                    f"rule {group.rule.match!r}: model.fit cannot reduce by "
-                    f"{type(group.reduction).__name__} ({group.reduction}): take one of "
-                    f"{', '.join(saved_plan.REDUCTIONS)}, or train with dist_partial.train"
-                )
+        for entry in plan.trained:
+            _check_reduction(entry, model.dtype_policy.name)
         if schedule.statistics == "probe":
             raise UserError(
                 f"{type(schedule).__name__} measures gradients on the batch that comes next, which model.fit does not "
@@ -232,6 +227,21 @@ def _resolve(
         _sleep(layers)
         freeze(frozen)
         raise
+
+
+def _check_reduction(entry: VariablePlan, policy: str) -> None:
+    how, names = entry.reduction, saved_plan.REDUCTIONS
+    where = f"rule {entry.rule.match!r}: "
+    if type(how) not in names.values():
+        raise UserError(
+            f"{where}model.fit cannot reduce by {type(how).__name__} ({how}): take one of {', '.join(names)}, or train "
+            "with dist_partial.train"
+        )
+    if policy == "mixed_float16" and how.state(entry.path, entry.trained_shape, entry.dtype):
+        raise UserError(
+            f"{where}under mixed_float16 a step that overflows is skipped, which {type(how).__name__} ({how}) cannot: "
+            "take AllReduce, or the policy mixed_bfloat16"
+        )
 
 
 def _changeable(model: keras.Model, plan: Plan) -> dict[str, str]:
