@@ -1,5 +1,6 @@
 """Schedules under `model.fit` against the loop, which reads the same batches, and against plain Keras."""
 
+import contextlib
 import functools
 import itertools
 import re
@@ -122,6 +123,42 @@ def test_a_schedule_goes_on_in_another_fit_and_in_a_loaded_model(tmp_path):
     for path, value in expected.items():
         assert same_bits((value, after[path])), path
     assert str(loaded.optimizer.plan) == str(model.optimizer.plan)
+
+
+@pytest.mark.slow
+def test_a_fit_that_was_broken_off_goes_on_from_its_backup(tmp_path):
+    """By Keras's own callback, in the middle of an interval of the schedule, with what was accumulated."""
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                raise KeyboardInterrupt
+
+    schedule, (x, y), results = SCHEDULES["autofreeze"], batches(), []
+    for callbacks in (
+        [],
+        [keras.callbacks.BackupAndRestore(tmp_path), Stop()],
+        [keras.callbacks.BackupAndRestore(tmp_path)],
+    ):
+        model = built(schedule, accumulate=3)
+        callbacks = [fit.SelectionScheduler(schedule), *callbacks]
+        with contextlib.suppress(KeyboardInterrupt):
+            model.fit(x, y, batch_size=BATCH, epochs=3, shuffle=False, verbose=0, callbacks=callbacks)
+        results.append((int(model.optimizer.iterations.numpy()), cases.weights(model)))
+    (whole, expected), (stopped, _), (again, found) = results
+    assert (whole, stopped, again) == (16, 5, 16)
+    assert all(same_bits((value, found[path])) for path, value in expected.items())
+
+
+def test_a_step_that_runs_eagerly_follows_it_too():
+    cases.set_precision("float64")
+    schedule = Phases([(0, "d/.*"), (2, ".*"), (4, "[cd]/.*")])
+    results = []
+    for eagerly in (False, True):
+        model = built(schedule)
+        model.compile(model.optimizer, model.loss, run_eagerly=eagerly)
+        results.append(fitted(model, schedule, slice(6 * BATCH)))
+    cases.assert_equal(*results, 1e-12)
 
 
 def with_norms():
