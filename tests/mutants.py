@@ -368,7 +368,7 @@ MUTANTS = [
     changed(
         "rows of before the loading",
         "fit/optimizer.py",
-        "            context.merge_call(lambda strategy: _read_rows(strategy, rows))\n",
+        "            context.merge_call(lambda strategy: groups.read_rows(strategy, rows))\n",
         "            pass\n",
         "unit/fit/test_fit.py::test_a_loaded_model_goes_on_with_the_same_bits",
     ),
