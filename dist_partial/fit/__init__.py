@@ -61,8 +61,7 @@ def partial(
         rules: the table, as for `run.rules`; its paths have no model name in front.
         model: a built model.
         reduction: of the rules that name none: `AllReduce`, `Quantized`, `TopK` or `PowerSGD`.
-        schedule: what is trained when, of what the rules train; the callback `SelectionScheduler` follows it. Each unit
-            that it switches has an optimizer of its own.
+        schedule: what is trained when: the callback `SelectionScheduler` follows it. Each unit has its own optimizer.
         accumulate: steps of `fit` in one update; learning rates, schedules and `iterations` count updates.
 
     Returns:

@@ -77,7 +77,7 @@ class Partial(keras.optimizers.Optimizer):
         self.plan, self.options, self._excluded = plan, options, tuple(excluded)
         self.reduces = True  # or else it is handed sums
         self.followed = False  # whether a callback runs the step with the units of its schedule
-        self.schedule: str | None = None  # where that schedule is, as JSON
+        self.schedule_state: str | None = None  # as JSON
 
     def build(self, variables: Sequence[Any]) -> None:
         """Makes the slots of the selection, and freezes the rest of `variables`, which a loaded model has trainable."""
@@ -243,8 +243,8 @@ class Partial(keras.optimizers.Optimizer):
         store["iteration"] = self.iterations.numpy()
         for name, variable in self._counters().items():
             store[name] = variable.numpy()
-        if self.schedule is not None:
-            store["schedule"] = np.frombuffer(self.schedule.encode(), np.uint8)
+        if self.schedule_state is not None:
+            store["schedule"] = np.frombuffer(self.schedule_state.encode(), np.uint8)
         for name, copies in self._kept().items():
             store[name] = tf.stack(copies).numpy()
 
@@ -253,7 +253,7 @@ class Partial(keras.optimizers.Optimizer):
         found = set(store.keys())
         for name, variable in self._counters().items():
             variable.assign(store[name])
-        self.schedule = np.asarray(store["schedule"]).tobytes().decode() if "schedule" in found else None
+        self.schedule_state = np.asarray(store["schedule"]).tobytes().decode() if "schedule" in found else None
         for name, copies in self._kept().items():
             # With another number of replicas, what they had left out, or added up, so far is left out for good.
             if name in found and len(store[name]) == len(copies):
