@@ -15,11 +15,11 @@ _HOMES = {
     "PowerSGD": "reductions",
     "Quantized": "reductions",
     "Rule": "selection",
+    "delta": "export.delta",  # the module
     "Sampling": "config.settings",
     "Settings": "config.settings",
     "TopK": "reductions",
     "UserError": "errors",
-    "delta": "export.delta",
     "partial": "fit",
 }
 
