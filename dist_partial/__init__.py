@@ -22,11 +22,11 @@ _HOMES = {
     "ReplicaOptions": "distributed.replicas",
     "Result": "api",
     "Rule": "selection",
+    "delta": "export.delta",  # the module
     "Sampling": "config.settings",
     "Settings": "config.settings",
     "TopK": "reductions",
     "UserError": "errors",
-    "delta": "export.delta",
     "devices": "api",
     "partial": "fit",
     "train": "api",

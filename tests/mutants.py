@@ -368,9 +368,37 @@ MUTANTS = [
     changed(
         "rows of before the loading",
         "fit/optimizer.py",
-        "            context.merge_call(lambda strategy: _read_rows(strategy, rows))\n",
+        "            context.merge_call(lambda strategy: groups.read_rows(strategy, rows))\n",
         "            pass\n",
         "unit/fit/test_fit.py::test_a_loaded_model_goes_on_with_the_same_bits",
+    ),
+    changed(
+        "slots of a unit that is left under fit",
+        "fit/scheduler.py",
+        "            optimizer.reset(set(active) - units)\n",
+        "            pass\n",
+        "unit/fit/test_scheduler.py::test_the_weights_are_the_loops[phases-reset]",
+    ),
+    changed(
+        "norms of a schedule under fit not begun again",
+        "fit/scheduler.py",
+        "        squares.assign(np.zeros_like(squares))\n",
+        "",
+        "unit/fit/test_scheduler.py::test_the_weights_are_the_loops[autofreeze-keep]",
+    ),
+    changed(
+        "flags of what a schedule has switched off under fit",
+        "fit/scheduler.py",
+        "                self._switch(frozenset(unit.name for unit in self._units), step=False)\n",
+        "                pass\n",
+        "unit/fit/test_scheduler.py::test_batch_norm_is_in_inference_mode_while_it_is_off",
+    ),
+    changed(
+        "what fit has accumulated not begun again",
+        "fit/optimizer.py",
+        "                    own.assign(tf.zeros_like(own))\n",
+        "                    pass\n",
+        "unit/fit/test_accumulate.py::test_equals_a_large_batch[1-3]",
     ),
     # Checkpoints and the run fingerprint.
     changed(

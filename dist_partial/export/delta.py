@@ -128,8 +128,8 @@ def _of_fit(model: keras.Model) -> tuple[Plan, dict[str, str], int]:
     optimizer = fit.of(model)
     if optimizer is None:
         raise UserError(
-            f"model {model.name!r} is not compiled with an optimizer from dist_partial.partial, which knows what it was "
-            "before: export a run folder by dist_partial.export, or give plan, base and step"
+            f"model {model.name!r} is not compiled with an optimizer from dist_partial.partial, which knows what it "
+            "was before: export a run folder by dist_partial.export, or give plan, base and step"
         )
     # What the rules freeze is as it was, and need not have been looked at before.
     base = {path: optimizer.options.base.get(path) or digest(_value(v)) for path, v in variables(model).items()}

@@ -24,11 +24,12 @@ from dist_partial.distributed.per_replica import local_count
 from dist_partial.errors import UserError
 from dist_partial.fit import saved_plan
 from dist_partial.fit.loss_scale import PartialLossScale, of
-from dist_partial.fit.optimizer import FROZEN, Options, Partial, freeze
+from dist_partial.fit.optimizer import FROZEN, Partial, freeze
+from dist_partial.fit.saved_plan import Options
 from dist_partial.fit.scheduler import SelectionScheduler, units_of
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.schedules.fixed import Constant
-from dist_partial.selection.plan import Plan
+from dist_partial.selection.plan import Plan, VariablePlan
 from dist_partial.selection.resolve import resolve
 from dist_partial.step import batch_norm, optimizers
 from dist_partial.validation import AtLeast, Has, check_arguments, shown
@@ -48,11 +49,11 @@ def partial(
 ) -> Partial | PartialLossScale:
     """Freezes what the rules do not train, and wraps an optimizer so that only the rest is reduced, once.
 
-    Call it inside `strategy.scope()`, before `model.compile`, on a model that has its weights: a delta is of what they
-    are now. Loss and metrics stay as in Keras: each replica divides its loss by the number of replicas, and the sum of
-    their gradients is the gradient of the global batch's mean. The optimizer's clipping is of that sum, each
-    optimizer's of its own part. BatchNorm layers of which nothing is trained run in inference mode. A model that has
-    been through here before begins as it was before.
+    Call it inside `strategy.scope()`, before `model.compile`, when the model has its weights: they are a delta's base.
+    Loss and metrics stay as in Keras: each replica divides its loss by the number of replicas, and the sum of their
+    gradients is the gradient of the global batch's mean. The optimizer's clipping is of that sum, each optimizer's of
+    its own part. BatchNorm layers of which nothing is trained run in inference mode. A model that has been through here
+    before begins as it was before.
 
     Args:
         optimizer: a Keras optimizer that has no variables yet, or its name. It trains the rules that name neither an
@@ -60,19 +61,17 @@ def partial(
         rules: the table, as for `run.rules`; its paths have no model name in front.
         model: a built model.
         reduction: of the rules that name none: `AllReduce`, `Quantized`, `TopK` or `PowerSGD`.
-        schedule: what is trained when, of what the rules train; the callback `SelectionScheduler` follows it. Each unit
-            that it switches has an optimizer of its own.
-        accumulate: steps of `fit` in one update, which is of the mean of their gradients. What is counted in
-            `iterations`, by learning rates and by schedules are updates.
+        schedule: what is trained when: the callback `SelectionScheduler` follows it. Each unit has its own optimizer.
+        accumulate: steps of `fit` in one update; learning rates, schedules and `iterations` count updates.
 
     Returns:
-        What `model.compile(optimizer=...)` takes; with loss scaling if the model's policy is mixed_float16. Print its
-        `plan` to see what is trained.
+        What `model.compile(optimizer=...)` takes; with loss scaling if the model's policy is mixed_float16. Its `plan`
+        prints what is trained.
 
     Raises:
-        UserError: a rule table that does not fit the model, as from `selection.resolve`; a model without variables;
-            an optimizer that is wrapped or built already, was made outside the model's strategy, or accumulates,
-            averages or scales by itself; a reduction with which replicas would part; a schedule that does not fit.
+        UserError: a rule table, a reduction or a schedule that does not fit; a model without variables; an optimizer
+            that is wrapped or built already, was made outside the model's strategy, or accumulates, averages or scales
+            by itself.
 
     Examples:
         >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3), keras.layers.Dense(1, name="head")])
@@ -82,18 +81,7 @@ def partial(
         [('kernel', (3, 1)), ('bias', (1,))]
     """
     check_arguments(partial, {"schedule": schedule, "accumulate": accumulate})
-    if not isinstance(model, keras.Model):
-        raise UserError(
-            f"partial was given {shown(model)}: the third argument is the Keras model that will be compiled"
-        )
-    if not model.built or not model.variables:
-        raise UserError(f"model {model.name!r} has no variables yet: call it once on a batch, then partial(...)")
-    strategy = model.distribute_strategy
-    if strategy.num_replicas_in_sync > local_count(strategy):
-        raise UserError(
-            "model.fit of Keras 3.15 fails under MultiWorkerMirroredStrategy with more than one worker, with any "
-            "optimizer: train with dist_partial.train"
-        )
+    strategy = _checked_model(model).distribute_strategy
     with strategy.scope():
         inner = _checked(optimizer, strategy)
         plan, made, alike = _resolve(rules, model, reduction, schedule, inner)
@@ -158,6 +146,22 @@ def resume(model: keras.Model) -> None:
     optimizer.awake = []
 
 
+def _checked_model(model: Any) -> keras.Model:
+    if not isinstance(model, keras.Model):
+        raise UserError(
+            f"partial was given {shown(model)}: the third argument is the Keras model that will be compiled"
+        )
+    if not model.built or not model.variables:
+        raise UserError(f"model {model.name!r} has no variables yet: call it once on a batch, then partial(...)")
+    strategy = model.distribute_strategy
+    if strategy.num_replicas_in_sync > local_count(strategy):
+        raise UserError(
+            "model.fit of Keras 3.15 fails under MultiWorkerMirroredStrategy with more than one worker, with any "
+            "optimizer: train with dist_partial.train"
+        )
+    return model
+
+
 def _checked(optimizer: Any, strategy: tf.distribute.Strategy) -> keras.optimizers.Optimizer:
     try:
         inner = keras.optimizers.get(optimizer)
@@ -210,13 +214,8 @@ def _resolve(
     try:
         plan = resolve(rules, model, reduction)
         plan = dataclasses.replace(plan, workers=max(2, tf.distribute.get_strategy().num_replicas_in_sync))
-        for group in plan.groups:
-            if type(group.reduction) not in saved_plan.REDUCTIONS.values():
-                raise UserError(
-                    f"rule {group.rule.match!r}: model.fit cannot reduce by "
-                    f"{type(group.reduction).__name__} ({group.reduction}): take one of "
-                    f"{', '.join(saved_plan.REDUCTIONS)}, or train with dist_partial.train"
-                )
+        for entry in plan.trained:
+            _check_reduction(entry, model.dtype_policy.name)
         if schedule.statistics == "probe":
             raise UserError(
                 f"{type(schedule).__name__} measures gradients on the batch that comes next, which model.fit does not "
@@ -232,6 +231,21 @@ def _resolve(
         _sleep(layers)
         freeze(frozen)
         raise
+
+
+def _check_reduction(entry: VariablePlan, policy: str) -> None:
+    how, names = entry.reduction, saved_plan.REDUCTIONS
+    where = f"rule {entry.rule.match!r}: "
+    if type(how) not in names.values():
+        raise UserError(
+            f"{where}model.fit cannot reduce by {type(how).__name__} ({how}): take one of {', '.join(names)}, or train "
+            "with dist_partial.train"
+        )
+    if policy == "mixed_float16" and how.state(entry.path, entry.trained_shape, entry.dtype):
+        raise UserError(
+            f"{where}under mixed_float16 a step that overflows is skipped, which {type(how).__name__} ({how}) cannot: "
+            "take AllReduce, or the policy mixed_bfloat16"
+        )
 
 
 def _changeable(model: keras.Model, plan: Plan) -> dict[str, str]:

@@ -26,14 +26,14 @@ class PartialLossScale(keras.optimizers.LossScaleOptimizer):
         >>> inner = Partial([sgd], saved_plan.with_optimizers(plan, [sgd]))
         >>> optimizer = PartialLossScale(inner, initial_scale=8.0)
         >>> optimizer.build(model.trainable_variables)
-        >>> optimizer.apply([tf.constant([2.0])], [model.layers[0].bias])  # of a loss that is 8 times as large
+        >>> optimizer.apply([keras.ops.array([2.0])], [model.layers[0].bias])  # of a loss that is 8 times as large
         >>> model.layers[0].bias.numpy().tolist()
         [-0.125]
     """
 
     def __init__(self, inner_optimizer: Partial, *args: Any, **kwargs: Any) -> None:
         super().__init__(inner_optimizer, *args, **kwargs)
-        inner_optimizer._reduces = False
+        inner_optimizer.reduces = False
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Reduces, unscales and applies the gradients of a step; called in a replica context."""

@@ -1,7 +1,6 @@
 """The optimizer that `fit.partial` makes: what Keras's `fit` and `save` see of a plan."""
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -13,9 +12,10 @@ import tensorflow as tf
 from dist_partial import compat
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.errors import UserError
-from dist_partial.fit import saved_plan
+from dist_partial.fit import groups, saved_plan
+from dist_partial.fit.saved_plan import Options
 from dist_partial.reductions.reduce_gradients import make_states, reduce_gradients
-from dist_partial.selection.plan import Plan, VariablePlan
+from dist_partial.selection.plan import Plan
 from dist_partial.step import optimizers
 from dist_partial.step.gradients import unit_squares
 
@@ -38,29 +38,6 @@ def freeze(variables: Iterable[Any]) -> None:
     for variable in variables:
         variable.trainable = False
         setattr(variable, FROZEN, True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Describes how an optimizer from `partial` trains its plan, as JSON values.
-
-    Attributes:
-        inference: paths of the variables of BatchNorm layers in inference mode.
-        accumulate: steps of `fit` in one update.
-        norms: whether the squared gradient norms of the units are added up for a schedule.
-        alike: numbers of the optimizers whose learning rate is set with the first one's.
-        base: digests, by path, of what training may change, as it was before.
-
-    Examples:
-        >>> Options(accumulate=2).inference
-        ()
-    """
-
-    inference: Sequence[str] = ()
-    accumulate: int = 1
-    norms: bool = False
-    alike: Sequence[int] = (0,)
-    base: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @keras.saving.register_keras_serializable(package="dist_partial")
@@ -91,16 +68,16 @@ class Partial(keras.optimizers.Optimizer):
         self,
         inner: Sequence[keras.optimizers.Optimizer],
         plan: Plan,
-        options: Options = Options(),
+        options: Options = Options(),  # noqa: B008 (frozen)
         name: str = "partial",
         excluded: Sequence[dict[str, Any]] = (),
     ) -> None:
         super().__init__(learning_rate=0.0, name=name)
         self._inner = list(inner)  # Keras saves their variables, as it finds them in an attribute
         self.plan, self.options, self._excluded = plan, options, tuple(excluded)
-        self._reduces = True
+        self.reduces = True  # or else it is handed sums
         self.followed = False  # whether a callback runs the step with the units of its schedule
-        self.schedule: str | None = None  # where that schedule is, as JSON
+        self.schedule_state: str | None = None  # as JSON
 
     def build(self, variables: Sequence[Any]) -> None:
         """Makes the slots of the selection, and freezes the rest of `variables`, which a loaded model has trainable."""
@@ -109,30 +86,16 @@ class Partial(keras.optimizers.Optimizer):
         with compat.strategy_of(self).scope():
             if any(entry.variable is None for entry in self.plan.trained):
                 self.plan = saved_plan.bound(self.plan, variables)
-            self._groups = self._build_groups()
+            self._groups = groups.build(self.plan, self._excluded)
             self._states = make_states(self.plan)
             if self.options.norms:
                 self.squares = self._counter([len(self.plan.units)], "float64", "squares")
             if self.options.accumulate > 1:
                 self._done = self._counter([], "int64", "accumulated_steps")
-                self._sums = [_zeros(entry) for entry in self.plan.trained]
+                self._sums = [groups.sum_of(entry) for entry in self.plan.trained]
         self.awake = self.asleep(variables)
         freeze(v for v in variables if v.trainable and all(v is not chosen for chosen in self.selected))
         super().build(self.selected)
-
-    def _build_groups(self) -> tuple[optimizers.GroupOptimizer, ...]:
-        groups: dict[int, optimizers.GroupOptimizer] = {}
-        for group in optimizers.build(self.plan, lambda: None, slots=False):  # each rule names its own
-            first = dataclasses.replace(group, members=(), make=functools.partial(_new, group.optimizer))
-            groups.setdefault(id(group.optimizer), first).members += group.members
-        variable_at = {entry.path: entry.variable for entry in self.plan.trained}
-        for group, excluded in zip(groups.values(), self._excluded, strict=False):
-            if excluded:
-                listed, pattern = [variable_at[path] for path in excluded["paths"]], excluded["pattern"]
-                group.optimizer.exclude_from_weight_decay(listed, pattern and [pattern])
-        for group in groups.values():
-            group.allocate()
-        return tuple(groups.values())
 
     def _counter(self, shape: list[int], dtype: str, name: str) -> Any:
         return self.add_variable(shape, dtype=dtype, aggregation="only_first_replica", name=name)
@@ -150,7 +113,7 @@ class Partial(keras.optimizers.Optimizer):
         """Reduces and applies the gradients of a step; called in a replica context."""
         if not self.built:
             self.build(list(trainable_variables or ()))
-        if self._reduces:
+        if self.reduces:
             self.reduce(grads, trainable_variables, self._update)
         else:
             self._update(grads)
@@ -239,7 +202,7 @@ class Partial(keras.optimizers.Optimizer):
             member for member in members if member.entry.rule.rows is not None and sums[id(member.entry)] is not None
         ]
         if rows:  # the model's weights may have been loaded since
-            context.merge_call(lambda strategy: _read_rows(strategy, rows))
+            context.merge_call(lambda strategy: groups.read_rows(strategy, rows))
         optimizers.apply(self._groups, [sums[id(member.entry)] for member in members])
         if rows:
             context.merge_call(lambda strategy: optimizers.write_rows(strategy, rows))
@@ -280,8 +243,8 @@ class Partial(keras.optimizers.Optimizer):
         store["iteration"] = self.iterations.numpy()
         for name, variable in self._counters().items():
             store[name] = variable.numpy()
-        if self.schedule is not None:
-            store["schedule"] = np.frombuffer(self.schedule.encode(), np.uint8)
+        if self.schedule_state is not None:
+            store["schedule"] = np.frombuffer(self.schedule_state.encode(), np.uint8)
         for name, copies in self._kept().items():
             store[name] = tf.stack(copies).numpy()
 
@@ -290,7 +253,7 @@ class Partial(keras.optimizers.Optimizer):
         found = set(store.keys())
         for name, variable in self._counters().items():
             variable.assign(store[name])
-        self.schedule = np.asarray(store["schedule"]).tobytes().decode() if "schedule" in found else None
+        self.schedule_state = np.asarray(store["schedule"]).tobytes().decode() if "schedule" in found else None
         for name, copies in self._kept().items():
             # With another number of replicas, what they had left out, or added up, so far is left out for good.
             if name in found and len(store[name]) == len(copies):
@@ -330,31 +293,3 @@ class Partial(keras.optimizers.Optimizer):
         inner = [keras.optimizers.deserialize(each, custom_objects) for each in config["inner"]]
         plan, options = saved_plan.from_json(config["plan"], inner), Options(**json.loads(config["options"]))
         return cls(inner, plan, options, config["name"], config["excluded"])
-
-
-def _new(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """Makes one without slots of the same config, with the learning rate that callbacks have set since."""
-    rate = compat.learning_rate(optimizer)
-    # Keras refuses to read a function back from a config.
-    given = {"learning_rate": rate} if callable(rate) else {}
-    return type(optimizer).from_config(optimizer.get_config() | given)
-
-
-def _zeros(entry: VariablePlan) -> tf.Variable:
-    """Makes the variable in which each replica adds up its own gradients."""
-    return tf.Variable(
-        tf.zeros(entry.trained_shape, entry.dtype),
-        trainable=False,
-        name="accumulated",
-        synchronization=tf.VariableSynchronization.ON_READ,
-        aggregation=tf.VariableAggregation.NONE,
-    )
-
-
-def _read_rows(strategy: tf.distribute.Strategy, members: Sequence[optimizers.OptimizerVariable]) -> None:
-    for member in members:
-        strategy.extended.update(
-            member.variable.value,
-            lambda rows, whole, at=member.entry.rule.rows: rows.assign(whole[slice(*at)]),
-            args=(member.entry.variable.value,),
-        )

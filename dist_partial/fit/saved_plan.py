@@ -1,4 +1,4 @@
-"""The plan of an optimizer from `partial`: each group with the optimizer that was made for it, and as JSON values."""
+"""What an optimizer from `partial` is made of, as JSON values: its plan, with an optimizer a group, and its options."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,6 +12,29 @@ from dist_partial.selection.plan import Plan, VariablePlan
 from dist_partial.selection.rules import Rule
 
 REDUCTIONS = {each.__name__: each for each in (AllReduce, Quantized, TopK, PowerSGD)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Describes how an optimizer from `partial` trains its plan, as JSON values.
+
+    Attributes:
+        inference: paths of the variables of BatchNorm layers in inference mode.
+        accumulate: steps of `fit` in one update.
+        norms: whether the squared gradient norms of the units are added up for a schedule.
+        alike: numbers of the optimizers whose learning rate is set with the first one's.
+        base: digests, by path, of what training may change, as it was before.
+
+    Examples:
+        >>> Options(accumulate=2).inference
+        ()
+    """
+
+    inference: Sequence[str] = ()
+    accumulate: int = 1
+    norms: bool = False
+    alike: Sequence[int] = (0,)
+    base: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def with_optimizers(plan: Plan, made: Sequence[keras.optimizers.Optimizer]) -> Plan:

@@ -105,14 +105,14 @@ class SelectionScheduler(keras.callbacks.Callback):
     def _enter(self, done: int) -> None:
         """Makes the model's train function that of the selection after so many updates."""
         schedule, optimizer = self._schedule, self._optimizer
-        kept = json.loads(optimizer.schedule) if optimizer.schedule else {}
+        kept = json.loads(optimizer.schedule_state) if optimizer.schedule_state else {}
         state, active = kept.get("state", schedule.initial(self._units)), kept.get("active")
         if observes(schedule, done) and kept.get("at") != done:
             state = schedule.observe(done, self._units, self._norms(), state)
         units = schedule.select(done, self._units, self._seed, state)
         if active is not None and self._leave == "reset":
             optimizer.reset(set(active) - units)
-        optimizer.schedule = json.dumps({"at": done, "active": sorted(units), "state": state})
+        optimizer.schedule_state = json.dumps({"at": done, "active": sorted(units), "state": state})
         next_switch = schedule.next_switch(done)
         self._due = math.inf if next_switch is None else next_switch
         self.model.train_function = self._function(units)

@@ -7,7 +7,6 @@ from typing import Any
 
 from dist_partial.selection.payload import average_bytes, exact_number, itemsize, nic_bytes
 from dist_partial.selection.rules import Rule
-from dist_partial.selection.table import parameters_words, plan_html, plan_table, shape_words
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +51,7 @@ class VariablePlan:
     active: bool = True  # False while the schedule leaves its unit out
 
     def __repr__(self) -> str:
-        return f"<VariablePlan {self.path} {shape_words(self.shape)}: {self.rule}>"
+        return f"<VariablePlan {self.path} {list(self.shape)}: {self.rule}>"
 
     @property
     def trained(self) -> bool:
@@ -128,7 +127,7 @@ class Plan:
         >>> [entry.path for entry in plan.trained], plan.wire_bytes, plan.full_wire_bytes
         (['head/kernel'], 64, 72)
         >>> plan
-        <Plan: trains 16 of 18 parameters (88.89%)>
+        <Plan: trains 16 of 18 parameters>
         >>> print(plan)
         path         shape  trained  rule             reduction   bytes a step
         -----------  -----  -------  ---------------  ----------  ------------
@@ -144,13 +143,18 @@ class Plan:
     workers: int = 2  # among which bytes at the network interface are counted, with one replica each
 
     def __repr__(self) -> str:
-        return f"<Plan: trains {parameters_words(self)}>"
+        trained = sum(entry.trained_parameters for entry in self.entries)
+        return f"<Plan: trains {trained:,} of {sum(entry.parameters for entry in self.entries):,} parameters>"
 
     def __str__(self) -> str:
-        return plan_table(self, hosts=1)
+        from dist_partial.selection.table import plan_summary  # which imports this module
+
+        return plan_summary(self, hosts=1)
 
     def _repr_html_(self) -> str:
-        return plan_html(self, hosts=1)
+        from dist_partial.selection.notebook import as_html
+
+        return as_html(str(self))
 
     @property
     def groups(self) -> tuple[Group, ...]:

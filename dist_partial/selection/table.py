@@ -1,15 +1,12 @@
 """Prints a plan: a line a variable, or of a large model a line for several; and which layers it trains."""
 
-import html
 import itertools
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dist_partial.selection.payload import average_bytes
-
-if TYPE_CHECKING:
-    from dist_partial.selection.plan import Plan, VariablePlan
+from dist_partial.selection.plan import Plan, VariablePlan
 
 _SMALL = 20  # variables of a model that is shown whole
 _ENOUGH, _MOST = 8, 32  # rows of a summary
@@ -17,7 +14,7 @@ _WIDTH = 100  # columns of a summary
 _NAMES = 60  # letters of the names of layers in a line
 
 
-def plan_table(plan: "Plan", hosts: int) -> str:
+def plan_table(plan: Plan, hosts: int) -> str:
     """Writes the plan for people: a line a variable, then totals and the share of the whole.
 
     Args:
@@ -33,41 +30,16 @@ def plan_table(plan: "Plan", hosts: int) -> str:
         >>> print(table.splitlines()[2])
         head/kernel  8x2    yes      train .*/kernel  all-reduce            64
     """
-    return "\n".join([*_table(_HEADER, _lines(plan)), *_totals(plan, hosts)])
-
-
-def plan_html(plan: "Plan", hosts: int) -> str:
-    """Writes the same as an HTML table, as notebooks show it.
-
-    Examples:
-        >>> import keras
-        >>> from dist_partial.reductions import AllReduce
-        >>> from dist_partial.selection import resolve
-        >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(2, name="head")])
-        >>> page = plan_html(resolve([("train", ".*/kernel"), ("freeze", ".*")], model, AllReduce()), 2)
-        >>> page.count("<tr>"), "<td>head/kernel</td><td>8x2</td><td>yes</td>" in page
-        (3, True)
-    """
-
-    def row(tag: str, cells: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    lines = [row("th", _HEADER), *(row("td", line) for line in _lines(plan))]
-    totals = [html.escape(line) for line in _totals(plan, hosts)]
-    return f"<table>{''.join(lines)}</table><p>{'<br>'.join(totals)}</p>"
-
-
-_HEADER = ("path", "shape", "trained", "rule", "reduction", "bytes a step")
-
-
-def _lines(plan: "Plan") -> list[tuple[str, ...]]:
-    lines: list[tuple[str, ...]] = [
-        (entry.path, shape_words(entry.shape), *_treatment(entry), grouped(entry.wire_bytes)) for entry in plan.entries
+    header = ("path", "shape", "trained", "rule", "reduction", "bytes a step")
+    lines = [
+        (entry.path, "x".join(map(str, entry.shape)) or "scalar", *_treatment(entry), grouped(entry.wire_bytes))
+        for entry in plan.entries
     ]
-    return lines + [("(statistics)", "", "", "", often, size) for often, size in _statistics(plan)]
+    lines += [("(statistics)", "", "", "", often, size) for often, size in _statistics(plan)]
+    return "\n".join([*_table(header, lines), *_totals(plan, hosts)])
 
 
-def plan_summary(plan: "Plan", hosts: int) -> str:
+def plan_summary(plan: Plan, hosts: int) -> str:
     """Writes the plan for a terminal: of a large model a line for all variables that begin alike and go the same way.
 
     These are those of a layer, or of a block of layers, so that there are few lines, none of more than 100 columns.
@@ -113,7 +85,7 @@ def plan_summary(plan: "Plan", hosts: int) -> str:
     return "\n".join([*_table(header, lines, right=(1, 2, 4)), *rules, note, *_totals(plan, hosts)])
 
 
-def trained_layers(plan: "Plan") -> str:
+def trained_layers(plan: Plan) -> str:
     """Names the layers of which a plan trains something: the first few, and how many more there are.
 
     A layer is the first component of the paths in which they differ.
@@ -140,7 +112,7 @@ def trained_layers(plan: "Plan") -> str:
     return f"{', '.join(names[:few])} and {len(names) - few} more of {len(layers)} layers"
 
 
-def _groups(entries: Sequence["VariablePlan"]) -> list[list["VariablePlan"]]:
+def _groups(entries: Sequence[VariablePlan]) -> list[list[VariablePlan]]:
     """Entries that begin alike and are treated alike, in as many groups as a summary is to have rows."""
     # Models without layers inside layers number their blocks in the names of the layers: conv2_block1_1_conv.
     words = [[*re.findall("_?[^_]+", top), *rest] for top, *rest in (entry.path.split("/") for entry in entries)]
@@ -165,7 +137,7 @@ def _shared(paths: Sequence[Sequence[str]]) -> int:
     return count
 
 
-def _common(entries: Sequence["VariablePlan"]) -> str:
+def _common(entries: Sequence[VariablePlan]) -> str:
     """What the paths of a group have in common, up to a mark between two words."""
     first, *others = [entry.path for entry in entries]
     if not others:
@@ -180,51 +152,27 @@ def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-def _treatment(entry: "VariablePlan") -> tuple[str, str, str]:
+def _treatment(entry: VariablePlan) -> tuple[str, str, str]:
     """What is done with a variable: whether it is trained, by which rule, and how its gradient travels."""
     return _trained_word(entry), str(entry.rule), str(entry.reduction) if entry.trained and entry.sent else "-"
 
 
-def _statistics(plan: "Plan") -> list[tuple[str, str]]:
+def _statistics(plan: Plan) -> list[tuple[str, str]]:
     return [
         (f"every {payload.every} steps" if payload.every > 1 else "every step", grouped(average_bytes([payload])))
         for payload in plan.statistics
     ]
 
 
-def _totals(plan: "Plan", hosts: int) -> list[str]:
+def _totals(plan: Plan, hosts: int) -> list[str]:
+    trained = sum(entry.trained_parameters for entry in plan.entries)
+    total = sum(entry.parameters for entry in plan.entries)
     return [
-        f"trained: {parameters_words(plan)}",
+        f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%})",
         f"payload: {grouped(plan.wire_bytes)} of {plan.full_wire_bytes:,} bytes a step and replica",
         f"{_interface(plan.workers, hosts)} {grouped(plan.nic_bytes)} of {grouped(plan.full_nic_bytes)} bytes a step "
         f"({plan.nic_bytes / plan.full_nic_bytes:.2%})",
     ]
-
-
-def parameters_words(plan: "Plan") -> str:
-    """Writes how much of a plan is trained.
-
-    Examples:
-        >>> import keras
-        >>> from dist_partial.reductions import AllReduce
-        >>> from dist_partial.selection import resolve
-        >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(2, name="head")])
-        >>> parameters_words(resolve([("train", ".*/kernel"), ("freeze", ".*")], model, AllReduce()))
-        '16 of 18 parameters (88.89%)'
-    """
-    trained = sum(entry.trained_parameters for entry in plan.entries)
-    total = sum(entry.parameters for entry in plan.entries)
-    return f"{trained:,} of {total:,} parameters ({trained / total:.2%})"
-
-
-def shape_words(shape: Sequence[int]) -> str:
-    """Writes a shape.
-
-    Examples:
-        >>> shape_words((8, 2)), shape_words(())
-        ('8x2', 'scalar')
-    """
-    return "x".join(map(str, shape)) or "scalar"
 
 
 def _interface(workers: int, hosts: int) -> str:
@@ -244,7 +192,7 @@ def grouped(average: int | float) -> str:
     return f"{average:,}" if isinstance(average, int) else f"{average:,.1f}"
 
 
-def _trained_word(entry: "VariablePlan") -> str:
+def _trained_word(entry: VariablePlan) -> str:
     if not entry.trained:
         return "no"
     if not entry.sent:

@@ -15,6 +15,7 @@ from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.top_k import TopK
+from dist_partial.selection.table import plan_table
 from tests.helpers import cases
 from tests.helpers.cases import CASES, GLOBAL_BATCH, OPTIONS
 from tests.helpers.files import same_bits
@@ -486,6 +487,15 @@ def test_bad_input(arguments, message):
     )
 
 
+def test_what_an_overflow_would_spoil_is_refused():
+    """What is left of an infinite gradient is infinite, and so would all later sums be."""
+    keras.config.set_dtype_policy("mixed_float16")
+    model = keras.Sequential([keras.Input((300,)), keras.layers.Dense(1, name="dense")])
+    with pytest.raises(UserError, match=r"rule '\.\*': under mixed_float16 .* which TopK \(top 0\.1 .*\) cannot"):
+        partial("sgd", [("train", ".*")], model, TopK(0.1))
+    partial("sgd", [selection.Rule(".*/bias", reduction=TopK(0.1)), ("freeze", ".*")], model)  # which is sent whole
+
+
 def test_an_optimizer_from_outside_the_strategy_is_refused(mirrored):
     optimizer = keras.optimizers.SGD()
     with mirrored(2).scope():
@@ -582,3 +592,13 @@ def test_a_last_batch_that_replicas_do_not_share_evenly_is_that_of_plain_keras_o
 def built(optimizer):
     optimizer.build(small().trainable_variables)
     return optimizer
+
+
+@pytest.mark.parametrize("rules", [RULES, TWO], ids=["one optimizer", "two"])
+def test_the_plan_prints_as_the_commands_table(rules, tmp_path):
+    """Also that of a loaded model, which has the table of rules and what they freeze."""
+    model = compiled(tf.distribute.get_strategy(), CASES["two_dense"], rules)
+    expected = plan_table(selection.resolve(rules, cases.build(CASES["two_dense"]), AllReduce()), 1)
+    assert str(model.optimizer.plan) == expected
+    model.save(tmp_path / "model.keras")
+    assert str(keras.saving.load_model(tmp_path / "model.keras").optimizer.plan) == expected

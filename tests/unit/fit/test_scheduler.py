@@ -1,5 +1,6 @@
 """Schedules under `model.fit` against the loop, which reads the same batches, and against plain Keras."""
 
+import contextlib
 import functools
 import itertools
 import re
@@ -124,6 +125,42 @@ def test_a_schedule_goes_on_in_another_fit_and_in_a_loaded_model(tmp_path):
     assert str(loaded.optimizer.plan) == str(model.optimizer.plan)
 
 
+@pytest.mark.slow
+def test_a_fit_that_was_broken_off_goes_on_from_its_backup(tmp_path):
+    """By Keras's own callback, in the middle of an interval of the schedule, with what was accumulated."""
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                raise KeyboardInterrupt
+
+    schedule, (x, y), results = SCHEDULES["autofreeze"], batches(), []
+    for callbacks in (
+        [],
+        [keras.callbacks.BackupAndRestore(tmp_path), Stop()],
+        [keras.callbacks.BackupAndRestore(tmp_path)],
+    ):
+        model = built(schedule, accumulate=3)
+        callbacks = [fit.SelectionScheduler(schedule), *callbacks]
+        with contextlib.suppress(KeyboardInterrupt):
+            model.fit(x, y, batch_size=BATCH, epochs=3, shuffle=False, verbose=0, callbacks=callbacks)
+        results.append((int(model.optimizer.iterations.numpy()), cases.weights(model)))
+    (whole, expected), (stopped, _), (again, found) = results
+    assert (whole, stopped, again) == (16, 5, 16)
+    assert all(same_bits((value, found[path])) for path, value in expected.items())
+
+
+def test_a_step_that_runs_eagerly_follows_it_too():
+    cases.set_precision("float64")
+    schedule = Phases([(0, "d/.*"), (2, ".*"), (4, "[cd]/.*")])
+    results = []
+    for eagerly in (False, True):
+        model = built(schedule)
+        model.compile(model.optimizer, model.loss, run_eagerly=eagerly)
+        results.append(fitted(model, schedule, slice(6 * BATCH)))
+    cases.assert_equal(*results, 1e-12)
+
+
 def with_norms():
     layers = [keras.layers.Dense(WIDTH, name="a"), keras.layers.BatchNormalization(name="norm")]
     return keras.Sequential([keras.Input((WIDTH,)), *layers, keras.layers.Dense(WIDTH, name="d")])
@@ -179,7 +216,8 @@ def test_a_selection_that_returns_is_not_traced_again():
             return super().train_step(data)
 
     schedule = Rotation(every=2, order="ascending")
-    model = built(schedule, [("train", ".*")], lambda: Model(mlp().layers))
+    layers = [keras.Input((WIDTH,)), *(keras.layers.Dense(WIDTH, name=name) for name in LAYERS)]
+    model = built(schedule, [("train", ".*")], lambda: Model(layers))
     scheduler = fit.SelectionScheduler(schedule)
     x, y = batches()
     for _ in range(2):
@@ -203,7 +241,7 @@ def test_callbacks_set_the_learning_rate_of_all_units():
 def test_mixed_precision_follows_it(leave):
     keras.config.set_dtype_policy("mixed_float16")
     schedule, paths = Phases([(0, "d/.*"), (8, "[cd]/.*")]), []
-    model = built(schedule)
+    model = built(schedule, [("freeze", "[ab]/.*"), *RULES[1:]])
     record = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda batch, logs: paths.append(cases.weights(model)))
     x, y = batches()
     scheduler = fit.SelectionScheduler(schedule, leave=leave)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import xml.etree.ElementTree
 
 import keras
 import numpy as np
@@ -388,3 +389,16 @@ def test_rules_about_what_the_models_own_code_has_frozen():
     model.trainable = False
     with pytest.raises(UserError, match=r"no trainable variables: .*; its own code has set trainable = False"):
         plan_of([head], model)
+
+
+def test_a_plan_prints_as_the_table_and_never_a_variable():
+    """In Python, in notebooks, and where something that holds it is shown."""
+    plan = resolve([("train", "<&|dense2/.*"), ("freeze", ".*")], sequential(), AllReduce())
+    assert str(plan) == plan_table(plan, 1)
+    for each in (plan, plan.entries[0], plan.groups[0], [plan]):
+        assert len(repr(each)) < 120 and "\n" not in repr(each)
+    page = xml.etree.ElementTree.fromstring(f"<div>{plan._repr_html_().replace('<br>', '<br/>')}</div>")
+    cells = [[cell.text for cell in row] for row in page.find("table")]
+    assert [row[0] for row in cells] == ["path", *(entry.path for entry in plan.entries)]
+    assert cells[-1] == ["dense2/bias", "2", "yes", "train <&|dense2/.*", "all-reduce", "8"]
+    assert list(page.find("p").itertext()) == str(plan).splitlines()[-3:]
