@@ -12,8 +12,17 @@ from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
 from dist_partial.data.mapped import Mapped
 from dist_partial.data.prepared import tfds_dataset
-from dist_partial.data.reading import fetch, fetched, without_lists
-from dist_partial.data.source import ArraySource, ClassWeighted, Dataset, Source, check_source, fingerprint
+from dist_partial.data.readers import reading
+from dist_partial.data.reading import fetch, fetched, trait, without_lists
+from dist_partial.data.source import (
+    ArraySource,
+    ClassWeighted,
+    Dataset,
+    Source,
+    check_source,
+    class_weighted,
+    fingerprint,
+)
 from dist_partial.data.tokens import stdlib_prose, tokenized_text
 
 __all__ = [
@@ -24,12 +33,14 @@ __all__ = [
     "Mapped",
     "Source",
     "check_source",
+    "class_weighted",
     "evaluation_batches",
     "failing_example",
     "fetch",
     "fetched",
     "fingerprint",
     "looks",
+    "reading",
     "some_targets",
     "stdlib_corpus",
     "stdlib_prose",
@@ -38,5 +49,6 @@ __all__ = [
     "tokenized_text",
     "train_batches",
     "train_indices",
+    "trait",
     "without_lists",
 ]

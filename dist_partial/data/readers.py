@@ -1,0 +1,169 @@
+"""Threads and processes that read the batches of a source, several at a time."""
+
+import atexit
+import contextlib
+import contextvars
+import multiprocessing
+import pickle
+import queue
+import signal
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dist_partial.data.reading import fetch, trait
+from dist_partial.errors import Ending, Fault, UserError, first_line
+
+if TYPE_CHECKING:
+    from dist_partial.data.source import Source
+
+_THREADS = 4  # for a source that several may read; each holds a batch
+
+Read = Callable[[np.ndarray, np.ndarray | None], tuple[Any, ...]]
+
+
+class Readers:
+    """Says by how many threads and processes sources are read.
+
+    Args:
+        threads: batches that are read at a time; None: 4 where a source has `thread_safe = True`, else 1.
+        processes: that read in place of the threads; 0 lets the threads read.
+    """
+
+    def __init__(self, threads: int | None = None, processes: int = 0) -> None:
+        self._threads, self._count = threads, processes
+        self._pools: dict[int, tuple[Source, _Processes]] = {}
+
+    def threads(self, source: "Source") -> int:
+        """How many threads read a source, of a batch each."""
+        return max(self._threads or (_THREADS if trait(source, "thread_safe", False) else 1), self._count)
+
+    def reader(self, source: "Source") -> Read:
+        """What reads a source: `fetch`, or processes, which are started once."""
+        if not self._count:
+            return lambda indices, draws: fetch(source, indices, draws)
+        if id(source) not in self._pools:
+            self._pools[id(source)] = source, _Processes(source, self._count)
+        return self._pools[id(source)][1].read
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for _, pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+
+
+_current: contextvars.ContextVar[Readers] = contextvars.ContextVar("readers")
+
+
+@contextlib.contextmanager
+def reading(threads: int | None = None, processes: int = 0) -> Iterator[None]:
+    """Says how the sources are read whose batches are made within: see `Readers`. Ends the processes at the end.
+
+    Examples:
+        >>> from dist_partial.data import ArraySource
+        >>> with reading(threads=3):
+        ...     print(readers().threads(ArraySource(np.arange(3))))
+        3
+        >>> readers().threads(ArraySource(np.arange(3)))
+        1
+    """
+    with contextlib.closing(Readers(threads, processes)) as made:
+        token = _current.set(made)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+
+def readers() -> Readers:
+    """Gives the readers of the `reading` around the call.
+
+    Examples:
+        >>> with reading(threads=3):
+        ...     inner = readers()
+        >>> inner is readers()
+        False
+    """
+    return _current.get(None) or Readers()
+
+
+class _Processes:
+    """Reads a source in processes, each of which has a copy of it.
+
+    They end when the other end of their connection is gone, whatever becomes of this process.
+    """
+
+    def __init__(self, source: "Source", count: int) -> None:
+        name, self._what = type(source).__name__, f"run.reader_processes = {count}"
+        try:
+            content = pickle.dumps(source)
+        except Exception as error:  # pickle raises this and that
+            raise UserError(
+                f"{self._what}: run.data's {name} cannot be sent to another process ({first_line(error)}): make it of "
+                "classes and functions that a module has by name, and open files when they are first read"
+            ) from error
+        # A copy made by fork would hang on the locks that TensorFlow's threads hold.
+        spawn = multiprocessing.get_context("spawn")
+        self._started: list[Any] = []
+        self._idle: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+        atexit.register(self.close)  # before multiprocessing's own, which waits for them
+        for _ in range(count):
+            here, there = spawn.Pipe()
+            process = spawn.Process(target=_serve, args=(there, content), daemon=True, name="dist_partial reader")
+            process.start()
+            there.close()
+            self._started.append(process)
+            self._idle.put((process, here))
+
+    def read(self, indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
+        """Examples as `fetch` gives them, from the first process that is free."""
+        process, connection = self._idle.get()
+        try:
+            connection.send((indices, draws))
+            found = connection.recv()
+        except (EOFError, OSError):
+            process.join(1.0)
+            if process.exitcode == 1:
+                raise UserError(
+                    f"{self._what}: a process could not start; what it printed says why. A script that trains must do "
+                    'so under `if __name__ == "__main__":`, for each process imports it'
+                ) from None
+            raise Fault(f"{self._what}: a process has ended with code {process.exitcode}, out of memory?") from None
+        finally:
+            self._idle.put((process, connection))
+        if isinstance(found, Ending):
+            raise found
+        return found
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        for process in self._started:
+            process.kill()
+        for process in self._started:
+            process.join()
+
+
+def _serve(connection: Any, content: bytes) -> None:
+    """Reads what is asked for until nobody can ask any more."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # which whole groups of processes get: the run stops by itself
+        signal.signal(number, signal.SIG_IGN)
+    found: Any = None
+    try:
+        source = pickle.loads(content)
+    except Exception as error:
+        source = None
+        found = UserError(
+            f"run.reader_processes: run.data cannot be made in another process ({first_line(error)}): define what it "
+            "is made of in a module, and not in a notebook or a script"
+        )
+    with contextlib.suppress(EOFError, OSError):  # of the other end
+        while True:
+            indices, draws = connection.recv()
+            if source is not None:
+                try:
+                    found = fetch(source, indices, draws)
+                except Ending as error:
+                    found = error
+            connection.send(found)
