@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import contextvars
+import functools
 import multiprocessing
 import pickle
 import queue
@@ -33,25 +34,24 @@ class Readers:
 
     def __init__(self, threads: int | None = None, processes: int = 0) -> None:
         self._threads, self._count = threads, processes
-        self._pools: dict[int, tuple[Source, _Processes]] = {}
+        self._pool: _Processes | None = None
 
     def threads(self, source: "Source") -> int:
         """How many threads read a source, of a batch each."""
         return max(self._threads or (_THREADS if trait(source, "thread_safe", False) else 1), self._count)
 
     def reader(self, source: "Source") -> Read:
-        """What reads a source: `fetch`, or processes, which are started once."""
+        """What reads a source: `fetch`, or processes, which the first call starts."""
         if not self._count:
-            return lambda indices, draws: fetch(source, indices, draws)
-        if id(source) not in self._pools:
-            self._pools[id(source)] = source, _Processes(source, self._count)
-        return self._pools[id(source)][1].read
+            return functools.partial(fetch, source)
+        if self._pool is None:
+            self._pool = _Processes(self._count)
+        return self._pool.reader(source)
 
     def close(self) -> None:
         """Ends the processes."""
-        for _, pool in self._pools.values():
-            pool.close()
-        self._pools.clear()
+        if self._pool is not None:
+            self._pool.close()
 
 
 _current: contextvars.ContextVar[Readers] = contextvars.ContextVar("readers")
@@ -90,38 +90,45 @@ def readers() -> Readers:
 
 
 class _Processes:
-    """Reads a source in processes, each of which has a copy of it.
+    """Reads sources in processes, each of which gets a copy of a source when it first reads from it.
 
     They end when the other end of their connection is gone, whatever becomes of this process.
     """
 
-    def __init__(self, source: "Source", count: int) -> None:
-        name, self._what = type(source).__name__, f"run.reader_processes = {count}"
+    def __init__(self, count: int) -> None:
+        self._what = f"run.reader_processes = {count}"
+        self._sources: dict[int, Source] = {}  # kept, so that no other one gets its number
+        # A copy of this process, made by fork, would hang on the locks that TensorFlow's threads hold.
+        spawn = multiprocessing.get_context("spawn")
+        self._started: list[Any] = []
+        self._idle: queue.SimpleQueue[tuple[Any, Any, set[int]]] = queue.SimpleQueue()
+        atexit.register(self.close)  # runs before multiprocessing's own, which waits for them
+        for _ in range(count):
+            here, there = spawn.Pipe()
+            process = spawn.Process(target=_serve, args=(there,), daemon=True, name="dist_partial reader")
+            process.start()
+            there.close()
+            self._started.append(process)
+            self._idle.put((process, here, set()))
+
+    def reader(self, source: "Source") -> Read:
+        """What reads a source, in the first process that is free."""
+        self._sources[id(source)] = source
         try:
             content = pickle.dumps(source)
         except Exception as error:  # pickle raises this and that
             raise UserError(
-                f"{self._what}: run.data's {name} cannot be sent to another process ({first_line(error)}): make it of "
-                "classes and functions that a module has by name, and open files when they are first read"
+                f"{self._what}: {type(source).__name__} of run.data cannot be sent to another process "
+                f"({first_line(error)}): make it of classes and functions that a module has by name, and open files "
+                "when they are first read"
             ) from error
-        # A copy made by fork would hang on the locks that TensorFlow's threads hold.
-        spawn = multiprocessing.get_context("spawn")
-        self._started: list[Any] = []
-        self._idle: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
-        atexit.register(self.close)  # before multiprocessing's own, which waits for them
-        for _ in range(count):
-            here, there = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(there, content), daemon=True, name="dist_partial reader")
-            process.start()
-            there.close()
-            self._started.append(process)
-            self._idle.put((process, here))
+        return functools.partial(self._read, id(source), content)
 
-    def read(self, indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
-        """Examples as `fetch` gives them, from the first process that is free."""
-        process, connection = self._idle.get()
+    def _read(self, number: int, content: bytes, indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
+        process, connection, known = self._idle.get()
         try:
-            connection.send((indices, draws))
+            connection.send((number, None if number in known else content, indices, draws))
+            known.add(number)
             found = connection.recv()
         except (EOFError, OSError):
             process.join(1.0)
@@ -132,7 +139,7 @@ class _Processes:
                 ) from None
             raise Fault(f"{self._what}: a process has ended with code {process.exitcode}, out of memory?") from None
         finally:
-            self._idle.put((process, connection))
+            self._idle.put((process, connection, known))
         if isinstance(found, Ending):
             raise found
         return found
@@ -145,25 +152,27 @@ class _Processes:
             process.join()
 
 
-def _serve(connection: Any, content: bytes) -> None:
+def _serve(connection: Any) -> None:
     """Reads what is asked for until nobody can ask any more."""
     for number in (signal.SIGINT, signal.SIGTERM):  # which whole groups of processes get: the run stops by itself
         signal.signal(number, signal.SIG_IGN)
-    found: Any = None
-    try:
-        source = pickle.loads(content)
-    except Exception as error:
-        source = None
-        found = UserError(
-            f"run.reader_processes: run.data cannot be made in another process ({first_line(error)}): define what it "
-            "is made of in a module, and not in a notebook or a script"
-        )
+    sources: dict[int, Any] = {}
     with contextlib.suppress(EOFError, OSError):  # of the other end
         while True:
-            indices, draws = connection.recv()
-            if source is not None:
-                try:
-                    found = fetch(source, indices, draws)
-                except Ending as error:
-                    found = error
-            connection.send(found)
+            number, content, indices, draws = connection.recv()
+            try:
+                if content is not None:
+                    sources[number] = _made(content)
+                connection.send(fetch(sources[number], indices, draws))
+            except Ending as error:
+                connection.send(error)
+
+
+def _made(content: bytes) -> Any:
+    try:
+        return pickle.loads(content)
+    except Exception as error:
+        raise UserError(
+            f"run.reader_processes: run.data cannot be made in another process ({first_line(error)}): define what it "
+            "is made of in a module, and not in a notebook"
+        ) from error

@@ -120,20 +120,26 @@ class Saving:
 class DataWaits:
     """Adds up how long steps waited for their examples, and says so where it is long.
 
+    The first call is left out: reading begins with it.
+
     Examples:
         >>> waits = DataWaits()
-        >>> waits.add(3.1, took=10.2)
+        >>> for waited, took in ((5.0, 5.1), (1.1, 4.2), (2.0, 6.0)):
+        ...     waits.add(waited, took)
         >>> waits.report(print)
         data: steps waited 3.1 s of 10.2 s for examples (30 %): bind run.readers to more threads, or ...
     """
 
     def __init__(self) -> None:
         self._waited = self._took = 0.0
+        self._begun = False
 
     def add(self, waited: float, took: float) -> None:
         """Takes the seconds in which steps waited, a mean over the workers, and those that the steps took."""
-        self._waited += waited
-        self._took += took
+        if self._begun:
+            self._waited += waited
+            self._took += took
+        self._begun = True
 
     def report(self, say: Callable[[str], None]) -> None:
         """Says how long the steps since the last report waited, if that is a tenth of the time, and a second."""
