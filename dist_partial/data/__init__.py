@@ -17,8 +17,17 @@ from dist_partial.data.map_source import MapSource
 from dist_partial.data.mapped import Mapped
 from dist_partial.data.prepared import tfds_dataset
 from dist_partial.data.py_dataset import PyDatasetSource
-from dist_partial.data.reading import fetch, fetched, without_lists
-from dist_partial.data.source import ArraySource, ClassWeighted, Dataset, Source, check_source, fingerprint
+from dist_partial.data.readers import reading
+from dist_partial.data.reading import fetch, fetched, trait, without_lists
+from dist_partial.data.source import (
+    ArraySource,
+    ClassWeighted,
+    Dataset,
+    Source,
+    check_source,
+    class_weighted,
+    fingerprint,
+)
 from dist_partial.data.tables import csv_dataset, parquet_dataset
 from dist_partial.data.tfrecords import TFRecordSource, tfrecord_dataset
 from dist_partial.data.tokens import stdlib_prose, tokenized_text
@@ -36,6 +45,7 @@ __all__ = [
     "Source",
     "TFRecordSource",
     "check_source",
+    "class_weighted",
     "csv_dataset",
     "dataset",
     "evaluation_batches",
@@ -47,6 +57,7 @@ __all__ = [
     "image_folder",
     "looks",
     "parquet_dataset",
+    "reading",
     "some_targets",
     "source_of",
     "stdlib_corpus",
@@ -57,5 +68,6 @@ __all__ = [
     "tokenized_text",
     "train_batches",
     "train_indices",
+    "trait",
     "without_lists",
 ]
