@@ -108,7 +108,7 @@ def calling(what: str) -> Iterator[None]:
     except Ending:
         raise
     except (Exception, SystemExit) as error:  # an exit with code 0 would say that the run is done
-        if type(error).__name__ in _LOST and what != "run.data":  # which waits for no other worker
+        if type(error).__name__ in _LOST and not what.endswith("run.data"):  # which waits for no other worker
             raise
         raise raised(what, error) from error
 

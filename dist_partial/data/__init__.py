@@ -3,20 +3,20 @@
 from dist_partial.data.adapt import dataset, source_of
 from dist_partial.data.batches import (
     evaluation_batches,
-    fetch,
-    fetched,
+    failing_example,
     looks,
     some_targets,
     train_batches,
     train_indices,
-    without_lists,
 )
 from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
 from dist_partial.data.held_out import Part, hold_out
 from dist_partial.data.map_source import MapSource
+from dist_partial.data.mapped import Mapped
 from dist_partial.data.prepared import tfds_dataset
 from dist_partial.data.py_dataset import PyDatasetSource
+from dist_partial.data.reading import fetch, fetched, without_lists
 from dist_partial.data.source import ArraySource, ClassWeighted, Dataset, Source, check_source, fingerprint
 from dist_partial.data.tables import csv_dataset, parquet_dataset
 from dist_partial.data.tokens import stdlib_prose, tokenized_text
@@ -27,6 +27,7 @@ __all__ = [
     "Codec",
     "Dataset",
     "MapSource",
+    "Mapped",
     "Part",
     "PyDatasetSource",
     "Source",
@@ -34,6 +35,7 @@ __all__ = [
     "csv_dataset",
     "dataset",
     "evaluation_batches",
+    "failing_example",
     "fetch",
     "fetched",
     "fingerprint",

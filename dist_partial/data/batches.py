@@ -4,17 +4,26 @@ The examples of a run have one global order, whatever the number of workers. Ste
 [s * global_batch, (s + 1) * global_batch), and replica i of n takes the i-th of n contiguous slices of them.
 """
 
+import collections
+import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
+from dist_partial.data.draws import draws
+from dist_partial.data.held_out import Part
+from dist_partial.data.mapped import stages
+from dist_partial.data.reading import as_op, fetch, fetched, trait
 from dist_partial.data.source import ArraySource, Source
-from dist_partial.errors import UserError, calling
+from dist_partial.errors import Ending, UserError, calling
 
 PREFETCHED = 4  # batches
+_CPUS = len(os.sched_getaffinity(0))
+# What was read last for functions of TensorFlow, whose errors do not say on which example.
+_recent: collections.deque[tuple[Any, np.ndarray, np.ndarray]] = collections.deque(maxlen=64)
 
 
 def train_batches(
@@ -50,8 +59,12 @@ def train_batches(
         [0, 1, 2, 3, 4, 5, 6, 7]
     """
     _check(source)
-    order = {"first_step": first_step, "global_batch": global_batch, "seed": seed, "context": context}
-    return train_indices(len(source), **order).map(lambda i: fetched(source, i)).prefetch(PREFETCHED)
+    count, own = len(source), trait(source, "own_order", False)
+
+    def places(positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return positions if own else _shuffled(positions, count, seed), positions // count
+
+    return _read(source, _batches(places, first_step, global_batch, context), seed)
 
 
 def train_indices(
@@ -99,10 +112,59 @@ def evaluation_batches(
         raise UserError(f"cannot evaluate {first + examples} examples: ask for 1 to {len(source)}, that is all")
     padded = -(-examples // global_batch) * global_batch
 
-    def fetch(positions: tf.Tensor) -> tuple[Any, ...]:
-        return fetched(source, first + tf.minimum(positions % padded, examples - 1))
+    def places(positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return first + tf.minimum(positions % padded, examples - 1), tf.zeros_like(positions)
 
-    return _batches(fetch, 0, global_batch, context).prefetch(PREFETCHED)
+    return _read(source, _batches(places, 0, global_batch, context), seed=0)
+
+
+def _read(source: Source, places: tf.data.Dataset, seed: int) -> tf.data.Dataset:
+    """Reads the batches of a source whose (indices, epochs), int64 [b] each, `places` gives, ahead of their use."""
+    base, functions = stages(source)
+    if not functions and not hasattr(base, "fetch_with"):
+        return places.map(lambda indices, _: fetched(base, indices)).prefetch(PREFETCHED)
+    reader = weakref.ref(source)
+    size = places.element_spec[0].shape[0]
+    seeded = [function for function in functions if function.random]
+
+    def read(indices: np.ndarray, epochs: np.ndarray) -> tuple[Any, Any]:
+        state = draws(seed, epochs, indices)
+        if functions:
+            _recent.append((reader, indices, state))
+        return fetch(base, indices, state), [function.seeds(state) for function in seeded]
+
+    def batch(indices: tf.Tensor, epochs: tf.Tensor) -> Any:
+        return as_op(read, (base.spec, [tf.TensorSpec([2], tf.int32)] * len(seeded)), indices, epochs)
+
+    def example(parts: Any, seeds: Any) -> Any:
+        left = iter(seeds)
+        for function in functions:
+            parts = function.of_example(parts, next(left) if function.random else tf.zeros([2], tf.int32))
+        return parts
+
+    batches = places.map(batch)
+    if not functions:
+        return batches.map(lambda parts, _: parts).prefetch(PREFETCHED)
+    examples = batches.unbatch().map(example, num_parallel_calls=_CPUS, deterministic=True)
+    return examples.batch(size, drop_remainder=True).prefetch(PREFETCHED)
+
+
+def failing_example(error: tf.errors.OpError) -> Ending | None:
+    """Finds the example that a function of TensorFlow failed on, among those read last; None if it was none of them.
+
+    Examples:
+        >>> failing_example(tf.errors.InvalidArgumentError(None, None, "shapes differ")) is None
+        True
+    """
+    if "IteratorGetNext" not in str(error):
+        return None
+    for reader, indices, state in tuple(_recent):
+        try:
+            if (source := reader()) is not None:
+                fetch(source, indices, state)
+        except Ending as found:
+            return found
+    return None
 
 
 def _batches(
@@ -171,6 +233,8 @@ def some_targets(source: Source) -> Any:
         >>> some_targets(ArraySource(np.zeros([3, 1], np.float32), np.array([5, 6, 7]))).tolist()
         [5, 6, 7]
     """
+    if isinstance(source, Part):  # whose whole may be in memory
+        return some_targets(source.source)
     _check(source)
     if len(source.spec) == 1:
         return None
@@ -187,103 +251,6 @@ def looks(source: Source) -> np.ndarray:
         [0, 1, 2]
     """
     return np.unique(np.linspace(0, len(source) - 1, 64).astype(np.int64))
-
-
-def fetched(source: Source, indices: tf.Tensor) -> tuple[Any, ...]:
-    """Wraps `fetch` as a TensorFlow op, with static shapes.
-
-    Examples:
-        >>> source = ArraySource(np.zeros([3, 1], np.float32), np.array([5, 6, 7]))
-        >>> fetched(source, tf.constant([2, 0], tf.int64))[1].numpy().tolist()
-        [7, 5]
-    """
-    spec = tf.nest.flatten(source.spec)
-    arrays = tf.numpy_function(
-        lambda indices: tf.nest.flatten(fetch(source, indices)),
-        [indices],
-        [one.dtype for one in spec],
-        stateful=False,
-        name="fetch",
-    )
-    flat = [tf.ensure_shape(a, indices.shape + one.shape) for a, one in zip(arrays, spec, strict=True)]
-    return tf.nest.pack_sequence_as(without_lists(source.spec), flat)
-
-
-def fetch(source: Source, indices: np.ndarray) -> tuple[Any, ...]:
-    """Calls `source.fetch` and checks the result against the source's spec.
-
-    Raises:
-        UserError: it gives something else.
-        Raised: it raises an exception.
-
-    Examples:
-        >>> class Halves:
-        ...     spec = tf.TensorSpec([], tf.float32), tf.TensorSpec([], tf.float32)
-        ...     def fetch(self, indices):
-        ...         return indices / 2, np.float32(indices)
-        >>> fetch(Halves(), np.array([1]))
-        Traceback (most recent call last):
-        dist_partial.errors.UserError: Halves.fetch gives [float64 (1,), float32 (1,)] for the examples 1, and its ...
-    """
-    with calling("run.data"):
-        arrays, spec = source.fetch(indices), source.spec
-    if _fits(arrays, spec, len(indices)):
-        return without_lists(arrays)
-    arrays = tuple(arrays) if isinstance(arrays, list) else arrays
-    want = tf.nest.map_structure(lambda one: f"{one.dtype.name} {(len(indices), *one.shape)}", spec)
-    have = _described(arrays)
-    if want == have:
-        return without_lists(arrays)
-    some = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
-    raise UserError(
-        f"{type(source).__name__}.fetch gives {_listed(have)} for the examples {some}, and its spec says "
-        f"{_listed(want)}: both must be the same (x, y) or (x, y, weight)"
-    )
-
-
-def _fits(found: Any, spec: Any, count: int) -> bool:
-    """Whether NumPy arrays are those of a spec; by hand, for it is called for each batch."""
-    if isinstance(spec, tf.TensorSpec):
-        if not isinstance(found, np.ndarray) or found.shape != (count, *spec.shape.as_list()):
-            return False
-        return found.dtype == spec.dtype.as_numpy_dtype or (spec.dtype == tf.string and found.dtype.kind in "OSU")
-    if isinstance(spec, dict):
-        same = isinstance(found, dict) and found.keys() == spec.keys()
-        return same and all(_fits(found[name], spec[name], count) for name in spec)
-    same = isinstance(found, (tuple, list)) and len(found) == len(spec)
-    return same and all(_fits(one, its, count) for one, its in zip(found, spec, strict=True))
-
-
-def without_lists(nest: Any) -> Any:
-    """Replaces the lists of a nest by tuples, for tf.data would make one tensor of a list.
-
-    Examples:
-        >>> without_lists(([1, 2], {"a": [3]}))
-        ((1, 2), {'a': (3,)})
-    """
-    if isinstance(nest, tuple) and not any(isinstance(part, (dict, list, tuple)) for part in nest):
-        return nest
-    return keras.tree.lists_to_tuples(nest)
-
-
-def _listed(parts: Any) -> str:
-    if isinstance(parts, dict):
-        return "{" + ", ".join(f"{name!r}: {_listed(part)}" for name, part in parts.items()) + "}"
-    return f"[{', '.join(map(_listed, parts))}]" if isinstance(parts, (tuple, list)) else parts
-
-
-def _described(found: Any) -> Any:
-    """A nest of arrays as a nest of words; a list without arrays is no nest of them, and may be long."""
-    if isinstance(found, dict):
-        return {name: _described(each) for name, each in found.items()}
-    if isinstance(found, (tuple, list)) and any(hasattr(each, "dtype") for each in tf.nest.flatten(found)):
-        parts = [_described(each) for each in found]
-        return parts if isinstance(found, list) else tuple(parts)
-    try:
-        dtype = tf.string if found.dtype.kind in "OSU" else tf.as_dtype(found.dtype)
-        return f"{dtype.name} {tuple(found.shape)}"
-    except (AttributeError, TypeError):  # no array, or none that TensorFlow knows
-        return type(found).__name__
 
 
 def _check(source: Source) -> None:

@@ -1,8 +1,9 @@
 """What a data set is: examples that are fetched by index."""
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -10,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.data.codecs import Codec
+from dist_partial.data.mapped import Mapped
 from dist_partial.errors import UserError
 from dist_partial.validation import shown
 
@@ -84,6 +86,42 @@ class Dataset:
         x, y = (*self.train.spec, None)[:2]
         alone = isinstance(x, tf.TensorSpec) and isinstance(y, tf.TensorSpec)
         return x.shape[0] if alone and y.shape.rank < x.shape.rank else None
+
+    def map(
+        self, function: Callable[..., Any], evaluation: Callable[..., Any] | None = None, numpy: bool = False
+    ) -> "Dataset":
+        """Makes a data set whose examples go through a function: see `Mapped`.
+
+        Args:
+            function: of the parts of an example.
+            evaluation: the function for the examples held out; None: the same, or if that draws random numbers none.
+            numpy: whether the functions take and give NumPy arrays, and not tensors.
+
+        Raises:
+            UserError: a function does not take the examples, or those held out are then unlike the others.
+
+        Examples:
+            >>> x, y = np.zeros([100, 4], np.uint8), np.zeros([100], np.int32)
+            >>> data = Dataset("mine", ArraySource(x, y), ArraySource(x, y), fingerprint(x, y))
+            >>> scaled = data.map(lambda x, y: (tf.cast(x, tf.float32) / 255, y))
+            >>> scaled.evaluation.spec[0].dtype
+            tf.float32
+            >>> def noisy(x, y, seed):
+            ...     return x + tf.random.stateless_normal([4], seed), y
+            >>> scaled.map(noisy).evaluation is scaled.map(noisy).train  # it draws: not for the examples held out
+            False
+        """
+        train = Mapped(self.train, function, numpy)
+        if evaluation is None and not train.random:
+            evaluation = function
+        held_out = self.evaluation if evaluation is None else Mapped(self.evaluation, evaluation, numpy)
+        if held_out.spec != train.spec:
+            raise UserError(
+                f"{train.name} of run.data gives examples {train.spec}, and those held out are {held_out.spec}: give "
+                "Dataset.map an evaluation=, a function that makes them alike without random numbers"
+            )
+        content = fingerprint(self.fingerprint, train.name)
+        return dataclasses.replace(self, train=train, evaluation=held_out, fingerprint=content)
 
 
 @dataclass(frozen=True, eq=False)
