@@ -7,11 +7,12 @@ from typing import Annotated, Any
 import keras
 
 from dist_partial.data.arrays import PARTS, as_arrays, spec_of
-from dist_partial.data.batches import fetch, looks
+from dist_partial.data.batches import looks
 from dist_partial.data.codecs import Codec
 from dist_partial.data.held_out import hold_out
 from dist_partial.data.map_source import MapSource, is_grain
 from dist_partial.data.py_dataset import PyDatasetSource
+from dist_partial.data.reading import fetch, trait
 from dist_partial.data.source import ArraySource, Dataset, Source, check_source, fingerprint
 from dist_partial.errors import UserError, calling
 from dist_partial.validation import Above, Below, check_arguments, shown
@@ -67,7 +68,7 @@ def dataset(
         return train
     source = source_of(train, "dataset.train")
     if evaluation is None:
-        if getattr(source, "own_order", False) and not isinstance(source, PyDatasetSource):
+        if trait(source, "own_order", False) and not isinstance(source, PyDatasetSource):
             raise UserError(
                 f"dataset.train is a {type(train).__name__}, whose order may change from epoch to epoch, so that "
                 "no part of it can be held out here: divide the examples before they are shuffled, and give evaluation="

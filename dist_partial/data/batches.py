@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.data.draws import draws
+from dist_partial.data.held_out import Part
 from dist_partial.data.mapped import stages
 from dist_partial.data.readers import readers
 from dist_partial.data.reading import as_op, fetch, trait
@@ -242,6 +243,8 @@ def some_targets(source: Source) -> Any:
         >>> some_targets(ArraySource(np.zeros([3, 1], np.float32), np.array([5, 6, 7]))).tolist()
         [5, 6, 7]
     """
+    if isinstance(source, Part):  # whose whole may be in memory
+        return some_targets(source.source)
     _check(source)
     if len(source.spec) == 1:
         return None
