@@ -158,7 +158,8 @@ def _refusal(value: Any) -> str:
         )
     parts = value if isinstance(value, tuple) else value.values() if isinstance(value, Mapping) else ()
     for part in parts:
-        if _has_items(part) and not isinstance(part, (tuple, list, Mapping, str, bytes)) and not hasattr(part, "shape"):
+        held = isinstance(part, (tuple, list, Mapping, str, bytes)) or _is_array(part) or hasattr(part, "iloc")
+        if _has_items(part) and not held:
             return f" that holds a {type(part).__name__}: give the parts, as in dataset(train, evaluation)"
     return ""
 

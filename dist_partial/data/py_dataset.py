@@ -58,7 +58,7 @@ class PyDatasetSource:
     @functools.cached_property
     def spec(self) -> tuple[Any, ...]:
         """(x,), (x, y) or (x, y, weight) of one example: that of the first batch."""
-        return spec_of(_row(self._first), self.place(0))
+        return spec_of(_row(self._first), self._name(0))
 
     def __len__(self) -> int:
         return self._examples

@@ -95,7 +95,8 @@ def fetch(source: "Source", indices: np.ndarray, draws: np.ndarray | None = None
             try:
                 checked(source, indices[i : i + 1], None if draws is None else draws[i : i + 1])
             except (UserError, Raised) as error:
-                raise type(error)(f"{error}; it is {place(int(indices[i]))}") from error.__cause__
+                words = place(int(indices[i]))
+                raise type(error)(f"{error}" + f"; it is {words}" * (words not in f"{error}")) from error.__cause__
     raise found
 
 
