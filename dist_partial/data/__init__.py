@@ -16,8 +16,17 @@ from dist_partial.data.map_source import MapSource
 from dist_partial.data.mapped import Mapped
 from dist_partial.data.prepared import tfds_dataset
 from dist_partial.data.py_dataset import PyDatasetSource
-from dist_partial.data.reading import fetch, fetched, without_lists
-from dist_partial.data.source import ArraySource, ClassWeighted, Dataset, Source, check_source, fingerprint
+from dist_partial.data.readers import reading
+from dist_partial.data.reading import fetch, fetched, trait, without_lists
+from dist_partial.data.source import (
+    ArraySource,
+    ClassWeighted,
+    Dataset,
+    Source,
+    check_source,
+    class_weighted,
+    fingerprint,
+)
 from dist_partial.data.tables import csv_dataset, parquet_dataset
 from dist_partial.data.tokens import stdlib_prose, tokenized_text
 
@@ -32,6 +41,7 @@ __all__ = [
     "PyDatasetSource",
     "Source",
     "check_source",
+    "class_weighted",
     "csv_dataset",
     "dataset",
     "evaluation_batches",
@@ -42,6 +52,7 @@ __all__ = [
     "hold_out",
     "looks",
     "parquet_dataset",
+    "reading",
     "some_targets",
     "source_of",
     "stdlib_corpus",
@@ -51,5 +62,6 @@ __all__ = [
     "tokenized_text",
     "train_batches",
     "train_indices",
+    "trait",
     "without_lists",
 ]

@@ -16,7 +16,8 @@ import tensorflow as tf
 from dist_partial.data.draws import draws
 from dist_partial.data.held_out import Part
 from dist_partial.data.mapped import stages
-from dist_partial.data.reading import as_op, fetch, fetched, trait
+from dist_partial.data.readers import readers
+from dist_partial.data.reading import as_op, fetch, trait
 from dist_partial.data.source import ArraySource, Source
 from dist_partial.errors import Ending, UserError, calling
 
@@ -121,32 +122,41 @@ def evaluation_batches(
 def _read(source: Source, places: tf.data.Dataset, seed: int) -> tf.data.Dataset:
     """Reads the batches of a source whose (indices, epochs), int64 [b] each, `places` gives, ahead of their use."""
     base, functions = stages(source)
-    if not functions and not hasattr(base, "fetch_with"):
-        return places.map(lambda indices, _: fetched(base, indices)).prefetch(PREFETCHED)
-    reader = weakref.ref(source)
-    size = places.element_spec[0].shape[0]
-    seeded = [function for function in functions if function.random]
+    read, threads = readers().reader(base), readers().threads(base)
+    known = weakref.ref(source)
 
-    def read(indices: np.ndarray, epochs: np.ndarray) -> tuple[Any, Any]:
+    def plain(indices: np.ndarray) -> Any:
+        return read(indices, None)
+
+    def drawn(indices: np.ndarray, epochs: np.ndarray) -> Any:
         state = draws(seed, epochs, indices)
-        if functions:
-            _recent.append((reader, indices, state))
-        return fetch(base, indices, state), [function.seeds(state) for function in seeded]
+        if not functions:
+            return read(indices, state)
+        _recent.append((known, indices, state))
+        return read(indices, state), np.stack([function.seeds(state) for function in functions], 1)
 
     def batch(indices: tf.Tensor, epochs: tf.Tensor) -> Any:
-        return as_op(read, (base.spec, [tf.TensorSpec([2], tf.int32)] * len(seeded)), indices, epochs)
+        if not functions and not hasattr(base, "fetch_with"):
+            return as_op(plain, base.spec, indices)
+        spec = (base.spec, tf.TensorSpec([len(functions), 2], tf.int32)) if functions else base.spec
+        return as_op(drawn, spec, indices, epochs)
 
-    def example(parts: Any, seeds: Any) -> Any:
-        left = iter(seeds)
-        for function in functions:
-            parts = function.of_example(parts, next(left) if function.random else tf.zeros([2], tf.int32))
+    def example(parts: Any, seeds: tf.Tensor) -> Any:
+        for i, function in enumerate(functions):
+            parts = function.of_example(parts, seeds[i])
         return parts
 
-    batches = places.map(batch)
-    if not functions:
-        return batches.map(lambda parts, _: parts).prefetch(PREFETCHED)
-    examples = batches.unbatch().map(example, num_parallel_calls=_CPUS, deterministic=True)
-    return examples.batch(size, drop_remainder=True).prefetch(PREFETCHED)
+    several = {"num_parallel_calls": threads, "deterministic": True} if threads > 1 else {}
+    batches = places.map(batch, **several)
+    if functions:
+        examples = batches.unbatch().map(example, num_parallel_calls=_CPUS, deterministic=True)
+        batches = examples.batch(places.element_spec[0].shape[0], drop_remainder=True)
+    if threads > 1:
+        # A thread that reads may wait, and those of TensorFlow's own pool are as many as there are CPUs.
+        options = tf.data.Options()
+        options.threading.private_threadpool_size = threads + _CPUS
+        batches = batches.with_options(options)
+    return batches.prefetch(PREFETCHED)
 
 
 def failing_example(error: tf.errors.OpError) -> Ending | None:

@@ -90,6 +90,11 @@ class Mapped:
         except ValueError:
             return False
 
+    @property
+    def draws(self) -> bool:
+        """Whether this function or one before it draws random numbers."""
+        return self.random or trait(self.source, "draws", False)
+
     @functools.cached_property
     def depth(self) -> int:
         """How many functions examples have gone through: each draws random numbers of its own."""

@@ -13,7 +13,7 @@ from dist_partial import checkpoints, reductions, selection, session
 from dist_partial.adapters import lora, quantization
 from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
-from dist_partial.data import ClassWeighted, Dataset, check_source, train_batches, without_lists
+from dist_partial.data import Dataset, check_source, class_weighted, train_batches, without_lists
 from dist_partial.distributed import consistency
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.distributed.replicas import Replicas
@@ -27,6 +27,7 @@ from dist_partial.step.loss_scale import LossScale, needs_loss_scale
 from dist_partial.step.objective import Batch, Objective
 from dist_partial.step.train_step import StepOptions, StepSpec, TrainStep, train_step
 from dist_partial.training import run_fingerprint
+from dist_partial.training.activation_cache import check_cached
 from dist_partial.training.checks import (
     check_added,
     check_batch,
@@ -148,7 +149,9 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
         for name in ("train", "evaluation"):
             check_source(f"{name} of {data.name}", getattr(data, name))
         if settings.class_weight:
-            data = dataclasses.replace(data, train=ClassWeighted(data.train, settings.class_weight))
+            data = dataclasses.replace(data, train=class_weighted(data.train, settings.class_weight))
+        if settings.activation_cache:
+            check_cached(data.train)
     strategy, spec = replicas.strategy, without_lists(data.train.spec)
     with strategy.scope():
         keras.utils.set_random_seed(settings.seed)
