@@ -17,6 +17,7 @@ from dist_partial.data.source import ArraySource, Dataset, Source, check_source,
 from dist_partial.errors import UserError, calling
 from dist_partial.validation import Above, Below, check_arguments, shown
 
+TRAIN, EVALUATION = "the training data", "the evaluation data"
 TAKEN = (
     "give arrays (x, y) or (x, y, weight), an object with __len__ and __getitem__ as PyTorch and Hugging Face have, a "
     "keras.utils.PyDataset, a grain.MapDataset, a tf.data.Dataset, a source of dist_partial, or a function that makes "
@@ -61,24 +62,24 @@ def dataset(
         tf.string
     """
     check_arguments(dataset, locals())
-    train, evaluation = (_made(value, of) for value, of in ((train, "train"), (evaluation, "evaluation")))
+    train, evaluation = (_made(value, of) for value, of in ((train, TRAIN), (evaluation, EVALUATION)))
     if isinstance(train, Dataset):
         if evaluation is not None:
-            raise UserError("dataset.train is a Dataset, which holds examples out itself: leave evaluation out")
+            raise UserError(f"{TRAIN} is a Dataset, which has examples held out: leave evaluation out")
         return train
-    source = source_of(train, "dataset.train")
+    source = source_of(train, TRAIN)
     if evaluation is None:
         if trait(source, "own_order", False) and not isinstance(source, PyDatasetSource):
             raise UserError(
-                f"dataset.train is a {type(train).__name__}, whose order may change from epoch to epoch, so that "
+                f"{TRAIN} is a {type(train).__name__}, whose order may change from epoch to epoch, so that "
                 "no part of it can be held out here: divide the examples before they are shuffled, and give evaluation="
             )
         content = fingerprint(name, held_out, *_content(source))
         return Dataset(name, *hold_out(source, held_out), content, codec)
-    other = source_of(evaluation, "dataset.evaluation")
+    other = source_of(evaluation, EVALUATION)
     if source.spec[:2] != other.spec[:2]:
         raise UserError(
-            f"dataset.evaluation has examples {shown(other.spec)}, and dataset.train {shown(source.spec)}: both must "
+            f"{EVALUATION} has examples {shown(other.spec)}, and {TRAIN} {shown(source.spec)}: both must "
             "have the same x and y"
         )
     return Dataset(name, source, other, fingerprint(name, *_content(source), *_content(other)), codec)

@@ -55,6 +55,11 @@ class PyDatasetSource:
     def __reduce__(self) -> Any:  # another process keeps batches of its own
         return type(self), (self.batches,)
 
+    @property
+    def thread_safe(self) -> bool:
+        """Whether several batches may be made at a time, as the PyDataset says by its `workers`."""
+        return self.batches.workers > 1
+
     @functools.cached_property
     def spec(self) -> tuple[Any, ...]:
         """(x,), (x, y) or (x, y, weight) of one example: that of the first batch."""

@@ -2,12 +2,16 @@
 
 import re
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Part, dataset, fetch, hold_out, some_targets, source_of
+from dist_partial.distributed.replicas import create
 from dist_partial.errors import Raised, UserError
+from dist_partial.training.build import build
 from tests.helpers.orders import assert_one_order
 
 X = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
@@ -169,7 +173,7 @@ class Rows:
         (Loader(), "a Loader, which makes batches: give its .dataset"),
         (Frames(train=Rows(), test=Rows()), "a Frames that holds a Rows: give the parts, as in dataset(train, eval"),
         ((Rows(), Rows()), "a tuple that holds a Rows: give the parts"),
-        (([[1], [2, 3]], Y), "dataset.train: x is a list of several lengths: pad"),
+        (([[1], [2, 3]], Y), "the training data: x is a list of several lengths: pad"),
         (({"a": [None, 1]}, Y), "x['a'] has no value (None)"),
         ((np.array(["2020-01-01"], "datetime64[D]"), Y[:1]), "has the type datetime64[D]: make a number or a text"),
         ((X, Y[:-1]), "axis 0 counts the examples"),
@@ -185,7 +189,9 @@ def test_mistakes_are_named_in_one_line(given, words):
 
 
 def test_mistakes_between_arguments():
-    with pytest.raises(UserError, match=r"dataset.evaluation has examples .*float64.* both must have the same x and y"):
+    with pytest.raises(
+        UserError, match=r"the evaluation data has examples .*float64.* both must have the same x and y"
+    ):
         dataset((X, Y), (X.astype(np.float64), Y))
     with pytest.raises(UserError, match="leave evaluation out"):
         dataset(dataset((X, Y)), (X, Y))
@@ -205,3 +211,18 @@ def test_parts_say_where_an_example_is():
     index = int(part.fetch(np.array([7]))[1][0])
     assert part.place(7) == f"list[{index}]"
     assert Part(ArraySource(X), 0, 50).place(7).startswith("example ")
+
+
+def test_what_a_factory_of_a_run_returns_passes_the_door():
+    """run.data may return arrays; the run names the data after the factory."""
+
+    def points():
+        return X, Y % 2
+
+    def model():
+        return keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="head")])
+
+    trainer = build(Settings([("train", ".*")], model, points), create("default"))
+    assert (trainer.data.name, len(trainer.data.evaluation)) == ("points", 5)
+    with pytest.raises(UserError, match="the training data is a NoneType: give arrays"):
+        build(Settings([("train", ".*")], model, lambda: None), create("default"))
