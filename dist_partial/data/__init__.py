@@ -11,6 +11,8 @@ from dist_partial.data.batches import (
 from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
 from dist_partial.data.mapped import Mapped
+from dist_partial.data.mixed import Joined, Mixed, mix
+from dist_partial.data.order import InOrder
 from dist_partial.data.prepared import tfds_dataset
 from dist_partial.data.readers import reading
 from dist_partial.data.reading import fetch, fetched, trait, without_lists
@@ -23,6 +25,7 @@ from dist_partial.data.source import (
     class_weighted,
     fingerprint,
 )
+from dist_partial.data.stream import Stream
 from dist_partial.data.tokens import stdlib_prose, tokenized_text
 
 __all__ = [
@@ -30,8 +33,12 @@ __all__ = [
     "ClassWeighted",
     "Codec",
     "Dataset",
+    "InOrder",
+    "Joined",
     "Mapped",
+    "Mixed",
     "Source",
+    "Stream",
     "check_source",
     "class_weighted",
     "evaluation_batches",
@@ -40,6 +47,7 @@ __all__ = [
     "fetched",
     "fingerprint",
     "looks",
+    "mix",
     "reading",
     "some_targets",
     "stdlib_corpus",
