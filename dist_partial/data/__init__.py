@@ -14,6 +14,8 @@ from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
 from dist_partial.data.held_out import Part, hold_out
 from dist_partial.data.map_source import MapSource
 from dist_partial.data.mapped import Mapped
+from dist_partial.data.mixed import Joined, Mixed, mix
+from dist_partial.data.order import InOrder
 from dist_partial.data.prepared import tfds_dataset
 from dist_partial.data.py_dataset import PyDatasetSource
 from dist_partial.data.readers import reading
@@ -27,6 +29,7 @@ from dist_partial.data.source import (
     class_weighted,
     fingerprint,
 )
+from dist_partial.data.stream import Stream
 from dist_partial.data.tables import csv_dataset, parquet_dataset
 from dist_partial.data.tokens import stdlib_prose, tokenized_text
 
@@ -35,11 +38,15 @@ __all__ = [
     "ClassWeighted",
     "Codec",
     "Dataset",
+    "InOrder",
+    "Joined",
     "MapSource",
     "Mapped",
+    "Mixed",
     "Part",
     "PyDatasetSource",
     "Source",
+    "Stream",
     "check_source",
     "class_weighted",
     "csv_dataset",
@@ -51,6 +58,7 @@ __all__ = [
     "fingerprint",
     "hold_out",
     "looks",
+    "mix",
     "parquet_dataset",
     "reading",
     "some_targets",

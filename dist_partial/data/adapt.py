@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import keras
+import tensorflow as tf
 
 from dist_partial.data.arrays import PARTS, as_arrays, spec_of
 from dist_partial.data.batches import looks
@@ -12,8 +13,9 @@ from dist_partial.data.codecs import Codec
 from dist_partial.data.held_out import hold_out
 from dist_partial.data.map_source import MapSource, is_grain
 from dist_partial.data.py_dataset import PyDatasetSource
-from dist_partial.data.reading import fetch, trait
+from dist_partial.data.reading import fetch, trait, without_lists
 from dist_partial.data.source import ArraySource, Dataset, Source, check_source, fingerprint
+from dist_partial.data.stream import Stream
 from dist_partial.errors import UserError, calling
 from dist_partial.validation import Above, Below, check_arguments, shown
 
@@ -77,7 +79,7 @@ def dataset(
         content = fingerprint(name, held_out, *_content(source))
         return Dataset(name, *hold_out(source, held_out), content, codec)
     other = source_of(evaluation, EVALUATION)
-    if source.spec[:2] != other.spec[:2]:
+    if without_lists(source.spec[:2]) != without_lists(other.spec[:2]):
         raise UserError(
             f"{EVALUATION} has examples {shown(other.spec)}, and {TRAIN} {shown(source.spec)}: both must "
             "have the same x and y"
@@ -91,18 +93,19 @@ def _made(value: Any, name: str) -> Any:
     if not isinstance(value, type) and (held or not callable(value)):
         return value
     with calling(getattr(value, "__name__", name)):
-        return value()
+        made = value()
+    return Stream(value) if isinstance(made, tf.data.Dataset) else made  # which begins again by the function
 
 
 def _content(source: Source) -> tuple[Any, ...]:
     """What tells the content of a source apart from another."""
     if isinstance(source, ArraySource):
         return source.x, source.y, source.weight
-    first, again = (
-        source.first_batch() if isinstance(source, PyDatasetSource) else fetch(source, looks(source)) for _ in range(2)
-    )
+    read = getattr(source, "read_again", lambda: fetch(source, looks(source)))
+    first, again = read(), read()
     same = fingerprint(first) == fingerprint(again)
-    return len(source), str(source.spec), *(first if same else ())
+    # To count the examples of a stream may be to read it.
+    return "?" if trait(source, "streamed", False) else len(source), str(source.spec), *(first if same else ())
 
 
 def source_of(value: Any, name: str = "the data") -> Source:
@@ -128,6 +131,8 @@ def source_of(value: Any, name: str = "the data") -> Source:
         return value
     if isinstance(value, keras.utils.PyDataset):
         return PyDatasetSource(value)
+    if isinstance(value, tf.data.Dataset):
+        return Stream(value)
     if is_grain(value, "MapDataset"):
         return MapSource(value)
     what = f"{name} is {_described(value)}"

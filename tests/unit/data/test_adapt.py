@@ -226,3 +226,19 @@ def test_what_a_factory_of_a_run_returns_passes_the_door():
     assert (trainer.data.name, len(trainer.data.evaluation)) == ("points", 5)
     with pytest.raises(UserError, match="the training data is a NoneType: give arrays"):
         build(Settings([("train", ".*")], model, lambda: None), create("default"))
+
+
+def test_a_tf_data_set_keeps_its_order():
+    """And its own shuffle, where a function makes it; what is held out is given."""
+
+    def shuffled():
+        return tf.data.Dataset.from_tensor_slices((X, Y)).shuffle(50, seed=3)
+
+    held_out = tf.data.Dataset.from_tensor_slices((X, Y)).take(5)
+    data, again = (dataset(shuffled, held_out) for _ in range(2))
+    assert data.fingerprint == again.fingerprint
+    found = np.concatenate([y for _, y in assert_one_order(data.train)])
+    wanted = [y for _, y in shuffled().repeat().take(len(found)).as_numpy_iterator()]
+    np.testing.assert_array_equal(found, wanted)
+    with pytest.raises(UserError, match="ShuffleDataset, whose order may change .* divide the examples .* evaluation="):
+        dataset(shuffled())
