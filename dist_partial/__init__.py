@@ -4,13 +4,14 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "AllReduce": "reductions",
     "ArraySource": "data",
     "Base": "export.delta",
     "Dataset": "data",
     "Delta": "export.delta",
-    "AllReduce": "reductions",
-    "LocalSGD": "reductions",
     "LocalOnly": "reductions",
+    "LocalSGD": "reductions",
+    "MapSource": "data",
     "Plan": "selection",
     "PowerSGD": "reductions",
     "Quantized": "reductions",
@@ -19,6 +20,9 @@ _HOMES = {
     "Settings": "config.settings",
     "TopK": "reductions",
     "UserError": "errors",
+    "csv_dataset": "data",
+    "dataset": "data",
+    "parquet_dataset": "data",
     "partial": "fit",
 }
 

@@ -15,6 +15,8 @@ from dist_partial.data.held_out import Part, hold_out
 from dist_partial.data.images import ImageFolderSource, image_folder
 from dist_partial.data.map_source import MapSource
 from dist_partial.data.mapped import Mapped
+from dist_partial.data.mixed import Joined, Mixed, mix
+from dist_partial.data.order import InOrder
 from dist_partial.data.prepared import tfds_dataset
 from dist_partial.data.py_dataset import PyDatasetSource
 from dist_partial.data.readers import reading
@@ -28,6 +30,7 @@ from dist_partial.data.source import (
     class_weighted,
     fingerprint,
 )
+from dist_partial.data.stream import Stream
 from dist_partial.data.tables import csv_dataset, parquet_dataset
 from dist_partial.data.tfrecords import TFRecordSource, tfrecord_dataset
 from dist_partial.data.tokens import stdlib_prose, tokenized_text
@@ -38,11 +41,15 @@ __all__ = [
     "Codec",
     "Dataset",
     "ImageFolderSource",
+    "InOrder",
+    "Joined",
     "MapSource",
     "Mapped",
+    "Mixed",
     "Part",
     "PyDatasetSource",
     "Source",
+    "Stream",
     "TFRecordSource",
     "check_source",
     "class_weighted",
@@ -56,6 +63,7 @@ __all__ = [
     "hold_out",
     "image_folder",
     "looks",
+    "mix",
     "parquet_dataset",
     "reading",
     "some_targets",

@@ -18,7 +18,7 @@ def find_files(name: str, files: Files, pattern: str) -> list[Path]:
     Args:
         name: what messages begin with, such as the binding.
         files: a path, a pattern such as `data/train-*` (`**` is any folders), a folder, or a list of these.
-        pattern: of the names of the files that a folder stands for; hidden ones never match.
+        pattern: of the names of the files of a folder; hidden ones never match.
 
     Raises:
         UserError: nothing matches.
@@ -42,7 +42,7 @@ def find_files(name: str, files: Files, pattern: str) -> list[Path]:
 
 
 def _matching(name: str, written: str, pattern: str) -> list[Path]:
-    """The files that one text of the user's stands for."""
+    """The files for which one text of the user is written."""
     if "://" in written:
         raise UserError(f"{name}: {written!r} is not on this machine: copy the files here, or mount them as a folder")
     place = os.path.expanduser(written)

@@ -58,6 +58,11 @@ class Mapped:
             raise UserError(
                 f"Dataset.map got {shown(self.function)}: give a function, such as lambda x, y: (x / 255, y)"
             )
+        if self.numpy and trait(self.source, "streamed", False):
+            raise UserError(
+                f"{self.name} is to map a tf.data.Dataset with numpy=True: map that before, by tf.numpy_function, or "
+                "give a function of TensorFlow"
+            )
         count = len(self.source.spec)
         try:
             signature = inspect.signature(self.function)

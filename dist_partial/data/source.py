@@ -12,7 +12,8 @@ import tensorflow as tf
 
 from dist_partial.data.codecs import Codec
 from dist_partial.data.mapped import Mapped, stages
-from dist_partial.data.reading import checked
+from dist_partial.data.order import InOrder
+from dist_partial.data.reading import checked, trait
 from dist_partial.errors import UserError
 from dist_partial.validation import shown
 
@@ -125,6 +126,24 @@ class Dataset:
             )
         content = fingerprint(self.fingerprint, train.name)
         return dataclasses.replace(self, train=train, evaluation=held_out, fingerprint=content)
+
+    def in_order(self) -> "Dataset":
+        """Makes the data set whose examples are trained on as they are, one epoch after the other, and not shuffled.
+
+        Examples:
+            >>> x = np.arange(6)
+            >>> data = Dataset("mine", ArraySource(x), ArraySource(x), fingerprint(x)).in_order()
+            >>> from dist_partial.data import train_batches
+            >>> batches = train_batches(
+            ...     data.train, first_step=0, global_batch=4, seed=0, context=tf.distribute.InputContext()
+            ... )
+            >>> [batch[0].numpy().tolist() for batch in batches.take(2)]
+            [[0, 1, 2, 3], [4, 5, 0, 1]]
+        """
+        if trait(self.train, "own_order", False):
+            return self
+        content = fingerprint(self.fingerprint, "in order")
+        return dataclasses.replace(self, train=InOrder(self.train), fingerprint=content)
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +293,7 @@ def class_weighted(source: Source, weights: Mapping[int, float]) -> Source:
         [5.0, 1.0, 1.0]
     """
     weighted = ClassWeighted(source, weights)
-    return Mapped(source, weighted.weigh) if stages(source)[1] else weighted
+    return Mapped(source, weighted.weigh) if stages(source)[1] or trait(source, "streamed", False) else weighted
 
 
 def check_source(name: str, source: Any) -> None:

@@ -13,7 +13,7 @@ from dist_partial import checkpoints, reductions, selection, session
 from dist_partial.adapters import lora, quantization
 from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
-from dist_partial.data import Dataset, check_source, class_weighted, train_batches, without_lists
+from dist_partial.data import Dataset, check_source, class_weighted, dataset, train_batches, without_lists
 from dist_partial.distributed import consistency
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.distributed.replicas import Replicas
@@ -141,11 +141,7 @@ def build(settings: Settings, replicas: Replicas) -> Trainer:
 
 def _build(settings: Settings, replicas: Replicas) -> Trainer:
     with calling("run.data"):
-        data = settings.data()
-        if not isinstance(data, Dataset):
-            raise UserError(
-                f"run.data made a {type(data).__name__}: its factory must return a dist_partial.data.Dataset"
-            )
+        data = dataset(settings.data(), name=getattr(settings.data, "__name__", "data"))
         for name in ("train", "evaluation"):
             check_source(f"{name} of {data.name}", getattr(data, name))
         if settings.class_weight:
