@@ -148,7 +148,7 @@ def source_of(value: Any, name: str = "the data") -> Source:
 def _refusal(value: Any) -> str:
     """Says what to give instead of a value that is near to one that is taken; '' if it is not."""
     if isinstance(value, (str, os.PathLike)):
-        return ": for files, take csv_dataset, parquet_dataset or a function of yours"
+        return ": for files, take csv_dataset, parquet_dataset, tfrecord_dataset, image_folder or a function of yours"
     if is_grain(value, "IterDataset"):
         return ", which is read in order only: give the MapDataset that it is made of, before to_iter_dataset()"
     if hasattr(value, "iloc") and hasattr(value, "columns"):
