@@ -60,6 +60,8 @@ _OURS: dict[str, Callable[..., Any]] = {
     "smollm2_tokenizer": models.smollm2_tokenizer,
     "image_folder": data.image_folder,
     "kept_examples": data.kept_examples,
+    "csv_dataset": data.csv_dataset,
+    "parquet_dataset": data.parquet_dataset,
     "stdlib_corpus": data.stdlib_corpus,
     "stdlib_prose": data.stdlib_prose,
     "stdlib_shapes": data.stdlib_shapes,

@@ -16,10 +16,22 @@ from dist_partial.data.images import ImageFolderSource, image_folder
 from dist_partial.data.kept import keep_examples, kept_examples
 from dist_partial.data.map_source import MapSource
 from dist_partial.data.mapped import Mapped
+from dist_partial.data.mixed import Joined, Mixed, mix
+from dist_partial.data.order import InOrder
 from dist_partial.data.prepared import tfds_dataset
 from dist_partial.data.py_dataset import PyDatasetSource
-from dist_partial.data.reading import fetch, fetched, without_lists
-from dist_partial.data.source import ArraySource, ClassWeighted, Dataset, Source, check_source, fingerprint
+from dist_partial.data.readers import reading
+from dist_partial.data.reading import fetch, fetched, trait, without_lists
+from dist_partial.data.source import (
+    ArraySource,
+    ClassWeighted,
+    Dataset,
+    Source,
+    check_source,
+    class_weighted,
+    fingerprint,
+)
+from dist_partial.data.stream import Stream
 from dist_partial.data.tables import csv_dataset, parquet_dataset
 from dist_partial.data.tfrecords import TFRecordSource, tfrecord_dataset
 from dist_partial.data.tokens import stdlib_prose, tokenized_text
@@ -30,13 +42,18 @@ __all__ = [
     "Codec",
     "Dataset",
     "ImageFolderSource",
+    "InOrder",
+    "Joined",
     "MapSource",
     "Mapped",
+    "Mixed",
     "Part",
     "PyDatasetSource",
     "Source",
+    "Stream",
     "TFRecordSource",
     "check_source",
+    "class_weighted",
     "csv_dataset",
     "dataset",
     "evaluation_batches",
@@ -49,7 +66,9 @@ __all__ = [
     "keep_examples",
     "kept_examples",
     "looks",
+    "mix",
     "parquet_dataset",
+    "reading",
     "some_targets",
     "source_of",
     "stdlib_corpus",
@@ -60,5 +79,6 @@ __all__ = [
     "tokenized_text",
     "train_batches",
     "train_indices",
+    "trait",
     "without_lists",
 ]

@@ -5,17 +5,21 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import keras
+import tensorflow as tf
 
 from dist_partial.data.arrays import PARTS, as_arrays, spec_of
-from dist_partial.data.batches import fetch, looks
+from dist_partial.data.batches import looks
 from dist_partial.data.codecs import Codec
 from dist_partial.data.held_out import hold_out
 from dist_partial.data.map_source import MapSource, is_grain
 from dist_partial.data.py_dataset import PyDatasetSource
+from dist_partial.data.reading import fetch, trait, without_lists
 from dist_partial.data.source import ArraySource, Dataset, Source, check_source, fingerprint
+from dist_partial.data.stream import Stream
 from dist_partial.errors import UserError, calling
 from dist_partial.validation import Above, Below, check_arguments, shown
 
+TRAIN, EVALUATION = "the training data", "the evaluation data"
 TAKEN = (
     "give arrays (x, y) or (x, y, weight), an object with __len__ and __getitem__ as PyTorch and Hugging Face have, a "
     "keras.utils.PyDataset, a grain.MapDataset, a tf.data.Dataset, a source of dist_partial, or a function that makes "
@@ -60,24 +64,24 @@ def dataset(
         tf.string
     """
     check_arguments(dataset, locals())
-    train, evaluation = (_made(value, of) for value, of in ((train, "train"), (evaluation, "evaluation")))
+    train, evaluation = (_made(value, of) for value, of in ((train, TRAIN), (evaluation, EVALUATION)))
     if isinstance(train, Dataset):
         if evaluation is not None:
-            raise UserError("dataset.train is a Dataset, which holds examples out itself: leave evaluation out")
+            raise UserError(f"{TRAIN} is a Dataset, which has examples held out: leave evaluation out")
         return train
-    source = source_of(train, "dataset.train")
+    source = source_of(train, TRAIN)
     if evaluation is None:
-        if getattr(source, "own_order", False) and not isinstance(source, PyDatasetSource):
+        if trait(source, "own_order", False) and not isinstance(source, PyDatasetSource):
             raise UserError(
-                f"dataset.train is a {type(train).__name__}, whose order may change from epoch to epoch, so that "
+                f"{TRAIN} is a {type(train).__name__}, whose order may change from epoch to epoch, so that "
                 "no part of it can be held out here: divide the examples before they are shuffled, and give evaluation="
             )
         content = fingerprint(name, held_out, *_content(source))
         return Dataset(name, *hold_out(source, held_out), content, codec)
-    other = source_of(evaluation, "dataset.evaluation")
-    if source.spec[:2] != other.spec[:2]:
+    other = source_of(evaluation, EVALUATION)
+    if without_lists(source.spec[:2]) != without_lists(other.spec[:2]):
         raise UserError(
-            f"dataset.evaluation has examples {shown(other.spec)}, and dataset.train {shown(source.spec)}: both must "
+            f"{EVALUATION} has examples {shown(other.spec)}, and {TRAIN} {shown(source.spec)}: both must "
             "have the same x and y"
         )
     return Dataset(name, source, other, fingerprint(name, *_content(source), *_content(other)), codec)
@@ -89,18 +93,19 @@ def _made(value: Any, name: str) -> Any:
     if not isinstance(value, type) and (held or not callable(value)):
         return value
     with calling(getattr(value, "__name__", name)):
-        return value()
+        made = value()
+    return Stream(value) if isinstance(made, tf.data.Dataset) else made  # which begins again by the function
 
 
 def _content(source: Source) -> tuple[Any, ...]:
     """What tells the content of a source apart from another."""
     if isinstance(source, ArraySource):
         return source.x, source.y, source.weight
-    first, again = (
-        source.first_batch() if isinstance(source, PyDatasetSource) else fetch(source, looks(source)) for _ in range(2)
-    )
+    read = getattr(source, "read_again", lambda: fetch(source, looks(source)))
+    first, again = read(), read()
     same = fingerprint(first) == fingerprint(again)
-    return len(source), str(source.spec), *(first if same else ())
+    # To count the examples of a stream may be to read it.
+    return "?" if trait(source, "streamed", False) else len(source), str(source.spec), *(first if same else ())
 
 
 def source_of(value: Any, name: str = "the data") -> Source:
@@ -126,6 +131,8 @@ def source_of(value: Any, name: str = "the data") -> Source:
         return value
     if isinstance(value, keras.utils.PyDataset):
         return PyDatasetSource(value)
+    if isinstance(value, tf.data.Dataset):
+        return Stream(value)
     if is_grain(value, "MapDataset"):
         return MapSource(value)
     what = f"{name} is {_described(value)}"
@@ -141,7 +148,7 @@ def source_of(value: Any, name: str = "the data") -> Source:
 def _refusal(value: Any) -> str:
     """Says what to give instead of a value that is near to one that is taken; '' if it is not."""
     if isinstance(value, (str, os.PathLike)):
-        return ": for files, take csv_dataset, parquet_dataset or a function of yours"
+        return ": for files, take csv_dataset, parquet_dataset, tfrecord_dataset, image_folder or a function of yours"
     if is_grain(value, "IterDataset"):
         return ", which is read in order only: give the MapDataset that it is made of, before to_iter_dataset()"
     if hasattr(value, "iloc") and hasattr(value, "columns"):
@@ -157,7 +164,8 @@ def _refusal(value: Any) -> str:
         )
     parts = value if isinstance(value, tuple) else value.values() if isinstance(value, Mapping) else ()
     for part in parts:
-        if _has_items(part) and not isinstance(part, (tuple, list, Mapping, str, bytes)) and not hasattr(part, "shape"):
+        held = isinstance(part, (tuple, list, Mapping, str, bytes)) or _is_array(part) or hasattr(part, "iloc")
+        if _has_items(part) and not held:
             return f" that holds a {type(part).__name__}: give the parts, as in dataset(train, evaluation)"
     return ""
 

@@ -6,18 +6,24 @@ The examples of a run have one global order, whatever the number of workers. Ste
 
 import collections
 import os
+import re
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from dist_partial.data.draws import draws
-from dist_partial.data.mapped import stages
-from dist_partial.data.reading import as_op, fetch, fetched, trait
+from dist_partial.data.held_out import Part
+from dist_partial.data.mapped import Mapped, stages
+from dist_partial.data.order import places, shuffled
+from dist_partial.data.readers import readers
+from dist_partial.data.reading import as_op, fetch, trait
 from dist_partial.data.source import ArraySource, Source
-from dist_partial.errors import Ending, UserError, calling
+from dist_partial.data.stream import Stream
+from dist_partial.errors import Ending, UserError, calling, raised
 
 PREFETCHED = 4  # batches
 _CPUS = len(os.sched_getaffinity(0))
@@ -58,12 +64,12 @@ def train_batches(
         [0, 1, 2, 3, 4, 5, 6, 7]
     """
     _check(source)
-    count, own = len(source), trait(source, "own_order", False)
-
-    def places(positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return positions if own else _shuffled(positions, count, seed), positions // count
-
-    return _read(source, _batches(places, first_step, global_batch, context), seed)
+    base, _ = stages(source)
+    if isinstance(base, Stream):
+        _check_division(global_batch, context)
+        return _streamed(source, base.train(first_step, global_batch, context), seed)
+    order = _batches(lambda positions: places(source, positions, seed), first_step, global_batch, context)
+    return _read(source, order, seed)
 
 
 def train_indices(
@@ -77,7 +83,7 @@ def train_indices(
         >>> sorted([*next(batches).numpy().tolist(), *next(batches).numpy().tolist()])
         [0, 1, 2, 3, 4, 5]
     """
-    return _batches(lambda positions: _shuffled(positions, count, seed), first_step, global_batch, context)
+    return _batches(lambda positions: shuffled(positions, count, seed), first_step, global_batch, context)
 
 
 def evaluation_batches(
@@ -109,61 +115,98 @@ def evaluation_batches(
     _check(source)
     if not 0 < first + examples <= len(source):
         raise UserError(f"cannot evaluate {first + examples} examples: ask for 1 to {len(source)}, that is all")
+    base, _ = stages(source)
+    if isinstance(base, Stream):
+        if examples > sys.maxsize // 2:
+            raise UserError("the examples held out have no end: bind run.eval_examples to how many are to be read")
+        _check_division(global_batch, context)
+        return _streamed(source, base.evaluation(first, examples, global_batch, context), seed=0)
     padded = -(-examples // global_batch) * global_batch
 
-    def places(positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def once(positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return first + tf.minimum(positions % padded, examples - 1), tf.zeros_like(positions)
 
-    return _read(source, _batches(places, 0, global_batch, context), seed=0)
+    return _read(source, _batches(once, 0, global_batch, context), seed=0)
 
 
-def _read(source: Source, places: tf.data.Dataset, seed: int) -> tf.data.Dataset:
-    """Reads the batches of a source whose (indices, epochs), int64 [b] each, `places` gives, ahead of their use."""
+def _read(source: Source, order: tf.data.Dataset, seed: int) -> tf.data.Dataset:
+    """Reads the batches of a source whose (indices, epochs), int64 [b] each, `order` gives, ahead of their use."""
     base, functions = stages(source)
-    if not functions and not hasattr(base, "fetch_with"):
-        return places.map(lambda indices, _: fetched(base, indices)).prefetch(PREFETCHED)
-    reader = weakref.ref(source)
-    size = places.element_spec[0].shape[0]
-    seeded = [function for function in functions if function.random]
+    read, threads = readers().reader(base), readers().threads(base)
+    known = weakref.ref(source)
 
-    def read(indices: np.ndarray, epochs: np.ndarray) -> tuple[Any, Any]:
+    def plain(indices: np.ndarray) -> Any:
+        return read(indices, None)
+
+    def drawn(indices: np.ndarray, epochs: np.ndarray) -> Any:
         state = draws(seed, epochs, indices)
-        if functions:
-            _recent.append((reader, indices, state))
-        return fetch(base, indices, state), [function.seeds(state) for function in seeded]
+        if not functions:
+            return read(indices, state)
+        _recent.append((known, indices, state))
+        return read(indices, state), np.stack([function.seeds(state) for function in functions], 1)
 
     def batch(indices: tf.Tensor, epochs: tf.Tensor) -> Any:
-        return as_op(read, (base.spec, [tf.TensorSpec([2], tf.int32)] * len(seeded)), indices, epochs)
+        if not functions and not hasattr(base, "fetch_with"):
+            return as_op(plain, base.spec, indices)
+        spec = (base.spec, tf.TensorSpec([len(functions), 2], tf.int32)) if functions else base.spec
+        return as_op(drawn, spec, indices, epochs)
 
-    def example(parts: Any, seeds: Any) -> Any:
-        left = iter(seeds)
-        for function in functions:
-            parts = function.of_example(parts, next(left) if function.random else tf.zeros([2], tf.int32))
+    several = {"num_parallel_calls": threads, "deterministic": True} if threads > 1 else {}
+    batches = order.map(batch, **several)
+    if functions:
+        batches = _through(batches, functions)
+    if threads > 1:
+        # A thread that reads may wait, and those of TensorFlow's own pool are as many as there are CPUs.
+        options = tf.data.Options()
+        options.threading.private_threadpool_size = threads + _CPUS
+        batches = batches.with_options(options)
+    return batches.prefetch(PREFETCHED)
+
+
+def _streamed(source: Source, batches: tf.data.Dataset, seed: int) -> tf.data.Dataset:
+    """Batches, whose (positions, examples) a stream gives, through the functions of a source."""
+    _, functions = stages(source)
+
+    def seeds(positions: np.ndarray) -> np.ndarray:
+        state = draws(seed, np.zeros_like(positions), positions)
+        return np.stack([function.seeds(state) for function in functions], 1)
+
+    def seeded(positions: tf.Tensor, parts: Any) -> Any:
+        return parts, as_op(seeds, tf.TensorSpec([len(functions), 2], tf.int32), positions)
+
+    batches = _through(batches.map(seeded), functions) if functions else batches.map(lambda _, parts: parts)
+    return _untuned(batches).prefetch(PREFETCHED)
+
+
+def _through(batches: tf.data.Dataset, functions: Sequence[Mapped]) -> tf.data.Dataset:
+    """Passes each example of (batches, seeds) through the functions, several at a time."""
+
+    def example(parts: Any, seeds: tf.Tensor) -> Any:
+        for i, function in enumerate(functions):
+            parts = function.of_example(parts, seeds[i])
         return parts
 
-    batches = places.map(batch)
-    if not functions:
-        return batches.map(lambda parts, _: parts).prefetch(PREFETCHED)
+    size = batches.element_spec[1].shape[0]
     examples = batches.unbatch().map(example, num_parallel_calls=_CPUS, deterministic=True)
-    return examples.batch(size, drop_remainder=True).prefetch(PREFETCHED)
+    return examples.batch(size, drop_remainder=True)
 
 
 def failing_example(error: tf.errors.OpError) -> Ending | None:
-    """Finds the example that a function of TensorFlow failed on, among those read last; None if it was none of them.
+    """Finds the example that a function of TensorFlow failed on, among those read last; None if no data failed.
 
     Examples:
         >>> failing_example(tf.errors.InvalidArgumentError(None, None, "shapes differ")) is None
         True
     """
-    if "IteratorGetNext" not in str(error):
+    if not re.search(r"\[\[(\{\{node )?IteratorGetNext|Op:IteratorGetNext", str(error)):
         return None
-    for reader, indices, state in tuple(_recent):
+    for known, indices, state in tuple(_recent):
         try:
-            if (source := reader()) is not None:
+            if (source := known()) is not None:
                 fetch(source, indices, state)
         except Ending as found:
             return found
-    return None
+    return raised("run.data", error)
 
 
 def _batches(
@@ -173,13 +216,7 @@ def _batches(
     context: tf.distribute.InputContext,
 ) -> tf.data.Dataset:
     """Maps `fetch` over the positions, int64 [b], of this worker's part of one step after the other."""
-    replicas = context.num_replicas_in_sync
-    if global_batch < 1 or global_batch % replicas:
-        below = max(global_batch // replicas, 1) * replicas
-        raise UserError(
-            f"run.global_batch={global_batch} does not divide by {replicas} replicas: "
-            f"take a multiple such as {below} or {below + replicas}"
-        )
+    _check_division(global_batch, context)
     part = global_batch // context.num_input_pipelines
 
     def batch(step: tf.Tensor) -> Any:
@@ -188,35 +225,27 @@ def _batches(
     # A counter is infinite, and so is what is mapped over it: were it finite, MultiWorkerMirroredStrategy
     # would ask in every step, with a collective of its own, whether all workers still have data.
     batches = tf.data.Dataset.counter(first_step).map(batch)
-    # With autotuning on, the destructor of an iterator waits for a thread that may sleep for up to a minute
-    # (TensorFlow 2.21): the end of every run. There is nothing to tune here.
+    return _untuned(batches)
+
+
+def _untuned(batches: tf.data.Dataset) -> tf.data.Dataset:
+    """The same without autotuning, with which the destructor of an iterator waits (TensorFlow 2.21) for a thread.
+
+    That thread may sleep for up to a minute: the end of every run. There is nothing to tune here.
+    """
     options = tf.data.Options()
     options.autotune.enabled = False
     return batches.with_options(options)
 
 
-def _shuffled(positions: tf.Tensor, count: int, seed: int) -> tf.Tensor:
-    """Example indices, int64 [b], at global positions: a permutation of [0, count) for each (seed, epoch).
-
-    The permutation is a block cipher over [0, count) (Beaulieu et al. 2013, "The SIMON and SPECK families of
-    lightweight block ciphers"), so that nothing of size `count` is ever made. The wrapper of it in TensorFlow
-    2.21, `tf.random.experimental.index_shuffle`, fails on a seed per row, and its 4 rounds leave neighbours
-    correlated; 8 do not. The cipher of a small range uses few bits of its key, so that epochs would repeat
-    soon: each key is drawn from (seed, epoch) by Philox.
-    """
-    epochs = positions // count
-
-    def key(epoch: tf.Tensor) -> tf.Tensor:
-        return tf.random.stateless_uniform([3], [seed, epoch], None, None, tf.int32, alg="philox")
-
-    touched = tf.range(epochs[0], epochs[-1] + 1)
-    keys = tf.map_fn(key, touched, fn_output_signature=tf.TensorSpec([3], tf.int32))
-    return tf.raw_ops.RandomIndexShuffle(
-        index=positions % count,
-        seed=tf.gather(keys, epochs - epochs[0]),
-        max_index=tf.constant(count - 1, tf.int64),
-        rounds=8,
-    )
+def _check_division(global_batch: int, context: tf.distribute.InputContext) -> None:
+    replicas = context.num_replicas_in_sync
+    if global_batch < 1 or global_batch % replicas:
+        below = max(global_batch // replicas, 1) * replicas
+        raise UserError(
+            f"run.global_batch={global_batch} does not divide by {replicas} replicas: "
+            f"take a multiple such as {below} or {below + replicas}"
+        )
 
 
 def some_targets(source: Source) -> Any:
@@ -232,6 +261,8 @@ def some_targets(source: Source) -> Any:
         >>> some_targets(ArraySource(np.zeros([3, 1], np.float32), np.array([5, 6, 7]))).tolist()
         [5, 6, 7]
     """
+    if isinstance(source, Part):  # whose whole may be in memory
+        return some_targets(source.source)
     _check(source)
     if len(source.spec) == 1:
         return None
@@ -243,17 +274,23 @@ def some_targets(source: Source) -> Any:
 def looks(source: Source) -> np.ndarray:
     """Chooses up to 64 examples from all over a source, to look at before a run: int64 [n].
 
+    The first ones of a source that is read from its beginning on, or by whole batches.
+
     Examples:
         >>> looks(ArraySource(np.zeros([3, 1], np.float32), np.array([5, 6, 7]))).tolist()
         [0, 1, 2]
     """
+    if trait(source, "streamed", False):
+        return np.arange(64)
+    if trait(source, "batched", False):
+        return np.arange(min(64, len(source)))
     return np.unique(np.linspace(0, len(source) - 1, 64).astype(np.int64))
 
 
 def _check(source: Source) -> None:
     """Compares the first example with the spec, before anything else is done."""
     with calling("run.data"):
-        count = len(source)
+        count = 1 if trait(source, "streamed", False) else len(source)
     if count == 0:
         raise UserError(f"{type(source).__name__} is empty: there is nothing to read")
     fetch(source, np.zeros(1, np.int64))

@@ -18,7 +18,7 @@ def find_files(name: str, files: Files, pattern: str) -> list[Path]:
     Args:
         name: what messages begin with, such as the binding.
         files: a path, a pattern such as `data/train-*` (`**` is any folders), a folder, or a list of these.
-        pattern: of the names of the files that a folder stands for; hidden ones never match.
+        pattern: of the names of the files of a folder; hidden ones never match.
 
     Raises:
         UserError: nothing matches.
@@ -31,7 +31,7 @@ def find_files(name: str, files: Files, pattern: str) -> list[Path]:
         ...     [path.name for path in find_files("mine", folder, "*.tfrecord")]
         ...     find_files("mine", f"{folder}/c.tfrecord", "*.tfrecord")
         Traceback (most recent call last):
-        dist_partial.errors.UserError: mine: no file '...c.tfrecord'; nearest: '...b.tfrecord', '...a.tfrecord'
+        dist_partial.errors.UserError: mine: no file '...c.tfrecord'; nearest: '...b.tfrecord', ...
     """
     given = [files] if isinstance(files, (str, os.PathLike)) or not isinstance(files, Iterable) else [*files]
     if not all(isinstance(each, (str, os.PathLike)) for each in given):
@@ -42,7 +42,7 @@ def find_files(name: str, files: Files, pattern: str) -> list[Path]:
 
 
 def _matching(name: str, written: str, pattern: str) -> list[Path]:
-    """The files that one text of the user's stands for."""
+    """The files for which one text of the user is written."""
     if "://" in written:
         raise UserError(f"{name}: {written!r} is not on this machine: copy the files here, or mount them as a folder")
     place = os.path.expanduser(written)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from dist_partial.data.reading import checked, trait
 from dist_partial.data.source import Source
 from dist_partial.errors import UserError
 
@@ -36,11 +37,6 @@ class Part:
     first: int
     count: int
 
-    @property
-    def own_order(self) -> bool:
-        """Whether the source has an order of its own."""
-        return getattr(self.source, "own_order", False)
-
     @functools.cached_property
     def spec(self) -> tuple[Any, ...]:
         """That of the source."""
@@ -51,17 +47,21 @@ class Part:
 
     def fetch(self, indices: np.ndarray) -> tuple[Any, ...]:
         """Examples `indices`, int64 [b], of the part."""
-        return self.source.fetch(self._indices(indices))
+        return self.fetch_with(indices, None)
+
+    def fetch_with(self, indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
+        """The same, with the random numbers that follow from `draws.draws`."""
+        return checked(self.source, self._indices(indices), draws)
 
     def place(self, index: int) -> str:
         """What the source calls example `index` of the part in messages."""
         whole = int(self._indices(np.array([index]))[0])
-        place = getattr(self.source, "place", None)
+        place = trait(self.source, "place")
         return place(whole) if place else f"example {whole}"
 
     def _indices(self, indices: np.ndarray) -> np.ndarray:
         ranks = self.first + indices % self.count
-        if self.own_order:
+        if trait(self.source, "own_order", False):
             return ranks
         return tf.raw_ops.RandomIndexShuffle(
             index=ranks,

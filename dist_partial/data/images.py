@@ -11,9 +11,9 @@ import tensorflow as tf
 from dist_partial.data.adapt import dataset
 from dist_partial.data.corpus import Share
 from dist_partial.data.decoding import Augment, decoded
+from dist_partial.data.parallel import read_parts, unreadable
 from dist_partial.data.source import Dataset
-from dist_partial.errors import Fault, UserError
-from dist_partial.files import MISTAKES
+from dist_partial.errors import UserError
 from dist_partial.validation import check_arguments, nearest
 
 DECODED = (b".bmp", b".gif", b".jpeg", b".jpg", b".png")
@@ -49,7 +49,6 @@ class ImageFolderSource:
     """
 
     spec = (tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.int32))
-    thread_safe = True
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = os.fsencode(os.path.expanduser(folder))
@@ -70,17 +69,19 @@ class ImageFolderSource:
             Fault: the file system fails.
         """
         classes = np.searchsorted(self.firsts, indices, side="right") - 1
-        images = np.empty(len(indices), object)
-        for i, index in enumerate(indices.tolist()):
+        return read_parts(self._read, indices), classes.astype(np.int32)
+
+    def _read(self, indices: np.ndarray) -> list[bytes]:
+        found = []
+        for index in indices.tolist():
             try:
                 with open(self._path(index), "rb", buffering=0) as file:
-                    images[i] = file.readall()
+                    found.append(file.readall())
             except OSError as error:
-                kind = UserError if error.errno in MISTAKES else Fault
-                raise kind(f"cannot read {self.place(index)}: {error.strerror or error}") from None
-            if not images[i].startswith(_STARTS):
+                raise unreadable(self.place(index), error) from None
+            if not found[-1].startswith(_STARTS):
                 raise UserError(f"{self.place(index)} is no JPEG, PNG, GIF or BMP image: replace or delete it")
-        return images, classes.astype(np.int32)
+        return found
 
     def _path(self, index: int) -> bytes:
         name = os.fsencode(self.classes[np.searchsorted(self.firsts, index, side="right") - 1])

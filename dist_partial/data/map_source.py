@@ -66,6 +66,11 @@ class MapSource:
         """Whether items come in an order of their own that goes on beyond the first epoch: that of grain."""
         return is_grain(self.items, "MapDataset")
 
+    @property
+    def thread_safe(self) -> bool:
+        """Whether several threads may read: grain is made for that."""
+        return self.own_order
+
     @functools.cached_property
     def spec(self) -> tuple[Any, ...]:
         """(x,), (x, y) or (x, y, weight) of one example: that of the first item."""

@@ -48,6 +48,7 @@ class PyDatasetSource:
     batches: keras.utils.PyDataset
 
     own_order = True
+    batched = True  # a whole batch is made for one example
 
     def __post_init__(self) -> None:
         _ = len(self)  # reads the first and the last batch, or a mistake in them would show later
@@ -55,10 +56,15 @@ class PyDatasetSource:
     def __reduce__(self) -> Any:  # another process keeps batches of its own
         return type(self), (self.batches,)
 
+    @property
+    def thread_safe(self) -> bool:
+        """Whether several batches may be made at a time, as the PyDataset says by its `workers`."""
+        return self.batches.workers > 1
+
     @functools.cached_property
     def spec(self) -> tuple[Any, ...]:
         """(x,), (x, y) or (x, y, weight) of one example: that of the first batch."""
-        return spec_of(_row(self._first), self.place(0))
+        return spec_of(_row(self._first), self._name(0))
 
     def __len__(self) -> int:
         return self._examples
@@ -73,8 +79,8 @@ class PyDatasetSource:
                 into[here] = array[rows[here]]
         return tf.nest.pack_sequence_as(self.spec, found)
 
-    def first_batch(self) -> tuple[Any, ...]:
-        """Makes the first batch again."""
+    def read_again(self) -> tuple[Any, ...]:
+        """Makes the first batch again, which random numbers within make another."""
         return self._read(0)
 
     def place(self, index: int) -> str:
@@ -98,7 +104,7 @@ class PyDatasetSource:
 
     @functools.cached_property
     def _first(self) -> tuple[Any, ...]:
-        return self.first_batch()
+        return self.read_again()
 
     @functools.cached_property
     def _size(self) -> int:

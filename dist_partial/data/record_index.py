@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -246,9 +247,15 @@ def _masked_crc32c(lengths: np.ndarray) -> np.ndarray:
     crc = np.full(len(lengths), 0xFFFFFFFF, np.uint32)
     for octet in lengths.astype("<u8").view(np.uint8).reshape(-1, 8).T:
         crc = _TABLE[(crc ^ octet) & 0xFF] ^ crc >> 8
-    return masked(~crc)
+    found: np.ndarray = masked(~crc)
+    return found
 
 
-def masked(crc: np.ndarray) -> np.ndarray:
-    """Masks checksums as TFRecord files hold them: uint32 [n]."""
-    return (crc >> 15 | crc << 17) + np.uint32(0xA282EAD8)
+def masked(crc: Any) -> Any:
+    """Masks a checksum, or uint32 [n] of them, as TFRecord files hold it.
+
+    Examples:
+        >>> hex(masked(0)), masked(np.zeros(1, np.uint32)).dtype
+        ('0xa282ead8', dtype('uint32'))
+    """
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

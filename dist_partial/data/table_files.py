@@ -122,26 +122,26 @@ def _declared(function: str, path: Path, names: Sequence[str], columns: Sequence
     return found
 
 
-def _array(path: Path, name: str, column: "pyarrow.ChunkedArray", first_row: int) -> np.ndarray:
-    """A column without missing values as an array [n], or of lists of one length [n, length]."""
+def _array(path: Path, name: str, column: "pyarrow.ChunkedArray", first_row: int, of_row: int = 1) -> np.ndarray:
+    """A column without missing values, `of_row` in a row, as an array [n], or of lists of one length [n, length]."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if column.null_count:
-        row = first_row + pc.index(column.is_null(), True).as_py()
+        row = first_row + pc.index(column.is_null(), True).as_py() // of_row
         raise UserError(f"{path}, row {row}: {name!r} has no value: fill it, or leave the row out")
     kind = column.type
     if pa.types.is_dictionary(kind):
-        return _array(path, name, column.cast(kind.value_type), first_row)
+        return _array(path, name, column.cast(kind.value_type), first_row, of_row)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         lengths = pc.list_value_length(column).to_numpy()
         if len(other := np.flatnonzero(lengths != lengths[0])):
-            row = first_row + other[0]
+            row = first_row + other[0] // of_row
             raise UserError(
                 f"{path}, row {row}: {name!r} is a list of {lengths[other[0]]}, and of {lengths[0]} in the first row: "
                 "pad or cut the lists to one length"
             )
-        values = _array(path, name, pc.list_flatten(column), first_row)
+        values = _array(path, name, pc.list_flatten(column), first_row, of_row * int(lengths[0]))
         return values.reshape(len(column), lengths[0], *values.shape[1:])
     known = ["integer", "floating", "boolean", "string", "binary", "large_string", "large_binary"]
     if not any(getattr(pa.types, f"is_{each}")(kind) for each in known):
@@ -152,18 +152,18 @@ def _array(path: Path, name: str, column: "pyarrow.ChunkedArray", first_row: int
 def _csv_names(path: Path) -> list[str]:
     import pyarrow.csv as csv
 
-    with csv.open_csv(path, parse_options=_separated(path)) as file:
+    with csv.open_csv(path, parse_options=_separated(path, invalid_row_handler=lambda row: "skip")) as file:
         return file.schema.names
 
 
-def _separated(path: Path) -> Any:
-    """Which character separates the columns of a file, by its header."""
+def _separated(path: Path, **options: Any) -> Any:
+    """The options for a file, which have the character that separates its columns, by its header."""
     import pyarrow as pa
     import pyarrow.csv as csv
 
     with pa.input_stream(str(path)) as file:
         header = file.read(10_000).partition(b"\n")[0]
-    return csv.ParseOptions(delimiter=max(_DELIMITERS, key=lambda each: header.count(each.encode())))
+    return csv.ParseOptions(delimiter=max(_DELIMITERS, key=lambda each: header.count(each.encode())), **options)
 
 
 def _csv(path: Path, columns: Types, found: Types) -> "pyarrow.Table":

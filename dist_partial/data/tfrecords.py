@@ -14,10 +14,10 @@ from dist_partial.data.adapt import dataset
 from dist_partial.data.corpus import Share
 from dist_partial.data.decoding import Augment, decoded
 from dist_partial.data.file_lists import Files, find_files
+from dist_partial.data.parallel import read_parts, unreadable
 from dist_partial.data.record_index import FOOTER, HEADER, RecordIndex, masked, open_index
 from dist_partial.data.source import Dataset
-from dist_partial.errors import Fault, UserError
-from dist_partial.files import MISTAKES
+from dist_partial.errors import UserError
 from dist_partial.validation import Has, check_arguments
 
 _PARSE = "give a function of a record, such as parse, in a gin file @my_module.parse without ()"
@@ -54,7 +54,6 @@ class TFRecordSource:
     cache_dir: str | os.PathLike[str] | None = None
 
     spec = (tf.TensorSpec([], tf.string),)
-    thread_safe = True
 
     def __post_init__(self) -> None:
         if not len(self):
@@ -77,42 +76,37 @@ class TFRecordSource:
             UserError: a file is gone or was changed since the index was opened; a record fails its checksum.
             Fault: the file system fails.
         """
-        files, offsets, lengths = self._index.locate(indices)
-        records = np.empty(len(indices), object)
-        sums = np.empty([2, len(indices)], np.uint32)  # computed and stored
-        descriptor = opened = -1
-        try:
-            for i in np.argsort(indices).tolist():  # each file is opened once, and read from its beginning to its end
-                if files[i] != opened:
-                    if descriptor >= 0:
-                        os.close(descriptor)
-                    descriptor = -1
-                    descriptor, opened = self._open(files[i]), files[i]
-                data = os.pread(descriptor, int(lengths[i]) + FOOTER, int(offsets[i]) + HEADER)
-                records[i] = data[:-FOOTER]
-                sums[:, i] = google_crc32c.value(records[i]), int.from_bytes(data[-FOOTER:], "little")
-        except OSError as error:
-            kind = UserError if error.errno in MISTAKES else Fault
-            raise kind(f"cannot read {self.place(int(indices[i]))}: {error.strerror or error}") from None
-        finally:
-            if descriptor >= 0:
-                os.close(descriptor)
-        if len(wrong := np.flatnonzero(masked(sums[0]) != sums[1])):
-            raise UserError(
-                f"{self.place(int(indices[wrong[0]]))} is damaged: its data fails its checksum (CRC32C); copy the file "
-                "again, or write it again"
-            )
-        return (records,)
+        return (read_parts(self._read, indices),)
 
-    def _open(self, file: int) -> int:
-        """Opens a file that is the one in which the index has found the records."""
-        path = self._index.paths[file]
-        descriptor = os.open(path, os.O_RDONLY)
-        now = os.fstat(descriptor)
-        if (now.st_size, now.st_mtime_ns) != tuple(self._index.states[file]):
-            os.close(descriptor)
-            raise UserError(f"{path} was changed since the run began: start again, or put back the file that it was")
-        return descriptor
+    def _read(self, indices: np.ndarray) -> list[bytes]:
+        """Records `indices`, ascending; each file is opened once."""
+        files, offsets, lengths = self._index.locate(indices)
+        found = []
+        for file in np.unique(files):
+            here = files == file
+            try:
+                found += self._read_file(file, *(part[here].tolist() for part in (indices, offsets, lengths)))
+            except OSError as error:
+                raise unreadable(self.place(int(indices[here][0])), error) from None
+        return found
+
+    def _read_file(self, file: int, indices: list[int], offsets: list[int], lengths: list[int]) -> list[bytes]:
+        """Records of a file, which must be as it was when the index was made."""
+        path, found = self._index.paths[file], []
+        with open(path, "rb", buffering=0) as opened:
+            now = os.fstat(opened.fileno())
+            if (now.st_size, now.st_mtime_ns) != tuple(self._index.states[file]):
+                raise UserError(f"{path} was changed since the run began: start again, or put back what it was")
+            for index, offset, length in zip(indices, offsets, lengths, strict=True):
+                content = os.pread(opened.fileno(), length + FOOTER, offset + HEADER)
+                data, check = content[:-FOOTER], int.from_bytes(content[-FOOTER:], "little")
+                if masked(google_crc32c.value(data)) != check:
+                    raise UserError(
+                        f"{self.place(index)} is damaged: its data fails its checksum (CRC32C); copy the file again, "
+                        "or write it again"
+                    )
+                found.append(data)
+        return found
 
     def place(self, index: int) -> str:
         """Where an example is: its file, which record of it, and at which byte."""

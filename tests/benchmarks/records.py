@@ -5,6 +5,7 @@ python -m tests.benchmarks.records
 Writes tests/benchmarks/results/records.json.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -65,9 +66,11 @@ def centre(image: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.cast(tf.image.resize_with_crop_or_pad(image, SIZE, SIZE), tf.float32) / 255, label
 
 
-def of_tf_data(folder: str) -> Iterator[Any]:
-    """What people write: in the order of the files, with a thread a core."""
+def of_tf_data(folder: str, shuffled: int = 0) -> Iterator[Any]:
+    """What people write: in the order of the files, perhaps through a buffer, with a thread a core."""
     records = tf.data.TFRecordDataset(sorted(map(str, Path(folder).glob("*.tfrecord")))).repeat()
+    if shuffled:
+        records = records.shuffle(shuffled, seed=0)
 
     def example(number: tf.Tensor, serialized: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return augment(*parse(serialized), seed=tf.stack([number, 0]))
@@ -82,22 +85,33 @@ def of_dist_partial(folder: str) -> Iterator[Any]:
     return iter(train_batches(data.train, first_step=0, global_batch=BATCH, seed=0, context=alone))
 
 
-def rates(sides: dict[str, Callable[[str], Iterator[Any]]]) -> dict[str, list[float]]:
-    """Examples a second of each round."""
+def rates(sides: dict[str, Callable[[str], Iterator[Any]]]) -> list[dict[str, Any]]:
+    """Examples a second, and microseconds of all CPUs an example."""
     with tempfile.TemporaryDirectory() as folder:
         write_images(folder)
-        found: dict[str, list[float]] = {name: [] for name in sides}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
         for _ in range(ROUNDS):
             for name, make in sides.items():
                 batches = make(folder)
                 for _ in range(6):  # more than are made ahead
                     next(batches)
-                begun = time.perf_counter()
+                begun, used = time.perf_counter(), time.process_time()
                 for _ in range(STEPS):
                     next(batches)
-                found[name].append(STEPS * BATCH / (time.perf_counter() - begun))
+                seconds, used = time.perf_counter() - begun, time.process_time() - used
+                found[name].append((STEPS * BATCH / seconds, used / (STEPS * BATCH) * 1e6))
                 del batches
-        return found
+    rows = []
+    for name, rounds in found.items():
+        rate, cpu = zip(*rounds, strict=True)
+        row = {
+            "median": statistics.median(rate),
+            "least": min(rate),
+            "most": max(rate),
+            "cpu_us": statistics.median(cpu),
+        }
+        rows.append({"pipeline": name, **row})
+    return rows
 
 
 def write_numbers(folder: str) -> None:
@@ -135,23 +149,16 @@ def starts() -> list[float]:
 
 
 def main() -> None:
-    found = {name: rates_ for name, rates_ in rates({"tf.data": of_tf_data, "dist_partial": of_dist_partial}).items()}
-    first, *later = starts()
-    result = {
-        "command": COMMAND,
-        "setting": SETTING,
-        "rates": [
-            {"pipeline": name, "median": statistics.median(each), "least": min(each), "most": max(each)}
-            for name, each in found.items()
-        ],
-        "start": {
-            "records": RECORDS,
-            "step": FIRST_STEP,
-            "without_index_s": first,
-            "median_s": statistics.median(later),
-            "most_s": max(later),
-        },
+    sides = {
+        "tf.data, in order": of_tf_data,
+        "tf.data, shuffle(1000)": functools.partial(of_tf_data, shuffled=1000),
+        "dist_partial, shuffled": of_dist_partial,
     }
+    found = rates(sides)
+    first, *later = starts()
+    start = {"records": RECORDS, "step": FIRST_STEP, "without_index_s": first}
+    start |= {"median_s": statistics.median(later), "most_s": max(later)}
+    result = {"command": COMMAND, "setting": SETTING, "rates": found, "start": start}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(tables.text("records"))
 

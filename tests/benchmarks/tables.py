@@ -85,6 +85,23 @@ def quality(found: Mapping[str, Any]) -> Tables:
     return {"": _losses(found["rows"])}
 
 
+def records(found: Mapping[str, Any]) -> Tables:
+    header = ["pipeline", "examples a second", "least", "most", "CPU time an example, µs"]
+    rates = [
+        [row["pipeline"], *(f"{row[name]:,.0f}" for name in ("median", "least", "most", "cpu_us"))]
+        for row in found["rates"]
+    ]
+    start = found["start"]
+    seconds = [f"{start[name]:.2f}" for name in ("median_s", "most_s", "without_index_s")]
+    starts = [f"{start['records']:,}", f"{start['step']:,}", *seconds]
+    return {
+        "JPEG images with augmentation": markdown(header, rates),
+        "From the names of the files to the first batch": markdown(
+            ["records", "step", "seconds, median", "most", "making the index, too"], [starts], words=0
+        ),
+    }
+
+
 def sampling(found: Mapping[str, Any]) -> Tables:
     header = ["bytes a text", "everything recomputed, tokens a second", "key-value cache, tokens a second", "ratio"]
     lines = []
@@ -163,7 +180,8 @@ def _losses(rows: Rows, seconds: bool = False) -> str:
 
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], Tables]] = {
-    each.__name__: each for each in (cache, faults, finetune, plan, quality, sampling, schedules, step, switch, wire)
+    each.__name__: each
+    for each in (cache, faults, finetune, plan, quality, records, sampling, schedules, step, switch, wire)
 }
 
 

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial.data import ArraySource, Dataset, Part, dataset, fetch, hold_out, source_of
+from dist_partial.config.settings import Settings
+from dist_partial.data import ArraySource, Part, dataset, fetch, hold_out, some_targets, source_of
+from dist_partial.distributed.replicas import create
 from dist_partial.errors import Raised, UserError
-from tests.helpers.orders import assert_one_order, read
+from dist_partial.training.build import build
+from tests.helpers.orders import assert_one_order
 
 X = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
 Y = np.arange(50, dtype=np.int32)
@@ -100,8 +103,6 @@ def test_what_is_held_out_is_the_same_in_each_run_and_from_all_over():
 
 
 def test_all_labels_are_checked_through_a_part():
-    from dist_partial.data import some_targets
-
     labels = np.arange(1000)
     assert sorted(some_targets(dataset((labels, labels)).train).tolist()) == labels.tolist()
 
@@ -172,7 +173,7 @@ class Rows:
         (Loader(), "a Loader, which makes batches: give its .dataset"),
         (Frames(train=Rows(), test=Rows()), "a Frames that holds a Rows: give the parts, as in dataset(train, eval"),
         ((Rows(), Rows()), "a tuple that holds a Rows: give the parts"),
-        (([[1], [2, 3]], Y), "dataset.train: x is a list of several lengths: pad"),
+        (([[1], [2, 3]], Y), "the training data: x is a list of several lengths: pad"),
         (({"a": [None, 1]}, Y), "x['a'] has no value (None)"),
         ((np.array(["2020-01-01"], "datetime64[D]"), Y[:1]), "has the type datetime64[D]: make a number or a text"),
         ((X, Y[:-1]), "axis 0 counts the examples"),
@@ -188,11 +189,13 @@ def test_mistakes_are_named_in_one_line(given, words):
 
 
 def test_mistakes_between_arguments():
-    with pytest.raises(UserError, match="dataset.evaluation has examples .*float64.* both must have the same x and y"):
+    with pytest.raises(
+        UserError, match=r"the evaluation data has examples .*float64.* both must have the same x and y"
+    ):
         dataset((X, Y), (X.astype(np.float64), Y))
     with pytest.raises(UserError, match="leave evaluation out"):
         dataset(dataset((X, Y)), (X, Y))
-    with pytest.raises(UserError, match="dataset.held_out is 1.5: it must be a number above 0 and below 1"):
+    with pytest.raises(UserError, match=r"dataset.held_out is 1.5: it must be a number above 0 and below 1"):
         dataset((X, Y), held_out=1.5)
     with pytest.raises(Raised, match=r"broken raised ZeroDivisionError: .*test_adapt.py, line \d+\)"):
 
@@ -210,5 +213,32 @@ def test_parts_say_where_an_example_is():
     assert Part(ArraySource(X), 0, 50).place(7).startswith("example ")
 
 
-def test_a_whole_run_takes_a_data_set(tmp_path):
-    assert isinstance(dataset((X, Y)), Dataset) and read and keras
+def test_what_a_factory_of_a_run_returns_passes_the_door():
+    """run.data may return arrays; the run names the data after the factory."""
+
+    def points():
+        return X, Y % 2
+
+    def model():
+        return keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="head")])
+
+    trainer = build(Settings([("train", ".*")], model, points), create("default"))
+    assert (trainer.data.name, len(trainer.data.evaluation)) == ("points", 5)
+    with pytest.raises(UserError, match="the training data is a NoneType: give arrays"):
+        build(Settings([("train", ".*")], model, lambda: None), create("default"))
+
+
+def test_a_tf_data_set_keeps_its_order():
+    """And its own shuffle, where a function makes it; what is held out is given."""
+
+    def shuffled():
+        return tf.data.Dataset.from_tensor_slices((X, Y)).shuffle(50, seed=3)
+
+    held_out = tf.data.Dataset.from_tensor_slices((X, Y)).take(5)
+    data, again = (dataset(shuffled, held_out) for _ in range(2))
+    assert data.fingerprint == again.fingerprint
+    found = np.concatenate([y for _, y in assert_one_order(data.train)])
+    wanted = [y for _, y in shuffled().repeat().take(len(found)).as_numpy_iterator()]
+    np.testing.assert_array_equal(found, wanted)
+    with pytest.raises(UserError, match="ShuffleDataset, whose order may change .* divide the examples .* evaluation="):
+        dataset(shuffled())
