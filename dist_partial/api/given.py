@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from dist_partial import compat, session
 from dist_partial.api.words import in_python
@@ -21,6 +22,7 @@ from dist_partial.files import replacing
 from dist_partial.models import ModelCopy, keras_file, numbered_names
 from dist_partial.selection.paths import variable_paths
 from dist_partial.selection.rules import first_match, parse_rules
+from dist_partial.step import layer_state
 from dist_partial.step.optimizers import another
 from dist_partial.validation import shown
 
@@ -101,15 +103,17 @@ class Model:
             self.__wrapped__ = given  # for `session.numbered_afresh`
             return
         with calling("run.data"):
-            x = fetch(data().train, np.arange(2))[0] if not given.weights else None
+            source = data().train
+            x = fetch(source, np.arange(layer_state.batch_size(given) or 2) % len(source))[0]
         with calling("run.model"):
-            if x is not None:
+            if not given.weights:
                 given(x, training=False)
             names = _names(given, rules)
             parts = {part for path in variable_paths(given) for part in path.split("/")}
             if renamed := ", ".join(f"{old} is {new!r}" for old, new in names.items() if old in parts):
                 self.notes = (f"layers that Keras has numbered have the names of a new process here: {renamed}",)
             self._copy = ModelCopy(given, names, x)
+            _check_same(given, self._copy(), x)
 
     def __call__(self) -> Any:
         if self._copy is not None and self.of_instance:
@@ -189,6 +193,20 @@ class Model:
             return False
         self.given.set_weights(weights)
         return True
+
+
+def _check_same(model: keras.Model, other: keras.Model, x: Any) -> None:
+    """Raises UserError if a copy computes something else than the model: what was set on it later is in no config."""
+    try:
+        found = [tf.nest.flatten(each(x, training=False)) for each in (model, other)]
+    except (ValueError, TypeError, tf.errors.InvalidArgumentError):  # it does not take the data, which is said later
+        return
+    for ours, theirs in zip(*found, strict=True):
+        if not np.allclose(ours, theirs, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise UserError(
+                f"model {model.name!r} computes something else when it is made again of its config, as each run does: "
+                "give the function that makes it, and not the model"
+            )
 
 
 def _names(model: keras.Model, rules: Sequence[Any]) -> Mapping[str, str]:

@@ -49,10 +49,10 @@ class Net(keras.Model):
 
     def __init__(self, units: int = 4):
         super().__init__()
-        self.body, self.head = keras.layers.Dense(units), keras.layers.Dense(1, name="head")
+        self.body, self.head, self.scale = keras.layers.Dense(units), keras.layers.Dense(1, name="head"), 1.0
 
     def call(self, x):
-        return self.head(self.body(x))
+        return self.head(self.body(x)) * self.scale
 
 
 class Closed(Net):
@@ -139,6 +139,10 @@ def test_a_subclassed_model_and_one_that_is_not_built():
     with pytest.raises(UserError, match=r"'closed.*' \(Closed\) cannot be made again .* give the function"):
         quickly(Closed(lambda x: x))
     assert len(quickly(lambda: Closed(lambda x: x)).plan.trained) == 2
+    changed = Net()
+    changed.scale = 5.0
+    with pytest.raises(UserError, match="computes something else when it is made again"):
+        quickly(changed)
 
 
 def test_what_layers_have_adapted_to_comes_along():
