@@ -246,8 +246,8 @@ class Optimizer:
 
     Examples:
         >>> make = Optimizer(keras.optimizers.SGD(0.5, momentum=0.9))
-        >>> make().momentum, float(make().learning_rate), float(make(learning_rate=0.1).learning_rate)
-        (0.9, 0.5, 0.1)
+        >>> make().momentum, float(make().learning_rate), float(make(learning_rate=0.25).learning_rate)
+        (0.9, 0.5, 0.25)
     """
 
     def __init__(self, instance: keras.optimizers.Optimizer) -> None:
