@@ -48,7 +48,8 @@ class Data:
 
     def __call__(self) -> Dataset:
         if self._made is None:
-            function = callable(self.given) and not hasattr(self.given, "__getitem__")
+            holds = any(hasattr(self.given, name) for name in ("fetch", "__getitem__"))  # which may be callable, too
+            function = isinstance(self.given, type) or (callable(self.given) and not holds)
             made = self.given() if function else self.given
             self._named = isinstance(made, Dataset) and importable(getattr(self.given, "func", self.given))
             self._made = made if isinstance(made, Dataset) and self._evaluation is None else self._adapted(made)

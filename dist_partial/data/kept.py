@@ -34,7 +34,7 @@ def kept_examples(path: str) -> Dataset:
         ...     keep_examples(Path(folder, "examples.npz"), Dataset("mine", part, part, "its digest"))
         ...     data = kept_examples(f"{folder}/examples.npz")
         >>> data.name, len(data.train), data.train.spec[0]["a"].shape.as_list(), data.train.fetch(np.array([3]))[1]
-        ('mine', 32, [2], array([3]))
+        ('examples of mine', 32, [2], array([3]))
     """
     check_arguments(kept_examples, locals())
     file = existing("kept_examples.path", path, "*.npz")
@@ -43,7 +43,8 @@ def kept_examples(path: str) -> Dataset:
             content = json.loads(str(arrays["content"]))
             train, evaluation = (ArraySource(*_nest(content[name], arrays)) for name in ("train", "evaluation"))
         codec = _CODECS[content["codec"]]() if content["codec"] else None
-        return Dataset(content["name"], train, evaluation, content["fingerprint"], codec, content["unit"])
+        # As a run would not go on with them.
+        return Dataset(f"examples of {content['name']}", train, evaluation, "kept", codec, content["unit"])
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"kept_examples.path: {path} is damaged ({error}): train again to write it") from error
 
@@ -60,7 +61,7 @@ def keep_examples(path: Path, data: Dataset) -> None:
         32
     """
     codecs = [name for name, kind in _CODECS.items() if type(data.codec) is kind]
-    content: dict[str, Any] = {"name": data.name, "fingerprint": data.fingerprint, "unit": data.unit}
+    content: dict[str, Any] = {"name": data.name, "unit": data.unit}
     content["codec"] = codecs[0] if codecs else None
     arrays: list[Any] = []
     for name, source in (("train", data.train), ("evaluation", data.evaluation)):

@@ -1,7 +1,9 @@
 """`dist_partial.train`: compared with Keras's fit, run again and again in one process, and read by the commands."""
 
 import inspect
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +23,7 @@ from dist_partial.errors import Raised, UserError
 from dist_partial.export import __main__ as export_command
 from dist_partial.models import byte_transformer, two_dense
 from dist_partial.report import __main__ as report
+from dist_partial.training.failures import Interrupted
 from tests.helpers.files import same_bits
 
 RNG = np.random.default_rng(0)
@@ -92,6 +95,7 @@ def test_a_compiled_model_brings_its_loss_and_optimizer(capsys):
     assert found.metrics["loss"] == pytest.approx(model.evaluate(X, Y, verbose=0), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_again_with_other_rules_and_numbers_of_replicas():
     model = named()
     for replicas, trained in ((1, "head"), (2, "hidden"), (4, "head"), (1, "hidden")):
@@ -102,6 +106,7 @@ def test_again_with_other_rules_and_numbers_of_replicas():
     assert found.folder.name == "person-4"
 
 
+@pytest.mark.slow
 def test_a_cell_may_be_run_twice(capsys):
     """Keras calls the layers of the second model dense_2 and dense_3."""
     plans = []
@@ -173,12 +178,27 @@ def test_a_model_whose_variables_the_rules_change_stays(capsys):
     assert "keeps its weights" in capsys.readouterr().out and found.model.predict(X, verbose=0).shape == Y.shape
 
 
+@pytest.mark.slow
 def test_in_a_thread():
     found = []
     thread = threading.Thread(target=lambda: found.append(quickly(named(), replicas=2, folder="here")))
     thread.start()
     thread.join()
     assert found[0].metrics["step"] == 2
+
+
+class Interrupting(keras.callbacks.Callback):
+    def on_train_begin(self, logs=None):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_run_goes_on():
+    model = named()
+    before = model.get_weights()[2]
+    with pytest.raises(Interrupted, match=r"^stopped at step 1 of 2, .*; call train again with the same folder"):
+        quickly(model, folder="mine", callbacks=[Interrupting()])
+    assert not same_bits([model.get_weights()[2], before])
+    assert quickly(model, folder="mine").history.of("train").column("step") == [1, 2]
 
 
 def test_the_result_shows_itself():
@@ -264,6 +284,7 @@ def command(main, *arguments) -> int:
     return main([f"--{name}" for name in arguments])
 
 
+@pytest.mark.slow
 def test_the_folder_serves_the_commands(tmp_path, capfd):
     found = quickly(
         numbered(), rules=SECOND, optimizer=keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 9))
@@ -280,6 +301,7 @@ def test_the_folder_serves_the_commands(tmp_path, capfd):
     assert "has no text to sample" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_what_it_began_with():
     """The model that is given to the second call has been trained by the first."""
     model = named()
@@ -295,6 +317,7 @@ def test_a_run_that_goes_on_keeps_what_it_began_with():
     assert same_bits([keras.saving.load_model("mine/model.keras").get_weights()[2], first[2]])
 
 
+@pytest.mark.slow
 def test_text_from_python_is_sampled(capfd):
     def tiny():
         return byte_transformer(layers=1, width=8, heads=1)
