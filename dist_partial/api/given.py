@@ -13,7 +13,7 @@ import tensorflow as tf
 from dist_partial import compat, session
 from dist_partial.api.words import in_python
 from dist_partial.config.bindings import only_in_python
-from dist_partial.config.gin_text import importable
+from dist_partial.config.gin_text import has_name
 from dist_partial.config.settings import PRECISIONS
 from dist_partial.data import ArraySource, Dataset, fetch, fingerprint, keep_examples, kept_examples
 from dist_partial.distributed.replicas import ReplicaOptions, Replicas
@@ -51,7 +51,7 @@ class Data:
             holds = any(hasattr(self.given, name) for name in ("fetch", "__getitem__"))  # which may be callable, too
             function = isinstance(self.given, type) or (callable(self.given) and not holds)
             made = self.given() if function else self.given
-            self._named = isinstance(made, Dataset) and importable(getattr(self.given, "func", self.given))
+            self._named = function and isinstance(made, Dataset) and has_name(self.given)
             self._made = made if isinstance(made, Dataset) and self._evaluation is None else self._adapted(made)
         return self._made
 
@@ -106,6 +106,7 @@ class Model:
         with calling("run.data"):
             source = data().train
             x = fetch(source, np.arange(layer_state.batch_size(given) or 2) % len(source))[0]
+            x = tf.nest.map_structure(tf.constant, x)
         with calling("run.model"):
             if not given.weights:
                 given(x, training=False)
@@ -135,7 +136,7 @@ class Model:
 
     @property
     def _named(self) -> bool:
-        return not self.of_instance and importable(getattr(self.given, "func", self.given))
+        return not self.of_instance and has_name(self.given)
 
     def compiled(self) -> dict[str, Any]:
         """What it was compiled with, as arguments of the run."""

@@ -334,6 +334,16 @@ def test_text_from_python_is_sampled(capfd):
     assert command(sample.main, f"run_dir={found.folder}", "length=5") == 0
 
 
+@pytest.mark.slow
+def test_what_a_module_has_is_named(capfd):
+    quickly(named, folder="mine")
+    arguments = ("run_dir=mine", "format=keras", "output=out.keras")
+    assert command(export_command.main, *arguments) == 2 and "give --allow_imports" in capfd.readouterr().err
+    assert command(export_command.main, *arguments, "allow_imports") == 0
+    assert [layer.name for layer in keras.saving.load_model("out.keras").layers] == ["hidden", "head"]
+
+
+@pytest.mark.slow
 def test_what_no_file_can_name_says_so(capfd):
     def mine(y, outputs):
         return keras.ops.mean(keras.ops.square(y - outputs), axis=-1)
