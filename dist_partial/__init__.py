@@ -9,13 +9,14 @@ if TYPE_CHECKING:
     from dist_partial.api import train as train
 
 _HOMES = {
+    "AllReduce": "reductions",
     "ArraySource": "data",
     "Base": "export.delta",
     "Dataset": "data",
     "Delta": "export.delta",
-    "AllReduce": "reductions",
-    "LocalSGD": "reductions",
     "LocalOnly": "reductions",
+    "LocalSGD": "reductions",
+    "MapSource": "data",
     "Plan": "selection",
     "PowerSGD": "reductions",
     "Quantized": "reductions",
@@ -27,6 +28,9 @@ _HOMES = {
     "TopK": "reductions",
     "UserError": "errors",
     "devices": "api",
+    "csv_dataset": "data",
+    "dataset": "data",
+    "parquet_dataset": "data",
     "partial": "fit",
     "train": "api",
 }

@@ -551,6 +551,30 @@ def build_cache(task: Any, ids: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------- TensorFlow
 
 
+def is_batched(dataset: Any) -> bool:
+    """Tells whether the elements of a `tf.data.Dataset` are batches, by what made them.
+
+    TensorFlow 2.21: an element's spec does not say whether its first axis counts examples, and `_inputs` alone lists
+    what a data set reads from. Unnecessary with a public list of them.
+
+    Examples:
+        >>> import tensorflow as tf
+        >>> batches = tf.data.Dataset.range(6).batch(2).prefetch(1)
+        >>> is_batched(batches), is_batched(batches.unbatch())
+        (True, False)
+    """
+    while True:
+        name = type(dataset).__name__
+        if any(word in name for word in ("Unbatch", "FlatMap", "Interleave", "Window")):
+            return False
+        if "Batch" in name:
+            return True
+        inputs = dataset._inputs()
+        if not inputs:
+            return False
+        dataset = inputs[0]
+
+
 def skip_collective_keys(count: int) -> None:
     """Has the next `MirroredStrategy` number its collectives from `count` keys further on.
 

@@ -20,6 +20,8 @@ _PREAMBLE = re.compile(
 
 # Colours, and what TensorFlow calls its ops and nodes.
 _INSIDE = r"\x1b\[\d*m| for '\{\{node [^}]*\}\} = \w+\[[^']*\]\([^']*\)'| \[Op:\w+\] name:.*|\{\{.*?\}\} ?"
+# And where a data set of the user's own is.
+_INSIDE += r"|Error in user-defined function passed to \S+ transformation with iterator: \S+ "
 
 
 class Ending(Exception):
@@ -108,7 +110,7 @@ def calling(what: str) -> Iterator[None]:
     except Ending:
         raise
     except (Exception, SystemExit) as error:  # an exit with code 0 would say that the run is done
-        if type(error).__name__ in _LOST and what != "run.data":  # which waits for no other worker
+        if type(error).__name__ in _LOST and not what.endswith("run.data"):  # which waits for no other worker
             raise
         raise raised(what, error) from error
 

@@ -52,6 +52,10 @@ MODULES: dict[str, tuple[str, ...]] = {
         "data.corpus[stdlib_corpus,stdlib_shapes]",
         "data.tokens",
         "data.prepared[tfds_dataset]",
+        "data.adapt[dataset,source_of]",
+        "data.map_source[MapSource]",
+        "data.py_dataset[PyDatasetSource]",
+        "data.tables[csv_dataset,parquet_dataset]",
     ),
     "Models": (
         "models.byte_transformer[byte_transformer]",

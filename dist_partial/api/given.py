@@ -15,7 +15,7 @@ from dist_partial.api.words import in_python
 from dist_partial.config.bindings import only_in_python
 from dist_partial.config.gin_text import has_name
 from dist_partial.config.settings import PRECISIONS
-from dist_partial.data import ArraySource, Dataset, fetch, fingerprint, keep_examples, kept_examples
+from dist_partial.data import Dataset, dataset, fetch, keep_examples, kept_examples, looks
 from dist_partial.distributed.replicas import ReplicaOptions, Replicas
 from dist_partial.errors import UserError, calling
 from dist_partial.files import replacing
@@ -51,16 +51,9 @@ class Data:
             holds = any(hasattr(self.given, name) for name in ("fetch", "__getitem__"))  # which may be callable, too
             function = isinstance(self.given, type) or (callable(self.given) and not holds)
             made = self.given() if function else self.given
-            self._named = function and isinstance(made, Dataset) and has_name(self.given)
-            self._made = made if isinstance(made, Dataset) and self._evaluation is None else self._adapted(made)
+            self._named = function and self._evaluation is None and has_name(self.given)
+            self._made = dataset(made, self._evaluation, name=getattr(self.given, "__name__", "data"))
         return self._made
-
-    def _adapted(self, made: Any) -> Dataset:
-        try:
-            from dist_partial.data import adapt  # type: ignore[attr-defined]
-        except ImportError:  # TODO: goes once data.adapt is there
-            return _of_arrays(made, self._evaluation)
-        return adapt.dataset(made, self._evaluation)
 
     def kept(self, folder: Path) -> Callable[..., Any]:
         """A factory that another process can name; it may read a few examples from the folder."""
@@ -69,15 +62,6 @@ class Data:
         path = folder / "examples.npz"
         keep_examples(path, self())
         return functools.partial(kept_examples, path=str(path.absolute()))
-
-
-def _of_arrays(given: Any, evaluation: Any) -> Dataset:
-    if evaluation is None:
-        count = len(given[0])
-        order = np.random.default_rng(0).permutation(count)
-        held = max(1, count // 10)
-        given, evaluation = (tuple(array[np.sort(part)] for array in given) for part in (order[held:], order[:held]))
-    return Dataset("data", ArraySource(*given), ArraySource(*evaluation), fingerprint(*given, *evaluation))
 
 
 class Model:
@@ -105,7 +89,7 @@ class Model:
             return
         with calling("run.data"):
             source = data().train
-            x = fetch(source, np.arange(layer_state.batch_size(given) or 2) % len(source))[0]
+            x = fetch(source, np.resize(looks(source), layer_state.batch_size(given) or 2))[0]
             x = tf.nest.map_structure(tf.constant, x)
         with calling("run.model"):
             if not given.weights:

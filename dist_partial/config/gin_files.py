@@ -58,6 +58,8 @@ _OURS: dict[str, Callable[..., Any]] = {
     "smollm2": models.smollm2,
     "smollm2_tokenizer": models.smollm2_tokenizer,
     "kept_examples": data.kept_examples,
+    "csv_dataset": data.csv_dataset,
+    "parquet_dataset": data.parquet_dataset,
     "stdlib_corpus": data.stdlib_corpus,
     "stdlib_prose": data.stdlib_prose,
     "stdlib_shapes": data.stdlib_shapes,

@@ -84,6 +84,10 @@ class Settings:
         reduction: how gradients travel under the rules that do not say.
         steps: updates in the whole run.
         global_batch: examples an update, over all replicas.
+        readers: threads of a worker that read batches; None: 4 where the source says that several may read it at once
+            (`thread_safe = True`), else 1.
+        reader_processes: processes of a worker that read batches in place of threads, for sources and functions of
+            NumPy that Python's lock would keep waiting for each other; each gets a copy of the source.
         seed: of initial weights, dropout and the order of the data.
         eval_first: whether to evaluate, and to sample, before the first update, too.
         eval_every: updates between evaluations; None evaluates at the end only.
@@ -128,6 +132,8 @@ class Settings:
     reduction: Annotated[Any, REDUCTION] = dataclasses.field(default_factory=AllReduce)
     steps: Annotated[int, AtLeast(1)] = 1000
     global_batch: Annotated[int, AtLeast(1)] = 32
+    readers: Annotated[int | None, AtLeast(1)] = None
+    reader_processes: Annotated[int, AtLeast(0)] = 0
     seed: Annotated[int, AtLeast(0), AtMost(2**32 - 1)] = 0  # NumPy takes no more
     eval_first: bool = False
     eval_every: Annotated[int | None, AtLeast(1)] = None

@@ -1,20 +1,37 @@
 """Data sets with random access, and the pipeline that reads them by position."""
 
+from dist_partial.data.adapt import dataset, source_of
 from dist_partial.data.batches import (
     evaluation_batches,
-    fetch,
-    fetched,
+    failing_example,
     looks,
     some_targets,
     train_batches,
     train_indices,
-    without_lists,
 )
 from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
+from dist_partial.data.held_out import Part, hold_out
 from dist_partial.data.kept import keep_examples, kept_examples
+from dist_partial.data.map_source import MapSource
+from dist_partial.data.mapped import Mapped
+from dist_partial.data.mixed import Joined, Mixed, mix
+from dist_partial.data.order import InOrder
 from dist_partial.data.prepared import tfds_dataset
-from dist_partial.data.source import ArraySource, ClassWeighted, Dataset, Source, check_source, fingerprint
+from dist_partial.data.py_dataset import PyDatasetSource
+from dist_partial.data.readers import reading
+from dist_partial.data.reading import fetch, fetched, trait, without_lists
+from dist_partial.data.source import (
+    ArraySource,
+    ClassWeighted,
+    Dataset,
+    Source,
+    check_source,
+    class_weighted,
+    fingerprint,
+)
+from dist_partial.data.stream import Stream
+from dist_partial.data.tables import csv_dataset, parquet_dataset
 from dist_partial.data.tokens import stdlib_prose, tokenized_text
 
 __all__ = [
@@ -22,16 +39,33 @@ __all__ = [
     "ClassWeighted",
     "Codec",
     "Dataset",
+    "InOrder",
+    "Joined",
+    "MapSource",
+    "Mapped",
+    "Mixed",
+    "Part",
+    "PyDatasetSource",
     "Source",
+    "Stream",
     "check_source",
+    "class_weighted",
+    "csv_dataset",
+    "dataset",
     "evaluation_batches",
+    "failing_example",
     "fetch",
     "fetched",
     "fingerprint",
+    "hold_out",
     "keep_examples",
     "kept_examples",
     "looks",
+    "mix",
+    "parquet_dataset",
+    "reading",
     "some_targets",
+    "source_of",
     "stdlib_corpus",
     "stdlib_prose",
     "stdlib_shapes",
@@ -39,5 +73,6 @@ __all__ = [
     "tokenized_text",
     "train_batches",
     "train_indices",
+    "trait",
     "without_lists",
 ]

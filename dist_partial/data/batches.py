@@ -4,17 +4,31 @@ The examples of a run have one global order, whatever the number of workers. Ste
 [s * global_batch, (s + 1) * global_batch), and replica i of n takes the i-th of n contiguous slices of them.
 """
 
-from collections.abc import Callable
+import collections
+import os
+import re
+import sys
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
+from dist_partial.data.draws import draws
+from dist_partial.data.held_out import Part
+from dist_partial.data.mapped import Mapped, stages
+from dist_partial.data.order import places, shuffled
+from dist_partial.data.readers import readers
+from dist_partial.data.reading import as_op, fetch, trait
 from dist_partial.data.source import ArraySource, Source
-from dist_partial.errors import UserError, calling
+from dist_partial.data.stream import Stream
+from dist_partial.errors import Ending, UserError, calling, raised
 
 PREFETCHED = 4  # batches
+_CPUS = len(os.sched_getaffinity(0))
+# What was read last for functions of TensorFlow, whose errors do not say on which example.
+_recent: collections.deque[tuple[Any, np.ndarray, np.ndarray]] = collections.deque(maxlen=64)
 
 
 def train_batches(
@@ -50,8 +64,12 @@ def train_batches(
         [0, 1, 2, 3, 4, 5, 6, 7]
     """
     _check(source)
-    order = {"first_step": first_step, "global_batch": global_batch, "seed": seed, "context": context}
-    return train_indices(len(source), **order).map(lambda i: fetched(source, i)).prefetch(PREFETCHED)
+    base, _ = stages(source)
+    if isinstance(base, Stream):
+        _check_division(global_batch, context)
+        return _streamed(source, base.train(first_step, global_batch, context), seed)
+    order = _batches(lambda positions: places(source, positions, seed), first_step, global_batch, context)
+    return _read(source, order, seed)
 
 
 def train_indices(
@@ -65,7 +83,7 @@ def train_indices(
         >>> sorted([*next(batches).numpy().tolist(), *next(batches).numpy().tolist()])
         [0, 1, 2, 3, 4, 5]
     """
-    return _batches(lambda positions: _shuffled(positions, count, seed), first_step, global_batch, context)
+    return _batches(lambda positions: shuffled(positions, count, seed), first_step, global_batch, context)
 
 
 def evaluation_batches(
@@ -97,12 +115,98 @@ def evaluation_batches(
     _check(source)
     if not 0 < first + examples <= len(source):
         raise UserError(f"cannot evaluate {first + examples} examples: ask for 1 to {len(source)}, that is all")
+    base, _ = stages(source)
+    if isinstance(base, Stream):
+        if examples > sys.maxsize // 2:
+            raise UserError("the examples held out have no end: bind run.eval_examples to how many are to be read")
+        _check_division(global_batch, context)
+        return _streamed(source, base.evaluation(first, examples, global_batch, context), seed=0)
     padded = -(-examples // global_batch) * global_batch
 
-    def fetch(positions: tf.Tensor) -> tuple[Any, ...]:
-        return fetched(source, first + tf.minimum(positions % padded, examples - 1))
+    def once(positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return first + tf.minimum(positions % padded, examples - 1), tf.zeros_like(positions)
 
-    return _batches(fetch, 0, global_batch, context).prefetch(PREFETCHED)
+    return _read(source, _batches(once, 0, global_batch, context), seed=0)
+
+
+def _read(source: Source, order: tf.data.Dataset, seed: int) -> tf.data.Dataset:
+    """Reads the batches of a source whose (indices, epochs), int64 [b] each, `order` gives, ahead of their use."""
+    base, functions = stages(source)
+    read, threads = readers().reader(base), readers().threads(base)
+    known = weakref.ref(source)
+
+    def plain(indices: np.ndarray) -> Any:
+        return read(indices, None)
+
+    def drawn(indices: np.ndarray, epochs: np.ndarray) -> Any:
+        state = draws(seed, epochs, indices)
+        if not functions:
+            return read(indices, state)
+        _recent.append((known, indices, state))
+        return read(indices, state), np.stack([function.seeds(state) for function in functions], 1)
+
+    def batch(indices: tf.Tensor, epochs: tf.Tensor) -> Any:
+        if not functions and not hasattr(base, "fetch_with"):
+            return as_op(plain, base.spec, indices)
+        spec = (base.spec, tf.TensorSpec([len(functions), 2], tf.int32)) if functions else base.spec
+        return as_op(drawn, spec, indices, epochs)
+
+    several = {"num_parallel_calls": threads, "deterministic": True} if threads > 1 else {}
+    batches = order.map(batch, **several)
+    if functions:
+        batches = _through(batches, functions)
+    if threads > 1:
+        # A thread that reads may wait, and those of TensorFlow's own pool are as many as there are CPUs.
+        options = tf.data.Options()
+        options.threading.private_threadpool_size = threads + _CPUS
+        batches = batches.with_options(options)
+    return batches.prefetch(PREFETCHED)
+
+
+def _streamed(source: Source, batches: tf.data.Dataset, seed: int) -> tf.data.Dataset:
+    """Batches, whose (positions, examples) a stream gives, through the functions of a source."""
+    _, functions = stages(source)
+
+    def seeds(positions: np.ndarray) -> np.ndarray:
+        state = draws(seed, np.zeros_like(positions), positions)
+        return np.stack([function.seeds(state) for function in functions], 1)
+
+    def seeded(positions: tf.Tensor, parts: Any) -> Any:
+        return parts, as_op(seeds, tf.TensorSpec([len(functions), 2], tf.int32), positions)
+
+    batches = _through(batches.map(seeded), functions) if functions else batches.map(lambda _, parts: parts)
+    return _untuned(batches).prefetch(PREFETCHED)
+
+
+def _through(batches: tf.data.Dataset, functions: Sequence[Mapped]) -> tf.data.Dataset:
+    """Passes each example of (batches, seeds) through the functions, several at a time."""
+
+    def example(parts: Any, seeds: tf.Tensor) -> Any:
+        for i, function in enumerate(functions):
+            parts = function.of_example(parts, seeds[i])
+        return parts
+
+    size = batches.element_spec[1].shape[0]
+    examples = batches.unbatch().map(example, num_parallel_calls=_CPUS, deterministic=True)
+    return examples.batch(size, drop_remainder=True)
+
+
+def failing_example(error: tf.errors.OpError) -> Ending | None:
+    """Finds the example that a function of TensorFlow failed on, among those read last; None if no data failed.
+
+    Examples:
+        >>> failing_example(tf.errors.InvalidArgumentError(None, None, "shapes differ")) is None
+        True
+    """
+    if not re.search(r"\[\[(\{\{node )?IteratorGetNext|Op:IteratorGetNext", str(error)):
+        return None
+    for known, indices, state in tuple(_recent):
+        try:
+            if (source := known()) is not None:
+                fetch(source, indices, state)
+        except Ending as found:
+            return found
+    return raised("run.data", error)
 
 
 def _batches(
@@ -112,13 +216,7 @@ def _batches(
     context: tf.distribute.InputContext,
 ) -> tf.data.Dataset:
     """Maps `fetch` over the positions, int64 [b], of this worker's part of one step after the other."""
-    replicas = context.num_replicas_in_sync
-    if global_batch < 1 or global_batch % replicas:
-        below = max(global_batch // replicas, 1) * replicas
-        raise UserError(
-            f"run.global_batch={global_batch} does not divide by {replicas} replicas: "
-            f"take a multiple such as {below} or {below + replicas}"
-        )
+    _check_division(global_batch, context)
     part = global_batch // context.num_input_pipelines
 
     def batch(step: tf.Tensor) -> Any:
@@ -127,35 +225,27 @@ def _batches(
     # A counter is infinite, and so is what is mapped over it: were it finite, MultiWorkerMirroredStrategy
     # would ask in every step, with a collective of its own, whether all workers still have data.
     batches = tf.data.Dataset.counter(first_step).map(batch)
-    # With autotuning on, the destructor of an iterator waits for a thread that may sleep for up to a minute
-    # (TensorFlow 2.21): the end of every run. There is nothing to tune here.
+    return _untuned(batches)
+
+
+def _untuned(batches: tf.data.Dataset) -> tf.data.Dataset:
+    """The same without autotuning, with which the destructor of an iterator waits (TensorFlow 2.21) for a thread.
+
+    That thread may sleep for up to a minute: the end of every run. There is nothing to tune here.
+    """
     options = tf.data.Options()
     options.autotune.enabled = False
     return batches.with_options(options)
 
 
-def _shuffled(positions: tf.Tensor, count: int, seed: int) -> tf.Tensor:
-    """Example indices, int64 [b], at global positions: a permutation of [0, count) for each (seed, epoch).
-
-    The permutation is a block cipher over [0, count) (Beaulieu et al. 2013, "The SIMON and SPECK families of
-    lightweight block ciphers"), so that nothing of size `count` is ever made. The wrapper of it in TensorFlow
-    2.21, `tf.random.experimental.index_shuffle`, fails on a seed per row, and its 4 rounds leave neighbours
-    correlated; 8 do not. The cipher of a small range uses few bits of its key, so that epochs would repeat
-    soon: each key is drawn from (seed, epoch) by Philox.
-    """
-    epochs = positions // count
-
-    def key(epoch: tf.Tensor) -> tf.Tensor:
-        return tf.random.stateless_uniform([3], [seed, epoch], None, None, tf.int32, alg="philox")
-
-    touched = tf.range(epochs[0], epochs[-1] + 1)
-    keys = tf.map_fn(key, touched, fn_output_signature=tf.TensorSpec([3], tf.int32))
-    return tf.raw_ops.RandomIndexShuffle(
-        index=positions % count,
-        seed=tf.gather(keys, epochs - epochs[0]),
-        max_index=tf.constant(count - 1, tf.int64),
-        rounds=8,
-    )
+def _check_division(global_batch: int, context: tf.distribute.InputContext) -> None:
+    replicas = context.num_replicas_in_sync
+    if global_batch < 1 or global_batch % replicas:
+        below = max(global_batch // replicas, 1) * replicas
+        raise UserError(
+            f"run.global_batch={global_batch} does not divide by {replicas} replicas: "
+            f"take a multiple such as {below} or {below + replicas}"
+        )
 
 
 def some_targets(source: Source) -> Any:
@@ -171,6 +261,8 @@ def some_targets(source: Source) -> Any:
         >>> some_targets(ArraySource(np.zeros([3, 1], np.float32), np.array([5, 6, 7]))).tolist()
         [5, 6, 7]
     """
+    if isinstance(source, Part):  # whose whole may be in memory
+        return some_targets(source.source)
     _check(source)
     if len(source.spec) == 1:
         return None
@@ -182,114 +274,23 @@ def some_targets(source: Source) -> Any:
 def looks(source: Source) -> np.ndarray:
     """Chooses up to 64 examples from all over a source, to look at before a run: int64 [n].
 
+    The first ones of a source that is read from its beginning on, or by whole batches.
+
     Examples:
         >>> looks(ArraySource(np.zeros([3, 1], np.float32), np.array([5, 6, 7]))).tolist()
         [0, 1, 2]
     """
+    if trait(source, "streamed", False):
+        return np.arange(64)
+    if trait(source, "batched", False):
+        return np.arange(min(64, len(source)))
     return np.unique(np.linspace(0, len(source) - 1, 64).astype(np.int64))
-
-
-def fetched(source: Source, indices: tf.Tensor) -> tuple[Any, ...]:
-    """Wraps `fetch` as a TensorFlow op, with static shapes.
-
-    Examples:
-        >>> source = ArraySource(np.zeros([3, 1], np.float32), np.array([5, 6, 7]))
-        >>> fetched(source, tf.constant([2, 0], tf.int64))[1].numpy().tolist()
-        [7, 5]
-    """
-    spec = tf.nest.flatten(source.spec)
-    arrays = tf.numpy_function(
-        lambda indices: tf.nest.flatten(fetch(source, indices)),
-        [indices],
-        [one.dtype for one in spec],
-        stateful=False,
-        name="fetch",
-    )
-    flat = [tf.ensure_shape(a, indices.shape + one.shape) for a, one in zip(arrays, spec, strict=True)]
-    return tf.nest.pack_sequence_as(without_lists(source.spec), flat)
-
-
-def fetch(source: Source, indices: np.ndarray) -> tuple[Any, ...]:
-    """Calls `source.fetch` and checks the result against the source's spec.
-
-    Raises:
-        UserError: it gives something else.
-        Raised: it raises an exception.
-
-    Examples:
-        >>> class Halves:
-        ...     spec = tf.TensorSpec([], tf.float32), tf.TensorSpec([], tf.float32)
-        ...     def fetch(self, indices):
-        ...         return indices / 2, np.float32(indices)
-        >>> fetch(Halves(), np.array([1]))
-        Traceback (most recent call last):
-        dist_partial.errors.UserError: Halves.fetch gives [float64 (1,), float32 (1,)] for the examples 1, and its ...
-    """
-    with calling("run.data"):
-        arrays, spec = source.fetch(indices), source.spec
-    if _fits(arrays, spec, len(indices)):
-        return without_lists(arrays)
-    arrays = tuple(arrays) if isinstance(arrays, list) else arrays
-    want = tf.nest.map_structure(lambda one: f"{one.dtype.name} {(len(indices), *one.shape)}", spec)
-    have = _described(arrays)
-    if want == have:
-        return without_lists(arrays)
-    some = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
-    raise UserError(
-        f"{type(source).__name__}.fetch gives {_listed(have)} for the examples {some}, and its spec says "
-        f"{_listed(want)}: both must be the same (x, y) or (x, y, weight)"
-    )
-
-
-def _fits(found: Any, spec: Any, count: int) -> bool:
-    """Whether NumPy arrays are those of a spec; by hand, for it is called for each batch."""
-    if isinstance(spec, tf.TensorSpec):
-        if not isinstance(found, np.ndarray) or found.shape != (count, *spec.shape.as_list()):
-            return False
-        return found.dtype == spec.dtype.as_numpy_dtype or (spec.dtype == tf.string and found.dtype.kind in "OSU")
-    if isinstance(spec, dict):
-        same = isinstance(found, dict) and found.keys() == spec.keys()
-        return same and all(_fits(found[name], spec[name], count) for name in spec)
-    same = isinstance(found, (tuple, list)) and len(found) == len(spec)
-    return same and all(_fits(one, its, count) for one, its in zip(found, spec, strict=True))
-
-
-def without_lists(nest: Any) -> Any:
-    """Replaces the lists of a nest by tuples, for tf.data would make one tensor of a list.
-
-    Examples:
-        >>> without_lists(([1, 2], {"a": [3]}))
-        ((1, 2), {'a': (3,)})
-    """
-    if isinstance(nest, tuple) and not any(isinstance(part, (dict, list, tuple)) for part in nest):
-        return nest
-    return keras.tree.lists_to_tuples(nest)
-
-
-def _listed(parts: Any) -> str:
-    if isinstance(parts, dict):
-        return "{" + ", ".join(f"{name!r}: {_listed(part)}" for name, part in parts.items()) + "}"
-    return f"[{', '.join(map(_listed, parts))}]" if isinstance(parts, (tuple, list)) else parts
-
-
-def _described(found: Any) -> Any:
-    """A nest of arrays as a nest of words; a list without arrays is no nest of them, and may be long."""
-    if isinstance(found, dict):
-        return {name: _described(each) for name, each in found.items()}
-    if isinstance(found, (tuple, list)) and any(hasattr(each, "dtype") for each in tf.nest.flatten(found)):
-        parts = [_described(each) for each in found]
-        return parts if isinstance(found, list) else tuple(parts)
-    try:
-        dtype = tf.string if found.dtype.kind in "OSU" else tf.as_dtype(found.dtype)
-        return f"{dtype.name} {tuple(found.shape)}"
-    except (AttributeError, TypeError):  # no array, or none that TensorFlow knows
-        return type(found).__name__
 
 
 def _check(source: Source) -> None:
     """Compares the first example with the spec, before anything else is done."""
     with calling("run.data"):
-        count = len(source)
+        count = 1 if trait(source, "streamed", False) else len(source)
     if count == 0:
         raise UserError(f"{type(source).__name__} is empty: there is nothing to read")
     fetch(source, np.zeros(1, np.int64))

@@ -1,8 +1,9 @@
 """What a data set is: examples that are fetched by index."""
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -10,6 +11,9 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.data.codecs import Codec
+from dist_partial.data.mapped import Mapped, stages
+from dist_partial.data.order import InOrder
+from dist_partial.data.reading import checked, trait
 from dist_partial.errors import UserError
 from dist_partial.validation import shown
 
@@ -84,6 +88,60 @@ class Dataset:
         x, y = (*self.train.spec, None)[:2]
         alone = isinstance(x, tf.TensorSpec) and isinstance(y, tf.TensorSpec)
         return x.shape[0] if alone and y.shape.rank < x.shape.rank else None
+
+    def map(
+        self, function: Callable[..., Any], evaluation: Callable[..., Any] | None = None, numpy: bool = False
+    ) -> "Dataset":
+        """Makes a data set whose examples go through a function: see `Mapped`.
+
+        Args:
+            function: of the parts of an example.
+            evaluation: the function for the examples held out; None: the same, or if that draws random numbers none.
+            numpy: whether the functions take and give NumPy arrays, and not tensors.
+
+        Raises:
+            UserError: a function does not take the examples, or those held out are then unlike the others.
+
+        Examples:
+            >>> x, y = np.zeros([100, 4], np.uint8), np.zeros([100], np.int32)
+            >>> data = Dataset("mine", ArraySource(x, y), ArraySource(x, y), fingerprint(x, y))
+            >>> scaled = data.map(lambda x, y: (tf.cast(x, tf.float32) / 255, y))
+            >>> scaled.evaluation.spec[0].dtype
+            tf.float32
+            >>> def noisy(x, y, seed):
+            ...     return x + tf.random.stateless_normal([4], seed), y
+            >>> scaled.map(noisy).evaluation is scaled.map(noisy).train  # it draws: not for the examples held out
+            False
+        """
+        train = Mapped(self.train, function, numpy)
+        if evaluation is None and not train.random:
+            evaluation = function
+        held_out = self.evaluation if evaluation is None else Mapped(self.evaluation, evaluation, numpy)
+        if held_out.spec != train.spec:
+            raise UserError(
+                f"{train.name} of run.data gives examples {train.spec}, and those held out are {held_out.spec}: give "
+                "Dataset.map an evaluation=, a function that makes them alike without random numbers"
+            )
+        content = fingerprint(self.fingerprint, train.name)
+        return dataclasses.replace(self, train=train, evaluation=held_out, fingerprint=content)
+
+    def in_order(self) -> "Dataset":
+        """Makes the data set whose examples are trained on as they are, one epoch after the other, and not shuffled.
+
+        Examples:
+            >>> x = np.arange(6)
+            >>> data = Dataset("mine", ArraySource(x), ArraySource(x), fingerprint(x)).in_order()
+            >>> from dist_partial.data import train_batches
+            >>> batches = train_batches(
+            ...     data.train, first_step=0, global_batch=4, seed=0, context=tf.distribute.InputContext()
+            ... )
+            >>> [batch[0].numpy().tolist() for batch in batches.take(2)]
+            [[0, 1, 2, 3], [4, 5, 0, 1]]
+        """
+        if trait(self.train, "own_order", False):
+            return self
+        content = fingerprint(self.fingerprint, "in order")
+        return dataclasses.replace(self, train=InOrder(self.train), fingerprint=content)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,13 +261,37 @@ class ClassWeighted:
 
     def fetch(self, indices: np.ndarray) -> tuple[Any, ...]:
         """Examples `indices`, each weight times that of the class."""
-        x, y, *given = self.source.fetch(indices)
+        return self.fetch_with(indices, None)
+
+    def fetch_with(self, indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
+        """The same, with the random numbers that follow from `draws.draws`."""
+        x, y, *given = checked(self.source, indices, draws)
         flat = y.reshape(len(y), -1)
         classes = flat[:, 0] if flat.shape[1] == 1 else flat.argmax(axis=1)
         found = np.array([self.weights.get(int(each), 1.0) for each in classes], np.float32)
         if not given:
             return x, y, found
         return x, y, (given[0] * found.reshape(-1, *[1] * (given[0].ndim - 1))).astype(given[0].dtype)
+
+    def weigh(self, x: Any, y: tf.Tensor, *given: tf.Tensor) -> tuple[Any, ...]:
+        """Weighs one example in a graph, as `fetch` does a batch."""
+        flat = tf.reshape(y, [-1])
+        number = tf.cast(flat[0] if flat.shape[0] == 1 else tf.argmax(flat), tf.int64)
+        hit, weights = tf.equal(number, [*map(int, self.weights)]), [*map(float, self.weights.values())]
+        found = tf.where(tf.reduce_any(hit), tf.reduce_sum(tf.where(hit, weights, 0.0)), 1.0)
+        return (x, y, given[0] * tf.cast(found, given[0].dtype) if given else found)
+
+
+def class_weighted(source: Source, weights: Mapping[int, float]) -> Source:
+    """Makes `ClassWeighted` of a source; behind its functions of TensorFlow, where it has some.
+
+    Examples:
+        >>> source = Mapped(ArraySource(np.zeros([3, 1]), np.array([0, 1, 1])), lambda x, y: (x, 1 - y))
+        >>> class_weighted(source, {1: 5.0}).fetch(np.arange(3))[2].tolist()
+        [5.0, 1.0, 1.0]
+    """
+    weighted = ClassWeighted(source, weights)
+    return Mapped(source, weighted.weigh) if stages(source)[1] or trait(source, "streamed", False) else weighted
 
 
 def check_source(name: str, source: Any) -> None:

@@ -125,13 +125,15 @@ def train_steps(spec: StepSpec, iterator: Any, steps: tf.Tensor) -> dict[str, tf
 
     Returns:
         "loss" [steps] in Keras's float type and float64 "metrics" [steps, numbers], this worker's parts of the sums;
-        float32 "gradient_norm" [steps], before clipping, and where replicas train by themselves that of this worker's
+        float64 "waited" [steps], seconds in which it waited for its batch; float32 "gradient_norm" [steps], before
+        clipping, and where replicas train by themselves that of this worker's
         first replica; "unit_norms" [steps, units], squared, in the order of the plan's units. The metrics are absent if
         there are none, and the units without `options.unit_norms`.
     """
     kinds: dict[str, tuple[tf.DType, list[int]]] = {
         "loss": (tf.as_dtype(keras.config.floatx()), []),
         "gradient_norm": (tf.float32, []),
+        "waited": (tf.float64, []),
     }
     if size := spec.objective.size(training=True):
         kinds["metrics"] = (tf.float64, [size])
@@ -149,7 +151,8 @@ def train_steps(spec: StepSpec, iterator: Any, steps: tf.Tensor) -> dict[str, tf
 def one_step(spec: StepSpec, iterator: Any, i: tf.Tensor, arrays: dict[str, tf.TensorArray]) -> Any:
     """Makes step `i` of a call: gradients on all replicas, then the update; returns the loop's next state."""
     strategy = spec.strategy
-    sums, norm, squares, gradients, means = strategy.run(replica_gradients, args=(spec, next(iterator)))
+    batch, waited = next_batch(iterator)
+    sums, norm, squares, gradients, means = strategy.run(replica_gradients, args=(spec, batch))
     strategy.run(replica_statistics, args=(spec, means))
     norm, squares = (strategy.experimental_local_results(value)[0] for value in (norm, squares))
     if spec.scale is None:
@@ -161,8 +164,17 @@ def one_step(spec: StepSpec, iterator: Any, i: tf.Tensor, arrays: dict[str, tf.T
         tf.cond(finite, lambda: update(spec, gradients), lambda: None)
         spec.scale.adjust(finite)
     loss, metrics = (local_sum(strategy, value) for value in sums)
-    values = {"loss": loss, "metrics": metrics, "gradient_norm": norm, "unit_norms": squares}
+    values = {"loss": loss, "metrics": metrics, "gradient_norm": norm, "unit_norms": squares, "waited": waited}
     return i + 1, {name: array.write(i, tf.cast(values[name], array.dtype)) for name, array in arrays.items()}
+
+
+def next_batch(iterator: Any) -> tuple[Batch, tf.Tensor]:
+    """Takes the next batch of an iterator; returns it and the seconds that this took, float64."""
+    began = tf.timestamp()
+    with tf.control_dependencies([began]):
+        batch = next(iterator)
+    with tf.control_dependencies(tf.nest.flatten(batch)):
+        return batch, tf.timestamp() - began
 
 
 def replica_gradients(spec: StepSpec, batch: Batch) -> tuple[Any, tf.Tensor, tf.Tensor, list[Any], list[Any]]:

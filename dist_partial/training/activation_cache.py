@@ -16,7 +16,7 @@ import psutil
 import tensorflow as tf
 
 from dist_partial import compat
-from dist_partial.data import Source, fetch, fetched
+from dist_partial.data import Source, fetch, fetched, trait
 from dist_partial.distributed import traffic
 from dist_partial.errors import UserError
 from dist_partial.training.split_model import SplitModel
@@ -148,6 +148,28 @@ class Activations:
             if apart(whole, _outputs(part.model, x, training)) <= limit:
                 raise part.refusal(f"and the rest are not the model of which they are parts ({distance:.2g} apart)")
         raise part.refusal("cannot be compared with the whole model, which gives something else each time")
+
+
+def check_cached(source: Source) -> None:
+    """Raises UserError unless an example of a source is the same whenever it comes again.
+
+    Examples:
+        >>> from dist_partial.data import ArraySource, Mapped
+        >>> noisy = Mapped(ArraySource(np.zeros([9])), lambda x, rng: x + rng.normal(), numpy=True)
+        >>> check_cached(noisy)
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: run.activation_cache would keep one draw of what Dataset.map draws for an ...
+    """
+    if trait(source, "draws", False):
+        raise UserError(
+            "run.activation_cache would keep one draw of what Dataset.map draws for an example, and give it in every "
+            "epoch: unbind it, or draw nothing"
+        )
+    if trait(source, "own_order", False):
+        raise UserError(
+            f"run.activation_cache keeps what it computes by example, and {type(source).__name__} of run.data has an "
+            "order of its own: unbind it, or give data with random access"
+        )
 
 
 def _inputs(source: Source, indices: np.ndarray) -> Any:

@@ -13,7 +13,7 @@ from dist_partial import checkpoints, reductions, selection, session
 from dist_partial.adapters import lora, quantization
 from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
-from dist_partial.data import ClassWeighted, Dataset, check_source, train_batches, without_lists
+from dist_partial.data import Dataset, check_source, class_weighted, dataset, train_batches, without_lists
 from dist_partial.distributed import consistency
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.distributed.replicas import Replicas
@@ -27,6 +27,7 @@ from dist_partial.step.loss_scale import LossScale, needs_loss_scale
 from dist_partial.step.objective import Batch, Objective
 from dist_partial.step.train_step import StepOptions, StepSpec, TrainStep, train_step
 from dist_partial.training import run_fingerprint
+from dist_partial.training.activation_cache import check_cached
 from dist_partial.training.checks import (
     check_added,
     check_batch,
@@ -140,15 +141,13 @@ def build(settings: Settings, replicas: Replicas) -> Trainer:
 
 def _build(settings: Settings, replicas: Replicas) -> Trainer:
     with calling("run.data"):
-        data = settings.data()
-        if not isinstance(data, Dataset):
-            raise UserError(
-                f"run.data made a {type(data).__name__}: its factory must return a dist_partial.data.Dataset"
-            )
+        data = dataset(settings.data(), name=getattr(settings.data, "__name__", "data"))
         for name in ("train", "evaluation"):
             check_source(f"{name} of {data.name}", getattr(data, name))
         if settings.class_weight:
-            data = dataclasses.replace(data, train=ClassWeighted(data.train, settings.class_weight))
+            data = dataclasses.replace(data, train=class_weighted(data.train, settings.class_weight))
+        if settings.activation_cache:
+            check_cached(data.train)
     strategy, spec = replicas.strategy, without_lists(data.train.spec)
     with strategy.scope():
         keras.utils.set_random_seed(settings.seed)

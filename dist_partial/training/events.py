@@ -117,6 +117,41 @@ class Saving:
             checkpoints.save(self._folder / name, state.step, arrays, metadata, keep)
 
 
+class DataWaits:
+    """Adds up how long steps waited for their examples, and says so where it is long.
+
+    The first call is left out: reading begins with it.
+
+    Examples:
+        >>> waits = DataWaits()
+        >>> for waited, took in ((5.0, 5.1), (1.1, 4.2), (2.0, 6.0)):
+        ...     waits.add(waited, took)
+        >>> waits.report(print)
+        data: steps waited 3.1 s of 10.2 s for examples (30 %): bind run.readers to more threads, or ...
+    """
+
+    def __init__(self) -> None:
+        self._waited = self._took = 0.0
+        self._begun = False
+
+    def add(self, waited: float, took: float) -> None:
+        """Takes the seconds in which steps waited, a mean over the workers, and those that the steps took."""
+        if self._begun:
+            self._waited += waited
+            self._took += took
+        self._begun = True
+
+    def report(self, say: Callable[[str], None]) -> None:
+        """Says how long the steps since the last report waited, if that is a tenth of the time, and a second."""
+        waited, took = self._waited, self._took
+        self._waited = self._took = 0.0
+        if waited > max(0.1 * took, 1.0):
+            say(
+                f"data: steps waited {waited:.1f} s of {took:.1f} s for examples ({100 * waited / took:.0f} %): bind "
+                "run.readers to more threads, or run.reader_processes where Python computes, or do less for an example"
+            )
+
+
 class Stopping:
     """Stops all workers after the same step once one of them got Ctrl-C or SIGTERM; a second Ctrl-C is not caught.
 

@@ -10,6 +10,7 @@ from types import FrameType
 import numpy as np
 import tensorflow as tf
 
+from dist_partial.data import failing_example
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import Ending, Fault, UserError, of_graph, raised
 from dist_partial.step.loss_scale import LossScale
@@ -84,7 +85,7 @@ def explained() -> Iterator[None]:
         ):
             if found := re.search(pattern, error.message):
                 raise UserError(ids.format(what, found[1], found[2])) from error
-        if reason := of_graph(error.message):
+        if reason := of_graph(error.message) or failing_example(error):
             raise reason from error
         raise
 

@@ -6,6 +6,7 @@ What happens between steps is in `events.py`, what is trained when in `schedule_
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.config.settings import Settings
+from dist_partial.data import reading
 from dist_partial.distributed import traffic
 from dist_partial.errors import Ending
 from dist_partial.selection.table import plan_table
@@ -51,7 +53,7 @@ def run(
         Interrupted: Ctrl-C or SIGTERM on any of the workers; the state is saved.
     """
     folder, replicas = Path(folder), settings.replicas()
-    with put_back(), failures.ended_together(replicas):
+    with put_back(), failures.ended_together(replicas), reading(settings.readers, settings.reader_processes):
         replicas.say(replicas.description)
         check_division(settings, replicas.strategy.num_replicas_in_sync)
         trainer = build(settings, replicas)
@@ -63,7 +65,7 @@ def run(
             return trainer
         runner, evaluate, judge = ScheduleRunner(trainer, state), evaluation.Evaluation(trainer), Judge(trainer, state)
         _enter(runner, state.step)
-        save = events.Saving(trainer, folder, state)
+        save, waits = events.Saving(trainer, folder, state), events.DataWaits()
         with (
             run_folder.begun(folder, trainer, runner.plan),
             MetricWriter(folder, state.step, settings.steps, state.sent, replicas.is_chief) as writer,
@@ -78,8 +80,10 @@ def run(
                 runner.report(writer, state.step)
                 due = events.next_due(state.step, evaluate, save, runner, *runner.phase.exchanges)
                 count = min(settings.steps_per_loop, due - state.step)
-                state = _advance(runner, state, count, writer, (save, stop, judge))
+                state = _advance(runner, state, count, writer, (save, stop, judge, waits))
                 writer.configuration(operative, unused)
+                if evaluate.due(state.step):
+                    waits.report(writer.say)
                 _after_steps(state, writer, evaluate, save, stop, judge)
                 if not (stop.due(state.step) or judge.reason):
                     _enter(runner, state.step)
@@ -112,13 +116,14 @@ def _advance(
     state: TrainState,
     count: int,
     writer: MetricWriter,
-    followers: tuple[events.Saving, events.Stopping, Judge],
+    followers: tuple[events.Saving, events.Stopping, Judge, events.DataWaits],
 ) -> TrainState:
     """Makes `count` steps and the exchanges that follow, and records them; returns the state after them."""
     trainer, phase, done = runner.trainer, runner.phase, state.step + count
-    save, stop, judge = followers
+    save, stop, judge, waits = followers
     judge.begin_steps()
     save.meter.start()
+    began = time.perf_counter()
     result = runner.advance(count)
     each = traffic.sent_each(phase.sent, trainer.plan, steps=1)
     sent = state.sent + each * np.arange(1, count + 1)[:, np.newaxis]
@@ -128,11 +133,12 @@ def _advance(
             sent[-1] += traffic.sent_each(exchange.sent, trainer.plan)
     # All workers stop after the same call, whichever of them got the signal, and all hear of a norm that is not finite
     # on one of them alone, which trains by itself.
-    votes = np.append(stop.votes(), judge.wants_to_stop)
+    votes = np.append(stop.votes(), [judge.wants_to_stop, np.sum(result["waited"])])
     parts = [result["loss"], result["gradient_norm"], votes, np.ravel(result.get("metrics", ()))]
     sums = trainer.replicas.sum(np.concatenate(parts, dtype=np.float64))
     losses, norms, votes, metrics = np.split(sums, np.cumsum([len(part) for part in parts])[:-1])
     norms = norms / trainer.replicas.workers
+    waits.add(votes[3] / trainer.replicas.workers, time.perf_counter() - began)
     stop.count(votes[:2])
     if votes[2]:
         judge.stop()

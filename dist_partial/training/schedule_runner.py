@@ -169,7 +169,7 @@ class ScheduleRunner:
                 self.notes.append(
                     f"run.activation_cache keeps the activations up to {kept.name!r}, at most {kept.bytes:,} bytes"
                 )
-            self._indices = iter(self._order(done))
+            self._indices = iter(self._order(done)) if kept else None
 
     def report(self, writer: MetricWriter, done: int) -> None:
         """Records a switch after `done` steps, and the notes."""

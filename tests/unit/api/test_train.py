@@ -187,6 +187,14 @@ def test_in_a_thread():
     assert found[0].metrics["step"] == 2
 
 
+def test_takes_what_the_data_door_takes():
+    rows = tf.data.Dataset.from_tensor_slices((X, Y)).batch(5)
+    found = quickly(named(), rows, evaluation=rows, global_batch=24, optimizer=keras.optimizers.SGD(0.1))
+    arrays = quickly(named, (X, Y), global_batch=24, optimizer="sgd", folder="arrays")
+    assert found.metrics["examples"] == arrays.metrics["examples"] == 24
+    assert found.history[0].keys() == arrays.history[0].keys()
+
+
 class Interrupting(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         os.kill(os.getpid(), signal.SIGINT)

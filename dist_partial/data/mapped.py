@@ -1,0 +1,260 @@
+"""Examples that go through a function of the user's: decoding, augmentation."""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tensorflow as tf
+
+from dist_partial.data.draws import another, draws, seeds
+from dist_partial.data.reading import checked, trait, without_lists
+from dist_partial.errors import UserError, calling
+from dist_partial.validation import shown
+
+if TYPE_CHECKING:
+    from dist_partial.data.source import Source
+
+# What gives something else each time, or changes something for the next example, by the names of TensorFlow's ops.
+_BY_ITSELF = re.compile(
+    r"Random(?!IndexShuffle)|Stateful(?!PartitionedCall)|Rng|TruncatedNormal|Multinomial|SampleDistorted|Assign"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Mapped:
+    """Passes the examples of a source through a function; `Dataset.map` makes it of both sources of a data set.
+
+    Args:
+        source: the examples.
+        function: takes the parts of an example, x or (x, y) or (x, y, weight), and gives one to three such parts. A
+            parameter called `seed` is given an int32 [2] for `tf.random.stateless_uniform` and the like; one called
+            `rng` a `np.random.Generator`, where `numpy`. What they give is a function of the seed of the run, the
+            epoch and the index of the example.
+        numpy: whether the function takes and gives NumPy arrays, and not tensors.
+
+    Raises:
+        UserError: the function does not take the examples.
+
+    Examples:
+        >>> from dist_partial.data import ArraySource
+        >>> source = ArraySource(np.arange(3.0), np.arange(3))
+        >>> Mapped(source, lambda x, y: (x / 2, y)).fetch(np.array([2, 1]))[0].tolist()
+        [1.0, 0.5]
+        >>> noisy = Mapped(source, lambda x, y, rng: (x + rng.normal(), y), numpy=True)
+        >>> noisy.spec[0], noisy.random
+        (TensorSpec(shape=(), dtype=tf.float64, name=None), True)
+    """
+
+    source: "Source"
+    function: Callable[..., Any]
+    numpy: bool = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise UserError(
+                f"Dataset.map got {shown(self.function)}: give a function, such as lambda x, y: (x / 255, y)"
+            )
+        if self.numpy and trait(self.source, "streamed", False):
+            raise UserError(
+                f"{self.name} is to map a tf.data.Dataset with numpy=True: map that before, by tf.numpy_function, or "
+                "give a function of TensorFlow"
+            )
+        count = len(self.source.spec)
+        try:
+            signature = inspect.signature(self.function)
+            signature.bind(*[None] * count, **({self._drawn: None} if self.random else {}))
+        except ValueError:  # a function in C may have none
+            return
+        except TypeError:
+            parts = ", ".join(("x", "y", "weight")[:count])
+            raise UserError(
+                f"{self.name}{signature} does not take an example of run.data, ({parts}): write a function of "
+                f"({parts}), or of ({parts}, {self._drawn}) if it draws random numbers"
+                + ("" if self.numpy or "rng" not in signature.parameters else ", or say numpy=True to have an rng")
+            ) from None
+
+    @property
+    def name(self) -> str:
+        """The name of the function."""
+        function = self.function.func if isinstance(self.function, functools.partial) else self.function
+        return getattr(function, "__name__", type(function).__name__)
+
+    @property
+    def _drawn(self) -> str:
+        return "rng" if self.numpy else "seed"
+
+    @functools.cached_property
+    def random(self) -> bool:
+        """Whether the function draws random numbers."""
+        try:
+            return self._drawn in inspect.signature(self.function).parameters
+        except ValueError:
+            return False
+
+    @property
+    def draws(self) -> bool:
+        """Whether this function or one before it draws random numbers."""
+        return self.random or trait(self.source, "draws", False)
+
+    @functools.cached_property
+    def depth(self) -> int:
+        """How many functions examples have gone through: each draws random numbers of its own."""
+        return 1 + trait(self.source, "depth", 0)
+
+    @functools.cached_property
+    def spec(self) -> tuple[Any, ...]:
+        """What the function gives: traced, or from the first example where it is of NumPy."""
+        if not self.numpy:
+            spec: tuple[Any, ...] = _specs(self._graph.structured_outputs)
+            return spec
+        (example,) = self._results(*self._inputs(np.zeros(1, np.int64), None))
+        return _specs(example)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def place(self, index: int) -> str:
+        """Where an example is."""
+        inner = trait(self.source, "place")
+        if isinstance(self.source, Mapped):
+            return self.source.place(index)
+        return f"example {index:,}" + (f" ({inner(index)})" if inner else "")
+
+    def seeds(self, state: np.ndarray) -> np.ndarray:
+        """The function's seeds, int32 [b, 2], for the examples of these draws."""
+        return seeds(another(state, self.depth))
+
+    def fetch(self, indices: np.ndarray) -> tuple[Any, ...]:
+        """Examples, with the random numbers of the first epoch of a run of seed 0."""
+        return self.fetch_with(indices, None)
+
+    def fetch_with(self, indices: np.ndarray, state: np.ndarray | None) -> tuple[Any, ...]:
+        """Examples, with the random numbers that follow from `draws.draws`, uint64 [b]."""
+        parts, own = self._inputs(indices, state)
+        if self.numpy:
+            return _stacked(self._results(parts, own))
+        with calling(self._words), tf.device("CPU:0"):
+            found = self._of_batch(parts, tf.constant(seeds(own)))
+        return tf.nest.map_structure(lambda tensor: tensor.numpy(), found)
+
+    def of_example(self, parts: tuple[Any, ...], seed: tf.Tensor) -> tuple[Any, ...]:
+        """Calls a function of TensorFlow on one example, in a graph; seed int32 [2]."""
+        found: tuple[Any, ...] = self._graph(parts, seed)
+        return found
+
+    @property
+    def _words(self) -> str:
+        return f"{self.name} of run.data"
+
+    def _inputs(self, indices: np.ndarray, state: np.ndarray | None) -> tuple[tuple[Any, ...], np.ndarray]:
+        """A batch of the source, and this function's draws for it."""
+        if state is None:
+            state = draws(0, np.zeros_like(indices), indices)
+        return checked(self.source, indices, state), another(state, self.depth)
+
+    def _results(self, parts: tuple[Any, ...], own: np.ndarray) -> list[tuple[Any, ...]]:
+        """What a NumPy function gives for each example of a batch, flat, but for the first, whose nest is kept."""
+        flat, results = tf.nest.flatten(parts), []
+        with calling(self._words):
+            for i, draw in enumerate(own.tolist()):
+                example = tf.nest.pack_sequence_as(parts, [array[i] for array in flat])
+                drawn = {"rng": np.random.Generator(np.random.Philox(draw))} if self.random else {}
+                results.append(_parts(self, self.function(*example, **drawn)))
+        return results
+
+    @functools.cached_property
+    def _graph(self) -> Any:
+        """The function, traced on the spec of an example."""
+        function = tf.function(self.function)  # with autograph, as tf.data has it
+
+        @tf.function(autograph=False)
+        def called(parts: tuple[Any, ...], seed: tf.Tensor) -> tuple[Any, ...]:
+            return _parts(self, function(*parts, **({"seed": seed} if self.random else {})))
+
+        with calling(self._words), tf.device("CPU:0"):
+            graph = called.get_concrete_function(without_lists(self.source.spec), tf.TensorSpec([2], tf.int32))
+        for one in tf.nest.flatten(graph.structured_outputs):
+            dense = isinstance(one, (tf.Tensor, tf.TensorSpec))
+            if not dense or not one.shape.is_fully_defined():
+                what = f"{one.dtype.name} {one.shape}" if dense else type(one).__name__
+                raise UserError(
+                    f"{self._words} gives {what}, and all examples must have one shape, known before they are read: "
+                    "end it with tf.image.resize, a slice or padding, and tf.ensure_shape(x, [...])"
+                )
+        if found := _by_itself(graph):
+            raise UserError(
+                f"{self._words} draws random numbers or changes a variable ({found}), which gives something else each "
+                "time: write a parameter seed, and draw with tf.random.stateless_uniform(shape, seed) and the like"
+            )
+        return graph
+
+    @functools.cached_property
+    def _of_batch(self) -> Any:
+        """The function over the examples of a batch, for where tf.data does not call it."""
+
+        @tf.function(autograph=False, reduce_retracing=True)
+        def called(parts: tuple[Any, ...], own: tf.Tensor) -> tuple[Any, ...]:
+            found: tuple[Any, ...] = tf.map_fn(
+                lambda each: self.of_example(*each), (parts, own), fn_output_signature=self.spec
+            )
+            return found
+
+        return called
+
+
+def stages(source: "Source") -> tuple["Source", list[Mapped]]:
+    """Finds what is read by `fetch`, and the functions of TensorFlow that its examples go through then, in order.
+
+    Examples:
+        >>> from dist_partial.data import ArraySource
+        >>> base = ArraySource(np.arange(3.0))
+        >>> found, functions = stages(Mapped(Mapped(base, lambda x: x + 1, numpy=True), lambda x: x / 2))
+        >>> found.source is base, [function.numpy for function in functions]
+        (True, [False])
+    """
+    functions: list[Mapped] = []
+    while isinstance(source, Mapped) and not source.numpy:
+        functions.insert(0, source)
+        source = source.source
+    return source, functions
+
+
+def _parts(mapped: Mapped, found: Any) -> tuple[Any, ...]:
+    """What a function gives for an example as a tuple of its parts."""
+    parts = without_lists(tuple(found)) if isinstance(found, (tuple, list)) else (found,)
+    if not 1 <= len(parts) <= 3 or any(part is None for part in parts):
+        raise UserError(
+            f"{mapped.name} of run.data gives {shown(found)}: return x, (x, y) or (x, y, weight) of an example"
+        )
+    return parts
+
+
+def _stacked(results: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Examples as a batch."""
+    columns = zip(*map(tf.nest.flatten, results), strict=True)
+    found: tuple[Any, ...] = tf.nest.pack_sequence_as(results[0], [np.stack(column) for column in columns])
+    return found
+
+
+def _specs(example: Any) -> tuple[Any, ...]:
+    """The spec of an example of arrays or of tensors of a graph; without the names of the latter."""
+
+    def spec(each: Any) -> tf.TensorSpec:
+        if isinstance(each, (tf.Tensor, tf.TensorSpec)):
+            return tf.TensorSpec(each.shape, each.dtype)
+        array = np.asarray(each)
+        return tf.TensorSpec(array.shape, tf.string if array.dtype.kind in "OSU" else array.dtype)
+
+    found: tuple[Any, ...] = tf.nest.map_structure(spec, example)
+    return found
+
+
+def _by_itself(graph: Any) -> str:
+    """An operation of a traced function that gives something else each time, or changes something; '' if none does."""
+    definition = graph.graph.as_graph_def()
+    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
+    return next((node.op for node in nodes if _BY_ITSELF.match(node.op)), "")

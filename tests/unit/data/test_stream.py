@@ -1,0 +1,139 @@
+"""A tf.data.Dataset in its own order: which examples come on any number of workers, and after a resume."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dist_partial.data import ArraySource, Dataset, Stream, class_weighted, evaluation_batches, looks, train_batches
+from dist_partial.errors import Raised, UserError
+from dist_partial.training.failures import explained
+from tests.unit.data.test_batches import contexts, elements, steps
+
+COUNT = 29
+
+
+def numbers(count=COUNT):
+    """Examples that carry their own number: x = [i, i], y = i."""
+    return tf.data.Dataset.range(count, output_type=tf.int32).map(lambda i: (tf.stack([i, i]), i))
+
+
+def train(source, global_batch=12, first_step=0, seed=3):
+    return lambda context: train_batches(
+        source, first_step=first_step, global_batch=global_batch, seed=seed, context=context
+    )
+
+
+MADE = {
+    "examples": numbers,
+    "batches": lambda: numbers().batch(4).prefetch(2),
+    "unknown": lambda: numbers(2 * COUNT).filter(lambda x, y: y < COUNT),
+    "in_threads": lambda: tf.data.Dataset.range(COUNT).interleave(
+        lambda i: numbers().skip(i).take(1), cycle_length=2, num_parallel_calls=2, deterministic=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_position_p_is_the_pth_example_on_any_number_of_workers_and_after_a_resume(name, capsys):
+    source = Stream(MADE[name]())
+    epoch = np.concatenate([np.atleast_1d(y) for _, y in MADE[name]().as_numpy_iterator()])
+    wanted = epoch[np.arange(7 * 12) % COUNT].reshape(7, 12)
+    assert len(source) == COUNT
+    for workers, replicas in ((1, 1), (2, 4), (3, 3)):
+        np.testing.assert_array_equal(steps(train(source), workers, replicas, 7), wanted)
+    capsys.readouterr()
+    np.testing.assert_array_equal(steps(train(source, first_step=5), 2, 2, 2), wanted[5:])
+    out = capsys.readouterr().out
+    assert out.startswith("run.data: skipped 60 examples in ") and out.count("\n") == 1
+
+
+def test_a_shuffled_data_set_goes_on_where_it_was():
+    def source():
+        return Stream(lambda: numbers().shuffle(COUNT, seed=1))
+
+    whole = steps(train(source()), 1, 1, 9)
+    assert len(np.unique(whole.reshape(-1)[:COUNT])) == COUNT
+    np.testing.assert_array_equal(steps(train(source(), first_step=6), 2, 2, 3), whole[6:])
+
+
+def test_batches_are_infinite_and_shapes_are_static():
+    for batches in (
+        train(Stream(numbers()))(contexts(2, 2)[0]),
+        train(Stream(numbers()), first_step=3)(contexts(2, 2)[0]),
+        evaluation_batches(Stream(numbers()), examples=5, global_batch=12, context=contexts(2, 2)[0]),
+    ):
+        assert batches.cardinality() == tf.data.INFINITE_CARDINALITY
+        assert [tuple(spec.shape) for spec in batches.element_spec] == [(6, 2), (6,)]
+
+
+@pytest.mark.parametrize("first", [0, 7])
+@pytest.mark.parametrize(("examples", "workers"), [(24, 1), (20, 2), (1, 4)])
+def test_evaluation_reads_each_once_and_fills_up_with_the_last(first, examples, workers):
+    def made(context):
+        return evaluation_batches(Stream(numbers(40)), first=first, examples=examples, global_batch=12, context=context)
+
+    count = -(-examples // 12)
+    seen = steps(made, workers, workers, 2 * count).reshape(2, -1)
+    wanted = first + np.minimum(np.arange(count * 12), examples - 1)
+    np.testing.assert_array_equal(seen, [wanted, wanted])
+
+
+def test_functions_draw_by_position_and_classes_weigh():
+    data = Dataset("numbers", Stream(numbers()), ArraySource(np.zeros([3, 2], np.int32), np.zeros(3, np.int32)), "1")
+
+    def noisy(x, y, seed):
+        return x, tf.random.stateless_uniform([], seed, 0, 10**6, tf.int32)
+
+    source = data.map(noisy).train
+    alone = steps(train(source), 1, 1, 6)
+    assert len(np.unique(alone)) > 70
+    for workers in (2, 3):
+        np.testing.assert_array_equal(steps(train(source), workers, workers, 6), alone)
+    np.testing.assert_array_equal(steps(train(source, first_step=4), 1, 1, 2), alone[4:])
+    for _, y, weight in elements(train(class_weighted(Stream(numbers()), {3: 2.5}))(contexts(1, 1)[0]), 3):
+        np.testing.assert_array_equal(weight, np.where(y == 3, 2.5, 1))
+
+
+def test_an_endless_one_is_trained_on():
+    source = Stream(numbers().repeat())
+    np.testing.assert_array_equal(steps(train(source), 1, 1, 7).reshape(-1), np.arange(7 * 12) % COUNT)
+    assert len(source) > 10**15 and looks(source).tolist() == list(range(64))
+    with pytest.raises(UserError, match=r"held out have no end: bind run\.eval_examples"):
+        evaluation_batches(source, examples=len(source) // 12 * 12, global_batch=12, context=contexts(1, 1)[0])
+
+
+def test_one_tensor_is_x():
+    (batch,) = elements(train(Stream(tf.data.Dataset.range(9)))(contexts(1, 1)[0]), 1)
+    assert batch[0].tolist() == [*range(9), 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Stream([1, 2]), r"got \[1, 2\]: give a tf.data.Dataset"),
+        (lambda: Stream(tf.data.Dataset.range(3).map(lambda i: tf.range(i))), r"shape=\(None,\).* tf.ensure_shape"),
+        (lambda: Stream(numbers(), batched=True), "no batches: say batched=False"),
+        (lambda: train(Stream(numbers(0)))(contexts(1, 1)[0]), "is empty"),
+        (lambda: train(Stream(numbers()))(contexts(1, 5)[0]), "run.global_batch=12 .* 5 replicas"),
+        (
+            lambda: Dataset("n", Stream(numbers()), Stream(numbers()), "1").map(lambda x, y: (x, y), numpy=True),
+            "<lambda> is to map a tf.data.Dataset with numpy=True",
+        ),
+    ],
+)
+def test_mistakes_are_named_in_one_line(make, words):
+    with pytest.raises(UserError, match=words) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_of_its_own_is_one_of_the_data():
+    def failing(x, y):
+        tf.debugging.assert_none_equal(y, 17, message="no such colour")
+        return x, y
+
+    source = Stream(numbers().map(failing, num_parallel_calls=2))
+    words = r"^run\.data raised InvalidArgumentError: assertion failed: \[no such colour\] \["
+    with pytest.raises(Raised, match=words) as caught, explained():
+        elements(train(source)(contexts(1, 1)[0]), 3)
+    assert "\n" not in str(caught.value)
