@@ -159,7 +159,7 @@ def test_what_layers_have_adapted_to_comes_along():
     before = model.predict(tf.constant(text), verbose=0)
     found = train(
         model,
-        (text, np.zeros([4, 1])),
+        (text, before),
         rules=HEAD,
         loss="mse",
         evaluation=(text, before),
