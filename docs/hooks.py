@@ -41,6 +41,7 @@ SECTIONS = {
 # Sections of the page of the API: what one finds there, and the modules, or packages, that have it. Where only some
 # names are of use to others, they are in brackets.
 MODULES: dict[str, tuple[str, ...]] = {
+    "Train from Python": ("api[train,devices,Result,History]",),
     "The rules for `model.fit`": ("fit",),
     "Settings and gin files": ("config.settings", "config.gin_files"),
     "The loop": ("training.loop",),
@@ -54,6 +55,10 @@ MODULES: dict[str, tuple[str, ...]] = {
         "data.prepared[tfds_dataset]",
         "data.tfrecords[TFRecordSource,tfrecord_dataset]",
         "data.images[ImageFolderSource,image_folder]",
+        "data.adapt[dataset,source_of]",
+        "data.map_source[MapSource]",
+        "data.py_dataset[PyDatasetSource]",
+        "data.tables[csv_dataset,parquet_dataset]",
     ),
     "Models": (
         "models.byte_transformer[byte_transformer]",
@@ -174,12 +179,12 @@ def api_page() -> str:
         "# Python API",
         "Importing `dist_partial` imports no TensorFlow; its names are loaded when they are first used.",
         tables.markdown(
-            ("name", "defined in"),
-            [(f"`dist_partial.{name}`", f"[`{_path(home, name)}`][{_path(home, name)}]") for name, home in homes()],
+            ("name", ""),
+            [(f"[`dist_partial.{name}`][{_path(home, name)}]", _line(name)) for name, home in homes()],
             words=2,
         ),
     ]
-    assert [name for name, _ in homes()] == dir(dist_partial)
+    assert [name for name, _ in homes()] == dist_partial.__all__
     for title, modules in MODULES.items():
         parts.append(f"## {title}")
         for module in modules:
@@ -195,6 +200,16 @@ def homes() -> list[tuple[str, str]]:
     import dist_partial
 
     return sorted(dist_partial._HOMES.items())
+
+
+def _line(name: str) -> str:
+    """What a public name is for, in one line."""
+    import dist_partial
+
+    line = inspect.cleandoc(getattr(dist_partial, name).__doc__ or "").partition("\n")[0]
+    if not line:
+        _LOG.warning("dist_partial.%s has no docstring", name)
+    return line
 
 
 def _path(home: str, name: str) -> str:

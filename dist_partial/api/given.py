@@ -8,19 +8,21 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from dist_partial import compat, session
 from dist_partial.api.words import in_python
 from dist_partial.config.bindings import only_in_python
-from dist_partial.config.gin_text import importable
+from dist_partial.config.gin_text import has_name
 from dist_partial.config.settings import PRECISIONS
-from dist_partial.data import ArraySource, Dataset, fetch, fingerprint, keep_examples, kept_examples
+from dist_partial.data import Dataset, dataset, fetch, keep_examples, kept_examples, looks
 from dist_partial.distributed.replicas import ReplicaOptions, Replicas
 from dist_partial.errors import UserError, calling
 from dist_partial.files import replacing
 from dist_partial.models import ModelCopy, keras_file, numbered_names
 from dist_partial.selection.paths import variable_paths
 from dist_partial.selection.rules import first_match, parse_rules
+from dist_partial.step import layer_state
 from dist_partial.step.optimizers import another
 from dist_partial.validation import shown
 
@@ -46,18 +48,12 @@ class Data:
 
     def __call__(self) -> Dataset:
         if self._made is None:
-            function = callable(self.given) and not hasattr(self.given, "__getitem__")
+            holds = any(hasattr(self.given, name) for name in ("fetch", "__getitem__"))  # which may be callable, too
+            function = isinstance(self.given, type) or (callable(self.given) and not holds)
             made = self.given() if function else self.given
-            self._named = isinstance(made, Dataset) and importable(getattr(self.given, "func", self.given))
-            self._made = made if isinstance(made, Dataset) and self._evaluation is None else self._adapted(made)
+            self._named = function and self._evaluation is None and has_name(self.given)
+            self._made = dataset(made, self._evaluation, name=getattr(self.given, "__name__", "data"))
         return self._made
-
-    def _adapted(self, made: Any) -> Dataset:
-        try:
-            from dist_partial.data import adapt  # type: ignore[attr-defined]
-        except ImportError:  # TODO: goes once data.adapt is there
-            return _of_arrays(made, self._evaluation)
-        return adapt.dataset(made, self._evaluation)
 
     def kept(self, folder: Path) -> Callable[..., Any]:
         """A factory that another process can name; it may read a few examples from the folder."""
@@ -66,15 +62,6 @@ class Data:
         path = folder / "examples.npz"
         keep_examples(path, self())
         return functools.partial(kept_examples, path=str(path.absolute()))
-
-
-def _of_arrays(given: Any, evaluation: Any) -> Dataset:
-    if evaluation is None:
-        count = len(given[0])
-        order = np.random.default_rng(0).permutation(count)
-        held = max(1, count // 10)
-        given, evaluation = (tuple(array[np.sort(part)] for array in given) for part in (order[held:], order[:held]))
-    return Dataset("data", ArraySource(*given), ArraySource(*evaluation), fingerprint(*given, *evaluation))
 
 
 class Model:
@@ -101,15 +88,18 @@ class Model:
             self.__wrapped__ = given  # for `session.numbered_afresh`
             return
         with calling("run.data"):
-            x = fetch(data().train, np.arange(2))[0] if not given.weights else None
+            source = data().train
+            x = fetch(source, np.resize(looks(source), layer_state.batch_size(given) or 2))[0]
+            x = tf.nest.map_structure(tf.constant, x)
         with calling("run.model"):
-            if x is not None:
+            if not given.weights:
                 given(x, training=False)
             names = _names(given, rules)
             parts = {part for path in variable_paths(given) for part in path.split("/")}
             if renamed := ", ".join(f"{old} is {new!r}" for old, new in names.items() if old in parts):
                 self.notes = (f"layers that Keras has numbered have the names of a new process here: {renamed}",)
             self._copy = ModelCopy(given, names, x)
+            _check_same(given, self._copy(), x)
 
     def __call__(self) -> Any:
         if self._copy is not None and self.of_instance:
@@ -130,7 +120,7 @@ class Model:
 
     @property
     def _named(self) -> bool:
-        return not self.of_instance and importable(getattr(self.given, "func", self.given))
+        return not self.of_instance and has_name(self.given)
 
     def compiled(self) -> dict[str, Any]:
         """What it was compiled with, as arguments of the run."""
@@ -191,6 +181,20 @@ class Model:
         return True
 
 
+def _check_same(model: keras.Model, other: keras.Model, x: Any) -> None:
+    """Raises UserError if a copy computes something else than the model: what was set on it later is in no config."""
+    try:
+        found = [tf.nest.flatten(each(x, training=False)) for each in (model, other)]
+    except (ValueError, TypeError, tf.errors.InvalidArgumentError):  # it does not take the data, which is said later
+        return
+    for ours, theirs in zip(*found, strict=True):
+        if not np.allclose(ours, theirs, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise UserError(
+                f"model {model.name!r} computes something else when it is made again of its config, as each run does: "
+                "give the function that makes it, and not the model"
+            )
+
+
 def _names(model: keras.Model, rules: Sequence[Any]) -> Mapping[str, str]:
     """Other names for layers that Keras has numbered, so that a cell may be run twice; none where rules need the old.
 
@@ -228,8 +232,8 @@ class Optimizer:
 
     Examples:
         >>> make = Optimizer(keras.optimizers.SGD(0.5, momentum=0.9))
-        >>> make().momentum, float(make().learning_rate), float(make(learning_rate=0.1).learning_rate)
-        (0.9, 0.5, 0.1)
+        >>> make().momentum, float(make().learning_rate), float(make(learning_rate=0.25).learning_rate)
+        (0.9, 0.5, 0.25)
     """
 
     def __init__(self, instance: keras.optimizers.Optimizer) -> None:

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from dist_partial.errors import UserError
 from dist_partial.step import outer_step
 from dist_partial.train import main as command
 from dist_partial.training import failures, loop
-from dist_partial.training.build import Trainer
 from dist_partial.validation import nearest
 
 _DEVICES = 8  # on the CPU, which cost nothing where they are not used
@@ -72,7 +71,7 @@ def train(
         >>> rules = [("train", "head/.*"), ("freeze", ".*")]
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     found = train(model, (x, x.sum(1)), rules=rules, loss="mse", steps=3, folder=f"{folder}/run")
-        path ...
+        replicas: 1, ...
         >>> [row["step"] for row in found.history if row["split"] == "train"], found.model is model
         ([1, 2, 3], True)
     """
@@ -80,46 +79,42 @@ def train(
         _check_names(settings)
         examples = given.Data(data, evaluation)
         made = given.Model(model, examples, rules)
-        settings = {name: value for name, value in made.compiled().items() if value is not None} | settings
-        settings["precision"] = made.precision(settings.get("precision"))
+        compiled = {name: value for name, value in made.compiled().items() if value is not None}
+        settings = compiled | settings | {"precision": made.precision(settings.get("precision"))}
         if "optimizer" in settings:
             settings["optimizer"] = given.optimizer(settings["optimizer"])
         bound = Settings(rules=rules, model=made, data=examples, replicas=given.replicas(replicas), **settings)
-        place = _new_folder(getattr(model, "name", model)) if folder is None else Path(folder).expanduser()
-        going_on = any((place / "checkpoints").glob("step-*"))
-
-        def operative() -> str:
-            kept = dataclasses.replace(bound, model=made.kept(place, going_on), data=examples.kept(place))
-            return gin_text.text(kept)
-
-        for note in made.notes:
-            print(note)
-        try:
-            trainer = loop.run(bound, place, operative)
-        except failures.Interrupted:
-            if made.made is not None:
-                made.give_back(made.made.get_weights())
-            raise
-        finally:
-            if folder is None:
-                with contextlib.suppress(OSError):
-                    place.rmdir()  # which nothing was written to
-        return _result(trainer, made, place)
+        with _place(folder, model) as place:
+            return _run(bound, made, examples, place)
 
 
-def _result(trainer: Trainer, made: given.Model, folder: Path) -> Result:
-    model = trainer.model
+def _run(settings: Settings, model: given.Model, data: given.Data, folder: Path) -> Result:
+    going_on = any((folder / "checkpoints").glob("step-*"))
+
+    def operative() -> str:
+        kept = dataclasses.replace(settings, model=model.kept(folder, going_on), data=data.kept(folder))
+        return gin_text.text(kept)
+
+    for note in model.notes:
+        print(note)
+    try:
+        trainer = loop.run(settings, folder, operative)
+    except failures.Interrupted:
+        if model.made is not None:
+            model.give_back(model.made.get_weights())
+        raise
+    made = trainer.model
     for layer in trainer.batch_norms:
         layer.trainable = True  # as it was made: the run alone had put it into inference mode
     with outer_step.agreed(trainer.replicas.strategy, trainer.fragments):
-        if made.give_back(model.get_weights()):
-            model = made.given
-        elif made.of_instance:
+        if model.give_back(made.get_weights()):
+            made = model.given
+        elif model.of_instance:
             print(
-                f"model {made.given.name!r} keeps its weights, for the rules have given the trained one other "
-                "variables (LoRA, a lower precision): it is the result's .model"
+                f"model {made.name!r} keeps its weights, for the rules have given the trained one other variables "
+                "(LoRA, a lower precision): it is the result's .model"
             )
-    return result.read(model, folder, trainer.plan, trainer.settings.steps)
+    return result.read(made, folder, trainer.plan, settings.steps)
 
 
 def devices(count: int = _DEVICES) -> None:
@@ -144,21 +139,26 @@ def _some_devices() -> None:
             simulated(_DEVICES)
 
 
-def _new_folder(named: Any) -> Path:
-    """Makes the next free folder for a model of that name."""
+@contextlib.contextmanager
+def _place(folder: str | Path | None, model: Any) -> Iterator[Path]:
+    """The run folder: the one that is given, or the next free one for a model of that name, if anything is written."""
+    if folder is not None:
+        yield Path(folder).expanduser()
+        return
     if read_tf_config(os.environ.get("TF_CONFIG", "")):
         raise UserError("folder is None, and the workers of TF_CONFIG write one together: give folder='runs/mine'")
-    name = named if isinstance(named, str) else getattr(named, "__name__", "model")
+    name = getattr(model, "name", getattr(model, "__name__", "model"))
     name = re.sub(r"\W+", "_", re.sub(r"_\d+$", "", name)).strip("_") or "model"
     for number in itertools.count(1):
-        folder = Path("runs") / f"{name}-{number}"
-        folder.parent.mkdir(exist_ok=True)
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
-    raise AssertionError("unreachable")
+        place = Path("runs") / f"{name}-{number}"
+        with contextlib.suppress(FileExistsError):
+            place.mkdir(parents=True)
+            break
+    try:
+        yield place
+    finally:
+        with contextlib.suppress(OSError):
+            place.rmdir()  # which is empty after a mistake
 
 
 def _check_names(settings: dict[str, Any]) -> None:

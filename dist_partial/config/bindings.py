@@ -77,11 +77,12 @@ def annotation(registry: Any, binding: str) -> Any:
     return hints.get(argument, {bool: bool, int: float, float: float}.get(type(default), Any))
 
 
-def only_in_python(what: str, **_: Any) -> NoReturn:
+def only_in_python(what: str, learning_rate: Any = None) -> NoReturn:
     """Stands in a run folder's configuration for what only the Python process that trained it has.
 
     Args:
         what: says what it is.
+        learning_rate: with which an optimizer would be made.
 
     Raises:
         UserError: always.

@@ -21,13 +21,24 @@ _FACTORIES = ("model", "data", "optimizer")
 _LEFT_OUT = ("callbacks", "replicas", "sampling")
 
 
-def importable(value: Any) -> bool:
-    """Tells whether another process can import a function or class by its name.
+def has_name(value: Any) -> bool:
+    """Tells whether a gin file can name a factory: a function or class of a module, or a `functools.partial` of one.
 
     Examples:
-        >>> importable(keras.optimizers.Adam), importable(lambda: None)
+        >>> has_name(keras.optimizers.Adam), has_name(lambda: None)
         (True, False)
+        >>> [has_name(functools.partial(keras.optimizers.Adam, learning_rate=rate)) for rate in (0.1, object())]
+        [True, False]
     """
+    gin_files._register()
+    try:
+        _Writer()._value(value)
+    except _Unwritable:
+        return False
+    return True
+
+
+def _importable(value: Any) -> bool:
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
     return (
         (inspect.isclass(value) or inspect.isfunction(value))
@@ -131,7 +142,7 @@ class _Writer:
         """A reference to a function or class that is called with these arguments, in a scope of its own."""
         name = self._known.get(id(function), "").removeprefix("dist_partial.")
         if not name:
-            if not importable(function):
+            if not _importable(function):
                 raise _Unwritable(shown(function))
             self.imports.add(function.__module__)
             name = f"{function.__module__}.{function.__name__}"

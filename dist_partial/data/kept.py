@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from dist_partial.data.batches import fetch
+from dist_partial.data.batches import looks
 from dist_partial.data.codecs import ByteCodec, Codec, ShapeCodec
+from dist_partial.data.reading import fetch
 from dist_partial.data.source import ArraySource, Dataset
 from dist_partial.errors import UserError
 from dist_partial.files import existing, write_atomically
 from dist_partial.validation import check_arguments
 
-_KEPT = 32  # examples of each part
 _CODECS: dict[str, Callable[[], Codec]] = {"bytes": ByteCodec, "shapes": ShapeCodec}
 
 
@@ -34,7 +34,7 @@ def kept_examples(path: str) -> Dataset:
         ...     keep_examples(Path(folder, "examples.npz"), Dataset("mine", part, part, "its digest"))
         ...     data = kept_examples(f"{folder}/examples.npz")
         >>> data.name, len(data.train), data.train.spec[0]["a"].shape.as_list(), data.train.fetch(np.array([3]))[1]
-        ('mine', 32, [2], array([3]))
+        ('examples of mine', 64, [2], array([4]))
     """
     check_arguments(kept_examples, locals())
     file = existing("kept_examples.path", path, "*.npz")
@@ -43,13 +43,14 @@ def kept_examples(path: str) -> Dataset:
             content = json.loads(str(arrays["content"]))
             train, evaluation = (ArraySource(*_nest(content[name], arrays)) for name in ("train", "evaluation"))
         codec = _CODECS[content["codec"]]() if content["codec"] else None
-        return Dataset(content["name"], train, evaluation, content["fingerprint"], codec, content["unit"])
+        # As a run would not go on with them.
+        return Dataset(f"examples of {content['name']}", train, evaluation, "kept", codec, content["unit"])
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"kept_examples.path: {path} is damaged ({error}): train again to write it") from error
 
 
 def keep_examples(path: Path, data: Dataset) -> None:
-    """Writes the first examples of a data set to a file, for `kept_examples`.
+    """Writes some examples of a data set to a file, for `kept_examples`.
 
     Examples:
         >>> import tempfile
@@ -57,14 +58,14 @@ def keep_examples(path: Path, data: Dataset) -> None:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     keep_examples(Path(folder, "examples.npz"), Dataset("mine", part, part, "its digest"))
         ...     len(kept_examples(f"{folder}/examples.npz").evaluation)
-        32
+        64
     """
     codecs = [name for name, kind in _CODECS.items() if type(data.codec) is kind]
-    content: dict[str, Any] = {"name": data.name, "fingerprint": data.fingerprint, "unit": data.unit}
+    content: dict[str, Any] = {"name": data.name, "unit": data.unit}
     content["codec"] = codecs[0] if codecs else None
     arrays: list[Any] = []
     for name, source in (("train", data.train), ("evaluation", data.evaluation)):
-        content[name] = _places(fetch(source, np.arange(min(_KEPT, len(source)))), arrays)
+        content[name] = _places(fetch(source, looks(source)), arrays)
     named = {str(number): array for number, array in enumerate(arrays)} | {"content": np.array(json.dumps(content))}
     write_atomically(path, lambda file: np.savez(file, **named))
 

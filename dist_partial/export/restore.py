@@ -40,10 +40,7 @@ def restored(folder: Path, imports: bool, step: str | None = None) -> Iterator[t
         print(line, file=sys.stderr)
 
     place, wanted = find(folder, step)
-    # A run from Python has these beside its configuration, which names the place where they were written.
-    own = {"model/keras_file.path": folder / "model.keras", "data/kept_examples.path": folder / "examples.npz"}
-    params = [f"{name} = {str(path)!r}" for name, path in own.items() if path.is_file()]
-    settings = gin_files.load([folder / "operative_config.gin"], params, imports=imports).settings
+    settings = _settings(folder / "operative_config.gin", imports)
     with put_back():
         trainer = build(settings, replicas.create("default"))
         state = restore(trainer, folder, say, may_differ=("data",), place=place, at_most=wanted)
@@ -109,4 +106,11 @@ def base(gin_file: str | Path, imports: bool = False) -> Base:
         'two_dense'
     """
     with put_back():
-        return Base(build(gin_files.load([gin_file], imports=imports).settings, replicas.create("default")).model)
+        return Base(build(_settings(Path(gin_file), imports), replicas.create("default")).model)
+
+
+def _settings(file: Path, imports: bool) -> Settings:
+    # A run from Python has these beside its configuration, which names the place where they were written at first.
+    own = {"model/keras_file.path": "model.keras", "data/kept_examples.path": "examples.npz"}
+    there = {name: file.parent / path for name, path in own.items() if (file.parent / path).is_file()}
+    return gin_files.load([file], [f"{name} = {str(path)!r}" for name, path in there.items()], imports).settings

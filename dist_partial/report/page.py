@@ -128,7 +128,7 @@ def summary(run: Run) -> dict[str, str]:
     if isinstance(data, dict) and data.get("name"):
         cells["data"] = str(data["name"])
     if model := run.bindings.get("run.model"):
-        cells["model"] = model.removeprefix("@")
+        cells["model"] = re.sub(r"^@(?:\w+/)?", "", model)
     if run.fingerprint.get("schedule"):
         cells["schedule"] = re.sub(r"^@|\(\)$", "", run.bindings.get("run.schedule", str(run.fingerprint["schedule"])))
     return cells

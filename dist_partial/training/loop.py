@@ -38,20 +38,16 @@ def run(
     unused: Callable[[], list[str]] = lambda: [],
     bindings: Mapping[str, str] | None = None,
 ) -> Trainer:
-    """Trains, evaluates, samples and saves; goes on from what is in the folder.
+    """Trains, evaluates, samples and saves; goes on from what is in the folder. Returns what it computed with.
 
     Keras's floatx and dtype policy are put back at the end; the random seeds that `run.seed` sets stay.
 
     Args:
         settings: what to do.
         folder: the run folder, made if absent.
-        operative: gives the text of operative_config.gin, once the first step has used everything; called on the first
-            worker alone.
+        operative: gives the text of operative_config.gin, after the first step has used everything; on one worker.
         unused: gives the bindings that nothing has used by then.
         bindings: what the user has bound, which must be the same on all workers.
-
-    Returns:
-        What the run computed with; its model has the trained weights.
 
     Raises:
         UserError, Fault, Raised: see `errors`; on every worker, whichever of them it happened on.

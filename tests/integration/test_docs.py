@@ -159,6 +159,14 @@ def test_every_binding_is_described(caplog):
     assert re.search(r"\| .*`epochs`.* \| `run.steps` \| = epochs x examples / run.global_batch \|", page)
 
 
+def test_every_public_name_has_its_line(caplog):
+    with caplog.at_level(logging.WARNING):
+        page = hooks().api_page()
+    assert caplog.messages == [] and "train" in dist_partial.__all__
+    for name in dist_partial.__all__:
+        assert re.search(rf"^\| \[`dist_partial.{name}`\]\[[\w.]+\] \| [A-Z].{{20,}}\. \|$", page, re.M), name
+
+
 def test_benchmark_pages_show_the_results():
     made = hooks()
     for name, (_, results, pictures) in made.BENCHMARKS.items():

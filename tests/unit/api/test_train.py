@@ -1,7 +1,9 @@
 """`dist_partial.train`: compared with Keras's fit, run again and again in one process, and read by the commands."""
 
 import inspect
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +23,7 @@ from dist_partial.errors import Raised, UserError
 from dist_partial.export import __main__ as export_command
 from dist_partial.models import byte_transformer, two_dense
 from dist_partial.report import __main__ as report
+from dist_partial.training.failures import Interrupted
 from tests.helpers.files import same_bits
 
 RNG = np.random.default_rng(0)
@@ -49,10 +52,10 @@ class Net(keras.Model):
 
     def __init__(self, units: int = 4):
         super().__init__()
-        self.body, self.head = keras.layers.Dense(units), keras.layers.Dense(1, name="head")
+        self.body, self.head, self.scale = keras.layers.Dense(units), keras.layers.Dense(1, name="head"), 1.0
 
     def call(self, x):
-        return self.head(self.body(x))
+        return self.head(self.body(x)) * self.scale
 
 
 class Closed(Net):
@@ -92,6 +95,7 @@ def test_a_compiled_model_brings_its_loss_and_optimizer(capsys):
     assert found.metrics["loss"] == pytest.approx(model.evaluate(X, Y, verbose=0), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_again_with_other_rules_and_numbers_of_replicas():
     model = named()
     for replicas, trained in ((1, "head"), (2, "hidden"), (4, "head"), (1, "hidden")):
@@ -102,6 +106,7 @@ def test_again_with_other_rules_and_numbers_of_replicas():
     assert found.folder.name == "person-4"
 
 
+@pytest.mark.slow
 def test_a_cell_may_be_run_twice(capsys):
     """Keras calls the layers of the second model dense_2 and dense_3."""
     plans = []
@@ -139,6 +144,10 @@ def test_a_subclassed_model_and_one_that_is_not_built():
     with pytest.raises(UserError, match=r"'closed.*' \(Closed\) cannot be made again .* give the function"):
         quickly(Closed(lambda x: x))
     assert len(quickly(lambda: Closed(lambda x: x)).plan.trained) == 2
+    changed = Net()
+    changed.scale = 5.0
+    with pytest.raises(UserError, match="computes something else when it is made again"):
+        quickly(changed)
 
 
 def test_what_layers_have_adapted_to_comes_along():
@@ -150,7 +159,7 @@ def test_what_layers_have_adapted_to_comes_along():
     before = model.predict(tf.constant(text), verbose=0)
     found = train(
         model,
-        (text, np.zeros([4, 1])),
+        (text, before),
         rules=HEAD,
         loss="mse",
         evaluation=(text, before),
@@ -169,12 +178,35 @@ def test_a_model_whose_variables_the_rules_change_stays(capsys):
     assert "keeps its weights" in capsys.readouterr().out and found.model.predict(X, verbose=0).shape == Y.shape
 
 
+@pytest.mark.slow
 def test_in_a_thread():
     found = []
     thread = threading.Thread(target=lambda: found.append(quickly(named(), replicas=2, folder="here")))
     thread.start()
     thread.join()
     assert found[0].metrics["step"] == 2
+
+
+def test_takes_what_the_data_door_takes():
+    rows = tf.data.Dataset.from_tensor_slices((X, Y)).batch(5)
+    found = quickly(named(), rows, evaluation=rows, global_batch=24, optimizer=keras.optimizers.SGD(0.1))
+    arrays = quickly(named, (X, Y), global_batch=24, optimizer="sgd", folder="arrays")
+    assert found.metrics["examples"] == arrays.metrics["examples"] == 24
+    assert found.history[0].keys() == arrays.history[0].keys()
+
+
+class Interrupting(keras.callbacks.Callback):
+    def on_train_begin(self, logs=None):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_run_goes_on():
+    model = named()
+    before = model.get_weights()[2]
+    with pytest.raises(Interrupted, match=r"^stopped at step 1 of 2, .*; call train again with the same folder"):
+        quickly(model, folder="mine", callbacks=[Interrupting()])
+    assert not same_bits([model.get_weights()[2], before])
+    assert quickly(model, folder="mine").history.of("train").column("step") == [1, 2]
 
 
 def test_the_result_shows_itself():
@@ -260,6 +292,7 @@ def command(main, *arguments) -> int:
     return main([f"--{name}" for name in arguments])
 
 
+@pytest.mark.slow
 def test_the_folder_serves_the_commands(tmp_path, capfd):
     found = quickly(
         numbered(), rules=SECOND, optimizer=keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 9))
@@ -276,6 +309,7 @@ def test_the_folder_serves_the_commands(tmp_path, capfd):
     assert "has no text to sample" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_what_it_began_with():
     """The model that is given to the second call has been trained by the first."""
     model = named()
@@ -291,6 +325,7 @@ def test_a_run_that_goes_on_keeps_what_it_began_with():
     assert same_bits([keras.saving.load_model("mine/model.keras").get_weights()[2], first[2]])
 
 
+@pytest.mark.slow
 def test_text_from_python_is_sampled(capfd):
     def tiny():
         return byte_transformer(layers=1, width=8, heads=1)
@@ -307,6 +342,16 @@ def test_text_from_python_is_sampled(capfd):
     assert command(sample.main, f"run_dir={found.folder}", "length=5") == 0
 
 
+@pytest.mark.slow
+def test_what_a_module_has_is_named(capfd):
+    quickly(named, folder="mine")
+    arguments = ("run_dir=mine", "format=keras", "output=out.keras")
+    assert command(export_command.main, *arguments) == 2 and "give --allow_imports" in capfd.readouterr().err
+    assert command(export_command.main, *arguments, "allow_imports") == 0
+    assert [layer.name for layer in keras.saving.load_model("out.keras").layers] == ["hidden", "head"]
+
+
+@pytest.mark.slow
 def test_what_no_file_can_name_says_so(capfd):
     def mine(y, outputs):
         return keras.ops.mean(keras.ops.square(y - outputs), axis=-1)

@@ -1,5 +1,6 @@
 """The launcher's command line: what it refuses, and what it does within a scheduler."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,12 +8,12 @@ import sys
 
 import pytest
 
-from dist_partial import train
 from dist_partial.distributed import cluster
 from dist_partial.launch import __main__ as launch
 from tests import ROOT
 from tests.helpers.launchers import TIMEOUT
 
+COMMAND = importlib.import_module("dist_partial.train")  # the name in the package is the function
 TRAIN = ["--", "--gin_file=gin_configs/two_dense.gin"]
 
 
@@ -83,7 +84,7 @@ def test_within_a_scheduler(kind, dashes, monkeypatch, tmp_path):
     monkeypatch.setenv("TF_CONFIG", "")
     monkeypatch.setattr(cluster, "tf_config", lambda found, environ: config if found == kind else None, raising=False)
     trained = []
-    monkeypatch.setattr(train, "main", lambda argv: trained.append((list(argv), os.environ["TF_CONFIG"])) or 75)
+    monkeypatch.setattr(COMMAND, "main", lambda argv: trained.append((list(argv), os.environ["TF_CONFIG"])) or 75)
     assert launch.main([kind, *dashes, "--gin_file=F", "--gin_param=run.steps=3"]) == 75
     assert trained == [(["--gin_file=F", "--gin_param=run.steps=3"], json.dumps(config))]
 
@@ -102,7 +103,7 @@ def test_pods_that_are_not_to_be_replaced(monkeypatch, tmp_path, capsys):
                 (tmp_path / "run" / "checkpoints" / f"step-{checkpoint:010d}.safetensors").touch()
             return code
 
-        monkeypatch.setattr(train, "main", main)
+        monkeypatch.setattr(COMMAND, "main", main)
         return launch.main(["kubernetes", "--", "--gin_file=F", f"--run_dir={tmp_path}/run"])
 
     for expected in (75, 75, 2):

@@ -1,0 +1,68 @@
+"""A notebook in a real Jupyter kernel: run from the first cell to the last, edited, and run again."""
+
+import nbclient
+import nbformat
+import pytest
+
+CELLS = {
+    "imports": """
+        import keras
+        import numpy as np
+        from dist_partial import train
+        x = np.random.default_rng(0).normal(size=(200, 3)).astype("float32")
+        y = (x.sum(1) > 0).astype("int32")
+    """,
+    "model": """
+        model = keras.Sequential([keras.Input([3]), keras.layers.Dense(8, "relu"), keras.layers.Dense(2)])
+    """,
+    "train": """
+        result = train(model, (x, y), rules=[("train", "dense_1/.*"), ("freeze", ".*")],
+                       optimizer=keras.optimizers.Adam(0.02), steps=30, eval_every=10)
+        result
+    """,
+    "sweep": """
+        losses = {}
+        for name in ("dense", "dense_1"):
+            for replicas in (1, 2):
+                rules = [("train", f"{name}/.*"), ("freeze", ".*")]
+                found = train(model, (x, y), rules=rules, steps=3, replicas=replicas)
+                losses[name, replicas] = found.metrics["loss"]
+        print(len(losses), result.metrics["step"], float(np.mean(model.predict(x, verbose=0).argmax(1) == y)) > 0.5)
+    """,
+    "mistake": """
+        try:
+            train(model, (x, y), rules=[("train", ".*")], batch_size=5)
+        except Exception as error:
+            print(type(error).__name__, error)
+    """,
+}
+
+
+def cell_of(code: str) -> nbformat.NotebookNode:
+    lines = code.strip("\n").splitlines()
+    indentation = len(lines[0]) - len(lines[0].lstrip())
+    return nbformat.v4.new_code_cell("\n".join(line[indentation:] for line in lines))
+
+
+def printed(cell) -> str:
+    return "".join(output["text"] for output in cell.outputs if output.get("name") == "stdout")
+
+
+@pytest.mark.slow
+def test_from_the_first_cell_to_the_last_twice(tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[cell_of(code) for code in CELLS.values()])
+    cells = dict(zip(CELLS, notebook.cells, strict=True))
+    client = nbclient.NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}})
+    with client.setup_kernel():
+        for steps in (30, 40):
+            cells["train"].source = cells["train"].source.replace("steps=30", f"steps={steps}")
+            for number, cell in enumerate(notebook.cells):
+                client.execute_cell(cell, number)
+            [shown] = [output["data"] for output in cells["train"].outputs if output.output_type == "execute_result"]
+            assert f"{steps} of {steps} steps" in shown["text/plain"]
+            assert "<svg" in shown["text/html"] and "<td>dense_1</td>" in shown["text/html"]
+            assert f"step {steps}: held-out loss" in printed(cells["train"])
+            assert printed(cells["sweep"]).splitlines()[-1] == f"4 {steps} True"
+            assert printed(cells["mistake"]).startswith("UserError train has no argument 'batch_size'")
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert len(names) == 10 and all(name.startswith("sequential-") for name in names)
