@@ -151,7 +151,9 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
         known = {name: each.wrapped for name, each in gin.config._REGISTRY.items()}
         check_bindings({f"dist_partial.{name}" for name in _OURS}, known)
         run, sample, replicas = (gin.get_configurable(f"dist_partial.{name}") for name in ("run", "sample", "replicas"))
-        bound = run(replicas=replicas().connect, sampling=sample())
+        options = replicas()
+        options.prepare()  # @keras.metrics.AUC() makes variables
+        bound = run(replicas=options.connect, sampling=sample())
         given = {name: getattr(bound, name) for name in ("model", "data", "loss", "optimizer")}
         # What has no name is made already, or describes several.
         factories = {name: _explained(value) for name, value in given.items() if hasattr(value, "__name__")}

@@ -129,6 +129,12 @@ class ReplicaOptions:
     def __post_init__(self) -> None:
         check(self, "replicas")
 
+    def prepare(self) -> None:
+        """Makes the devices of `connect` on the CPU, before anything else starts TensorFlow, as a metric does."""
+        if self.cpu > 1 and not os.environ.get("TF_CONFIG") and not tf.config.list_physical_devices("GPU"):
+            with contextlib.suppress(UserError):  # `connect` raises it, if they are needed
+                simulated(self.cpu)
+
     def connect(self) -> Replicas:
         """Makes the distribution strategy, and connects the workers.
 

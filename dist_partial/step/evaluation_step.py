@@ -71,15 +71,18 @@ def replica_sums(spec: EvaluationSpec, batch: Batch, examples: int) -> tf.Tensor
     if spec.objective.counts and not spec.objective.coupled and spec.strategy.num_replicas_in_sync > 1:
         mine = spec.objective.counted(batch, outputs_of, False) * (1 if own else 0)
         counts = run_rounds(spec.collectives, [total(mine)])[0]
-    if spec.objective.coupled:
-        every = whole_batch(spec.collectives, full, outputs_of(full[0]), 1.0, examples)
+    whole = None
+    if spec.strategy.num_replicas_in_sync > 1 and spec.objective.needs_whole(training=False):
+        with keras.StatelessScope():  # no layer counts this pass
+            of_full = outputs_of(full[0])
+        whole = whole_batch(spec.collectives, spec.objective, full, of_full, 1.0, examples)
     # After the replicas have met, for a layer forgets then what it has added to the loss.
     outputs = outputs_of(batch[0])
-    if spec.objective.coupled:
-        loss, changed = spec.objective.loss(*every, False)
+    if whole and spec.objective.coupled:
+        loss, changed = spec.objective.loss(*whole, False)
     else:
         loss, changed = spec.objective.loss(batch, outputs, False, share or 1.0, counts)
     spec.objective.assign(changed)
-    added = spec.objective.added(batch, outputs, False, changed, share)
+    added = spec.objective.added(batch, outputs, False, changed, share, whole)
     sums = tf.concat([tf.cast(loss * share, tf.float64)[tf.newaxis], added], axis=0)
     return sums if own else tf.zeros_like(sums)

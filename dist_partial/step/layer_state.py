@@ -149,6 +149,7 @@ def _traced(model: keras.Model, example: Batch, objective: Objective) -> tuple[A
         with keras.StatelessScope(start, collect_losses=True) as scope:
             before = dict(scope.state_mapping)
             outputs = model(batch[0], training=True)
+            _check_metrics(model, {key for key, value in scope.state_mapping.items() if value is not before.get(key)})
             new.clear()  # if TensorFlow traces twice
             new.update({key: value for key, value in scope.state_mapping.items() if value is not before.get(key)})
             new.update(objective.loss(batch, outputs, training=True)[1])
@@ -156,6 +157,16 @@ def _traced(model: keras.Model, example: Batch, objective: Objective) -> tuple[A
     count = batch_size(model) or 2
     specs = [tf.TensorSpec([count, *one.shape], one.dtype) for one in tf.nest.flatten(example)]
     return tf.function(traced, autograph=False).get_concrete_function(*specs).graph, new
+
+
+def _check_metrics(model: keras.Model, changed: Collection[int]) -> None:
+    """Raises UserError if a call of the model has updated one of its metrics."""
+    for metric in model.metrics:
+        if any(id(variable) in changed for variable in metric.variables):
+            raise UserError(
+                f"run.model updates its metric {metric.name!r} when it is called, and a run computes metrics of "
+                "targets, outputs and weights: update it in the model's compute_loss, or bind run.metrics"
+            )
 
 
 def _check_own(model: keras.Model, graph: Any, new: Mapping[int, tf.Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Makes the metrics of a run: those that are bound, or those that its data and loss suggest."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -34,10 +35,10 @@ def made(metrics: Any, name: str) -> Any:
     if metrics is None or isinstance(metrics, str):
         return metrics
     if isinstance(metrics, keras.metrics.Metric):
-        if metrics.dtype == keras.config.floatx():
-            return metrics
-        # Made before the run's precision was known.
-        return type(metrics).from_config({**metrics.get_config(), "dtype": keras.config.floatx()})
+        if metrics.dtype != keras.config.floatx():  # made before the run's precision was known
+            with contextlib.suppress(TypeError, ValueError):  # a class of the user's need not be made of its config
+                return type(metrics).from_config({**metrics.get_config(), "dtype": keras.config.floatx()})
+        return metrics
     if callable(metrics) and takes_targets(metrics):
         return metrics
     metric = metrics() if callable(metrics) else metrics

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial import compat
-from dist_partial.errors import UserError, calling
+from dist_partial.errors import Raised, UserError, calling
 from dist_partial.step import losses
 
 # (x,), (x, y) or (x, y, weight), each a nest of tensors with the batch axis first.
@@ -33,14 +33,18 @@ class Measure:
         metric: a Keras metric.
         initial: the values of its variables, in their order.
         training: whether it is computed in training, too.
-        of_batch: whether it is a mean of one number for each batch, to which a part adds its share.
+        by_loss: whether the model's `compute_loss` updates it, and `compute_metrics` does not.
+        of_batch: whether that is by one number for a batch, to which a part adds its share.
+        coupled: whether what parts of a batch add is not what the whole adds: it is computed of the whole batch.
     """
 
     name: str
     metric: keras.metrics.Metric
     initial: tuple[np.ndarray, ...]
     training: bool
+    by_loss: bool = False
     of_batch: bool = False
+    coupled: bool = False
 
     @property
     def size(self) -> int:
@@ -67,6 +71,10 @@ class Objective:
     def chosen(self, training: bool) -> list[Measure]:
         """The metrics that are computed: in training the cheap ones."""
         return [each for each in self.measures if each.training or not training]
+
+    def needs_whole(self, training: bool) -> bool:
+        """Whether the loss, or a metric that is computed, needs the whole batch."""
+        return self.coupled or any(each.coupled for each in self.chosen(training))
 
     def size(self, training: bool) -> int:
         """Numbers that `values` gives of the metrics."""
@@ -115,7 +123,13 @@ class Objective:
                 variable.assign(changed[id(variable)])
 
     def added(
-        self, batch: Batch, outputs: Any, training: bool, changed: Mapping[Any, Any], share: float = 1.0
+        self,
+        batch: Batch,
+        outputs: Any,
+        training: bool,
+        changed: Mapping[Any, Any],
+        share: float,
+        whole: tuple[Batch, Any] | None = None,
     ) -> tf.Tensor:
         """Computes what a part adds to the variables of the metrics: float64 [size(training)].
 
@@ -124,20 +138,23 @@ class Objective:
             outputs: the model's.
             training: the mode.
             changed: from `loss`.
-            share: the part's share of the whole batch; parts of one size need none.
+            share: the part's share of the whole batch.
+            whole: the whole batch and its outputs, if `needs_whole`, of which every part then adds its share.
         """
         chosen = self.chosen(training)
         if not chosen:
             return tf.zeros([0], tf.float64)
+        batch, outputs = whole or (batch, outputs)
         x, y, weight = unpacked(batch)
         start = [(variable, changed.get(id(variable), value)) for variable, value in self._start()]
         with keras.StatelessScope(start) as scope, compat.as_one_device(), calling("run.metrics"):
             self.model.compute_metrics(x, y, outputs, weight)
         parts = []
         for each in chosen:
+            shared = each.of_batch if each.by_loss else whole is not None
             for variable, initial in zip(each.metric.variables, each.initial, strict=True):
                 new = tf.cast(scope.get_current_value(variable), tf.float64)
-                new = (new - tf.constant(initial, tf.float64)) * (share if each.of_batch else 1.0)
+                new = (new - tf.constant(initial, tf.float64)) * (share if shared else 1.0)
                 parts.append(tf.reshape(new, [-1]))
         return tf.concat(parts, axis=0)
 
@@ -223,22 +240,93 @@ def prepare(
     compat.forget_compilation(model)
     x, y, weight = unpacked(batch)
     # The variables of metrics are made here.
-    with _scope(model), losses.computing(losses.Part()) as part, compat.noting_single_values() as single:
-        with calling("run.loss"):
+    with _scope(model) as scope, losses.computing(losses.Part()) as part:
+        with calling("run.loss"), compat.noting_single_values() as single:
             compat.compute_loss(model, x, y, outputs, weight, False)
+        by_loss = dict(scope.state_mapping)
         with calling("run.metrics"):
-            model.compute_metrics(x, y, outputs, weight)
+            results = model.compute_metrics(x, y, outputs, weight)
             metrics = compat.compiled_metrics(model)
+            _check_own(model, results, {name: metric.result() for name, metric in metrics})
     measures = []
     local = tf.distribute.get_strategy().experimental_local_results
     for name, metric in metrics:
         # Of this worker's first replica: a sum over all is what else a variable of a metric gives.
         initial = tuple(local(variable.value)[0].numpy() for variable in metric.variables)
         cheap = sum(value.size for value in initial) <= _CHEAP
-        measures.append(Measure(name, metric, initial, cheap and name not in quiet, id(metric) in single))
+        updated = any(id(variable) in by_loss for variable in metric.variables)
+        measures.append(Measure(name, metric, initial, cheap and name not in quiet, updated, id(metric) in single))
     objective = Objective(model, len(part.found), measures)
     _check_sums(objective, batch, outputs)
-    return objective
+    coupled = _coupled(objective, batch, outputs)
+    return dataclasses.replace(
+        objective, measures=[dataclasses.replace(each, coupled=each.name in coupled) for each in measures]
+    )
+
+
+def _check_own(model: keras.Model, results: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raises UserError if a `compute_metrics` of the model's own gives something else than its metrics."""
+    if not compat.overrides(model, "compute_metrics"):
+        return
+    for name, value in results.items():
+        if name != "loss" and (name not in ours or not np.allclose(_numbers(value), _numbers(ours[name]))):
+            raise UserError(
+                f"run.model has a compute_metrics of its own ({type(model).__name__}) that gives {name!r}, and a run "
+                "adds up what metrics keep over replicas: make it a keras.metrics.Metric for run.metrics, or train the "
+                "model by model.fit with dist_partial.partial"
+            )
+
+
+def _numbers(result: Any) -> list[Any]:
+    return [keras.ops.convert_to_numpy(each) for each in keras.tree.flatten(result)]
+
+
+def _coupled(objective: Objective, batch: Batch, outputs: Any) -> set[str]:
+    """Finds the metrics to which a batch adds something else than its parts do, tried on random outputs."""
+    rng, count, cut = np.random.default_rng(0), 12, 5
+    flat = tf.nest.flatten(outputs)
+    rows = np.resize(np.arange(flat[0].shape[0]), count)
+    if any(each.shape.rank == 0 or each.shape[0] != flat[0].shape[0] for each in flat):
+        return set()
+    examples = tf.nest.map_structure(lambda each: tf.gather(each, rows), batch)
+    found: set[str] = set()
+    # As probabilities are, and as other outputs are.
+    for draw in (lambda shape: rng.uniform(0.05, 0.95, shape), lambda shape: rng.normal(size=shape)):
+        made = [
+            tf.constant(draw([count, *each.shape[1:]]), each.dtype) if each.dtype.is_floating else tf.gather(each, rows)
+            for each in flat
+        ]
+        every = (*examples, tf.nest.pack_sequence_as(outputs, made))
+        parts = [
+            tf.nest.map_structure(lambda each, cut=cut: each[cut], every) for cut in (slice(cut), slice(cut, None))
+        ]
+        try:
+            whole, one, other = (_adds(objective, each[:-1], each[-1]) for each in (every, *parts))
+        except (ValueError, TypeError, UserError, Raised, tf.errors.OpError):  # it takes no such values, or so many
+            continue
+        for each in objective.measures:
+            if not each.by_loss and not np.allclose(
+                whole[each.name], one[each.name] + other[each.name], rtol=1e-3, atol=1e-5, equal_nan=True
+            ):
+                found.add(each.name)
+    return found
+
+
+def _adds(objective: Objective, batch: Batch, outputs: Any) -> dict[str, np.ndarray]:
+    """What a batch adds to the variables of each metric, flat."""
+    x, y, weight = unpacked(batch)
+    with keras.StatelessScope(objective._start()) as scope, calling("run.metrics"):
+        objective.model.compute_metrics(x, y, outputs, weight)
+    return {
+        each.name: np.concatenate(
+            [
+                np.ravel(np.asarray(keras.ops.convert_to_numpy(scope.get_current_value(variable)), float) - initial)
+                for variable, initial in zip(each.metric.variables, each.initial, strict=True)
+            ]
+            or [np.zeros(0)]
+        )
+        for each in objective.measures
+    }
 
 
 def _check_sums(objective: Objective, batch: Batch, outputs: Any) -> None:

@@ -248,15 +248,18 @@ def backprop(
         tape.watch(values)
         outputs = outputs_of(spec, batch[0])
         share = 1 / (spec.strategy.num_replicas_in_sync * spec.options.accumulate)
-        if spec.objective.coupled:
-            loss, changed = spec.objective.loss(*whole_batch(spec.collectives, batch, outputs, share), True)
+        whole = None
+        if spec.strategy.num_replicas_in_sync > 1 and spec.objective.needs_whole(training=True):
+            whole = whole_batch(spec.collectives, spec.objective, batch, outputs, share)
+        if whole and spec.objective.coupled:
+            loss, changed = spec.objective.loss(*whole, True)
         else:
             loss, changed = spec.objective.loss(batch, outputs, True, share, counts)
         loss *= share
         scaled = loss * tf.cast(loss_scale, loss.dtype)
     spec.objective.assign(changed)
     gradients = tape.gradient(scaled, values)
-    metrics = spec.objective.added(batch, outputs, True, changed)
+    metrics = spec.objective.added(batch, outputs, True, changed, share * spec.options.accumulate, whole)
     return loss, metrics, [selected_rows(g, e.rule.rows) for g, e in zip(gradients, trained, strict=True)]
 
 

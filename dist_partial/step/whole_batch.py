@@ -1,4 +1,4 @@
-"""The whole batch on every replica, for a loss in which one example depends on the others of its batch.
+"""The whole batch on every replica, for a loss or a metric in which one example depends on the others of its batch.
 
 Each replica computes the loss of the whole batch, and its gradient by its own outputs alone: their sum over the
 replicas is the gradient of the whole.
@@ -11,34 +11,46 @@ import tensorflow as tf
 
 from dist_partial import compat
 from dist_partial.distributed.collectives import AllGatherRequest, Collectives
-from dist_partial.step.objective import Batch, unpacked
+from dist_partial.step.objective import Batch, Objective, unpacked
 
 
 def whole_batch(
-    collectives: Collectives, batch: Batch, outputs: Any, share: float, examples: int | None = None
+    collectives: Collectives,
+    objective: Objective,
+    batch: Batch,
+    outputs: Any,
+    share: float,
+    examples: int | None = None,
 ) -> tuple[Batch, Any]:
     """Gathers targets, weights and outputs of all replicas; called in a replica context, also within a gradient tape.
 
+    A `compute_loss` of the model's own has x of all of them, too; else x is that of this replica's part.
+
     Args:
         collectives: how the replicas reach each other.
+        objective: what needs them.
         batch: this replica's part, of as many examples as that of the others.
         outputs: the model's for it.
         share: by which the loss is weighed before replicas add up its gradients.
         examples: of all parts together; those beyond fill the last parts up. None means that none do.
 
     Returns:
-        The batch, its x that of this replica's part, and the outputs, through whose own part the gradient flows.
+        The batch, and the outputs, through whose own part the gradient flows.
 
     Examples:
+        >>> import keras
         >>> y, outputs = tf.constant([1, 0]), tf.constant([[3.0], [4.0]])
-        >>> (_, whole_y, _), whole = whole_batch(Collectives(), (outputs, y), outputs, share=1.0)
+        >>> objective = Objective(keras.Sequential([keras.Input([1])]), coupled=True)
+        >>> (_, whole_y, _), whole = whole_batch(Collectives(), objective, (outputs, y), outputs, share=1.0)
         >>> whole_y.numpy().tolist(), whole.numpy().tolist()  # of one replica its own
         ([1, 0], [[3.0], [4.0]])
     """
     context: Any = tf.distribute.get_replica_context()
+    with_x = objective.coupled and compat.overrides(objective.model, "compute_loss")
     rank = int(tf.get_static_value(context.replica_id_in_sync_group))
     x, y, weight = unpacked(batch)
-    given, made = tf.nest.flatten((y, weight)), tf.nest.flatten(outputs)
+    known = (x if with_x else None, y, weight)
+    given, made = tf.nest.flatten(known), tf.nest.flatten(outputs)
     masks = [compat.mask(tensor) for tensor in made]
     found = iter(_gathered(collectives, [each for each in (*given, *made, *masks) if each is not None]))
     given = [None if each is None else next(found)[:examples] for each in given]
@@ -46,8 +58,8 @@ def whole_batch(
     for tensor, mask in zip(every, masks, strict=True):
         if mask is not None:
             compat.set_mask(tensor, next(found)[:examples])
-    y, weight = tf.nest.pack_sequence_as((y, weight), given)
-    return (x, y, weight), tf.nest.pack_sequence_as(outputs, every)
+    every_x, y, weight = tf.nest.pack_sequence_as(known, given)
+    return (every_x if with_x else x, y, weight), tf.nest.pack_sequence_as(outputs, every)
 
 
 def _with_own(every: tf.Tensor, own: tf.Tensor, rank: int, factor: float) -> tf.Tensor:

@@ -19,8 +19,34 @@ from dist_partial.training.activation_cache import largest_distance, rounding
 _TRIED, _LARGE = 8, 10**7  # examples; parameters from which on two examples have to do
 
 
+def own_loss_is_coupled(objective: Objective, source: Source) -> bool:
+    """Tells whether the model's `compute_loss` of a batch is something else than the mean of that of its parts.
+
+    Examples:
+        >>> from dist_partial.data import ArraySource
+        >>> class Sum(keras.Model):
+        ...     def call(self, x):
+        ...         return x
+        ...     def compute_loss(self, x, y, y_pred, *others, **options):
+        ...         return keras.ops.sum(y_pred)
+        >>> own_loss_is_coupled(Objective(Sum()), ArraySource(np.arange(8.0)[:, None]))
+        True
+    """
+    if not compat.overrides(objective.model, "compute_loss"):
+        return False
+    batch = _examples(objective.model, source)
+    with _without_batch_norm(objective.model):
+        return _loss_is_coupled(objective, batch)
+
+
+def _examples(model: keras.Model, source: Source) -> Batch:
+    count = _TRIED if sum(math.prod(variable.shape) for variable in model.variables) < _LARGE else 2
+    found: Batch = tf.nest.map_structure(tf.constant, fetch(source, np.resize(looks(source), count)))
+    return found
+
+
 def coupling_notes(objective: Objective, source: Source, replicas: int, micro_batches: int) -> list[str]:
-    """Says so if the model, or a loss of its own, gives something else where a batch is divided; changes nothing.
+    """Says so if the model, or what it adds to the loss, gives something else where a batch is divided.
 
     Of BatchNorm layers it says nothing: the documentation does.
 
@@ -44,20 +70,17 @@ def coupling_notes(objective: Objective, source: Source, replicas: int, micro_ba
     if replicas * micro_batches == 1:
         return []
     model = objective.model
-    count = _TRIED if sum(math.prod(variable.shape) for variable in model.variables) < _LARGE else 2
-    batch = tf.nest.map_structure(tf.constant, fetch(source, np.resize(looks(source), count)))
+    batch = _examples(model, source)
     with _without_batch_norm(model):
         outputs, scope = _called(model, batch[0], training=True)
         if _outputs_are_coupled(model, batch[0], outputs):
             found = "run.model's outputs for an example depend on the others of its batch"
         elif (
             not objective.coupled  # which is computed of the whole batch
-            and (scope.losses or compat.overrides(model, "compute_loss"))
+            and scope.losses
             and _loss_is_coupled(objective, batch)
         ):
-            found = (
-                "the loss that run.model computes (compute_loss, add_loss) is not the mean of that of a batch's parts"
-            )
+            found = "what layers add to the loss (add_loss) is not the mean of what they add for a batch's parts"
         else:
             return []
     parts = [f"{replicas} replicas"] if replicas > 1 else []
@@ -103,7 +126,9 @@ def _loss_is_coupled(objective: Objective, batch: Batch) -> bool:
     half = len(tf.nest.flatten(batch)[0]) // 2
     halves = [tf.nest.map_structure(lambda each, cut=cut: each[cut], batch) for cut in (slice(half), slice(half, None))]
     whole, parts = (np.array([_loss(objective, batches)]) for batches in ([batch], halves))
-    return largest_distance(whole, parts) > rounding(model)
+    # A number is nearer to that of its parts than outputs are: of a root of a mean, by the square of their differences.
+    limit = rounding(model)
+    return largest_distance(whole, parts) > min(limit, 64 * limit**2)
 
 
 def _called(model: keras.Model, x: Any, training: bool) -> tuple[list[Any], keras.StatelessScope]:

@@ -73,30 +73,35 @@ def adds_losses(model: keras.Model) -> bool:
 def divided_objective(
     objective: Objective, settings: Settings, plan: Plan, strategy: tf.distribute.Strategy
 ) -> Objective:
-    """Gives what a run trains on, where the loss of an example may depend on the others of its batch.
+    """Gives what a run trains on and is measured by, of which something may need the whole batch.
+
+    Where the replicas cannot have it in training, such metrics are those of evaluations only.
 
     Raises:
-        UserError: it does, and the replicas of this run cannot compute the loss of the whole batch.
+        UserError: they cannot, and the loss needs it.
     """
-    parts = strategy.num_replicas_in_sync * settings.accumulate
-    if not objective.coupled or parts == 1:
+    if strategy.num_replicas_in_sync * settings.accumulate == 1:
         return dataclasses.replace(objective, coupled=False)
+    adds = local_count(strategy) > 1 and adds_losses(objective.model)
     if settings.accumulate > 1:
         reason, remedy = "run.accumulate divides it", "bind no run.accumulate"
     elif not all(entry.reduction.shared for entry in plan.trained):
         reason, remedy = "with LocalSGD or LocalOnly each replica trains by itself", "reduce in every step"
     elif settings.jit_compile:
         reason, remedy = "replicas cannot meet within what run.jit_compile compiles", "bind no run.jit_compile"
-    elif compat.overrides(objective.model, "compute_loss"):
-        reason, remedy = "run.model has a compute_loss of its own, which may read x", "give run.loss alone"
-    elif local_count(strategy) > 1 and adds_losses(objective.model):
+    elif adds:
         reason, remedy = "layers add to the loss (activity_regularizer, add_loss)", "start one process a replica"
     else:
         return objective
-    raise UserError(
-        "run.loss makes of an example what depends on the others of its batch, which has to be whole, and "
-        f"{reason}: {remedy}, or train it on one replica without run.accumulate"
-    )
+    if objective.coupled:
+        own = compat.overrides(objective.model, "compute_loss")
+        raise UserError(
+            f"{'the compute_loss of run.model' if own else 'run.loss'} makes of an example what depends on the others "
+            f"of its batch, which has to be whole, and {reason}: {remedy}, or train it on one replica without "
+            "run.accumulate"
+        )
+    measures = [dataclasses.replace(each, training=each.training and not each.coupled) for each in objective.measures]
+    return dataclasses.replace(objective, measures=measures)
 
 
 def check_division(settings: Settings, replicas: int) -> None:
