@@ -34,8 +34,8 @@ class Measure:
         initial: the values of its variables, in their order.
         training: whether it is computed in training, too.
         by_loss: whether the model's `compute_loss` updates it, and `compute_metrics` does not.
-        of_batch: whether that is by one number for a batch, to which a part adds its share.
-        coupled: whether what parts of a batch add is not what the whole adds: it is computed of the whole batch.
+        of_batch: whether a batch adds one number to it, to which a part adds its share.
+        coupled: whether what parts of a batch add is neither: it is computed of the whole batch.
     """
 
     name: str
@@ -151,7 +151,7 @@ class Objective:
             self.model.compute_metrics(x, y, outputs, weight)
         parts = []
         for each in chosen:
-            shared = each.of_batch if each.by_loss else whole is not None
+            shared = each.of_batch or (whole is not None and not each.by_loss)
             for variable, initial in zip(each.metric.variables, each.initial, strict=True):
                 new = tf.cast(scope.get_current_value(variable), tf.float64)
                 new = (new - tf.constant(initial, tf.float64)) * (share if shared else 1.0)
@@ -255,13 +255,12 @@ def prepare(
         initial = tuple(local(variable.value)[0].numpy() for variable in metric.variables)
         cheap = sum(value.size for value in initial) <= _CHEAP
         updated = any(id(variable) in by_loss for variable in metric.variables)
-        measures.append(Measure(name, metric, initial, cheap and name not in quiet, updated, id(metric) in single))
+        measures.append(
+            Measure(name, metric, initial, cheap and name not in quiet, updated, updated and id(metric) in single)
+        )
     objective = Objective(model, len(part.found), measures)
     _check_sums(objective, batch, outputs)
-    coupled = _coupled(objective, batch, outputs)
-    return dataclasses.replace(
-        objective, measures=[dataclasses.replace(each, coupled=each.name in coupled) for each in measures]
-    )
+    return dataclasses.replace(objective, measures=_tried_on_parts(objective, batch, outputs))
 
 
 def _check_own(model: keras.Model, results: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -281,15 +280,15 @@ def _numbers(result: Any) -> list[Any]:
     return [keras.ops.convert_to_numpy(each) for each in keras.tree.flatten(result)]
 
 
-def _coupled(objective: Objective, batch: Batch, outputs: Any) -> set[str]:
-    """Finds the metrics to which a batch adds something else than its parts do, tried on random outputs."""
+def _tried_on_parts(objective: Objective, batch: Batch, outputs: Any) -> list[Measure]:
+    """The metrics with what parts of a batch add to them, tried on random outputs."""
     rng, count, cut = np.random.default_rng(0), 12, 5
     flat = tf.nest.flatten(outputs)
-    rows = np.resize(np.arange(flat[0].shape[0]), count)
     if any(each.shape.rank == 0 or each.shape[0] != flat[0].shape[0] for each in flat):
-        return set()
+        return list(objective.measures)
+    rows = np.resize(np.arange(flat[0].shape[0]), count)
     examples = tf.nest.map_structure(lambda each: tf.gather(each, rows), batch)
-    found: set[str] = set()
+    added, of_batch = ({each.name: True for each in objective.measures} for _ in range(2))
     # As probabilities are, and as other outputs are.
     for draw in (lambda shape: rng.uniform(0.05, 0.95, shape), lambda shape: rng.normal(size=shape)):
         made = [
@@ -298,18 +297,22 @@ def _coupled(objective: Objective, batch: Batch, outputs: Any) -> set[str]:
         ]
         every = (*examples, tf.nest.pack_sequence_as(outputs, made))
         parts = [
-            tf.nest.map_structure(lambda each, cut=cut: each[cut], every) for cut in (slice(cut), slice(cut, None))
+            tf.nest.map_structure(lambda each, part=part: each[part], every) for part in (slice(cut), slice(cut, None))
         ]
         try:
             whole, one, other = (_adds(objective, each[:-1], each[-1]) for each in (every, *parts))
         except (ValueError, TypeError, UserError, Raised, tf.errors.OpError):  # it takes no such values, or so many
             continue
-        for each in objective.measures:
-            if not each.by_loss and not np.allclose(
-                whole[each.name], one[each.name] + other[each.name], rtol=1e-3, atol=1e-5, equal_nan=True
-            ):
-                found.add(each.name)
-    return found
+        for name, value in whole.items():
+            weighed = (cut * one[name] + (count - cut) * other[name]) / count
+            for found, total in ((added, one[name] + other[name]), (of_batch, weighed)):
+                found[name] &= np.allclose(value, total, rtol=1e-4, atol=1e-6, equal_nan=True)
+    return [
+        each
+        if each.by_loss or added[each.name]
+        else dataclasses.replace(each, of_batch=of_batch[each.name], coupled=not of_batch[each.name])
+        for each in objective.measures
+    ]
 
 
 def _adds(objective: Objective, batch: Batch, outputs: Any) -> dict[str, np.ndarray]:

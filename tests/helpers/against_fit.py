@@ -1,5 +1,6 @@
 """Runs on numbers, in batches of all of them, that plain Keras repeats with `fit` on one device."""
 
+import inspect
 from typing import Any
 
 import keras
@@ -50,7 +51,8 @@ def _made(metrics: Any) -> Any:
     """Metrics of factories; each model has its own."""
     if isinstance(metrics, list):
         return [_made(each) for each in metrics]
-    return metrics() if callable(metrics) else metrics
+    of_targets = inspect.isfunction(metrics) and inspect.signature(metrics).parameters
+    return metrics() if callable(metrics) and not of_targets else metrics
 
 
 def fitted(model, data, loss, steps=STEPS, precision="float64", **more):

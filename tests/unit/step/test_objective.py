@@ -10,7 +10,9 @@ import tensorflow as tf
 from dist_partial.errors import Raised, UserError
 from dist_partial.step import losses
 from dist_partial.step.objective import prepare, unpacked
-from tests.helpers.against_fit import COUNT, check_against_fit, features, one_output
+from dist_partial.training import loop
+from tests.helpers.against_fit import COUNT, check_against_fit, features, fitted, one_output, settings
+from tests.helpers.files import rows
 from tests.helpers.marks import quick
 
 STEPS, CLASSES = 4, 5
@@ -139,7 +141,7 @@ def test_what_parts_add_to_metrics_gives_those_of_the_whole():
         for part in parts_of(whole, 3, 4):
             outputs = model(part[0])
             _, changed = objective.loss(part, outputs, training)
-            added = objective.added(part, outputs, training, changed)
+            added = objective.added(part, outputs, training, changed, share=1 / 3)
             assert added.dtype == tf.float64
             sums += added.numpy()
         found = objective.results(sums, training)
@@ -201,8 +203,99 @@ def test_a_compute_metrics_of_the_models_own_is_called():
     inner = one_output()
     model, whole = Own(inner.inputs, inner.outputs), (tf.constant(features(7)), tf.ones([COUNT, 1], tf.float64))
     objective = prepared(model, whole, "mse", metrics=["mae"])
-    sums = objective.added(whole, model(whole[0]), True, {})
+    sums = objective.added(whole, model(whole[0]), True, {}, share=1.0)
     assert list(objective.results(np.array(sums), True).values()) == [1.0]
+
+
+def test_a_compute_metrics_that_gives_something_of_its_own_is_refused():
+    class Own(keras.Model):
+        def compute_metrics(self, x, y, y_pred, sample_weight=None):
+            logs = super().compute_metrics(x, y, y_pred, sample_weight)
+            return logs | {"twice": 2 * logs["mae"]}
+
+    inner = one_output()
+    model, whole = Own(inner.inputs, inner.outputs), (tf.constant(features(7)), tf.ones([COUNT, 1], tf.float64))
+    with pytest.raises(UserError, match=r"compute_metrics of its own \(Own\) that gives 'twice'.* run.metrics"):
+        prepared(model, whole, "mse", metrics=["mae"])
+
+
+class Endpoint(keras.layers.Layer):
+    """Measures when it is called, as layers of Keras's guides do."""
+
+    def __init__(self):
+        super().__init__()
+        self.error = keras.metrics.Mean(name="size")
+
+    def call(self, x):
+        self.error.update_state(keras.ops.abs(x))
+        return x
+
+
+def test_a_metric_that_a_call_of_the_model_updates_is_refused(tmp_path):
+    def model():
+        return keras.Sequential([keras.Input((7,)), keras.layers.Dense(1), Endpoint()])
+
+    with pytest.raises(UserError, match=r"run\.model updates its metric 'size' when it is called"):
+        loop.run(settings(model, (features(7), features(1)), keras.losses.MeanSquaredError), tmp_path / "run")
+
+
+def rooted(y, outputs):
+    return keras.ops.sqrt(keras.ops.mean(keras.ops.square(y - outputs)))
+
+
+def averaged(y, outputs):
+    return keras.ops.mean(keras.ops.abs(y - outputs))
+
+
+class BatchMean(keras.metrics.Metric):
+    """Has no config and takes no dtype; counts batches."""
+
+    def __init__(self, power):
+        super().__init__(name="batch_mean")
+        self.power = power
+        self.total, self.batches = (self.add_weight(initializer="zeros", name=each) for each in ("total", "batches"))
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.total.assign_add(keras.ops.mean(keras.ops.abs(y_true - y_pred)) ** self.power)
+        self.batches.assign_add(1.0)
+
+    def result(self):
+        return self.total / self.batches
+
+
+@pytest.mark.parametrize(
+    ("metric", "of_batch", "coupled"),
+    [
+        (rooted, False, True),
+        (averaged, True, False),
+        (lambda: BatchMean(1), True, False),
+        (lambda: BatchMean(2), False, True),
+        (keras.metrics.RootMeanSquaredError, False, False),
+    ],
+)
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_metrics_of_a_batch_are_those_of_fit(metric, of_batch, coupled, replicas, tmp_path):
+    """Also where the parts of the last batch of an evaluation are not alike."""
+    data, loss = (features(7), features(1)), keras.losses.MeanSquaredError
+    told = {"replicas": replicas, "steps": 3, "metrics": [metric]}
+    check_against_fit(tmp_path / "run", one_output, data, loss, tolerance=1e-6, **told)
+    loop.run(settings(one_output, data, loss, eval_examples=7, **told), tmp_path / "short")
+    *_, made = fitted(one_output, data, loss, **told)
+    expected = made.evaluate(data[0][:7], data[1][:7], batch_size=COUNT, verbose=0, return_dict=True)
+    found = rows(tmp_path / "short" / "metrics.jsonl")[-1]
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-6), name
+    made = metric if metric in (rooted, averaged) else metric()
+    whole = tuple(map(tf.constant, data))
+    [measure] = prepared(one_output(), whole, "mse", metrics=[made]).measures
+    assert (measure.of_batch, measure.coupled) == (of_batch, coupled)
+
+
+def test_metrics_of_the_whole_batch_are_left_out_of_training_where_it_is_divided_otherwise(tmp_path):
+    told = {"replicas": 2, "accumulate": 3, "steps": 3, "metrics": [rooted, averaged]}
+    loop.run(settings(one_output, (features(7), features(1)), keras.losses.MeanSquaredError, **told), tmp_path)
+    found = {row["split"]: row.keys() & {"rooted", "averaged"} for row in rows(tmp_path / "metrics.jsonl")}
+    assert found == {"train": {"averaged"}, "eval": {"rooted", "averaged"}}
 
 
 @pytest.mark.parametrize(

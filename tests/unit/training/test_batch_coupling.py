@@ -6,6 +6,7 @@ import pytest
 from keras import layers, ops
 
 from dist_partial.data import ArraySource
+from dist_partial.errors import UserError
 from dist_partial.step import losses
 from dist_partial.step.objective import prepare
 from dist_partial.training import loop
@@ -14,7 +15,7 @@ from tests.helpers.against_fit import check_against_fit, features, settings
 from tests.helpers.files import trained
 
 OUTPUTS = "run.model's outputs for an example depend on the others of its batch"
-LOSS = "the loss that run.model computes (compute_loss, add_loss) is not the mean of that of a batch's parts"
+LOSS = "what layers add to the loss (add_loss) is not the mean of what they add for a batch's parts"
 WIDTH = 7
 
 
@@ -116,7 +117,6 @@ COUPLED = {
     "mean in training": (stack(lambda: Centred(always=False)), OUTPUTS),
     "experts": (stack(lambda: Experts(capacity=2)), OUTPUTS),
     "in-batch negatives": (InBatchNegatives, OUTPUTS),
-    "contrastive loss": (Matched, LOSS),
     "sum of add_loss": (stack(lambda: Penalty(lambda x: ops.sum(ops.square(x)))), LOSS),
     "beside dropout and BatchNorm": (stack(layers.BatchNormalization, lambda: layers.Dropout(0.5), Centred), OUTPUTS),
 }
@@ -170,6 +170,39 @@ def test_what_depends_on_the_batch_is_said(name):
 @pytest.mark.parametrize("name", APART)
 def test_of_others_nothing_is_said(name):
     assert notes(APART[name]) == []
+
+
+class Squares(keras.Model):
+    """Its loss is no mean over examples, and reads x."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.tower = function, layers.Dense(1, name="tower")
+
+    def call(self, x):
+        return self.tower(x)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return self.function(ops.square(y - y_pred) + ops.square(self.tower(x + 1)))
+
+
+OWN = {
+    "contrastive": (Matched, (features(WIDTH),)),
+    "root": (lambda: Squares(lambda each: ops.sqrt(ops.mean(each))), (features(WIDTH), features(1))),
+    "sum": (lambda: Squares(ops.sum), (features(WIDTH), features(1))),
+}
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+@pytest.mark.parametrize("name", OWN)
+def test_a_compute_loss_that_is_no_mean_is_that_of_the_whole_batch(name, replicas, tmp_path):
+    model, data = OWN[name]
+    check_against_fit(tmp_path / "run", model, data, None, replicas=replicas, steps=3)
+
+
+def test_a_compute_loss_that_is_no_mean_is_refused_where_the_batch_cannot_be_whole(tmp_path):
+    with pytest.raises(UserError, match=r"the compute_loss of run\.model makes .* run\.accumulate divides it"):
+        loop.run(settings(Matched, (features(WIDTH),), None, accumulate=3), tmp_path / "run")
 
 
 def test_what_differs_from_call_to_call_is_left_alone():
