@@ -53,6 +53,10 @@ MODULES: dict[str, tuple[str, ...]] = {
         "data.prepared[tfds_dataset]",
         "data.tfrecords[TFRecordSource,tfrecord_dataset]",
         "data.images[ImageFolderSource,image_folder]",
+        "data.adapt[dataset,source_of]",
+        "data.map_source[MapSource]",
+        "data.py_dataset[PyDatasetSource]",
+        "data.tables[csv_dataset,parquet_dataset]",
     ),
     "Models": (
         "models.byte_transformer[byte_transformer]",

@@ -520,6 +520,41 @@ MUTANTS = [
     ),
     # Data, samples, what is exported and reported.
     changed(
+        "parts that overlap",
+        "data/held_out.py",
+        "Part(source, count - held, held)",
+        "Part(source, count - held - 1, held)",
+        "unit/data/test_adapt.py::test_parts_share_all_examples_and_none_twice",
+    ),
+    changed(
+        "a part that shuffles an order of its own",
+        "data/held_out.py",
+        'if trait(self.source, "own_order", False):',
+        "if False:",
+        "unit/data/test_own_orders.py::test_the_last_are_held_out",
+    ),
+    changed(
+        "the rows of a batch",
+        "data/py_dataset.py",
+        "into[here] = array[rows[here]]",
+        "into[here] = array[rows[here][::-1]]",
+        "unit/data/test_own_orders.py::test_batches_are_taken_apart",
+    ),
+    changed(
+        "a batch of another size",
+        "data/py_dataset.py",
+        "if rows > self._size or (rows < self._size and batch < self._count - 1):",
+        "if rows > self._size:",
+        "unit/data/test_own_orders.py::test_batches_unlike_the_others_are_named",
+    ),
+    changed(
+        "columns of unlike types",
+        "data/table_files.py",
+        "if (before := types.setdefault(name, column.type)) != column.type:",
+        "if (before := types.setdefault(name, column.type)) is None:",
+        "unit/data/test_tables.py::test_mistakes_in_parquet_files_are_named",
+    ),
+    changed(
         "an epoch like the other",
         "data/batches.py",
         "[seed, epoch], None",

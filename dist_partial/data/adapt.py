@@ -130,7 +130,7 @@ def source_of(value: Any, name: str = "the data") -> Source:
         check_source(name, value)
         return value
     if isinstance(value, keras.utils.PyDataset):
-        return PyDatasetSource(value)
+        return _of_batches(value)
     if isinstance(value, tf.data.Dataset):
         return Stream(value)
     if is_grain(value, "MapDataset"):
@@ -145,10 +145,18 @@ def source_of(value: Any, name: str = "the data") -> Source:
     raise UserError(f"{what}: {TAKEN}")
 
 
+def _of_batches(value: keras.utils.PyDataset) -> PyDatasetSource:
+    for name in ("on_epoch_begin", "on_epoch_end"):
+        if getattr(type(value), name) is not getattr(keras.utils.PyDataset, name):
+            what = f"{type(value).__name__}.{name} is not called"
+            print(f"run.data: {what}: each epoch has the same batches, in the same order", flush=True)
+    return PyDatasetSource(value)
+
+
 def _refusal(value: Any) -> str:
     """Says what to give instead of a value that is near to one that is taken; '' if it is not."""
     if isinstance(value, (str, os.PathLike)):
-        return ": for files, take csv_dataset, parquet_dataset, tfrecord_dataset, image_folder or a function of yours"
+        return ": for files, take csv_dataset, parquet_dataset, tfrecord_dataset or image_folder"
     if is_grain(value, "IterDataset"):
         return ", which is read in order only: give the MapDataset that it is made of, before to_iter_dataset()"
     if hasattr(value, "iloc") and hasattr(value, "columns"):

@@ -92,10 +92,10 @@ def records(found: Mapping[str, Any]) -> Tables:
     start = found["start"]
     seconds = [f"{start[name]:.2f}" for name in ("median_s", "most_s", "cpu_s", "without_index_s")]
     line = [f"{start['records']:,}", f"{start['step']:,}", *seconds]
-    columns = ["records", "step", "seconds, median", "most", "of these CPU time", "making the index, too"]
+    titles = ["records", "step", "seconds, median", "most", "of these CPU time", "making the index, too"]
     return {
         "JPEG images with augmentation": markdown(header, rates),
-        "From the names of the files to the first batch": markdown(columns, [line], words=0),
+        "From the names of the files to the first batch": markdown(titles, [line], words=0),
     }
 
 

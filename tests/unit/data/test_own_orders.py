@@ -176,6 +176,18 @@ def test_batches_unlike_the_others_are_named(batches, words):
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_not_called_is_said(capsys):
+    class Shuffled(Batches):
+        def on_epoch_end(self):
+            raise AssertionError("called")
+
+    source_of(Shuffled())
+    said = "run.data: Shuffled.on_epoch_end is not called: each epoch has the same batches, in the same order\n"
+    assert capsys.readouterr().out == said
+    source_of(Batches())
+    assert capsys.readouterr().out == ""
+
+
 def test_batches_as_keras_takes_them():
     """Lists for tuples, x alone, tensors."""
     for change, parts in (
