@@ -1,5 +1,6 @@
 """Several readers, in threads and processes: the same batches in the same order, and an end in any case."""
 
+import itertools
 import os
 import pathlib
 import signal
@@ -34,13 +35,12 @@ def same(found, wanted):
 
 
 class Together(ArraySource):
-    """Gives batches once three threads ask for some at the same time; later ones sooner."""
+    """Gives its first batches once three threads ask for some at the same time; later ones sooner."""
 
     def fetch(self, indices):
-        if len(indices) < 12:  # a look at an example
-            return super().fetch(indices)
-        place = self.__dict__.setdefault("barrier", threading.Barrier(3)).wait(timeout=60)
-        time.sleep(0.01 * place)
+        if len(indices) == 12 and next(self.__dict__.setdefault("calls", itertools.count())) < 9:
+            place = self.__dict__.setdefault("barrier", threading.Barrier(3)).wait(timeout=60)
+            time.sleep(0.01 * place)
         return super().fetch(indices)
 
 
