@@ -562,6 +562,27 @@ MUTANTS = [
         "unit/data/test_batches.py::test_epochs_and_seeds_have_orders_of_their_own",
     ),
     changed(
+        "records that are not compared with their checksums",
+        "data/tfrecords.py",
+        "if masked(google_crc32c.value(data)) != check:",
+        "if False:",
+        "unit/data/test_tfrecords.py::test_damaged_data_is_found_when_it_is_read",
+    ),
+    changed(
+        "files of records that may change",
+        "data/tfrecords.py",
+        "if (now.st_size, now.st_mtime_ns) != tuple(self._index.states[file]):",
+        "if False:",
+        "unit/data/test_tfrecords.py::test_files_that_change_during_a_run",
+    ),
+    changed(
+        "an index that is not compared with the files",
+        "data/record_index.py",
+        "{_digest(states.tobytes().hex())}",
+        "0",
+        "unit/data/test_tfrecords.py::test_a_changed_file_is_indexed_again",
+    ),
+    changed(
         "boundary of top_p",
         "models/sampling.py",
         "(mass_before < top_p)",

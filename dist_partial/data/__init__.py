@@ -12,6 +12,7 @@ from dist_partial.data.batches import (
 from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
 from dist_partial.data.held_out import Part, hold_out
+from dist_partial.data.images import ImageFolderSource, image_folder
 from dist_partial.data.map_source import MapSource
 from dist_partial.data.mapped import Mapped
 from dist_partial.data.mixed import Joined, Mixed, mix
@@ -31,6 +32,7 @@ from dist_partial.data.source import (
 )
 from dist_partial.data.stream import Stream
 from dist_partial.data.tables import csv_dataset, parquet_dataset
+from dist_partial.data.tfrecords import TFRecordSource, tfrecord_dataset
 from dist_partial.data.tokens import stdlib_prose, tokenized_text
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "ClassWeighted",
     "Codec",
     "Dataset",
+    "ImageFolderSource",
     "InOrder",
     "Joined",
     "MapSource",
@@ -47,6 +50,7 @@ __all__ = [
     "PyDatasetSource",
     "Source",
     "Stream",
+    "TFRecordSource",
     "check_source",
     "class_weighted",
     "csv_dataset",
@@ -57,6 +61,7 @@ __all__ = [
     "fetched",
     "fingerprint",
     "hold_out",
+    "image_folder",
     "looks",
     "mix",
     "parquet_dataset",
@@ -67,6 +72,7 @@ __all__ = [
     "stdlib_prose",
     "stdlib_shapes",
     "tfds_dataset",
+    "tfrecord_dataset",
     "tokenized_text",
     "train_batches",
     "train_indices",

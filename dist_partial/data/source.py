@@ -71,6 +71,7 @@ class Dataset:
         fingerprint: hex SHA-256 of the content; a run folder refuses to resume with another.
         codec: text to ids and back; None where nothing can be sampled as text.
         unit: what one target is: 'byte' means that loss / ln 2 is bits per byte.
+        classes: the names of the class ids 0, 1 and so on, where targets are such and have names.
 
     Examples:
         >>> x, y = np.zeros([100, 4], np.float32), np.zeros([100], np.int32)
@@ -86,6 +87,7 @@ class Dataset:
     fingerprint: str
     codec: Codec | None = None
     unit: Literal["byte"] | None = None
+    classes: tuple[str, ...] = ()
 
     @property
     def window(self) -> int | None:
