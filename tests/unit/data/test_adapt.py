@@ -173,7 +173,7 @@ class Rows:
         (Loader(), "a Loader, which makes batches: give its .dataset"),
         (Frames(train=Rows(), test=Rows()), "a Frames that holds a Rows: give the parts, as in dataset(train, eval"),
         ((Rows(), Rows()), "a tuple that holds a Rows: give the parts"),
-        (([[1], [2, 3]], Y), "the training data: x is a list of several lengths: pad"),
+        (([[1], [2, 3]], Y), "run.data: x is a list of several lengths: pad"),
         (({"a": [None, 1]}, Y), "x['a'] has no value (None)"),
         ((np.array(["2020-01-01"], "datetime64[D]"), Y[:1]), "has the type datetime64[D]: make a number or a text"),
         ((X, Y[:-1]), "axis 0 counts the examples"),
@@ -190,7 +190,7 @@ def test_mistakes_are_named_in_one_line(given, words):
 
 def test_mistakes_between_arguments():
     with pytest.raises(
-        UserError, match=r"the evaluation data has examples .*float64.* both must have the same x and y"
+        UserError, match=r"the evaluation of run.data has examples .*float64.* both must have the same x and y"
     ):
         dataset((X, Y), (X.astype(np.float64), Y))
     with pytest.raises(UserError, match="leave evaluation out"):
@@ -224,7 +224,7 @@ def test_what_a_factory_of_a_run_returns_passes_the_door():
 
     trainer = build(Settings([("train", ".*")], model, points), create("default"))
     assert (trainer.data.name, len(trainer.data.evaluation)) == ("points", 5)
-    with pytest.raises(UserError, match="the training data is a NoneType: give arrays"):
+    with pytest.raises(UserError, match="run.data is a NoneType: give arrays"):
         build(Settings([("train", ".*")], model, lambda: None), create("default"))
 
 

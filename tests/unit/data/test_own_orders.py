@@ -47,7 +47,7 @@ def test_mistakes_with_grain_are_named(grain):
     for make, words in (
         (
             lambda: dataset(items),
-            "the training data is a ShuffleMapDataset, whose order may change from",
+            "run.data is a ShuffleMapDataset, whose order may change from",
         ),
         (lambda: source_of(items.to_iter_dataset()), "which is read in order only: give the MapDataset that"),
         (lambda: source_of(items.repeat()), "repeats without end: leave repeat() out"),
