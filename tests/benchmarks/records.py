@@ -27,7 +27,7 @@ from tests.benchmarks import tables
 
 COMMAND = "python -m tests.benchmarks.records"
 RESULTS = Path(__file__).parent / "results" / "records.json"
-SETTING = "2 CPU cores; files in the page cache; medians of interleaved rounds"
+SETTING = "2 CPU cores, shared with other work; files in the page cache; medians of interleaved rounds"
 FILES, IMAGES, STORED, SIZE, BATCH = 8, 2048, 256, 224, 64
 ROUNDS, STEPS = 9, 24  # of one side and then the other
 RECORDS, FIRST_STEP, STARTS = 10**7, 10**6, 5
