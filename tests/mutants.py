@@ -556,7 +556,7 @@ MUTANTS = [
     ),
     changed(
         "an epoch like the other",
-        "data/batches.py",
+        "data/order.py",
         "[seed, epoch], None",
         "[seed, 0 * epoch], None",
         "unit/data/test_batches.py::test_epochs_and_seeds_have_orders_of_their_own",

@@ -173,7 +173,7 @@ def _refusal(value: Any) -> str:
     parts = value if isinstance(value, tuple) else value.values() if isinstance(value, Mapping) else ()
     for part in parts:
         held = isinstance(part, (tuple, list, Mapping, str, bytes)) or _is_array(part) or hasattr(part, "iloc")
-        if _has_items(part) and not held:
+        if isinstance(part, tf.data.Dataset) or (_has_items(part) and not held):
             return f" that holds a {type(part).__name__}: give the parts, as in dataset(train, evaluation)"
     return ""
 

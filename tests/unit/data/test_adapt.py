@@ -173,6 +173,7 @@ class Rows:
         (Loader(), "a Loader, which makes batches: give its .dataset"),
         (Frames(train=Rows(), test=Rows()), "a Frames that holds a Rows: give the parts, as in dataset(train, eval"),
         ((Rows(), Rows()), "a tuple that holds a Rows: give the parts"),
+        ({"train": tf.data.Dataset.range(3)}, "a dict that holds a _RangeDataset: give the parts"),
         (([[1], [2, 3]], Y), "run.data: x is a list of several lengths: pad"),
         (({"a": [None, 1]}, Y), "x['a'] has no value (None)"),
         ((np.array(["2020-01-01"], "datetime64[D]"), Y[:1]), "has the type datetime64[D]: make a number or a text"),
@@ -224,7 +225,7 @@ def test_what_a_factory_of_a_run_returns_passes_the_door():
 
     trainer = build(Settings([("train", ".*")], model, points), create("default"))
     assert (trainer.data.name, len(trainer.data.evaluation)) == ("points", 5)
-    with pytest.raises(UserError, match="run.data is a NoneType: give arrays"):
+    with pytest.raises(UserError, match=r"run.data is a NoneType: give arrays"):
         build(Settings([("train", ".*")], model, lambda: None), create("default"))
 
 
