@@ -31,9 +31,11 @@ _HOMES = {
     "devices": "api",
     "csv_dataset": "data",
     "dataset": "data",
+    "image_folder": "data",
     "parquet_dataset": "data",
     "partial": "fit",
     "train": "api",
+    "tfrecord_dataset": "data",
 }
 __all__ = sorted(_HOMES)
 

@@ -49,7 +49,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "Reductions": ("reductions",),
     "Schedules": ("schedules",),
     "Data": (
-        "data[Dataset,Source,ArraySource,Codec,fingerprint]",
+        "data[Dataset,Source,ArraySource,Mapped,Mixed,mix,Stream,reading,Codec,fingerprint]",
         "data.corpus[stdlib_corpus,stdlib_shapes]",
         "data.tokens",
         "data.prepared[tfds_dataset]",

@@ -87,18 +87,15 @@ def quality(found: Mapping[str, Any]) -> Tables:
 
 def records(found: Mapping[str, Any]) -> Tables:
     header = ["pipeline", "examples a second", "least", "most", "CPU time an example, µs"]
-    rates = [
-        [row["pipeline"], *(f"{row[name]:,.0f}" for name in ("median", "least", "most", "cpu_us"))]
-        for row in found["rates"]
-    ]
+    numbers = ("median", "least", "most", "cpu_us")
+    rates = [[row["pipeline"], *(f"{row[name]:,.0f}" for name in numbers)] for row in found["rates"]]
     start = found["start"]
-    seconds = [f"{start[name]:.2f}" for name in ("median_s", "most_s", "without_index_s")]
-    starts = [f"{start['records']:,}", f"{start['step']:,}", *seconds]
+    seconds = [f"{start[name]:.2f}" for name in ("median_s", "most_s", "cpu_s", "without_index_s")]
+    line = [f"{start['records']:,}", f"{start['step']:,}", *seconds]
+    titles = ["records", "step", "seconds, median", "most", "of these CPU time", "making the index, too"]
     return {
         "JPEG images with augmentation": markdown(header, rates),
-        "From the names of the files to the first batch": markdown(
-            ["records", "step", "seconds, median", "most", "making the index, too"], [starts], words=0
-        ),
+        "From the names of the files to the first batch": markdown(titles, [line], words=0),
     }
 
 
