@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for tests.benchmarks.tables
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+from dist_partial import synonyms  # noqa: E402
 from tests.benchmarks import tables  # noqa: E402
 from tests.conformance import results as conformance  # noqa: E402
 
@@ -154,7 +155,17 @@ def bindings_page() -> str:
         parts += [f"### {name}", _about(value)[0]]
         if rows := list(_rows(name, value)):
             parts.append(tables.markdown(("binding", "type", "default", ""), rows, words=4))
+    parts += ["## Names from elsewhere", "A message about one of the names on the left says what it is called here."]
+    parts.append(tables.markdown(("elsewhere", "here", ""), list(_synonyms()), words=3))
     return "\n\n".join(parts) + "\n"
+
+
+def _synonyms() -> Iterator[tuple[str, str, str]]:
+    names: dict[tuple[str, str], list[str]] = {}
+    for theirs, meant in synonyms.SYNONYMS.items():
+        names.setdefault(meant, []).append(theirs)
+    for (ours, differs), theirs in names.items():
+        yield ", ".join(map("`{}`".format, theirs)), f"`{ours}`", differs.lstrip(", ")
 
 
 def api_page() -> str:

@@ -554,6 +554,20 @@ MUTANTS = [
         "lambda v, unit=unit: True",
         "unit/report/test_report.py::test_a_layer_of_two_units_is_trained_in_parts",
     ),
+    changed(
+        "an input too many, for which its neighbour is taken",
+        "models/inputs.py",
+        "if others and isinstance(inputs, dict):",
+        "if False:",
+        "unit/models/test_inputs.py::test_names_are_refused_where_keras_raises_or_takes_others",
+    ),
+    changed(
+        "a failed compilation that is said to begin",
+        "training/progress.py",
+        "if timer is self._timer:",
+        "if True:",
+        "unit/training/test_progress.py::test_nothing_is_said_of_what_has_failed",
+    ),
     # Workers.
     changed(
         "attempts by their number",

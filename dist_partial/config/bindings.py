@@ -1,4 +1,4 @@
-"""Checks bindings against the signatures of what they are for: arguments of another type, and missing ones."""
+"""Checks bindings against the signatures of what they are for: arguments of another type, missing and unknown ones."""
 
 import inspect
 import os
@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 import gin
 
 from dist_partial.errors import UserError
-from dist_partial.validation import shown
+from dist_partial.synonyms import SYNONYMS, meant
+from dist_partial.validation import nearest, shown
 
 # What a configuration file can write out, and in which words.
 _PLAIN: dict[Any, str] = {
@@ -23,6 +24,9 @@ _PLAIN: dict[Any, str] = {
     dict: "a dictionary {...: ...}",
     os.PathLike: "",
 }
+_OWNERS = ("run", "sample", "replicas")  # before the dot of the names of a run itself
+_KERAS = "keras.optimizers."
+_FEW = 8  # parameters that a message lists
 
 
 def check_bindings(ours: Collection[str], bindable: Mapping[str, Callable[..., Any]]) -> None:
@@ -33,9 +37,16 @@ def check_bindings(ours: Collection[str], bindable: Mapping[str, Callable[..., A
         bindable: by selector, all that is registered: these, Keras's and the user's.
 
     Raises:
-        UserError: a value of another type than its argument, or a factory that a run will call lacks an argument.
+        UserError: a value of another type than its argument, or a factory that a run will call lacks an argument, or an
+            optimizer has none of that name.
     """
     for (scope, selector), values in gin.config._CONFIG.items():
+        if selector.startswith(_KERAS):  # which takes any, and refuses it once it is made
+            known = [*inspect.signature(bindable[selector]).parameters]
+            known += [*inspect.signature(bindable[f"{_KERAS}Optimizer"]).parameters]
+            for argument in (each for each in values if each not in known):
+                owner = selector.rpartition(".")[2]
+                raise UserError(f"{owner} has no parameter {argument!r}{unknown(owner, argument, known)}")
         for argument, value in values.items() if selector in ours else ():
             bound = _written_out(value)
             if isinstance(bound, gin.config.ConfigurableReference):
@@ -112,6 +123,25 @@ def _check_missing(ours: Collection[str], bindable: Mapping[str, Callable[..., A
 def unbound(names: Sequence[str]) -> str:
     """Says which arguments have no value, and what to write."""
     return f"not bound: {', '.join(names)}; write {names[0]} = ..."
+
+
+def unknown(owner: str, argument: str, parameters: Collection[str]) -> str:
+    """Ends a message about a parameter that `owner` does not have: with what it is called here, or what is near."""
+    if owner in _OWNERS:
+        ours = written(argument)
+    else:
+        name = SYNONYMS.get(argument, ("", ""))[0].rpartition(".")[2]
+        ours = f": write {owner}.{name}" if name in parameters else ""
+    few = f"; it has {', '.join(parameters)}" if 0 < len(parameters) <= _FEW else ""
+    return ours or nearest(argument, parameters) or few or nearest(argument, parameters, always=True)
+
+
+def written(argument: str) -> str:
+    """Says under which name a run has an argument, by this name or one from elsewhere; '' if it has none."""
+    for owner in _OWNERS:
+        if argument in inspect.signature(gin.config._REGISTRY[f"dist_partial.{owner}"].wrapped).parameters:
+            return f": write {owner}.{argument}"
+    return meant(argument)
 
 
 def _misfit(function: Callable[..., Any], name: str, value: Any) -> str | None:

@@ -19,7 +19,7 @@ import gin
 
 from dist_partial import data, models, schedules, session
 from dist_partial.config import settings
-from dist_partial.config.bindings import annotation, check_bindings, only_in_python, unbound
+from dist_partial.config.bindings import annotation, check_bindings, only_in_python, unbound, unknown, written
 from dist_partial.distributed import replicas
 from dist_partial.errors import UserError, own_line, raised
 from dist_partial.reductions.all_reduce import AllReduce
@@ -29,6 +29,7 @@ from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
+from dist_partial.synonyms import OWNERS
 from dist_partial.validation import check_value, nearest
 
 _OURS: dict[str, Callable[..., Any]] = {
@@ -75,7 +76,6 @@ _IMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+)?import\s+([\w.]+)", re.MULTILI
 _REQUIRED = re.compile(r"Required bindings for `([\w.]+)` not provided in config: \[(.*?)\]")
 # Bound before any file is read, so that `Adam.learning_rate` or `all_reduce.dtype` alone have their effect.
 _DEFAULTS = ("run.optimizer = @keras.optimizers.Adam", "run.reduction = @all_reduce()")
-_FEW = 8  # parameters that a message lists
 _KERAS: tuple[str, ...] = ("optimizers", "optimizers.schedules", "losses", "metrics", "callbacks", "applications")
 _KERAS += ("initializers", "regularizers")
 
@@ -141,8 +141,8 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
             current = param
             if "." not in (name := param.split("=")[0].strip()) and (name, "gin.macro") not in gin.config._CONFIG:
                 fields = [f"run.{field.name}" for field in dataclasses.fields(settings.Settings)]
-                near = nearest(f"run.{name}", fields, always=True)
-                raise UserError(f"{param!r} binds nothing: a name has a dot{near}")
+                near = written(name) or f": a name has a dot{nearest(f'run.{name}', fields, always=True)}"
+                raise UserError(f"{param!r} binds nothing{near}")
             gin.parse_config(param)
         current = ""
         gin.config.find_missing_overrides_hook(gin.config._CONFIG)  # what is bound to %gin.REQUIRED
@@ -296,12 +296,12 @@ def _explain(error: Exception, param: str) -> str:
         names = [selector for selector, _ in gin.config._REGISTRY.items() if not selector.startswith("gin.")]
         dotted = "." in name
         known = [s.removeprefix("dist_partial.") if dotted else s.split(".")[-1] for s in names]
-        first = f"nothing is called {name!r}{nearest(name, known)}"
+        bound = re.search(rf"^\s*(?:[\w/]+/)?{re.escape(name)}\.(\w+)\s*=", f"{text}\n{param}", re.MULTILINE)
+        ours = written(bound[1]) if bound and name in OWNERS else ""
+        first = f"nothing is called {name!r}{ours or nearest(name, known)}"
     elif match := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text):
         parameters = list(inspect.signature(gin.config._REGISTRY.get_match(match[1]).wrapped).parameters)
-        few = f"; it has {', '.join(parameters)}" if 0 < len(parameters) <= _FEW else ""
-        first = f"{match[1]} has no parameter {match[2]!r}"
-        first += nearest(match[2], parameters) or few or nearest(match[2], parameters, always=True)
+        first = f"{match[1]} has no parameter {match[2]!r}{unknown(match[1], match[2], parameters)}"
     elif match := re.search(r"In call to configurable 'macro' .* in scope '([\w./]+)'", text):
         first = f"%{match[1]} is not defined: bind {match[1]} = ..."
     elif match := _REQUIRED.search(text):

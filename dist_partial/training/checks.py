@@ -16,6 +16,7 @@ from dist_partial.distributed import consistency
 from dist_partial.distributed.per_replica import local_count
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import Raised, UserError, calling, first_line, own_line
+from dist_partial.models.inputs import check_asked, check_inputs
 from dist_partial.selection.plan import Plan
 from dist_partial.step import batch_norm, layer_state, losses, metrics
 from dist_partial.step.objective import Batch, Objective, prepare, unpacked
@@ -62,6 +63,7 @@ def make_model(settings: Settings, data: Dataset, strategy: tf.distribute.Strate
             f"run.model reads ids ({inputs[0].dtype}) and not {_example(data.name, x)}: bind a model of features, or "
             "other data"
         )
+    check_inputs(model, data.name, x)
     with taking(data.name, x), layer_state.untouched(strategy, generators):
         batch, outputs = _tried(model, data)
     if data.codec is not None and tf.is_tensor(outputs):
@@ -205,6 +207,9 @@ def taking(name: str, x: Any) -> Iterator[None]:
     """
     try:
         yield
+    except KeyError as error:
+        check_asked(name, x, error)
+        raise
     except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
         raise UserError(
             f"run.model does not take {_example(name, x)}: {first_line(error).rstrip('.')}{own_line(error)}; bind "

@@ -22,6 +22,7 @@ from dist_partial.training.events import Every, Saving
 from dist_partial.training.failures import connected, explained
 from dist_partial.training.judge import Judge
 from dist_partial.training.metric_writer import MetricWriter
+from dist_partial.training.progress import Progress
 from dist_partial.training.run_folder import held
 from dist_partial.training.state import TrainState
 
@@ -33,11 +34,17 @@ class Evaluation:
 
     Attributes:
         trainer: of the run.
+
+    Args:
+        trainer: of the run.
+        progress: says that it is compiled; None says nothing.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, progress: Progress | None = None) -> None:
         settings, replicas = trainer.settings, trainer.replicas
         self.trainer = trainer
+        progress = progress or Progress(active=False)
+        progress.begin("compiling the evaluation")
         self._every = Every(settings.eval_every, settings.steps)
         source = trainer.data.evaluation
         spec = EvaluationSpec(replicas.strategy, replicas.collectives, trainer.model, trainer.objective)
@@ -50,6 +57,7 @@ class Evaluation:
             global_batch=settings.global_batch,
             context=input_context(replicas.strategy),
         )
+        progress.end()
         # Between two exchanges replicas have statistics of their own, too; what is evaluated is one model.
         apart = bool(trainer.fragments) and not any(group.reduction.shared for group in trainer.plan.groups)
         self._average: Callable[[], None] = lambda: None

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from dist_partial.errors import Fault
 from dist_partial.files import write_atomically, write_json, write_text, writing
 from dist_partial.selection.plan import Plan
-from dist_partial.selection.table import grouped
+from dist_partial.selection.table import grouped, trained_layers
+from dist_partial.synonyms import meant
 
 _SPLITS = ("train", "eval")
 # The steps, and what never changes or is only another measure of what is charted.
@@ -130,7 +131,7 @@ class MetricWriter:
         row |= {"nic_bytes_per_step": plan.nic_bytes}
         self._record([row | {"trained_parameters": trained, "units": list(plan.units)}])
         self.say(
-            f"step {step}: training {', '.join(plan.units)}: {trained:,} parameters, {grouped(plan.nic_bytes)} bytes a "
+            f"step {step}: training {trained_layers(plan)}: {trained:,} parameters, {grouped(plan.nic_bytes)} bytes a "
             f"step at the interface of each of {plan.workers} workers"
         )
 
@@ -155,7 +156,9 @@ class MetricWriter:
             with _writing(path):
                 write_text(path, text)
         if names := unused():
-            self.say(f"bound but never used: {', '.join(names)}")
+            # A line such as `lr = 0.1` of a gin file is a macro, whatever was meant by it.
+            words = [f"{name} ({ours[2:]})" if (ours := meant(name)) else name for name in names]
+            self.say(f"bound but never used: {', '.join(words)}")
 
     def traffic(self, row: dict[str, Any]) -> None:
         """Writes traffic.json, and says at the end of the run what was planned, counted and read."""

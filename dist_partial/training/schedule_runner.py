@@ -21,6 +21,7 @@ from dist_partial.schedules.base import observes
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.payload import average_bytes
 from dist_partial.selection.plan import Plan
+from dist_partial.selection.table import trained_layers
 from dist_partial.step import batch_norm, outer_step
 from dist_partial.step.layer_state import untouched
 from dist_partial.step.objective import Batch
@@ -29,7 +30,9 @@ from dist_partial.step.train_step import TrainStep
 from dist_partial.training import activation_cache, split_model
 from dist_partial.training.build import Trainer, batches, compiled_step, order
 from dist_partial.training.metric_writer import MetricWriter
+from dist_partial.training.progress import Progress
 from dist_partial.training.state import TrainState
+from dist_partial.validation import counted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,10 +77,12 @@ class ScheduleRunner:
     Args:
         trainer: what the run computes with.
         state: from which the run goes on.
+        progress: says what is compiled; None says nothing.
     """
 
-    def __init__(self, trainer: Trainer, state: TrainState) -> None:
+    def __init__(self, trainer: Trainer, state: TrainState, progress: Progress | None = None) -> None:
         self.trainer, self._settings = trainer, trainer.settings
+        self._progress = progress or Progress(active=False)
         saved = state.schedule or {}
         self._state = saved.get("state", trainer.schedule.initial(trainer.units))
         self._active = frozenset(saved["active"]) if saved.get("active") is not None else None
@@ -85,6 +90,7 @@ class ScheduleRunner:
         self._phases: collections.OrderedDict[tuple[frozenset[str], activation_cache.Activations | None], CompiledPhase]
         self._phases = collections.OrderedDict()
         self._phase: CompiledPhase | None = None
+        self._fresh = True  # until a step was made with the phase
         self._kept: dict[frozenset[str], activation_cache.Activations | None] = {}
         self._reading: activation_cache.Activations | None = None
         # From which step on the activations up to which layer are read.
@@ -150,6 +156,7 @@ class ScheduleRunner:
             self._squares = np.zeros_like(self._squares)
         units, remaining = self._selected(done)
         self.switched = units != self._active
+        self._fresh |= self.switched
         if backend is not None and (self._phase is None or schedule.next_switch(done - 1) == done):
             # Before anything is traced: workers that disagree would wait for each other in different functions.
             consistency.check(backend, {f"what is trained from step {done + 1} on": sorted(units)})
@@ -205,7 +212,12 @@ class ScheduleRunner:
         if self._reading is not None and self._indices is not None:
             for _ in range(count):
                 self._reading.fill(next(self._indices).numpy())
+        if self._fresh:
+            what = "XLA compiles it" if self._settings.jit_compile else "TensorFlow optimizes its graph"
+            self._progress.begin(f"making the first step{'' if self._constant else ' of the selection'}: {what}")
         result = self.phase.train.function(self._inputs, tf.constant(count))
+        self._fresh = False
+        self._progress.end()
         if self.trainer.schedule.statistics == "norms":
             squares = result["unit_norms"].numpy().astype(np.float64).sum(axis=0)
             places = {unit.name: i for i, unit in enumerate(self.trainer.units)}
@@ -239,15 +251,24 @@ class ScheduleRunner:
             ahead[self._selected(switch)] = None
             switch = schedule.next_switch(switch)
         if len(ahead) <= settings.compiled_plans:
-            for units, remaining in ahead:
-                yield from self._found(units, self._activations(remaining, done), done)
+            for number, (units, remaining) in enumerate(ahead, 1):
+                which = f"selection {number} of {len(ahead)}" if len(ahead) > 1 else "the step"
+                yield from self._found(units, self._activations(remaining, done), done, which)
 
     def _found(
-        self, units: frozenset[str], activations: activation_cache.Activations | None, done: int
+        self,
+        units: frozenset[str],
+        activations: activation_cache.Activations | None,
+        done: int,
+        which: str = "the next selection",
     ) -> Generator[Untraced, None, CompiledPhase]:
         key = units, activations
         if key not in self._phases:
-            self._phases[key] = yield from self._compiled(units, activations, done)
+            plan = self.trainer.plan.only(units)
+            variables = f"{counted(len(plan.trained), 'variable')} of {trained_layers(plan)}"
+            self._progress.begin(f"compiling {which}: {variables}")
+            self._phases[key] = yield from self._compiled(plan, activations, done)
+            self._progress.end()
         self._phases.move_to_end(key)
         while len(self._phases) > self._settings.compiled_plans:
             self._phases.popitem(last=False)
@@ -307,11 +328,11 @@ class ScheduleRunner:
         return train_indices(len(self.trainer.data.train), **at)
 
     def _compiled(
-        self, units: frozenset[str], activations: activation_cache.Activations | None, done: int
+        self, plan: Plan, activations: activation_cache.Activations | None, done: int
     ) -> Generator[Untraced, None, CompiledPhase]:
         trainer, settings = self.trainer, self._settings
         strategy, collectives = trainer.replicas.strategy, trainer.replicas.collectives
-        plan = trainer.plan.only(units)
+        units = frozenset(plan.units)
         with strategy.scope():
             for planned, group in zip(trainer.plan.groups, trainer.optimizers, strict=True):
                 if planned.entries[0].unit in units:

@@ -156,6 +156,7 @@ def test_every_binding_is_described(caplog):
         assert f"\n### {name}\n\n" in page, name
     assert "| `run.steps` | `int` | `1000` |" in page
     assert re.search(r"\| `run.reduction` \| .* \| `@\w+\(\)` \|", page)
+    assert re.search(r"\| .*`epochs`.* \| `run.steps` \| = epochs x examples / run.global_batch \|", page)
 
 
 def test_every_public_name_has_its_line(caplog):

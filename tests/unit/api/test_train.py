@@ -225,6 +225,10 @@ def test_the_result_shows_itself():
     ("more", "message"),
     [
         ({"stepps": 5}, "train has no argument 'stepps'; nearest: 'steps'"),
+        ({"epochs": 3}, "train has no argument 'epochs': write steps = epochs x examples / global_batch$"),
+        ({"output_dir": "here"}, "'output_dir': write folder=..., the run folder$"),
+        ({"validation_data": (X, Y)}, "'validation_data': write evaluation=...$"),
+        ({"num_replicas": 2}, "'num_replicas': write replicas=..., simulated on the CPU"),
         ({"steps": 0}, "steps is 0: it must be"),
         ({"rules": [("train", "haed/.*"), ("freeze", ".*")]}, "nearest"),
         ({"global_batch": 9, "replicas": 2}, "global_batch=9 does not divide .* give a multiple of 2"),

@@ -225,6 +225,15 @@ def test_losses_and_metrics_are_bound_as_compile_takes_them(load):
         ("local_sgd.keep = 4", ["; it has sync_every, offset, outer_optimizer, compressor, keep_residual_local"]),
         ("all_reduce.precision = 'a'", ["; it has dtype"]),
         ("run.xyz = 4", ["run has no parameter 'xyz'; nearest: "]),
+        ("run.epochs = 4", ["run has no parameter 'epochs': write run.steps = epochs x examples / run.global_batch ("]),
+        ("run.lr = 4", ["run has no parameter 'lr': write Adam.learning_rate, or that of another optimizer ("]),
+        ("run.temperature = 4", ["run has no parameter 'temperature': write sample.temperature ("]),
+        ("sample.n = 4", ["sample has no parameter 'n': write sample.count, how many texts ("]),
+        ("head/SGD.lr = 4", ["SGD has no parameter 'lr': write SGD.learning_rate"]),
+        ("Adam.lerning_rate = 4", ["Adam has no parameter 'lerning_rate'; nearest: 'learning_rate'"]),
+        ("optimizer.lr = 4", ["nothing is called 'optimizer': write Adam.learning_rate, or ", "user.gin, line 8"]),
+        ("train.steps = 4", ["nothing is called 'train': write run.steps ("]),
+        ("SDG.learning_rate = 4", ["nothing is called 'SDG'; nearest: 'SGD'"]),
         ("run.model = @keras_file", ["not bound: keras_file.path; write keras_file.path = ..."]),
         ("import no_such_module", ["user.gin", "no_such_module"]),
         ("from no_such_package import no_such_module", ["user.gin", "no_such_package"]),
@@ -392,9 +401,10 @@ def test_the_operative_configuration_alone_reproduces_the_run(load, tmp_path, ca
 
 
 def test_an_unused_binding_is_reported_after_the_first_step(load, tmp_path, capsys):
-    configuration = load("SGD.momentum = 0.9")
+    configuration = load("SGD.momentum = 0.9\nlr = 0.1")
     loop.run(configuration.settings, tmp_path / "run", configuration.operative, configuration.unused)
-    assert "bound but never used: keras.optimizers.SGD.momentum" in capsys.readouterr().out
+    said = "bound but never used: keras.optimizers.SGD.momentum, lr (write Adam.learning_rate, or that of another opt"
+    assert said in capsys.readouterr().out
 
 
 SCHEDULES = ["phases", "gradual", "rotation", "lisa", "autofreeze", "byte_budget"]
@@ -429,6 +439,10 @@ def test_a_param_without_a_dot_is_an_error(tmp_path):
     file.write_text("rate = 0.1\nrun.rules = [('train', '.*')]\nrun.model = @two_dense\nrun.data = @stdlib_shapes\n")
     with pytest.raises(UserError, match=r"'step = 3' binds nothing: a name has a dot; nearest: 'run\.steps'"):
         gin_files.load([file], ["step = 3"])
+    with pytest.raises(UserError, match=r"'batch_size=3' binds nothing: write run\.global_batch, the examples"):
+        gin_files.load([file], ["batch_size=3"])
+    with pytest.raises(UserError, match=r"'top_k=3' binds nothing: write sample\.top_k$"):
+        gin_files.load([file], ["top_k=3"])
     gin_files.load([file], ["rate = 0.2"])  # a macro of the file's
 
 
