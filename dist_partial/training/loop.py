@@ -57,8 +57,6 @@ def run(
     folder, replicas = Path(folder), settings.replicas()
     data_readers = reading(settings.readers, settings.reader_processes)
     with put_back(), failures.ended_together(replicas), data_readers, Progress(replicas.is_chief) as progress:
-        replicas.say(replicas.description)
-        check_division(settings, replicas.strategy.num_replicas_in_sync)
         trainer = _built(settings, replicas, bindings or {}, progress)
         state = _restored(trainer, folder)
         if state.step >= settings.steps or state.stopped:
@@ -96,7 +94,9 @@ def run(
 
 
 def _built(settings: Settings, replicas: Replicas, bindings: Mapping[str, str], progress: Progress) -> Trainer:
-    """Builds the trainer, the same on all workers, and prints its plan."""
+    """Builds the trainer, the same on all workers, and prints its replicas and its plan."""
+    replicas.say(replicas.description)
+    check_division(settings, replicas.strategy.num_replicas_in_sync)
     progress.begin("building the model")
     trainer = build(settings, replicas)
     progress.end()
