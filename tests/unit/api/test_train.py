@@ -347,6 +347,33 @@ def test_text_from_python_is_sampled(capfd):
 
 
 @pytest.mark.slow
+def test_a_model_that_draws_and_one_with_statistics():
+    class Noise(keras.layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.generator = keras.random.SeedGenerator(1)
+
+        def call(self, x):
+            return x + keras.random.normal(keras.ops.shape(x), seed=self.generator)
+
+    def drawing():
+        return keras.Sequential([keras.Input([3]), Noise(), keras.layers.Dense(1, name="head")])
+
+    assert quickly(drawing(), rules=[("train", ".*")]).metrics["step"] == 2
+
+    def normed():
+        norm = keras.layers.BatchNormalization(name="norm")
+        return keras.Sequential([keras.Input([3]), norm, keras.layers.Dense(1, name="head")])
+
+    for number, model in enumerate((normed(), normed)):
+        found = quickly(model, folder=f"run{number}")
+        assert all(layer.trainable for layer in found.model.layers)
+        assert command(export_command.main, f"run_dir=run{number}", "format=keras", f"output={number}.keras") == 0
+        loaded = keras.saving.load_model(f"{number}.keras")
+        np.testing.assert_allclose(loaded.predict(X, verbose=0), found.model.predict(X, verbose=0), atol=1e-6)
+
+
+@pytest.mark.slow
 def test_what_a_module_has_is_named(capfd):
     quickly(named, folder="mine")
     arguments = ("run_dir=mine", "format=keras", "output=out.keras")
