@@ -703,6 +703,28 @@ MUTANTS = [
         "return not self.waiting",
         "unit/distributed/test_tcp_backend.py::test_a_result_is_not_given_before_a_slow_reader_has_it",
     ),
+    # Runs from Python.
+    changed(
+        "names of layers as the process has numbered them",
+        "api/given.py",
+        "        return names if old is None or new is not None else {}\n",
+        "        return {}\n",
+        "unit/api/test_train.py::test_a_cell_may_be_run_twice",
+    ),
+    changed(
+        "the base of a delta is what a later call began with",
+        "training/run_folder.py",
+        "trainer.fingerprint | fingerprints.began(folder)",
+        "trainer.fingerprint",
+        "unit/api/test_train.py::test_a_run_that_goes_on_keeps_what_it_began_with",
+    ),
+    changed(
+        "modes of BatchNorm that the run alone has set are saved",
+        "models/copies.py",
+        "zip(pairs, self._trainable, strict=True)",
+        "zip(pairs, [layer.trainable for layer, _ in pairs], strict=True)",
+        "unit/api/test_train.py::test_a_model_that_draws_and_one_with_statistics",
+    ),
 ]
 
 

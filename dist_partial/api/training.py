@@ -21,6 +21,7 @@ from dist_partial.distributed.cluster import read_tf_config
 from dist_partial.distributed.replicas import ReplicaOptions, simulated
 from dist_partial.errors import UserError
 from dist_partial.step import outer_step
+from dist_partial.synonyms import meant
 from dist_partial.train import main as command
 from dist_partial.training import failures, loop
 from dist_partial.validation import nearest
@@ -28,6 +29,12 @@ from dist_partial.validation import nearest
 _DEVICES = 8  # on the CPU, which cost nothing where they are not used
 _FIRST = ("model", "data")
 _OWN = ("evaluation", "folder", "replicas")
+# What other doors call otherwise.
+_HERE = {
+    "dist-partial train --run_dir": "folder=...",
+    "replicas=ReplicaOptions(cpu=...).connect": "replicas=...",
+    "data, what makes the Dataset, whose evaluation these are": "evaluation=...",
+}
 
 
 def train(
@@ -165,7 +172,11 @@ def _check_names(settings: dict[str, Any]) -> None:
     fields = [field.name for field in dataclasses.fields(Settings)]
     for name in settings:
         if name not in fields:
-            raise UserError(f"train has no argument {name!r}{nearest(name, [*_FIRST, *_OWN, *fields], always=True)}")
+            words = meant(name, python=True)
+            for elsewhere, here in _HERE.items():
+                words = words.replace(elsewhere, here)
+            words = words or nearest(name, [*_FIRST, *_OWN, *fields], always=True)
+            raise UserError(f"train has no argument {name!r}{words}")
 
 
 def _signature() -> inspect.Signature:

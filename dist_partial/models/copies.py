@@ -41,6 +41,7 @@ class ModelCopy:
         weights: Sequence[Any] | None = None,
     ) -> None:
         self.model, self._names, self._example, self._weights = model, names or {}, example, weights
+        self._trainable = [layer.trainable for layer in compat.layers(model)]  # a run puts some into other modes
         own = {type(layer) for layer in compat.layers(model) if not type(layer).__module__.startswith("keras.")}
         self._own = {name: kind for kind in own for name in (keras.saving.get_registered_name(kind), kind.__name__)}
         try:
@@ -61,10 +62,10 @@ class ModelCopy:
                 warnings.simplefilter("ignore")
                 made = keras.saving.deserialize_keras_object(copy.deepcopy(self._config), self._own, safe_mode=False)
             pairs = list(zip(compat.layers(self.model), compat.layers(made), strict=True))
-            for layer, other in pairs:
+            for (layer, other), trainable in zip(pairs, self._trainable, strict=True):
                 _adapt(layer, other)
-                if other.trainable != layer.trainable:
-                    other.trainable = layer.trainable
+                if other.trainable != trainable:
+                    other.trainable = trainable
             if weights and not made.weights:
                 made(self._example, training=False)
             made.set_weights(weights)

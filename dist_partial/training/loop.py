@@ -16,6 +16,7 @@ import tensorflow as tf
 from dist_partial.config.settings import Settings
 from dist_partial.data import reading
 from dist_partial.distributed import traffic
+from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import Ending
 from dist_partial.selection.table import plan_summary
 from dist_partial.session import put_back
@@ -23,7 +24,7 @@ from dist_partial.step.optimizers import finalize
 from dist_partial.training import evaluation, events, failures, run_folder
 from dist_partial.training.build import Trainer, build, restore
 from dist_partial.training.checks import check_division, check_workers
-from dist_partial.training.judge import Judge, learning_rates, notes_on_averages, reopened
+from dist_partial.training.judge import Judge, learning_rates, reopened
 from dist_partial.training.metric_writer import MetricWriter
 from dist_partial.training.progress import Progress
 from dist_partial.training.schedule_runner import ScheduleRunner
@@ -54,20 +55,9 @@ def run(
         Interrupted: Ctrl-C or SIGTERM on any of the workers; the state is saved.
     """
     folder, replicas = Path(folder), settings.replicas()
-    with (
-        put_back(),
-        failures.ended_together(replicas),
-        reading(settings.readers, settings.reader_processes),
-        Progress(replicas.is_chief) as progress,
-    ):
-        replicas.say(replicas.description)
-        check_division(settings, replicas.strategy.num_replicas_in_sync)
-        progress.begin("building the model")
-        trainer = build(settings, replicas)
-        progress.end()
-        check_workers(replicas, trainer.fingerprint, bindings or {})
-        notes = [*trainer.notes, *notes_on_averages(trainer)]
-        replicas.say("\n".join([plan_summary(trainer.plan, replicas.workers), *notes]))
+    data_readers = reading(settings.readers, settings.reader_processes)
+    with put_back(), failures.ended_together(replicas), data_readers, Progress(replicas.is_chief) as progress:
+        trainer = _built(settings, replicas, bindings or {}, progress)
         state = _restored(trainer, folder)
         if state.step >= settings.steps or state.stopped:
             replicas.finish()
@@ -100,6 +90,18 @@ def run(
         replicas.finish()  # none ends before the last checkpoint is written
         if stop.interrupted and state.step < settings.steps:
             stop(state, folder)
+    return trainer
+
+
+def _built(settings: Settings, replicas: Replicas, bindings: Mapping[str, str], progress: Progress) -> Trainer:
+    """Builds the trainer, the same on all workers, and prints its replicas and its plan."""
+    replicas.say(replicas.description)
+    check_division(settings, replicas.strategy.num_replicas_in_sync)
+    progress.begin("building the model")
+    trainer = build(settings, replicas)
+    progress.end()
+    check_workers(replicas, trainer.fingerprint, bindings)
+    replicas.say("\n".join([plan_summary(trainer.plan, replicas.workers), *trainer.notes, *notes_on_averages(trainer)]))
     return trainer
 
 

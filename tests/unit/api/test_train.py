@@ -225,6 +225,10 @@ def test_the_result_shows_itself():
     ("more", "message"),
     [
         ({"stepps": 5}, "train has no argument 'stepps'; nearest: 'steps'"),
+        ({"epochs": 3}, "train has no argument 'epochs': write steps = epochs x examples / global_batch$"),
+        ({"output_dir": "here"}, "'output_dir': write folder=..., the run folder$"),
+        ({"validation_data": (X, Y)}, "'validation_data': write evaluation=...$"),
+        ({"num_replicas": 2}, "'num_replicas': write replicas=..., simulated on the CPU"),
         ({"steps": 0}, "steps is 0: it must be"),
         ({"rules": [("train", "haed/.*"), ("freeze", ".*")]}, "nearest"),
         ({"global_batch": 9, "replicas": 2}, "global_batch=9 does not divide .* give a multiple of 2"),
@@ -340,6 +344,33 @@ def test_text_from_python_is_sampled(capfd):
         sampling=dist_partial.Sampling(length=3),
     )
     assert command(sample.main, f"run_dir={found.folder}", "length=5") == 0
+
+
+@pytest.mark.slow
+def test_a_model_that_draws_and_one_with_statistics():
+    class Noise(keras.layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.generator = keras.random.SeedGenerator(1)
+
+        def call(self, x):
+            return x + keras.random.normal(keras.ops.shape(x), seed=self.generator)
+
+    def drawing():
+        return keras.Sequential([keras.Input([3]), Noise(), keras.layers.Dense(1, name="head")])
+
+    assert quickly(drawing(), rules=[("train", ".*")]).metrics["step"] == 2
+
+    def normed():
+        norm = keras.layers.BatchNormalization(name="norm")
+        return keras.Sequential([keras.Input([3]), norm, keras.layers.Dense(1, name="head")])
+
+    for number, model in enumerate((normed(), normed)):
+        found = quickly(model, folder=f"run{number}")
+        assert all(layer.trainable for layer in found.model.layers)
+        assert command(export_command.main, f"run_dir=run{number}", "format=keras", f"output={number}.keras") == 0
+        loaded = keras.saving.load_model(f"{number}.keras")
+        np.testing.assert_allclose(loaded.predict(X, verbose=0), found.model.predict(X, verbose=0), atol=1e-6)
 
 
 @pytest.mark.slow
