@@ -344,6 +344,30 @@ def forget_compilation(model: Any) -> None:
     del model._compile_config
 
 
+@contextlib.contextmanager
+def noting_single_values() -> Iterator[set[int]]:
+    """Gives the ids of the metrics that are updated within it by one number for a batch, which counts as one.
+
+    Keras 3.15: a `Mean` over batches differs from one over examples in its calls alone.
+    Unnecessary if a metric said which of them it is.
+    """
+    import keras
+
+    found: set[int] = set()
+    update = keras.metrics.Mean.update_state
+
+    def noted(self: Any, values: Any, sample_weight: Any = None) -> None:
+        if sample_weight is None and keras.ops.ndim(values) == 0:
+            found.add(id(self))
+        update(self, values, sample_weight)
+
+    keras.metrics.Mean.update_state = noted
+    try:
+        yield found
+    finally:
+        keras.metrics.Mean.update_state = update
+
+
 def compiled_metrics(model: Any) -> list[tuple[str, Any]]:
     """Lists the metrics of a compiled model that has been called on targets, by the names of their results.
 

@@ -11,6 +11,7 @@ from dist_partial.distributed.collectives import Collectives, run_rounds
 from dist_partial.reductions.base import total
 from dist_partial.step.gradients import local_sum, model_outputs, own_part
 from dist_partial.step.objective import Batch, Objective
+from dist_partial.step.whole_batch import whole_batch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,20 +61,24 @@ def replica_sums(spec: EvaluationSpec, batch: Batch, examples: int) -> tf.Tensor
         float64 [1 + numbers of the metrics]: what the part adds to the loss of the batch, and to the metrics.
     """
     context: Any = tf.distribute.get_replica_context()
-    batch = own_part(spec.strategy, batch)
-    room = tf.nest.flatten(batch)[0].shape[0]
+    full = own_part(spec.strategy, batch)
+    room = tf.nest.flatten(full)[0].shape[0]
     replica = int(tf.get_static_value(context.replica_id_in_sync_group))
     own = min(max(examples - replica * room, 0), room)
-    batch = tf.nest.map_structure(lambda tensor: tensor[: max(own, 1)], batch)
+    batch = tf.nest.map_structure(lambda tensor: tensor[: max(own, 1)], full)
+    outputs_of = functools.partial(model_outputs, spec.model, training=False)
     share, counts = own / examples, None
-    if spec.objective.counts and spec.strategy.num_replicas_in_sync > 1:
-        # A pass of its own, as in training: while replicas meet, a layer forgets what it has added to the loss.
-        with keras.StatelessScope():
-            outputs = model_outputs(spec.model, batch[0], False)
-        mine = spec.objective.counted(batch, outputs, False) * (1 if own else 0)
+    if spec.objective.counts and not spec.objective.coupled and spec.strategy.num_replicas_in_sync > 1:
+        mine = spec.objective.counted(batch, outputs_of, False) * (1 if own else 0)
         counts = run_rounds(spec.collectives, [total(mine)])[0]
-    outputs = model_outputs(spec.model, batch[0], False)
-    loss, changed = spec.objective.loss(batch, outputs, False, share or 1.0, counts)
+    if spec.objective.coupled:
+        every = whole_batch(spec.collectives, full, outputs_of(full[0]), 1.0, examples)
+    # After the replicas have met, for a layer forgets then what it has added to the loss.
+    outputs = outputs_of(batch[0])
+    if spec.objective.coupled:
+        loss, changed = spec.objective.loss(*every, False)
+    else:
+        loss, changed = spec.objective.loss(batch, outputs, False, share or 1.0, counts)
     spec.objective.assign(changed)
     added = spec.objective.added(batch, outputs, False, changed, share)
     sums = tf.concat([tf.cast(loss * share, tf.float64)[tf.newaxis], added], axis=0)

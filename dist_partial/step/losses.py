@@ -88,47 +88,41 @@ class DividedLoss(keras.losses.Loss):
         part = getattr(_current, "part", None)
         y_pred = self._logits(y_pred)
         self.seen = y_true, y_pred
-        if part is not None and sample_weight is None and (mean := self._mean(y_true, y_pred)) is not None:
-            return mean
-        value = self.inner(y_true, y_pred, sample_weight)
         if part is None:
-            return value
-        if self.reduction in ("sum", "none", None):  # `fit` trains on the sum of the last two as well
-            return keras.ops.sum(value) / part.share
-        count = self._count(y_true, y_pred, sample_weight, part.share)
-        if count is None:
-            return value
-        part.found.append(count)
-        if part.counts is None:
-            return value
-        return tf.math.divide_no_nan(value * count, next(part.counts) * part.share)
-
-    def _mean(self, y_true: Any, y_pred: Any) -> tf.Tensor | None:
-        """The mean over elements that the shapes count, as Keras's but in fewer operations; None if it is another."""
-        means = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
-        if self.reduction not in means or type(self.inner).__call__ is not keras.losses.Loss.__call__:
-            return None
-        if not (tf.is_tensor(y_true) and tf.is_tensor(y_pred)) or compat.mask(y_pred) is not None:
-            return None
+            return self.inner(y_true, y_pred, sample_weight)
+        summed = self.reduction in ("sum", "none", None)  # `fit` trains on the sum of the last two as well
+        if type(self.inner).__call__ is not keras.losses.Loss.__call__:  # it reduces by itself
+            value = self.inner(y_true, y_pred, sample_weight)
+            return keras.ops.sum(value) / part.share if summed else value
         values = self._values(y_true, y_pred)
-        size = values.shape.num_elements() if tf.is_tensor(values) and values.shape.rank else None
-        return tf.reduce_sum(values) / size if size and compat.mask(values) is None else None
+        if summed:
+            return keras.ops.sum(_Given(values, self)(y_true, y_pred, sample_weight)) / part.share
+        return self._mean(values, y_true, y_pred, sample_weight, part)
 
-    def _count(self, y_true: Any, y_pred: Any, sample_weight: Any, share: Any) -> tf.Tensor | None:
-        """What the loss divides by up to a constant factor, or None if the shapes give it."""
-        if type(self.inner).__call__ is not keras.losses.Loss.__call__:
-            return None
-        by_weight = self.reduction == "mean_with_sample_weight"
-        ones = _Ones(self.inner)
-        # Keras's own sum of ones brings mask and weights to one shape as its sum of losses does.
-        count = ones(y_true, y_pred, sample_weight if by_weight else None)
-        if ones.single and sample_weight is not None and share != 1.0:
+    def _mean(self, values: Any, y_true: Any, y_pred: Any, sample_weight: Any, part: Part) -> Any:
+        """The mean of losses; where the data decides on its divisor, with that of all parts."""
+        mask = compat.mask(values)
+        masked = mask is not None or compat.mask(y_pred) is not None
+        if sample_weight is None and not masked and values.shape.rank and (size := values.shape.num_elements()):
+            return tf.reduce_sum(values) / size  # as Keras's, in fewer operations
+        value = _Given(values, self)(y_true, y_pred, sample_weight)
+        if sample_weight is not None and not values.shape.rank and part.share != 1.0:
             raise UserError(
                 "run.loss gives one number for a batch, and run.data gives weights, which its parts cannot share out: "
                 "have it give one loss an example, or train it on one replica without run.accumulate"
             )
-        masked = ones.masked or compat.mask(y_pred) is not None
-        return count if masked or (by_weight and sample_weight is not None) else None
+        weight = sample_weight if self.reduction == "mean_with_sample_weight" else None
+        if not masked and weight is None:
+            return value  # divided by what the shapes give
+        ones = keras.ops.ones_like(values)
+        if mask is not None:
+            compat.set_mask(ones, mask)
+        # Keras's own sum of ones brings mask and weights to one shape as its sum of losses does.
+        count = _Given(ones, self, "sum")(y_true, y_pred, weight)
+        part.found.append(count)
+        if part.counts is None:
+            return value
+        return tf.math.divide_no_nan(value * count, next(part.counts) * part.share)
 
     def _logits(self, y_pred: Any) -> Any:
         if not getattr(self.inner, "from_logits", False) or not tf.is_tensor(y_pred):
@@ -153,29 +147,24 @@ class DividedLoss(keras.losses.Loss):
         return self._values(y_true, self._logits(y_pred))
 
     def _values(self, y_true: Any, y_pred: Any) -> Any:
-        y_true, y_pred = (keras.ops.convert_to_tensor(each, dtype=self.dtype) for each in (y_true, y_pred))
+        y_true, y_pred = keras.tree.map_structure(
+            lambda each: keras.ops.convert_to_tensor(each, dtype=self.dtype), (y_true, y_pred)
+        )
         return self.inner.call(y_true, y_pred)
 
     def get_config(self) -> dict[str, Any]:
         raise NotImplementedError("it is made for one run")
 
 
-class _Ones(keras.losses.Loss):
-    """Counts what a loss sums."""
+class _Given(keras.losses.Loss):
+    """Reduces values that are computed already, with masks and weights, as Keras does."""
 
-    def __init__(self, inner: keras.losses.Loss) -> None:
-        super().__init__(inner.name, "sum", inner.dtype)
-        self._inner = inner
-        self.masked = self.single = False
+    def __init__(self, values: Any, loss: keras.losses.Loss, reduction: str | None = None) -> None:
+        super().__init__(loss.name, reduction or loss.reduction, loss.dtype)
+        self._values = values
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        values = self._inner.call(y_true, y_pred)
-        ones = keras.ops.ones_like(values)
-        self.single = not len(values.shape)
-        if (mask := compat.mask(values)) is not None:
-            self.masked = True
-            compat.set_mask(ones, mask)
-        return ones
+        return self._values
 
 
 def made(loss: Any) -> Any:
@@ -236,21 +225,26 @@ def takes_targets(function: Callable[..., Any]) -> bool:
     return len([p for p in parameters if p.kind in kinds and p.default is p.empty]) >= 2
 
 
-def check_divisible(loss: DividedLoss, y: np.ndarray, parts: int) -> None:
-    """Looks whether the loss of a batch is the mean of the losses of its parts, as a batch that is divided needs.
+def is_coupled(loss: DividedLoss, y: np.ndarray) -> bool:
+    """Tells whether the loss of an example depends on the others of its batch: Keras's Circle, contrastive losses.
+
+    Tried on random outputs: the loss of a batch is then something else than the mean of those of its parts.
 
     Args:
         loss: which has been called on some of the model's outputs.
         y: some targets, [n, ...].
-        parts: into how many a batch is divided, among replicas and micro-batches.
 
-    Raises:
-        UserError: it is not (Keras's Circle, contrastive losses), and batches are divided.
+    Examples:
+        >>> loss = DividedLoss(keras.losses.CosineSimilarity(axis=0))
+        >>> y = tf.constant([[1.0], [2.0]])
+        >>> _ = loss(y, y)
+        >>> is_coupled(loss, y.numpy())
+        True
     """
     assert loss.seen is not None
     outputs = loss.seen[1]
-    if parts == 1 or not tf.is_tensor(outputs) or np.prod(outputs.shape[1:]) * 12 > _LARGEST:
-        return
+    if not tf.is_tensor(outputs) or np.prod(outputs.shape[1:]) * 12 > _LARGEST:
+        return False
     rng = np.random.default_rng(0)
     some = tf.constant(y[rng.integers(0, len(y), 12)])
     shape = (12, *outputs.shape[1:])
@@ -261,12 +255,10 @@ def check_divisible(loss: DividedLoss, y: np.ndarray, parts: int) -> None:
             whole = loss_of(loss, [(some, predicted)])
             apart = loss_of(loss, [(some[:6], predicted[:6]), (some[6:], predicted[6:])])
         except (ValueError, TypeError, UserError, tf.errors.OpError):  # it takes no such values, or not so many
-            return
+            return False
         if not np.allclose(whole, apart, rtol=1e-3, equal_nan=True):
-            raise UserError(
-                "run.loss makes of an example what depends on the others of its batch, and a batch is divided into "
-                f"{parts} parts: train it on one replica without run.accumulate, or bind another loss"
-            )
+            return True
+    return False
 
 
 def loss_of(loss: Callable[..., Any], parts: Sequence[tuple[Any, Any]]) -> float:

@@ -7,7 +7,7 @@ which is summed over parts, replicas and workers like a loss.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -56,11 +56,13 @@ class Objective:
         model: compiled.
         counts: how many of its losses divide by a number that the data decides on, see `losses.Part`.
         measures: its metrics.
+        coupled: whether its loss of an example depends on the others of the batch: it is computed of the whole batch.
     """
 
     model: keras.Model
     counts: int = 0
     measures: Sequence[Measure] = ()
+    coupled: bool = False
 
     def chosen(self, training: bool) -> list[Measure]:
         """The metrics that are computed: in training the cheap ones."""
@@ -70,8 +72,19 @@ class Objective:
         """Numbers that `values` gives of the metrics."""
         return sum(each.size for each in self.chosen(training))
 
-    def counted(self, batch: Batch, outputs: Any, training: bool) -> tf.Tensor:
-        """Counts what this part adds to the divisors: [counts]."""
+    def counted(self, batch: Batch, outputs_of: Callable[[Any], Any], training: bool) -> tf.Tensor:
+        """Counts what one part of a batch adds to the divisors: [counts].
+
+        It is a pass of its own through the model, before that of the loss. It depends on the data and its masks:
+        TensorFlow leaves out all else of it.
+
+        Args:
+            batch: the part.
+            outputs_of: x -> the model's outputs.
+            training: the mode, for the model's `compute_loss`.
+        """
+        with keras.StatelessScope():  # no layer counts this pass, and none adds to the loss
+            outputs = outputs_of(batch[0])
         with _scope(self.model), losses.computing(losses.Part()) as part:
             self._loss(batch, outputs, training)
         return tf.stack([tf.reshape(count, []) for count in part.found])
@@ -210,7 +223,7 @@ def prepare(
     compat.forget_compilation(model)
     x, y, weight = unpacked(batch)
     # The variables of metrics are made here.
-    with _scope(model), losses.computing(losses.Part()) as part, _noting_single_values() as single:
+    with _scope(model), losses.computing(losses.Part()) as part, compat.noting_single_values() as single:
         with calling("run.loss"):
             compat.compute_loss(model, x, y, outputs, weight, False)
         with calling("run.metrics"):
@@ -226,24 +239,6 @@ def prepare(
     objective = Objective(model, len(part.found), measures)
     _check_sums(objective, batch, outputs)
     return objective
-
-
-@contextlib.contextmanager
-def _noting_single_values() -> Iterator[set[int]]:
-    """Gives the ids of the metrics that are updated by one number for a batch, which Keras counts as one example."""
-    found: set[int] = set()
-    update = keras.metrics.Mean.update_state
-
-    def noted(self: keras.metrics.Mean, values: Any, sample_weight: Any = None) -> None:
-        if sample_weight is None and keras.ops.ndim(values) == 0:
-            found.add(id(self))
-        update(self, values, sample_weight)
-
-    keras.metrics.Mean.update_state = noted
-    try:
-        yield found
-    finally:
-        keras.metrics.Mean.update_state = update
 
 
 def _check_sums(objective: Objective, batch: Batch, outputs: Any) -> None:

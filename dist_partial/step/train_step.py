@@ -31,6 +31,7 @@ from dist_partial.step.gradients import (
 from dist_partial.step.loss_scale import LossScale
 from dist_partial.step.objective import Batch, Objective
 from dist_partial.step.optimizers import GroupOptimizer
+from dist_partial.step.whole_batch import whole_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,21 +217,16 @@ def replica_gradients(spec: StepSpec, batch: Batch) -> tuple[Any, tf.Tensor, tf.
 def divisors(spec: StepSpec, parts: Sequence[Batch]) -> tf.Tensor | None:
     """Counts what the losses of a step divide by, over all replicas and micro-batches, where the data decides on it.
 
-    Known before any gradient, for several losses, regularisers and what a reduction keeps need it then. It depends on
-    the data and its masks: TensorFlow leaves out all else of this pass through the model. Where each replica trains by
-    itself, it counts its own.
+    Known before any gradient, for several losses, regularisers and what a reduction keeps need it then. Where each
+    replica trains by itself, it counts its own.
 
     Returns:
         [objective.counts], or None.
     """
-    if not spec.objective.counts or (len(parts) == 1 and spec.strategy.num_replicas_in_sync == 1):
+    objective = spec.objective
+    if not objective.counts or objective.coupled or (len(parts) == 1 and spec.strategy.num_replicas_in_sync == 1):
         return None
-    counts = []
-    for part in parts:
-        with keras.StatelessScope():  # no layer counts this pass
-            outputs = outputs_of(spec, part[0])
-        counts.append(spec.objective.counted(part, outputs, True))
-    own = tf.add_n(counts)
+    own = tf.add_n([objective.counted(part, functools.partial(outputs_of, spec), True) for part in parts])
     if not any(entry.reduction.shared for entry in spec.plan.trained):
         return own * spec.strategy.num_replicas_in_sync
     return run_rounds(spec.collectives, [total_over_replicas(own)])[0]
@@ -252,7 +248,10 @@ def backprop(
         tape.watch(values)
         outputs = outputs_of(spec, batch[0])
         share = 1 / (spec.strategy.num_replicas_in_sync * spec.options.accumulate)
-        loss, changed = spec.objective.loss(batch, outputs, True, share, counts)
+        if spec.objective.coupled:
+            loss, changed = spec.objective.loss(*whole_batch(spec.collectives, batch, outputs, share), True)
+        else:
+            loss, changed = spec.objective.loss(batch, outputs, True, share, counts)
         loss *= share
         scaled = loss * tf.cast(loss_scale, loss.dtype)
     spec.objective.assign(changed)

@@ -28,15 +28,9 @@ from dist_partial.step.objective import Batch, Objective
 from dist_partial.step.train_step import StepOptions, StepSpec, TrainStep, train_step
 from dist_partial.training import run_fingerprint
 from dist_partial.training.activation_cache import check_cached
-from dist_partial.training.checks import (
-    check_added,
-    check_batch,
-    check_scaled,
-    make_model,
-    make_objective,
-    notes_on,
-    taking,
-)
+from dist_partial.training.checks import check_added, check_batch, check_scaled, divided_objective
+from dist_partial.training.loss_and_metrics import make_objective, notes_on
+from dist_partial.training.model import make_model, taking
 from dist_partial.training.state import TrainState
 
 
@@ -162,8 +156,8 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
         plan = dataclasses.replace(plan, workers=max(2, replicas.strategy.num_replicas_in_sync))
         plan, units, notes = _divided(quantization.lower(plan, model, settings.frozen_dtype), settings, batch_norms)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
-        parts = strategy.num_replicas_in_sync * settings.accumulate
-        objective, divided = make_objective(settings, data, model, examples, outputs, parts)
+        objective, divided = make_objective(settings, data, model, examples, outputs)
+        objective = divided_objective(objective, settings, plan, strategy)
         with calling("run.model"), taking(data.name, spec[0]):
             changed = layer_state.find(model, spec, plan, objective)
         with calling("run.optimizer"):

@@ -115,8 +115,7 @@ def make_up(trainer: Trainer, folder: Path, state: TrainState) -> TrainState:
         if active:
             checkpoint = checkpoints.newest(folder / "checkpoints", lambda _: None, state.step)
             assert checkpoint is not None
-            metadata = {name: value for name, value in checkpoint.metadata.items() if name != "evaluated"}
-            metadata |= {"judged": state.judged}
+            metadata = state.metadata() | {"frozen": trainer.fingerprint["frozen"]}
             checkpoints.save(folder / "checkpoints", state.step, checkpoint.arrays, metadata, settings.keep)
     return state
 

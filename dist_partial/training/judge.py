@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from dist_partial import compat
 from dist_partial.errors import UserError, calling
 from dist_partial.training.build import Trainer
 from dist_partial.training.state import TrainState
@@ -217,11 +218,7 @@ def learning_rates(optimizers: Sequence[keras.optimizers.Optimizer]) -> dict[str
 
 def _is_settable(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether the learning rate is a number, and not a schedule."""
-    try:
-        optimizer.learning_rate = float(optimizer.learning_rate)
-    except TypeError:
-        return False
-    return True
+    return not callable(compat.learning_rate(optimizer))
 
 
 def _writes(callback: Any) -> bool:

@@ -201,9 +201,14 @@ class ScheduleRunner:
                     else f"{local}: run.steps = {steps} ends before the first exchange"
                 )
         if self.plan.statistics:
-            yield (
-                f"running statistics of layers add {average_bytes(self.plan.statistics):,} bytes a step to the payload"
-            )
+            objective = self.trainer.objective
+            kinds = {
+                "outputs of the whole batch for run.loss": objective.coupled,
+                "divisors of the loss": objective.counts and not objective.coupled,
+                "running statistics of layers": self.trainer.averaged,
+            }
+            what = ", ".join(kind for kind, found in kinds.items() if found)
+            yield f"{what} add {average_bytes(self.plan.statistics):,} bytes a step to the payload"
         if self._settings.activation_cache and self.phase.activations is None:
             yield "run.activation_cache keeps nothing yet: nothing below all that may be trained is frozen for good"
 

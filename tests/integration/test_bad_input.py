@@ -87,8 +87,8 @@ PARAMS = {
     "no rules": (["run.rules=[]"], ["run.rules"]),
     "a step of its own": (["run.model=@user_module.own_step"], ["a train_step of its own (OwnStep)", "compute_loss"]),
     "a contrastive loss": (
-        ["run.loss=@user_module.contrastive", "replicas.cpu=2", "user_module.model.outputs=1"],
-        ["depends on the others of its batch", "2 parts"],
+        ["run.loss=@user_module.contrastive", "run.accumulate=2", "user_module.model.outputs=1"],
+        ["depends on the others of its batch", "run.accumulate divides it"],
     ),
     "unknown loss": (["run.loss='mean_square'"], ["run.loss", "no loss 'mean_square'"]),
     "metric of another kind": (["run.metrics=[5]"], ["run.metrics has a int", "'accuracy'"]),

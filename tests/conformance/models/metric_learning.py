@@ -189,6 +189,47 @@ def pair_accuracy(y_true, y_pred):
     return ops.cast((ops.reshape(y_pred, (-1,)) < 0.5) == ops.cast(ops.reshape(y_true, (-1,)), "bool"), y_pred.dtype)
 
 
+def embedding():
+    """Vectors of length one."""
+    tower_ = tower()
+    return keras.Sequential([keras.Input((WIDTH,)), tower_, layers.UnitNormalization(name="length")], name="embedding")
+
+
+def view_pairs():
+    """Two vectors of an example, from two views of it, side by side: [n, 2, 4]."""
+    shared = tower()
+    views = keras.Input((2, WIDTH), name="views")
+    vectors = [layers.UnitNormalization()(shared(views[:, view])) for view in range(2)]
+    return keras.Model(views, layers.Lambda(lambda two: ops.stack(two, axis=1), output_shape=(2, 4))(vectors))
+
+
+class NormalizedTemperature(keras.losses.Loss):
+    """Finds the second view of an example among those of its batch (Chen et al. 2020, "A simple framework for
+    contrastive learning of visual representations"; of one direction)."""
+
+    def call(self, y_true, y_pred):
+        scores = ops.matmul(y_pred[:, 0], ops.transpose(y_pred[:, 1])) / 0.5
+        return ops.logsumexp(scores, axis=1) - ops.diagonal(scores) + 0.0 * ops.reshape(y_true, (-1,))
+
+
+class HardestTriplets(keras.losses.Loss):
+    """The farthest of an example's class against the nearest of another, within the batch (Hermans et al. 2017, "In
+    defense of the triplet loss for person re-identification")."""
+
+    def call(self, y_true, y_pred):
+        label = ops.reshape(y_true, (-1,))
+        same = ops.cast(ops.equal(label[:, None], label[None]), y_pred.dtype)
+        distance = ops.sqrt(ops.sum(ops.square(y_pred[:, None] - y_pred[None]), axis=-1) + 1e-6)
+        farthest = ops.max(distance * same, axis=1)
+        nearest = ops.min(distance + 10.0 * same, axis=1)
+        return ops.relu(farthest - nearest + 0.3)
+
+
+def weighted_views():
+    (one, two), weight = two_views()[0], toy_data.rng(4).uniform(0.5, 2.0, ROWS)
+    return np.stack([one, two], axis=1), np.zeros(ROWS), weight
+
+
 SPARSE = lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True)  # noqa: E731
 
 CASES = [
@@ -200,4 +241,7 @@ CASES = [
     Case("two_towers", TwoTowers, choices, SPARSE, metrics=lambda: ["accuracy"]),
     Case("distillation", Distillation, lambda: groups(10), rules=(("freeze", "teacher/.*"), ("train", ".*"))),
     Case("bootstrapped_views", Bootstrapped, two_views),
+    Case("circle", embedding, lambda: groups(11), keras.losses.Circle),
+    Case("contrastive_views", view_pairs, weighted_views, NormalizedTemperature),
+    Case("hardest_triplets", embedding, lambda: groups(12), HardestTriplets),
 ]

@@ -499,23 +499,44 @@ def circle():
     return keras.losses.Circle()
 
 
-def test_a_loss_in_which_examples_meet_is_refused_where_batches_are_divided(tmp_path):
+def pair():
+    return keras.Sequential([keras.Input((7,)), keras.layers.Dense(2)])
+
+
+def on_a_sphere():
+    return keras.Sequential([keras.Input((7,)), keras.layers.Dense(5), keras.layers.UnitNormalization()])
+
+
+def labels(classes=3):
+    return np.random.default_rng(1).integers(0, classes, COUNT).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "model", "data", "loss"),
+    [
+        (2, one_output, (features(7), features(7)[:, :1]), Contrast),
+        (3, one_output, (features(7), features(7)[:, :1], np.arange(COUNT) % 3 + 0.5), Contrast),
+        (2, on_a_sphere, (features(7), labels()), circle),
+        (3, pair, (features(7), features(2)), lambda: keras.losses.CosineSimilarity(axis=0)),
+    ],
+    ids=["contrastive", "weighted", "circle", "another axis"],
+)
+def test_a_loss_in_which_examples_meet_is_that_of_the_whole_batch(tmp_path, replicas, model, data, loss):
+    check_against_fit(tmp_path / "run", model, data, loss, replicas=replicas)
+
+
+def test_a_loss_in_which_examples_meet_is_refused_where_replicas_cannot_have_the_whole_batch(tmp_path):
     x = features(7)
     data = (x, x[:, :1])
-    for more in ({"replicas": 2}, {"replicas": 1, "accumulate": 3}):
-        with pytest.raises(UserError, match="depends on the others of its batch, and a batch is divided into"):
+    rule = selection.Rule(".*", reduction=LocalSGD(sync_every=2))
+    for more, words in (
+        ({"replicas": 1, "accumulate": 3}, "run.accumulate divides it: bind no run.accumulate"),
+        ({"replicas": 2, "jit_compile": True}, "run.jit_compile"),
+        ({"replicas": 2, "rules": [rule]}, "each replica trains by itself: reduce in every step"),
+    ):
+        with pytest.raises(UserError, match=f"depends on the others of its batch, .*{words}"):
             loop.run(settings(one_output, data, Contrast, **more), tmp_path / "run")
     check_against_fit(tmp_path / "alone", one_output, data, Contrast, replicas=1)
-    y = np.random.default_rng(1).integers(0, 3, COUNT).astype(np.int32)
-    with pytest.raises(UserError, match="depends on the others of its batch"):
-        loop.run(settings(classifier(activation=None), (features(10), y), circle), tmp_path / "circle")
-
-
-def test_losses_along_another_axis_are_refused(tmp_path):
-    loss = lambda: keras.losses.CosineSimilarity(axis=0)  # noqa: E731
-    two = lambda: keras.Sequential([keras.Input((7,)), keras.layers.Dense(2)])  # noqa: E731
-    with pytest.raises(UserError, match="depends on the others of its batch, and a batch is divided into 2 parts"):
-        loop.run(settings(two, (features(7), features(2)), loss), tmp_path / "run")
 
 
 def test_variables_of_two_dtypes_are_clipped_together(tmp_path):

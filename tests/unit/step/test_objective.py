@@ -66,7 +66,7 @@ def test_the_loss_of_parts_of_any_size_is_that_of_the_whole(reduction, weighted)
     parts = parts_of(whole, 1, 7)
     counts = None
     if objective.counts:
-        counts = tf.add_n([objective.counted(part, model(part[0]), True) for part in parts])
+        counts = tf.add_n([objective.counted(part, model, True) for part in parts])
         assert counts.shape == [1]
     total = 0.0
     for part in parts:
@@ -178,7 +178,7 @@ def test_several_losses_have_a_metric_and_a_divisor_each():
     assert objective.counts == 2
     assert [each.name for each in objective.measures] == ["a_loss", "b_loss", "c_loss"]
     real = float(np.count_nonzero(ids))
-    np.testing.assert_allclose(objective.counted(whole, model(ids), True), [real, real])
+    np.testing.assert_allclose(objective.counted(whole, model, True), [real, real])
 
 
 def test_an_exception_of_the_users_code_names_what_raised_it():
