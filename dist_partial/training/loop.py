@@ -24,7 +24,7 @@ from dist_partial.step.optimizers import finalize
 from dist_partial.training import evaluation, events, failures, run_folder
 from dist_partial.training.build import Trainer, build, restore
 from dist_partial.training.checks import check_division, check_workers
-from dist_partial.training.judge import Judge, learning_rates, reopened
+from dist_partial.training.judge import Judge, learning_rates, notes_on_averages, reopened
 from dist_partial.training.metric_writer import MetricWriter
 from dist_partial.training.progress import Progress
 from dist_partial.training.schedule_runner import ScheduleRunner

@@ -107,7 +107,6 @@ class MetricWriter:
         if not rows:
             return
         self._record(rows)
-        self._bar.update(len(rows))
         _, now, full = (sent[-1] - self._sent).tolist()
         self._sent = sent[-1]
         size = tqdm.format_sizeof(now / len(rows), "B")
@@ -116,7 +115,9 @@ class MetricWriter:
             f"{name} {value:.3g}" if name.startswith("learning_rate") else f"{name} {value:.3f}"
             for name, value in values.items()
         )
-        self._bar.set_postfix_str(f"{shown}, {size}/step at the interface ({now / full:.2%})")
+        # Drawn a few times a second at most: a notebook keeps each line that it is sent.
+        self._bar.set_postfix_str(f"{shown}, {size}/step at the interface ({now / full:.2%})", refresh=False)
+        self._bar.update(len(rows))
 
     def evaluation(self, step: int, metrics: dict[str, float], sent: np.ndarray) -> None:
         """Records an evaluation after `step` updates; `sent` as for `train`, of one step."""

@@ -2,7 +2,10 @@
 
 import nbclient
 import nbformat
+import numpy as np
 import pytest
+
+from dist_partial.training import metric_writer
 
 CELLS = {
     "imports": """
@@ -66,3 +69,12 @@ def test_from_the_first_cell_to_the_last_twice(tmp_path):
             assert printed(cells["mistake"]).startswith("UserError train has no argument 'batch_size'")
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert len(names) == 10 and all(name.startswith("sequential-") for name in names)
+
+
+def test_the_progress_bar_is_drawn_a_few_times_a_second(tmp_path, capsys):
+    """A kernel sends each drawing to the notebook, which keeps it."""
+    with metric_writer.MetricWriter(tmp_path, 0, 1000, np.zeros(3, np.int64), active=True) as writer:
+        for step in range(1, 1001):
+            writer.train(step, np.ones(1), np.ones(1), np.array([[1, 1, 2]]) * step)
+    drawn = capsys.readouterr().err
+    assert "1000/1000" in drawn and "loss 1.000" in drawn.split("\r")[-1] and drawn.count("\r") < 200
