@@ -28,10 +28,7 @@ from dist_partial.step.objective import Batch, Objective
 from dist_partial.step.train_step import StepOptions, StepSpec, TrainStep, train_step
 from dist_partial.training import run_fingerprint
 from dist_partial.training.activation_cache import check_cached
-<<<<<<< HEAD
 from dist_partial.training.batch_coupling import coupling_notes, own_loss_is_coupled
-=======
->>>>>>> d16python
 from dist_partial.training.checks import check_added, check_batch, check_scaled, divided_objective
 from dist_partial.training.loss_and_metrics import make_objective, notes_on
 from dist_partial.training.model import make_model, taking
