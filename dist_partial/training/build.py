@@ -28,7 +28,7 @@ from dist_partial.step.objective import Batch, Objective
 from dist_partial.step.train_step import StepOptions, StepSpec, TrainStep, train_step
 from dist_partial.training import run_fingerprint
 from dist_partial.training.activation_cache import check_cached
-from dist_partial.training.batch_coupling import coupling_notes, own_loss_is_coupled
+from dist_partial.training.batch_coupling import coupling_notes
 from dist_partial.training.checks import check_added, check_batch, check_scaled, divided_objective
 from dist_partial.training.loss_and_metrics import make_objective, notes_on
 from dist_partial.training.model import make_model, taking
@@ -158,10 +158,7 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
         plan, units, notes = _divided(quantization.lower(plan, model, settings.frozen_dtype), settings, batch_norms)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
         objective, divided = make_objective(settings, data, model, examples, outputs)
-        with calling("run.loss"):
-            if not objective.coupled and strategy.num_replicas_in_sync * settings.accumulate > 1:
-                objective = dataclasses.replace(objective, coupled=own_loss_is_coupled(objective, data.train))
-        objective = divided_objective(objective, settings, plan, strategy)
+        objective = divided_objective(objective, settings, plan, strategy, data.train)
         with calling("run.model"), taking(data.name, spec[0]):
             changed = layer_state.find(model, spec, plan, objective)
         notes += coupling_notes(objective, data.train, strategy.num_replicas_in_sync, settings.accumulate)

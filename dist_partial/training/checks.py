@@ -10,14 +10,15 @@ import tensorflow as tf
 from dist_partial import compat
 from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
-from dist_partial.data import Dataset
+from dist_partial.data import Dataset, Source
 from dist_partial.distributed import consistency
 from dist_partial.distributed.per_replica import local_count
 from dist_partial.distributed.replicas import Replicas
-from dist_partial.errors import UserError
+from dist_partial.errors import UserError, calling
 from dist_partial.selection.plan import Plan
 from dist_partial.step import batch_norm
 from dist_partial.step.objective import Objective
+from dist_partial.training.batch_coupling import own_loss_is_coupled
 from dist_partial.validation import counted
 
 
@@ -71,7 +72,7 @@ def adds_losses(model: keras.Model) -> bool:
 
 
 def divided_objective(
-    objective: Objective, settings: Settings, plan: Plan, strategy: tf.distribute.Strategy
+    objective: Objective, settings: Settings, plan: Plan, strategy: tf.distribute.Strategy, source: Source
 ) -> Objective:
     """Gives what a run trains on and is measured by, of which something may need the whole batch.
 
@@ -82,6 +83,8 @@ def divided_objective(
     """
     if strategy.num_replicas_in_sync * settings.accumulate == 1:
         return dataclasses.replace(objective, coupled=False)
+    with calling("run.loss"):
+        objective = dataclasses.replace(objective, coupled=objective.coupled or own_loss_is_coupled(objective, source))
     adds = local_count(strategy) > 1 and adds_losses(objective.model)
     if settings.accumulate > 1:
         reason, remedy = "run.accumulate divides it", "bind no run.accumulate"
