@@ -327,13 +327,15 @@ def exclusions(optimizer: Any, members: Sequence[OptimizerVariable]) -> dict[str
         >>> optimizer = keras.optimizers.AdamW()
         >>> exclusions(optimizer, members=())
         {}
-        >>> optimizer.exclude_from_weight_decay(var_names=["bias"])
+        >>> optimizer.exclude_from_weight_decay(var_names=["gamma", "bias"])
         >>> exclusions(optimizer, members=())
-        {'paths': [], 'pattern': 'bias'}
+        {'paths': [], 'pattern': 'bias|gamma'}
     """
     given, pattern = compat.weight_decay_exclusions(optimizer)
     paths = [m.entry.path for m in members if compat.variable_key(optimizer, m.entry.variable) in given]
-    return {"paths": paths, "pattern": pattern and pattern.pattern} if paths or pattern else {}
+    # Keras joins the names of a set, whose order is another in each process.
+    names = "|".join(sorted(pattern.pattern.split("|"))) if pattern else None
+    return {"paths": paths, "pattern": names} if paths or names else {}
 
 
 def apply(optimizers: Sequence[GroupOptimizer], gradients: Sequence[tf.Tensor | None]) -> None:
