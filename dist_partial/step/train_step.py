@@ -127,9 +127,9 @@ def train_steps(spec: StepSpec, iterator: Any, steps: tf.Tensor) -> dict[str, tf
     Returns:
         "loss" [steps] in Keras's float type and float64 "metrics" [steps, numbers], this worker's parts of the sums;
         float64 "waited" [steps], seconds in which it waited for its batch; float32 "gradient_norm" [steps], before
-        clipping, and where replicas train by themselves that of this worker's
-        first replica; "unit_norms" [steps, units], squared, in the order of the plan's units. The metrics are absent if
-        there are none, and the units without `options.unit_norms`.
+        clipping, and where replicas train by themselves that of this worker's first replica; "unit_norms" [steps,
+        units], squared, in the order of the plan's units. The metrics are absent if there are none, and the units
+        without `options.unit_norms`.
     """
     kinds: dict[str, tuple[tf.DType, list[int]]] = {
         "loss": (tf.as_dtype(keras.config.floatx()), []),
@@ -259,7 +259,7 @@ def backprop(
         scaled = loss * tf.cast(loss_scale, loss.dtype)
     spec.objective.assign(changed)
     gradients = tape.gradient(scaled, values)
-    metrics = spec.objective.added(batch, outputs, True, changed, share * spec.options.accumulate, whole)
+    metrics = spec.objective.added(batch, outputs, True, changed, share, whole)
     return loss, metrics, [selected_rows(g, e.rule.rows) for g, e in zip(gradients, trained, strict=True)]
 
 
