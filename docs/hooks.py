@@ -49,10 +49,12 @@ MODULES: dict[str, tuple[str, ...]] = {
     "Reductions": ("reductions",),
     "Schedules": ("schedules",),
     "Data": (
-        "data[Dataset,Source,ArraySource,Codec,fingerprint]",
+        "data[Dataset,Source,ArraySource,Mapped,Mixed,mix,Stream,reading,Codec,fingerprint]",
         "data.corpus[stdlib_corpus,stdlib_shapes]",
         "data.tokens",
         "data.prepared[tfds_dataset]",
+        "data.tfrecords[TFRecordSource,tfrecord_dataset]",
+        "data.images[ImageFolderSource,image_folder]",
         "data.adapt[dataset,source_of]",
         "data.map_source[MapSource]",
         "data.py_dataset[PyDatasetSource]",
@@ -79,6 +81,7 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "schedules": ("Schedules", ("schedules", "switch"), ("schedules.png",)),
     "activation_cache": ("Activation cache", ("cache",), ()),
     "fine_tuning": ("Fine-tuning", ("finetune",), ()),
+    "records": ("TFRecords", ("records",), ()),
     "faults": ("Faults", ("faults",), ()),
     "plan": ("The plan's prediction", ("plan",), ()),
 }

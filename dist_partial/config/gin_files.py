@@ -59,12 +59,14 @@ _OURS: dict[str, Callable[..., Any]] = {
     "smollm2": models.smollm2,
     "smollm2_tokenizer": models.smollm2_tokenizer,
     "kept_examples": data.kept_examples,
+    "image_folder": data.image_folder,
     "csv_dataset": data.csv_dataset,
     "parquet_dataset": data.parquet_dataset,
     "stdlib_corpus": data.stdlib_corpus,
     "stdlib_prose": data.stdlib_prose,
     "stdlib_shapes": data.stdlib_shapes,
     "tfds_dataset": data.tfds_dataset,
+    "tfrecord_dataset": data.tfrecord_dataset,
     "tokenized_text": data.tokenized_text,
 }
 # Selectors of what users' modules hold. gin's registry is of the whole process, in which a notebook loads an edited

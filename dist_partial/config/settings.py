@@ -69,7 +69,7 @@ class Settings:
     Attributes:
         rules: the table: `('train' | 'freeze', pattern)` lines or `Rule`s.
         model: factory of the Keras model.
-        data: factory of the `data.Dataset`.
+        data: factory of the data: whatever `dataset` takes.
         optimizer: factory of the Keras optimizer of the rules that name none.
         loss: factory of a Keras loss, or of a function (y, outputs) -> losses with the batch axis first; the name of a
             Keras loss; or a dict or list of such, by output, as `Model.compile` takes it. None takes what the model was

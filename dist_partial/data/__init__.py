@@ -12,6 +12,7 @@ from dist_partial.data.batches import (
 from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
 from dist_partial.data.held_out import Part, hold_out
+from dist_partial.data.images import ImageFolderSource, image_folder
 from dist_partial.data.kept import keep_examples, kept_examples
 from dist_partial.data.map_source import MapSource
 from dist_partial.data.mapped import Mapped
@@ -32,6 +33,7 @@ from dist_partial.data.source import (
 )
 from dist_partial.data.stream import Stream
 from dist_partial.data.tables import csv_dataset, parquet_dataset
+from dist_partial.data.tfrecords import TFRecordSource, tfrecord_dataset
 from dist_partial.data.tokens import stdlib_prose, tokenized_text
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "ClassWeighted",
     "Codec",
     "Dataset",
+    "ImageFolderSource",
     "InOrder",
     "Joined",
     "MapSource",
@@ -48,6 +51,7 @@ __all__ = [
     "PyDatasetSource",
     "Source",
     "Stream",
+    "TFRecordSource",
     "check_source",
     "class_weighted",
     "csv_dataset",
@@ -58,6 +62,7 @@ __all__ = [
     "fetched",
     "fingerprint",
     "hold_out",
+    "image_folder",
     "keep_examples",
     "kept_examples",
     "looks",
@@ -70,6 +75,7 @@ __all__ = [
     "stdlib_prose",
     "stdlib_shapes",
     "tfds_dataset",
+    "tfrecord_dataset",
     "tokenized_text",
     "train_batches",
     "train_indices",

@@ -19,7 +19,7 @@ from dist_partial.data.stream import Stream
 from dist_partial.errors import UserError, calling
 from dist_partial.validation import Above, Below, check_arguments, shown
 
-TRAIN, EVALUATION = "the training data", "the evaluation data"
+TRAIN, EVALUATION = "run.data", "the evaluation of run.data"
 TAKEN = (
     "give arrays (x, y) or (x, y, weight), an object with __len__ and __getitem__ as PyTorch and Hugging Face have, a "
     "keras.utils.PyDataset, a grain.MapDataset, a tf.data.Dataset, a source of dist_partial, or a function that makes "
@@ -173,7 +173,7 @@ def _refusal(value: Any) -> str:
     parts = value if isinstance(value, tuple) else value.values() if isinstance(value, Mapping) else ()
     for part in parts:
         held = isinstance(part, (tuple, list, Mapping, str, bytes)) or _is_array(part) or hasattr(part, "iloc")
-        if _has_items(part) and not held:
+        if isinstance(part, tf.data.Dataset) or (_has_items(part) and not held):
             return f" that holds a {type(part).__name__}: give the parts, as in dataset(train, evaluation)"
     return ""
 

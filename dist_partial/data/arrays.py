@@ -94,11 +94,10 @@ def misfit(found: Any, spec: Any, name: str = "") -> str:
     """
     if isinstance(spec, tf.TensorSpec):
         if isinstance(found, np.ndarray):
-            dtype = "string" if found.dtype.kind in "OSU" else found.dtype.name
-            shape = list(found.shape)
-            if (dtype, shape) == (spec.dtype.name, spec.shape.as_list()):
+            if found.dtype == spec.dtype.as_numpy_dtype and [*found.shape] == spec.shape.as_list():
                 return ""
-            return f"{name} is {dtype} {shape}, and was {spec.dtype.name} {spec.shape.as_list()}"
+            dtype = "string" if found.dtype.kind == "O" else found.dtype.name
+            return f"{name} is {dtype} {[*found.shape]}, and was {spec.dtype.name} {spec.shape.as_list()}"
         return f"{name} is a {type(found).__name__}, and was one array"
     if type(found) is not type(spec):
         return f"{name} is a {_kind(found)}, and was a {type(spec).__name__}"

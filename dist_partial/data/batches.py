@@ -145,6 +145,7 @@ def _read(source: Source, order: tf.data.Dataset, seed: int) -> tf.data.Dataset:
         _recent.append((known, indices, state))
         return read(indices, state), np.stack([function.seeds(state) for function in functions], 1)
 
+    @tf.autograph.experimental.do_not_convert  # which takes a while, for nothing
     def batch(indices: tf.Tensor, epochs: tf.Tensor) -> Any:
         if not functions and not hasattr(base, "fetch_with"):
             return as_op(plain, base.spec, indices)
@@ -181,6 +182,7 @@ def _streamed(source: Source, batches: tf.data.Dataset, seed: int) -> tf.data.Da
 def _through(batches: tf.data.Dataset, functions: Sequence[Mapped]) -> tf.data.Dataset:
     """Passes each example of (batches, seeds) through the functions, several at a time."""
 
+    @tf.autograph.experimental.do_not_convert  # which takes a while, for nothing
     def example(parts: Any, seeds: tf.Tensor) -> Any:
         for i, function in enumerate(functions):
             parts = function.of_example(parts, seeds[i])
@@ -219,6 +221,7 @@ def _batches(
     _check_division(global_batch, context)
     part = global_batch // context.num_input_pipelines
 
+    @tf.autograph.experimental.do_not_convert  # which takes a while, for nothing
     def batch(step: tf.Tensor) -> Any:
         return fetch(step * global_batch + context.input_pipeline_id * part + tf.range(part, dtype=tf.int64))
 

@@ -31,7 +31,7 @@ def find_files(name: str, files: Files, pattern: str) -> list[Path]:
         ...     [path.name for path in find_files("mine", folder, "*.tfrecord")]
         ...     find_files("mine", f"{folder}/c.tfrecord", "*.tfrecord")
         Traceback (most recent call last):
-        dist_partial.errors.UserError: mine: no file '...c.tfrecord'; nearest: '...b.tfrecord', '...a.tfrecord'
+        dist_partial.errors.UserError: mine: no file '...c.tfrecord'; nearest: '...b.tfrecord', ...
     """
     given = [files] if isinstance(files, (str, os.PathLike)) or not isinstance(files, Iterable) else [*files]
     if not all(isinstance(each, (str, os.PathLike)) for each in given):

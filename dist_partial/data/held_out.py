@@ -63,12 +63,15 @@ class Part:
         ranks = self.first + indices % self.count
         if trait(self.source, "own_order", False):
             return ranks
-        return tf.raw_ops.RandomIndexShuffle(
-            index=ranks,
-            seed=tf.constant([13, 17, 19], tf.int32),  # the same in each run, or runs could not be compared
-            max_index=tf.constant(len(self.source) - 1, tf.int64),
-            rounds=8,
-        ).numpy()
+        return tf.raw_ops.RandomIndexShuffle(index=ranks, rounds=8, **self._cipher).numpy()
+
+    @functools.cached_property
+    def _cipher(self) -> dict[str, tf.Tensor]:
+        """The key, the same in each run, or runs could not be compared; and the last of the numbers."""
+        return {
+            "seed": tf.constant([13, 17, 19], tf.int32),
+            "max_index": tf.constant(len(self.source) - 1, tf.int64),
+        }
 
 
 def hold_out(source: Source, share: float) -> tuple[Part, Part]:

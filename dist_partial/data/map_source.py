@@ -76,10 +76,6 @@ class MapSource:
         """(x,), (x, y) or (x, y, weight) of one example: that of the first item."""
         return spec_of(self._parts(0, self._read(np.array([0]))[0]), self.place(0))
 
-    @functools.cached_property
-    def _leaves(self) -> list[tf.TensorSpec]:
-        return tf.nest.flatten(self.spec)
-
     def __len__(self) -> int:
         with calling(f"len({type(self.items).__name__})"):
             return len(self.items)

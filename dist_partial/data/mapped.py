@@ -138,7 +138,7 @@ class Mapped:
         if self.numpy:
             return _stacked(self._results(parts, own))
         with calling(self._words), tf.device("CPU:0"):
-            found = self._of_batch(parts, tf.constant(seeds(own)))
+            found = self._of_batch(tf.nest.map_structure(tf.constant, parts), tf.constant(seeds(own)))
         return tf.nest.map_structure(lambda tensor: tensor.numpy(), found)
 
     def of_example(self, parts: tuple[Any, ...], seed: tf.Tensor) -> tuple[Any, ...]:
@@ -194,16 +194,21 @@ class Mapped:
 
     @functools.cached_property
     def _of_batch(self) -> Any:
-        """The function over the examples of a batch, for where tf.data does not call it."""
+        """The function over the examples of a batch of any size, for where tf.data does not call it."""
 
-        @tf.function(autograph=False, reduce_retracing=True)
+        def batched(one: tf.TensorSpec) -> tf.TensorSpec:
+            return tf.TensorSpec([None, *one.shape], one.dtype)
+
+        @tf.function(autograph=False)
         def called(parts: tuple[Any, ...], own: tf.Tensor) -> tuple[Any, ...]:
             found: tuple[Any, ...] = tf.map_fn(
                 lambda each: self.of_example(*each), (parts, own), fn_output_signature=self.spec
             )
             return found
 
-        return called
+        # Traced once, or TensorFlow would warn: it takes the functions of all data sets for one.
+        spec = tf.nest.map_structure(batched, without_lists(self.source.spec))
+        return called.get_concrete_function(spec, tf.TensorSpec([None, 2], tf.int32))
 
 
 def stages(source: "Source") -> tuple["Source", list[Mapped]]:

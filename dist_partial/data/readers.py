@@ -35,6 +35,7 @@ class Readers:
     def __init__(self, threads: int | None = None, processes: int = 0) -> None:
         self._threads, self._count = threads, processes
         self._pool: _Processes | None = None
+        self._sources: list[Source] = []  # kept, so that no other one gets the id of one
 
     def threads(self, source: "Source") -> int:
         """How many threads read a source, of a batch each."""
@@ -44,9 +45,18 @@ class Readers:
         """What reads a source: `fetch`, or processes, which the first call starts."""
         if not self._count:
             return functools.partial(fetch, source)
+        self._sources.append(source)
+        try:
+            content = pickle.dumps(source)
+        except Exception as error:  # pickle raises this and that
+            raise UserError(
+                f"run.reader_processes = {self._count}: {type(source).__name__} of run.data cannot be sent to another "
+                f"process ({first_line(error)}): make it of classes and functions that a module has by name, and open "
+                "files when they are first read"
+            ) from error
         if self._pool is None:
             self._pool = _Processes(self._count)
-        return self._pool.reader(source)
+        return functools.partial(self._pool.read, id(source), content)
 
     def close(self) -> None:
         """Ends the processes."""
@@ -97,7 +107,6 @@ class _Processes:
 
     def __init__(self, count: int) -> None:
         self._what = f"run.reader_processes = {count}"
-        self._sources: dict[int, Source] = {}  # kept, so that no other one gets its number
         # A copy of this process, made by fork, would hang on the locks that TensorFlow's threads hold.
         spawn = multiprocessing.get_context("spawn")
         self._started: list[Any] = []
@@ -111,20 +120,8 @@ class _Processes:
             self._started.append(process)
             self._idle.put((process, here, set()))
 
-    def reader(self, source: "Source") -> Read:
-        """What reads a source, in the first process that is free."""
-        self._sources[id(source)] = source
-        try:
-            content = pickle.dumps(source)
-        except Exception as error:  # pickle raises this and that
-            raise UserError(
-                f"{self._what}: {type(source).__name__} of run.data cannot be sent to another process "
-                f"({first_line(error)}): make it of classes and functions that a module has by name, and open files "
-                "when they are first read"
-            ) from error
-        return functools.partial(self._read, id(source), content)
-
-    def _read(self, number: int, content: bytes, indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
+    def read(self, number: int, content: bytes, indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
+        """Examples of a source, which has that number and is pickled, from the first process that is free."""
         process, connection, known = self._idle.get()
         try:
             connection.send((number, None if number in known else content, indices, draws))

@@ -1,5 +1,6 @@
 """Reads the examples of a source, and compares them with what its spec says."""
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +96,9 @@ def fetch(source: "Source", indices: np.ndarray, draws: np.ndarray | None = None
             try:
                 checked(source, indices[i : i + 1], None if draws is None else draws[i : i + 1])
             except (UserError, Raised) as error:
-                words = place(int(indices[i]))
-                raise type(error)(f"{error}" + f"; it is {words}" * (words not in f"{error}")) from error.__cause__
+                where = place(int(indices[i]))
+                file = re.sub(r"^example [\d,]+ \((.+)\)$", r"\1", where)  # which a source of files has named itself
+                raise type(error)(str(error) if file in str(error) else f"{error}; it is {where}") from error.__cause__
     raise found
 
 

@@ -21,6 +21,11 @@ from dist_partial.validation import shown
 class Source(Protocol):
     """Gives random access to examples, the only thing the pipeline needs.
 
+    It may have more: `place(index)`, where an example is, for errors (`'train-3.tfrecord, record 17'`);
+    `thread_safe = True`, so that several threads call `fetch` at once; `own_order = True`, so that indices are positions
+    of the run, unshuffled and growing beyond the length; and `fetch_with(indices, draws)`, for random numbers
+    (`draws.draws`). A source that wraps another one has it in `source`, which is asked for what the wrapper lacks.
+
     Examples:
         >>> class Squares:
         ...     spec = tf.TensorSpec([1], tf.float32), tf.TensorSpec([], tf.float32)
@@ -66,6 +71,7 @@ class Dataset:
         fingerprint: hex SHA-256 of the content; a run folder refuses to resume with another.
         codec: text to ids and back; None where nothing can be sampled as text.
         unit: what one target is: 'byte' means that loss / ln 2 is bits per byte.
+        classes: the names of the class ids 0, 1 and so on, where targets are such and have names.
 
     Examples:
         >>> x, y = np.zeros([100, 4], np.float32), np.zeros([100], np.int32)
@@ -81,6 +87,7 @@ class Dataset:
     fingerprint: str
     codec: Codec | None = None
     unit: Literal["byte"] | None = None
+    classes: tuple[str, ...] = ()
 
     @property
     def window(self) -> int | None:

@@ -32,6 +32,7 @@ class Stream:
 
     Examples:
         >>> stream = Stream(tf.data.Dataset.from_tensor_slices(([1.0, 2.0, 3.0], [4, 5, 6])).batch(2))
+        run.data: the tf.data.Dataset gives batches: they are taken apart into examples, in their order
         >>> len(stream), stream.spec[0]
         (3, TensorSpec(shape=(), dtype=tf.float32, name=None))
         >>> stream.fetch(np.array([2, 3]))[1].tolist()

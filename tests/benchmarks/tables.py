@@ -85,6 +85,20 @@ def quality(found: Mapping[str, Any]) -> Tables:
     return {"": _losses(found["rows"])}
 
 
+def records(found: Mapping[str, Any]) -> Tables:
+    header = ["pipeline", "examples a second", "least", "most", "CPU time an example, µs"]
+    numbers = ("median", "least", "most", "cpu_us")
+    rates = [[row["pipeline"], *(f"{row[name]:,.0f}" for name in numbers)] for row in found["rates"]]
+    start = found["start"]
+    seconds = [f"{start[name]:.2f}" for name in ("median_s", "most_s", "cpu_s", "without_index_s")]
+    line = [f"{start['records']:,}", f"{start['step']:,}", *seconds]
+    titles = ["records", "step", "seconds, median", "most", "of these CPU time", "making the index, too"]
+    return {
+        "JPEG images with augmentation": markdown(header, rates),
+        "From the names of the files to the first batch": markdown(titles, [line], words=0),
+    }
+
+
 def sampling(found: Mapping[str, Any]) -> Tables:
     header = ["bytes a text", "everything recomputed, tokens a second", "key-value cache, tokens a second", "ratio"]
     lines = []
@@ -163,7 +177,8 @@ def _losses(rows: Rows, seconds: bool = False) -> str:
 
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], Tables]] = {
-    each.__name__: each for each in (cache, faults, finetune, plan, quality, sampling, schedules, step, switch, wire)
+    each.__name__: each
+    for each in (cache, faults, finetune, plan, quality, records, sampling, schedules, step, switch, wire)
 }
 
 

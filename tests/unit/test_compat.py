@@ -155,6 +155,20 @@ def test_is_generator():
     assert type(layer.variables[0]) is keras.Variable  # no mark but the name
 
 
+# ----------------------------------------------------------------------------------------------- TensorFlow: data
+
+
+def test_is_batched():
+    examples = tf.data.Dataset.range(6).map(lambda i: (tf.stack([i, i]), i))
+    batches = examples.batch(2, drop_remainder=True)
+    for made in (batches, batches.prefetch(1).map(lambda x, y: (x + 1, y)).repeat(), examples.padded_batch(2)):
+        assert compat.is_batched(made)
+    for made in (examples, batches.unbatch().shuffle(2), examples.window(2).flat_map(lambda x, y: x.batch(2))):
+        assert not compat.is_batched(made)
+    # The public spec is the same for both.
+    assert batches.element_spec == examples.map(lambda x, y: (tf.stack([x, x]), tf.stack([y, y]))).element_spec
+
+
 # ------------------------------------------------------------------------------- Keras: variables and tensors
 
 

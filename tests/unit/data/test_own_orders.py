@@ -47,7 +47,7 @@ def test_mistakes_with_grain_are_named(grain):
     for make, words in (
         (
             lambda: dataset(items),
-            "the training data is a ShuffleMapDataset, whose order may change from",
+            "run.data is a ShuffleMapDataset, whose order may change from",
         ),
         (lambda: source_of(items.to_iter_dataset()), "which is read in order only: give the MapDataset that"),
         (lambda: source_of(items.repeat()), "repeats without end: leave repeat() out"),
@@ -174,6 +174,18 @@ def test_batches_unlike_the_others_are_named(batches, words):
     with pytest.raises(UserError, match=re.escape(words)) as caught:
         fetch(source_of(batches), np.arange(COUNT))
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_called_is_said(capsys):
+    class Shuffled(Batches):
+        def on_epoch_end(self):
+            raise AssertionError("called")
+
+    source_of(Shuffled())
+    said = "run.data: Shuffled.on_epoch_end is not called: each epoch has the same batches, in the same order\n"
+    assert capsys.readouterr().out == said
+    source_of(Batches())
+    assert capsys.readouterr().out == ""
 
 
 def test_batches_as_keras_takes_them():

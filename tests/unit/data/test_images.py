@@ -1,0 +1,138 @@
+"""Folders of images by class, against `keras.utils.image_dataset_from_directory`."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dist_partial.data import fetch, image_folder
+from dist_partial.data.images import ImageFolderSource
+from dist_partial.errors import Raised, UserError
+from tests.helpers.files import same_bits
+from tests.helpers.orders import assert_one_order
+
+SIZE = (20, 24)
+CLASSES = {"zebra": ("1.jpg", "0.jpeg"), "cat": ("b.PNG", "a.bmp", "c.gif"), "dog": ("deep/1.png", "2.png")}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images of several kinds and sizes, and what is none."""
+    rng = np.random.default_rng(0)
+    for name, files in CLASSES.items():
+        for file in files:
+            path = tmp_path / "animals" / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = (*rng.integers(10, 60, 2), 3)
+            keras.utils.save_img(path, rng.uniform(0, 255, size), scale=False)
+    for other in ("notes.txt", "cat/notes.txt", ".git/x.png"):
+        (tmp_path / "animals" / other).parent.mkdir(exist_ok=True)
+        (tmp_path / "animals" / other).write_text("other")
+    return tmp_path / "animals"
+
+
+def test_the_same_as_keras_reads(folder):
+    want = keras.utils.image_dataset_from_directory(
+        folder, image_size=SIZE, shuffle=False, batch_size=None, class_names=sorted(CLASSES), verbose=False
+    )
+    x, y = (np.stack(part) for part in zip(*want.as_numpy_iterator(), strict=True))
+    data = image_folder(folder, SIZE, evaluation=folder)
+    assert data.classes == ("cat", "dog", "zebra") and data.name == "animals"
+    for source in (data.train, data.evaluation):
+        found = source.fetch(np.arange(len(x)))
+        assert same_bits([found[0], x]) and same_bits([found[1], y])
+
+
+def test_augment_changes_what_is_trained_on_alone(folder):
+    plain = image_folder(folder, SIZE, evaluation=folder)
+    data = image_folder(folder, list(SIZE), folder, augment=lambda x, y: (x[::-1], y))
+    indices = np.array([4, 0])
+    assert same_bits([data.train.fetch(indices)[0], plain.train.fetch(indices)[0][:, ::-1]])
+    assert same_bits([data.evaluation.fetch(indices)[0], plain.train.fetch(indices)[0]])
+
+
+@pytest.mark.slow
+def test_the_same_examples_on_any_workers_and_from_any_step(folder):
+    def cropped(x, y, seed):
+        return tf.image.stateless_random_crop(x, (9, 9, 3), seed), y
+
+    assert_one_order(image_folder(folder, SIZE).map(cropped, lambda x, y: (x[:9, :9], y)).train)
+
+
+def test_a_part_is_held_out(folder):
+    data = image_folder(folder, SIZE, held_out=0.3)
+    assert (len(data.train), len(data.evaluation)) == (5, 2)
+    images = [
+        image.tobytes() for part in (data.train, data.evaluation) for image in part.fetch(np.arange(len(part)))[0]
+    ]
+    assert len(set(images)) == 7
+    assert data.fingerprint == image_folder(folder, SIZE, held_out=0.3).fingerprint
+    assert data.fingerprint != image_folder(folder, SIZE, held_out=0.4).fingerprint
+
+
+def line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_places_name_the_file(folder):
+    source = ImageFolderSource(folder)
+    assert [source.place(i) for i in (0, 3, 6)] == [
+        f"{folder}/{name}" for name in ("cat/a.bmp", "dog/2.png", "zebra/1.jpg")
+    ]
+
+
+@pytest.mark.parametrize("left", [0, 400], ids=["empty", "half"])
+def test_a_broken_image(folder, left):
+    path, source = folder / "zebra" / "1.jpg", image_folder(folder, SIZE, evaluation=folder).train
+    path.write_bytes(path.read_bytes()[:left])
+    fetch(source, np.arange(6))
+    with pytest.raises((UserError, Raised)) as error:
+        fetch(source, np.arange(7))
+    assert str(path) in line(error)
+
+
+def test_a_file_that_is_no_image(folder):
+    (folder / "dog" / "deep" / "1.png").write_text("no image")
+    with pytest.raises(UserError, match=r"dog/deep/1.png is no JPEG, PNG, GIF or BMP image: replace or delete it"):
+        ImageFolderSource(folder).fetch(np.array([5, 4]))
+
+
+def test_a_file_that_is_gone(folder):
+    source = ImageFolderSource(folder)
+    (folder / "cat" / "a.bmp").unlink()
+    with pytest.raises(UserError, match=r"cannot read .*/cat/a.bmp: No such file"):
+        source.fetch(np.array([0]))
+
+
+def test_folders_that_are_no_classes(folder, tmp_path):
+    (folder / "empty").mkdir()
+    (folder / "empty" / ".hidden.png").write_text("")
+    with pytest.raises(UserError, match="animals/empty is a class without images: it has no files"):
+        image_folder(folder, SIZE)
+    (folder / "empty" / "a.txt").write_text("")
+    with pytest.raises(UserError, match=r"animals/empty is a class without images: it has files that end in '\.txt'"):
+        image_folder(folder, SIZE)
+    (folder / "empty" / "a.webp").write_text("")
+    with pytest.raises(UserError, match=r"animals/empty/a.webp is of a kind that TensorFlow cannot decode: convert"):
+        image_folder(folder, SIZE)
+    with pytest.raises(UserError, match="animals/zebra has no subfolders, which are the classes, but '0"):
+        image_folder(folder / "zebra", SIZE)
+    with pytest.raises(UserError, match=r"cannot read the folder .*/animal: No such file.*; nearest: '.*/animals'"):
+        image_folder(tmp_path / "animal", SIZE)
+
+
+def test_classes_that_differ(folder, tmp_path):
+    other = tmp_path / "other"
+    for name in ("cat", "dogs", "zebra"):
+        (other / name).mkdir(parents=True)
+        keras.utils.save_img(other / name / "0.png", np.zeros([3, 3, 3]))
+    with pytest.raises(UserError, match=r"animals has a class 'dog', and .*/other has none; nearest: 'dogs'"):
+        image_folder(folder, SIZE, evaluation=other)
+
+
+@pytest.mark.parametrize("size", [224, (224,), (0, 5), (1.5, 2), "large"])
+def test_sizes(folder, size):
+    with pytest.raises(UserError, match=r"image_folder.size is .*: write \(height, width\) in pixels"):
+        image_folder(folder, size)

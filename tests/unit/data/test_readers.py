@@ -1,0 +1,157 @@
+"""Several readers, in threads and processes: the same batches in the same order, and an end in any case."""
+
+import itertools
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+import tensorflow as tf
+
+from dist_partial.data import ArraySource, Dataset, Mapped, reading, train_batches
+from dist_partial.data.readers import readers
+from dist_partial.errors import Fault, UserError, of_graph
+from tests import ROOT
+from tests.unit.data.test_batches import contexts, elements
+
+X = np.random.default_rng(0).normal(size=(29, 3)).astype(np.float32)
+Y = np.arange(29, dtype=np.int32)
+
+
+def batches(source, first_step=0):
+    return train_batches(source, first_step=first_step, global_batch=12, seed=3, context=contexts(1, 1)[0])
+
+
+def same(found, wanted):
+    for one, other in zip(found, wanted, strict=True):
+        for array, its in zip(one, other, strict=True):
+            np.testing.assert_array_equal(array, its)
+
+
+class Together(ArraySource):
+    """Gives its first batches once three threads ask for some at the same time; later ones sooner."""
+
+    def fetch(self, indices):
+        if len(indices) == 12 and next(self.__dict__.setdefault("calls", itertools.count())) < 9:
+            place = self.__dict__.setdefault("barrier", threading.Barrier(3)).wait(timeout=60)
+            time.sleep(0.01 * place)
+        return super().fetch(indices)
+
+
+@pytest.mark.parametrize("function", [None, lambda x, y: (x, y)])
+def test_threads_read_several_batches_at_once_in_the_same_order(function):
+    source = Together(X, Y)
+    with reading(threads=3):
+        found = elements(batches(Mapped(source, function) if function else source), 12)
+    same(found, elements(batches(ArraySource(X, Y)), 12))
+
+
+class Alone(ArraySource):
+    """Cannot be read by two at a time."""
+
+    def fetch(self, indices):
+        lock = self.__dict__.setdefault("lock", threading.Lock())
+        assert lock.acquire(blocking=False)
+        time.sleep(0.01)
+        lock.release()
+        return super().fetch(indices)
+
+
+class Safe(Together):
+    thread_safe = True
+
+
+def test_by_itself_only_what_says_so_is_read_by_several():
+    same(elements(batches(Alone(X, Y)), 6), elements(batches(ArraySource(X, Y)), 6))
+    assert readers().threads(Safe(X, Y)) == readers().threads(Mapped(Safe(X, Y), lambda x, y: x)) == 4
+    same(elements(batches(Safe(X, Y)), 6), elements(batches(ArraySource(X, Y)), 6))
+
+
+def test_what_cannot_be_sent_to_a_process_is_named():
+    source = Dataset("n", ArraySource(X, Y), ArraySource(X, Y), "1").map(lambda x, y: (x, y), numpy=True).train
+    with reading(processes=1), pytest.raises(UserError, match=r"Mapped of run\.data cannot be .*<lambda>") as caught:
+        batches(source)
+    assert "\n" not in str(caught.value)
+
+
+class Remote(ArraySource):
+    """Says in which process it is; some examples cannot be read."""
+
+    def place(self, index):
+        return f"row {index}"
+
+    def fetch(self, indices):
+        if len(self) == 28 and 17 in indices:
+            raise RuntimeError("no such colour")
+        if len(self) == 27 and 17 in indices:
+            os._exit(9)
+        x, y = super().fetch(indices)
+        return np.full_like(x, os.getpid()), y
+
+
+def noisy(x, y, rng):
+    return x, y, rng.normal()
+
+
+@pytest.mark.slow
+def test_processes_read_the_same_in_the_same_order_and_end():
+    """One test of all, for each process imports TensorFlow."""
+    source = Mapped(ArraySource(X, Y), noisy, numpy=True)
+    wanted = elements(batches(source), 6)
+    with reading(processes=2):
+        same(elements(batches(source), 6), wanted)
+        plain = Mapped(Remote(X, Y), lambda x, y: (x, y))  # of which the processes read what is below
+        found = elements(batches(plain), 8)
+        pids = {int(number) for x, _ in found for number in np.unique(x)}
+        assert len(pids) == 2 and os.getpid() not in pids
+        for rows in (28, 27):
+            with pytest.raises(tf.errors.OpError) as caught:
+                elements(batches(Remote(X[:rows], Y[:rows])), 8)
+            assert (error := of_graph(caught.value.message)) is not None and "\n" not in str(error)
+            if rows == 28:
+                assert str(error).startswith("run.data raised RuntimeError: no such colour")
+                assert str(error).endswith("it is row 17")
+            else:
+                assert isinstance(error, Fault) and "has ended with code 9" in str(error)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+SCRIPT = """
+import os, sys, time
+from dist_partial.data import reading, train_batches
+from tests.unit.data.test_readers import Remote, X, Y, batches
+
+if __name__ == "__main__":
+    with reading(processes=2):
+        found = iter(batches(Remote(X, Y)))
+        print(*{int(next(found)[0][0, 0]) for _ in range(8)}, flush=True)
+        time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_processes_end_with_the_one_that_started_them(number, tmp_path):
+    path = pathlib.Path(tmp_path / "script.py")
+    path.write_text(SCRIPT)
+    with subprocess.Popen(
+        [sys.executable, str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    ) as process:
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == 2 and all(psutil.pid_exists(pid) for pid in pids)
+        process.send_signal(number)
+        process.wait(timeout=60)
+    until = time.monotonic() + 30
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
