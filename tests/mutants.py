@@ -162,7 +162,7 @@ MUTANTS = [
     changed(
         "a mask that each replica counts for itself",
         "step/train_step.py",
-        "    if not spec.objective.counts or",
+        "    if not objective.counts or",
         "    if True or",
         "unit/step/test_losses.py::test_a_loss_is_that_of_fit_however_a_batch_is_divided[ignore_class-2-1]",
     ),
@@ -183,8 +183,8 @@ MUTANTS = [
     changed(
         "a divisor without weights",
         "step/losses.py",
-        "count = ones(y_true, y_pred, sample_weight if by_weight else None)",
-        "count = ones(y_true, y_pred, None)",
+        'count = _Given(ones, self, "sum")(y_true, y_pred, weight)',
+        'count = _Given(ones, self, "sum")(y_true, y_pred, None)',
         "unit/step/test_objective.py::test_the_loss_of_parts_of_any_size_is_that_of_the_whole",
     ),
     changed(
@@ -198,10 +198,10 @@ MUTANTS = [
         "an activity regulariser of another replica",
         "step/evaluation_step.py",
         """\
-    outputs = model_outputs(spec.model, batch[0], False)
-    loss, changed""",
+    outputs = outputs_of(batch[0])
+    if whole""",
         """\
-    loss, changed""",
+    if whole""",
         "unit/step/test_losses.py::test_an_evaluation_is_that_of_keras_whatever_the_last_batch",
     ),
     changed(

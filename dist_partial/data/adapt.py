@@ -20,6 +20,7 @@ from dist_partial.errors import UserError, calling
 from dist_partial.validation import Above, Below, check_arguments, shown
 
 TRAIN, EVALUATION = "run.data", "the evaluation of run.data"
+ALL_OF = 2**30  # bytes of arrays whose fingerprint is of all examples; more would delay the start
 TAKEN = (
     "give arrays (x, y) or (x, y, weight), an object with __len__ and __getitem__ as PyTorch and Hugging Face have, a "
     "keras.utils.PyDataset, a grain.MapDataset, a tf.data.Dataset, a source of dist_partial, or a function that makes "
@@ -48,8 +49,9 @@ def dataset(
         codec: text to ids and back; None where nothing can be sampled as text.
 
     Returns:
-        Its fingerprint is of all examples of arrays, and of the number of examples and 64 of them of anything else;
-        of the number and the types alone where examples differ each time that they are read, as by random crops.
+        Its fingerprint is of all examples of arrays of up to 1 GiB, and of the number of examples and 64 of them of
+        anything else; of the number and the types alone where examples differ each time that they are read, as by
+        random crops.
 
     Raises:
         UserError: it is none of these, or an example has no form that tensors have; the examples held out are unlike
@@ -99,8 +101,8 @@ def _made(value: Any, name: str) -> Any:
 
 def _content(source: Source) -> tuple[Any, ...]:
     """What tells the content of a source apart from another."""
-    if isinstance(source, ArraySource):
-        return source.x, source.y, source.weight
+    if isinstance(source, ArraySource) and sum(array.nbytes for array in tf.nest.flatten(source._arrays)) <= ALL_OF:
+        return source._arrays
     read = getattr(source, "read_again", lambda: fetch(source, looks(source)))
     first, again = read(), read()
     same = fingerprint(first) == fingerprint(again)

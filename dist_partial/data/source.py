@@ -335,6 +335,7 @@ def fingerprint(*parts: Any) -> str:
         True
     """
     digest = hashlib.sha256()
+    content: Any
     for part in parts:
         if isinstance(part, (dict, list, tuple)):
             items = sorted(part.items()) if isinstance(part, dict) else enumerate(part)
@@ -342,11 +343,13 @@ def fingerprint(*parts: Any) -> str:
         elif isinstance(part, np.ndarray) and part.dtype == object:  # whose bytes are addresses
             head, content = f"object{part.shape}", fingerprint(*part.ravel().tolist()).encode()
         elif isinstance(part, np.ndarray):
-            head, content = f"{part.dtype.str}{part.shape}", np.ascontiguousarray(part).tobytes()
+            flat = np.ascontiguousarray(part).reshape(-1)
+            head, content = f"{part.dtype.str}{part.shape}", flat.view(np.uint8)  # tobytes() would copy
         elif isinstance(part, bytes):
             head, content = "bytes", part
         else:
             head, content = type(part).__name__, str(part).encode()
         # Without lengths ("ab", "c") would equal ("a", "bc").
-        digest.update(f"{head}:{len(content)}:".encode() + content)
+        digest.update(f"{head}:{len(content)}:".encode())
+        digest.update(content)
     return digest.hexdigest()

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from dist_partial.config.settings import Settings
-from dist_partial.data import ArraySource, Part, dataset, fetch, hold_out, some_targets, source_of
+from dist_partial.data import ArraySource, Part, adapt, dataset, fetch, hold_out, looks, some_targets, source_of
 from dist_partial.distributed.replicas import create
 from dist_partial.errors import Raised, UserError
 from dist_partial.training.build import build
@@ -122,6 +122,15 @@ def test_fingerprints_tell_contents_apart():
     assert same[0].fingerprint == same[1].fingerprint
     assert len({data.fingerprint for data in (same[0], *unlike)}) == 6
     assert dataset(rows).fingerprint == dataset(list(rows)).fingerprint
+
+
+def test_of_large_arrays_some_examples_count(monkeypatch):
+    monkeypatch.setattr(adapt, "ALL_OF", X.nbytes)
+    large = np.zeros([100, 3], np.float32)
+    looked_at, other = large.copy(), large.copy()
+    looked_at[99] += 1
+    other[next(i for i in range(100) if i not in looks(ArraySource(large)))] += 1
+    assert dataset(large).fingerprint == dataset(other).fingerprint != dataset(looked_at).fingerprint
 
 
 def test_examples_that_are_random_count_by_their_types():
