@@ -200,9 +200,9 @@ def failing_example(error: tf.errors.OpError) -> Ending | None:
         >>> failing_example(tf.errors.InvalidArgumentError(None, None, "shapes differ")) is None
         True
     """
-    if not re.search(r"\[\[(\{\{node )?IteratorGetNext|Op:IteratorGetNext", str(error)):
+    if not re.search(r"\[\[(\{\{node )?([\w/]+/)?IteratorGetNext(\}\})?\]\]|Op:IteratorGetNext", str(error)):
         return None
-    for known, indices, state in tuple(_recent):
+    for known, indices, state in reversed(tuple(_recent)):  # earlier ones may be of another run, whose files are gone
         try:
             if (source := known()) is not None:
                 fetch(source, indices, state)
