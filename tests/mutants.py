@@ -521,10 +521,45 @@ MUTANTS = [
     # Data, samples, what is exported and reported.
     changed(
         "an epoch like the other",
-        "data/batches.py",
+        "data/order.py",
         "[seed, epoch], None",
         "[seed, 0 * epoch], None",
         "unit/data/test_batches.py::test_epochs_and_seeds_have_orders_of_their_own",
+    ),
+    changed(
+        "an example that draws the same in each epoch",
+        "data/draws.py",
+        "epochs), indices)",
+        "0 * epochs), indices)",
+        "unit/data/test_mapped.py::test_random_numbers_differ_between_epochs_examples_seeds_and_functions",
+    ),
+    changed(
+        "functions that draw the same",
+        "data/mapped.py",
+        'return 1 + trait(self.source, "depth", 0)',
+        "return 1",
+        "unit/data/test_mapped.py::test_random_numbers_differ_between_epochs_examples_seeds_and_functions",
+    ),
+    changed(
+        "batches in the order in which threads are done",
+        "data/batches.py",
+        '"num_parallel_calls": threads, "deterministic": True',
+        '"num_parallel_calls": threads, "deterministic": False',
+        "unit/data/test_readers.py::test_threads_read_several_batches_at_once_in_the_same_order",
+    ),
+    changed(
+        "a stream that each worker reads as if it were alone",
+        "data/stream.py",
+        ".shard(workers, context.input_pipeline_id)",
+        ".shard(workers, 0)",
+        "unit/data/test_stream.py::test_position_p_is_the_pth_example_on_any_number_of_workers_and_after_a_resume",
+    ),
+    changed(
+        "sets of a mix that are shuffled alike",
+        "data/mixed.py",
+        "seed + (number << 32)",
+        "seed",
+        "unit/data/test_mixed.py::test_sets_of_one_size_are_shuffled_apart",
     ),
     changed(
         "boundary of top_p",
