@@ -202,12 +202,14 @@ def failing_example(error: tf.errors.OpError) -> Ending | None:
     """
     if not re.search(r"\[\[(\{\{node )?([\w/]+/)?IteratorGetNext(\}\})?\]\]|Op:IteratorGetNext", str(error)):
         return None
-    for known, indices, state in reversed(tuple(_recent)):  # earlier ones may be of another run, whose files are gone
-        try:
-            if (source := known()) is not None:
-                fetch(source, indices, state)
-        except Ending as found:
-            return found
+    recent = tuple(_recent)
+    for known in dict.fromkeys(known for known, *_ in reversed(recent)):
+        for _, indices, state in (each for each in recent if each[0] is known):
+            try:
+                if (source := known()) is not None:
+                    fetch(source, indices, state)
+            except Ending as found:
+                return found
     return raised("run.data", error)
 
 
