@@ -202,11 +202,11 @@ def failing_example(error: tf.errors.OpError) -> Ending | None:
     """
     if not re.search(r"\[\[(\{\{node )?([\w/]+/)?IteratorGetNext(\}\})?\]\]|Op:IteratorGetNext", str(error)):
         return None
-    recent = tuple(_recent)
-    for known in dict.fromkeys(known for known, *_ in reversed(recent)):
-        for _, indices, state in (each for each in recent if each[0] is known):
+    recent = [(source, *read) for known, *read in tuple(_recent) if (source := known()) is not None]
+    for last in dict.fromkeys(source for source, *_ in reversed(recent)):
+        for source, indices, state in recent:
             try:
-                if (source := known()) is not None:
+                if source is last:
                     fetch(source, indices, state)
             except Ending as found:
                 return found
