@@ -8,6 +8,7 @@ from dist_partial.data.batches import (
     train_batches,
     train_indices,
 )
+from dist_partial.data.class_weights import ClassWeighted, class_weighted
 from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
 from dist_partial.data.mapped import Mapped
@@ -16,15 +17,7 @@ from dist_partial.data.order import InOrder
 from dist_partial.data.prepared import tfds_dataset
 from dist_partial.data.readers import reading
 from dist_partial.data.reading import fetch, fetched, trait, without_lists
-from dist_partial.data.source import (
-    ArraySource,
-    ClassWeighted,
-    Dataset,
-    Source,
-    check_source,
-    class_weighted,
-    fingerprint,
-)
+from dist_partial.data.source import ArraySource, Dataset, Source, check_source, fingerprint
 from dist_partial.data.stream import Stream
 from dist_partial.data.tokens import stdlib_prose, tokenized_text
 
