@@ -101,8 +101,8 @@ def _made(value: Any, name: str) -> Any:
 
 def _content(source: Source) -> tuple[Any, ...]:
     """What tells the content of a source apart from another."""
-    if isinstance(source, ArraySource) and sum(array.nbytes for array in tf.nest.flatten(source._arrays)) <= ALL_OF:
-        return source._arrays
+    if isinstance(source, ArraySource) and sum(array.nbytes for array in tf.nest.flatten(source.arrays)) <= ALL_OF:
+        return source.arrays
     read = getattr(source, "read_again", lambda: fetch(source, looks(source)))
     first, again = read(), read()
     same = fingerprint(first) == fingerprint(again)
@@ -201,5 +201,5 @@ def _in_memory(value: Any, name: str) -> ArraySource:
         None if part is None else as_arrays(part, f"{name}: {each}") for part, each in zip(parts, PARTS, strict=False)
     ]
     source = ArraySource(*arrays)
-    spec_of(source._arrays, name)
+    spec_of(source.arrays, name)
     return source

@@ -90,7 +90,7 @@ def explained() -> Iterator[None]:
                 f"run.jit_compile: XLA cannot compile run.model or run.loss ({found[1]}), as none that reads text or "
                 "looks words up: leave out run.jit_compile"
             ) from error
-        if reason := of_graph(error.message) or failing_example(error):
+        if reason := failing_example(error) or of_graph(error.message):
             raise reason from error
         raise
 
