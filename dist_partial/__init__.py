@@ -22,8 +22,10 @@ _HOMES = {
     "UserError": "errors",
     "csv_dataset": "data",
     "dataset": "data",
+    "image_folder": "data",
     "parquet_dataset": "data",
     "partial": "fit",
+    "tfrecord_dataset": "data",
 }
 
 

@@ -200,14 +200,16 @@ def failing_example(error: tf.errors.OpError) -> Ending | None:
         >>> failing_example(tf.errors.InvalidArgumentError(None, None, "shapes differ")) is None
         True
     """
-    if not re.search(r"\[\[(\{\{node )?IteratorGetNext|Op:IteratorGetNext", str(error)):
+    if not re.search(r"\[\[(\{\{node )?([\w/]+/)?IteratorGetNext(\}\})?\]\]|Op:IteratorGetNext", str(error)):
         return None
-    for known, indices, state in tuple(_recent):
-        try:
-            if (source := known()) is not None:
-                fetch(source, indices, state)
-        except Ending as found:
-            return found
+    recent = tuple(_recent)
+    for known in dict.fromkeys(known for known, *_ in reversed(recent)):
+        for _, indices, state in (each for each in recent if each[0] is known):
+            try:
+                if (source := known()) is not None:
+                    fetch(source, indices, state)
+            except Ending as found:
+                return found
     return raised("run.data", error)
 
 

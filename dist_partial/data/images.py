@@ -112,10 +112,15 @@ def _subfolders(folder: bytes) -> list[bytes]:
     )
 
 
+def _refuse(error: OSError) -> None:
+    """Raises what `os.walk` would pass over."""
+    raise UserError(f"cannot read the folder {os.fsdecode(error.filename)}: {error.strerror}")
+
+
 def _images(folder: bytes) -> np.ndarray:
     """The paths of the images of a class within its folder, sorted: bytes [n]."""
     others, found = set(), []
-    for path, _, names in os.walk(folder):
+    for path, _, names in os.walk(folder, onerror=_refuse):
         within = path[len(folder) + 1 :]
         for name in names:
             if name.startswith(b"."):

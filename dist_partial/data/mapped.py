@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
+from dist_partial.compat import is_generator
 from dist_partial.data.draws import another, draws, seeds
 from dist_partial.data.reading import checked, trait, without_lists
 from dist_partial.errors import UserError, calling
@@ -66,7 +68,7 @@ class Mapped:
         count = len(self.source.spec)
         try:
             signature = inspect.signature(self.function)
-            signature.bind(*[None] * count, **({self._drawn: None} if self.random else {}))
+            signature.bind(*[None] * count, **({self._drawn: None} if self._takes_draws else {}))
         except ValueError:  # a function in C may have none
             return
         except TypeError:
@@ -88,12 +90,16 @@ class Mapped:
         return "rng" if self.numpy else "seed"
 
     @functools.cached_property
-    def random(self) -> bool:
-        """Whether the function draws random numbers."""
+    def _takes_draws(self) -> bool:
         try:
             return self._drawn in inspect.signature(self.function).parameters
         except ValueError:
             return False
+
+    @property
+    def random(self) -> bool:
+        """Whether the function draws random numbers, by its parameter or by Keras's random layers."""
+        return self._takes_draws or not (self.numpy or self._traced[1].quiet)
 
     @property
     def draws(self) -> bool:
@@ -109,7 +115,7 @@ class Mapped:
     def spec(self) -> tuple[Any, ...]:
         """What the function gives: traced, or from the first example where it is of NumPy."""
         if not self.numpy:
-            spec: tuple[Any, ...] = _specs(self._graph.structured_outputs)
+            spec: tuple[Any, ...] = _specs(self._traced[0].structured_outputs)
             return spec
         (example,) = self._results(*self._inputs(np.zeros(1, np.int64), None))
         return _specs(example)
@@ -143,7 +149,7 @@ class Mapped:
 
     def of_example(self, parts: tuple[Any, ...], seed: tf.Tensor) -> tuple[Any, ...]:
         """Calls a function of TensorFlow on one example, in a graph; seed int32 [2]."""
-        found: tuple[Any, ...] = self._graph(parts, seed)
+        found: tuple[Any, ...] = self._traced[0](parts, seed)
         return found
 
     @property
@@ -162,18 +168,23 @@ class Mapped:
         with calling(self._words):
             for i, draw in enumerate(own.tolist()):
                 example = tf.nest.pack_sequence_as(parts, [array[i] for array in flat])
-                drawn = {"rng": np.random.Generator(np.random.Philox(draw))} if self.random else {}
+                drawn = {"rng": np.random.Generator(np.random.Philox(draw))} if self._takes_draws else {}
                 results.append(_parts(self, self.function(*example, **drawn)))
         return results
 
     @functools.cached_property
-    def _graph(self) -> Any:
-        """The function, traced on the spec of an example."""
-        function = tf.function(self.function)  # with autograph, as tf.data has it
+    def _traced(self) -> tuple[Any, "_Generators"]:
+        """The function, traced on the spec of an example, and what has become of Keras's generators."""
+        generators = _Generators()
+
+        @tf.function  # with autograph, as tf.data has it
+        def function(seed: tf.Tensor, parts: tuple[Any, ...], drawn: dict[str, tf.Tensor]) -> Any:
+            with generators.of(seed):
+                return self.function(*parts, **drawn)
 
         @tf.function(autograph=False)
         def called(parts: tuple[Any, ...], seed: tf.Tensor) -> tuple[Any, ...]:
-            return _parts(self, function(*parts, **({"seed": seed} if self.random else {})))
+            return _parts(self, function(seed, parts, {"seed": seed} if self._takes_draws else {}))
 
         with calling(self._words), tf.device("CPU:0"):
             graph = called.get_concrete_function(without_lists(self.source.spec), tf.TensorSpec([2], tf.int32))
@@ -190,7 +201,7 @@ class Mapped:
                 f"{self._words} draws random numbers or changes a variable ({found}), which gives something else each "
                 "time: write a parameter seed, and draw with tf.random.stateless_uniform(shape, seed) and the like"
             )
-        return graph
+        return graph, generators
 
     @functools.cached_property
     def _of_batch(self) -> Any:
@@ -209,6 +220,35 @@ class Mapped:
         # Traced once, or TensorFlow would warn: it takes the functions of all data sets for one.
         spec = tf.nest.map_structure(batched, without_lists(self.source.spec))
         return called.get_concrete_function(spec, tf.TensorSpec([None, 2], tf.int32))
+
+
+class _Generators(keras.StatelessScope):
+    """Gives the generators of Keras's random layers the seed of the example, and keeps nothing of what they become.
+
+    Attributes:
+        quiet: whether none has been used.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quiet = True
+        self._states: dict[int, tf.Tensor] = {}
+        self._seed: Any = None
+
+    def of(self, seed: tf.Tensor) -> "_Generators":
+        """The scope for a seed, int32 [2]."""
+        self.state_mapping.clear()
+        self._states.clear()
+        self._seed = seed
+        return self
+
+    def get_current_value(self, variable: Any) -> Any:
+        found = super().get_current_value(variable)
+        if found is not None or not is_generator(variable):
+            return found
+        self.quiet = False
+        apart = tf.constant([len(self._states) << 32, 0], tf.int64)  # each draws by itself
+        return self._states.setdefault(id(variable), tf.cast(tf.cast(self._seed, tf.int64) + apart, variable.dtype))
 
 
 def stages(source: "Source") -> tuple["Source", list[Mapped]]:

@@ -87,6 +87,14 @@ def open_index(paths: Sequence[Path], cache_dir: str | os.PathLike[str] | None =
 
     Raises:
         UserError: a file cannot be read, or is not one of whole TFRecords; the index can be kept nowhere.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Path(folder, "empty.tfrecord").touch()
+        ...     _ = open_index([Path(folder, "empty.tfrecord")])
+        ...     sorted(path.suffix for path in Path(folder, ".dist_partial").iterdir())
+        ['', '.npy']
     """
     states = np.array([_state(path) for path in paths], np.int64)
     beside = Path(os.path.abspath(paths[0])).parent
@@ -95,10 +103,10 @@ def open_index(paths: Sequence[Path], cache_dir: str | os.PathLike[str] | None =
     folders = [Path(cache_dir).expanduser() / whose] if cache_dir else [beside / ".dist_partial", caches / whose]
     names = [os.path.relpath(path, beside) for path in paths]
     name = f"{_digest(*names)}-{_digest(states.tobytes().hex())}.npy"
-    failures = []
     for folder in folders:
         if (table := _read(folder / name, states)) is not None:
             return _index(paths, states, table)
+    failures = []
     for folder in folders:
         try:
             return _index(paths, states, _made(folder, name, paths, states))
@@ -177,6 +185,15 @@ def scan(path: Path, size: int) -> np.ndarray:
 
     Raises:
         UserError: it is not a file of TFRecords, is compressed, or has a damaged or cut record.
+
+    Examples:
+        >>> import tempfile
+        >>> import tensorflow as tf
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with tf.io.TFRecordWriter(f"{folder}/mine.tfrecord") as writer:
+        ...         writer.write(b"abc")
+        ...     scan(Path(folder, "mine.tfrecord"), 19).tolist()
+        [0, 19]
     """
     lengths, sums = array("Q"), array("I")
     unpack = struct.Struct("<QI").unpack_from

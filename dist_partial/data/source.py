@@ -22,7 +22,7 @@ class Source(Protocol):
     """Gives random access to examples, the only thing the pipeline needs.
 
     It may have more: `place(index)`, where an example is, for errors (`'train-3.tfrecord, record 17'`);
-    `thread_safe = True`, so that several threads call `fetch` at once; `own_order = True`, so that indices are
+    `thread_safe = True`, for several threads to call `fetch` at once; `own_order = True`, for indices that are
     positions of the run, unshuffled and growing beyond the length; and `fetch_with(indices, draws)`, for random numbers
     (`draws.draws`). A source that wraps another one has it in `source`, which is asked for what the wrapper lacks.
 

@@ -142,10 +142,12 @@ class DataWaits:
         self._begun = True
 
     def report(self, say: Callable[[str], None]) -> None:
-        """Says how long the steps since the last report waited, if that is a tenth of the time, and a second."""
+        """Says how long the steps since the last report waited, once that is a tenth of the time, and a second."""
         waited, took = self._waited, self._took
-        self._waited = self._took = 0.0
-        if waited > max(0.1 * took, 1.0):
+        said = waited > max(0.1 * took, 1.0)
+        if said or took > 60:  # what was long ago says little of what is now
+            self._waited = self._took = 0.0
+        if said:
             say(
                 f"data: steps waited {waited:.1f} s of {took:.1f} s for examples ({100 * waited / took:.0f} %): bind "
                 "run.readers to more threads, or run.reader_processes where Python computes, or do less for an example"

@@ -1,11 +1,13 @@
 """Folders of images by class, against `keras.utils.image_dataset_from_directory`."""
 
+import os
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial.data import fetch, image_folder
+from dist_partial.data import fetch, image_folder, images
 from dist_partial.data.images import ImageFolderSource
 from dist_partial.errors import Raised, UserError
 from tests.helpers.files import same_bits
@@ -62,10 +64,8 @@ def test_the_same_examples_on_any_workers_and_from_any_step(folder):
 def test_a_part_is_held_out(folder):
     data = image_folder(folder, SIZE, held_out=0.3)
     assert (len(data.train), len(data.evaluation)) == (5, 2)
-    images = [
-        image.tobytes() for part in (data.train, data.evaluation) for image in part.fetch(np.arange(len(part)))[0]
-    ]
-    assert len(set(images)) == 7
+    pixels = np.concatenate([part.fetch(np.arange(len(part)))[0] for part in (data.train, data.evaluation)])
+    assert len({image.tobytes() for image in pixels}) == 7
     assert data.fingerprint == image_folder(folder, SIZE, held_out=0.3).fingerprint
     assert data.fingerprint != image_folder(folder, SIZE, held_out=0.4).fingerprint
 
@@ -104,6 +104,11 @@ def test_a_file_that_is_gone(folder):
     (folder / "cat" / "a.bmp").unlink()
     with pytest.raises(UserError, match=r"cannot read .*/cat/a.bmp: No such file"):
         source.fetch(np.array([0]))
+
+
+def test_a_folder_that_cannot_be_read(folder):
+    with pytest.raises(UserError, match=r"cannot read the folder .*/animals/gone: No such file or directory"):
+        images._images(os.fsencode(folder / "gone"))  # which a folder without permissions is to all but root
 
 
 def test_folders_that_are_no_classes(folder, tmp_path):

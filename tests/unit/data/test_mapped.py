@@ -146,6 +146,26 @@ def test_images_are_decoded_and_cropped():
     np.testing.assert_array_equal(fetch(made.evaluation, np.arange(9))[0], pixels[:, 1:5, 1:5])
 
 
+def test_random_layers_of_keras_draw_for_each_example():
+    flip, shift = keras.layers.RandomFlip("horizontal"), keras.layers.RandomTranslation(0.3, 0.3, seed=1)
+    images = np.random.default_rng(0).normal(size=(29, 6, 6, 1)).astype(np.float32)
+
+    def augmented(x, y):
+        return shift(flip(x)), flip(x)
+
+    held_out = ArraySource(images, images)
+    made = Dataset("pictures", ArraySource(images, images), held_out, "1").map(augmented)
+    assert made.train.random and made.evaluation is held_out
+    alone = steps(made.train, 1, 7)
+    np.testing.assert_array_equal(steps(made.train, 2, 7), alone)
+    np.testing.assert_array_equal(steps(made.train, 1, 2, first_step=5), alone[5:])
+    assert len(np.unique(alone.reshape(84, -1), axis=0)) > 80
+    _, flipped = fetch(made.train, np.arange(29))
+    turned = [(image == pixels[:, ::-1]).all() for image, pixels in zip(flipped, images, strict=True)]
+    assert all(t or (image == pixels).all() for t, image, pixels in zip(turned, flipped, images, strict=True))
+    assert 5 < sum(turned) < 24
+
+
 class Placed(ArraySource):
     def place(self, index):
         return f"part-{index // 10}.csv, row {index % 10}"

@@ -48,7 +48,7 @@ def test_an_order_of_their_own_goes_on_beyond_the_first_epoch():
 @pytest.mark.parametrize("weights", [(1, 1, 1), (1, 5, 2), (0.01, 3, 0.2)])
 def test_each_set_has_its_share_and_is_read_through_again_and_again(weights):
     mixed = mix(list(zip(SETS, weights, strict=True))).train
-    order = steps(train(mixed, global_batch=60), 1, 1, 400).reshape(-1)
+    order = steps(train(mixed, global_batch=240), 1, 1, 30).reshape(-1)
     share = np.array(weights) / sum(weights)
     for i, size in enumerate(SIZES):
         where = np.flatnonzero(order // 100 == i)
@@ -72,6 +72,12 @@ def test_a_mix_is_the_same_on_any_number_of_workers_and_after_a_resume():
     np.testing.assert_array_equal(steps(train(mixed, first_step=6), 2, 4, 3), alone[6:])
     from_third = [i - 200 for i in alone.reshape(-1) if i >= 200]
     np.testing.assert_array_equal(from_third, np.arange(len(from_third)) % 13)
+
+
+def test_sets_of_one_size_are_shuffled_apart():
+    twice = Mixed(Joined([numbers(0, 40), numbers(100, 40)]), [1, 1])
+    order = steps(train(twice, global_batch=80), 1, 1, 1).reshape(-1)
+    assert not np.array_equal(order[order < 100], order[order >= 100] - 100)
 
 
 def test_all_held_out_examples_come_once():
