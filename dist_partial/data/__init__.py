@@ -9,6 +9,7 @@ from dist_partial.data.batches import (
     train_batches,
     train_indices,
 )
+from dist_partial.data.class_weights import ClassWeighted, class_weighted
 from dist_partial.data.codecs import Codec
 from dist_partial.data.corpus import stdlib_corpus, stdlib_shapes
 from dist_partial.data.held_out import Part, hold_out
@@ -21,15 +22,7 @@ from dist_partial.data.prepared import tfds_dataset
 from dist_partial.data.py_dataset import PyDatasetSource
 from dist_partial.data.readers import reading
 from dist_partial.data.reading import fetch, fetched, trait, without_lists
-from dist_partial.data.source import (
-    ArraySource,
-    ClassWeighted,
-    Dataset,
-    Source,
-    check_source,
-    class_weighted,
-    fingerprint,
-)
+from dist_partial.data.source import ArraySource, Dataset, Source, check_source, fingerprint
 from dist_partial.data.stream import Stream
 from dist_partial.data.tables import csv_dataset, parquet_dataset
 from dist_partial.data.tfrecords import TFRecordSource, tfrecord_dataset

@@ -194,19 +194,23 @@ def _through(batches: tf.data.Dataset, functions: Sequence[Mapped]) -> tf.data.D
 
 
 def failing_example(error: tf.errors.OpError) -> Ending | None:
-    """Finds the example that a function of TensorFlow failed on, among those read last; None if no data failed.
+    """Finds the example that a function of TensorFlow failed on, among those read last.
+
+    Returns:
+        What ends the run; None if it was not the data that failed, or if the error has it.
 
     Examples:
         >>> failing_example(tf.errors.InvalidArgumentError(None, None, "shapes differ")) is None
         True
     """
-    if not re.search(r"\[\[(\{\{node )?([\w/]+/)?IteratorGetNext(\}\})?\]\]|Op:IteratorGetNext", str(error)):
+    reading = re.search(r"\[\[(\{\{node )?([\w/]+/)?IteratorGetNext(\}\})?\]\]|Op:IteratorGetNext", str(error))
+    if not reading or re.search(rf"^{re.escape(Ending.__module__)}\.", str(error), re.MULTILINE):
         return None
-    recent = tuple(_recent)
-    for known in dict.fromkeys(known for known, *_ in reversed(recent)):
-        for _, indices, state in (each for each in recent if each[0] is known):
+    recent = [(source, *read) for known, *read in tuple(_recent) if (source := known()) is not None]
+    for last in dict.fromkeys(source for source, *_ in reversed(recent)):
+        for source, indices, state in recent:
             try:
-                if (source := known()) is not None:
+                if source is last:
                     fetch(source, indices, state)
             except Ending as found:
                 return found

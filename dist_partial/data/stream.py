@@ -83,8 +83,12 @@ class Stream:
         if count == tf.data.INFINITE_CARDINALITY:
             return sys.maxsize
         if count == tf.data.UNKNOWN_CARDINALITY:
+            began = time.perf_counter()
             with calling("run.data"):
-                return int(self._examples().reduce(np.int64(0), lambda number, *_: number + 1))
+                count = int(self._examples().reduce(np.int64(0), lambda number, *_: number + 1))
+            if (took := time.perf_counter() - began) > 1:
+                print(f"run.data: counted {count:,} examples in {took:.1f} s")
+            return count
         return count
 
     def __len__(self) -> int:

@@ -85,7 +85,7 @@ def explained() -> Iterator[None]:
         ):
             if found := re.search(pattern, error.message):
                 raise UserError(ids.format(what, found[1], found[2])) from error
-        if reason := of_graph(error.message) or failing_example(error):
+        if reason := failing_example(error) or of_graph(error.message):
             raise reason from error
         raise
 

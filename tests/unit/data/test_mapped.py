@@ -13,12 +13,12 @@ from dist_partial.data import (
     Dataset,
     Mapped,
     evaluation_batches,
-    failing_example,
     fetch,
     train_batches,
     train_indices,
 )
-from dist_partial.errors import Raised, UserError, of_graph
+from dist_partial.errors import Raised, UserError
+from dist_partial.training.failures import explained
 from tests.unit.data.test_batches import contexts, elements
 
 X = np.random.default_rng(0).normal(size=(29, 3)).astype(np.float32)
@@ -56,6 +56,7 @@ def steps(source, workers, count, **options):
 CHAINS = {
     "tensorflow": [(noisy, False)],
     "numpy": [(noisy_numpy, True)],
+    "twice": [(noisy, False), (noisy, False)],
     "both": [(noisy_numpy, True), (halved, False), (noisy, False)],
     "numpy_last": [(noisy, False), (noisy_numpy, True)],
 }
@@ -96,7 +97,7 @@ def test_random_numbers_differ_between_epochs_examples_seeds_and_functions(name)
         for x, y in elements(batches(chain(name), seed=seed), 12):  # five epochs
             noise += (x - X[y] / (2 if name == "both" else 1)).tolist()
     assert len(np.unique(np.round(noise, 4), axis=0)) > 0.99 * len(noise)
-    expected = {"both": 1.25, "numpy_last": 2.0}.get(name, 1.0)  # variances of what is independent add up
+    expected = {"both": 1.25, "numpy_last": 2.0, "twice": 2.0}.get(name, 1.0)  # variances of what is independent add up
     assert abs(np.var(noise) / expected - 1) < 0.25
 
 
@@ -182,19 +183,21 @@ def failing(x, y):
     return x, y
 
 
-@pytest.mark.parametrize("function", [failing, failing_numpy])
+def failing_python(x, y):
+    return tf.ensure_shape(tf.py_function(lambda x, y: failing_numpy(x, y)[0], [x, y], tf.float32), [3]), y
+
+
+@pytest.mark.parametrize("function", [failing, failing_numpy, failing_python])
 @pytest.mark.parametrize("kind", [ArraySource, Placed])
 def test_a_function_that_fails_names_the_example(function, kind):
     source = data(kind(X, Y)).map(function, numpy=function is failing_numpy).map(noisy).train
-    with pytest.raises(tf.errors.OpError) as caught:
+    with pytest.raises(Raised) as found, explained():
         elements(batches(source), 10)
-    found = of_graph(caught.value.message) or failing_example(caught.value)
-    assert isinstance(found, Raised)
     words = r" \(part-1\.csv, row 7\)" if kind is Placed else ""
     assert re.fullmatch(
         rf"{function.__name__} of run\.data raised \w+: .*no such colour.* \({__file__}, line \d+\); it is example 17"
         + words,
-        str(found),
+        str(found.value),
     )
 
 
