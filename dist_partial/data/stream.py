@@ -88,7 +88,6 @@ class Stream:
                 count = int(self._examples().reduce(np.int64(0), lambda number, *_: number + 1))
             if (took := time.perf_counter() - began) > 1:
                 print(f"run.data: counted {count:,} examples in {took:.1f} s")
-            return count
         return count
 
     def __len__(self) -> int:
