@@ -32,6 +32,7 @@ _HOMES = {
     "csv_dataset": "data",
     "dataset": "data",
     "image_folder": "data",
+    "mix": "data",
     "parquet_dataset": "data",
     "partial": "fit",
     "train": "api",
