@@ -23,20 +23,20 @@ _HOMES = {
     "ReplicaOptions": "distributed.replicas",
     "Result": "api",
     "Rule": "selection",
-    "delta": "export.delta",  # the module
     "Sampling": "config.settings",
     "Settings": "config.settings",
     "TopK": "reductions",
     "UserError": "errors",
-    "devices": "api",
     "csv_dataset": "data",
     "dataset": "data",
+    "delta": "export.delta",  # the module
+    "devices": "api",
     "image_folder": "data",
     "mix": "data",
     "parquet_dataset": "data",
     "partial": "fit",
-    "train": "api",
     "tfrecord_dataset": "data",
+    "train": "api",
 }
 __all__ = sorted(_HOMES)
 
