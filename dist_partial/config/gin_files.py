@@ -141,10 +141,7 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
             gin.parse_config_file(f"{_OPENED}{file}")
         for param in params:
             current = param
-            if "." not in (name := param.split("=")[0].strip()) and (name, "gin.macro") not in gin.config._CONFIG:
-                fields = [f"run.{field.name}" for field in dataclasses.fields(settings.Settings)]
-                near = written(name) or f": a name has a dot{nearest(f'run.{name}', fields, always=True)}"
-                raise UserError(f"{param!r} binds nothing{near}")
+            _check_param(param)
             gin.parse_config(param)
         current = ""
         gin.config.find_missing_overrides_hook(gin.config._CONFIG)  # what is bound to %gin.REQUIRED
@@ -167,6 +164,14 @@ def load(files: Sequence[str | Path], params: Sequence[str] = (), imports: bool 
     finally:
         logging.disable(logging.NOTSET)
     return Configuration(dataclasses.replace(bound, **factories), gin.operative_config_str, _unused, _bindings())
+
+
+def _check_param(param: str) -> None:
+    """Raises UserError unless a single binding names something: a parameter, or a macro of the files."""
+    if "." not in (name := param.split("=")[0].strip()) and (name, "gin.macro") not in gin.config._CONFIG:
+        fields = [f"run.{field.name}" for field in dataclasses.fields(settings.Settings)]
+        near = written(name) or f": a name has a dot{nearest(f'run.{name}', fields, always=True)}"
+        raise UserError(f"{param!r} binds nothing{near}")
 
 
 def _register() -> None:

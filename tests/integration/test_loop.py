@@ -243,7 +243,7 @@ def test_each_switch_is_recorded_once(stop, letters, tmp_path):
 
 def test_the_bar_shows_what_the_last_call_sent(tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(metric_writer.tqdm, "set_postfix_str", lambda self, text: shown.append(text))
+    monkeypatch.setattr(metric_writer.tqdm, "set_postfix_str", lambda self, text, refresh: shown.append(text))
     sent = np.array([100, 4_000, 8_000])  # what came before: 50 %
     with metric_writer.MetricWriter(tmp_path, 2, 6, sent, True) as writer:
         for step, (count, each) in zip((3, 5), ((2, 1_000), (2, 0)), strict=True):

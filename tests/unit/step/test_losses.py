@@ -816,15 +816,9 @@ def test_a_part_without_any_target_adds_nothing():
             assert float(loss(y, outputs)) == 0.0
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_loss_is_tried_out_on_parts(parts):
+def test_a_loss_is_tried_out_on_parts():
     y = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
     fine, contrast = losses.made(keras.losses.CosineSimilarity), losses.made(Contrast)
     for loss in (fine, contrast):
         loss(tf.constant(y), tf.zeros([20, 2]))
-    losses.check_divisible(fine, y, parts)
-    if parts == 1:
-        losses.check_divisible(contrast, y, parts)
-    else:
-        with pytest.raises(UserError, match="a batch is divided into 2 parts: train it on one replica"):
-            losses.check_divisible(contrast, y, parts)
+    assert (losses.is_coupled(fine, y), losses.is_coupled(contrast, y)) == (False, True)
