@@ -6,6 +6,8 @@ private name. TensorFlow and Keras are imported within the functions: what impor
 """
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -249,15 +251,28 @@ def as_one_device() -> Iterator[None]:
     """
     from keras.src.losses import loss as module
 
-    names = ("scale_loss_for_distribution", "unscale_loss_for_distribution")
-    kept = [getattr(module, name) for name in names]
+    # Threads may enter and leave in any order: one of each replica, and those of runs side by side.
+    if not hasattr(module.scale_loss_for_distribution, "unless_alone"):
+        for name in ("scale_loss_for_distribution", "unscale_loss_for_distribution"):
+            setattr(module, name, _unless_alone(getattr(module, name)))
+    before = getattr(_alone, "depth", 0)
+    _alone.depth = before + 1
     try:
-        for name in names:
-            setattr(module, name, lambda value: value)
         yield
     finally:
-        for name, function in zip(names, kept, strict=True):
-            setattr(module, name, function)
+        _alone.depth = before
+
+
+_alone = threading.local()
+
+
+def _unless_alone(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(function)
+    def scaled(value: Any) -> Any:
+        return value if getattr(_alone, "depth", 0) else function(value)
+
+    scaled.unless_alone = True  # type: ignore[attr-defined]
+    return scaled
 
 
 @contextlib.contextmanager

@@ -89,6 +89,6 @@ def meant(name: str, python: bool = False) -> str:
     """
     ours, differs = SYNONYMS.get(name.lower().replace("-", "_"), ("", ""))
     if python and (binding := re.fullmatch(r"(\w+)\.(\w+)", ours)):
-        form = _IN_PYTHON.get(binding[1], f"optimizer=lambda: keras.optimizers.{binding[1]}({{name}}=...)")
+        form = _IN_PYTHON.get(binding[1], f"optimizer=keras.optimizers.{binding[1]}({{name}}=...)")
         ours, differs = form.format(name=binding[2]), re.sub(r"\brun\.|@", "", differs)
     return ours and f": write {ours}{' ' * differs.startswith('=')}{differs}"

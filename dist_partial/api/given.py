@@ -17,7 +17,7 @@ from dist_partial.config.gin_text import has_name
 from dist_partial.config.settings import PRECISIONS
 from dist_partial.data import Dataset, dataset, fetch, keep_examples, kept_examples, looks
 from dist_partial.distributed.replicas import ReplicaOptions, Replicas
-from dist_partial.errors import UserError, calling
+from dist_partial.errors import UserError, calling, first_line
 from dist_partial.files import replacing
 from dist_partial.models import ModelCopy, keras_file, numbered_names
 from dist_partial.selection.paths import variable_paths
@@ -50,9 +50,9 @@ class Data:
         if self._made is None:
             holds = any(hasattr(self.given, name) for name in ("fetch", "__getitem__"))  # which may be callable, too
             function = isinstance(self.given, type) or (callable(self.given) and not holds)
-            made = self.given() if function else self.given
             self._named = function and self._evaluation is None and has_name(self.given)
-            self._made = dataset(made, self._evaluation, name=getattr(self.given, "__name__", "data"))
+            # A function is given as it is, for a tf.data.Dataset is made anew by it where it begins again.
+            self._made = dataset(self.given, self._evaluation, name=getattr(self.given, "__name__", "data"))
         return self._made
 
     def kept(self, folder: Path) -> Callable[..., Any]:
@@ -60,7 +60,10 @@ class Data:
         if self._named:
             return self.given
         path = folder / "examples.npz"
-        keep_examples(path, self())
+        try:
+            keep_examples(path, self())
+        except Exception as error:  # of examples that no file of NumPy holds; the run goes on
+            return functools.partial(only_in_python, what=f"run.data is {self().name!r} ({first_line(error)})")
         return functools.partial(kept_examples, path=str(path.absolute()))
 
 
@@ -127,6 +130,7 @@ class Model:
         if not self.of_instance or not self.given.compiled:
             return {}
         loss, weights = compat.compiled_loss(self.given) or (None, None)
+        loss = keras.tree.map_structure(lambda each: getattr(each, "inner", each), loss)  # of an earlier run
         one = self.given.optimizer
         return {"optimizer": getattr(one, "inner_optimizer", one), "loss": loss, "loss_weights": weights}
 
@@ -162,20 +166,23 @@ class Model:
             here = [kind.__name__ for kind in kinds if kind.__module__ == "__main__" or "<" in kind.__qualname__]
             here += ["Lambda"] if keras.layers.Lambda in kinds else []
             lost = f"it has a layer of class {here[0]}" if here else ""
+        if self._copy is not None and not lost and not (going_on and path.exists()):
+            try:
+                with replacing(path) as partial, session.numbered_afresh():
+                    self._copy().save(partial)
+            except Exception as error:  # of a class of the user's; the run goes on
+                lost = first_line(error)
         if self._copy is None or lost:
             name = getattr(self.given, "name", getattr(self.given, "__name__", "one"))
             return functools.partial(only_in_python, what=f"run.model is {name!r} ({lost})")
-        if not (going_on and path.exists()):
-            with replacing(path) as partial, session.numbered_afresh():
-                self._copy().save(partial)
         return functools.partial(keras_file, path=str(path.absolute()))
 
     def give_back(self, weights: Sequence[Any]) -> bool:
         """Gives the user's own model the trained weights; returns whether that works."""
         if not self.of_instance:
             return False
-        shapes = [tuple(variable.shape) for variable in self.given.weights]
-        if shapes != [array.shape for array in weights]:
+        forms = [(tuple(variable.shape), variable.dtype) for variable in self.given.weights]
+        if forms != [(array.shape, array.dtype.name) for array in weights]:
             return False
         self.given.set_weights(weights)
         return True
@@ -216,13 +223,13 @@ def _names(model: keras.Model, rules: Sequence[Any]) -> Mapping[str, str]:
     )
 
 
-def _selection(rules: Sequence[Any], paths: Sequence[str]) -> list[bool] | None:
-    """Whether each path is trained; None if the table does not fit them."""
+def _selection(rules: Sequence[Any], paths: Sequence[str]) -> list[int | None] | None:
+    """The number of the rule of each path; None if the table does not fit them."""
     table = parse_rules(rules)
     found = [first_match(table, path) for path in paths]
     if None in found or len(set(found)) < len(table):
         return None
-    return [table[number].train for number in found if number is not None]
+    return found
 
 
 class Optimizer:

@@ -87,6 +87,8 @@ def train(
         examples = given.Data(data, evaluation)
         made = given.Model(model, examples, rules)
         compiled = {name: value for name, value in made.compiled().items() if value is not None}
+        if "loss" in settings:
+            compiled.pop("loss_weights", None)  # of the other loss
         settings = compiled | settings | {"precision": made.precision(settings.get("precision"))}
         if "optimizer" in settings:
             settings["optimizer"] = given.optimizer(settings["optimizer"])
@@ -121,7 +123,8 @@ def _run(settings: Settings, model: given.Model, data: given.Data, folder: Path)
                 f"model {made.name!r} keeps its weights, for the rules have given the trained one other variables "
                 "(LoRA, a lower precision): it is the result's .model"
             )
-    return result.read(made, folder, trainer.plan, settings.steps)
+    found = result.read(made, folder, trainer.plan, settings.steps)
+    return found if settings.best else dataclasses.replace(found, best=None)
 
 
 def devices(count: int = _DEVICES) -> None:

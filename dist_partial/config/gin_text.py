@@ -112,7 +112,11 @@ class _Writer:
             return f"[{inner}]" if isinstance(value, list) else f"({inner})"
         if isinstance(value, dict):
             if "class_name" in value and "config" in value:  # of a config of Keras's
-                return self._value(keras.saving.deserialize_keras_object(value))
+                try:
+                    made = keras.saving.deserialize_keras_object(value)
+                except Exception as error:  # of a class that is not registered
+                    raise _Unwritable(f"a {value['class_name']}") from error
+                return self._value(made)
             return f"{{{', '.join(f'{self._value(k)}: {self._value(each)}' for k, each in value.items())}}}"
         if isinstance(value, functools.partial):
             if value.args:

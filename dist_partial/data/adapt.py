@@ -7,13 +7,13 @@ from typing import Annotated, Any
 import keras
 import tensorflow as tf
 
-from dist_partial.data.arrays import PARTS, as_arrays, spec_of
+from dist_partial.data.arrays import PARTS, alike, as_arrays, spec_of
 from dist_partial.data.batches import looks
 from dist_partial.data.codecs import Codec
 from dist_partial.data.held_out import hold_out
 from dist_partial.data.map_source import MapSource, is_grain
 from dist_partial.data.py_dataset import PyDatasetSource
-from dist_partial.data.reading import fetch, trait, without_lists
+from dist_partial.data.reading import fetch, trait
 from dist_partial.data.source import ArraySource, Dataset, Source, check_source, fingerprint
 from dist_partial.data.stream import Stream
 from dist_partial.errors import UserError, calling
@@ -81,7 +81,7 @@ def dataset(
         content = fingerprint(name, held_out, *_content(source))
         return Dataset(name, *hold_out(source, held_out), content, codec)
     other = source_of(evaluation, EVALUATION)
-    if without_lists(source.spec[:2]) != without_lists(other.spec[:2]):
+    if not alike(source.spec[:2], other.spec[:2]):
         raise UserError(
             f"{EVALUATION} has examples {shown(other.spec)}, and {TRAIN} {shown(source.spec)}: both must "
             "have the same x and y"

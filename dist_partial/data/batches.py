@@ -133,7 +133,10 @@ def _read(source: Source, order: tf.data.Dataset, seed: int) -> tf.data.Dataset:
     """Reads the batches of a source whose (indices, epochs), int64 [b] each, `order` gives, ahead of their use."""
     base, functions = stages(source)
     read, threads = readers().reader(base), readers().threads(base)
-    known = weakref.ref(source)
+    try:
+        known: Callable[[], Any] = weakref.ref(source)
+    except TypeError:  # a class with slots
+        known = lambda: source  # noqa: E731
 
     def plain(indices: np.ndarray) -> Any:
         return read(indices, None)

@@ -77,7 +77,10 @@ def _places(nest: Any, arrays: list[Any]) -> Any:
     if isinstance(nest, (list, tuple)):
         return [_places(each, arrays) for each in nest]
     array = np.asarray(nest)
-    arrays.append(array.astype(str) if array.dtype == object else array)  # objects would be pickled
+    if array.dtype == object:  # objects would be pickled
+        texts = [each.decode("utf-8", "replace") if isinstance(each, bytes) else str(each) for each in array.flat]
+        array = np.array(texts).reshape(array.shape)
+    arrays.append(array)
     return len(arrays) - 1
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.compat import is_generator
+from dist_partial.data.arrays import stacked
 from dist_partial.data.draws import another, draws, seeds
 from dist_partial.data.reading import checked, trait, without_lists
 from dist_partial.errors import UserError, calling
@@ -122,6 +123,14 @@ class Mapped:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def __reduce__(self) -> Any:  # without what is traced
+        return type(self), (self.source, self.function, self.numpy)
+
+    @property
+    def thread_safe(self) -> bool:
+        """Whether several threads may read: a NumPy function of the user's need not allow it."""
+        return not self.numpy and bool(trait(self.source, "thread_safe", False))
 
     def place(self, index: int) -> str:
         """Where an example is."""
@@ -281,7 +290,7 @@ def _parts(mapped: Mapped, found: Any) -> tuple[Any, ...]:
 def _stacked(results: list[tuple[Any, ...]]) -> tuple[Any, ...]:
     """Examples as a batch."""
     columns = zip(*map(tf.nest.flatten, results), strict=True)
-    found: tuple[Any, ...] = tf.nest.pack_sequence_as(results[0], [np.stack(column) for column in columns])
+    found: tuple[Any, ...] = tf.nest.pack_sequence_as(results[0], [stacked(column) for column in columns])
     return found
 
 

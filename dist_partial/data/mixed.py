@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from dist_partial.data.arrays import alike
 from dist_partial.data.order import places
-from dist_partial.data.reading import checked, trait
+from dist_partial.data.reading import checked, innermost, trait
 from dist_partial.data.source import Dataset, Source, check_source, fingerprint
 from dist_partial.errors import UserError
 from dist_partial.validation import shown
@@ -44,7 +45,13 @@ class Joined:
                 raise UserError(f"mix: data set {number} is empty")
             if trait(source, "streamed", False):
                 raise UserError(f"mix: data set {number} is a tf.data.Dataset, which cannot be read from any place on")
-            if source.spec != self.spec:
+            base = innermost(source)
+            if getattr(base, "own_order", False) and not getattr(base, "batched", False):
+                raise UserError(
+                    f"mix: data set {number} has an order of its own from epoch to epoch (grain): mix it there, or "
+                    "give what it is made of before it is shuffled"
+                )
+            if not alike(source.spec, self.spec):
                 raise UserError(
                     f"mix: data set {number} has examples {source.spec}, and the first {self.spec}: map them to one "
                     "form by Dataset.map"

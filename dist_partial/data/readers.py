@@ -8,12 +8,13 @@ import multiprocessing
 import pickle
 import queue
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dist_partial.data.reading import fetch, trait
+from dist_partial.data.reading import fetch, innermost, trait
 from dist_partial.errors import Ending, Fault, UserError, first_line
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Readers:
         self._threads, self._count = threads, processes
         self._pool: _Processes | None = None
         self._sources: list[Source] = []  # kept, so that no other one gets the id of one
+        self._locks: dict[int, threading.Lock] = {}
 
     def threads(self, source: "Source") -> int:
         """How many threads read a source, of a batch each."""
@@ -43,9 +45,12 @@ class Readers:
 
     def reader(self, source: "Source") -> Read:
         """What reads a source: `fetch`, or processes, which the first call starts."""
-        if not self._count:
-            return functools.partial(fetch, source)
         self._sources.append(source)
+        if not self._count:
+            if self._threads or trait(source, "thread_safe", False):
+                return functools.partial(fetch, source)
+            # Training and evaluations read at the same time, often parts of one source.
+            return functools.partial(_alone, self._locks.setdefault(id(innermost(source)), threading.Lock()), source)
         try:
             content = pickle.dumps(source)
         except Exception as error:  # pickle raises this and that
@@ -62,6 +67,11 @@ class Readers:
         """Ends the processes."""
         if self._pool is not None:
             self._pool.close()
+
+
+def _alone(lock: threading.Lock, source: "Source", indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
+    with lock:
+        return fetch(source, indices, draws)
 
 
 _current: contextvars.ContextVar[Readers] = contextvars.ContextVar("readers")

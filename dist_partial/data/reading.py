@@ -32,6 +32,20 @@ def trait(source: Any, name: str, default: Any = None) -> Any:
     return default
 
 
+def innermost(source: Any) -> Any:
+    """Finds what a source reads from in the end.
+
+    Examples:
+        >>> from dist_partial.data import ArraySource, Mapped
+        >>> base = ArraySource(np.arange(3))
+        >>> innermost(Mapped(base, lambda x: x + 1)) is base
+        True
+    """
+    while (inner := getattr(source, "source", None)) is not None:
+        source = inner
+    return source
+
+
 def fetched(source: "Source", indices: tf.Tensor) -> tuple[Any, ...]:
     """Wraps `fetch` as a TensorFlow op, with static shapes.
 

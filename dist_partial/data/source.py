@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import tensorflow as tf
 
+from dist_partial.data.arrays import alike
 from dist_partial.data.codecs import Codec
 from dist_partial.data.mapped import Mapped
 from dist_partial.data.order import InOrder
@@ -124,12 +125,13 @@ class Dataset:
         if evaluation is None and not train.random:
             evaluation = function
         held_out = self.evaluation if evaluation is None else Mapped(self.evaluation, evaluation, numpy)
-        if held_out.spec != train.spec:
+        if not alike(held_out.spec, train.spec):
             raise UserError(
                 f"{train.name} of run.data gives examples {train.spec}, and those held out are {held_out.spec}: give "
                 "Dataset.map an evaluation=, a function that makes them alike without random numbers"
             )
-        content = fingerprint(self.fingerprint, train.name)
+        names = [train.name, getattr(held_out, "name", "")]
+        content = fingerprint(self.fingerprint, *names, str(train.spec))
         return dataclasses.replace(self, train=train, evaluation=held_out, fingerprint=content)
 
     def in_order(self) -> "Dataset":

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial import compat
+from dist_partial.data.arrays import stacked
 from dist_partial.errors import UserError, calling
 from dist_partial.validation import shown
 
@@ -127,7 +128,7 @@ class Stream:
 
 
 def _stacked(examples: list[Any]) -> tuple[Any, ...]:
-    found: tuple[Any, ...] = tf.nest.map_structure(lambda *row: np.stack([one.numpy() for one in row]), *examples)
+    found: tuple[Any, ...] = tf.nest.map_structure(lambda *row: stacked([one.numpy() for one in row]), *examples)
     return found
 
 

@@ -20,7 +20,7 @@ from dist_partial import compat
 from dist_partial.errors import UserError
 from dist_partial.models.output_logits import activation_op, adds_up, logits_behind
 
-_LARGEST = 2**20  # elements of a target and its output, up to which a loss is tried out
+_LARGEST = 2**22  # elements of a target and its output, up to which a loss is tried out
 
 
 @dataclasses.dataclass(eq=False)
@@ -243,17 +243,20 @@ def is_coupled(loss: DividedLoss, y: np.ndarray) -> bool:
     """
     assert loss.seen is not None
     outputs = loss.seen[1]
-    if not tf.is_tensor(outputs) or np.prod(outputs.shape[1:]) * 12 > _LARGEST:
+    if not tf.is_tensor(outputs) or np.prod(outputs.shape[1:]) * 4 > _LARGEST:
         return False
     rng = np.random.default_rng(0)
-    some = tf.constant(y[rng.integers(0, len(y), 12)])
-    shape = (12, *outputs.shape[1:])
-    # As probabilities are, and as embeddings are.
-    for values in (rng.uniform(0.05, 0.95, shape), rng.normal(scale=0.1, size=shape)):
+    count = 12 if np.prod(outputs.shape[1:]) < 2**16 else 4
+    half = count // 2
+    some = tf.constant(y[rng.integers(0, len(y), count)])
+    shape = (count, *outputs.shape[1:])
+    # As probabilities are, and as embeddings are; examples differ as wholes, for elements of large ones average out.
+    level = rng.uniform(0.05, 0.95, [count, *[1] * (len(shape) - 1)])
+    for values in ((level + rng.uniform(0.05, 0.95, shape)) / 2, level * rng.normal(scale=0.1, size=shape)):
         predicted = tf.cast(tf.constant(values), outputs.dtype)
         try:
             whole = loss_of(loss, [(some, predicted)])
-            apart = loss_of(loss, [(some[:6], predicted[:6]), (some[6:], predicted[6:])])
+            apart = loss_of(loss, [(some[:half], predicted[:half]), (some[half:], predicted[half:])])
         except (ValueError, TypeError, UserError, tf.errors.OpError):  # it takes no such values, or not so many
             return False
         if not np.allclose(whole, apart, rtol=1e-3, equal_nan=True):

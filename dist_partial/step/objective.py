@@ -151,7 +151,8 @@ class Objective:
             self.model.compute_metrics(x, y, outputs, weight)
         parts = []
         for each in chosen:
-            shared = each.of_batch or (whole is not None and not each.by_loss)
+            # A loss of the whole batch updates its metrics by the whole, too.
+            shared = each.of_batch or (whole is not None and (self.coupled or not each.by_loss))
             for variable, initial in zip(each.metric.variables, each.initial, strict=True):
                 new = tf.cast(scope.get_current_value(variable), tf.float64)
                 new = (new - tf.constant(initial, tf.float64)) * (share if shared else 1.0)
@@ -249,6 +250,8 @@ def prepare(
             metrics = compat.compiled_metrics(model)
             _check_own(model, results, {name: metric.result() for name, metric in metrics})
     measures = []
+    for _, metric in metrics:
+        metric.reset_state()  # it may have counted before
     local = tf.distribute.get_strategy().experimental_local_results
     for name, metric in metrics:
         # Of this worker's first replica: a sum over all is what else a variable of a metric gives.

@@ -52,9 +52,11 @@ def whole_batch(
     known = (x if with_x else None, y, weight)
     given, made = tf.nest.flatten(known), tf.nest.flatten(outputs)
     masks = [compat.mask(tensor) for tensor in made]
-    found = iter(_gathered(collectives, [each for each in (*given, *made, *masks) if each is not None]))
-    given = [None if each is None else next(found)[:examples] for each in given]
-    every = [_with_own(next(found), each, rank, 1 / share)[:examples] for each in made]
+    sent = [each for each in (*given, *made, *masks) if each is not None and each.shape.rank]
+    found = iter(_gathered(collectives, sent))
+    given = [next(found)[:examples] if each is not None and each.shape.rank else each for each in given]
+    # A number that is no example's, such as a temperature, all replicas have.
+    every = [_with_own(next(found), each, rank, 1 / share)[:examples] if each.shape.rank else each for each in made]
     for tensor, mask in zip(every, masks, strict=True):
         if mask is not None:
             compat.set_mask(tensor, next(found)[:examples])

@@ -92,6 +92,8 @@ def divided_objective(
         reason, remedy = "with LocalSGD or LocalOnly each replica trains by itself", "reduce in every step"
     elif settings.jit_compile:
         reason, remedy = "replicas cannot meet within what run.jit_compile compiles", "bind no run.jit_compile"
+    elif compat.overrides(objective.model, "compute_loss") and tf.string in _dtypes(source.spec[0]):
+        reason, remedy = "x has texts, which replicas do not exchange", "give run.loss and targets"
     elif adds:
         reason, remedy = "layers add to the loss (activity_regularizer, add_loss)", "start one process a replica"
     else:
@@ -105,6 +107,10 @@ def divided_objective(
         )
     measures = [dataclasses.replace(each, training=each.training and not each.coupled) for each in objective.measures]
     return dataclasses.replace(objective, measures=measures)
+
+
+def _dtypes(spec: Any) -> set[tf.DType]:
+    return {one.dtype for one in tf.nest.flatten(spec)}
 
 
 def check_division(settings: Settings, replicas: int) -> None:

@@ -216,20 +216,28 @@ def tiny():
 def test_as_one_device(mirrored):
     strategy, loss = mirrored(2), keras.losses.MeanSquaredError()
 
-    def values():
-        found = strategy.run(lambda: loss(tf.zeros([4, 1]), 3 * tf.ones([4, 1])))
-        return [float(each) for each in strategy.experimental_local_results(found)]
+    def value():
+        return loss(tf.zeros([4, 1]), 3 * tf.ones([4, 1]))
 
-    assert values() == [4.5, 4.5]  # no longer needed once it is 9
-    with compat.as_one_device():
-        assert values() == [9.0, 9.0]
+    def inside():
         with compat.as_one_device():
-            assert values() == [9.0, 9.0]
-        assert values() == [9.0, 9.0]
-    assert values() == [4.5, 4.5]
+            first = value()
+            with compat.as_one_device():
+                second = value()
+            # Where replicas meet, the other thread goes on within it, or outside of it.
+            met = tf.distribute.get_replica_context().all_reduce("sum", value())
+            return first, second, met / 2, value()
+
+    def values(function):
+        found = tf.function(lambda: strategy.run(lambda: tf.stack(tf.nest.flatten(function()))))()
+        return {float(each) for one in strategy.experimental_local_results(found) for each in tf.reshape(one, [-1])}
+
+    assert values(value) == {4.5}  # no longer needed once it is 9
+    assert values(inside) == {9.0}
+    assert values(value) == {4.5}
     with pytest.raises(KeyError), compat.as_one_device():
         raise KeyError
-    assert values() == [4.5, 4.5]
+    assert values(value) == {4.5}
 
 
 class Without(keras.Model):

@@ -57,7 +57,7 @@ def test_python_writes_them_as_arguments():
 
     assert meant("batch_size", python=True) == ": write global_batch, the examples of an update over all replicas"
     assert meant("epochs", python=True) == ": write steps = epochs x examples / global_batch"
-    assert meant("lr", python=True).startswith(": write optimizer=lambda: keras.optimizers.Adam(learning_rate=...), ")
+    assert meant("lr", python=True).startswith(": write optimizer=keras.optimizers.Adam(learning_rate=...), ")
     assert exists(keras.optimizers.Adam, "learning_rate")
     assert meant("gpus", python=True).startswith(": write replicas=ReplicaOptions(kind=...).connect, ")
     assert exists(ReplicaOptions, "kind")

@@ -179,6 +179,59 @@ def test_a_model_whose_variables_the_rules_change_stays(capsys):
 
 
 @pytest.mark.slow
+class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
+    def __call__(self, step):
+        return 0.01
+
+    def get_config(self):
+        return {}
+
+
+def test_what_the_folder_cannot_hold_ends_no_run():
+    """A Sequential whose config changes when it is built, and a schedule that no other process knows."""
+
+    def unbuilt():
+        return keras.Sequential([keras.layers.Dense(4), keras.layers.Dense(1, name="head")])
+
+    found = quickly(unbuilt, optimizer=keras.optimizers.SGD(WarmUp()))
+    assert found.history[-1]["step"] == 2
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_model_of_a_result_is_trained_on_by_the_same_loss(replicas):
+    model = quickly(named, loss=keras.losses.MeanSquaredError(reduction="sum")).model
+    expected = np.sum((model.predict(X, verbose=0) - Y) ** 2)
+    more = {"rules": HEAD, "evaluation": (X, Y), "steps": 1, "global_batch": 24, "replicas": replicas}
+    [row] = train(model, (X, Y), **more).history.of("train")
+    assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_rules_that_renamed_layers_would_swap_are_refused():
+    keras.layers.Dense(1)
+    model = keras.Sequential([keras.Input([3]), *(keras.layers.Dense(2, name=f"dense_{i}") for i in (1, 2, 3))])
+    rules = [Rule("dense_1/.*", learning_rate=1e-4), Rule("dense_2/.*", learning_rate=1e-2), ("train", ".*")]
+    with pytest.raises(UserError, match="Keras has numbered layers"):
+        train(model, (X, np.zeros([24, 2], np.float32)), rules=rules, loss="mse", steps=1)
+
+
+def test_frozen_weights_of_the_user_are_not_rounded():
+    model = named()
+    before = [np.array(variable) for variable in model.weights]
+    quickly(model, rules=HEAD, frozen_dtype="bfloat16")
+    for variable, value in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(variable, value)
+
+
+def test_texts_of_any_letters_are_kept():
+    def reader():
+        inputs = keras.Input((), dtype="string")
+        ids = keras.layers.StringLookup(vocabulary=["Zürich", "Rome"])(inputs)
+        return keras.Model(inputs, keras.layers.Dense(1, name="head")(keras.layers.Embedding(3, 2)(ids)))
+
+    texts = tf.data.Dataset.from_tensor_slices((["Zürich", "Rome"] * 12, np.zeros([24, 1], np.float32)))
+    assert quickly(reader, texts, evaluation=texts).history[-1]["step"] == 2
+
+
 def test_in_a_thread():
     found = []
     thread = threading.Thread(target=lambda: found.append(quickly(named(), replicas=2, folder="here")))

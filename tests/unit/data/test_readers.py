@@ -3,6 +3,7 @@
 import itertools
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import psutil
 import pytest
 import tensorflow as tf
 
-from dist_partial.data import ArraySource, Dataset, Mapped, reading, train_batches
+from dist_partial.data import ArraySource, Dataset, Mapped, hold_out, reading, train_batches
 from dist_partial.data.readers import readers
 from dist_partial.errors import Fault, UserError, of_graph
 from tests import ROOT
@@ -73,6 +74,42 @@ def test_by_itself_only_what_says_so_is_read_by_several():
     same(elements(batches(Safe(X, Y)), 6), elements(batches(ArraySource(X, Y)), 6))
 
 
+def test_training_and_evaluation_do_not_read_one_source_at_the_same_time():
+    """By itself, and through a function of the user's in NumPy, even where the source allows it."""
+    whole = Alone(X, Y)
+    train, held_out = hold_out(whole, 0.5)
+    with reading():
+        made = [iter(batches(train)), iter(batches(held_out))]
+        for _ in range(6):
+            for each in made:
+                next(each)
+    assert readers().threads(Mapped(Safe(X, Y), lambda x, y: (x, y), numpy=True)) == 1
+
+
+def test_what_is_traced_stays_here():
+    source = Mapped(ArraySource(X, Y), halved)
+    assert source.spec[0].shape == [3]
+    again = pickle.loads(pickle.dumps(source))
+    same([again.fetch(np.arange(4))], [source.fetch(np.arange(4))])
+
+
+class Slots:
+    """A source of which no weak reference can be made."""
+
+    __slots__ = ()
+    spec = (tf.TensorSpec([], tf.int64),)
+
+    def __len__(self):
+        return 29
+
+    def fetch(self, indices):
+        return (indices,)
+
+
+def test_a_source_with_slots_is_read():
+    assert sorted(np.concatenate([batch[0] for batch in elements(batches(Slots()), 2)])) != []
+
+
 def test_what_cannot_be_sent_to_a_process_is_named():
     source = Dataset("n", ArraySource(X, Y), ArraySource(X, Y), "1").map(lambda x, y: (x, y), numpy=True).train
     with reading(processes=1), pytest.raises(UserError, match=r"Mapped of run\.data cannot be .*<lambda>") as caught:
@@ -93,6 +130,10 @@ class Remote(ArraySource):
             os._exit(9)
         x, y = super().fetch(indices)
         return np.full_like(x, os.getpid()), y
+
+
+def halved(x, y):
+    return x / 2, y
 
 
 def noisy(x, y, rng):

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_partial.data import ArraySource, Dataset, Stream, class_weighted, evaluation_batches, looks, train_batches
+from dist_partial.data import (
+    ArraySource,
+    Dataset,
+    Mapped,
+    Stream,
+    class_weighted,
+    evaluation_batches,
+    looks,
+    train_batches,
+)
 from dist_partial.errors import Raised, UserError
 from dist_partial.training.failures import explained
 from tests.unit.data.test_batches import contexts, elements, steps
@@ -137,3 +146,11 @@ def test_an_error_of_its_own_is_one_of_the_data():
     with pytest.raises(Raised, match=words) as caught, explained():
         elements(train(source)(contexts(1, 1)[0]), 3)
     assert "\n" not in str(caught.value)
+
+
+def test_bytes_keep_the_zeros_at_their_end():
+    records = [b"a\0", b"bc\0\0", b""]
+    stream = Stream(tf.data.Dataset.from_tensor_slices(records))
+    assert stream.fetch(np.arange(3))[0].tolist() == records
+    numpy = Mapped(ArraySource(np.array(records, object)), lambda record: record, numpy=True)
+    assert numpy.fetch(np.arange(3))[0].tolist() == records

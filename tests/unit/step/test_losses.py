@@ -822,3 +822,10 @@ def test_a_loss_is_tried_out_on_parts():
     for loss in (fine, contrast):
         loss(tf.constant(y), tf.zeros([20, 2]))
     assert (losses.is_coupled(fine, y), losses.is_coupled(contrast, y)) == (False, True)
+
+
+def test_a_large_output_is_tried_out_too():
+    y = np.random.default_rng(0).integers(0, 2, (4, 256, 256, 1)).astype(np.float32)
+    loss = losses.made(keras.losses.Dice)
+    loss(tf.constant(y), tf.constant(0.5 * y))
+    assert losses.is_coupled(loss, y)

@@ -95,6 +95,10 @@ class Positive(keras.metrics.Metric):
         self.positive = self.add_weight(shape=(2,), initializer="zeros", name="positive")
         self.count = self.add_weight(initializer=keras.initializers.Constant(begin), name="count")
 
+    def reset_state(self):
+        self.positive.assign([0.0, 0.0])
+        self.count.assign(self.begin)
+
     def update_state(self, y_true, y_pred, sample_weight=None):
         found = keras.ops.cast(y_pred > 0, "float32")
         self.positive.assign_add(keras.ops.stack([keras.ops.sum(found), keras.ops.sum(found)]))
@@ -237,6 +241,14 @@ def test_a_metric_that_a_call_of_the_model_updates_is_refused(tmp_path):
 
     with pytest.raises(UserError, match=r"run\.model updates its metric 'size' when it is called"):
         loop.run(settings(model, (features(7), features(1)), keras.losses.MeanSquaredError), tmp_path / "run")
+
+
+def test_a_metric_that_has_counted_before_begins_anew():
+    metric = keras.metrics.MeanAbsoluteError(name="error")
+    metric.update_state([0.0], [100.0])
+    whole = tuple(map(tf.constant, (features(7), features(1))))
+    [measure] = prepared(one_output(), whole, "mse", metrics=[metric]).measures
+    assert [value.tolist() for value in measure.initial] == [0.0, 0.0]
 
 
 def rooted(y, outputs):
