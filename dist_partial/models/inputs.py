@@ -15,8 +15,8 @@ _LISTED = 8  # names in a message
 def check_inputs(model: keras.Model, name: str, x: Any) -> None:
     """Raises UserError unless the data set of that name gives a model all its inputs, and no others in their place.
 
-    Keras assigns the values of a dict by their order where the model has a dict of inputs, so that one too many moves
-    those after it; where the model has a list, it leaves out those that it has no name for.
+    Where the model has a dict of inputs, Keras 3.15 assigns the values of a dict in the order of their names and leaves
+    out the last ones, so that one too many moves those after it; where it has a list, Keras goes by the names.
 
     Args:
         model: whose inputs are known if it is no subclass.
@@ -42,7 +42,7 @@ def check_inputs(model: keras.Model, name: str, x: Any) -> None:
         if missing:
             also = f", but {_listed(others)}" if others and not near else ""
             raise UserError(f"{has} no {_listed(missing)}{near or also}; give each input under its name")
-        if others and isinstance(inputs, dict):
+        if others and isinstance(inputs, dict) and sorted(x)[: len(names)] != names:
             raise UserError(f"{has} {_listed(others)} as well; leave out what it does not take")
         return
     given = len(x) if isinstance(x, (list, tuple)) else 1

@@ -69,7 +69,8 @@ def weights_by_path(model: keras.Model, variables: Sequence[Any] | None = None) 
     Equal paths but the first end in " (2)", " (3)", ...; states of random generators are none of its weights.
     """
     every = [variable.path for variable in model.weights]
-    root = f"{model.name}/" if all(path.startswith(f"{model.name}/") for path in every) else ""
+    borne = any(layer.name == model.name for layer in model._flatten_layers(include_self=False))
+    root = "" if borne and not all(path.startswith(f"{model.name}/") for path in every) else f"{model.name}/"
     named: dict[str, Any] = {}
     for variable in model.weights:
         path, number = variable.path.removeprefix(root), 1

@@ -70,7 +70,7 @@ def test_numbers_are_refused_where_keras_raises(structure, count):
         ({**given("ab"), "cc": 0}, "and mine's examples have no 'c'; nearest: 'cc'; give"),
         (given("abz"), "and mine's examples have no 'c', but 'z'; give"),
         (given("az"), "and mine's examples have no 'b', 'c', but 'z'; give"),
-        (given("abcd"), "and mine's examples have 'd' as well; leave out what it does not take"),
+        (given(("a", "aa", "b", "c")), "and mine's examples have 'aa' as well; leave out what it does not take"),
         (tuple("ab"), "have 2 without a name: 'c' is missing; give x as {'a': ..., 'b': ..., 'c': ...}"),
         ("a", "have 1 without a name: 'b', 'c' are missing; give"),
         (list("abcd"), "have 4 without a name: 1 too many; give"),
