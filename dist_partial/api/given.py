@@ -51,7 +51,7 @@ class Data:
             holds = any(hasattr(self.given, name) for name in ("fetch", "__getitem__"))  # which may be callable, too
             function = isinstance(self.given, type) or (callable(self.given) and not holds)
             self._named = function and self._evaluation is None and has_name(self.given)
-            # A function is given as it is, for a tf.data.Dataset is made anew by it where it begins again.
+            # A function is given as it is, for a tf.data.Dataset is made again by it at each beginning.
             self._made = dataset(self.given, self._evaluation, name=getattr(self.given, "__name__", "data"))
         return self._made
 
