@@ -144,11 +144,8 @@ class Objective:
         chosen = self.chosen(training)
         if not chosen:
             return tf.zeros([0], tf.float64)
-        batch, outputs = whole or (batch, outputs)
-        x, y, weight = unpacked(batch)
         start = [(variable, changed.get(id(variable), value)) for variable, value in self._start()]
-        with keras.StatelessScope(start) as scope, compat.as_one_device(), calling("run.metrics"):
-            self.model.compute_metrics(x, y, outputs, weight)
+        scope = self._measured(*(whole or (batch, outputs)), start)
         parts = []
         for each in chosen:
             # A loss of the whole batch updates its metrics by the whole, too.
@@ -193,6 +190,13 @@ class Objective:
             for each in self.measures
             for variable, value in zip(each.metric.variables, each.initial, strict=True)
         ]
+
+    def _measured(self, batch: Batch, outputs: Any, start: Sequence[tuple[Any, Any]]) -> keras.StatelessScope:
+        """Updates the metrics by a batch, from these values of their variables on, in the scope that it returns."""
+        x, y, weight = unpacked(batch)
+        with keras.StatelessScope(start) as scope, compat.as_one_device(), calling("run.metrics"):
+            self.model.compute_metrics(x, y, outputs, weight)
+        return scope
 
     def _loss(self, batch: Batch, outputs: Any, training: bool) -> tf.Tensor:
         x, y, weight = unpacked(batch)
@@ -320,9 +324,7 @@ def _tried_on_parts(objective: Objective, batch: Batch, outputs: Any) -> list[Me
 
 def _adds(objective: Objective, batch: Batch, outputs: Any) -> dict[str, np.ndarray]:
     """What a batch adds to the variables of each metric, flat."""
-    x, y, weight = unpacked(batch)
-    with keras.StatelessScope(objective._start()) as scope, calling("run.metrics"):
-        objective.model.compute_metrics(x, y, outputs, weight)
+    scope = objective._measured(batch, outputs, objective._start())
     return {
         each.name: np.concatenate(
             [
@@ -337,20 +339,12 @@ def _adds(objective: Objective, batch: Batch, outputs: Any) -> dict[str, np.ndar
 
 def _check_sums(objective: Objective, batch: Batch, outputs: Any) -> None:
     """Raises UserError unless a metric of two batches follows from what each of them adds."""
-    x, y, weight = unpacked(batch)
+    start = objective._start()
+    once = objective._measured(batch, outputs, start)
+    twice = objective._measured(batch, outputs, [(v, once.get_current_value(v)) for v, _ in start])
     for each in objective.measures:
-        start = list(zip(each.metric.variables, each.initial, strict=True))
-        values: Any = start
-        found = []
-        for _ in range(2):
-            with (
-                keras.StatelessScope([(v, tf.constant(value, v.dtype)) for v, value in values]) as scope,
-                calling("run.metrics"),
-            ):
-                objective.model.compute_metrics(x, y, outputs, weight)
-                values = [(v, keras.ops.convert_to_numpy(scope.get_current_value(v))) for v, _ in start]
-            found.append([value for _, value in values])
-        for first, second, initial in zip(*found, each.initial, strict=True):
+        for variable, initial in zip(each.metric.variables, each.initial, strict=True):
+            first, second = (keras.ops.convert_to_numpy(scope.get_current_value(variable)) for scope in (once, twice))
             if not np.allclose(second - first, first - initial, rtol=1e-3, atol=1e-6, equal_nan=True):
                 raise UserError(
                     f"run.metrics: {each.name!r} keeps numbers that are no sums over batches, so that replicas cannot "
