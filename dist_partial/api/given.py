@@ -16,6 +16,7 @@ from dist_partial.config.bindings import only_in_python
 from dist_partial.config.gin_text import has_name
 from dist_partial.config.settings import PRECISIONS
 from dist_partial.data import Dataset, dataset, fetch, keep_examples, kept_examples, looks
+from dist_partial.data.adapt import makes_data
 from dist_partial.distributed.replicas import ReplicaOptions, Replicas
 from dist_partial.errors import UserError, calling, first_line
 from dist_partial.files import replacing
@@ -48,9 +49,7 @@ class Data:
 
     def __call__(self) -> Dataset:
         if self._made is None:
-            holds = any(hasattr(self.given, name) for name in ("fetch", "__getitem__"))  # which may be callable, too
-            function = isinstance(self.given, type) or (callable(self.given) and not holds)
-            self._named = function and self._evaluation is None and has_name(self.given)
+            self._named = makes_data(self.given) and self._evaluation is None and has_name(self.given)
             # A function is given as it is, for a tf.data.Dataset is made again by it at each beginning.
             self._made = dataset(self.given, self._evaluation, name=getattr(self.given, "__name__", "data"))
         return self._made

@@ -89,10 +89,20 @@ def dataset(
     return Dataset(name, source, other, fingerprint(name, *_content(source), *_content(other)), codec)
 
 
+def makes_data(value: Any) -> bool:
+    """Tells a function or a class that makes data from what holds them, of which some can be called, too.
+
+    Examples:
+        >>> makes_data(lambda: [1]), makes_data([1])
+        (True, False)
+    """
+    held = hasattr(value, "fetch") or hasattr(value, "__getitem__")
+    return isinstance(value, type) or (callable(value) and not held)
+
+
 def _made(value: Any, name: str) -> Any:
     """What a function or a class makes; anything else as it is."""
-    held = hasattr(value, "fetch") or hasattr(value, "__getitem__")  # of an object that can be called, too
-    if not isinstance(value, type) and (held or not callable(value)):
+    if not makes_data(value):
         return value
     with calling(getattr(value, "__name__", name)):
         made = value()

@@ -1,5 +1,6 @@
 """Weights of examples by their classes, as `class_weight` of `Model.fit`."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,14 +9,14 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.data.mapped import Mapped, stages
-from dist_partial.data.reading import checked, trait
+from dist_partial.data.reading import Wrapped, checked, trait
 from dist_partial.data.source import Source
 from dist_partial.errors import UserError
 from dist_partial.validation import shown
 
 
 @dataclass(frozen=True, eq=False)
-class ClassWeighted:
+class ClassWeighted(Wrapped):
     """Weighs the examples of a source by their classes, as `class_weight` of `Model.fit` does.
 
     Args:
@@ -45,21 +46,14 @@ class ClassWeighted:
                 f"{y if y is None or tf.nest.is_nested(y) else y.shape.as_list()}: have it give (x, y, weight)"
             )
 
-    @property
+    @functools.cached_property
     def spec(self) -> tuple[Any, ...]:
         """That of the source, with a weight."""
         x, y, *weight = self.source.spec
         return (x, y, *(weight or [tf.TensorSpec([], tf.float32)]))
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def fetch(self, indices: np.ndarray) -> tuple[Any, ...]:
-        """Examples `indices`, each weight times that of the class."""
-        return self.fetch_with(indices, None)
-
     def fetch_with(self, indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
-        """The same, with the random numbers that follow from `draws.draws`."""
+        """Examples `indices`, each weight times that of the class."""
         x, y, *given = checked(self.source, indices, draws)
         flat = y.reshape(len(y), -1)
         classes = flat[:, 0] if flat.shape[1] == 1 else flat.argmax(axis=1)

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.data.reading import checked, trait
+from dist_partial.data.reading import Wrapped, checked, trait
 from dist_partial.data.source import Source
 from dist_partial.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Part(Wrapped):
     """Reads a part of the examples of a source.
 
     Which they are follows from the number of examples alone: those of ranks [first, first + count) of one fixed
@@ -37,20 +37,11 @@ class Part:
     first: int
     count: int
 
-    @functools.cached_property
-    def spec(self) -> tuple[Any, ...]:
-        """That of the source."""
-        return self.source.spec
-
     def __len__(self) -> int:
         return self.count
 
-    def fetch(self, indices: np.ndarray) -> tuple[Any, ...]:
-        """Examples `indices`, int64 [b], of the part."""
-        return self.fetch_with(indices, None)
-
     def fetch_with(self, indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
-        """The same, with the random numbers that follow from `draws.draws`."""
+        """Examples `indices`, int64 [b], of the part."""
         return checked(self.source, self._indices(indices), draws)
 
     def place(self, index: int) -> str:

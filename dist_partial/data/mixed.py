@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from dist_partial.data.arrays import alike
 from dist_partial.data.order import places
-from dist_partial.data.reading import checked, innermost, trait
+from dist_partial.data.reading import Wrapped, checked, innermost, trait
 from dist_partial.data.source import Dataset, Source, check_source, fingerprint
 from dist_partial.errors import UserError
 from dist_partial.validation import shown
@@ -111,7 +111,7 @@ class Joined:
 
 
 @dataclass(frozen=True, eq=False)
-class Mixed:
+class Mixed(Wrapped):
     """Mixes the examples of several sources: of any so many positions each has its share, up to one for each source.
 
     Each is shuffled by itself and begins again at its end, whatever the others do; so all its examples come equally
@@ -132,22 +132,6 @@ class Mixed:
     source: Joined
     weights: Sequence[float]
     own_order = True
-
-    @property
-    def spec(self) -> tuple[Any, ...]:
-        """That of the sources."""
-        return self.source.spec
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def fetch(self, indices: np.ndarray) -> tuple[Any, ...]:
-        """Examples of the sources, one after the other."""
-        return self.source.fetch(indices)
-
-    def fetch_with(self, indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
-        """The same, with the random numbers that follow from `draws.draws`."""
-        return self.source.fetch_with(indices, draws)
 
     def places(self, positions: tf.Tensor, seed: int) -> tuple[tf.Tensor, tf.Tensor]:
         """Which examples of the sources come at positions of a run, and in which epochs of theirs."""

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.data.reading import checked, trait
+from dist_partial.data.reading import Wrapped, checked, trait
 
 if TYPE_CHECKING:
     from dist_partial.data.source import Source
 
 
 @dataclass(frozen=True, eq=False)
-class InOrder:
+class InOrder(Wrapped):
     """Gives the examples of a source as they are, one epoch after the other; `Dataset.in_order` makes it.
 
     Examples:
@@ -25,20 +25,8 @@ class InOrder:
     source: "Source"
     own_order = True
 
-    @property
-    def spec(self) -> tuple[Any, ...]:
-        """That of the source."""
-        return self.source.spec
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def fetch(self, indices: np.ndarray) -> tuple[Any, ...]:
-        """Examples at positions, which may be beyond the first epoch."""
-        return self.fetch_with(indices, None)
-
     def fetch_with(self, indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
-        """The same, with the random numbers that follow from `draws.draws`."""
+        """Examples at positions, which may be beyond the first epoch."""
         return checked(self.source, indices % len(self.source), draws)
 
     def place(self, index: int) -> str:

@@ -1,5 +1,6 @@
 """Reads the examples of a source, and compares them with what its spec says."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,28 @@ def trait(source: Any, name: str, default: Any = None) -> Any:
             return getattr(source, name)
         source = getattr(source, "source", None)
     return default
+
+
+class Wrapped:
+    """Reads another source, `source`: the base of those that say in `fetch_with` what they make of it."""
+
+    source: "Source"
+
+    @functools.cached_property
+    def spec(self) -> tuple[Any, ...]:
+        """That of the source."""
+        return self.source.spec
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def fetch(self, indices: np.ndarray) -> tuple[Any, ...]:
+        """Examples `indices`, int64 [b], with the random numbers of the first epoch of a run of seed 0."""
+        return self.fetch_with(indices, None)
+
+    def fetch_with(self, indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
+        """The same, with the random numbers that follow from `draws.draws`, uint64 [b]."""
+        return checked(self.source, indices, draws)
 
 
 def innermost(source: Any) -> Any:

@@ -1,6 +1,5 @@
 """CSV and Parquet files, by pyarrow (the extra `tables`): columns become arrays in memory."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,12 +8,11 @@ import numpy as np
 
 from dist_partial.data.adapt import dataset
 from dist_partial.data.file_lists import Files, find_files
+from dist_partial.data.map_source import Columns
 from dist_partial.data.source import ArraySource, Dataset
 from dist_partial.data.table_files import CSV, PARQUET, Format, read_columns
 from dist_partial.errors import UserError
 from dist_partial.validation import Above, Below, check_arguments, shown
-
-Columns = str | Sequence[str]
 
 
 def csv_dataset(
