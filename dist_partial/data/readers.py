@@ -9,10 +9,12 @@ import pickle
 import queue
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import tensorflow as tf
 
 from dist_partial.data.reading import fetch, innermost, trait
 from dist_partial.errors import Ending, Fault, UserError, first_line
@@ -38,6 +40,7 @@ class Readers:
         self._pool: _Processes | None = None
         self._sources: list[Source] = []  # kept, so that no other one gets the id of one
         self._locks: dict[int, threading.Lock] = {}
+        self._started: list[weakref.ref[Any]] = []
 
     def threads(self, source: "Source") -> int:
         """How many threads read a source, of a batch each."""
@@ -63,10 +66,31 @@ class Readers:
             self._pool = _Processes(self._count)
         return functools.partial(self._pool.read, id(source), content)
 
+    def start(self, batches: tf.data.Dataset) -> Iterator[Any]:
+        """Begins to read batches, which `close` ends."""
+        iterator = iter(batches)
+        self._started.append(weakref.ref(iterator))
+        return iterator
+
     def close(self) -> None:
-        """Ends the processes."""
+        """Ends what reads ahead, and the processes."""
+        for known in self._started:
+            if (iterator := known()) is not None:
+                _end(iterator)
         if self._pool is not None:
             self._pool.close()
+
+
+def _end(iterator: Any) -> None:
+    """Ends the threads that read ahead for an iterator of tf.data.
+
+    Its destructor would do so, and waits for them: never to return, where the garbage collector calls it from one of
+    them. An iterator that an exception refers to is in a cycle of references, which only that collector finds.
+    """
+    nothing = tf.nest.map_structure(lambda one: tf.zeros([0, *one.shape], one.dtype), iterator.element_spec)
+    (handle,) = tf.nest.flatten(iterator, expand_composites=True)
+    empty = tf.data.experimental.to_variant(tf.data.Dataset.from_tensor_slices(nothing))
+    tf.raw_ops.MakeIterator(dataset=empty, iterator=handle)
 
 
 def _alone(lock: threading.Lock, source: "Source", indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
@@ -79,7 +103,7 @@ _current: contextvars.ContextVar[Readers] = contextvars.ContextVar("readers")
 
 @contextlib.contextmanager
 def reading(threads: int | None = None, processes: int = 0) -> Iterator[None]:
-    """Says how the sources are read whose batches are made within: see `Readers`. Ends the processes at the end.
+    """Says how the sources are read whose batches are made within: see `Readers`. Ends all reading at the end.
 
     Examples:
         >>> from dist_partial.data import ArraySource
@@ -107,6 +131,23 @@ def readers() -> Readers:
         False
     """
     return _current.get(None) or Readers()
+
+
+def started(batches: tf.data.Dataset) -> Iterator[Any]:
+    """Begins to read batches, by threads that end with the `reading` around the call.
+
+    Args:
+        batches: of static shapes.
+
+    Examples:
+        >>> with reading():
+        ...     numbers = started(tf.data.Dataset.counter().prefetch(2))
+        ...     print(next(numbers).numpy())
+        0
+        >>> list(numbers)
+        []
+    """
+    return readers().start(batches)
 
 
 class _Processes:

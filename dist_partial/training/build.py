@@ -13,7 +13,7 @@ from dist_partial import checkpoints, reductions, selection, session
 from dist_partial.adapters import lora, quantization
 from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
-from dist_partial.data import Dataset, check_source, class_weighted, dataset, train_batches, without_lists
+from dist_partial.data import Dataset, check_source, class_weighted, dataset, started, train_batches, without_lists
 from dist_partial.distributed import consistency
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.distributed.replicas import Replicas
@@ -323,7 +323,7 @@ def batches(trainer: Trainer, first_step: int, global_batch: int) -> Iterator[Ba
         >>> bool((next(early)[0] == next(batches(trainer, first_step=1, global_batch=8))[0]).numpy().all())
         True
     """
-    return iter(train_batches(trainer.data.train, **order(trainer, first_step, global_batch)))
+    return started(train_batches(trainer.data.train, **order(trainer, first_step, global_batch)))
 
 
 def order(trainer: Trainer, first_step: int, global_batch: int) -> dict[str, Any]:

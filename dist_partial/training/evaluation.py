@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from dist_partial import checkpoints
 from dist_partial.config.settings import Sampling
-from dist_partial.data import Dataset, Source, evaluation_batches
+from dist_partial.data import Dataset, Source, evaluation_batches, started
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.errors import UserError, calling
 from dist_partial.models.sampling import Generation, generate
@@ -154,7 +154,7 @@ def prepare_evaluation(
         if count:
             batches = evaluation_batches(source, first=first, examples=count, global_batch=batch, context=context)
             # After a pass the batches start over, so one iterator serves them all.
-            arguments = iter(batches), tf.constant(-(-count // batch)), own
+            arguments = started(batches), tf.constant(-(-count // batch)), own
             step.get_concrete_function(*arguments)  # a mistake in the model or the loss shows before the training
             passes.append(arguments)
 

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial import reductions
-from dist_partial.data import train_indices
+from dist_partial.data import started, train_indices
 from dist_partial.distributed import consistency, traffic
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.errors import UserError
@@ -325,7 +325,7 @@ class ScheduleRunner:
 
     def _batches(self, activations: activation_cache.Activations | None, done: int) -> Iterator[Batch]:
         # Not prefetched: what was read before it was asked for might not be there yet.
-        return iter(self._order(done).map(activations.read)) if activations else self._inputs
+        return started(self._order(done).map(activations.read)) if activations else self._inputs
 
     def _order(self, done: int) -> tf.data.Dataset:
         """Indices of this worker's examples, from a step on."""

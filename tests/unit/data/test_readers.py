@@ -1,5 +1,6 @@
 """Several readers, in threads and processes: the same batches in the same order, and an end in any case."""
 
+import gc
 import itertools
 import os
 import pathlib
@@ -9,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import psutil
 import pytest
 import tensorflow as tf
 
-from dist_partial.data import ArraySource, Dataset, Mapped, hold_out, reading, train_batches
+from dist_partial.data import ArraySource, Dataset, Mapped, hold_out, reading, started, train_batches
 from dist_partial.data.readers import readers
 from dist_partial.errors import Fault, UserError, of_graph
 from tests import ROOT
@@ -196,3 +198,46 @@ def test_processes_end_with_the_one_that_started_them(number, tmp_path):
     while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < until:
         time.sleep(0.1)
     assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+class Cluttered(ArraySource):
+    """Leaves garbage behind, so that the collector runs in the thread that reads; slow, so that it reads on."""
+
+    def fetch(self, indices):
+        for _ in range(2000):
+            clutter = []
+            clutter.append(clutter)
+        time.sleep(0.02)
+        return super().fetch(indices)
+
+
+class Cycle:
+    def __init__(self, content=None):
+        self.self, self.content = self, content
+
+
+def collected():
+    """Whether the garbage collector still works."""
+    known = weakref.ref(Cycle())
+    for _ in range(20):
+        if gc.collect() and known() is None:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("end", ["error", "last batch"])
+def test_the_garbage_collector_survives_a_dropped_iterator(end):
+    """Called in a thread that reads, it would wait for that thread, for ever, and collect nothing any more."""
+    for _ in range(3):
+        try:
+            with reading():
+                dropped = Cycle(started(batches(Cluttered(X, Y))))
+                next(dropped.content)
+                if end == "error":
+                    raise KeyError
+        except KeyError as error:
+            dropped.error = error
+        del dropped
+        time.sleep(0.1)
+    assert collected()
