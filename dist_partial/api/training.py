@@ -19,11 +19,12 @@ from dist_partial.config import gin_text
 from dist_partial.config.settings import Settings
 from dist_partial.distributed.cluster import read_tf_config
 from dist_partial.distributed.replicas import ReplicaOptions, simulated
-from dist_partial.errors import UserError
+from dist_partial.errors import Interrupted, UserError
 from dist_partial.step import outer_step
 from dist_partial.synonyms import meant
 from dist_partial.train import main as command
-from dist_partial.training import failures, loop
+from dist_partial.training import loop
+from dist_partial.training.state import TrainState
 from dist_partial.validation import nearest
 
 _DEVICES = 8  # on the CPU, which cost nothing where they are not used
@@ -108,23 +109,30 @@ def _run(settings: Settings, model: given.Model, data: given.Data, folder: Path)
         print(note)
     try:
         trainer = loop.run(settings, folder, operative)
-    except failures.Interrupted:
-        if model.made is not None:
-            model.give_back(model.made.get_weights())
+    except Interrupted as interrupted:
+        state, interrupted.state = interrupted.state, None  # which a notebook would keep with the exception
+        model.give_back(_agreed(state))
         raise
     made = trainer.model
     for layer in trainer.batch_norms:
         layer.trainable = True  # as it was made: the run alone had put it into inference mode
-    with outer_step.agreed(trainer.replicas.strategy, trainer.fragments):
-        if model.give_back(made.get_weights()):
-            made = model.given
-        elif model.of_instance:
-            print(
-                f"model {made.name!r} keeps its weights, for the rules have given the trained one other variables "
-                "(LoRA, a lower precision): it is the result's .model"
-            )
+    weights = _agreed(trainer.state())
+    made.set_weights(weights)
+    if model.give_back(weights):
+        made = model.given
+    elif model.of_instance:
+        print(
+            f"model {made.name!r} keeps its weights, for the rules have given the trained one other variables "
+            "(LoRA, a lower precision): it is the result's .model"
+        )
     found = result.read(made, folder, trainer.plan, settings.steps)
     return found if settings.best else dataclasses.replace(found, best=None)
+
+
+def _agreed(state: TrainState) -> list[Any]:
+    """The weights on which all replicas agree."""
+    with outer_step.agreed(state.strategy, state.fragments):
+        return state.model.get_weights()
 
 
 def devices(count: int = _DEVICES) -> None:

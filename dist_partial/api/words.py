@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.distributed.replicas import ReplicaOptions
-from dist_partial.errors import Ending
-from dist_partial.training.failures import Interrupted
+from dist_partial.errors import Ending, Interrupted
 
 _NAMES = {
     prefix: "|".join(field.name for field in dataclasses.fields(owner))

@@ -19,11 +19,10 @@ from dist_partial.api import words
 from dist_partial.config import gin_files, gin_text
 from dist_partial.config.settings import Settings
 from dist_partial.data import stdlib_corpus
-from dist_partial.errors import Raised, UserError
+from dist_partial.errors import Interrupted, Raised, UserError
 from dist_partial.export import __main__ as export_command
 from dist_partial.models import byte_transformer, two_dense
 from dist_partial.report import __main__ as report
-from dist_partial.training.failures import Interrupted
 from tests.helpers.files import same_bits
 
 RNG = np.random.default_rng(0)
@@ -178,7 +177,6 @@ def test_a_model_whose_variables_the_rules_change_stays(capsys):
     assert "keeps its weights" in capsys.readouterr().out and found.model.predict(X, verbose=0).shape == Y.shape
 
 
-@pytest.mark.slow
 class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
     def __call__(self, step):
         return 0.01
@@ -187,6 +185,7 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
         return {}
 
 
+@pytest.mark.slow
 def test_what_the_folder_cannot_hold_ends_no_run():
     """A Sequential whose config changes when it is built, and a schedule that no other process knows."""
 
@@ -260,6 +259,31 @@ def test_an_interrupted_run_goes_on():
         quickly(model, folder="mine", callbacks=[Interrupting()])
     assert not same_bits([model.get_weights()[2], before])
     assert quickly(model, folder="mine").history.of("train").column("step") == [1, 2]
+
+
+class InterruptingThird(keras.callbacks.Callback):
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_what_replicas_agree_on_is_what_is_left_between_exchanges():
+    """The third step follows the exchange of the second, and each replica has made it by itself."""
+    first = named()
+    models = [keras.models.clone_model(first) for _ in range(3)]
+    for model in models:
+        model.set_weights(first.get_weights())
+    more = {"reduction": reductions.LocalSGD(sync_every=2), "replicas": 2, "optimizer": keras.optimizers.SGD(0.1)}
+    quickly(models[0], steps=2, **more)
+    quickly(models[1], steps=3, **more)
+    with pytest.raises(Interrupted, match="step 3 of 4"):
+        quickly(models[2], steps=4, callbacks=[InterruptingThird()], **more)
+    two, three, interrupted = (np.concatenate([w.ravel() for w in each.get_weights()]) for each in models)
+    assert same_bits([two, three]) and same_bits([two, interrupted])
+    assert not same_bits([two, np.concatenate([w.ravel() for w in first.get_weights()])])
+    made = [quickly(named, steps=steps, **more).model.get_weights()[2] for steps in (2, 3)]
+    assert same_bits(made)
 
 
 def test_the_result_shows_itself():
