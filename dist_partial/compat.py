@@ -333,6 +333,25 @@ def loss_function(function: Callable[..., Any], name: str | None = None) -> Any:
     return LossFunctionWrapper(function, name=name if name.isidentifier() else None)  # TensorFlow takes no '<lambda>'
 
 
+# Where a loss that wraps a function keeps the arguments of it.
+LOSS_ARGUMENTS = "_fn_kwargs"
+
+
+def loss_arguments(loss: Any) -> dict[str, Any]:
+    """Returns the arguments that a loss of Keras's hands to its function; {} of anything else.
+
+    Keras 3.15: `get_config` of some of them, such as Huber, leaves theirs out.
+    Unnecessary if all had them.
+
+    Examples:
+        >>> import keras
+        >>> loss_arguments(keras.losses.Huber(delta=2.0)), loss_arguments(keras.losses.MeanSquaredError())
+        ({'delta': 2.0}, {})
+    """
+    arguments = dict(getattr(loss, LOSS_ARGUMENTS, {}))
+    return arguments if type(loss).__module__.startswith("keras.") else {}
+
+
 def set_mask(tensor: Any, mask: Any) -> None:
     """Puts a mask on a tensor, as Keras's layers and losses do.
 
@@ -415,7 +434,7 @@ def sum_no_gradients(optimizer: Any) -> None:
         >>> import keras
         >>> optimizer = keras.optimizers.SGD()
         >>> sum_no_gradients(optimizer)
-        >>> set(vars(optimizer)) >= OPTIMIZER_ATTRIBUTES
+        >>> "_all_reduce_sum_gradients" in vars(optimizer)
         True
     """
     if not hasattr(optimizer, "_all_reduce_sum_gradients"):
@@ -427,8 +446,10 @@ def sum_no_gradients(optimizer: Any) -> None:
     optimizer._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
 
 
-# What `sum_no_gradients` leaves on an optimizer object, for those who list its attributes.
-OPTIMIZER_ATTRIBUTES = frozenset({"_all_reduce_sum_gradients"})
+# What `sum_no_gradients`, `alias_variables` and Keras's cache leave on an optimizer object, for those who list its
+# attributes; and what `exclude_from_weight_decay` does.
+OPTIMIZER_ATTRIBUTES = frozenset({"_all_reduce_sum_gradients", "_var_key", "_exclude_from_weight_decay_cache"})
+EXCLUSIONS = frozenset({"_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"})
 
 
 def variable_key(optimizer: Any, variable: Any) -> Any:

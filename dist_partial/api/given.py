@@ -251,15 +251,14 @@ class Optimizer:
         if rate is None:
             current = compat.learning_rate(one)
             rate = current if callable(current) else float(one.get_config()["learning_rate"])
-        # One that has been used has slots, which a new one shall not have.
-        return type(one).from_config(one.get_config() | {"learning_rate": rate}) if one.built else another(one, rate)
+        return another(one, rate)
 
 
 def optimizer(given: Any) -> Any:
     """Makes the factory of an optimizer: of a factory, an optimizer, or the name of one.
 
     Raises:
-        UserError: Keras has no optimizer of that name.
+        UserError: Keras has no optimizer of that name; single variables are excluded from weight decay.
 
     Examples:
         >>> type(optimizer("adam")()).__name__, optimizer(keras.optimizers.SGD) is keras.optimizers.SGD
@@ -272,7 +271,14 @@ def optimizer(given: Any) -> Any:
             raise UserError(
                 f"optimizer: Keras has none called {given!r}; write a name such as 'adam', or give one"
             ) from None
-    return Optimizer(given) if isinstance(given, keras.optimizers.Optimizer) else given
+    if not isinstance(given, keras.optimizers.Optimizer):
+        return given
+    if compat.weight_decay_exclusions(given)[0]:
+        raise UserError(
+            f"optimizer {given.name!r} excludes single variables from weight decay (var_list), and a run trains a copy "
+            "of the model, which has others: name them, such as exclude_from_weight_decay(var_names=['bias'])"
+        )
+    return Optimizer(given)
 
 
 class _SpokenReplicas(Replicas):

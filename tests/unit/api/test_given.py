@@ -1,0 +1,141 @@
+"""What users' objects have that no config of Keras's holds: kept in a run and in its folder, or said in one line."""
+
+import keras
+import numpy as np
+import pytest
+
+from dist_partial import train
+from dist_partial.config import gin_files, gin_text
+from dist_partial.config.settings import Settings
+from dist_partial.data import stdlib_shapes
+from dist_partial.errors import UserError
+from dist_partial.export import __main__ as export_command
+from dist_partial.models import two_dense
+from dist_partial.step import losses
+
+X = np.random.default_rng(0).normal(size=(24, 3)).astype(np.float32)
+Y = X.sum(1, keepdims=True)
+HEAD = [("train", "head/.*"), ("freeze", ".*")]
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def person() -> keras.Model:
+    hidden = keras.layers.Dense(4, activation="tanh", name="hidden")
+    head = keras.layers.Dense(1, name="head", bias_initializer="ones")
+    return keras.Sequential([keras.Input([3]), hidden, head], name="person")
+
+
+def quickly(model, **more):
+    return train(model, (X, Y), **{"rules": HEAD, "loss": "mse", "steps": 2, "global_batch": 24} | more)
+
+
+def decaying(**exclusions) -> keras.optimizers.Optimizer:
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(**exclusions)
+    return optimizer
+
+
+@pytest.mark.slow
+def test_a_used_optimizer_keeps_its_exclusions(capfd):
+    model, used = person(), decaying(var_names=["bias"])
+    other = keras.models.clone_model(model)
+    other.set_weights(model.get_weights())
+    model.compile(used, "mse")
+    model.fit(X, Y, batch_size=24, verbose=0)
+    model.set_weights(other.get_weights())
+    found = quickly(model, optimizer=used, evaluation=(X, Y))
+    other.layers[0].trainable = False
+    other.compile(decaying(var_names=["bias"]), "mse")
+    other.fit(X, Y, batch_size=24, epochs=2, verbose=0)
+    for ours, theirs in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    arguments = [f"--run_dir={found.folder}", "--format=keras", "--output=out.keras"]
+    assert export_command.main(arguments) == 0, capfd.readouterr().err
+
+
+def test_single_variables_that_are_excluded_are_refused():
+    model = person()
+    with pytest.raises(UserError, match=r"^optimizer 'sgd' excludes single variables .* name them"):
+        quickly(model, optimizer=decaying(var_list=[model.layers[1].bias]))
+
+
+class Scaled(keras.losses.Loss):
+    """Without a get_config."""
+
+    def __init__(self, scale=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.scale = scale
+
+    def call(self, y_true, y_pred):
+        return self.scale * keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)
+
+
+class Counted(keras.metrics.Mean):
+    def __init__(self, scale=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.scale = scale
+
+
+class Slow(keras.optimizers.schedules.LearningRateSchedule):
+    def __init__(self, scale=1.0):
+        self.scale = scale
+
+    def __call__(self, step):
+        return self.scale
+
+    def get_config(self):
+        return {}
+
+
+def read_again(tmp_path, **more) -> Settings:
+    file = tmp_path / "written.gin"
+    file.write_text(gin_text.text(Settings([("train", ".*")], two_dense, stdlib_shapes, **more)))
+    return gin_files.load([file]).settings
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "kept"),
+    [
+        ("loss", lambda: Scaled(2.0), "get_config leaves out 'scale'"),
+        ("loss", lambda: Scaled(), None),
+        ("metrics", lambda: [Counted(2.0)], "get_config leaves out 'scale'"),
+        ("metrics", lambda: [Counted()], None),
+    ],
+    ids=["loss", "loss as made", "metric", "metric as made"],
+)
+def test_what_no_config_has_is_said(tmp_path, name, what, kept):
+    text = gin_text.text(Settings([("train", ".*")], two_dense, stdlib_shapes, **{name: what()}))
+    assert ("only_in_python" in text) == (kept is not None)
+    assert kept is None or kept in text.replace("\\", "")
+
+
+def test_a_loss_keeps_what_its_config_leaves_out(tmp_path):
+    """Keras 3.15 loses Huber's delta, in a folder and in float64."""
+    loss, y, outputs = keras.losses.Huber(delta=5.0), np.zeros([4, 1]), np.full([4, 1], 3.0)
+    assert float(read_again(tmp_path, loss=loss).loss(y, outputs)) == 4.5
+    keras.config.set_floatx("float64")
+    try:
+        assert float(losses.made(loss).inner(y, outputs)) == 4.5
+    finally:
+        keras.config.set_floatx("float32")
+
+
+def test_optimizers_are_written_with_what_they_exclude(tmp_path):
+    from dist_partial.api.given import Optimizer
+
+    found = read_again(tmp_path, optimizer=Optimizer(decaying(var_names=["gamma", "bias"]))).optimizer
+    for made in (found(), found(learning_rate=0.25)):
+        assert made.get_config()["weight_decay"] == 0.5
+        pattern = made._exclude_from_weight_decay_pattern
+        assert sorted(pattern.pattern.split("|")) == ["bias", "gamma"]
+    assert float(made.learning_rate) == 0.25
+    kept = gin_text.text(Settings([("train", ".*")], two_dense, stdlib_shapes, Optimizer(keras.optimizers.SGD(Slow()))))
+    assert "import tests.unit.api.test_given" in kept and "only_in_python" not in kept
+    changed = keras.optimizers.SGD(Slow(3.0))
+    assert "leaves out 'scale'" in gin_text.text(
+        Settings([("train", ".*")], two_dense, stdlib_shapes, Optimizer(changed))
+    )
