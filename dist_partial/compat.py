@@ -321,6 +321,23 @@ def compiled_loss(model: Any) -> Any:
     return compiled and (compiled._user_loss, compiled._user_loss_weights)
 
 
+def user_metrics(model: Any) -> tuple[Any, Any]:
+    """Returns the metrics and the weighted metrics that a model was compiled with, as `compile` was given them.
+
+    Keras 3.15: `Model.metrics` has what is made of them, once the model has been called on targets.
+    Unnecessary with a public name for both.
+
+    Examples:
+        >>> import keras
+        >>> model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
+        >>> model.compile(loss="mse", metrics=["mae"])
+        >>> user_metrics(model)
+        (['mae'], None)
+    """
+    compiled = getattr(model, "_compile_metrics", None)
+    return (compiled._user_metrics, compiled._user_weighted_metrics) if compiled else (None, None)
+
+
 def loss_function(function: Callable[..., Any], name: str | None = None) -> Any:
     """Makes a Keras loss of a function of targets and outputs, as `Model.compile` does.
 

@@ -24,6 +24,7 @@ from dist_partial.models import ModelCopy, keras_file, numbered_names
 from dist_partial.selection.paths import variable_paths
 from dist_partial.selection.rules import first_match, parse_rules
 from dist_partial.step import layer_state
+from dist_partial.step.losses import DividedLoss
 from dist_partial.step.optimizers import another
 from dist_partial.validation import shown
 
@@ -129,9 +130,12 @@ class Model:
         if not self.of_instance or not self.given.compiled:
             return {}
         loss, weights = compat.compiled_loss(self.given) or (None, None)
-        loss = keras.tree.map_structure(lambda each: getattr(each, "inner", each), loss)  # of an earlier run
         one = self.given.optimizer
-        return {"optimizer": getattr(one, "inner_optimizer", one), "loss": loss, "loss_weights": weights}
+        found = {"optimizer": getattr(one, "inner_optimizer", one), "loss_weights": weights}
+        found["loss"] = keras.tree.map_structure(lambda each: getattr(each, "inner", each), loss)
+        if not any(isinstance(each, DividedLoss) for each in keras.tree.flatten(loss)):  # as a run compiles its model
+            found["metrics"], found["weighted_metrics"] = compat.user_metrics(self.given)
+        return {name: value for name, value in found.items() if value is not None}
 
     def precision(self, wanted: str | None) -> str:
         """The precision of the run, which is that of a model that is made already.

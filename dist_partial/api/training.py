@@ -62,8 +62,8 @@ def train(
         folder: the run folder, from which a run goes on; None is a new one in `runs`.
         replicas: how many, simulated on the CPU; or a `ReplicaOptions`, or a function that makes `Replicas`.
         **settings: the other attributes of `Settings`, such as `steps`, `optimizer`, `loss`, `metrics`. An optimizer
-            may be a factory, a name, or an optimizer; without one, and without a loss, those take their place with
-            which the model was compiled.
+            may be a factory, a name, or an optimizer; without it, a loss or metrics, those
+            take their place with which the model was compiled.
 
     Raises:
         UserError: a mistake in one of these, in one line.
@@ -87,7 +87,7 @@ def train(
         _check_names(settings)
         examples = given.Data(data, evaluation)
         made = given.Model(model, examples, rules)
-        compiled = {name: value for name, value in made.compiled().items() if value is not None}
+        compiled = made.compiled()
         if "loss" in settings:
             compiled.pop("loss_weights", None)  # of the other loss
         settings = compiled | settings | {"precision": made.precision(settings.get("precision"))}

@@ -325,6 +325,14 @@ def test_compiled_loss():
     assert not [name for name in dir(model) if "loss_weights" in name and name[0] != "_"]
 
 
+def test_user_metrics():
+    model = tiny()
+    assert compat.user_metrics(model) == (None, None)
+    model.compile(loss="mse", metrics=["mae"], weighted_metrics=["mse"])
+    assert compat.user_metrics(model) == (["mae"], ["mse"])
+    assert [metric.name for metric in model.metrics] == ["loss", "compile_metrics"]  # made of nothing yet
+
+
 def test_loss_arguments():
     loss = keras.losses.Huber(delta=2.0)
     assert "delta" not in loss.get_config() and compat.loss_arguments(loss) == {"delta": 2.0}

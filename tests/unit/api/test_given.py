@@ -57,6 +57,28 @@ def test_a_used_optimizer_keeps_its_exclusions(capfd):
     assert export_command.main(arguments) == 0, capfd.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("used", [False, True])
+def test_metrics_of_compile_are_measured(used):
+    model = person()
+    counts = keras.metrics.MeanMetricWrapper(lambda y, outputs: abs(y - outputs), name="mine")
+    weight = np.linspace(0.0, 1.0, 24, dtype=np.float32)
+    model.compile(keras.optimizers.SGD(0.01), "mse", metrics=["mae", counts], weighted_metrics=["mse"])
+    if used:
+        model.evaluate(X, Y, verbose=0)
+    found = train(model, (X, Y, weight), rules=HEAD, evaluation=(X, Y, weight), steps=1, global_batch=24)
+    names = ["loss", "mae", "mine", "mse"]
+    expected = model.evaluate(X, Y, sample_weight=weight, verbose=0, return_dict=True)
+    expected["mae"] = expected.get("mae", expected.get("mean_absolute_error"))
+    for name in names:
+        assert found.metrics[name] == pytest.approx(expected[name], rel=1e-5), (name, found.metrics, expected)
+    again = train(model, (X, Y), rules=HEAD, evaluation=(X, Y), steps=1, global_batch=24, metrics=["mape"])
+    assert "mape" in again.metrics and "mine" not in again.metrics
+    made = train(person, (X, Y), rules=HEAD, loss="mse", evaluation=(X, Y), steps=1, metrics=["mape"], global_batch=24)
+    more = train(made.model, (X, Y), rules=HEAD, evaluation=(X, Y), steps=1, global_batch=24)
+    assert "mape" not in more.metrics
+
+
 def test_single_variables_that_are_excluded_are_refused():
     model = person()
     with pytest.raises(UserError, match=r"^optimizer 'sgd' excludes single variables .* name them"):
