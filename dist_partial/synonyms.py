@@ -1,7 +1,5 @@
 """What names from elsewhere are called here: those of Keras's `fit`, of PyTorch's trainers and of other gin files."""
 
-import re
-
 # Ours, as gin files have it | what differs, after a comma or "=" | theirs, each of them once.
 _TABLE = """
 run.global_batch | , the examples of an update over all replicas | batch batch_size train_batch_size bs
@@ -63,32 +61,19 @@ _LINES = [line.split("|") for line in _TABLE.replace("\n ", " ").strip().splitli
 SYNONYMS = {theirs: (ours.strip(), differs.strip()) for ours, differs, names in _LINES for theirs in names.split()}
 # What owns such names elsewhere.
 OWNERS = frozenset(["train", "trainer", "training", "fit", "loop", "args", "config", "settings", "optimizer"])
-# How callers of `train` in Python write what gin binds under a name; any other is an optimizer's.
-_IN_PYTHON = {
-    "run": "{name}",
-    "sample": "sampling=Sampling({name}=...)",
-    "replicas": "replicas=ReplicaOptions({name}=...).connect",
-    "Rule": "Rule(..., {name}=...)",
-}
 
 
-def meant(name: str, python: bool = False) -> str:
+def meant(name: str) -> str:
     """Ends a message about a name that is not known here, if it is one from elsewhere, with what to write.
 
     Args:
         name: what was written, without an owner before it.
-        python: whether it was an argument, and not bound in a gin file.
 
     Examples:
         >>> meant("epochs")
         ': write run.steps = epochs x examples / run.global_batch'
-        >>> meant("max_tokens", python=True)
-        ': write sampling=Sampling(length=...), symbols to generate'
         >>> meant("stepz")
         ''
     """
     ours, differs = SYNONYMS.get(name.lower().replace("-", "_"), ("", ""))
-    if python and (binding := re.fullmatch(r"(\w+)\.(\w+)", ours)):
-        form = _IN_PYTHON.get(binding[1], f"optimizer=keras.optimizers.{binding[1]}({{name}}=...)")
-        ours, differs = form.format(name=binding[2]), re.sub(r"\brun\.|@", "", differs)
     return ours and f": write {ours}{' ' * differs.startswith('=')}{differs}"

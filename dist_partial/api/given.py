@@ -1,6 +1,5 @@
 """What `train` is given, as the factories that a run is made of: models, data, optimizers, replicas."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,13 +10,12 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial import compat, session
-from dist_partial.api.words import in_python
 from dist_partial.config.bindings import only_in_python
 from dist_partial.config.gin_text import has_name
 from dist_partial.config.settings import PRECISIONS
 from dist_partial.data import Dataset, dataset, fetch, keep_examples, kept_examples, looks
 from dist_partial.data.adapt import makes_data
-from dist_partial.distributed.replicas import ReplicaOptions, Replicas
+from dist_partial.distributed.replicas import ReplicaOptions
 from dist_partial.errors import UserError, calling, first_line
 from dist_partial.files import replacing
 from dist_partial.models import ModelCopy, keras_file, numbered_names
@@ -285,22 +283,6 @@ def optimizer(given: Any) -> Any:
     return Optimizer(given)
 
 
-class _SpokenReplicas(Replicas):
-    def say(self, line: str) -> None:
-        super().say(in_python(line))
-
-
-class _Speaking:
-    """A factory of replicas, whose lines are in the words of Python."""
-
-    def __init__(self, factory: Callable[[], Replicas], options: ReplicaOptions | None = None) -> None:
-        self._factory, self.options = factory, options
-
-    def __call__(self) -> Replicas:
-        made = self._factory()
-        return _SpokenReplicas(**{field.name: getattr(made, field.name) for field in dataclasses.fields(Replicas)})
-
-
 def replicas(given: Any) -> Callable[[], Any]:
     """Makes the factory of the replicas: of their number on the CPU, of `ReplicaOptions`, or of a factory.
 
@@ -311,7 +293,7 @@ def replicas(given: Any) -> Callable[[], Any]:
     if type(given) is int:
         given = ReplicaOptions(cpu=given)
     if isinstance(given, ReplicaOptions):
-        return _Speaking(given.connect, given)
+        return given.connect
     if callable(given):
-        return _Speaking(given)
+        return given
     raise UserError(f"replicas is {shown(given)}: write a number, or give a ReplicaOptions(...)")

@@ -14,14 +14,15 @@ import tensorflow as tf
 
 from dist_partial.api import given, result
 from dist_partial.api.result import Result
-from dist_partial.api.words import spoken
 from dist_partial.config import gin_text
 from dist_partial.config.settings import Settings
+from dist_partial.config.words import spoken
 from dist_partial.distributed.cluster import read_tf_config
 from dist_partial.distributed.replicas import ReplicaOptions, simulated
 from dist_partial.errors import Interrupted, UserError
 from dist_partial.step import outer_step
 from dist_partial.synonyms import meant
+from dist_partial.terminal import say
 from dist_partial.train import main as command
 from dist_partial.training import loop
 from dist_partial.training.state import TrainState
@@ -30,12 +31,6 @@ from dist_partial.validation import nearest
 _DEVICES = 8  # on the CPU, which cost nothing where they are not used
 _FIRST = ("model", "data")
 _OWN = ("evaluation", "folder", "replicas")
-# What other doors call otherwise.
-_HERE = {
-    "dist-partial train --run_dir": "folder=...",
-    "replicas=ReplicaOptions(cpu=...).connect": "replicas=...",
-    "data, what makes the Dataset, whose evaluation these are": "evaluation=...",
-}
 
 
 def train(
@@ -106,7 +101,7 @@ def _run(settings: Settings, model: given.Model, data: given.Data, folder: Path)
         return gin_text.text(kept)
 
     for note in model.notes:
-        print(note)
+        say(note)
     try:
         trainer = loop.run(settings, folder, operative)
     except Interrupted as interrupted:
@@ -121,7 +116,7 @@ def _run(settings: Settings, model: given.Model, data: given.Data, folder: Path)
     if model.give_back(weights):
         made = model.given
     elif model.of_instance:
-        print(
+        say(
             f"model {made.name!r} keeps its weights, for the rules have given the trained one other variables "
             "(LoRA, a lower precision): it is the result's .model"
         )
@@ -183,10 +178,7 @@ def _check_names(settings: dict[str, Any]) -> None:
     fields = [field.name for field in dataclasses.fields(Settings)]
     for name in settings:
         if name not in fields:
-            words = meant(name, python=True)
-            for elsewhere, here in _HERE.items():
-                words = words.replace(elsewhere, here)
-            words = words or nearest(name, [*_FIRST, *_OWN, *fields], always=True)
+            words = meant(name) or nearest(name, [*_FIRST, *_OWN, *fields], always=True)
             raise UserError(f"train has no argument {name!r}{words}")
 
 

@@ -73,7 +73,7 @@ def text(settings: Settings) -> str:
         value = getattr(settings, field.name)
         if field.name not in _LEFT_OUT and not _same(value, _default(field)):
             writer.bind("run", field.name, value)
-    replicas = getattr(settings.replicas, "options", getattr(settings.replicas, "__self__", None))
+    replicas = getattr(settings.replicas, "__self__", None)
     for name, owner in (("sample", settings.sampling), ("replicas", replicas)):
         for field in dataclasses.fields(owner) if isinstance(owner, (Sampling, ReplicaOptions)) else ():
             if not _same(getattr(owner, field.name), _default(field)):

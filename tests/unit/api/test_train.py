@@ -15,8 +15,7 @@ import tensorflow as tf
 
 import dist_partial
 from dist_partial import Rule, reductions, sample, schedules, train
-from dist_partial.api import words
-from dist_partial.config import gin_files, gin_text
+from dist_partial.config import gin_files, gin_text, words
 from dist_partial.config.settings import Settings
 from dist_partial.data import stdlib_corpus
 from dist_partial.errors import Interrupted, Raised, UserError
@@ -302,7 +301,7 @@ def test_the_result_shows_itself():
     ("more", "message"),
     [
         ({"stepps": 5}, "train has no argument 'stepps'; nearest: 'steps'"),
-        ({"epochs": 3}, "train has no argument 'epochs': write steps = epochs x examples / global_batch$"),
+        ({"epochs": 3}, "train has no argument 'epochs': write steps=epochs x examples / global_batch$"),
         ({"output_dir": "here"}, "'output_dir': write folder=..., the run folder$"),
         ({"validation_data": (X, Y)}, "'validation_data': write evaluation=...$"),
         ({"num_replicas": 2}, "'num_replicas': write replicas=..., simulated on the CPU"),
@@ -334,6 +333,28 @@ def test_messages_are_found_in_all_words():
         words.in_python("bind run.global_batch = 6 (mine/run.py, line 3)")
         == "give global_batch=6 (mine/run.py, line 3)"
     )
+
+
+@pytest.mark.slow
+def test_lines_are_said_in_python(capsys):
+    """Those of the data, of the schedule, of the plan, and of a run that is finished."""
+    rows = tf.data.Dataset.from_tensor_slices((X, Y)).batch(4)
+    more = {"schedule": schedules.Phases([(0, "head/.*"), (99, ".*")]), "evaluation": rows, "folder": "here"}
+    for _ in range(2):
+        quickly(named, rows, rules=[("train", ".*")], **more)
+    said = capsys.readouterr().out
+    for line in ("data: the tf.data.Dataset gives batches", "after 99 steps, and steps is 2", "give a larger steps"):
+        assert line in said
+    assert not re.search(r"\brun\.|\bbind\b|@", said)
+
+
+def test_fit_speaks_python():
+    model, schedule = named(), schedules.Rotation(always=["nothing"])
+    with pytest.raises(UserError, match=r"^Rotation\.always: no unit is called 'nothing'"):
+        dist_partial.partial("sgd", [("train", ".*")], model, schedule=schedule)
+    phases = schedules.Phases([(0, "head/.*")])
+    with pytest.raises(UserError, match=r"^Phases\.table never trains .* or freeze it in rules$"):
+        dist_partial.partial("sgd", [("train", ".*")], model, schedule=phases)
 
 
 ORDERS = {
