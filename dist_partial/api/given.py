@@ -17,7 +17,6 @@ from dist_partial.data import Dataset, dataset, fetch, keep_examples, kept_examp
 from dist_partial.data.adapt import makes_data
 from dist_partial.distributed.replicas import ReplicaOptions
 from dist_partial.errors import UserError, calling, first_line
-from dist_partial.files import replacing
 from dist_partial.models import ModelCopy, keras_file, numbered_names
 from dist_partial.selection.paths import variable_paths
 from dist_partial.selection.rules import first_match, parse_rules
@@ -161,22 +160,17 @@ class Model:
         if self._named:
             return self.given
         path = folder / "model.keras"
-        lost = self._lost
-        if self._copy is not None and not lost:
-            kinds = {type(layer) for layer in compat.layers(self._copy.model)}
-            here = [kind.__name__ for kind in kinds if kind.__module__ == "__main__" or "<" in kind.__qualname__]
-            here += ["Lambda"] if keras.layers.Lambda in kinds else []
-            lost = f"it has a layer of class {here[0]}" if here else ""
-        if self._copy is not None and not lost and not (going_on and path.exists()):
-            try:
-                with replacing(path) as partial, session.numbered_afresh():
-                    self._copy().save(partial)
-            except Exception as error:  # of a class of the user's; the run goes on
-                lost = first_line(error)
-        if self._copy is None or lost:
+        try:
+            if self._copy is None:
+                raise UserError(self._lost)
+            classes = self._copy.classes()
+            if not (going_on and path.exists()):
+                with session.numbered_afresh():
+                    self._copy.save(path)
+        except UserError as error:  # the run goes on
             name = getattr(self.given, "name", getattr(self.given, "__name__", "one"))
-            return functools.partial(only_in_python, what=f"run.model is {name!r} ({lost})")
-        return functools.partial(keras_file, path=str(path.absolute()))
+            return functools.partial(only_in_python, what=f"run.model is {name!r} ({error})")
+        return functools.partial(keras_file, path=str(path.absolute()), **({"classes": classes} if classes else {}))
 
     def give_back(self, weights: Sequence[Any]) -> bool:
         """Gives the user's own model the trained weights; returns whether that works."""

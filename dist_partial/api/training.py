@@ -20,7 +20,7 @@ from dist_partial.config.words import spoken
 from dist_partial.distributed.cluster import read_tf_config
 from dist_partial.distributed.replicas import ReplicaOptions, simulated
 from dist_partial.errors import Interrupted, UserError
-from dist_partial.step import outer_step
+from dist_partial.step import batch_norm, outer_step
 from dist_partial.synonyms import meant
 from dist_partial.terminal import say
 from dist_partial.train import main as command
@@ -110,7 +110,7 @@ def _run(settings: Settings, model: given.Model, data: given.Data, folder: Path)
         raise
     made = trainer.model
     for layer in trainer.batch_norms:
-        layer.trainable = True  # as it was made: the run alone had put it into inference mode
+        batch_norm.set_mode(layer, True)  # as it was made: the run alone had put it into inference mode
     weights = _agreed(trainer.state())
     made.set_weights(weights)
     if model.give_back(weights):

@@ -17,6 +17,7 @@ from dist_partial.config.bindings import only_in_python
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.distributed.replicas import ReplicaOptions
 from dist_partial.errors import first_line
+from dist_partial.models import keras_file
 from dist_partial.step.keras_configs import exclude_from_weight_decay, exclusions, left_out
 from dist_partial.validation import shown
 
@@ -46,6 +47,7 @@ def _importable(value: Any) -> bool:
     return (
         (inspect.isclass(value) or inspect.isfunction(value))
         and module not in (None, "__main__")
+        and not name.startswith("_")  # which gin_files makes no names of
         and getattr(sys.modules.get(module), name, None) is value
     )
 
@@ -71,6 +73,8 @@ def text(settings: Settings) -> str:
     writer = _Writer()
     for field in dataclasses.fields(Settings):
         value = getattr(settings, field.name)
+        if getattr(value, "func", None) is keras_file:  # which imports nothing by itself
+            writer.imports |= {name.rpartition(".")[0] for name in value.keywords.get("classes", ())}
         if field.name not in _LEFT_OUT and not _same(value, _default(field)):
             writer.bind("run", field.name, value)
     replicas = getattr(settings.replicas, "__self__", None)

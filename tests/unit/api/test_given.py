@@ -79,6 +79,89 @@ def test_metrics_of_compile_are_measured(used):
     assert "mape" not in more.metrics
 
 
+class Scaling(keras.layers.Layer):
+    def __init__(self, by=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.by = by
+
+    def call(self, x):
+        return x * self.by
+
+    def get_config(self):
+        return {**super().get_config(), "by": self.by}
+
+
+class Person(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.scaling, self.head = Scaling(2.0), keras.layers.Dense(1, name="head")
+
+    def call(self, x):
+        return self.head(self.scaling(x))
+
+
+def scaled() -> keras.Model:
+    return keras.Sequential([keras.Input([3]), Scaling(3.0), keras.layers.Dense(1, name="head")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [scaled, Person, lambda: scaled()], ids=["layer", "model", "function"])
+def test_classes_of_a_module_are_found_by_the_commands(make, capfd):
+    found = quickly(make if make.__name__ == "<lambda>" else make())
+    arguments = [f"--run_dir={found.folder}", "--format=keras", "--output=out.keras"]
+    assert export_command.main(arguments) == 2 and "give --allow_imports" in capfd.readouterr().err
+    assert export_command.main([*arguments, "--allow_imports"]) == 0, capfd.readouterr().err
+    loaded = keras.saving.load_model("out.keras", {"Scaling": Scaling, "Person": Person})
+    np.testing.assert_allclose(loaded.predict(X, verbose=0), found.model.predict(X, verbose=0), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_class_that_keras_cannot_load_says_so(monkeypatch, capfd):
+    class WithoutArguments(Person):
+        def __init__(self):
+            super().__init__()
+
+    monkeypatch.setitem(globals(), "WithoutArguments", WithoutArguments)
+    WithoutArguments.__qualname__ = "WithoutArguments"
+    found = quickly(WithoutArguments())
+    assert export_command.main([f"--run_dir={found.folder}", "--format=keras", "--output=out.keras"]) == 2
+    assert "cannot load it: " in (said := capfd.readouterr().err) and "result.model.save" in said
+
+
+@pytest.mark.slow
+def test_a_class_of_a_notebook_says_what_to_do(monkeypatch, capfd):
+    monkeypatch.setattr(Scaling, "__module__", "__main__")
+    found = quickly(scaled())
+    assert export_command.main([f"--run_dir={found.folder}", "--format=keras", "--output=out.keras"]) == 2
+    said = capfd.readouterr().err
+    assert "layer of class Scaling" in said and "result.model.save" in said and "module that can be imported" in said
+
+
+def normed() -> keras.Model:
+    layers = [keras.layers.BatchNormalization(name=name) for name in ("asleep", "half", "awake")]
+    model = keras.Sequential([keras.Input([3]), *layers, keras.layers.Dense(1, name="head")])
+    layers[0].trainable = False
+    layers[1].gamma.trainable = False
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instance", [True, False])
+def test_what_the_user_has_frozen_stays_frozen(instance):
+    """A layer, and a single variable, in the copy that a run trains and in the model afterwards."""
+    given = normed()
+    before = {variable.path: variable.numpy() for variable in given.weights}
+    model = quickly(given if instance else lambda: normed(), rules=[("train", ".*")], statistics="all").model
+    names = [variable.path.split("/", 1)[-1] for variable in model.weights]
+    changed = [(a != b).any() for a, b in zip(map(np.asarray, model.weights), before.values(), strict=True)]
+    moved = {"/".join(name.split("/")[-2:]) for name, each in zip(names, changed, strict=True) if each}
+    assert not {name for name in moved if name.startswith("asleep") or name == "half/gamma"}
+    assert {"half/beta", "half/moving_mean", "awake/gamma", "head/kernel"} <= moved
+    asleep, half, awake, _ = model.layers
+    assert not asleep.trainable and half.trainable and awake.trainable and awake.gamma.trainable
+    assert not half.gamma.trainable and half.beta.trainable
+
+
 def test_single_variables_that_are_excluded_are_refused():
     model = person()
     with pytest.raises(UserError, match=r"^optimizer 'sgd' excludes single variables .* name them"):
