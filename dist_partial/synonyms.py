@@ -6,6 +6,8 @@ run.global_batch | , the examples of an update over all replicas | batch batch_s
 run.global_batch | = that of one replica x replicas x run.accumulate | per_device_batch_size per_replica_batch_size
     per_device_train_batch_size micro_batch_size
 run.steps | = epochs x examples / run.global_batch | epoch epochs num_epochs n_epochs max_epochs num_train_epochs
+run.steps | , of the whole run, which goes on from the newest checkpoint of its folder by itself | initial_epoch
+    last_epoch resume resume_from_checkpoint
 run.steps | , the updates of the whole run | max_steps num_steps n_steps train_steps training_steps num_train_steps
     total_steps iterations num_iterations max_iters updates
 run.steps_per_loop | , updates in one call of the compiled function | steps_per_execution
@@ -13,6 +15,8 @@ run.data | , what makes the Dataset, of training and held-out examples | dataset
     train_ds training_data dataloader train_loader input_fn
 run.data | , what makes the Dataset, whose evaluation these are | eval_data eval_dataset val_data val_dataset val_ds
     validation_data validation_dataset test_data
+run.data | , made by dataset(..., held_out=0.2), where a tenth is too little or too much | validation_split val_split
+    test_size
 run.data | , whose examples are then (x, y, weight) | sample_weight sample_weights
 run.model | , what makes the model | net network module backbone model_fn
 run.optimizer | , what makes it | optim optimiser opt
@@ -36,6 +40,8 @@ run.accumulate | , into how many micro-batches a batch is divided | grad_accum g
 run.precision | , such as 'mixed_bfloat16' | mixed_precision dtype dtype_policy compute_dtype amp autocast fp16
     bf16 floatx
 run.jit_compile | | jit xla use_xla
+run.seed | , from which each epoch's order is drawn; a tf.data.Dataset keeps its own | shuffle
+run.eval_every | , the updates between the lines of an evaluation | verbose verbosity log_every logging_steps
 run.seed | | random_seed rng_seed manual_seed random_state
 run.rules | , lines of ('train' or 'freeze', pattern) | trainable trainable_layers layers freeze frozen unfreeze
 Rule.lora | , the rank, of a rule in run.rules | lora lora_r lora_rank

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from dist_partial.api import given, result
@@ -20,6 +21,7 @@ from dist_partial.config.words import spoken
 from dist_partial.distributed.cluster import read_tf_config
 from dist_partial.distributed.replicas import ReplicaOptions, simulated
 from dist_partial.errors import Interrupted, UserError
+from dist_partial.selection.paths import variable_paths
 from dist_partial.step import batch_norm, outer_step
 from dist_partial.synonyms import meant
 from dist_partial.terminal import say
@@ -37,7 +39,7 @@ def train(
     model: Any,
     data: Any,
     *,
-    rules: Sequence[Any],
+    rules: Sequence[Any] | None = None,
     evaluation: Any = None,
     folder: str | Path | None = None,
     replicas: Any = 1,
@@ -52,7 +54,7 @@ def train(
         model: a Keras model, or a function without arguments that makes one.
         data: arrays (x, y) or (x, y, weight), a `Dataset`, what else `data.dataset` takes, or a function that makes
             one of these.
-        rules: the table: `('train' | 'freeze', pattern)` lines or `Rule`s.
+        rules: the table: `('train' | 'freeze', pattern)` lines or `Rule`s; needed.
         evaluation: the examples held out, as `data`; None holds a part of it out.
         folder: the run folder, from which a run goes on; None is a new one in `runs`.
         replicas: how many, simulated on the CPU; or a `ReplicaOptions`, or a function that makes `Replicas`.
@@ -80,6 +82,11 @@ def train(
     """
     with spoken():
         _check_names(settings)
+        if rules is None:
+            raise UserError(
+                "train has no rules: give lines of ('train' or 'freeze', pattern of paths), of which the first that "
+                f"fits a variable counts, such as {_example(model)}; rules=[('train', '.*')] trains all"
+            )
         examples = given.Data(data, evaluation)
         made = given.Model(model, examples, rules)
         compiled = made.compiled()
@@ -172,6 +179,12 @@ def _place(folder: str | Path | None, model: Any) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             place.rmdir()  # which is empty after a mistake
+
+
+def _example(model: Any) -> str:
+    """Rules that train the last layer of a model."""
+    paths = variable_paths(model) if isinstance(model, keras.Model) and model.weights else ["head/kernel"]
+    return f"rules=[('train', '{paths[-1].rpartition('/')[0] or paths[-1]}/.*'), ('freeze', '.*')]"
 
 
 def _check_names(settings: dict[str, Any]) -> None:
