@@ -1,6 +1,7 @@
 """What `train` is given, as the factories that a run is made of: models, data, optimizers, replicas."""
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ from dist_partial.selection.rules import first_match, parse_rules
 from dist_partial.step import layer_state
 from dist_partial.step.losses import DividedLoss
 from dist_partial.step.optimizers import another
+from dist_partial.terminal import say
 from dist_partial.validation import shown
+
+_LONGEST = 10_000  # characters in which a configuration holds what a codec keeps
 
 
 class Data:
@@ -58,10 +62,20 @@ class Data:
             return self.given
         path = folder / "examples.npz"
         try:
-            keep_examples(path, self())
+            codec = keep_examples(path, self())
         except Exception as error:  # of examples that no file of NumPy holds; the run goes on
             return functools.partial(only_in_python, what=f"run.data is {self().name!r} ({first_line(error)})")
-        return functools.partial(kept_examples, path=str(path.absolute()))
+        kept = functools.partial(kept_examples, path=str(path.absolute()))
+        if codec is None:
+            return kept
+        taken = codec.keywords.keys() <= inspect.signature(codec.func).parameters.keys()
+        if taken and has_name(codec) and len(str(codec.keywords)) < _LONGEST:
+            return functools.partial(kept, codec=codec)
+        say(
+            f"run.data: no other process can make its codec {codec.func.__name__}, so that dist-partial sample has no "
+            "text here: give a class of a module, whose __init__ takes what it keeps, or a function that makes the data"
+        )
+        return kept
 
 
 class Model:

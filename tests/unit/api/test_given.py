@@ -1,13 +1,16 @@
 """What users' objects have that no config of Keras's holds: kept in a run and in its folder, or said in one line."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
 
 from dist_partial import train
+from dist_partial.api.given import Data, Optimizer
 from dist_partial.config import gin_files, gin_text
 from dist_partial.config.settings import Settings
-from dist_partial.data import stdlib_shapes
+from dist_partial.data import ArraySource, Dataset, stdlib_shapes
 from dist_partial.errors import UserError
 from dist_partial.export import __main__ as export_command
 from dist_partial.models import two_dense
@@ -137,6 +140,55 @@ def test_a_class_of_a_notebook_says_what_to_do(monkeypatch, capfd):
     assert "layer of class Scaling" in said and "result.model.save" in said and "module that can be imported" in said
 
 
+class Letters:
+    """A codec of the user's."""
+
+    def __init__(self, letters):
+        self.letters = letters
+
+    @property
+    def size(self):
+        return len(self.letters)
+
+    def encode(self, text):
+        return np.array([self.letters.index(letter) for letter in text if letter in self.letters], np.int32)
+
+    def decode(self, ids):
+        return "".join(self.letters[i] for i in ids)
+
+
+class Adapted(Letters):
+    def __init__(self):
+        super().__init__("ab")
+
+
+def kept_of(tmp_path, data, capsys):
+    """The data set as another process reads it from the folder, and what was said."""
+    factory = Data(data, None).kept(tmp_path)
+    file = tmp_path / "written.gin"
+    file.write_text(gin_text.text(Settings([("train", ".*")], two_dense, factory)))
+    return gin_files.load([file]).settings.data(), capsys.readouterr().out
+
+
+def test_the_folder_keeps_codecs_and_classes(tmp_path, capsys):
+    part = ArraySource(np.zeros([100, 4], np.int32), np.zeros([100, 4], np.int32))
+    data = Dataset("mine", part, part, "its digest", Letters("abc"), classes=("cat", "dog"))
+    kept, said = kept_of(tmp_path, data, capsys)
+    assert kept.classes == ("cat", "dog") and kept.codec.decode(kept.codec.encode("cab")) == "cab" and not said
+    kept, said = kept_of(tmp_path, dataclasses.replace(data, codec=Adapted()), capsys)
+    assert kept.codec is None and "no other process can make its codec Adapted" in said
+
+
+def test_the_folder_keeps_fewer_of_large_examples(tmp_path, capsys):
+    large = ArraySource(np.arange(80 * 2**18, dtype=np.float32).reshape(80, 2**18), np.arange(80))  # 1 MiB each
+    kept, _ = kept_of(tmp_path, Dataset("mine", large, ArraySource(np.zeros([9, 2**18], np.float32)), "d"), capsys)
+    assert (tmp_path / "examples.npz").stat().st_size < 45 * 2**20
+    assert 20 < len(kept.train) < 32 and len(kept.evaluation) == 9
+    np.testing.assert_array_equal(
+        kept.train.fetch(np.array([2]))[0], large.fetch(kept.train.fetch(np.array([2]))[1])[0]
+    )
+
+
 def normed() -> keras.Model:
     layers = [keras.layers.BatchNormalization(name=name) for name in ("asleep", "half", "awake")]
     model = keras.Sequential([keras.Input([3]), *layers, keras.layers.Dense(1, name="head")])
@@ -230,8 +282,6 @@ def test_a_loss_keeps_what_its_config_leaves_out(tmp_path):
 
 
 def test_optimizers_are_written_with_what_they_exclude(tmp_path):
-    from dist_partial.api.given import Optimizer
-
     found = read_again(tmp_path, optimizer=Optimizer(decaying(var_names=["gamma", "bias"]))).optimizer
     for made in (found(), found(learning_rate=0.25)):
         assert made.get_config()["weight_decay"] == 0.5
