@@ -321,6 +321,23 @@ def compiled_loss(model: Any) -> Any:
     return compiled and (compiled._user_loss, compiled._user_loss_weights)
 
 
+def user_metrics(model: Any) -> tuple[Any, Any]:
+    """Returns the metrics and the weighted metrics that a model was compiled with, as `compile` was given them.
+
+    Keras 3.15: `Model.metrics` has what is made of them, once the model has been called on targets.
+    Unnecessary with a public name for both.
+
+    Examples:
+        >>> import keras
+        >>> model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
+        >>> model.compile(loss="mse", metrics=["mae"])
+        >>> user_metrics(model)
+        (['mae'], None)
+    """
+    compiled = getattr(model, "_compile_metrics", None)
+    return (compiled._user_metrics, compiled._user_weighted_metrics) if compiled else (None, None)
+
+
 def loss_function(function: Callable[..., Any], name: str | None = None) -> Any:
     """Makes a Keras loss of a function of targets and outputs, as `Model.compile` does.
 
@@ -331,6 +348,25 @@ def loss_function(function: Callable[..., Any], name: str | None = None) -> Any:
 
     name = name or str(getattr(function, "__name__", ""))
     return LossFunctionWrapper(function, name=name if name.isidentifier() else None)  # TensorFlow takes no '<lambda>'
+
+
+# Where a loss that wraps a function keeps the arguments of it.
+LOSS_ARGUMENTS = "_fn_kwargs"
+
+
+def loss_arguments(loss: Any) -> dict[str, Any]:
+    """Returns the arguments that a loss of Keras's hands to its function; {} of anything else.
+
+    Keras 3.15: `get_config` of some of them, such as Huber, leaves theirs out.
+    Unnecessary if all had them.
+
+    Examples:
+        >>> import keras
+        >>> loss_arguments(keras.losses.Huber(delta=2.0)), loss_arguments(keras.losses.MeanSquaredError())
+        ({'delta': 2.0}, {})
+    """
+    arguments = dict(getattr(loss, LOSS_ARGUMENTS, {}))
+    return arguments if type(loss).__module__.startswith("keras.") else {}
 
 
 def set_mask(tensor: Any, mask: Any) -> None:
@@ -415,7 +451,7 @@ def sum_no_gradients(optimizer: Any) -> None:
         >>> import keras
         >>> optimizer = keras.optimizers.SGD()
         >>> sum_no_gradients(optimizer)
-        >>> set(vars(optimizer)) >= OPTIMIZER_ATTRIBUTES
+        >>> "_all_reduce_sum_gradients" in vars(optimizer)
         True
     """
     if not hasattr(optimizer, "_all_reduce_sum_gradients"):
@@ -427,8 +463,10 @@ def sum_no_gradients(optimizer: Any) -> None:
     optimizer._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
 
 
-# What `sum_no_gradients` leaves on an optimizer object, for those who list its attributes.
-OPTIMIZER_ATTRIBUTES = frozenset({"_all_reduce_sum_gradients"})
+# What `sum_no_gradients`, `alias_variables` and Keras's cache leave on an optimizer object, for those who list its
+# attributes; and what `exclude_from_weight_decay` does.
+OPTIMIZER_ATTRIBUTES = frozenset({"_all_reduce_sum_gradients", "_var_key", "_exclude_from_weight_decay_cache"})
+EXCLUSIONS = frozenset({"_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"})
 
 
 def variable_key(optimizer: Any, variable: Any) -> Any:

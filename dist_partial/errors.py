@@ -81,6 +81,23 @@ class Raised(Ending):
     code = 1
 
 
+class Interrupted(Exception):
+    """Says that Ctrl-C or SIGTERM stopped a run, that everything is saved, and how to go on.
+
+    Attributes:
+        code: the exit code.
+        state: where the run is, for the one who called it; None once it has been used.
+
+    Examples:
+        >>> Interrupted("stopped at step 5 of 10, saved in runs/mine", INTERRUPTED).code
+        130
+    """
+
+    def __init__(self, message: str, code: int, state: Any = None) -> None:
+        super().__init__(message)
+        self.code, self.state = code, state
+
+
 def raised(what: str, error: BaseException) -> Raised:
     """Makes the ending of a run from an exception of `what`, such as 'run.loss', or '' if nobody knows.
 

@@ -1,7 +1,7 @@
 """What `train` is given, as the factories that a run is made of: models, data, optimizers, replicas."""
 
-import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,23 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial import compat, session
-from dist_partial.api.words import in_python
 from dist_partial.config.bindings import only_in_python
 from dist_partial.config.gin_text import has_name
 from dist_partial.config.settings import PRECISIONS
 from dist_partial.data import Dataset, dataset, fetch, keep_examples, kept_examples, looks
 from dist_partial.data.adapt import makes_data
-from dist_partial.distributed.replicas import ReplicaOptions, Replicas
+from dist_partial.distributed.replicas import ReplicaOptions
 from dist_partial.errors import UserError, calling, first_line
-from dist_partial.files import replacing
 from dist_partial.models import ModelCopy, keras_file, numbered_names
 from dist_partial.selection.paths import variable_paths
 from dist_partial.selection.rules import first_match, parse_rules
 from dist_partial.step import layer_state
+from dist_partial.step.losses import DividedLoss
 from dist_partial.step.optimizers import another
+from dist_partial.terminal import say
 from dist_partial.validation import shown
+
+_LONGEST = 10_000  # characters in which a configuration holds what a codec keeps
 
 
 class Data:
@@ -60,10 +62,20 @@ class Data:
             return self.given
         path = folder / "examples.npz"
         try:
-            keep_examples(path, self())
+            codec = keep_examples(path, self())
         except Exception as error:  # of examples that no file of NumPy holds; the run goes on
             return functools.partial(only_in_python, what=f"run.data is {self().name!r} ({first_line(error)})")
-        return functools.partial(kept_examples, path=str(path.absolute()))
+        kept = functools.partial(kept_examples, path=str(path.absolute()))
+        if codec is None:
+            return kept
+        taken = codec.keywords.keys() <= inspect.signature(codec.func).parameters.keys()
+        if taken and has_name(codec) and len(str(codec.keywords)) < _LONGEST:
+            return functools.partial(kept, codec=codec)
+        say(
+            f"run.data: no other process can make its codec {codec.func.__name__}, so that dist-partial sample has no "
+            "text here: give a class of a module, whose __init__ takes what it keeps, or a function that makes the data"
+        )
+        return kept
 
 
 class Model:
@@ -129,9 +141,12 @@ class Model:
         if not self.of_instance or not self.given.compiled:
             return {}
         loss, weights = compat.compiled_loss(self.given) or (None, None)
-        loss = keras.tree.map_structure(lambda each: getattr(each, "inner", each), loss)  # of an earlier run
         one = self.given.optimizer
-        return {"optimizer": getattr(one, "inner_optimizer", one), "loss": loss, "loss_weights": weights}
+        found = {"optimizer": getattr(one, "inner_optimizer", one), "loss_weights": weights}
+        found["loss"] = keras.tree.map_structure(lambda each: getattr(each, "inner", each), loss)
+        if not any(isinstance(each, DividedLoss) for each in keras.tree.flatten(loss)):  # as a run compiles its model
+            found["metrics"], found["weighted_metrics"] = compat.user_metrics(self.given)
+        return {name: value for name, value in found.items() if value is not None}
 
     def precision(self, wanted: str | None) -> str:
         """The precision of the run, which is that of a model that is made already.
@@ -159,22 +174,17 @@ class Model:
         if self._named:
             return self.given
         path = folder / "model.keras"
-        lost = self._lost
-        if self._copy is not None and not lost:
-            kinds = {type(layer) for layer in compat.layers(self._copy.model)}
-            here = [kind.__name__ for kind in kinds if kind.__module__ == "__main__" or "<" in kind.__qualname__]
-            here += ["Lambda"] if keras.layers.Lambda in kinds else []
-            lost = f"it has a layer of class {here[0]}" if here else ""
-        if self._copy is not None and not lost and not (going_on and path.exists()):
-            try:
-                with replacing(path) as partial, session.numbered_afresh():
-                    self._copy().save(partial)
-            except Exception as error:  # of a class of the user's; the run goes on
-                lost = first_line(error)
-        if self._copy is None or lost:
+        try:
+            if self._copy is None:
+                raise UserError(self._lost)
+            classes = self._copy.classes()
+            if not (going_on and path.exists()):
+                with session.numbered_afresh():
+                    self._copy.save(path)
+        except UserError as error:  # the run goes on
             name = getattr(self.given, "name", getattr(self.given, "__name__", "one"))
-            return functools.partial(only_in_python, what=f"run.model is {name!r} ({lost})")
-        return functools.partial(keras_file, path=str(path.absolute()))
+            return functools.partial(only_in_python, what=f"run.model is {name!r} ({error})")
+        return functools.partial(keras_file, path=str(path.absolute()), **({"classes": classes} if classes else {}))
 
     def give_back(self, weights: Sequence[Any]) -> bool:
         """Gives the user's own model the trained weights; returns whether that works."""
@@ -251,15 +261,14 @@ class Optimizer:
         if rate is None:
             current = compat.learning_rate(one)
             rate = current if callable(current) else float(one.get_config()["learning_rate"])
-        # One that has been used has slots, which a new one shall not have.
-        return type(one).from_config(one.get_config() | {"learning_rate": rate}) if one.built else another(one, rate)
+        return another(one, rate)
 
 
 def optimizer(given: Any) -> Any:
     """Makes the factory of an optimizer: of a factory, an optimizer, or the name of one.
 
     Raises:
-        UserError: Keras has no optimizer of that name.
+        UserError: Keras has no optimizer of that name; single variables are excluded from weight decay.
 
     Examples:
         >>> type(optimizer("adam")()).__name__, optimizer(keras.optimizers.SGD) is keras.optimizers.SGD
@@ -272,23 +281,14 @@ def optimizer(given: Any) -> Any:
             raise UserError(
                 f"optimizer: Keras has none called {given!r}; write a name such as 'adam', or give one"
             ) from None
-    return Optimizer(given) if isinstance(given, keras.optimizers.Optimizer) else given
-
-
-class _SpokenReplicas(Replicas):
-    def say(self, line: str) -> None:
-        super().say(in_python(line))
-
-
-class _Speaking:
-    """A factory of replicas, whose lines are in the words of Python."""
-
-    def __init__(self, factory: Callable[[], Replicas], options: ReplicaOptions | None = None) -> None:
-        self._factory, self.options = factory, options
-
-    def __call__(self) -> Replicas:
-        made = self._factory()
-        return _SpokenReplicas(**{field.name: getattr(made, field.name) for field in dataclasses.fields(Replicas)})
+    if not isinstance(given, keras.optimizers.Optimizer):
+        return given
+    if compat.weight_decay_exclusions(given)[0]:
+        raise UserError(
+            f"optimizer {given.name!r} excludes single variables from weight decay (var_list), and a run trains a copy "
+            "of the model, which has others: name them, such as exclude_from_weight_decay(var_names=['bias'])"
+        )
+    return Optimizer(given)
 
 
 def replicas(given: Any) -> Callable[[], Any]:
@@ -301,7 +301,7 @@ def replicas(given: Any) -> Callable[[], Any]:
     if type(given) is int:
         given = ReplicaOptions(cpu=given)
     if isinstance(given, ReplicaOptions):
-        return _Speaking(given.connect, given)
+        return given.connect
     if callable(given):
-        return _Speaking(given)
+        return given
     raise UserError(f"replicas is {shown(given)}: write a number, or give a ReplicaOptions(...)")

@@ -29,6 +29,7 @@ from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
+from dist_partial.step.keras_configs import exclude_from_weight_decay
 from dist_partial.synonyms import OWNERS
 from dist_partial.validation import check_value, nearest
 
@@ -44,6 +45,7 @@ _OURS: dict[str, Callable[..., Any]] = {
     "quantized": Quantized,
     "local_sgd": LocalSGD,
     "nesterov": nesterov,
+    "exclude_from_weight_decay": exclude_from_weight_decay,
     "local_only": LocalOnly,
     "phases": schedules.Phases,
     "gradual_unfreezing": schedules.Gradual,

@@ -17,6 +17,7 @@ from dist_partial.data.reading import fetch, trait
 from dist_partial.data.source import ArraySource, Dataset, Source, check_source, fingerprint
 from dist_partial.data.stream import Stream
 from dist_partial.errors import UserError, calling
+from dist_partial.terminal import say
 from dist_partial.validation import Above, Below, check_arguments, shown
 
 TRAIN, EVALUATION = "run.data", "the evaluation of run.data"
@@ -161,7 +162,7 @@ def _of_batches(value: keras.utils.PyDataset) -> PyDatasetSource:
     for name in ("on_epoch_begin", "on_epoch_end"):
         if getattr(type(value), name) is not getattr(keras.utils.PyDataset, name):
             what = f"{type(value).__name__}.{name} is not called"
-            print(f"run.data: {what}: each epoch has the same batches, in the same order", flush=True)
+            say(f"run.data: {what}: each epoch has the same batches, in the same order")
     return PyDatasetSource(value)
 
 

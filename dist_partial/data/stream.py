@@ -12,6 +12,7 @@ import tensorflow as tf
 from dist_partial import compat
 from dist_partial.data.arrays import stacked
 from dist_partial.errors import UserError, calling
+from dist_partial.terminal import say
 from dist_partial.validation import shown
 
 _FIRST = 64  # examples to look at before a run
@@ -88,7 +89,7 @@ class Stream:
             with calling("run.data"):
                 count = int(self._examples().reduce(np.int64(0), lambda number, *_: number + 1))
             if (took := time.perf_counter() - began) > 1:
-                print(f"run.data: counted {count:,} examples in {took:.1f} s")
+                say(f"run.data: counted {count:,} examples in {took:.1f} s")
         return count
 
     def __len__(self) -> int:
@@ -139,7 +140,7 @@ def _batched(dataset: tf.data.Dataset, batched: bool | None) -> bool:
     if batched is None:
         batched = compat.is_batched(dataset)
         if batched and len(axes) == 1 and "none" not in axes:
-            print("run.data: the tf.data.Dataset gives batches: they are taken apart into examples, in their order")
+            say("run.data: the tf.data.Dataset gives batches: they are taken apart into examples, in their order")
     if batched and "none" in axes:
         raise UserError(f"the tf.data.Dataset gives {dataset.element_spec}, which are no batches: say batched=False")
     return batched
@@ -159,7 +160,7 @@ def _timed(batches: tf.data.Dataset, skipped: int) -> tf.data.Dataset:
 
     def said(number: np.ndarray) -> np.ndarray:
         if number == 0:
-            print(f"run.data: skipped {skipped:,} examples in {time.perf_counter() - began[0]:.1f} s to go on")
+            say(f"run.data: skipped {skipped:,} examples in {time.perf_counter() - began[0]:.1f} s to go on")
         return number
 
     def passed(number: tf.Tensor, element: Any) -> Any:

@@ -23,6 +23,7 @@ from dist_partial.distributed.collectives import PACK_BYTES, Collectives
 from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.distributed.tcp_strategy import TCPStrategy
 from dist_partial.errors import UserError
+from dist_partial.terminal import say
 from dist_partial.validation import Above, AtLeast, OneOf, check
 
 KINDS = ("auto", "default", "mirrored", "multi_worker")
@@ -66,7 +67,7 @@ class Replicas:
     def say(self, line: str) -> None:
         """Prints a line, on the worker that writes the run folder."""
         if self.is_chief:
-            print(line)
+            say(line)
 
     def sum(self, value: Any) -> np.ndarray:
         """The sum of a vector over the workers; all call it at the same point."""
@@ -255,7 +256,7 @@ def _connect(options: ReplicaOptions, rank: int, workers: list[str]) -> dict[int
         )
         if not (loopback or options.allow_no_secret):
             raise UserError(f"{what}, or bind replicas.allow_no_secret = True")
-        print(f"warning: {what}", file=sys.stderr, flush=True)
+        say(f"warning: {what}", sys.stderr)
     seal = bool(secret) and not loopback if options.seal is None else options.seal
     return rendezvous.connect(rank, workers, options.start_seconds, secret, options.congestion, seal)
 

@@ -45,17 +45,19 @@ def write_keras(path: Path, built: Trainer, _: int | None) -> str:
     if any(getattr(layer, "quantization_mode", None) for layer in compat.layers(model)):
         hint = "Keras 3.15 cannot load all models with layers in int8: write --format=savedmodel or safetensors"
     name = f"model {model.name!r}"
+    kinds = {type(layer) for layer in compat.layers(model) if type(layer).__module__.split(".")[0] != "keras"}
+    own = {kind.__name__: kind for kind in kinds if keras.saving.get_registered_name(kind) == kind.__name__}
     notes = ""
     try:
         model.save(path)
         keras.config.set_floatx("float32")  # as in a new process
         keras.config.set_dtype_policy("float32")
         # What a Lambda layer holds is this process's own code.
-        loaded = keras.saving.load_model(path, compile=False, safe_mode=False)
+        loaded = keras.saving.load_model(path, own, compile=False, safe_mode=False)
         if policies(loaded) != policies(model):
             keras.config.set_floatx(floatx)
             keras.config.set_dtype_policy(policy)
-            loaded = keras.saving.load_model(path, compile=False, safe_mode=False)
+            loaded = keras.saving.load_model(path, own, compile=False, safe_mode=False)
             notes = f"; call keras.config.set_dtype_policy({policy.name!r}) before loading it"
             if floatx != "float32":
                 notes = f"; call keras.config.set_floatx({floatx!r}) and" + notes.removeprefix("; call")
@@ -70,9 +72,10 @@ def write_keras(path: Path, built: Trainer, _: int | None) -> str:
         raise UserError(f"{name} is another model when its .keras file is loaded; {hint}")
     if lost := sorted({v.dtype for v in model.variables} - {v.dtype for v in loaded.variables}):
         notes += f"; what it holds in {', '.join(lost)} loads in the layers' own dtype"
-    modules = {type(layer).__module__ for layer in compat.layers(model)}
-    modules = {module.split(".src.")[0] for module in modules if module.split(".")[0] != "keras"}
-    return notes + (f"; import {', '.join(sorted(modules))} before loading it" if modules else "")
+    modules = {kind.__module__.split(".src.")[0] for kind in kinds}
+    notes += f"; import {', '.join(sorted(modules))} before loading it" if modules else ""
+    places = ", ".join(f"{name!r}: {own[name].__module__}.{name}" for name in sorted(own))
+    return notes + (f", and give load_model custom_objects={{{places}}}" if own else "")
 
 
 def _same_outputs(built: Trainer, loaded: Any) -> bool:

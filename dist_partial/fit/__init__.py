@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from dist_partial import compat
 from dist_partial.checkpoints.fingerprints import digest, variables
+from dist_partial.config.words import spoken
 from dist_partial.distributed.per_replica import local_count
 from dist_partial.errors import UserError
 from dist_partial.fit import saved_plan
@@ -39,6 +40,7 @@ __all__ = ["Partial", "PartialLossScale", "SelectionScheduler", "partial", "rele
 SCHEDULE = Has("select", "give one such as dist_partial.schedules.Rotation(every=20)")
 
 
+@spoken()
 def partial(
     optimizer: keras.optimizers.Optimizer | str,
     rules: Sequence[Any],

@@ -3,15 +3,18 @@
 import copy
 import inspect
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
 
 from dist_partial import compat
 from dist_partial.errors import UserError, first_line
+from dist_partial.files import replacing
 
 
 class ModelCopy:
@@ -42,6 +45,7 @@ class ModelCopy:
     ) -> None:
         self.model, self._names, self._example, self._weights = model, names or {}, example, weights
         self._trainable = [layer.trainable for layer in compat.layers(model)]  # a run puts some into other modes
+        self._variables = [variable.trainable for variable in model.weights]  # of which users freeze single ones
         own = {type(layer) for layer in compat.layers(model) if not type(layer).__module__.startswith("keras.")}
         self._own = {name: kind for kind in own for name in (keras.saving.get_registered_name(kind), kind.__name__)}
         try:
@@ -69,6 +73,9 @@ class ModelCopy:
             if weights and not made.weights:
                 made(self._example, training=False)
             made.set_weights(weights)
+            for variable, trainable in zip(made.weights, self._variables, strict=False):  # none, if it was not built
+                if variable.trainable != trainable:
+                    variable.trainable = trainable
         except Exception as error:
             raise self._refused(first_line(error)) from error
         for layer, other in pairs:
@@ -76,6 +83,35 @@ class ModelCopy:
             if wanted != other.name and not (is_numbered(layer) and is_numbered(other)):
                 raise self._refused(f"its layer {layer.name!r} loses its name, which __init__ takes by **kwargs alone")
         return made
+
+    def classes(self) -> list[str]:
+        """Names the classes in it that are neither Keras's nor KerasHub's, as `keras_file` takes them.
+
+        Raises:
+            UserError: another process cannot import one of them.
+        """
+        names = []
+        for kind in sorted({type(layer) for layer in compat.layers(self.model)}, key=lambda kind: kind.__name__):
+            module, name = kind.__module__, kind.__qualname__
+            if kind is keras.layers.Lambda or module == "__main__" or not hasattr(sys.modules.get(module), name):
+                raise UserError(f"it has a layer of class {kind.__name__}")
+            if module.split(".")[0] not in ("keras", "keras_hub"):
+                names.append(f"{module}.{name}")
+        return names
+
+    def save(self, path: Path) -> None:
+        """Saves a copy, for `keras_file`.
+
+        Raises:
+            UserError: Keras cannot save it, or not load it again.
+        """
+        try:
+            with replacing(path) as partial:
+                self().save(partial)
+                if self.classes():  # whose configs may lack something, or have too much
+                    keras.saving.load_model(partial, self._own, compile=False)
+        except Exception as error:  # Keras raises this and that, and so may the classes of the user's
+            raise UserError(f"Keras cannot load it: {first_line(error)}") from error
 
     def _prepared(self, config: Any) -> Any:
         """A config with other names of layers, and without what the constructors of the user's classes do not take."""

@@ -33,9 +33,10 @@ from dist_partial.training.checks import check_added, check_batch, check_scaled,
 from dist_partial.training.loss_and_metrics import make_objective, notes_on
 from dist_partial.training.model import make_model, taking
 from dist_partial.training.state import TrainState
+from dist_partial.validation import counted
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Trainer:
     """Holds everything that a run computes with, made from its settings in one strategy's scope.
 
@@ -80,6 +81,11 @@ class Trainer:
     layer_state: layer_state.LayerState
     fingerprint: dict[str, Any]
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        trained, count = len(self.plan.trained), self.replicas.strategy.num_replicas_in_sync
+        variables = f"{trained} of {len(self.plan.entries)} variables"
+        return f"Trainer({self.model.name!r}, {variables}, {self.data!r}, {counted(count, 'replica')})"
 
     def state(self) -> TrainState:
         """The state before the first step; its variables are the live ones."""

@@ -11,9 +11,8 @@ import numpy as np
 
 from dist_partial import checkpoints
 from dist_partial.distributed import network
-from dist_partial.errors import AGAIN, INTERRUPTED
+from dist_partial.errors import AGAIN, INTERRUPTED, Interrupted
 from dist_partial.training.build import Trainer
-from dist_partial.training.failures import Interrupted
 from dist_partial.training.metric_writer import MetricWriter
 from dist_partial.training.state import TrainState
 
@@ -215,6 +214,7 @@ class Stopping:
         raise Interrupted(
             f"stopped at step {state.step} of {self._last}, saved in {folder}; run the same command again to go on",
             AGAIN if self._terminated else INTERRUPTED,
+            state,
         )
 
 

@@ -1,5 +1,6 @@
 """What must not change under a run folder, collected from a run that has been built."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +14,9 @@ from dist_partial.config.settings import Settings
 from dist_partial.data import Dataset
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.plan import Plan
+from dist_partial.step.keras_configs import exclusions, left_out
 from dist_partial.step.objective import Objective
-from dist_partial.step.optimizers import GroupOptimizer, exclusions
+from dist_partial.step.optimizers import GroupOptimizer
 
 
 def of_run(
@@ -63,6 +65,8 @@ def _loss(objective: Objective) -> Any:
         if loss is None:
             return None
         config = loss.inner.get_config()
+        with contextlib.suppress(Exception):  # a class of the user's need not be made of its config
+            config |= left_out(loss.inner)
         name = type(loss.inner).__name__
         # A plain function goes by its name.
         return {"class": name, **{k: getattr(v, "__qualname__", v) for k, v in config.items()}}

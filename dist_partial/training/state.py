@@ -20,9 +20,10 @@ from dist_partial.selection.plan import Plan
 from dist_partial.step.loss_scale import LossScale
 from dist_partial.step.optimizers import GroupOptimizer
 from dist_partial.step.outer_step import Fragment
+from dist_partial.validation import counted
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TrainState:
     """Holds everything that training changes; a checkpoint holds all of it.
 
@@ -74,6 +75,9 @@ class TrainState:
     evaluated: bool = True
     judged: dict[str, Any] | None = None
     checkpoint: Path | None = None
+
+    def __repr__(self) -> str:
+        return f"TrainState({self.model.name!r}, step {self.step:,}, {counted(len(self.variables), 'variable')})"
 
     @property
     def stopped(self) -> str:

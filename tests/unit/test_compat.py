@@ -325,6 +325,19 @@ def test_compiled_loss():
     assert not [name for name in dir(model) if "loss_weights" in name and name[0] != "_"]
 
 
+def test_user_metrics():
+    model = tiny()
+    assert compat.user_metrics(model) == (None, None)
+    model.compile(loss="mse", metrics=["mae"], weighted_metrics=["mse"])
+    assert compat.user_metrics(model) == (["mae"], ["mse"])
+    assert [metric.name for metric in model.metrics] == ["loss", "compile_metrics"]  # made of nothing yet
+
+
+def test_loss_arguments():
+    loss = keras.losses.Huber(delta=2.0)
+    assert "delta" not in loss.get_config() and compat.loss_arguments(loss) == {"delta": 2.0}
+
+
 def test_loss_function():
     def twice(y, outputs):
         assert outputs.dtype == y.dtype  # which Keras casts
@@ -398,7 +411,9 @@ def test_what_sum_no_gradients_leaves():
     optimizer = keras.optimizers.SGD(1.0)
     before = set(vars(optimizer))
     compat.sum_no_gradients(optimizer)
-    assert set(vars(optimizer)) - before == compat.OPTIMIZER_ATTRIBUTES
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    compat.alias_variables(optimizer, [])
+    assert set(vars(optimizer)) - before == compat.OPTIMIZER_ATTRIBUTES | compat.EXCLUSIONS
     with pytest.raises(RuntimeError, match="would be summed twice"):
         compat.sum_no_gradients(object())
 
