@@ -639,6 +639,20 @@ MUTANTS = [
         "unit/data/test_repeats.py::test_a_function_of_numpy_that_varies_is_noticed",
     ),
     changed(
+        "arrays that are copied for each process",
+        "data/shared.py",
+        "_LEAST = 2**16",
+        "_LEAST = 2**40",
+        "unit/data/test_shared.py::test_an_array_is_the_same_and_its_data_is_not_in_the_pickle",
+    ),
+    changed(
+        "a process that reads on when the run is gone",
+        "data/readers.py",
+        "    threading.Thread(target=_end_with_parent, daemon=True).start()\n",
+        "",
+        "unit/data/test_readers.py::test_processes_end_with_the_one_that_started_them",
+    ),
+    changed(
         "functions that draw the same",
         "data/mapped.py",
         'return 1 + trait(self.source, "depth", 0)',

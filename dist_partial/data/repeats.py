@@ -27,7 +27,7 @@ def notes_on_repeats(data: Dataset) -> list[str]:
         >>> source = ArraySource(np.arange(9.0))
         >>> data = Dataset("mine", source, source, "").map(lambda x: x + np.random.normal(), numpy=True)
         >>> print(*notes_on_repeats(data))
-        <lambda> of run.data gives something else each time for the same example, so no run can repeat this one: ...
+        <lambda> of run.data gives something else each time for the same example, so no run can ...
     """
     lines = {}
     for source in (data.train, data.evaluation):
