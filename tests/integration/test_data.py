@@ -92,6 +92,40 @@ def test_evaluations_of_a_run_draw_the_same_and_those_of_another_seed_others(num
     assert found["one"] == found["again"] != found["other"]
 
 
+CELL = """
+import tensorflow as tf
+STRENGTH = 0.1
+def jitter(x, y, seed):
+    return x + STRENGTH * tf.random.stateless_normal([3], seed), y
+train(lambda: arrays().map(jitter).map(lambda x, y: (x / 2, y)))
+"""
+
+
+def test_a_cell_that_is_run_again_goes_on_and_one_that_computes_something_else_is_refused(tmp_path):
+    """Where the functions are made again, and those of an earlier cell are there yet."""
+    steps = iter([2, 4, 6, 8, 8])
+    names = {"__name__": "__main__", "arrays": arrays}
+    names["train"] = lambda data: losses(tmp_path / "run", data, next(steps))
+    exec(CELL, names)
+    exec(CELL, names)
+    exec(CELL.replace("def jitter", "# another line\n\ndef jitter"), names)
+    for old, new, words in (
+        ("STRENGTH = 0.1", "STRENGTH = 0.2", r"jitter of run\.data: STRENGTH was 0\.1 and is now 0\.2"),
+        ("x / 2", "x / 3", r"<lambda> of run\.data has other code"),
+    ):
+        with pytest.raises(UserError, match=rf"belongs to another run: {words}; choose another --run_dir, or restore"):
+            exec(CELL.replace(old, new), names)
+
+
+def test_a_function_that_cannot_be_repeated_is_said_and_trains(tmp_path, capsys):
+    def jittered(x, y):
+        return x + np.float32(np.random.normal()), y
+
+    losses(tmp_path / "run", lambda: arrays().map(jittered, numpy=True), 4)
+    said = [line for line in capsys.readouterr().out.splitlines() if "gives something else each time" in line]
+    assert len(said) == 1 and said[0].startswith("jittered of run.data")
+
+
 class Slow(ArraySource):
     def fetch(self, indices):
         time.sleep(0.1)
