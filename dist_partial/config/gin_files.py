@@ -354,6 +354,19 @@ def _bindings() -> dict[str, str]:
     }
 
 
+def bound(function: Callable[..., Any]) -> dict[str, str]:
+    """Collects what is bound to a function or class under any scope: text by the name of the binding.
+
+    Examples:
+        >>> bound(max)
+        {}
+    """
+    while isinstance(function, functools.partial) or hasattr(function, "__wrapped__"):
+        function = function.func if isinstance(function, functools.partial) else function.__wrapped__
+    names = {name for name, known in gin.config._REGISTRY.items() if inspect.unwrap(known.wrapped) is function}
+    return {name: value for name, value in _bindings().items() if name.rpartition(".")[0].rpartition("/")[2] in names}
+
+
 def _unused() -> list[str]:
     used: set[tuple[str, str, str]] = set()
     for (scope, selector), values in gin.config._OPERATIVE_CONFIG.items():

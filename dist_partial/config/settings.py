@@ -87,7 +87,7 @@ class Settings:
         readers: threads of a worker that read batches; None: 4 where the source says that several may read it at once
             (`thread_safe = True`), else 1.
         reader_processes: processes of a worker that read batches in place of threads, for sources and functions of
-            NumPy that Python's lock would keep waiting for each other; each gets a copy of the source.
+            NumPy that Python's lock would keep waiting for each other; they share the arrays of the source.
         seed: of initial weights, dropout and the order of the data.
         eval_first: whether to evaluate, and to sample, before the first update, too.
         eval_every: updates between evaluations; None evaluates at the end only.

@@ -87,15 +87,24 @@ def train_indices(
 
 
 def evaluation_batches(
-    source: Source, *, first: int = 0, examples: int, global_batch: int, context: tf.distribute.InputContext
+    source: Source,
+    *,
+    first: int = 0,
+    examples: int,
+    global_batch: int,
+    seed: int = 0,
+    context: tf.distribute.InputContext,
 ) -> tf.data.Dataset:
     """Makes one worker's batches of `examples` examples from the first on, in order, each exactly once.
+
+    An example draws the same random numbers in each pass, so that evaluations can be compared.
 
     Args:
         source: the examples.
         first: the place of the first of them.
         examples: how many of them.
         global_batch: examples of a step, over all replicas.
+        seed: of the random numbers.
         context: which worker this is, and how many replicas there are.
 
     Returns:
@@ -120,13 +129,13 @@ def evaluation_batches(
         if examples > sys.maxsize // 2:
             raise UserError("the examples held out have no end: bind run.eval_examples to how many are to be read")
         _check_division(global_batch, context)
-        return _streamed(source, base.evaluation(first, examples, global_batch, context), seed=0)
+        return _streamed(source, base.evaluation(first, examples, global_batch, context), seed)
     padded = -(-examples // global_batch) * global_batch
 
     def once(positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return first + tf.minimum(positions % padded, examples - 1), tf.zeros_like(positions)
 
-    return _read(source, _batches(once, 0, global_batch, context), seed=0)
+    return _read(source, _batches(once, 0, global_batch, context), seed)
 
 
 def _read(source: Source, order: tf.data.Dataset, seed: int) -> tf.data.Dataset:

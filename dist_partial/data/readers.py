@@ -5,24 +5,29 @@ import contextlib
 import contextvars
 import functools
 import multiprocessing
-import pickle
+import os
 import queue
 import signal
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing.reduction import recv_handle, send_handle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
 from dist_partial.data.reading import fetch, innermost, trait
+from dist_partial.data.shared import SharedArrays, restored
 from dist_partial.errors import Ending, Fault, UserError, first_line
 
 if TYPE_CHECKING:
     from dist_partial.data.source import Source
 
 _THREADS = 4  # for a source that several may read; each holds a batch
+_PATIENCE = 5.0  # seconds until a process whose connection is gone has ended
+_NAMED = 8  # examples, of those that were read when a process ended
 
 Read = Callable[[np.ndarray, np.ndarray | None], tuple[Any, ...]]
 
@@ -54,17 +59,9 @@ class Readers:
                 return functools.partial(fetch, source)
             # Training and evaluations read at the same time, often parts of one source.
             return functools.partial(_alone, self._locks.setdefault(id(innermost(source)), threading.Lock()), source)
-        try:
-            content = pickle.dumps(source)
-        except Exception as error:  # pickle raises this and that
-            raise UserError(
-                f"run.reader_processes = {self._count}: {type(source).__name__} of run.data cannot be sent to another "
-                f"process ({first_line(error)}): make it of classes and functions that a module has by name, and open "
-                "files when they are first read"
-            ) from error
         if self._pool is None:
             self._pool = _Processes(self._count)
-        return functools.partial(self._pool.read, id(source), content)
+        return self._pool.reader(source)
 
     def start(self, batches: tf.data.Dataset) -> Iterator[Any]:
         """Begins to read batches, which `close` ends."""
@@ -151,46 +148,44 @@ def started(batches: tf.data.Dataset) -> Iterator[Any]:
 
 
 class _Processes:
-    """Reads sources in processes, each of which gets a copy of a source when it first reads from it.
+    """Reads sources in processes, each of which makes a source when it first reads from it; arrays are shared.
 
-    They end when the other end of their connection is gone, whatever becomes of this process.
+    They end when the process that has started them does, whatever becomes of it.
     """
 
     def __init__(self, count: int) -> None:
         self._what = f"run.reader_processes = {count}"
         # A copy of this process, made by fork, would hang on the locks that TensorFlow's threads hold.
-        spawn = multiprocessing.get_context("spawn")
-        self._started: list[Any] = []
-        self._idle: queue.SimpleQueue[tuple[Any, Any, set[int]]] = queue.SimpleQueue()
+        self._spawn = multiprocessing.get_context("spawn")
+        self._shared = SharedArrays()
+        self._started: list[_Process] = []
+        self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         atexit.register(self.close)  # runs before multiprocessing's own, which waits for them
-        for _ in range(count):
-            here, there = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(there,), daemon=True, name="dist_partial reader")
-            process.start()
-            there.close()
-            self._started.append(process)
-            self._idle.put((process, here, set()))
+        self._count = count
 
-    def read(self, number: int, content: bytes, indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
-        """Examples of a source, which has that number and is pickled, from the first process that is free."""
-        process, connection, known = self._idle.get()
+    def reader(self, source: "Source") -> Read:
+        """What reads a source, by the first process that is free."""
         try:
-            connection.send((number, None if number in known else content, indices, draws))
-            known.add(number)
-            found = connection.recv()
+            content = self._shared.pickled(source)
+        except Exception as error:  # pickle raises this and that
+            raise UserError(
+                f"{self._what}: {type(source).__name__} of run.data cannot be sent to another process "
+                f"({first_line(error)}): make it of classes and functions that a module has by name, and open files "
+                "when they are first read"
+            ) from error
+        while len(self._started) < self._count:
+            self._started.append(_Process(self._spawn, self._shared.file))
+            self._idle.put(self._started[-1])
+        return functools.partial(self._read, id(source), content)
+
+    def _read(self, number: int, content: Any, indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
+        process = self._idle.get()
+        try:
+            return process.read(number, content, indices, draws)
         except (EOFError, OSError):
-            process.join(1.0)
-            if process.exitcode == 1:
-                raise UserError(
-                    f"{self._what}: a process could not start; what it printed says why. A script that trains must do "
-                    'so under `if __name__ == "__main__":`, for each process imports it'
-                ) from None
-            raise Fault(f"{self._what}: a process has ended with code {process.exitcode}, out of memory?") from None
+            raise process.ending(self._what, indices) from None
         finally:
-            self._idle.put((process, connection, known))
-        if isinstance(found, Ending):
-            raise found
-        return found
+            self._idle.put(process)
 
     def close(self) -> None:
         atexit.unregister(self.close)
@@ -198,27 +193,97 @@ class _Processes:
             process.kill()
         for process in self._started:
             process.join()
+        self._shared.close()
+
+
+class _Process:
+    """A process that reads, the connection to it, and what has passed through that."""
+
+    def __init__(self, context: Any, file: int) -> None:
+        self._connection, there = context.Pipe()
+        self._known: set[int] = set()
+        self._ready = False
+        self._process = context.Process(target=_serve, args=(there,), daemon=True, name="dist_partial reader")
+        self._process.start()
+        there.close()
+        send_handle(self._connection, file, self._process.pid)
+        self.kill, self.join = self._process.kill, self._process.join
+
+    def read(self, number: int, content: Any, indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
+        """Examples of a source, which has that number and is made of `content`, see `SharedArrays`."""
+        if not self._ready:
+            self._ready = self._connection.recv()
+        self._connection.send((number, None if number in self._known else content, indices, draws))
+        self._known.add(number)
+        found: Any = self._connection.recv()
+        if isinstance(found, _Failed):
+            raise found.ending from found
+        return found
+
+    def ending(self, what: str, indices: np.ndarray) -> UserError | Fault:
+        """What ends the run after the end of the process, while it read examples."""
+        self._process.join(_PATIENCE)
+        code = self._process.exitcode
+        if code is not None and code > 0 and not self._ready:
+            return UserError(
+                f"{what}: a process could not start; what it printed says why. A script that trains must do so under "
+                '`if __name__ == "__main__":`, for each process imports it'
+            )
+        some = ", ".join(map(str, indices[:_NAMED])) + (", ..." if len(indices) > _NAMED else "")
+        doing = f"while it read the examples {some}" if self._ready else "while it started"
+        if code is None or code >= 0:
+            return Fault(f"{what}: a process has ended with code {code} {doing}; what it printed may say why")
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
+        why = (
+            "is the memory full? bind fewer processes"
+            if -code == signal.SIGKILL
+            else "code that is not Python's failed"
+        )
+        return Fault(f"{what}: a process was ended by signal {-code} ({name}) {doing}: {why}")
+
+
+class _Failed(Exception):
+    """What has ended the reading in another process, with its traceback as text, for that of this process."""
+
+    def __init__(self, ending: Ending, text: str) -> None:
+        super().__init__(ending, text)
+        self.ending, self._text = ending, text
+
+    def __str__(self) -> str:
+        return f"\n{self._text}"
 
 
 def _serve(connection: Any) -> None:
     """Reads what is asked for until nobody can ask any more."""
     for number in (signal.SIGINT, signal.SIGTERM):  # which whole groups of processes get: the run stops by itself
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     sources: dict[int, Any] = {}
     with contextlib.suppress(EOFError, OSError):  # of the other end
+        file = recv_handle(connection)
+        connection.send(True)
         while True:
             number, content, indices, draws = connection.recv()
             try:
                 if content is not None:
-                    sources[number] = _made(content)
-                connection.send(fetch(sources[number], indices, draws))
+                    sources[number] = _made(file, content)
+                found: Any = fetch(sources[number], indices, draws)
             except Ending as error:
-                connection.send(error)
+                found = _Failed(error, traceback.format_exc())
+            connection.send(found)
 
 
-def _made(content: bytes) -> Any:
+def _end_with_parent() -> None:
+    """Ends this process when that which has started it is gone, though it may read for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _made(file: int, content: Any) -> Any:
     try:
-        return pickle.loads(content)
+        return restored(file, *content)
     except Exception as error:
         raise UserError(
             f"run.reader_processes: run.data cannot be made in another process ({first_line(error)}): define what it "

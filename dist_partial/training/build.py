@@ -14,6 +14,7 @@ from dist_partial.adapters import lora, quantization
 from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
 from dist_partial.data import Dataset, check_source, class_weighted, dataset, started, train_batches, without_lists
+from dist_partial.data.repeats import notes_on_repeats
 from dist_partial.distributed import consistency
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.distributed.replicas import Replicas
@@ -168,6 +169,7 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
         with calling("run.model"), taking(data.name, spec[0]):
             changed = layer_state.find(model, spec, plan, objective)
         notes += coupling_notes(objective, data.train, strategy.num_replicas_in_sync, settings.accumulate)
+        notes += notes_on_repeats(data)
         with calling("run.optimizer"):
             groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))
         reduction_states = make_states(plan)

@@ -1,6 +1,7 @@
 """Evaluation: on all replicas, when it is due, made up for where it failed; and samples after it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import tensorflow as tf
 
 from dist_partial import checkpoints
 from dist_partial.config.settings import Sampling
-from dist_partial.data import Dataset, Source, evaluation_batches, started
+from dist_partial.data import Dataset, evaluation_batches, started
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.errors import UserError, calling
 from dist_partial.models.sampling import Generation, generate
@@ -52,10 +53,10 @@ class Evaluation:
             trainer.objective,
             evaluation_step(spec),
             replicas.sum,
-            source,
+            functools.partial(evaluation_batches, source, seed=settings.seed, context=input_context(replicas.strategy)),
             examples=min(settings.eval_examples or len(source), len(source)),
             global_batch=settings.global_batch,
-            context=input_context(replicas.strategy),
+            replicas=replicas.strategy.num_replicas_in_sync,
         )
         progress.end()
         # Between two exchanges replicas have statistics of their own, too; what is evaluated is one model.
@@ -125,11 +126,11 @@ def prepare_evaluation(
     objective: Objective,
     step: Any,
     total: Callable[[Any], Any],
-    source: Source,
+    batches: Callable[..., tf.data.Dataset],
     *,
     examples: int,
     global_batch: int,
-    context: tf.distribute.InputContext,
+    replicas: int,
 ) -> Callable[[], dict[str, float]]:
     """Prepares the evaluation on the first `examples` held-out examples, each exactly once.
 
@@ -137,10 +138,10 @@ def prepare_evaluation(
         objective: the loss and the metrics.
         step: from `step.evaluation_step`.
         total: sums a vector over the workers, from `Replicas.sum`.
-        source: the held-out examples.
+        batches: makes this worker's batches, `evaluation_batches` of the held-out examples.
         examples: how many examples.
         global_batch: examples a step over all replicas.
-        context: which worker this is, and how many replicas there are.
+        replicas: on all workers.
 
     Returns:
         A function that makes one pass and returns `loss`, the metrics by name, and `examples`. As in `Model.evaluate`
@@ -148,13 +149,13 @@ def prepare_evaluation(
     """
     whole = examples // global_batch * global_batch
     rest = examples - whole
-    padded = -(-rest // context.num_replicas_in_sync) * context.num_replicas_in_sync
+    padded = -(-rest // replicas) * replicas
     passes = []
     for first, count, batch, own in ((0, whole, global_batch, global_batch), (whole, rest, padded, rest)):
         if count:
-            batches = evaluation_batches(source, first=first, examples=count, global_batch=batch, context=context)
+            read = batches(first=first, examples=count, global_batch=batch)
             # After a pass the batches start over, so one iterator serves them all.
-            arguments = started(batches), tf.constant(-(-count // batch)), own
+            arguments = started(read), tf.constant(-(-count // batch)), own
             step.get_concrete_function(*arguments)  # a mistake in the model or the loss shows before the training
             passes.append(arguments)
 

@@ -23,6 +23,17 @@ def model():
     return keras.Sequential([keras.Input([3]), keras.layers.Dense(4, name="body"), keras.layers.Dense(2, name="head")])
 
 
+def fixed():
+    """The same model whatever the seed of the run."""
+    made = model()
+    made.set_weights([np.linspace(-1, 1, weight.size).reshape(weight.shape) for weight in made.get_weights()])
+    return made
+
+
+def still():
+    return keras.optimizers.SGD(0.0)
+
+
 def arrays(count=40):
     return Dataset("numbers", ArraySource(X[:count], Y[:count]), ArraySource(X[:16], Y[:16]), "1")
 
@@ -43,7 +54,10 @@ def streamed():
 
 
 def losses(folder, data, steps, **settings):
-    loop.run(Settings(RULES, model, data, steps=steps, global_batch=12, **settings), folder)
+    loop.run(
+        Settings(**{"rules": RULES, "model": model, "data": data, "steps": steps, "global_batch": 12} | settings),
+        folder,
+    )
     return [row["loss"] for row in rows(folder / "metrics.jsonl")]
 
 
@@ -56,6 +70,60 @@ def test_a_run_goes_on_as_if_it_had_not_stopped_and_replicas_train_on_the_same(d
     assert [loss for loss in parts if loss in whole] == whole  # beside the evaluation of the first part
     both = losses(tmp_path / "both", data, 9, class_weight={1: 3.0}, replicas=lambda: in_process(2))
     np.testing.assert_allclose(both, whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("numpy", [False, True])
+def test_evaluations_of_a_run_draw_the_same_and_those_of_another_seed_others(numpy, tmp_path):
+    """Of a model that stays as it is, and that gives no loss but that of the noise."""
+
+    def jittered(x, y, rng=None, seed=None):
+        noise = rng.normal(size=3) if numpy else tf.random.stateless_normal([3], seed)
+        return (x + noise).astype(np.float32) if numpy else x + noise, y
+
+    def data():
+        return arrays().map(lambda x, y: (x, y), evaluation=jittered, numpy=numpy)
+
+    found = {}
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        losses(tmp_path / name, data, 4, seed=seed, eval_every=2, optimizer=still, model=fixed)
+        measured = [row["loss"] for row in rows(tmp_path / name / "metrics.jsonl") if row["split"] == "eval"]
+        assert len(measured) == 2 and len(set(measured)) == 1
+        found[name] = measured[0]
+    assert found["one"] == found["again"] != found["other"]
+
+
+CELL = """
+import tensorflow as tf
+STRENGTH = 0.1
+def jitter(x, y, seed):
+    return x + STRENGTH * tf.random.stateless_normal([3], seed), y
+train(lambda: arrays().map(jitter).map(lambda x, y: (x / 2, y)))
+"""
+
+
+def test_a_cell_that_is_run_again_goes_on_and_one_that_computes_something_else_is_refused(tmp_path):
+    """Where the functions are made again, and those of an earlier cell are there yet."""
+    steps = iter([2, 4, 6, 8, 8])
+    names = {"__name__": "__main__", "arrays": arrays}
+    names["train"] = lambda data: losses(tmp_path / "run", data, next(steps))
+    exec(CELL, names)
+    exec(CELL, names)
+    exec(CELL.replace("def jitter", "# another line\n\ndef jitter"), names)
+    for old, new, words in (
+        ("STRENGTH = 0.1", "STRENGTH = 0.2", r"jitter of run\.data: STRENGTH was 0\.1 and is now 0\.2"),
+        ("x / 2", "x / 3", r"<lambda> of run\.data has other code"),
+    ):
+        with pytest.raises(UserError, match=rf"belongs to another run: {words}; choose another --run_dir, or restore"):
+            exec(CELL.replace(old, new), names)
+
+
+def test_a_function_that_cannot_be_repeated_is_said_and_trains(tmp_path, capsys):
+    def jittered(x, y):
+        return x + np.float32(np.random.normal()), y
+
+    losses(tmp_path / "run", lambda: arrays().map(jittered, numpy=True), 4)
+    said = [line for line in capsys.readouterr().out.splitlines() if "gives something else each time" in line]
+    assert len(said) == 1 and said[0].startswith("jittered of run.data")
 
 
 class Slow(ArraySource):
