@@ -625,6 +625,13 @@ MUTANTS = [
         "unit/data/test_tables.py::test_a_damaged_page_of_parquet_is_found_by_its_checksum",
     ),
     changed(
+        "steps that wait until their batch is read, and no batch is read meanwhile",
+        "data/batches.py",
+        "return batches.prefetch(PREFETCHED)",
+        "return batches",
+        "integration/test_data.py::test_batches_are_read_while_a_step_computes_and_neither_waits_for_more",
+    ),
+    changed(
         "an example that draws the same in each epoch",
         "data/draws.py",
         "epochs), indices)",
