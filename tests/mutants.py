@@ -606,9 +606,30 @@ MUTANTS = [
     changed(
         "an index that is not compared with the files",
         "data/record_index.py",
-        "{_digest(states.tobytes().hex())}",
+        "{digest(states.tobytes().hex())}",
         "0",
         "unit/data/test_tfrecords.py::test_a_changed_file_is_indexed_again",
+    ),
+    changed(
+        "an index that is not compared with the folders of images",
+        "data/image_index.py",
+        "st_mtime_ns != at for",
+        "st_mtime_ns != at and False for",
+        "unit/data/test_images.py::test_a_folder_that_has_changed_is_listed_again",
+    ),
+    changed(
+        "pages of Parquet files whose checksums nobody compares",
+        "data/table_files.py",
+        "page_checksum_verification=True",
+        "page_checksum_verification=False",
+        "unit/data/test_tables.py::test_a_damaged_page_of_parquet_is_found_by_its_checksum",
+    ),
+    changed(
+        "steps that wait until their batch is read, and no batch is read meanwhile",
+        "data/batches.py",
+        "return batches.prefetch(PREFETCHED)",
+        "return batches",
+        "integration/test_data.py::test_batches_are_read_while_a_step_computes_and_neither_waits_for_more",
     ),
     changed(
         "an example that draws the same in each epoch",

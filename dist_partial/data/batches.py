@@ -1,7 +1,7 @@
 """Batches as a function of (first step, input context): any step is reached in O(1).
 
 The examples of a run have one global order, whatever the number of workers. Step s takes its positions
-[s * global_batch, (s + 1) * global_batch), and replica i of n takes the i-th of n contiguous slices of them.
+[s * global_batch, (s + 1) * global_batch), and worker i of n takes the i-th of n contiguous slices of them.
 """
 
 import collections
@@ -46,9 +46,9 @@ def train_batches(
         context: which worker this is, and how many replicas there are.
 
     Returns:
-        A data set of infinite cardinality and static shapes. Element k is the batch of local replica k % r of
-        step first_step + k // r, where a worker has r replicas: arrays of `source.spec` with a leading axis
-        of global_batch / replicas.
+        A data set of infinite cardinality and static shapes. Element k is this worker's part of step first_step + k:
+        arrays of `source.spec` with a leading axis of global_batch / workers, of which each of its replicas takes
+        an equal slice.
 
     Raises:
         UserError: the batch does not divide by the replicas; the source is empty, or not as its spec says.

@@ -1,5 +1,6 @@
 """Data as a run reads it: through functions, in shares, from tf.data, slower than its steps, and very large."""
 
+import threading
 import time
 
 import keras
@@ -138,6 +139,59 @@ def test_data_that_is_slower_than_the_steps_is_said(tmp_path, capsys):
     assert len(said) == 1 and "s for examples (" in said[0] and "bind run.readers" in said[0]
     losses(tmp_path / "quick", lambda: arrays(), 20)
     assert "data: steps waited" not in capsys.readouterr().out
+
+
+class Meeting(ArraySource):
+    """Has each of 20 steps compute until so many later batches are being read, and these be read until then.
+
+    Attributes:
+        readers: how many.
+        late: who has waited in vain.
+    """
+
+    readers = 1
+
+    def __post_init__(self):
+        self.__dict__.update(changed=threading.Condition(), read=0, steps=0, late=[])
+        super().__post_init__()
+
+    def meet(self, counted, met):
+        with self.changed:
+            self.__dict__[counted] += 1
+            number = self.__dict__[counted]
+            self.changed.notify_all()
+            if not self.changed.wait_for(lambda: self.late or met(number), timeout=30):
+                self.late.append((counted, number))
+
+    def fetch(self, indices):
+        if len(indices) == 12:  # else it is looked at before the run
+            self.meet("read", lambda number: self.steps >= min(number - self.readers, 20))
+        return super().fetch(indices)
+
+    def step(self, x):
+        self.meet("steps", lambda number: self.read >= number + self.readers)
+        return x
+
+
+class Step(keras.layers.Layer):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def call(self, x, training=False):
+        return tf.ensure_shape(tf.numpy_function(self.function, [x], x.dtype), x.shape) if training else x
+
+
+@pytest.mark.parametrize("readers", [1, 4])
+def test_batches_are_read_while_a_step_computes_and_neither_waits_for_more(readers, tmp_path):
+    source = Meeting(X, Y)
+    source.__dict__["readers"] = readers
+    layers = [keras.Input([3]), keras.layers.Dense(4, name="body"), Step(source.step)]
+    data = Dataset("meeting", source, ArraySource(X, Y), "1")
+    settings = {"steps": 20, "global_batch": 12, "readers": readers, "eval_every": 7}
+    head = keras.layers.Dense(2, name="head")
+    loop.run(Settings(RULES, lambda: keras.Sequential([*layers, head]), lambda: data, **settings), tmp_path / "run")
+    assert source.steps == 20 and not source.late
 
 
 def failing(x, y):

@@ -38,10 +38,7 @@ def train(source, global_batch=12, first_step=0, seed=3):
 def test_an_order_of_their_own_goes_on_beyond_the_first_epoch():
     source = numbers(0, 29)
     data = Dataset("numbers", source, source, "1").in_order()
-    wanted = (np.arange(7 * 12) % 29).reshape(7, 12)
-    for workers in (1, 2, 3):
-        np.testing.assert_array_equal(steps(train(data.train), workers, workers, 7), wanted)
-    np.testing.assert_array_equal(steps(train(data.train, first_step=5), 2, 2, 2), wanted[5:])
+    assert fetch(data.train, np.array([3, 29, 60]))[1].tolist() == [3, 0, 2]
     assert data.fingerprint != "1" and data.evaluation is source
 
 
