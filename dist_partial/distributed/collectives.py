@@ -1,16 +1,19 @@
 """One round of communication between the replicas: sums and gathers, in packs.
 
-The only place that talks to other replicas about gradients. It rides on TensorFlow's collectives, or, between workers
-of one CPU replica each, on `tcp_backend`.
+The only place that talks to other replicas about gradients. It rides on TensorFlow's collectives, or, between workers,
+on `tcp_backend`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from dist_partial import compat
+from dist_partial.distributed import host_bridge
+from dist_partial.distributed.per_replica import Topology, topology
 from dist_partial.distributed.tcp_backend import TCPBackend
 
 # Large enough to cost little each, small enough to be under way while later gradients are still being computed. Packs
@@ -54,6 +57,18 @@ class AllGatherRequest:
     message: tf.Tensor
 
 
+class ReplicaCount:
+    """Asks how many replicas exchange; answered at once, without a round.
+
+    Examples:
+        >>> def own():
+        ...     count = yield ReplicaCount()
+        ...     return count
+        >>> run_rounds(Collectives(), [own()])
+        [1]
+    """
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Collectives:
     """Sums and gathers over the replicas, by TensorFlow's collectives or over TCP.
@@ -70,6 +85,11 @@ class Collectives:
 
     backend: TCPBackend | None = None
     pack_bytes: int = PACK_BYTES
+
+    @property
+    def topology(self) -> Topology:
+        """The replicas that it reaches from within the strategy in whose scope, or replica context, it is called."""
+        return topology(tf.distribute.get_strategy(), self.backend)
 
     def exchange(self, requests: Sequence[AllReduceRequest | AllGatherRequest]) -> list[tf.Tensor]:
         """Answers all requests in one round; called in a replica context, in the same order on every replica.
@@ -102,9 +122,11 @@ class Collectives:
         return answers
 
     def _send(self, sums: list[tf.Tensor], gathers: list[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        if self.backend is not None:
-            return self.backend.exchange(sums, gathers)
         context: Any = tf.distribute.get_replica_context()
+        if self.backend is not None and context.num_replicas_in_sync == 1:
+            return self.backend.exchange(sums, gathers)
+        if self.backend is not None:
+            return context.merge_call(functools.partial(_two_levels, self.backend, len(sums)), args=[*sums, *gathers])
         if context.num_replicas_in_sync == 1:
             return sums, [words[tf.newaxis] for words in gathers]
         summed = context.merge_call(_tensorflow_sum, args=sums) if sums else []
@@ -134,7 +156,10 @@ def run_rounds(collectives: Collectives, exchanges: Sequence[Any]) -> list[Any]:
         requests: dict[int, Any] = {}
         for i, answer in answers.items():
             try:
-                requests[i] = exchanges[i].send(answer)
+                request = exchanges[i].send(answer)
+                while isinstance(request, ReplicaCount):
+                    request = exchanges[i].send(collectives.topology.replicas)
+                requests[i] = request
             except StopIteration as stop:
                 results[i] = stop.value
         answers = dict(zip(requests, collectives.exchange(list(requests.values())), strict=True)) if requests else {}
@@ -158,6 +183,11 @@ def _packs(members: Sequence[int], tensors: Sequence[tf.Tensor], limit: int) -> 
         pack.append(i)
         open_packs[tensors[i].dtype] = (pack, filled + size)
     return packs
+
+
+def _two_levels(backend: TCPBackend, count: int, strategy: Any, *values: Any) -> Any:
+    """Sums the first `count` values, and gathers the others."""
+    return host_bridge.exchange(backend, strategy, values[:count], values[count:])
 
 
 def _tensorflow_sum(strategy: Any, *values: Any) -> Any:

@@ -173,7 +173,7 @@ def exchange(spec: ExchangeSpec) -> None:
     means, statistics = spec.strategy.run(replica_means, args=(spec,))
     spec.strategy.run(replica_update, args=(spec, means, statistics))
     local = spec.fragment.reduction.keep_residual_local
-    starts = spec.strategy.run(replica_starts, args=(spec.fragment,)) if local else _anchors(spec.fragment)
+    starts = spec.strategy.run(replica_starts, args=(spec,)) if local else _anchors(spec.fragment)
     _go_to(spec.strategy, spec.fragment, starts)
 
 
@@ -183,7 +183,7 @@ def replica_means(spec: ExchangeSpec) -> tuple[list[tf.Tensor], list[tf.Tensor]]
     for i in reversed(spec.moved):
         anchor, own = spec.fragment.outer.members[i].variable.value, spec.fragment.members[i].variable.value
         movement = tf.convert_to_tensor(anchor) - tf.convert_to_tensor(own)
-        count = tf.distribute.get_replica_context().num_replicas_in_sync
+        count = spec.collectives.topology.replicas
         movements.append(spec.fragment.reduction.window.reduce(movement / count, spec.fragment.states[i]))
     statistics = [mean(tf.convert_to_tensor(variable.value)) for variable in spec.statistics]
     means = run_rounds(spec.collectives, [*movements, *statistics])
@@ -198,12 +198,12 @@ def replica_update(spec: ExchangeSpec, means: list[tf.Tensor], statistics: list[
         variable.assign(average)
 
 
-def replica_starts(fragment: Fragment) -> list[tf.Tensor]:
+def replica_starts(spec: ExchangeSpec) -> list[tf.Tensor]:
     """Computes where the replica's next steps start: at the anchors, but for what the exchange left out.
 
     The residual was divided by the number of replicas.
     """
-    count = tf.distribute.get_replica_context().num_replicas_in_sync
+    fragment, count = spec.fragment, spec.collectives.topology.replicas
     starts = []
     for member, state in zip(fragment.outer.members, fragment.states, strict=True):
         start = tf.convert_to_tensor(member.variable.value)

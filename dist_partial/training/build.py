@@ -15,7 +15,6 @@ from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
 from dist_partial.data import Dataset, check_source, class_weighted, dataset, started, train_batches, without_lists
 from dist_partial.distributed import consistency
-from dist_partial.distributed.per_replica import input_context
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError, calling
 from dist_partial.reductions.reduce_gradients import make_states
@@ -84,7 +83,7 @@ class Trainer:
     def state(self) -> TrainState:
         """The state before the first step; its variables are the live ones."""
         return TrainState(
-            self.replicas.strategy,
+            self.replicas.topology,
             self.model,
             self.plan,
             self.optimizers,
@@ -143,25 +142,25 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
             data = dataclasses.replace(data, train=class_weighted(data.train, settings.class_weight))
         if settings.activation_cache:
             check_cached(data.train)
-    strategy, spec = replicas.strategy, without_lists(data.train.spec)
+    strategy, topology, spec = replicas.strategy, replicas.topology, without_lists(data.train.spec)
     with strategy.scope():
         keras.utils.set_random_seed(settings.seed)
         with calling("run.model"):
             model, examples, outputs = make_model(settings, data, strategy)
-            check_added(model, strategy)
+            check_added(model, topology)
             if fixed := layer_state.batch_size(model):
-                check_batch(fixed, model, settings, data, strategy)
+                check_batch(fixed, model, settings, data, topology)
         batch_norms = batch_norm.layers(model)
         adapters = lora.enable(settings.rules, model)
         plan = selection.resolve(settings.rules, model, settings.reduction, adapters)
-        plan = dataclasses.replace(plan, workers=max(2, replicas.strategy.num_replicas_in_sync))
+        plan = dataclasses.replace(plan, workers=max(2, replicas.topology.replicas))
         plan, units, notes = _divided(quantization.lower(plan, model, settings.frozen_dtype), settings, batch_norms)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
         objective, divided = make_objective(settings, data, model, examples, outputs)
-        objective = divided_objective(objective, settings, plan, strategy, data.train)
+        objective = divided_objective(objective, settings, plan, topology, data.train)
         with calling("run.model"), taking(data.name, spec[0]):
             changed = layer_state.find(model, spec, plan, objective)
-        notes += coupling_notes(objective, data.train, strategy.num_replicas_in_sync, settings.accumulate)
+        notes += coupling_notes(objective, data.train, topology.replicas, settings.accumulate)
         with calling("run.optimizer"):
             groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))
         reduction_states = make_states(plan)
@@ -169,7 +168,7 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
         scale = LossScale() if needs_loss_scale(model) else None
     if scale is not None:
         check_scaled(plan, reduction_states)
-    layer_state.spread(strategy, changed.generators)
+    layer_state.spread(topology, changed.generators)
     notes += notes_on(divided)
     optimizers_ = [*groups, *[fragment.outer for fragment in fragments]]
     return Trainer(
@@ -267,7 +266,7 @@ def restore(
         for number in checkpoint.metadata.get("schedule", {}).get("allocated", ()):
             trainer.optimizers[number].allocate()
     state = state.restored(checkpoint)
-    layer_state.spread(trainer.replicas.strategy, trainer.layer_state.generators)
+    layer_state.spread(trainer.replicas.topology, trainer.layer_state.generators)
     for group in trainer.optimizers:
         optimizers.write_rows(trainer.replicas.strategy, group.members)
     return state
@@ -332,5 +331,5 @@ def order(trainer: Trainer, first_step: int, global_batch: int) -> dict[str, Any
         "first_step": first_step,
         "global_batch": global_batch,
         "seed": trainer.settings.seed,
-        "context": input_context(trainer.replicas.strategy),
+        "context": trainer.replicas.topology.input_context,
     }

@@ -10,7 +10,6 @@ import tensorflow as tf
 from dist_partial import checkpoints
 from dist_partial.config.settings import Sampling
 from dist_partial.data import Dataset, Source, evaluation_batches, started
-from dist_partial.distributed.per_replica import input_context
 from dist_partial.errors import UserError, calling
 from dist_partial.models.sampling import Generation, generate
 from dist_partial.step import outer_step
@@ -55,7 +54,7 @@ class Evaluation:
             source,
             examples=min(settings.eval_examples or len(source), len(source)),
             global_batch=settings.global_batch,
-            context=input_context(replicas.strategy),
+            context=replicas.topology.input_context,
         )
         progress.end()
         # Between two exchanges replicas have statistics of their own, too; what is evaluated is one model.
