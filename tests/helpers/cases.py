@@ -327,7 +327,7 @@ def train(
 
 def worker_iterator(strategy: tf.distribute.Strategy, data: list[tuple[np.ndarray, np.ndarray]]) -> Any:
     """This worker's part of each batch, over and over."""
-    context = per_replica.input_context(strategy)
+    context = per_replica.topology(strategy).input_context
     parts = [[np.split(column, context.num_input_pipelines)[context.input_pipeline_id] for column in b] for b in data]
     return iter(tf.data.Dataset.from_tensor_slices(tuple(np.stack(c) for c in zip(*parts, strict=True))).repeat())
 

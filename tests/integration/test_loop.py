@@ -16,7 +16,7 @@ import tensorflow as tf
 from dist_partial import checkpoints, sample, train
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, fingerprint
-from dist_partial.distributed.per_replica import input_context
+from dist_partial.distributed.per_replica import topology
 from dist_partial.distributed.replicas import create
 from dist_partial.errors import AGAIN
 from dist_partial.models import byte_transformer
@@ -401,7 +401,7 @@ def test_evaluation_is_that_of_one_device_on_every_example(reduction, weighted):
             source,
             examples=11,
             global_batch=4,
-            context=input_context(made.strategy),
+            context=topology(made.strategy).input_context,
         )
         metrics = evaluate()
         assert evaluate() == metrics
