@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from dist_partial import compat
 from dist_partial.distributed import host_bridge
+from dist_partial.distributed.host_bridge import ALL, BETWEEN, INSIDE
 from dist_partial.distributed.per_replica import Topology, topology
 from dist_partial.distributed.tcp_backend import TCPBackend
 
@@ -76,6 +77,8 @@ class Collectives:
     Attributes:
         backend: the workers' own connections, or None for TensorFlow's collectives.
         pack_bytes: up to how many bytes travel as one.
+        level: which replicas exchange: all, those `INSIDE` a worker, or, `BETWEEN` workers, one for each, which stands
+            for others that are alike.
 
     Examples:
         >>> requests = [AllReduceRequest(tf.constant([[1.0], [2.0]])), AllReduceRequest(tf.constant([3.0, 4.0, 5.0]))]
@@ -85,11 +88,19 @@ class Collectives:
 
     backend: TCPBackend | None = None
     pack_bytes: int = PACK_BYTES
+    level: str = ALL
 
     @property
     def topology(self) -> Topology:
         """The replicas that it reaches from within the strategy in whose scope, or replica context, it is called."""
-        return topology(tf.distribute.get_strategy(), self.backend)
+        found = topology(tf.distribute.get_strategy(), self.backend)
+        if self.level == INSIDE:
+            return Topology(found.strategy)
+        return found.hosts if self.level == BETWEEN else found
+
+    def at(self, level: str) -> "Collectives":
+        """The same for a level."""
+        return dataclasses.replace(self, level=level)
 
     def exchange(self, requests: Sequence[AllReduceRequest | AllGatherRequest]) -> list[tf.Tensor]:
         """Answers all requests in one round; called in a replica context, in the same order on every replica.
@@ -123,12 +134,15 @@ class Collectives:
 
     def _send(self, sums: list[tf.Tensor], gathers: list[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
         context: Any = tf.distribute.get_replica_context()
-        if self.backend is not None and context.num_replicas_in_sync == 1:
+        alone = context.num_replicas_in_sync == 1
+        if self.backend is None or self.level == INSIDE:
+            if alone or self.level == BETWEEN:
+                return sums, [words[tf.newaxis] for words in gathers]
+        elif alone:
             return self.backend.exchange(sums, gathers)
-        if self.backend is not None:
-            return context.merge_call(functools.partial(_two_levels, self.backend, len(sums)), args=[*sums, *gathers])
-        if context.num_replicas_in_sync == 1:
-            return sums, [words[tf.newaxis] for words in gathers]
+        if self.level != ALL or self.backend is not None:
+            how = functools.partial(host_bridge.exchange, self.backend, self.level, len(sums))
+            return context.merge_call(how, args=[*sums, *gathers])
         summed = context.merge_call(_tensorflow_sum, args=sums) if sums else []
         return list(summed), [context.merge_call(_tensorflow_gather, args=(words,)) for words in gathers]
 
@@ -183,11 +197,6 @@ def _packs(members: Sequence[int], tensors: Sequence[tf.Tensor], limit: int) -> 
         pack.append(i)
         open_packs[tensors[i].dtype] = (pack, filled + size)
     return packs
-
-
-def _two_levels(backend: TCPBackend, count: int, strategy: Any, *values: Any) -> Any:
-    """Sums the first `count` values, and gathers the others."""
-    return host_bridge.exchange(backend, strategy, values[:count], values[count:])
 
 
 def _tensorflow_sum(strategy: Any, *values: Any) -> Any:

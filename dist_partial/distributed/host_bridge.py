@@ -5,34 +5,45 @@ goes through here, by TensorFlow's public door for it (`tf.distribute.CrossDevic
 other replicas, such as a synchronised BatchNorm, meets those of all hosts. No server of TensorFlow's is started.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from dist_partial.distributed.tcp_backend import TCPBackend
 
+ALL, INSIDE, BETWEEN = "all", "inside", "between"  # levels
 _HOST = "CPU:0"  # where the bytes are that cross hosts, and bytes are counted by device
 
 
 def exchange(
-    backend: TCPBackend, strategy: tf.distribute.Strategy, sums: Sequence[Any], gathers: Sequence[Any]
+    backend: TCPBackend | None, level: str, sums: int, strategy: tf.distribute.Strategy, *values: Any
 ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-    """Sums and gathers over all replicas of all hosts; called in the cross-replica context, as `TCPBackend.exchange`.
+    """Sums and gathers over the replicas of one level; called in the cross-replica context.
 
     Args:
-        backend: this host's connections to the others.
+        backend: this host's connections to the others; not needed `INSIDE`.
+        level: of `ALL` hosts, `INSIDE` this one, or `BETWEEN` hosts, where the replicas of each have the same values.
+        sums: how many of the values are to be summed; the others are gathered.
         strategy: the replicas of this host.
-        sums: [n] each, of each replica.
-        gathers: [n] each, of each replica.
+        values: [n] each, of each replica.
 
     Returns:
-        The sums [n], and the gathered [replicas, n], in the order of workers and, of a worker, of its replicas.
+        The sums [n], and the gathered [replicas or hosts, n], in the order of hosts and, of a host, of its replicas:
+        plain tensors, which every replica can read.
+
+    Examples:
+        >>> values = tf.constant([1.0]), tf.constant([2])
+        >>> total, gathered = exchange(None, INSIDE, 1, tf.distribute.get_strategy(), *values)
+        >>> total[0].numpy().tolist(), gathered[0].numpy().tolist()
+        ([1.0], [[2]])
     """
-    local = strategy.experimental_local_results
+    count = 1 if level == BETWEEN else None
+    copies = [strategy.experimental_local_results(value)[:count] for value in values]
     with tf.device(_HOST):
-        totals = [tf.add_n([tf.convert_to_tensor(copy) for copy in local(value)]) for value in sums]
-        stacked = [tf.stack(local(value)) for value in gathers]
+        totals = [tf.add_n([tf.convert_to_tensor(copy) for copy in each]) for each in copies[:sums]]
+        stacked = [tf.stack(each) for each in copies[sums:]]
+        if backend is None or level == INSIDE:
+            return totals, stacked
         summed, gathered = backend.exchange(totals, [tf.reshape(each, [-1]) for each in stacked])
         return summed, [tf.reshape(each, [-1, own.shape[-1]]) for each, own in zip(gathered, stacked, strict=True)]
 

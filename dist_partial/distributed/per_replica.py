@@ -16,6 +16,7 @@ class Topology:
         strategy: of this worker's replicas, or TensorFlow's own of all.
         workers: how many processes the replicas are divided among.
         worker: which of them this is, from 0.
+        by_worker: whether those of a worker count as one, for they are alike.
 
     Examples:
         >>> second = Topology(tf.distribute.get_strategy(), workers=3, worker=1)
@@ -26,10 +27,18 @@ class Topology:
     strategy: tf.distribute.Strategy
     workers: int = 1
     worker: int = 0
+    by_worker: bool = False
+
+    @property
+    def hosts(self) -> "Topology":
+        """The workers in place of their replicas, each as one."""
+        return dataclasses.replace(self, by_worker=True)
 
     @property
     def local(self) -> int:
         """How many replicas this worker has, and each of the others."""
+        if self.by_worker:
+            return 1
         # The default strategy has no list of its devices to ask for.
         return len(self.strategy.extended.worker_devices) if self.strategy.num_replicas_in_sync > 1 else 1
 
@@ -128,7 +137,7 @@ class PerReplica:
             mine = np.broadcast_to(one, self.shape)
         first = self.topology.first
         for i, copy in enumerate(self.topology.strategy.experimental_local_results(self.variable)):
-            copy.assign(mine[first + i])
+            copy.assign(mine[first + i % self.topology.local])
 
 
 def values(variables: Sequence[PerReplica], gather: Callable[[bytes], list[bytes]]) -> list[np.ndarray]:
@@ -146,8 +155,10 @@ def values(variables: Sequence[PerReplica], gather: Callable[[bytes], list[bytes
     """
     if not variables:
         return []
-    strategy = variables[0].topology.strategy
-    local = [[copy.numpy() for copy in strategy.experimental_local_results(v.variable)] for v in variables]
+    local = [
+        [copy.numpy() for copy in v.topology.strategy.experimental_local_results(v.variable)[: v.topology.local]]
+        for v in variables
+    ]
     # One message, and not a gather for each of many small variables.
     data = b"".join(copy.tobytes() for copies in local for copy in copies)
     rows = gather(data)

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from dist_partial.distributed import traffic
-from dist_partial.distributed.collectives import Collectives, run_rounds
+from dist_partial.distributed.collectives import BETWEEN, Collectives, run_rounds
 from dist_partial.reductions.base import mean
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.selection.plan import Plan, VariablePlan
@@ -34,6 +34,10 @@ class Fragment:
     members: tuple[OptimizerVariable, ...]
     outer: GroupOptimizer
     states: tuple[dict[str, tf.Variable], ...]
+
+    def over(self, collectives: Collectives) -> Collectives:
+        """How those reach each other that exchange: all replicas, or, of each worker, one for all."""
+        return collectives if self.members[0].entry.inside is None else collectives.at(BETWEEN)
 
     def entries(self, plan: Plan) -> list[VariablePlan]:
         """The plan's entries of its members."""
@@ -179,15 +183,20 @@ def exchange(spec: ExchangeSpec) -> None:
 
 def replica_means(spec: ExchangeSpec) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
     """Averages the movements of the members, and the statistics, over the replicas; called in a replica context."""
+    collectives = spec.fragment.over(spec.collectives)
     movements = []
     for i in reversed(spec.moved):
         anchor, own = spec.fragment.outer.members[i].variable.value, spec.fragment.members[i].variable.value
         movement = tf.convert_to_tensor(anchor) - tf.convert_to_tensor(own)
-        count = spec.collectives.topology.replicas
+        count = collectives.topology.replicas
         movements.append(spec.fragment.reduction.window.reduce(movement / count, spec.fragment.states[i]))
     statistics = [mean(tf.convert_to_tensor(variable.value)) for variable in spec.statistics]
-    means = run_rounds(spec.collectives, [*movements, *statistics])
-    return means[: len(spec.moved)][::-1], means[len(spec.moved) :]
+    if collectives is spec.collectives:
+        means = run_rounds(collectives, [*movements, *statistics])
+        return means[: len(spec.moved)][::-1], means[len(spec.moved) :]
+    means = run_rounds(collectives, movements)[::-1]
+    with tf.control_dependencies(means):  # one after the other, as in `reduce_gradients`
+        return means, run_rounds(spec.collectives, statistics)
 
 
 def replica_update(spec: ExchangeSpec, means: list[tf.Tensor], statistics: list[tf.Tensor]) -> None:
@@ -203,7 +212,7 @@ def replica_starts(spec: ExchangeSpec) -> list[tf.Tensor]:
 
     The residual was divided by the number of replicas.
     """
-    fragment, count = spec.fragment, spec.collectives.topology.replicas
+    fragment, count = spec.fragment, spec.fragment.over(spec.collectives).topology.replicas
     starts = []
     for member, state in zip(fragment.outer.members, fragment.states, strict=True):
         start = tf.convert_to_tensor(member.variable.value)

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_partial.distributed.collectives import Collectives, run_rounds
+from dist_partial.distributed.collectives import BETWEEN, INSIDE, Collectives, run_rounds
 from dist_partial.distributed.per_replica import topology
 from dist_partial.errors import calling
 from dist_partial.reductions.base import total as total_over_replicas
@@ -234,6 +234,9 @@ def divisors(spec: StepSpec, parts: Sequence[Batch]) -> tf.Tensor | None:
         return None
     own = tf.add_n([objective.counted(part, functools.partial(outputs_of, spec), True) for part in parts])
     if not any(entry.reduction.shared for entry in spec.plan.trained):
+        if all(entry.inside for entry in spec.plan.trained):
+            inside = run_rounds(spec.collectives.at(INSIDE), [total_over_replicas(own)])[0]
+            return inside * spec.collectives.at(BETWEEN).topology.replicas
         return own * spec.replicas
     return run_rounds(spec.collectives, [total_over_replicas(own)])[0]
 

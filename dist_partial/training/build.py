@@ -28,7 +28,7 @@ from dist_partial.step.train_step import StepOptions, StepSpec, TrainStep, train
 from dist_partial.training import run_fingerprint
 from dist_partial.training.activation_cache import check_cached
 from dist_partial.training.batch_coupling import coupling_notes
-from dist_partial.training.checks import check_added, check_batch, check_scaled, divided_objective
+from dist_partial.training.checks import check_added, check_batch, check_levels, check_scaled, divided_objective
 from dist_partial.training.loss_and_metrics import make_objective, notes_on
 from dist_partial.training.model import make_model, taking
 from dist_partial.training.state import TrainState
@@ -152,8 +152,11 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
                 check_batch(fixed, model, settings, data, topology)
         batch_norms = batch_norm.layers(model)
         adapters = lora.enable(settings.rules, model)
-        plan = selection.resolve(settings.rules, model, settings.reduction, adapters)
-        plan = dataclasses.replace(plan, workers=max(2, replicas.topology.replicas))
+        plan = selection.resolve(settings.rules, model, settings.reduction, adapters, settings.between_hosts)
+        hosts = topology.workers if topology.workers > 1 else topology.local
+        check_levels(plan, replicas)
+        local = topology.local if topology.workers > 1 else 1
+        plan = dataclasses.replace(plan, workers=max(2, hosts), local=local)
         plan, units, notes = _divided(quantization.lower(plan, model, settings.frozen_dtype), settings, batch_norms)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
         objective, divided = make_objective(settings, data, model, examples, outputs)
@@ -202,7 +205,7 @@ def _divided(
     for name, paths in parts:
         entries = [trained[path] for path in paths]
         variables = {id(entry.variable) for entry in entries}
-        payloads = [payload for entry in entries for payload in entry.payloads]
+        payloads = [payload for entry in entries for payload in plan.handed_over(entry)]
         # The statistics of a layer that trains travel, too.
         moving = [layer for layer in batch_norms if {id(layer.gamma), id(layer.beta)} & variables]
         payloads += reductions.averages(plan, batch_norm.unsynchronised_statistics(moving))

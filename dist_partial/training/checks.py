@@ -130,6 +130,18 @@ def check_division(settings: Settings, replicas: int) -> None:
         )
 
 
+def check_levels(plan: Plan, replicas: Replicas) -> None:
+    """Raises UserError if a reduction between hosts is asked of TensorFlow's collectives, which know replicas only."""
+    if replicas.workers > 1 and replicas.collectives.backend is None:
+        for entry in plan.trained:
+            if entry.inside is not None:
+                raise UserError(
+                    f"rule {entry.rule.match!r} travels between hosts by {entry.reduction}, and replicas.transport = "
+                    "'tensorflow' sums over all replicas at once: bind replicas.transport = 'sockets', or no "
+                    "between_hosts"
+                )
+
+
 def check_workers(replicas: Replicas, fingerprint: dict[str, Any], bindings: Mapping[str, str]) -> None:
     """Raises UserError, the same on every worker, unless all have built the same from the same bindings."""
     if replicas.backend is not None:

@@ -57,7 +57,7 @@ class CompiledPhase:
     @property
     def digest(self) -> str:
         """Tells selections apart: SHA-256 of what is trained and how it travels, the first 16 hex digits."""
-        what = [(entry.path, str(entry.reduction)) for entry in self.plan.trained]
+        what = [(entry.path, entry.travels) for entry in self.plan.trained]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
