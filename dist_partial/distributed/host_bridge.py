@@ -12,6 +12,7 @@ import tensorflow as tf
 from dist_partial.distributed.tcp_backend import TCPBackend
 
 ALL, INSIDE, BETWEEN = "all", "inside", "between"  # levels
+_NCCL = tf.distribute.NcclAllReduce()
 _HOST = "CPU:0"  # where the bytes are that cross hosts, and bytes are counted by device
 
 
@@ -37,15 +38,22 @@ def exchange(
         >>> total[0].numpy().tolist(), gathered[0].numpy().tolist()
         ([1.0], [[2]])
     """
-    count = 1 if level == BETWEEN else None
-    copies = [strategy.experimental_local_results(value)[:count] for value in values]
+    local, alike = strategy.experimental_local_results, level == BETWEEN
     with tf.device(_HOST):
-        totals = [tf.add_n([tf.convert_to_tensor(copy) for copy in each]) for each in copies[:sums]]
-        stacked = [tf.stack(each) for each in copies[sums:]]
+        totals = [_total(strategy, value, alike) for value in values[:sums]]
+        stacked = [tf.stack(local(value)[: 1 if alike else None]) for value in values[sums:]]
         if backend is None or level == INSIDE:
             return totals, stacked
         summed, gathered = backend.exchange(totals, [tf.reshape(each, [-1]) for each in stacked])
         return summed, [tf.reshape(each, [-1, own.shape[-1]]) for each, own in zip(gathered, stacked, strict=True)]
+
+
+def _total(strategy: tf.distribute.Strategy, value: Any, alike: bool = False) -> tf.Tensor:
+    """The sum of a value over the replicas of this host, or that of one of them if they are alike."""
+    copies = strategy.experimental_local_results(value)
+    if not alike and len(copies) > 1 and "GPU" in strategy.extended.worker_devices[0]:  # untested
+        copies = strategy.experimental_local_results(_NCCL.reduce(tf.distribute.ReduceOp.SUM, value, value))[:1]
+    return tf.add_n([tf.convert_to_tensor(copy) for copy in (copies[:1] if alike else copies)])
 
 
 class HostBridge(tf.distribute.CrossDeviceOps):
@@ -69,16 +77,12 @@ class HostBridge(tf.distribute.CrossDeviceOps):
     def batch_reduce(self, reduce_op: Any, value_destination_pairs: Any, options: Any = None) -> list[Any]:
         """Reduces several values of each replica, in one round."""
         strategy = tf.distribute.get_strategy()
-        flat = [
-            [tf.reshape(copy, [-1]) for copy in strategy.experimental_local_results(value)]
-            for value, _ in value_destination_pairs
-        ]
+        count = self._backend.size * strategy.num_replicas_in_sync
         with tf.device(_HOST):
-            sums, _ = self._backend.exchange([tf.add_n(copies) for copies in flat], [])
-        found = []
-        for (value, destinations), total, copies in zip(value_destination_pairs, sums, flat, strict=True):
-            total = tf.reshape(total, strategy.experimental_local_results(value)[0].shape)
+            own = [_total(strategy, value) for value, _ in value_destination_pairs]
+            sums, _ = self._backend.exchange([tf.reshape(each, [-1]) for each in own], [])
+            sums = [tf.reshape(total, each.shape) for total, each in zip(sums, own, strict=True)]
             if reduce_op in (tf.distribute.ReduceOp.MEAN, "MEAN"):
-                total /= len(copies) * self._backend.size
-            found.append(self._inside.broadcast(total, destinations))
-        return found
+                sums = [total / count for total in sums]
+        pairs = zip(sums, value_destination_pairs, strict=True)
+        return [self._inside.broadcast(total, destinations) for total, (_, destinations) in pairs]

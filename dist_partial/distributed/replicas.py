@@ -250,7 +250,8 @@ def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reaso
         how = "MultiWorkerMirroredStrategy, by TensorFlow's collectives (replicas.transport = 'tensorflow')"
     else:
         strategy = tf.distribute.MirroredStrategy(devices, cross_device_ops=HostBridge(connected))
-        how = "direct connections"
+        auto = ", for they need no server that listens (replicas.transport = 'auto')"
+        how = f"direct connections{auto if options.transport == 'auto' else ''}"
     collectives = Collectives(None if tensorflow else connected, options.pack_bytes)
     count = topology(strategy, collectives.backend).replicas
     return Replicas(
