@@ -11,18 +11,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-# The methods of `collective_extended` that `distributed/tcp_strategy.py` overrides, and those of it that it calls.
-TCP_OVERRIDES = (
-    "_initialize_strategy",
-    "_get_variable_creator_initial_value",
-    "_replica_ctx_all_reduce",
-    "_batch_reduce_to",
-    "_reduce_to",
-    "_gather_to_implementation",
-)
-TCP_CALLS = ("_initialize_local", "_container_strategy")
-
-
 # ------------------------------------------------------------------------------------------------- Keras: layers
 
 
@@ -716,15 +704,3 @@ def called_graphs(op: Any, names: Sequence[str]) -> Iterator[Any]:
         graph = getattr(function, "graph", function)
         if hasattr(graph, "get_operations"):
             yield graph
-
-
-def collective_extended() -> Any:
-    """Returns the base class of what `MultiWorkerMirroredStrategy` extends itself by, for `tcp_strategy` to override.
-
-    TensorFlow 2.21: its strategy starts a gRPC server that listens on all addresses, and the public
-    `StrategyExtended` has no variables and no input. `TCP_OVERRIDES` and `TCP_CALLS` are the names that are used.
-    Unnecessary if a strategy could be given its own collectives, and no server.
-    """
-    from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
-
-    return CollectiveAllReduceExtended

@@ -134,7 +134,7 @@ MUTANTS = [
         "penalty once a micro-batch",
         "step/train_step.py",
         "        loss *= share\n",
-        "        loss /= spec.strategy.num_replicas_in_sync\n",
+        "        loss /= spec.replicas\n",
         "unit/step/test_losses.py::test_a_penalty_counts_once_however_a_batch_is_divided",
     ),
     changed(
@@ -176,7 +176,7 @@ MUTANTS = [
     changed(
         "replicas that train by themselves and divide by what all have",
         "step/train_step.py",
-        "return own * spec.strategy.num_replicas_in_sync",
+        "return own * spec.replicas",
         "return run_rounds(spec.collectives, [total_over_replicas(own)])[0]",
         "unit/step/test_losses.py::test_replicas_that_train_by_themselves_divide_by_what_they_have",
     ),
@@ -358,7 +358,7 @@ MUTANTS = [
         "training/build.py",
         """\
     state = state.restored(checkpoint)
-    layer_state.spread(trainer.replicas.strategy, trainer.layer_state.generators)
+    layer_state.spread(trainer.replicas.topology, trainer.layer_state.generators)
 """,
         """\
     state = state.restored(checkpoint)

@@ -133,7 +133,7 @@ def _run(settings: Settings, model: given.Model, data: given.Data, folder: Path)
 
 def _agreed(state: TrainState) -> list[Any]:
     """The weights on which all replicas agree."""
-    with outer_step.agreed(state.strategy, state.fragments):
+    with outer_step.agreed(state.topology.strategy, state.fragments):
         return state.model.get_weights()
 
 

@@ -82,6 +82,8 @@ class Settings:
         patience: evaluations without a better one after which the run stops; None does not stop it.
         class_weight: weights of the training examples by class id, which a dict has.
         reduction: how gradients travel under the rules that do not say.
+        between_hosts: how they travel between workers, once `reduction` has summed those of a worker's own replicas;
+            None: `reduction` crosses all replicas.
         steps: updates in the whole run.
         global_batch: examples an update, over all replicas.
         readers: threads of a worker that read batches; None: 4 where the source says that several may read it at once
@@ -130,6 +132,7 @@ class Settings:
     best: str | None = None
     patience: Annotated[int | None, AtLeast(1)] = None
     reduction: Annotated[Any, REDUCTION] = dataclasses.field(default_factory=AllReduce)
+    between_hosts: Annotated[Any | None, REDUCTION] = None
     steps: Annotated[int, AtLeast(1)] = 1000
     global_batch: Annotated[int, AtLeast(1)] = 32
     readers: Annotated[int | None, AtLeast(1)] = None

@@ -60,19 +60,18 @@ def replica_sums(spec: EvaluationSpec, batch: Batch, examples: int) -> tf.Tensor
     Returns:
         float64 [1 + numbers of the metrics]: what the part adds to the loss of the batch, and to the metrics.
     """
-    context: Any = tf.distribute.get_replica_context()
-    full = own_part(spec.strategy, batch)
+    topology = spec.collectives.topology
+    full = own_part(topology, batch)
     room = tf.nest.flatten(full)[0].shape[0]
-    replica = int(tf.get_static_value(context.replica_id_in_sync_group))
-    own = min(max(examples - replica * room, 0), room)
+    own = min(max(examples - topology.rank * room, 0), room)
     batch = tf.nest.map_structure(lambda tensor: tensor[: max(own, 1)], full)
     outputs_of = functools.partial(model_outputs, spec.model, training=False)
     share, counts = own / examples, None
-    if spec.objective.counts and not spec.objective.coupled and spec.strategy.num_replicas_in_sync > 1:
+    if spec.objective.counts and not spec.objective.coupled and topology.replicas > 1:
         mine = spec.objective.counted(batch, outputs_of, False) * (1 if own else 0)
         counts = run_rounds(spec.collectives, [total(mine)])[0]
     whole = None
-    if spec.strategy.num_replicas_in_sync > 1 and spec.objective.needs_whole(training=False):
+    if topology.replicas > 1 and spec.objective.needs_whole(training=False):
         with keras.StatelessScope():  # no layer counts this pass
             of_full = outputs_of(full[0])
         whole = whole_batch(spec.collectives, spec.objective, full, of_full, 1.0, examples)

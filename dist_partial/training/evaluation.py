@@ -11,7 +11,6 @@ import tensorflow as tf
 from dist_partial import checkpoints
 from dist_partial.config.settings import Sampling
 from dist_partial.data import Dataset, evaluation_batches, started
-from dist_partial.distributed.per_replica import input_context
 from dist_partial.errors import UserError, calling
 from dist_partial.models.sampling import Generation, generate
 from dist_partial.step import outer_step
@@ -53,10 +52,10 @@ class Evaluation:
             trainer.objective,
             evaluation_step(spec),
             replicas.sum,
-            functools.partial(evaluation_batches, source, seed=settings.seed, context=input_context(replicas.strategy)),
+            functools.partial(evaluation_batches, source, seed=settings.seed, context=replicas.topology.input_context),
             examples=min(settings.eval_examples or len(source), len(source)),
             global_batch=settings.global_batch,
-            replicas=replicas.strategy.num_replicas_in_sync,
+            replicas=replicas.topology.replicas,
         )
         progress.end()
         # Between two exchanges replicas have statistics of their own, too; what is evaluated is one model.

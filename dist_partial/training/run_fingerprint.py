@@ -18,9 +18,15 @@ from dist_partial.data.functions import nameless
 from dist_partial.data.mapped import functions_of
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.plan import Plan
+from dist_partial.selection.rules import Rule
 from dist_partial.step.keras_configs import exclusions, left_out
 from dist_partial.step.objective import Objective
 from dist_partial.step.optimizers import GroupOptimizer
+
+
+def _rule(rule: Rule) -> str:
+    between = f", between hosts {rule.between_hosts}" if rule.between_hosts else ""
+    return f"{rule}{f', {rule.reduction}' if rule.reduction else ''}{between}"
 
 
 def of_run(
@@ -34,7 +40,7 @@ def of_run(
     """Collects rules, optimizers, model, fingerprints of all that is frozen, data, seed: as plain JSON values."""
     model = objective.model
     content = {
-        "rules": [f"{rule}" + (f", {rule.reduction}" if rule.reduction else "") for rule in plan.rules],
+        "rules": [_rule(rule) for rule in plan.rules],
         "reduction": str(settings.reduction),
         "seed": settings.seed,
         "global_batch": settings.global_batch,
@@ -51,6 +57,8 @@ def of_run(
     }
     # For what is exported later; a checkpoint takes the place of these values, so that `check` leaves them alone.
     content[INITIAL] = checkpoints.model_fingerprints(model)
+    if settings.between_hosts is not None:
+        content["between_hosts"] = str(settings.between_hosts)
     if not isinstance(settings.schedule, Constant):
         content |= {"schedule": str(settings.schedule), "leave": settings.leave}
     return _plain(content)

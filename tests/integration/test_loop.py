@@ -17,7 +17,7 @@ import tensorflow as tf
 from dist_partial import checkpoints, sample, train
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.data import ArraySource, Dataset, evaluation_batches, fingerprint
-from dist_partial.distributed.per_replica import input_context
+from dist_partial.distributed.per_replica import topology
 from dist_partial.distributed.replicas import create
 from dist_partial.errors import AGAIN
 from dist_partial.models import byte_transformer
@@ -399,7 +399,7 @@ def test_evaluation_is_that_of_one_device_on_every_example(reduction, weighted):
             built.objective,
             evaluation_step(EvaluationSpec(made.strategy, made.collectives, built.model, built.objective)),
             total,
-            functools.partial(evaluation_batches, source, context=input_context(made.strategy)),
+            functools.partial(evaluation_batches, source, context=topology(made.strategy).input_context),
             examples=11,
             global_batch=4,
             replicas=made.strategy.num_replicas_in_sync,

@@ -17,7 +17,6 @@ from dist_partial.distributed import traffic
 
 PACKAGE = pathlib.Path(dist_partial.__file__).parent
 # The package that imports gin uses private names of gin's, and no other module can (import-linter).
-# What tcp_strategy.py overrides and calls has a test of its own below.
 EXEMPT = {"compat.py": "it is where they belong"}
 NAMEDTUPLE = {"_replace", "_asdict", "_fields", "_make"}
 
@@ -55,8 +54,6 @@ def of_keras_or_tensorflow(path, text=None):
         if name is None or not name.startswith("_") or name.startswith("__") or name in own:
             continue
         if (isinstance(base, ast.Name) and base.id in imported) or ast.unparse(base) == "gin.config":
-            continue
-        if path.name == "tcp_strategy.py" and name in compat.TCP_CALLS:
             continue
         yield node.lineno, name
 
@@ -580,21 +577,6 @@ def test_called_graphs():
     (found,) = compat.called_graphs(call, [call.node_def.attr["f"].func.name])
     assert "AddV2" in [op.type for op in found.get_operations()]
     assert not [name for name in dir(graph) if "get_function" in name and not name.startswith("_")]
-
-
-def test_the_base_of_our_strategy():
-    from dist_partial.distributed import tcp_strategy
-
-    base = compat.collective_extended()
-    assert isinstance(tf.distribute.MultiWorkerMirroredStrategy().extended, base)
-    for name in (*compat.TCP_OVERRIDES, *compat.TCP_CALLS):
-        assert callable(getattr(base, name, None)), f"{name} is gone: what overrides it would not be called"
-    own = {name for name, _ in inspect.getmembers(tcp_strategy._Extended, inspect.isfunction)}
-    overridden = {name for name in own & set(dir(base)) if name in vars(tcp_strategy._Extended)} - {"__init__"}
-    assert overridden == set(compat.TCP_OVERRIDES)
-    used = ast.parse(pathlib.Path(tcp_strategy.__file__).read_text())
-    names = {node.attr for node in ast.walk(used) if isinstance(node, ast.Attribute)}
-    assert set(compat.TCP_CALLS) <= names, "no longer needed"
 
 
 @pytest.mark.parametrize(
