@@ -46,13 +46,7 @@ def resolve(
     rules = parse_rules(table)
     check_value("all rules that name none: reduction", reduction, Annotated[Any, REDUCTION])
     check_value("all rules that name none: between_hosts", between_hosts, Annotated[Any | None, REDUCTION])
-    paths = variable_paths(model)
-    if not paths:
-        why = "; its own code has set trainable = False, which is for the rules to do" if model.weights else ""
-        raise UserError(f"model {model.name!r} has no trainable variables: nothing can be selected{why}")
-    for path, count in collections.Counter(paths).items():
-        if count > 1:
-            raise UserError(f"{count} variables have the path {path!r}: name the layers apart")
+    paths = _candidates(model)
     kernels = {id(factor): path for path, adapter in adapters.items() for factor in adapter.factors}
     entries, used, frozen = [], set(), set()
     for own_path, variable in zip(paths, model.trainable_variables, strict=True):
@@ -77,6 +71,18 @@ def resolve(
     if not plan.trained:
         raise UserError(f"the rules train nothing: {counted(len(paths), 'variable')} frozen; add ('train', pattern)")
     return plan
+
+
+def _candidates(model: Any) -> list[str]:
+    """The paths of the trainable variables, in their order."""
+    paths = variable_paths(model)
+    if not paths:
+        why = "; its own code has set trainable = False, which is for the rules to do" if model.weights else ""
+        raise UserError(f"model {model.name!r} has no trainable variables: nothing can be selected{why}")
+    for path, count in collections.Counter(paths).items():
+        if count > 1:
+            raise UserError(f"{count} variables have the path {path!r}: name the layers apart")
+    return paths
 
 
 def _levels(where: str, rule: Rule, reduction: Any, between_hosts: Any) -> tuple[Any, Any]:
