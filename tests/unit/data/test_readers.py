@@ -246,15 +246,21 @@ def test_a_script_without_a_guard_is_told_from_a_process_that_died(tmp_path):
 
 
 SCRIPT = """
-import os, sys, time
-from dist_partial.data import reading, train_batches
+import os, sys, threading, time
+import numpy as np
+from dist_partial.data import reading
+from dist_partial.data.readers import readers
 from tests.unit.data.test_readers import Remote, X, Y, batches
 
 if __name__ == "__main__":
     with reading(processes=2):
         found = iter(batches(Remote(X, Y)))
         pids = {int(next(found)[0][0, 0]) for _ in range(8)}
-        busy = iter(batches(Remote(X[:24], Y[:24])))  # both read for ever, soon
+        source = Remote(X[:24], Y[:24])
+        read = readers().reader(source)
+        for _ in pids:  # both read for ever
+            threading.Thread(target=read, args=(np.array([17]), None), daemon=True).start()
+        time.sleep(1.0)
         print(*pids, flush=True)
         if sys.argv[1] == "error":
             raise RuntimeError("no such luck")
@@ -278,7 +284,6 @@ def test_processes_end_with_the_one_that_started_them(number, tmp_path):
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert len(pids) == 2 and all(psutil.pid_exists(pid) for pid in pids)
         if number:
-            time.sleep(1.0)  # so that they read
             process.send_signal(number)
         process.wait(timeout=60)
     until = time.monotonic() + 30
