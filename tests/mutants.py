@@ -797,7 +797,7 @@ MUTANTS = [
     # Runs from Python.
     changed(
         "names of layers as the process has numbered them",
-        "api/given.py",
+        "api/model.py",
         "        return names if old is None or new is not None else {}\n",
         "        return {}\n",
         "unit/api/test_train.py::test_a_cell_may_be_run_twice",
@@ -815,6 +815,27 @@ MUTANTS = [
         "zip(pairs, self._trainable, strict=True)",
         "zip(pairs, [layer.trainable for layer, _ in pairs], strict=True)",
         "unit/api/test_train.py::test_a_model_that_draws_and_one_with_statistics",
+    ),
+    changed(
+        "what is left of a run is the first replica's own",
+        "api/training.py",
+        "with outer_step.agreed(state.strategy, state.fragments):",
+        "if True:",
+        "unit/api/test_train.py::test_what_replicas_agree_on_is_what_is_left_between_exchanges",
+    ),
+    changed(
+        "single variables of a copy that are no longer frozen",
+        "models/copies.py",
+        "if variable.trainable != trainable:",
+        "if False:",
+        "unit/api/test_given.py::test_what_the_user_has_frozen_stays_frozen",
+    ),
+    changed(
+        "an optimizer without what it excludes",
+        "step/optimizers.py",
+        "        setattr(other, name, value)\n",
+        "        pass\n",
+        "unit/api/test_given.py::test_a_used_optimizer_keeps_its_exclusions",
     ),
 ]
 

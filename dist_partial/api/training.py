@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from dist_partial.api import given, result
+from dist_partial.api.model import Model
 from dist_partial.api.result import Result
 from dist_partial.config import gin_text
 from dist_partial.config.settings import Settings
@@ -82,13 +83,9 @@ def train(
     """
     with spoken():
         _check_names(settings)
-        if rules is None:
-            raise UserError(
-                "train has no rules: give lines of ('train' or 'freeze', pattern of paths), of which the first that "
-                f"fits a variable counts, such as {_example(model)}; rules=[('train', '.*')] trains all"
-            )
+        rules = _checked_rules(rules, model)
         examples = given.Data(data, evaluation)
-        made = given.Model(model, examples, rules)
+        made = Model(model, examples, rules)
         compiled = made.compiled()
         if "loss" in settings:
             compiled.pop("loss_weights", None)  # of the other loss
@@ -100,7 +97,7 @@ def train(
             return _run(bound, made, examples, place)
 
 
-def _run(settings: Settings, model: given.Model, data: given.Data, folder: Path) -> Result:
+def _run(settings: Settings, model: Model, data: given.Data, folder: Path) -> Result:
     going_on = any((folder / "checkpoints").glob("step-*"))
 
     def operative() -> str:
@@ -181,10 +178,16 @@ def _place(folder: str | Path | None, model: Any) -> Iterator[Path]:
             place.rmdir()  # which is empty after a mistake
 
 
-def _example(model: Any) -> str:
-    """Rules that train the last layer of a model."""
+def _checked_rules(rules: Sequence[Any] | None, model: Any) -> Sequence[Any]:
+    """The rules; without any, those that train the last layer of the model are the example in the message."""
+    if rules is not None:
+        return rules
     paths = variable_paths(model) if isinstance(model, keras.Model) and model.weights else ["head/kernel"]
-    return f"rules=[('train', '{paths[-1].rpartition('/')[0] or paths[-1]}/.*'), ('freeze', '.*')]"
+    example = f"rules=[('train', '{paths[-1].rpartition('/')[0] or paths[-1]}/.*'), ('freeze', '.*')]"
+    raise UserError(
+        "train has no rules: give lines of ('train' or 'freeze', pattern of paths), of which the first that fits a "
+        f"variable counts, such as {example}; rules=[('train', '.*')] trains all"
+    )
 
 
 def _check_names(settings: dict[str, Any]) -> None:

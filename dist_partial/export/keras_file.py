@@ -45,8 +45,7 @@ def write_keras(path: Path, built: Trainer, _: int | None) -> str:
     if any(getattr(layer, "quantization_mode", None) for layer in compat.layers(model)):
         hint = "Keras 3.15 cannot load all models with layers in int8: write --format=savedmodel or safetensors"
     name = f"model {model.name!r}"
-    kinds = {type(layer) for layer in compat.layers(model) if type(layer).__module__.split(".")[0] != "keras"}
-    own = {kind.__name__: kind for kind in kinds if keras.saving.get_registered_name(kind) == kind.__name__}
+    own = {kind.__name__: kind for kind in _kinds(model) if keras.saving.get_registered_name(kind) == kind.__name__}
     notes = ""
     try:
         model.save(path)
@@ -72,10 +71,20 @@ def write_keras(path: Path, built: Trainer, _: int | None) -> str:
         raise UserError(f"{name} is another model when its .keras file is loaded; {hint}")
     if lost := sorted({v.dtype for v in model.variables} - {v.dtype for v in loaded.variables}):
         notes += f"; what it holds in {', '.join(lost)} loads in the layers' own dtype"
-    modules = {kind.__module__.split(".src.")[0] for kind in kinds}
-    notes += f"; import {', '.join(sorted(modules))} before loading it" if modules else ""
+    return notes + _before_loading(model, own)
+
+
+def _kinds(model: Any) -> set[type]:
+    """The classes of its layers that are not Keras's."""
+    return {type(layer) for layer in compat.layers(model) if type(layer).__module__.split(".")[0] != "keras"}
+
+
+def _before_loading(model: Any, own: dict[str, type]) -> str:
+    """What whoever loads the file has to do first, for classes that are not registered by those names, too."""
+    modules = {kind.__module__.split(".src.")[0] for kind in _kinds(model)}
+    note = f"; import {', '.join(sorted(modules))} before loading it" if modules else ""
     places = ", ".join(f"{name!r}: {own[name].__module__}.{name}" for name in sorted(own))
-    return notes + (f", and give load_model custom_objects={{{places}}}" if own else "")
+    return note + (f", and give load_model custom_objects={{{places}}}" if own else "")
 
 
 def _same_outputs(built: Trainer, loaded: Any) -> bool:

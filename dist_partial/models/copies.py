@@ -85,7 +85,7 @@ class ModelCopy:
         return made
 
     def classes(self) -> list[str]:
-        """Names the classes in it that are neither Keras's nor KerasHub's, as `keras_file` takes them.
+        """Names the classes in it that are the user's own, as `keras_file` takes them.
 
         Raises:
             UserError: another process cannot import one of them.
@@ -95,7 +95,7 @@ class ModelCopy:
             module, name = kind.__module__, kind.__qualname__
             if kind is keras.layers.Lambda or module == "__main__" or not hasattr(sys.modules.get(module), name):
                 raise UserError(f"it has a layer of class {kind.__name__}")
-            if module.split(".")[0] not in ("keras", "keras_hub"):
+            if module.split(".")[0] not in ("keras", "keras_hub", "dist_partial"):
                 names.append(f"{module}.{name}")
         return names
 

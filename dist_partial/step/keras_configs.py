@@ -89,20 +89,22 @@ def exclusions(optimizer: Any, members: Sequence[Any]) -> dict[str, Any]:
     return {"paths": paths, "pattern": names} if paths or names else {}
 
 
-def exclude_from_weight_decay(optimizer: Callable[..., Any], names: Sequence[str], **arguments: Any) -> Any:
+def exclude_from_weight_decay(
+    optimizer: Callable[..., Any], names: Sequence[str], learning_rate: Any = None
+) -> keras.optimizers.Optimizer:
     """Makes an optimizer that excludes variables from weight decay: those whose names have one of these parts.
 
     Args:
         optimizer: makes it.
         names: such as ["bias", "gamma"].
-        arguments: for `optimizer`, such as a rule's learning rate.
+        learning_rate: of a rule; None is the optimizer's own.
 
     Examples:
         >>> made = exclude_from_weight_decay(keras.optimizers.AdamW, ["bias"], learning_rate=0.5)
         >>> exclusions(made, members=())["pattern"], float(made.learning_rate)
         ('bias', 0.5)
     """
-    made = optimizer(**arguments)
+    made = optimizer() if learning_rate is None else optimizer(learning_rate=learning_rate)
     made.exclude_from_weight_decay(var_names=list(names))
     return made
 
