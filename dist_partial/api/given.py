@@ -20,7 +20,7 @@ from dist_partial.data.adapt import makes_data
 from dist_partial.distributed.replicas import ReplicaOptions, Replicas
 from dist_partial.errors import UserError, calling, first_line
 from dist_partial.files import replacing
-from dist_partial.models import ModelCopy, keras_file, numbered_names
+from dist_partial.models import ModelCopy, inputs, keras_file, numbered_names
 from dist_partial.selection.paths import variable_paths
 from dist_partial.selection.rules import first_match, parse_rules
 from dist_partial.step import layer_state
@@ -93,6 +93,7 @@ class Model:
             source = data().train
             x = fetch(source, np.resize(looks(source), layer_state.batch_size(given) or 2))[0]
             x = tf.nest.map_structure(tf.constant, x)
+        inputs.check_inputs(given, data().name, source.spec[0])
         with calling("run.model"):
             if not given.weights:
                 given(x, training=False)
@@ -226,9 +227,7 @@ def _selection(rules: Sequence[Any], paths: Sequence[str]) -> list[int | None] |
     """The number of the rule of each path; None if the table does not fit them."""
     table = parse_rules(rules)
     found = [first_match(table, path) for path in paths]
-    if None in found or len(set(found)) < len(table):
-        return None
-    return found
+    return None if None in found or len(set(found)) < len(table) else found
 
 
 class Optimizer:

@@ -1,5 +1,9 @@
 """A model that Keras has saved, to go on from."""
 
+import warnings
+from pathlib import Path
+from typing import Any
+
 import keras
 
 from dist_partial.errors import UserError, first_line
@@ -31,9 +35,30 @@ def keras_file(path: str) -> keras.Model:
     if file.suffix not in (".keras", ".h5"):
         raise UserError(f"keras_file.path is {path!r}: Keras reads files that end in .keras or .h5, which it has saved")
     try:
-        model = keras.saving.load_model(file, compile=False)
+        model = load_uncompiled(file)
     except Exception as error:  # Keras raises whatever the file leads to
         raise UserError(f"Keras cannot load {path}: {first_line(error)}") from error
     if not isinstance(model, keras.Model):
         raise UserError(f"{path} holds a {type(model).__name__} and no model")
     return model
+
+
+def load_uncompiled(path: Path, safe_mode: bool = True) -> Any:
+    """Loads a model without its optimizer, and without Keras's warning that the optimizer lacks variables.
+
+    A task of KerasHub compiles itself when it is made, so that Keras finds an optimizer in spite of `compile=False`.
+
+    Args:
+        path: of the .keras file.
+        safe_mode: whether Keras refuses lambdas.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     keras.Sequential([keras.Input([4]), keras.layers.Dense(1)], name="m").save(f"{folder}/mine.keras")
+        ...     load_uncompiled(Path(folder, "mine.keras")).name
+        'm'
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
+        return keras.saving.load_model(path, compile=False, safe_mode=safe_mode)
