@@ -16,7 +16,7 @@ from dist_partial.config.gin_text import has_name
 from dist_partial.config.settings import PRECISIONS
 from dist_partial.data import fetch, looks
 from dist_partial.errors import UserError, calling
-from dist_partial.models import ModelCopy, keras_file, numbered_names
+from dist_partial.models import ModelCopy, inputs, keras_file, numbered_names
 from dist_partial.selection.paths import variable_paths
 from dist_partial.selection.rules import first_match, parse_rules
 from dist_partial.step import layer_state
@@ -48,6 +48,7 @@ class Model:
             source = data().train
             x = fetch(source, np.resize(looks(source), layer_state.batch_size(given) or 2))[0]
             x = tf.nest.map_structure(tf.constant, x)
+        inputs.check_inputs(given, data().name, source.spec[0])
         with calling("run.model"):
             if not given.weights:
                 given(x, training=False)

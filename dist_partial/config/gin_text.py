@@ -58,7 +58,7 @@ def text(settings: Settings) -> str:
     Examples:
         >>> from dist_partial.data import stdlib_shapes
         >>> from dist_partial.models import two_dense
-        >>> adam = functools.partial(keras.optimizers.Adam, learning_rate=0.01)
+        >>> adam = functools.partial(keras.optimizers.Adam, 0.01)
         >>> print(text(Settings([("train", ".*")], two_dense, stdlib_shapes, adam, steps=5)))
         # What was given to dist_partial.train.
         run.rules = [('train', '.*')]
@@ -126,9 +126,7 @@ class _Writer:
                 return self._value(made)
             return f"{{{', '.join(f'{self._value(k)}: {self._value(each)}' for k, each in value.items())}}}"
         if isinstance(value, functools.partial):
-            if value.args:
-                raise _Unwritable(shown(value))
-            return self._configured(value.func, value.keywords)
+            return self._configured(value.func, _by_name(value) | value.keywords)
         if (found := getattr(value, "instance", None)) is not None:  # a factory of what is like this one
             return self._made(found)
         if inspect.isclass(value) or inspect.isfunction(value):
@@ -185,6 +183,14 @@ def _left_out(value: Any) -> list[str]:
         return sorted(left_out(value))
     except Exception as error:  # of a class of the user's, whose get_config is not what its __init__ takes
         raise _Unwritable(f"{shown(value)} ({first_line(error)})") from error
+
+
+def _by_name(partial: functools.partial[Any]) -> dict[str, Any]:
+    """What a partial function was given by position, under the names of its parameters."""
+    parameters = list(inspect.signature(partial.func).parameters.values())[: len(partial.args)]
+    if len(parameters) < len(partial.args) or any(each.kind is not each.POSITIONAL_OR_KEYWORD for each in parameters):
+        raise _Unwritable(shown(partial))
+    return {each.name: value for each, value in zip(parameters, partial.args, strict=True)}
 
 
 def _default(field: Any) -> Any:

@@ -11,6 +11,7 @@ from dist_partial import compat
 from dist_partial.adapters import lora, quantization
 from dist_partial.data import fetch
 from dist_partial.errors import UserError, first_line
+from dist_partial.models.keras_file import load_uncompiled
 from dist_partial.step import layer_state
 from dist_partial.training.build import Trainer
 
@@ -52,11 +53,11 @@ def write_keras(path: Path, built: Trainer, _: int | None) -> str:
         keras.config.set_floatx("float32")  # as in a new process
         keras.config.set_dtype_policy("float32")
         # What a Lambda layer holds is this process's own code.
-        loaded = keras.saving.load_model(path, own, compile=False, safe_mode=False)
+        loaded = load_uncompiled(path, own, safe_mode=False)
         if policies(loaded) != policies(model):
             keras.config.set_floatx(floatx)
             keras.config.set_dtype_policy(policy)
-            loaded = keras.saving.load_model(path, own, compile=False, safe_mode=False)
+            loaded = load_uncompiled(path, own, safe_mode=False)
             notes = f"; call keras.config.set_dtype_policy({policy.name!r}) before loading it"
             if floatx != "float32":
                 notes = f"; call keras.config.set_floatx({floatx!r}) and" + notes.removeprefix("; call")

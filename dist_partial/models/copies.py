@@ -44,7 +44,7 @@ class ModelCopy:
         weights: Sequence[Any] | None = None,
     ) -> None:
         self.model, self._names, self._example, self._weights = model, names or {}, example, weights
-        self._trainable = [layer.trainable for layer in compat.layers(model)]  # a run puts some into other modes
+        self._trainable = {id(layer): layer.trainable for layer in compat.layers(model)}  # a run changes some
         self._variables = [variable.trainable for variable in model.weights]  # of which users freeze single ones
         own = {type(layer) for layer in compat.layers(model) if not type(layer).__module__.startswith("keras.")}
         self._own = {name: kind for kind in own for name in (keras.saving.get_registered_name(kind), kind.__name__)}
@@ -65,9 +65,10 @@ class ModelCopy:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 made = keras.saving.deserialize_keras_object(copy.deepcopy(self._config), self._own, safe_mode=False)
-            pairs = list(zip(compat.layers(self.model), compat.layers(made), strict=True))
-            for (layer, other), trainable in zip(pairs, self._trainable, strict=True):
+            pairs = _pairs(self.model, made)
+            for layer, other in pairs:
                 _adapt(layer, other)
+                trainable = self._trainable.get(id(layer), layer.trainable)
                 if other.trainable != trainable:
                     other.trainable = trainable
             if weights and not made.weights:
@@ -173,6 +174,27 @@ def numbered_names(model: keras.Model) -> dict[str, str]:
 
 def _base(name: str) -> str:
     return re.sub(r"_\d+$", "", name)
+
+
+def _pairs(model: Any, made: Any) -> list[tuple[Any, Any]]:
+    """A model and the layers in it, each with that of a copy.
+
+    The copy lacks what a layer makes in its first call, as preprocessors of KerasHub do, until its own first call.
+
+    Raises:
+        ValueError: it lacks something that has weights or a vocabulary, or has something more.
+    """
+    found, seen = [(model, made)], {id(model)}
+    for layer, other in found:  # which grows
+        ours, theirs = compat.direct_layers(layer), compat.direct_layers(other)
+        for late in ours[len(theirs) :]:
+            if late.weights or any(hasattr(each, "save_assets") for each in compat.layers(late)):
+                raise ValueError(f"its layer {late.name!r} is not made by __init__")
+        for pair in zip(ours[: len(theirs)], theirs, strict=True):
+            if id(pair[0]) not in seen:  # layers may be shared
+                seen.add(id(pair[0]))
+                found.append(pair)
+    return found
 
 
 def _adapt(layer: Any, other: Any) -> None:

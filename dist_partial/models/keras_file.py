@@ -1,7 +1,10 @@
 """A model that Keras has saved, to go on from."""
 
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import keras
 
@@ -35,9 +38,7 @@ def keras_file(path: str, classes: Sequence[str] = ()) -> keras.Model:
     if file.suffix not in (".keras", ".h5"):
         raise UserError(f"keras_file.path is {path!r}: Keras reads files that end in .keras or .h5, which it has saved")
     try:
-        model = keras.saving.load_model(
-            file, {name.rpartition(".")[2]: _found(name) for name in classes}, compile=False
-        )
+        model = load_uncompiled(file, {name.rpartition(".")[2]: _found(name) for name in classes})
     except UserError:
         raise
     except Exception as error:  # Keras raises whatever the file leads to
@@ -53,3 +54,25 @@ def _found(name: str) -> type:
     if found is None:
         raise UserError(f"keras_file.classes has {name!r}, which is not there: write import {module or 'its module'}")
     return found
+
+
+def load_uncompiled(path: Path, classes: Mapping[str, Any] = {}, safe_mode: bool = True) -> Any:
+    """Loads a model without its optimizer, and without Keras's warning that the optimizer lacks variables.
+
+    A task of KerasHub compiles itself when it is made, so that Keras finds an optimizer in spite of `compile=False`.
+
+    Args:
+        path: of the .keras file.
+        classes: of the user's, by the names that the file has.
+        safe_mode: whether Keras refuses lambdas.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     keras.Sequential([keras.Input([4]), keras.layers.Dense(1)], name="m").save(f"{folder}/mine.keras")
+        ...     load_uncompiled(Path(folder, "mine.keras")).name
+        'm'
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
+        return keras.saving.load_model(path, dict(classes), compile=False, safe_mode=safe_mode)
