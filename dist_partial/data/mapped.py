@@ -260,23 +260,6 @@ class _Generators(keras.StatelessScope):
         return self._states.setdefault(id(variable), tf.cast(tf.cast(self._seed, tf.int64) + apart, variable.dtype))
 
 
-def stages(source: "Source") -> tuple["Source", list[Mapped]]:
-    """Finds what is read by `fetch`, and the functions of TensorFlow that its examples go through then, in order.
-
-    Examples:
-        >>> from dist_partial.data import ArraySource
-        >>> base = ArraySource(np.arange(3.0))
-        >>> found, functions = stages(Mapped(Mapped(base, lambda x: x + 1, numpy=True), lambda x: x / 2))
-        >>> found.source is base, [function.numpy for function in functions]
-        (True, [False])
-    """
-    functions: list[Mapped] = []
-    while isinstance(source, Mapped) and not source.numpy:
-        functions.insert(0, source)
-        source = source.source
-    return source, functions
-
-
 def _parts(mapped: Mapped, found: Any) -> tuple[Any, ...]:
     """What a function gives for an example as a tuple of its parts."""
     parts = without_lists(tuple(found)) if isinstance(found, (tuple, list)) else (found,)

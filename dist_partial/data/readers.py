@@ -9,7 +9,7 @@ import pickle
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,7 +50,8 @@ class Readers:
             if self._threads or trait(source, "thread_safe", False):
                 return functools.partial(fetch, source)
             # Training and evaluations read at the same time, often parts of one source.
-            return functools.partial(_alone, self._locks.setdefault(id(innermost(source)), threading.Lock()), source)
+            bases = sorted({id(base) for base in innermost(source)})  # in one order, or two might wait for each other
+            return functools.partial(_alone, [self._locks.setdefault(i, threading.Lock()) for i in bases], source)
         try:
             content = pickle.dumps(source)
         except Exception as error:  # pickle raises this and that
@@ -69,8 +70,12 @@ class Readers:
             self._pool.close()
 
 
-def _alone(lock: threading.Lock, source: "Source", indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
-    with lock:
+def _alone(
+    locks: Sequence[threading.Lock], source: "Source", indices: np.ndarray, draws: np.ndarray | None
+) -> tuple[Any, ...]:
+    with contextlib.ExitStack() as held:
+        for lock in locks:
+            held.enter_context(lock)
         return fetch(source, indices, draws)
 
 
