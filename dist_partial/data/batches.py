@@ -16,8 +16,8 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.data.draws import draws
+from dist_partial.data.forks import stages
 from dist_partial.data.held_out import Part
-from dist_partial.data.mapped import Mapped, stages
 from dist_partial.data.order import places, shuffled
 from dist_partial.data.readers import readers
 from dist_partial.data.reading import as_op, fetch, trait
@@ -191,7 +191,7 @@ def _streamed(source: Source, batches: tf.data.Dataset, seed: int) -> tf.data.Da
     return _untuned(batches).prefetch(PREFETCHED)
 
 
-def _through(batches: tf.data.Dataset, functions: Sequence[Mapped]) -> tf.data.Dataset:
+def _through(batches: tf.data.Dataset, functions: Sequence[Any]) -> tf.data.Dataset:
     """Passes each example of (batches, seeds) through the functions, several at a time."""
 
     @tf.autograph.experimental.do_not_convert  # which takes a while, for nothing

@@ -237,23 +237,6 @@ class Mapped:
         return called.get_concrete_function(spec, tf.TensorSpec([None, 2], tf.int32))
 
 
-def stages(source: "Source") -> tuple["Source", list[Mapped]]:
-    """Finds what is read by `fetch`, and the functions of TensorFlow that its examples go through then, in order.
-
-    Examples:
-        >>> from dist_partial.data import ArraySource
-        >>> base = ArraySource(np.arange(3.0))
-        >>> found, functions = stages(Mapped(Mapped(base, lambda x: x + 1, numpy=True), lambda x: x / 2))
-        >>> found.source is base, [function.numpy for function in functions]
-        (True, [False])
-    """
-    functions: list[Mapped] = []
-    while isinstance(source, Mapped) and not source.numpy:
-        functions.insert(0, source)
-        source = source.source
-    return source, functions
-
-
 def functions_of(source: Any) -> list[Mapped]:
     """Lists the functions that examples of a source go through, in order; one after the other where it joins sources.
 

@@ -11,7 +11,7 @@ import signal
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,8 @@ class Readers:
             if self._threads or trait(source, "thread_safe", False):
                 return functools.partial(fetch, source)
             # Training and evaluations read at the same time, often parts of one source.
-            return functools.partial(_alone, self._locks.setdefault(id(innermost(source)), threading.Lock()), source)
+            bases = sorted({id(base) for base in innermost(source)})  # in one order, or two might wait for each other
+            return functools.partial(_alone, [self._locks.setdefault(i, threading.Lock()) for i in bases], source)
         if self._pool is None:
             self._pool = _Processes(self._count)
         return self._pool.reader(source)
@@ -90,8 +91,12 @@ def _end(iterator: Any) -> None:
     tf.raw_ops.MakeIterator(dataset=empty, iterator=handle)
 
 
-def _alone(lock: threading.Lock, source: "Source", indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
-    with lock:
+def _alone(
+    locks: Sequence[threading.Lock], source: "Source", indices: np.ndarray, draws: np.ndarray | None
+) -> tuple[Any, ...]:
+    with contextlib.ExitStack() as held:
+        for lock in locks:
+            held.enter_context(lock)
         return fetch(source, indices, draws)
 
 

@@ -77,8 +77,8 @@ class Collectives:
     Attributes:
         backend: the workers' own connections, or None for TensorFlow's collectives.
         pack_bytes: up to how many bytes travel as one.
-        level: which replicas exchange: all, those `INSIDE` a worker, or, `BETWEEN` workers, one of each: its others have
-            the same.
+        level: which replicas exchange: all, those `INSIDE` a worker, or, `BETWEEN` workers, one of each: its others
+            have the same.
 
     Examples:
         >>> requests = [AllReduceRequest(tf.constant([[1.0], [2.0]])), AllReduceRequest(tf.constant([3.0, 4.0, 5.0]))]

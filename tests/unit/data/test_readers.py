@@ -17,7 +17,7 @@ import psutil
 import pytest
 import tensorflow as tf
 
-from dist_partial.data import ArraySource, Dataset, Mapped, hold_out, reading, started, train_batches
+from dist_partial.data import ArraySource, Dataset, Mapped, hold_out, mix, reading, started, train_batches
 from dist_partial.data.readers import readers
 from dist_partial.errors import Fault, UserError, of_graph
 from tests import ROOT
@@ -80,8 +80,9 @@ def test_training_and_evaluation_do_not_read_one_source_at_the_same_time():
     """By itself, and through a function of the user's in NumPy, even where the source allows it."""
     whole = Alone(X, Y)
     train, held_out = hold_out(whole, 0.5)
+    mixed = mix([(Dataset("n", train, held_out, "1"), 1), (Dataset("n", held_out, train, "2"), 1)])
     with reading():
-        made = [iter(batches(train)), iter(batches(held_out))]
+        made = [iter(batches(each)) for each in (train, held_out, mixed.train, Mapped(held_out, lambda x, y: (x, y)))]
         for _ in range(6):
             for each in made:
                 next(each)
