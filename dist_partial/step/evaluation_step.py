@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from dist_partial.distributed.collectives import Collectives, run_rounds
+from dist_partial.distributed.per_replica import local_count
 from dist_partial.reductions.base import total
 from dist_partial.step.gradients import local_sum, model_outputs, own_part
 from dist_partial.step.objective import Batch, Objective
@@ -36,15 +37,18 @@ def evaluation_steps(spec: EvaluationSpec, iterator: Any, steps: tf.Tensor, exam
         spec: what it computes with.
         iterator: of this worker's batches.
         steps: number of batches, an int32 scalar.
-        examples: number of examples in each; what a batch holds beyond them fills it up.
+        examples: number of examples in each over all workers; what a batch holds beyond this worker's fills it up.
 
     Returns:
         float64 [1 + numbers of the metrics], this worker's sums: of the batches' losses, and of what they add to the
         metrics.
     """
 
+    room = -(-examples // spec.strategy.num_replicas_in_sync) * local_count(spec.strategy)
+
     def one_step(i: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        own = spec.strategy.run(replica_sums, args=(spec, next(iterator), examples))
+        batch = tf.nest.map_structure(lambda tensor: tensor[:room], next(iterator))
+        own = spec.strategy.run(replica_sums, args=(spec, batch, examples))
         return i + 1, sums + local_sum(spec.strategy, own)
 
     start = (tf.constant(0), tf.zeros([1 + spec.objective.size(training=False)], tf.float64))

@@ -1,6 +1,7 @@
 """Evaluation: on all replicas, when it is due, made up for where it failed; and samples after it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import tensorflow as tf
 
 from dist_partial import checkpoints
 from dist_partial.config.settings import Sampling
-from dist_partial.data import Dataset, Source, evaluation_batches
+from dist_partial.data import Dataset, Source, evaluation_batches, trait
 from dist_partial.distributed.per_replica import input_context
 from dist_partial.errors import UserError, calling
 from dist_partial.models.sampling import Generation, generate
@@ -146,22 +147,23 @@ def prepare_evaluation(
         A function that makes one pass and returns `loss`, the metrics by name, and `examples`. As in `Model.evaluate`
         the loss is the mean over the examples of the loss of their batch, the last of which may be shorter.
     """
-    whole = examples // global_batch * global_batch
-    rest = examples - whole
-    padded = -(-rest // context.num_replicas_in_sync) * context.num_replicas_in_sync
-    passes = []
-    for first, count, batch, own in ((0, whole, global_batch, global_batch), (whole, rest, padded, rest)):
-        if count:
-            batches = evaluation_batches(source, first=first, examples=count, global_batch=batch, context=context)
-            # After a pass the batches start over, so one iterator serves them all.
-            arguments = iter(batches), tf.constant(-(-count // batch)), own
-            step.get_concrete_function(*arguments)  # a mistake in the model or the loss shows before the training
-            passes.append(arguments)
+    whole, rest = divmod(examples, global_batch)
+    make = functools.partial(evaluation_batches, source, examples=examples, global_batch=global_batch, context=context)
+    batches = [make()]
+    # Batches of so many examples, and how many such batches there are.
+    passes = [(own, tf.constant(count)) for own, count in ((global_batch, whole), (rest, 1)) if own and count]
+    for own, count in passes:
+        # A mistake in the model or the loss shows before the training.
+        step.get_concrete_function(tf.data.IteratorSpec(batches[0].element_spec), count, own)
 
     def evaluate() -> dict[str, float]:
+        iterator = iter(batches[0] if batches else make())
+        if trait(source, "streamed", False):
+            batches.clear()  # a stream begins again by the user's function
         # The sum over batches of their losses, each of as many examples as the pass has in a batch.
-        sums = total(tf.concat([step(*arguments) for arguments in passes], axis=0).numpy()).reshape(len(passes), -1)
-        loss = sum(row[0] * own for row, (*_, own) in zip(sums, passes, strict=True)) / examples
+        sums = total(tf.concat([step(iterator, count, own) for own, count in passes], axis=0).numpy())
+        sums = sums.reshape(len(passes), -1)
+        loss = sum(row[0] * own for row, (own, _) in zip(sums, passes, strict=True)) / examples
         return {"loss": float(loss), **objective.results(sums[:, 1:].sum(axis=0), training=False), "examples": examples}
 
     return evaluate
