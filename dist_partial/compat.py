@@ -635,7 +635,7 @@ def tensorflow_seed() -> tuple[int | None, Any]:
 def set_tensorflow_seed(state: tuple[int | None, Any]) -> None:
     """Puts back what `tensorflow_seed` gave: random numbers go on as if nothing had been drawn since.
 
-    TensorFlow 2.21: `tf.random.set_seed` begins again, and takes no None. Unnecessary with a public way to put it back.
+    TensorFlow 2.21: `tf.random.set_seed` begins again. Unnecessary with a public way to put it back.
     """
     from tensorflow.python.eager import context
 

@@ -40,7 +40,7 @@ class Stream:
 
     Examples:
         >>> stream = Stream(tf.data.Dataset.from_tensor_slices(([1.0, 2.0, 3.0], [4, 5, 6])).batch(2))
-        run.data: the tf.data.Dataset gives batches: they are taken apart into examples, in their order
+        run.data: the tf.data.Dataset gives batches, which are taken apart into examples, ...
         >>> len(stream), stream.spec[0]
         (3, TensorSpec(shape=(), dtype=tf.float32, name=None))
         >>> stream.fetch(np.array([2, 3]))[1].tolist()
@@ -181,7 +181,13 @@ def _batched(dataset: tf.data.Dataset, batched: bool | None) -> bool:
     if batched is None:
         batched = compat.is_batched(dataset)
         if batched and len(axes) == 1 and "none" not in axes:
-            print("run.data: the tf.data.Dataset gives batches: they are taken apart into examples, in their order")
+            print(
+                "run.data: the tf.data.Dataset gives batches, which are taken apart into examples, in their order; if "
+                "they are examples, give dist_partial.Stream(dataset, batched=False)"
+            )
     if batched and "none" in axes:
-        raise UserError(f"the tf.data.Dataset gives {dataset.element_spec}, which are no batches: say batched=False")
+        raise UserError(
+            f"the tf.data.Dataset gives {dataset.element_spec}, which are no batches: give Stream(dataset, "
+            "batched=False)"
+        )
     return batched

@@ -133,7 +133,7 @@ def test_one_tensor_is_x():
     [
         (lambda: Stream([1, 2]), r"got \[1, 2\]: give a tf.data.Dataset"),
         (lambda: Stream(tf.data.Dataset.range(3).map(lambda i: tf.range(i))), r"shape=\(None,\).* tf.ensure_shape"),
-        (lambda: Stream(numbers(), batched=True), "no batches: say batched=False"),
+        (lambda: Stream(numbers(), batched=True), r"no batches: give Stream\(dataset, batched=False\)"),
         (lambda: train(Stream(numbers(0)))(contexts(1, 1)[0]), "is empty"),
         (lambda: train(Stream(numbers()))(contexts(1, 5)[0]), "run.global_batch=12 .* 5 replicas"),
         (
