@@ -640,6 +640,37 @@ def is_batched(dataset: Any) -> bool:
         dataset = inputs[0]
 
 
+def tensorflow_seed() -> tuple[int | None, Any]:
+    """Gives TensorFlow's seed, and the generator that goes on from it, for `set_tensorflow_seed`.
+
+    TensorFlow 2.21: `tf.random.set_seed` has no counterpart that reads it. Unnecessary with one.
+
+    Examples:
+        >>> import tensorflow as tf
+        >>> before = tensorflow_seed()
+        >>> tf.random.set_seed(7)
+        >>> tensorflow_seed()[0]
+        7
+        >>> set_tensorflow_seed(before)
+    """
+    from tensorflow.python.eager import context
+
+    return context.context()._seed, getattr(context.context(), "_rng", None)  # which a first seed makes
+
+
+def set_tensorflow_seed(state: tuple[int | None, Any]) -> None:
+    """Puts back what `tensorflow_seed` gave: random numbers go on as if nothing had been drawn since.
+
+    TensorFlow 2.21: `tf.random.set_seed` begins again. Unnecessary with a public way to put it back.
+    """
+    from tensorflow.python.eager import context
+
+    seed, generator = state
+    context.context()._set_global_seed(seed)
+    if generator is not None:
+        context.context()._rng = generator
+
+
 def skip_collective_keys(count: int) -> None:
     """Has the next `MirroredStrategy` number its collectives from `count` keys further on.
 

@@ -690,7 +690,7 @@ MUTANTS = [
     changed(
         "a stream that each worker reads as if it were alone",
         "data/stream.py",
-        ".shard(workers, context.input_pipeline_id)",
+        ".shard(workers, worker)",
         ".shard(workers, 0)",
         "unit/data/test_stream.py::test_position_p_is_the_pth_example_on_any_number_of_workers_and_after_a_resume",
     ),

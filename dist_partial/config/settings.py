@@ -86,8 +86,9 @@ class Settings:
             None: `reduction` crosses all replicas.
         steps: updates in the whole run.
         global_batch: examples an update, over all replicas.
-        readers: threads of a worker that read batches; None: 4 where the source says that several may read it at once
-            (`thread_safe = True`), else 1.
+        readers: threads of a worker that read, a batch each, or of TFRecords and folders of images a part of one;
+            None: 8 for these, 4 where the source says that several may read it at once (`thread_safe = True`), else 1.
+            A `tf.data.Dataset` reads as it says itself.
         reader_processes: processes of a worker that read batches in place of threads, for sources and functions of
             NumPy that Python's lock would keep waiting for each other; they share the arrays of the source.
         seed: of initial weights, dropout and the order of the data.

@@ -142,7 +142,7 @@ def build(settings: Settings, replicas: Replicas) -> Trainer:
 
 def _build(settings: Settings, replicas: Replicas) -> Trainer:
     with calling("run.data"):
-        data = dataset(settings.data(), name=getattr(settings.data, "__name__", "data"))
+        data = dataset(settings.data, name=getattr(settings.data, "__name__", "data"))  # not what it makes: see Stream
         for name in ("train", "evaluation"):
             check_source(f"{name} of {data.name}", getattr(data, name))
         if settings.class_weight:

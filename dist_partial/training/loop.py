@@ -65,7 +65,7 @@ def run(
         runner, evaluate = ScheduleRunner(trainer, state, progress), evaluation.Evaluation(trainer, progress)
         judge = Judge(trainer, state)
         _enter(runner, state.step)
-        save, waits = events.Saving(trainer, folder, state), events.DataWaits()
+        save, waits = events.Saving(trainer, folder, state), events.DataWaits(trainer.data.train)
         with (
             run_folder.begun(folder, trainer, runner.plan),
             MetricWriter(folder, state.step, settings.steps, state.sent, replicas.is_chief) as writer,

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from dist_partial.config.settings import Settings
-from dist_partial.data import ArraySource, Dataset, Stream, mix, train_batches
+from dist_partial.data import ArraySource, Dataset, Stream, dataset, mix, train_batches
 from dist_partial.errors import Raised, UserError
 from dist_partial.training import loop
 from tests.helpers.files import rows
@@ -127,6 +127,34 @@ def test_a_function_that_cannot_be_repeated_is_said_and_trains(tmp_path, capsys)
     assert len(said) == 1 and said[0].startswith("jittered of run.data")
 
 
+def shuffled():
+    """Shuffles without a seed, each epoch by itself; what is held out, too."""
+
+    def make():
+        return tf.data.Dataset.from_tensor_slices((X, Y)).shuffle(40, reshuffle_each_iteration=True)
+
+    return dataset(make, lambda: make().batch(7))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_shuffle_of_tf_data_goes_on_bit_for_bit(replicas, tmp_path, capsys):
+    """Evaluations of a part of the examples, whose last batch is short, too; whatever seeds the process had."""
+
+    def trained(folder, steps):
+        settings = {"eval_every": 2, "eval_examples": 29, "replicas": lambda: in_process(replicas)}
+        return losses(tmp_path / folder, shuffled, steps, **settings)
+
+    tf.random.set_seed(5)
+    whole = trained("whole", 9)
+    trained("parts", 5)
+    parts = trained("parts", 9)
+    evaluated = rows(tmp_path / "parts" / "metrics.jsonl")[7]  # at the end of the first part
+    assert (evaluated["split"], evaluated["step"]) == ("eval", 5)
+    assert parts[:7] + parts[8:] == whole
+    assert "other examples each time" not in capsys.readouterr().out
+
+
 class Slow(ArraySource):
     def fetch(self, indices):
         time.sleep(0.1)
@@ -136,7 +164,7 @@ class Slow(ArraySource):
 def test_data_that_is_slower_than_the_steps_is_said(tmp_path, capsys):
     losses(tmp_path / "run", lambda: Dataset("slow", Slow(X, Y), ArraySource(X, Y), "1"), 20)
     said = [line for line in capsys.readouterr().out.splitlines() if "data: steps waited" in line]
-    assert len(said) == 1 and "s for examples (" in said[0] and "bind run.readers" in said[0]
+    assert len(said) == 1 and "s for examples (" in said[0] and "bind run.reader_processes" in said[0]
     losses(tmp_path / "quick", lambda: arrays(), 20)
     assert "data: steps waited" not in capsys.readouterr().out
 

@@ -402,7 +402,6 @@ def test_evaluation_is_that_of_one_device_on_every_example(reduction, weighted):
             functools.partial(evaluation_batches, source, context=topology(made.strategy).input_context),
             examples=11,
             global_batch=4,
-            replicas=made.strategy.num_replicas_in_sync,
         )
         metrics = evaluate()
         assert evaluate() == metrics

@@ -166,6 +166,20 @@ def test_is_batched():
     assert batches.element_spec == examples.map(lambda x, y: (tf.stack([x, x]), tf.stack([y, y]))).element_spec
 
 
+def test_tensorflow_seed():
+    tf.random.set_seed(5)
+    tf.random.uniform([])
+    wanted = float(tf.random.uniform([]))
+    tf.random.set_seed(5)  # the public way begins again
+    assert float(tf.random.uniform([])) != wanted
+    tf.random.set_seed(5)
+    tf.random.uniform([])
+    before = compat.tensorflow_seed()
+    tf.random.set_seed(6)
+    compat.set_tensorflow_seed(before)
+    assert float(tf.random.uniform([])) == wanted
+
+
 # ------------------------------------------------------------------------------- Keras: variables and tensors
 
 

@@ -17,7 +17,19 @@ import psutil
 import pytest
 import tensorflow as tf
 
-from dist_partial.data import ArraySource, Dataset, Mapped, hold_out, mix, reading, started, train_batches
+from dist_partial.data import (
+    ArraySource,
+    Dataset,
+    Mapped,
+    Stream,
+    faster,
+    hold_out,
+    mix,
+    reading,
+    started,
+    train_batches,
+)
+from dist_partial.data.parallel import read_parts
 from dist_partial.data.readers import readers
 from dist_partial.errors import Fault, UserError, of_graph
 from tests import ROOT
@@ -334,3 +346,30 @@ def test_the_garbage_collector_survives_a_dropped_iterator(end):
         del dropped
         time.sleep(0.1)
     assert collected()
+
+
+@pytest.mark.parametrize("reads", [1, 12])
+def test_as_many_parts_of_records_are_read_at_once_as_are_bound(reads):
+    together = threading.Barrier(reads)
+
+    def read(indices):
+        together.wait(timeout=30)
+        return [b"%d" % index for index in indices]
+
+    with reading(threads=reads):
+        assert read_parts(read, np.arange(24)).tolist() == [b"%d" % index for index in range(24)]
+
+
+def test_what_would_help_fits_what_reads():
+    class Safe(ArraySource):
+        thread_safe = True
+
+    stream, safe, plain = Stream(tf.data.Dataset.range(3)), Safe(X, Y), ArraySource(X, Y)
+    with reading():
+        assert "num_parallel_calls" in faster(stream) and "run." not in faster(stream).replace("run.data", "")
+        assert faster(Mapped(safe, lambda x, y: (x, y))).startswith("bind run.readers to more than 4, or ")
+        assert faster(plain).startswith("bind run.reader_processes where Python computes")
+    with reading(threads=6):
+        assert faster(plain).startswith("bind run.readers to more than 6, or ")
+    with reading(processes=2):
+        assert faster(safe) == "bind run.reader_processes to more than 2"
