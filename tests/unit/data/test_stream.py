@@ -1,5 +1,7 @@
 """A tf.data.Dataset in its own order: which examples come on any number of workers, and after a resume."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -11,6 +13,8 @@ from dist_partial.data import (
     Stream,
     class_weighted,
     looks,
+    reading,
+    started,
     stream,
     train_batches,
 )
@@ -192,8 +196,8 @@ def test_an_error_in_it_says_among_which_examples(source, words, workers, worker
     made = source()
     if isinstance(made, Mapped) and worker:
         return  # the example is another worker's
-    with pytest.raises(Raised, match=words) as caught, explained():
-        elements(train(made)(contexts(workers, workers)[worker]), 3)
+    with pytest.raises(Raised, match=words) as caught, reading(), explained():
+        list(itertools.islice(started(train(made)(contexts(workers, workers)[worker])), 3))
     # In the batch of 4 of the user's that begins there, those that come first have not been given either.
     assert str(caught.value).endswith(f"; it is among the examples {places} of the tf.data.Dataset")
     assert "\n" not in str(caught.value)
@@ -203,8 +207,8 @@ def test_an_error_in_an_evaluation_or_in_what_is_skipped_says_so(monkeypatch):
     monkeypatch.setattr(stream, "_FIRST", 8)
     source = Stream(failing)
     for make, places in ((evaluate(source, 12, 20), "12 to 19"), (train(source, first_step=2), "0 to 35")):
-        with pytest.raises(Raised, match=rf"among the examples {places} of") as caught, explained():
-            elements(make(contexts(1, 1)[0]), 2)
+        with pytest.raises(Raised, match=rf"among the examples {places} of") as caught, reading(), explained():
+            list(itertools.islice(started(make(contexts(1, 1)[0])), 2))
         assert "\n" not in str(caught.value)
 
 
