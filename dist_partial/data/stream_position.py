@@ -31,6 +31,7 @@ class Position:
         self, context: tf.distribute.InputContext, global_batch: int, skipped: int = 0, end: int | None = None
     ) -> None:
         part = global_batch // context.num_input_pipelines
+        self._context = context
         self._size, self._end, self._skipped = global_batch, end, skipped
         self._offset = context.input_pipeline_id * part  # of this worker's examples in a step
         # The first example that is read for a step: those of the workers behind this one are read for its next.
@@ -61,7 +62,7 @@ class Position:
     def _pass(self, position: np.ndarray) -> np.ndarray:
         """Takes the position of the first example of a batch."""
         # After an error batches may go on, with other positions, before anybody hears of it.
-        if position == self._next + self._offset or self._is_last:
+        if position == self._first:
             if self._next == self._skipped > 0 == self._offset:
                 took = time.perf_counter() - self._began
                 print(f"run.data: skipped {self._skipped:,} examples in {took:.1f} s to go on")
@@ -80,9 +81,12 @@ class Position:
         return self._end is not None and self._next >= self._end
 
     @property
-    def _is_last(self) -> bool:
-        """Whether the last batch comes next, which may be short."""
-        return self._end is not None and self._next + self._size >= self._end
+    def _first(self) -> int:
+        """The position of this worker's first example of the next batch; the last one may be short, see `own_rows`."""
+        count = self._size if self._end is None else min(self._size, self._end - self._next)
+        workers, replicas = self._context.num_input_pipelines, self._context.num_replicas_in_sync
+        room = -(-count // replicas) * (replicas // workers)
+        return self._next + min(self._context.input_pipeline_id * room, count - 1)
 
     @property
     def failing(self) -> tuple[int, int]:
