@@ -80,7 +80,7 @@ def test_silence_loses_a_worker_and_heartbeats_keep_it(connected, monkeypatch):
     first.arrived.get(timeout=10)
     time.sleep(1.5)
     assert first.lost.empty()
-    monkeypatch.setattr(second.connections._peers[0], "send", lambda header, data: None)
+    monkeypatch.setattr(second.connections, "_look", lambda *times: None)
     assert "worker 1 (127.0.0.1:" in (text := first.lost.get(timeout=10)) and "has been silent for 0.5 s" in text
 
 
@@ -93,7 +93,7 @@ def test_what_is_no_message_loses_a_worker(connected):
 
 def spoken(text):
     """A sign of life, and the last words of a worker that has made a mistake: a header, and the text."""
-    return [struct.pack("<4sBIQQ", b"dpm2", kind, 0, 0, size) for kind, size in ((2, 0), (3, len(text)))] + [text]
+    return [struct.pack("<4sBIQQQ", b"dpm3", kind, 0, 0, size, 0) for kind, size in ((2, 0), (3, len(text)))] + [text]
 
 
 CHANGES = {
