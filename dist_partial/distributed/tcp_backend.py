@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.distributed.handshake import Link
+from dist_partial.distributed.tcp_arrays import add_up, aligned
 from dist_partial.distributed.tcp_connections import Connections, Message
 from dist_partial.errors import Ending, Fault
 
@@ -27,7 +28,6 @@ GATHER_OP = "dist_partial_gather"
 
 _PART, _FINAL = 0, 1  # a chunk yet to be summed; bytes of the result. In this order: what a sum waits for first
 _SMALLEST, _LARGEST = 2**12, 2**19  # bytes of a chunk; the next piece of a tensor travels while one is summed
-_BLOCK = 2**15  # elements that are widened at a time, so that they stay in the cache
 
 
 @dataclasses.dataclass(eq=False)
@@ -89,14 +89,14 @@ class TCPBackend:
         patience_seconds: float,
         on_loss: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """Starts the threads that send and receive.
+        """Starts the thread that sends and receives.
 
         Args:
             rank: this worker's.
             workers: 'host:port' of each, in rank order.
             links: from `rendezvous.connect`; closed by `close`.
             patience_seconds: how long another worker may be silent until it is given up.
-            on_loss: called with the reason when a worker is lost, by a thread of the backend.
+            on_loss: called with the reason when a worker is lost, by the thread.
         """
         self.rank, self.size, self.workers = rank, len(workers), list(workers)
         self.failure: Ending | None = None
@@ -107,7 +107,7 @@ class TCPBackend:
         self._outside: dict[tuple[bool, str, int], _Tensor] = {}  # of what is exchanged outside of functions
         # Of parts that were added up, by their bytes: fresh memory costs more than to fill it.
         self._spare: dict[int, list[np.ndarray]] = collections.defaultdict(list)
-        # Guards all ops and runs; notified when an op is added, a run is done, or a worker is lost.
+        # Guards all ops and runs; notified when a run is done, or a worker is lost.
         self._changed = threading.Condition()
         self._connections = Connections(workers, links, patience_seconds, self._target, self._lost)
 
@@ -210,7 +210,7 @@ class TCPBackend:
         return tensor
 
     def _begin(self, tensor: _Tensor, array: np.ndarray) -> np.int64:
-        """Puts an array to the senders and returns its run's number. Never blocks: it holds a thread of few."""
+        """Queues what is to be sent of an array; returns its run's number. Never blocks: it holds a thread of few."""
         number = tensor.ops[0].begun
         for op in tensor.ops:
             with self._changed:
@@ -249,7 +249,7 @@ class TCPBackend:
                 raise ValueError(f"run {number} of op {op.number}, where run {op.begun} is next")
             tensor = op.tensor
             if number not in tensor.results:
-                tensor.results[number] = _aligned(tensor.size, tensor.dtype)
+                tensor.results[number] = aligned(tensor.size, tensor.dtype)
             waiting = {(_FINAL, rank) for rank in op.places}
             if self.rank in op.places and not tensor.gathers:
                 waiting |= {(_PART, rank) for rank in range(self.size)}
@@ -277,7 +277,7 @@ class TCPBackend:
             if kind == _FINAL or len(run.parts) < self.size:
                 return self._tick(run, kind, rank)
         place = run.result[run.op.places[self.rank]]
-        _add_up([run.parts[k] for k in range(self.size)], place)
+        add_up([run.parts[k] for k in range(self.size)], place)
         del run.parts[self.rank]
         self._spare[place.nbytes] += run.parts.values()
         run.parts.clear()
@@ -325,29 +325,3 @@ class TCPBackend:
         with self._changed:
             self._changed.notify_all()
         self._on_loss(reason)
-
-
-def _aligned(count: int, dtype: np.dtype) -> np.ndarray:
-    """An empty array that TensorFlow takes over as it is: one that is not aligned to 64 bytes it copies."""
-    size = count * dtype.itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype)
-
-
-@np.errstate(all="ignore")  # an overflow under a loss scale is no news, and nobody sees the warnings of threads
-def _add_up(parts: Sequence[np.ndarray], total: np.ndarray) -> None:
-    """Writes the sum of the parts, added in their order, to `total`."""
-    if total.dtype.itemsize > 2 or np.issubdtype(total.dtype, np.integer):
-        first, *rest = parts
-        for part in rest:
-            first = np.add(first, part, out=total)
-        if first is not total:  # the only one
-            total[:] = first
-        return
-    for start in range(0, len(total), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        wide = parts[0][block].astype(np.float32)
-        for part in parts[1:]:
-            wide += part[block].astype(np.float32)
-        total[block] = wide

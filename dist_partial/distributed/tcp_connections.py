@@ -1,28 +1,25 @@
 """Messages between all workers over their TCP connections: headers and tags, heartbeats, and who is lost.
 
 A message is a header and bytes. One thread sends and receives all of them. It waits until a connection can be read or
-written, and moves at most a slice there before the next has its turn: neither a slow worker nor a long hash holds up
-the others. Data leaves from where it is, behind its header, and arrives where it belongs; what has come beyond it, the
-next header as a rule, is read by the same system call and kept. A connection whose next message this worker is not
-ready for is not read until `retry`.
+written, and moves at most a slice there (`tcp_peer`) before the next has its turn: neither a slow worker nor a long
+hash holds up the others. A connection whose next message this worker is not ready for is not read until `retry`.
 
 Workers that have nothing to say send a heartbeat; one that is silent for too long, or gone, is lost to the others, and
 one that ends may say why. What messages of ops mean is the caller's business (`tcp_backend`).
 """
 
-import collections
 import contextlib
-import hmac
 import math
 import selectors
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from dist_partial.distributed.handshake import Link
+from dist_partial.distributed.tcp_peer import Peer
 from dist_partial.errors import Ending, Fault, Raised, UserError
 
 HEARTBEAT_SECONDS = 5.0  # after which a worker that has nothing to send says that it is there
@@ -33,8 +30,6 @@ _MAGIC = b"dpm3"
 _HEARTBEAT = 2  # no op's: a sign of life
 _REASONS: dict[int, type[Ending]] = {3: UserError, 4: Fault, 5: Raised}  # no op's: why the worker ends, as text
 _LONGEST_REASON = 2**16  # bytes
-_SLICE = 2**20  # bytes of one connection that are sent, or received, before the next has its turn
-_AHEAD = 2**14  # bytes that are read beyond what is wanted
 
 
 class Message(NamedTuple):
@@ -56,116 +51,6 @@ class Message(NamedTuple):
 
     def header(self) -> bytes:
         return _HEADER.pack(_MAGIC, *self)
-
-
-class _Peer:
-    """Another worker and the connection to it; only the thread that sends and receives moves bytes."""
-
-    def __init__(self, rank: int, address: str, link: Link) -> None:
-        self.rank, self.address, self.link = rank, address, link
-        link.socket.setblocking(False)
-        self.lost: Ending | None = None  # why nothing more will come from it
-        self.heard = self.spoke = time.monotonic()  # when a byte last came, and left; infinite while it is not read
-        self.watched = 0  # events that the selector reports
-        self.outbox: collections.deque[tuple[bytes, Any, Callable[[], None] | None]] = collections.deque()
-        self.begun = False  # something of what was in the outbox is yet to leave
-        self.full = False  # the system takes nothing more for now
-        self._broken = False  # nothing can be sent
-        self._pieces = self._cut()
-        self._leaving: list[tuple[memoryview, Callable[[], None] | None]] = []
-        self.incoming: Generator[memoryview | None, int, None]  # yields what to fill, and is sent how much of it is
-        self.wanted: memoryview | None = None  # what it has yielded; None for nothing yet
-        self._ahead = memoryview(bytearray(_AHEAD))
-        self._kept = self._ahead[:0]  # what came beyond
-
-    def __str__(self) -> str:
-        return f"worker {self.rank} ({self.address})"
-
-    def send(self) -> None:
-        """Sends up to about a slice of what is in the outbox."""
-        size, piece = sum(len(view) for view, _ in self._leaving), None
-        while size < _SLICE and len(self._leaving) < 64 and (piece := next(self._pieces)):
-            self._leaving.append(piece)
-            size += len(piece[0])
-        if not self._leaving:
-            self.begun = False
-            return
-        try:
-            # Once it is broken, messages are dropped. What that means is for `receive` to say: what the peer has sent
-            # before may be all that is needed.
-            count = size if self._broken else self.link.socket.sendmsg([view for view, _ in self._leaving])
-            self.spoke = time.monotonic()
-        except BlockingIOError:
-            count = 0
-        except OSError:
-            self._broken, count = True, size
-        self.full, self.begun = count < size, count < size or piece is not None
-        for i, (view, sent) in enumerate(self._leaving):
-            if count < len(view):
-                self._leaving[: i + 1] = [(view[count:], sent)]
-                return
-            count -= len(view)
-            if sent:
-                sent()
-        self._leaving.clear()
-
-    def _cut(self) -> Iterator[tuple[memoryview, Callable[[], None] | None] | None]:
-        """What is to leave, with what to call then; None where the outbox is empty."""
-        seal = self.link.sending
-        while True:
-            if not self.outbox:
-                yield None
-                continue
-            header, data, sent = self.outbox.popleft()
-            records = [memoryview(each) for each in (header, data) if len(each)]
-            for view in records:
-                last = sent if view is records[-1] else None
-                for start in range(0, len(view), _SLICE):
-                    seal.update(piece := view[start : start + _SLICE])
-                    yield piece, None if seal.length or start + _SLICE < len(view) else last
-                if seal.length:
-                    yield memoryview(seal.tag()), last
-
-    def receive(self) -> None:
-        """Takes what one system call gives; raises EOFError where the peer has closed, and what `incoming` raises."""
-        assert self.wanted is not None
-        try:
-            count = self.link.socket.recvmsg_into([self.wanted, self._ahead])[0]
-        except BlockingIOError:
-            return
-        if not count:
-            raise EOFError("it closed the connection")
-        self.heard = time.monotonic()
-        filled = min(count, len(self.wanted))
-        self._kept = self._ahead[: count - filled]
-        self.go_on(filled)
-
-    def go_on(self, filled: int = 0) -> None:
-        """Says that so many bytes of what is wanted are there, and fills what is wanted then from what was kept."""
-        self.wanted = self.incoming.send(filled)
-        while self._kept and self.wanted is not None:
-            count = min(len(self._kept), len(self.wanted))
-            self.wanted[:count] = self._kept[:count]
-            self._kept = self._kept[count:]
-            self.wanted = self.incoming.send(count)
-
-    def record(self, data: Any) -> Generator[memoryview, int, None]:
-        """Fills `data`, for `incoming`; raises `Fault` where this is not what the peer has sent."""
-        seal, view = self.link.receiving, memoryview(data)
-        if not view:
-            return
-        while view:
-            count = yield view[:_SLICE]
-            seal.update(view[:count])
-            view = view[count:]
-        rest = tag = memoryview(bytearray(seal.length))
-        while rest:
-            rest = rest[(yield rest) :]
-        if not hmac.compare_digest(tag, seal.tag()):
-            raise Fault(
-                f"what comes from {self} is not what it has sent: something between the workers changes it, or adds to "
-                "it; see who can, and run the same command again"
-            )
 
 
 class Connections:
@@ -191,11 +76,12 @@ class Connections:
         """
         self._patience, self._target, self._on_loss = patience_seconds, target, on_loss
         self._interval = min(1.0, HEARTBEAT_SECONDS, patience_seconds / 4)  # between two looks at the clock
-        self._peers = {k: _Peer(k, workers[k], link) for k, link in sorted(links.items())}
+        self._peers = {k: Peer(k, workers[k], link) for k, link in sorted(links.items())}
         self._deadline: float | None = None  # once it is closed, for what is queued to leave
         self._retried = False
         self._awake = False  # the thread is about to look at the outboxes
         self._selector = selectors.DefaultSelector()
+        self._watched: dict[int, int] = {}  # the events that it reports, by rank
         self._bell, self._waker = socket.socketpair()  # a byte wakes the thread
         self._bell.setblocking(False)
         self._selector.register(self._bell, selectors.EVENT_READ)
@@ -259,10 +145,10 @@ class Connections:
                         self._receive(peer, peer.go_on)
             queued = ready = False
             for peer in self._peers.values():
-                if (peer.begun or peer.outbox) and not peer.full:
+                if peer.busy() and not peer.full:
                     peer.send()
-                more = peer.begun or bool(peer.outbox)
-                queued, ready = queued or more, ready or (more and not peer.full)
+                queued = queued or peer.busy()
+                ready = ready or (peer.busy() and not peer.full)
                 self._watch(peer)
             now = time.monotonic()
             if deadline and (not queued or now > deadline):
@@ -271,8 +157,9 @@ class Connections:
                 self._look(now, now - looked)
                 looked = now
                 continue
-            for key, events in self._selector.select(0 if ready else self._interval):
-                self._awake = True
+            reported = self._selector.select(0 if ready else self._interval)
+            self._awake = True
+            for key, events in reported:
                 if key.data is None:
                     self._bell.recv(64)
                     continue
@@ -281,18 +168,17 @@ class Connections:
                 if events & selectors.EVENT_READ:
                     self._receive(key.data, key.data.receive)
 
-    def _watch(self, peer: _Peer) -> None:
+    def _watch(self, peer: Peer) -> None:
         """Has the selector report what is waited for."""
         events = (0 if peer.wanted is None else selectors.EVENT_READ) | (selectors.EVENT_WRITE if peer.full else 0)
-        if events == peer.watched:
+        before = self._watched.get(peer.rank, 0)
+        if events == before:
             return
-        if not events:
+        if before:
             self._selector.unregister(peer.link.socket)
-        elif peer.watched:
-            self._selector.modify(peer.link.socket, events, peer)
-        else:
+        if events:
             self._selector.register(peer.link.socket, events, peer)
-        peer.watched = events
+        self._watched[peer.rank] = events
 
     def _look(self, now: float, passed: float) -> None:
         """Gives up whoever is silent for too long, and says to the others that this worker is there."""
@@ -309,15 +195,15 @@ class Connections:
                 self._lose(peer, Fault(text))
                 with contextlib.suppress(OSError):
                     peer.link.socket.shutdown(socket.SHUT_RDWR)  # what is yet to be sent to it is dropped
-            if now - peer.spoke >= min(HEARTBEAT_SECONDS, self._patience / 4) and not (peer.begun or peer.outbox):
+            if now - peer.spoke >= min(HEARTBEAT_SECONDS, self._patience / 4) and not peer.busy():
                 peer.outbox.append((Message(_HEARTBEAT, 0, 0, 0).header(), b"", None))
 
-    def _lose(self, peer: _Peer, reason: Ending) -> None:
+    def _lose(self, peer: Peer, reason: Ending) -> None:
         peer.wanted = None
         peer.lost = reason
         self._on_loss(str(reason))
 
-    def _receive(self, peer: _Peer, receive: Callable[[], None]) -> None:
+    def _receive(self, peer: Peer, receive: Callable[[], None]) -> None:
         try:
             receive()
         except Ending as reason:
@@ -328,7 +214,7 @@ class Connections:
             text = f"{peer} sent what does not fit ({error}): see that all workers run the same program and settings"
             self._lose(peer, UserError(text))
 
-    def _incoming(self, peer: _Peer) -> Generator[memoryview | None, int, None]:
+    def _incoming(self, peer: Peer) -> Generator[memoryview | None, int, None]:
         """Reads messages; raises why there will be no more."""
         header = bytearray(_HEADER.size)
         while True:
