@@ -25,6 +25,7 @@ _HOMES = {
     "Rule": "selection",
     "Sampling": "config.settings",
     "Settings": "config.settings",
+    "Stream": "data",
     "TopK": "reductions",
     "UserError": "errors",
     "csv_dataset": "data",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
-from dist_partial.errors import INTERRUPTED, Fault, Raised, UserError, raised
+from dist_partial.errors import INTERRUPTED, Fault, Interrupted, Raised, UserError, raised
 from dist_partial.files import MISTAKES
 from dist_partial.validation import nearest
 
@@ -142,6 +142,9 @@ def ending() -> Iterator[Ended]:
         if not _reader_left():  # the pipe is another one
             raise
         ended.code = UNREAD
+    except Interrupted as interrupted:
+        print(interrupted)
+        ended.code = interrupted.code
     except KeyboardInterrupt:  # before there was anything to save, or a second time
         print("stopped", file=sys.stderr)
         ended.code = INTERRUPTED

@@ -11,18 +11,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-# The methods of `collective_extended` that `distributed/tcp_strategy.py` overrides, and those of it that it calls.
-TCP_OVERRIDES = (
-    "_initialize_strategy",
-    "_get_variable_creator_initial_value",
-    "_replica_ctx_all_reduce",
-    "_batch_reduce_to",
-    "_reduce_to",
-    "_gather_to_implementation",
-)
-TCP_CALLS = ("_initialize_local", "_container_strategy")
-
-
 # ------------------------------------------------------------------------------------------------- Keras: layers
 
 
@@ -321,6 +309,23 @@ def compiled_loss(model: Any) -> Any:
     return compiled and (compiled._user_loss, compiled._user_loss_weights)
 
 
+def user_metrics(model: Any) -> tuple[Any, Any]:
+    """Returns the metrics and the weighted metrics that a model was compiled with, as `compile` was given them.
+
+    Keras 3.15: `Model.metrics` has what is made of them, once the model has been called on targets.
+    Unnecessary with a public name for both.
+
+    Examples:
+        >>> import keras
+        >>> model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
+        >>> model.compile(loss="mse", metrics=["mae"])
+        >>> user_metrics(model)
+        (['mae'], None)
+    """
+    compiled = getattr(model, "_compile_metrics", None)
+    return (compiled._user_metrics, compiled._user_weighted_metrics) if compiled else (None, None)
+
+
 def loss_function(function: Callable[..., Any], name: str | None = None) -> Any:
     """Makes a Keras loss of a function of targets and outputs, as `Model.compile` does.
 
@@ -331,6 +336,25 @@ def loss_function(function: Callable[..., Any], name: str | None = None) -> Any:
 
     name = name or str(getattr(function, "__name__", ""))
     return LossFunctionWrapper(function, name=name if name.isidentifier() else None)  # TensorFlow takes no '<lambda>'
+
+
+# Where a loss that wraps a function keeps the arguments of it.
+LOSS_ARGUMENTS = "_fn_kwargs"
+
+
+def loss_arguments(loss: Any) -> dict[str, Any]:
+    """Returns the arguments that a loss of Keras's hands to its function; {} of anything else.
+
+    Keras 3.15: `get_config` of some of them, such as Huber, leaves theirs out.
+    Unnecessary if all had them.
+
+    Examples:
+        >>> import keras
+        >>> loss_arguments(keras.losses.Huber(delta=2.0)), loss_arguments(keras.losses.MeanSquaredError())
+        ({'delta': 2.0}, {})
+    """
+    arguments = dict(getattr(loss, LOSS_ARGUMENTS, {}))
+    return arguments if type(loss).__module__.startswith("keras.") else {}
 
 
 def set_mask(tensor: Any, mask: Any) -> None:
@@ -415,7 +439,7 @@ def sum_no_gradients(optimizer: Any) -> None:
         >>> import keras
         >>> optimizer = keras.optimizers.SGD()
         >>> sum_no_gradients(optimizer)
-        >>> set(vars(optimizer)) >= OPTIMIZER_ATTRIBUTES
+        >>> "_all_reduce_sum_gradients" in vars(optimizer)
         True
     """
     if not hasattr(optimizer, "_all_reduce_sum_gradients"):
@@ -427,8 +451,10 @@ def sum_no_gradients(optimizer: Any) -> None:
     optimizer._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
 
 
-# What `sum_no_gradients` leaves on an optimizer object, for those who list its attributes.
-OPTIMIZER_ATTRIBUTES = frozenset({"_all_reduce_sum_gradients"})
+# What `sum_no_gradients`, `alias_variables` and Keras's cache leave on an optimizer object, for those who list its
+# attributes; and what `exclude_from_weight_decay` does.
+OPTIMIZER_ATTRIBUTES = frozenset({"_all_reduce_sum_gradients", "_var_key", "_exclude_from_weight_decay_cache"})
+EXCLUSIONS = frozenset({"_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"})
 
 
 def variable_key(optimizer: Any, variable: Any) -> Any:
@@ -614,6 +640,37 @@ def is_batched(dataset: Any) -> bool:
         dataset = inputs[0]
 
 
+def tensorflow_seed() -> tuple[int | None, Any]:
+    """Gives TensorFlow's seed, and the generator that goes on from it, for `set_tensorflow_seed`.
+
+    TensorFlow 2.21: `tf.random.set_seed` has no counterpart that reads it. Unnecessary with one.
+
+    Examples:
+        >>> import tensorflow as tf
+        >>> before = tensorflow_seed()
+        >>> tf.random.set_seed(7)
+        >>> tensorflow_seed()[0]
+        7
+        >>> set_tensorflow_seed(before)
+    """
+    from tensorflow.python.eager import context
+
+    return context.context()._seed, getattr(context.context(), "_rng", None)  # which a first seed makes
+
+
+def set_tensorflow_seed(state: tuple[int | None, Any]) -> None:
+    """Puts back what `tensorflow_seed` gave: random numbers go on as if nothing had been drawn since.
+
+    TensorFlow 2.21: `tf.random.set_seed` begins again. Unnecessary with a public way to put it back.
+    """
+    from tensorflow.python.eager import context
+
+    seed, generator = state
+    context.context()._set_global_seed(seed)
+    if generator is not None:
+        context.context()._rng = generator
+
+
 def skip_collective_keys(count: int) -> None:
     """Has the next `MirroredStrategy` number its collectives from `count` keys further on.
 
@@ -678,15 +735,3 @@ def called_graphs(op: Any, names: Sequence[str]) -> Iterator[Any]:
         graph = getattr(function, "graph", function)
         if hasattr(graph, "get_operations"):
             yield graph
-
-
-def collective_extended() -> Any:
-    """Returns the base class of what `MultiWorkerMirroredStrategy` extends itself by, for `tcp_strategy` to override.
-
-    TensorFlow 2.21: its strategy starts a gRPC server that listens on all addresses, and the public
-    `StrategyExtended` has no variables and no input. `TCP_OVERRIDES` and `TCP_CALLS` are the names that are used.
-    Unnecessary if a strategy could be given its own collectives, and no server.
-    """
-    from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
-
-    return CollectiveAllReduceExtended

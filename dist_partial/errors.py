@@ -81,6 +81,23 @@ class Raised(Ending):
     code = 1
 
 
+class Interrupted(Exception):
+    """Says that Ctrl-C or SIGTERM stopped a run, that everything is saved, and how to go on.
+
+    Attributes:
+        code: the exit code.
+        state: where the run is, for the one who called it; None once it has been used.
+
+    Examples:
+        >>> Interrupted("stopped at step 5 of 10, saved in runs/mine", INTERRUPTED).code
+        130
+    """
+
+    def __init__(self, message: str, code: int, state: Any = None) -> None:
+        super().__init__(message)
+        self.code, self.state = code, state
+
+
 def raised(what: str, error: BaseException) -> Raised:
     """Makes the ending of a run from an exception of `what`, such as 'run.loss', or '' if nobody knows.
 
@@ -181,11 +198,16 @@ def _frames(text: str) -> list[tuple[str, str]]:
 
 def _place(frames: Sequence[tuple[str, Any]]) -> str:
     """The last of a traceback's frames that is the user's."""
-    own = [f" ({filename}, line {line})" for filename, line in frames if _own(filename)]
+    own = [f" ({filename}, line {line})" for filename, line in frames if is_users(filename)]
     return own[-1] if own else ""
 
 
-def _own(filename: str) -> bool:
-    """Whether a file of a traceback is the user's."""
+def is_users(filename: str) -> bool:
+    """Tells whether a file of code is the user's, and not of Python, this package or an installed one.
+
+    Examples:
+        >>> is_users("/home/ada/mine.py"), is_users(traceback.__file__)
+        (True, False)
+    """
     others = ("<", str(Path(__file__).parent), str(Path(traceback.__file__).parent))
     return not filename.startswith(others) and "-packages" not in filename

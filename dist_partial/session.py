@@ -1,4 +1,4 @@
-"""What Keras keeps for a whole process: a run begins as in a new one, and leaves it as it was."""
+"""What Keras and TensorFlow keep for a process: a run begins as in a new one, and leaves it as it was."""
 
 import collections
 import contextlib
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from dist_partial import compat
 
@@ -17,7 +18,9 @@ _NUMBERED = re.compile(r"(.+?)(?:_(\d+))?")
 
 @contextlib.contextmanager
 def put_back() -> Iterator[None]:
-    """Puts Keras's floatx and dtype policy back, also after an error; random seeds stay as they are then.
+    """Puts Keras's floatx and dtype policy back, also after an error, and TensorFlow's seed; other seeds stay.
+
+    By TensorFlow's seed a `tf.data.Dataset` shuffles: what a notebook's cell makes is the same after a run.
 
     Examples:
         >>> with put_back():
@@ -26,11 +29,32 @@ def put_back() -> Iterator[None]:
         'float32'
     """
     floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
+    seed = compat.tensorflow_seed()
     try:
         yield
     finally:
+        compat.set_tensorflow_seed(seed)
         keras.config.set_floatx(floatx)
         keras.config.set_dtype_policy(policy)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Sets TensorFlow's seed, and puts it back: what is made within does not depend on what was made before.
+
+    Examples:
+        >>> def drawn():
+        ...     with seeded(1):
+        ...         return float(tf.random.uniform([]))
+        >>> drawn() == drawn()
+        True
+    """
+    before = compat.tensorflow_seed()
+    tf.random.set_seed(seed)
+    try:
+        yield
+    finally:
+        compat.set_tensorflow_seed(before)
 
 
 @contextlib.contextmanager

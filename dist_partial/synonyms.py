@@ -1,13 +1,13 @@
 """What names from elsewhere are called here: those of Keras's `fit`, of PyTorch's trainers and of other gin files."""
 
-import re
-
 # Ours, as gin files have it | what differs, after a comma or "=" | theirs, each of them once.
 _TABLE = """
 run.global_batch | , the examples of an update over all replicas | batch batch_size train_batch_size bs
 run.global_batch | = that of one replica x replicas x run.accumulate | per_device_batch_size per_replica_batch_size
     per_device_train_batch_size micro_batch_size
 run.steps | = epochs x examples / run.global_batch | epoch epochs num_epochs n_epochs max_epochs num_train_epochs
+run.steps | , of the whole run, which goes on from the newest checkpoint of its folder by itself | initial_epoch
+    last_epoch resume resume_from_checkpoint
 run.steps | , the updates of the whole run | max_steps num_steps n_steps train_steps training_steps num_train_steps
     total_steps iterations num_iterations max_iters updates
 run.steps_per_loop | , updates in one call of the compiled function | steps_per_execution
@@ -15,6 +15,8 @@ run.data | , what makes the Dataset, of training and held-out examples | dataset
     train_ds training_data dataloader train_loader input_fn
 run.data | , what makes the Dataset, whose evaluation these are | eval_data eval_dataset val_data val_dataset val_ds
     validation_data validation_dataset test_data
+run.data | , made by dataset(..., held_out=0.2), where a tenth is too little or too much | validation_split val_split
+    test_size
 run.data | , whose examples are then (x, y, weight) | sample_weight sample_weights
 run.model | , what makes the model | net network module backbone model_fn
 run.optimizer | , what makes it | optim optimiser opt
@@ -38,6 +40,8 @@ run.accumulate | , into how many micro-batches a batch is divided | grad_accum g
 run.precision | , such as 'mixed_bfloat16' | mixed_precision dtype dtype_policy compute_dtype amp autocast fp16
     bf16 floatx
 run.jit_compile | | jit xla use_xla
+run.seed | , from which each epoch's order is drawn; a tf.data.Dataset keeps its own | shuffle
+run.eval_every | , the updates between the lines of an evaluation | verbose verbosity log_every logging_steps
 run.seed | | random_seed rng_seed manual_seed random_state
 run.rules | , lines of ('train' or 'freeze', pattern) | trainable trainable_layers layers freeze frozen unfreeze
 Rule.lora | , the rank, of a rule in run.rules | lora lora_r lora_rank
@@ -63,32 +67,19 @@ _LINES = [line.split("|") for line in _TABLE.replace("\n ", " ").strip().splitli
 SYNONYMS = {theirs: (ours.strip(), differs.strip()) for ours, differs, names in _LINES for theirs in names.split()}
 # What owns such names elsewhere.
 OWNERS = frozenset(["train", "trainer", "training", "fit", "loop", "args", "config", "settings", "optimizer"])
-# How callers of `train` in Python write what gin binds under a name; any other is an optimizer's.
-_IN_PYTHON = {
-    "run": "{name}",
-    "sample": "sampling=Sampling({name}=...)",
-    "replicas": "replicas=ReplicaOptions({name}=...).connect",
-    "Rule": "Rule(..., {name}=...)",
-}
 
 
-def meant(name: str, python: bool = False) -> str:
+def meant(name: str) -> str:
     """Ends a message about a name that is not known here, if it is one from elsewhere, with what to write.
 
     Args:
         name: what was written, without an owner before it.
-        python: whether it was an argument, and not bound in a gin file.
 
     Examples:
         >>> meant("epochs")
         ': write run.steps = epochs x examples / run.global_batch'
-        >>> meant("max_tokens", python=True)
-        ': write sampling=Sampling(length=...), symbols to generate'
         >>> meant("stepz")
         ''
     """
     ours, differs = SYNONYMS.get(name.lower().replace("-", "_"), ("", ""))
-    if python and (binding := re.fullmatch(r"(\w+)\.(\w+)", ours)):
-        form = _IN_PYTHON.get(binding[1], f"optimizer=keras.optimizers.{binding[1]}({{name}}=...)")
-        ours, differs = form.format(name=binding[2]), re.sub(r"\brun\.|@", "", differs)
     return ours and f": write {ours}{' ' * differs.startswith('=')}{differs}"

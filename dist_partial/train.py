@@ -28,15 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         cli.check_gin_file(values)
         cli.import_tensorflow_quietly()
         from dist_partial.config import gin_files
-        from dist_partial.training import failures, loop
+        from dist_partial.training import loop
 
         loaded = gin_files.load(values.gin_file, values.gin_param)
         folder = cli.run_folder(values.run_dir, values.gin_file)
-        try:
-            loop.run(loaded.settings, folder, loaded.operative, loaded.unused, loaded.bindings)
-        except failures.Interrupted as interrupted:
-            print(interrupted)
-            ended.code = interrupted.code
+        loop.run(loaded.settings, folder, loaded.operative, loaded.unused, loaded.bindings)
     return ended.code
 
 

@@ -35,6 +35,7 @@ SECTIONS = {
     "selection": "Rules",
     "reductions": "Reductions",
     "schedules": "Schedules",
+    "step": "Optimizers",
     "models": "Models",
     "data": "Data",
 }

@@ -134,7 +134,7 @@ MUTANTS = [
         "penalty once a micro-batch",
         "step/train_step.py",
         "        loss *= share\n",
-        "        loss /= spec.strategy.num_replicas_in_sync\n",
+        "        loss /= spec.replicas\n",
         "unit/step/test_losses.py::test_a_penalty_counts_once_however_a_batch_is_divided",
     ),
     changed(
@@ -176,7 +176,7 @@ MUTANTS = [
     changed(
         "replicas that train by themselves and divide by what all have",
         "step/train_step.py",
-        "return own * spec.strategy.num_replicas_in_sync",
+        "return own * spec.replicas",
         "return run_rounds(spec.collectives, [total_over_replicas(own)])[0]",
         "unit/step/test_losses.py::test_replicas_that_train_by_themselves_divide_by_what_they_have",
     ),
@@ -358,7 +358,7 @@ MUTANTS = [
         "training/build.py",
         """\
     state = state.restored(checkpoint)
-    layer_state.spread(trainer.replicas.strategy, trainer.layer_state.generators)
+    layer_state.spread(trainer.replicas.topology, trainer.layer_state.generators)
 """,
         """\
     state = state.restored(checkpoint)
@@ -509,7 +509,7 @@ MUTANTS = [
             '"clip_norm": settings.clip_norm',
             '"statistics": settings.statistics',
             '"loss": _loss(objective)',
-            '"data": {"name": data.name, "fingerprint": data.fingerprint}',
+            '"data": {"name": data.name, "fingerprint": data.fingerprint, "functions": _functions(data)}',
             '"model": {entry.path: f"{entry.dtype}{list(entry.shape)}" for entry in plan.entries}',
             '"model_config": _model_config(model)',
             '"optimizers": [_optimizer(group) for group in optimizers]',
@@ -606,9 +606,30 @@ MUTANTS = [
     changed(
         "an index that is not compared with the files",
         "data/record_index.py",
-        "{_digest(states.tobytes().hex())}",
+        "{digest(states.tobytes().hex())}",
         "0",
         "unit/data/test_tfrecords.py::test_a_changed_file_is_indexed_again",
+    ),
+    changed(
+        "an index that is not compared with the folders of images",
+        "data/image_index.py",
+        "st_mtime_ns != at for",
+        "st_mtime_ns != at and False for",
+        "unit/data/test_images.py::test_a_folder_that_has_changed_is_listed_again",
+    ),
+    changed(
+        "pages of Parquet files whose checksums nobody compares",
+        "data/table_files.py",
+        "page_checksum_verification=True",
+        "page_checksum_verification=False",
+        "unit/data/test_tables.py::test_a_damaged_page_of_parquet_is_found_by_its_checksum",
+    ),
+    changed(
+        "steps that wait until their batch is read, and no batch is read meanwhile",
+        "data/batches.py",
+        "return batches.prefetch(PREFETCHED)",
+        "return batches",
+        "integration/test_data.py::test_batches_are_read_while_a_step_computes_and_neither_waits_for_more",
     ),
     changed(
         "an example that draws the same in each epoch",
@@ -616,6 +637,41 @@ MUTANTS = [
         "epochs), indices)",
         "0 * epochs), indices)",
         "unit/data/test_mapped.py::test_random_numbers_differ_between_epochs_examples_seeds_and_functions",
+    ),
+    changed(
+        "a function of the data that may change",
+        "data/functions.py",
+        "_digest(_content(code)) if own else _full_name(function)",
+        "_full_name(function)",
+        "unit/data/test_functions.py::test_what_changes_is_named",
+    ),
+    changed(
+        "evaluations that draw the same whatever the seed of the run",
+        "training/evaluation.py",
+        "seed=settings.seed, ",
+        "",
+        "integration/test_data.py::test_evaluations_of_a_run_draw_the_same_and_those_of_another_seed_others",
+    ),
+    changed(
+        "a global generator that goes unnoticed where it decides by chance",
+        "data/randomness.py",
+        "_TRIES = 16",
+        "_TRIES = 2",
+        "unit/data/test_repeats.py::test_a_function_of_numpy_that_varies_is_noticed",
+    ),
+    changed(
+        "arrays that are copied for each process",
+        "data/shared.py",
+        "_LEAST = 2**16",
+        "_LEAST = 2**40",
+        "unit/data/test_shared.py::test_an_array_is_the_same_and_its_data_is_not_in_the_pickle",
+    ),
+    changed(
+        "a process that reads on when the run is gone",
+        "data/readers.py",
+        "    threading.Thread(target=_end_with_parent, daemon=True).start()\n",
+        "",
+        "unit/data/test_readers.py::test_processes_end_with_the_one_that_started_them",
     ),
     changed(
         "functions that draw the same",
@@ -634,7 +690,7 @@ MUTANTS = [
     changed(
         "a stream that each worker reads as if it were alone",
         "data/stream.py",
-        ".shard(workers, context.input_pipeline_id)",
+        ".shard(workers, worker)",
         ".shard(workers, 0)",
         "unit/data/test_stream.py::test_position_p_is_the_pth_example_on_any_number_of_workers_and_after_a_resume",
     ),
@@ -741,7 +797,7 @@ MUTANTS = [
     # Runs from Python.
     changed(
         "names of layers as the process has numbered them",
-        "api/given.py",
+        "api/model.py",
         "        return names if old is None or new is not None else {}\n",
         "        return {}\n",
         "unit/api/test_train.py::test_a_cell_may_be_run_twice",
@@ -759,6 +815,27 @@ MUTANTS = [
         "zip(pairs, self._trainable, strict=True)",
         "zip(pairs, [layer.trainable for layer, _ in pairs], strict=True)",
         "unit/api/test_train.py::test_a_model_that_draws_and_one_with_statistics",
+    ),
+    changed(
+        "what is left of a run is the first replica's own",
+        "api/training.py",
+        "with outer_step.agreed(state.strategy, state.fragments):",
+        "if True:",
+        "unit/api/test_train.py::test_what_replicas_agree_on_is_what_is_left_between_exchanges",
+    ),
+    changed(
+        "single variables of a copy that are no longer frozen",
+        "models/copies.py",
+        "if variable.trainable != trainable:",
+        "if False:",
+        "unit/api/test_given.py::test_what_the_user_has_frozen_stays_frozen",
+    ),
+    changed(
+        "an optimizer without what it excludes",
+        "step/optimizers.py",
+        "        setattr(other, name, value)\n",
+        "        pass\n",
+        "unit/api/test_given.py::test_a_used_optimizer_keeps_its_exclusions",
     ),
 ]
 

@@ -10,38 +10,37 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from dist_partial.api import given, result
+from dist_partial.api.model import Model
 from dist_partial.api.result import Result
-from dist_partial.api.words import spoken
 from dist_partial.config import gin_text
 from dist_partial.config.settings import Settings
+from dist_partial.config.words import spoken
 from dist_partial.distributed.cluster import read_tf_config
 from dist_partial.distributed.replicas import ReplicaOptions, simulated
-from dist_partial.errors import UserError
-from dist_partial.step import outer_step
+from dist_partial.errors import Interrupted, UserError
+from dist_partial.selection.paths import variable_paths
+from dist_partial.step import batch_norm, outer_step
 from dist_partial.synonyms import meant
+from dist_partial.terminal import say
 from dist_partial.train import main as command
-from dist_partial.training import failures, loop
+from dist_partial.training import loop
+from dist_partial.training.state import TrainState
 from dist_partial.validation import nearest
 
 _DEVICES = 8  # on the CPU, which cost nothing where they are not used
 _FIRST = ("model", "data")
 _OWN = ("evaluation", "folder", "replicas")
-# What other doors call otherwise.
-_HERE = {
-    "dist-partial train --run_dir": "folder=...",
-    "replicas=ReplicaOptions(cpu=...).connect": "replicas=...",
-    "data, what makes the Dataset, whose evaluation these are": "evaluation=...",
-}
 
 
 def train(
     model: Any,
     data: Any,
     *,
-    rules: Sequence[Any],
+    rules: Sequence[Any] | None = None,
     evaluation: Any = None,
     folder: str | Path | None = None,
     replicas: Any = 1,
@@ -56,13 +55,13 @@ def train(
         model: a Keras model, or a function without arguments that makes one.
         data: arrays (x, y) or (x, y, weight), a `Dataset`, what else `data.dataset` takes, or a function that makes
             one of these.
-        rules: the table: `('train' | 'freeze', pattern)` lines or `Rule`s.
+        rules: the table: `('train' | 'freeze', pattern)` lines or `Rule`s; needed.
         evaluation: the examples held out, as `data`; None holds a part of it out.
         folder: the run folder, from which a run goes on; None is a new one in `runs`.
         replicas: how many, simulated on the CPU; or a `ReplicaOptions`, or a function that makes `Replicas`.
         **settings: the other attributes of `Settings`, such as `steps`, `optimizer`, `loss`, `metrics`. An optimizer
-            may be a factory, a name, or an optimizer; without one, and without a loss, those take their place with
-            which the model was compiled.
+            may be a factory, a name, or an optimizer; without it, a loss or metrics, those
+            take their place with which the model was compiled.
 
     Raises:
         UserError: a mistake in one of these, in one line.
@@ -84,9 +83,10 @@ def train(
     """
     with spoken():
         _check_names(settings)
+        rules = _checked_rules(rules, model)
         examples = given.Data(data, evaluation)
-        made = given.Model(model, examples, rules)
-        compiled = {name: value for name, value in made.compiled().items() if value is not None}
+        made = Model(model, examples, rules)
+        compiled = made.compiled()
         if "loss" in settings:
             compiled.pop("loss_weights", None)  # of the other loss
         settings = compiled | settings | {"precision": made.precision(settings.get("precision"))}
@@ -97,7 +97,7 @@ def train(
             return _run(bound, made, examples, place)
 
 
-def _run(settings: Settings, model: given.Model, data: given.Data, folder: Path) -> Result:
+def _run(settings: Settings, model: Model, data: given.Data, folder: Path) -> Result:
     going_on = any((folder / "checkpoints").glob("step-*"))
 
     def operative() -> str:
@@ -105,26 +105,33 @@ def _run(settings: Settings, model: given.Model, data: given.Data, folder: Path)
         return gin_text.text(kept)
 
     for note in model.notes:
-        print(note)
+        say(note)
     try:
         trainer = loop.run(settings, folder, operative)
-    except failures.Interrupted:
-        if model.made is not None:
-            model.give_back(model.made.get_weights())
+    except Interrupted as interrupted:
+        state, interrupted.state = interrupted.state, None  # which a notebook would keep with the exception
+        model.give_back(_agreed(state))
         raise
     made = trainer.model
     for layer in trainer.batch_norms:
-        layer.trainable = True  # as it was made: the run alone had put it into inference mode
-    with outer_step.agreed(trainer.replicas.strategy, trainer.fragments):
-        if model.give_back(made.get_weights()):
-            made = model.given
-        elif model.of_instance:
-            print(
-                f"model {made.name!r} keeps its weights, for the rules have given the trained one other variables "
-                "(LoRA, a lower precision): it is the result's .model"
-            )
+        batch_norm.set_mode(layer, True)  # as it was made: the run alone had put it into inference mode
+    weights = _agreed(trainer.state())
+    made.set_weights(weights)
+    if model.give_back(weights):
+        made = model.given
+    elif model.of_instance:
+        say(
+            f"model {made.name!r} keeps its weights, for the rules have given the trained one other variables "
+            "(LoRA, a lower precision): it is the result's .model"
+        )
     found = result.read(made, folder, trainer.plan, settings.steps)
     return found if settings.best else dataclasses.replace(found, best=None)
+
+
+def _agreed(state: TrainState) -> list[Any]:
+    """The weights on which all replicas agree."""
+    with outer_step.agreed(state.topology.strategy, state.fragments):
+        return state.model.get_weights()
 
 
 def devices(count: int = _DEVICES) -> None:
@@ -171,14 +178,23 @@ def _place(folder: str | Path | None, model: Any) -> Iterator[Path]:
             place.rmdir()  # which is empty after a mistake
 
 
+def _checked_rules(rules: Sequence[Any] | None, model: Any) -> Sequence[Any]:
+    """The rules; without any, those that train the last layer of the model are the example in the message."""
+    if rules is not None:
+        return rules
+    paths = variable_paths(model) if isinstance(model, keras.Model) and model.weights else ["head/kernel"]
+    example = f"rules=[('train', '{paths[-1].rpartition('/')[0] or paths[-1]}/.*'), ('freeze', '.*')]"
+    raise UserError(
+        "train has no rules: give lines of ('train' or 'freeze', pattern of paths), of which the first that fits a "
+        f"variable counts, such as {example}; rules=[('train', '.*')] trains all"
+    )
+
+
 def _check_names(settings: dict[str, Any]) -> None:
     fields = [field.name for field in dataclasses.fields(Settings)]
     for name in settings:
         if name not in fields:
-            words = meant(name, python=True)
-            for elsewhere, here in _HERE.items():
-                words = words.replace(elsewhere, here)
-            words = words or nearest(name, [*_FIRST, *_OWN, *fields], always=True)
+            words = meant(name) or nearest(name, [*_FIRST, *_OWN, *fields], always=True)
             raise UserError(f"train has no argument {name!r}{words}")
 
 

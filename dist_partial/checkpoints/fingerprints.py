@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from dist_partial.compat import is_generator
+from dist_partial.data.functions import other_python
 from dist_partial.errors import UserError
 from dist_partial.selection.paths import own_names
 from dist_partial.selection.plan import Plan
@@ -143,7 +144,7 @@ def check_run(folder: Path, fingerprint: dict[str, Any], may_differ: Collection[
         if not any((folder / "checkpoints").glob("step-*")):
             return True  # it has not come far enough to be another run
         before |= {name: value for name, value in fingerprint.items() if name == INITIAL or name in may_differ}
-    if changed := differences(before, fingerprint):
+    if changed := [each for each in differences(before, fingerprint) if not other_python(*each[1:])]:
         first = "; ".join(_in_words(*each) for each in changed[:3])
         more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
@@ -174,6 +175,17 @@ def began(folder: Path) -> dict[str, Any]:
     return {INITIAL: content[INITIAL]} if INITIAL in content else {}
 
 
+def _of_function(name: str, key: str = "", *, old: Any, new: Any) -> str:
+    """Says a difference between functions of the data: see `data.functions.described`."""
+    function = f"{name} of run.data"
+    if not key:
+        return f"{function} is new" if old is None else f"{function} is gone"
+    if str(new or old).startswith("code "):
+        of = key.removesuffix("code").rstrip(".")
+        return f"{function} has other code" + (f" ({of})" if of else "")
+    return f"{function}: {key} was {old} and is now {new}"
+
+
 def _in_words(name: str, old: Any, new: Any) -> str:
     """Says a difference between two fingerprints; digests mean nothing to a reader."""
     part, _, path = name.partition(".")
@@ -183,6 +195,8 @@ def _in_words(name: str, old: Any, new: Any) -> str:
         return f"{path!r} is no longer frozen" if new is None else f"the frozen variable {path!r} has other values"
     if name == "data.fingerprint":
         return "the data has other examples"
+    if name.startswith("data.functions."):
+        return _of_function(*name.split(".", 3)[2:], old=old, new=new)
     if part in ("model", "rules") and None in (old, new):
         return f"{name}, {shown(new)}, is new" if old is None else f"{name}, {shown(old)}, is gone"
     return f"{name} was {shown(old)} and is now {shown(new)}"

@@ -29,6 +29,7 @@ from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
+from dist_partial.step.keras_configs import exclude_from_weight_decay
 from dist_partial.synonyms import OWNERS
 from dist_partial.validation import check_value, nearest
 
@@ -44,6 +45,7 @@ _OURS: dict[str, Callable[..., Any]] = {
     "quantized": Quantized,
     "local_sgd": LocalSGD,
     "nesterov": nesterov,
+    "exclude_from_weight_decay": exclude_from_weight_decay,
     "local_only": LocalOnly,
     "phases": schedules.Phases,
     "gradual_unfreezing": schedules.Gradual,
@@ -350,6 +352,19 @@ def _bindings() -> dict[str, str]:
         for (scope, selector), values in gin.config._CONFIG.items()
         for name, value in values.items()
     }
+
+
+def bound(function: Callable[..., Any]) -> dict[str, str]:
+    """Collects what is bound to a function or class under any scope: text by the name of the binding.
+
+    Examples:
+        >>> bound(max)
+        {}
+    """
+    while isinstance(function, functools.partial) or hasattr(function, "__wrapped__"):
+        function = function.func if isinstance(function, functools.partial) else function.__wrapped__
+    names = {name for name, known in gin.config._REGISTRY.items() if inspect.unwrap(known.wrapped) is function}
+    return {name: value for name, value in _bindings().items() if name.rpartition(".")[0].rpartition("/")[2] in names}
 
 
 def _unused() -> list[str]:

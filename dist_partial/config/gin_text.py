@@ -11,10 +11,14 @@ import gin
 import keras
 import numpy as np
 
+from dist_partial import compat
 from dist_partial.config import gin_files
 from dist_partial.config.bindings import only_in_python
 from dist_partial.config.settings import Sampling, Settings
 from dist_partial.distributed.replicas import ReplicaOptions
+from dist_partial.errors import first_line
+from dist_partial.models import keras_file
+from dist_partial.step.keras_configs import exclude_from_weight_decay, exclusions, left_out
 from dist_partial.validation import shown
 
 _FACTORIES = ("model", "data", "optimizer")
@@ -43,6 +47,7 @@ def _importable(value: Any) -> bool:
     return (
         (inspect.isclass(value) or inspect.isfunction(value))
         and module not in (None, "__main__")
+        and not name.startswith("_")  # which gin_files makes no names of
         and getattr(sys.modules.get(module), name, None) is value
     )
 
@@ -53,7 +58,7 @@ def text(settings: Settings) -> str:
     Examples:
         >>> from dist_partial.data import stdlib_shapes
         >>> from dist_partial.models import two_dense
-        >>> adam = functools.partial(keras.optimizers.Adam, learning_rate=0.01)
+        >>> adam = functools.partial(keras.optimizers.Adam, 0.01)
         >>> print(text(Settings([("train", ".*")], two_dense, stdlib_shapes, adam, steps=5)))
         # What was given to dist_partial.train.
         run.rules = [('train', '.*')]
@@ -68,9 +73,11 @@ def text(settings: Settings) -> str:
     writer = _Writer()
     for field in dataclasses.fields(Settings):
         value = getattr(settings, field.name)
+        if getattr(value, "func", None) is keras_file:  # which imports nothing by itself
+            writer.imports |= {name.rpartition(".")[0] for name in value.keywords.get("classes", ())}
         if field.name not in _LEFT_OUT and not _same(value, _default(field)):
             writer.bind("run", field.name, value)
-    replicas = getattr(settings.replicas, "options", getattr(settings.replicas, "__self__", None))
+    replicas = getattr(settings.replicas, "__self__", None)
     for name, owner in (("sample", settings.sampling), ("replicas", replicas)):
         for field in dataclasses.fields(owner) if isinstance(owner, (Sampling, ReplicaOptions)) else ():
             if not _same(getattr(owner, field.name), _default(field)):
@@ -114,14 +121,12 @@ class _Writer:
             if "class_name" in value and "config" in value:  # of a config of Keras's
                 try:
                     made = keras.saving.deserialize_keras_object(value)
-                except Exception as error:  # of a class that is not registered
+                except Exception as error:  # of a class that is not registered, or that its config does not make
                     raise _Unwritable(f"a {value['class_name']}") from error
                 return self._value(made)
             return f"{{{', '.join(f'{self._value(k)}: {self._value(each)}' for k, each in value.items())}}}"
         if isinstance(value, functools.partial):
-            if value.args:
-                raise _Unwritable(shown(value))
-            return self._configured(value.func, value.keywords)
+            return self._configured(value.func, _by_name(value) | value.keywords)
         if (found := getattr(value, "instance", None)) is not None:  # a factory of what is like this one
             return self._made(found)
         if inspect.isclass(value) or inspect.isfunction(value):
@@ -134,13 +139,23 @@ class _Writer:
             arguments = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
         elif hasattr(value, "get_config"):
             arguments = {name: each for name, each in value.get_config().items() if name != "dtype"}
+            arguments |= compat.loss_arguments(value)
+            if isinstance(value, keras.optimizers.Optimizer) and callable(rate := compat.learning_rate(value)):
+                arguments["learning_rate"] = rate  # whose own config may not have all of it
+            for name in _left_out(value):
+                if name not in compat.EXCLUSIONS and name != compat.LOSS_ARGUMENTS:
+                    raise _Unwritable(f"{shown(value)}, whose get_config leaves out {name!r}")
             if str(arguments.get("name")).replace("_", "") == type(value).__name__.lower():  # Keras's own
                 del arguments["name"]
         else:
             raise _Unwritable(shown(value))
         parameters = inspect.signature(type(value)).parameters
         changed = {k: v for k, v in arguments.items() if k not in parameters or not _same(v, parameters[k].default)}
-        return self._configured(type(value), changed)
+        kind: Callable[..., Any] = type(value)
+        made = functools.partial(kind, **changed)
+        if isinstance(value, keras.optimizers.Optimizer) and (pattern := exclusions(value, ()).get("pattern")):
+            made = functools.partial(exclude_from_weight_decay, optimizer=made, names=pattern.split("|"))
+        return self._value(made)
 
     def _configured(self, function: Callable[..., Any], arguments: dict[str, Any]) -> str:
         """A reference to a function or class that is called with these arguments, in a scope of its own."""
@@ -161,6 +176,21 @@ class _Writer:
             place = len(self.lines)
             self.lines.insert(place, f"{scope}/{name}.{key} = {self._value(value)}")
         return f"@{scope}/{name}"
+
+
+def _left_out(value: Any) -> list[str]:
+    try:
+        return sorted(left_out(value))
+    except Exception as error:  # of a class of the user's, whose get_config is not what its __init__ takes
+        raise _Unwritable(f"{shown(value)} ({first_line(error)})") from error
+
+
+def _by_name(partial: functools.partial[Any]) -> dict[str, Any]:
+    """What a partial function was given by position, under the names of its parameters."""
+    parameters = list(inspect.signature(partial.func).parameters.values())[: len(partial.args)]
+    if len(parameters) < len(partial.args) or any(each.kind is not each.POSITIONAL_OR_KEYWORD for each in parameters):
+        raise _Unwritable(shown(partial))
+    return {each.name: value for each, value in zip(parameters, partial.args, strict=True)}
 
 
 def _default(field: Any) -> Any:

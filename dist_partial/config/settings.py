@@ -82,12 +82,15 @@ class Settings:
         patience: evaluations without a better one after which the run stops; None does not stop it.
         class_weight: weights of the training examples by class id, which a dict has.
         reduction: how gradients travel under the rules that do not say.
+        between_hosts: how they travel between workers, once `reduction` has summed those of a worker's own replicas;
+            None: `reduction` crosses all replicas.
         steps: updates in the whole run.
         global_batch: examples an update, over all replicas.
-        readers: threads of a worker that read batches; None: 4 where the source says that several may read it at once
-            (`thread_safe = True`), else 1.
+        readers: threads of a worker that read, a batch each, or of TFRecords and folders of images a part of one;
+            None: 8 for these, 4 where the source says that several may read it at once (`thread_safe = True`), else 1.
+            A `tf.data.Dataset` reads as it says itself.
         reader_processes: processes of a worker that read batches in place of threads, for sources and functions of
-            NumPy that Python's lock would keep waiting for each other; each gets a copy of the source.
+            NumPy that Python's lock would keep waiting for each other; they share the arrays of the source.
         seed: of initial weights, dropout and the order of the data.
         eval_first: whether to evaluate, and to sample, before the first update, too.
         eval_every: updates between evaluations; None evaluates at the end only.
@@ -130,6 +133,7 @@ class Settings:
     best: str | None = None
     patience: Annotated[int | None, AtLeast(1)] = None
     reduction: Annotated[Any, REDUCTION] = dataclasses.field(default_factory=AllReduce)
+    between_hosts: Annotated[Any | None, REDUCTION] = None
     steps: Annotated[int, AtLeast(1)] = 1000
     global_batch: Annotated[int, AtLeast(1)] = 32
     readers: Annotated[int | None, AtLeast(1)] = None

@@ -21,7 +21,7 @@ from dist_partial.data.mixed import Joined, Mixed, mix
 from dist_partial.data.order import InOrder
 from dist_partial.data.prepared import tfds_dataset
 from dist_partial.data.py_dataset import PyDatasetSource
-from dist_partial.data.readers import reading, started
+from dist_partial.data.readers import faster, reading, started
 from dist_partial.data.reading import fetch, fetched, trait, without_lists
 from dist_partial.data.source import ArraySource, Dataset, Source, check_source, fingerprint
 from dist_partial.data.stream import Stream
@@ -51,6 +51,7 @@ __all__ = [
     "dataset",
     "evaluation_batches",
     "failing_example",
+    "faster",
     "fetch",
     "fetched",
     "fingerprint",

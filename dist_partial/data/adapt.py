@@ -17,6 +17,8 @@ from dist_partial.data.reading import fetch, trait
 from dist_partial.data.source import ArraySource, Dataset, Source, check_source, fingerprint
 from dist_partial.data.stream import Stream
 from dist_partial.errors import UserError, calling
+from dist_partial.session import seeded
+from dist_partial.terminal import say
 from dist_partial.validation import Above, Below, check_arguments, shown
 
 TRAIN, EVALUATION = "run.data", "the evaluation of run.data"
@@ -73,11 +75,7 @@ def dataset(
         return train
     source = source_of(train, TRAIN)
     if evaluation is None:
-        if trait(source, "own_order", False) and not isinstance(source, PyDatasetSource):
-            raise UserError(
-                f"{TRAIN} is a {type(train).__name__}, whose order may change from epoch to epoch, so that "
-                "no part of it can be held out here: divide the examples before they are shuffled, and give evaluation="
-            )
+        _check_divisible(source, train)
         content = fingerprint(name, held_out, *_content(source))
         return Dataset(name, *hold_out(source, held_out), content, codec)
     other = source_of(evaluation, EVALUATION)
@@ -86,7 +84,7 @@ def dataset(
             f"{EVALUATION} has examples {shown(other.spec)}, and {TRAIN} {shown(source.spec)}: both must "
             "have the same x and y"
         )
-    return Dataset(name, source, other, fingerprint(name, *_content(source), *_content(other)), codec)
+    return Dataset(name, source, other, fingerprint(name, *_content(source), *_content(other, EVALUATION)), codec)
 
 
 def makes_data(value: Any) -> bool:
@@ -104,18 +102,32 @@ def _made(value: Any, name: str) -> Any:
     """What a function or a class makes; anything else as it is."""
     if not makes_data(value):
         return value
-    with calling(getattr(value, "__name__", name)):
+    called = getattr(value, "__name__", "")
+    with calling(f"{called} of {name}" if called else name), seeded(0):
         made = value()
-    return Stream(value) if isinstance(made, tf.data.Dataset) else made  # which begins again by the function
+    return Stream(value, made=made) if isinstance(made, tf.data.Dataset) else made  # which begins again by the function
 
 
-def _content(source: Source) -> tuple[Any, ...]:
+def _check_divisible(source: Source, given: Any) -> None:
+    """Refuses a source of which the same part cannot be held out in each epoch."""
+    if trait(source, "own_order", False) and not isinstance(source, PyDatasetSource):
+        what = "tf.data.Dataset" if isinstance(source, Stream) else type(given).__name__
+        raise UserError(
+            f"{TRAIN} is a {what}, whose order may change from epoch to epoch, so that no part of it can be held out "
+            "here: divide the examples before they are shuffled, and give evaluation=, in a gin file a function that "
+            "returns dist_partial.dataset(train, evaluation)"
+        )
+
+
+def _content(source: Source, name: str = TRAIN) -> tuple[Any, ...]:
     """What tells the content of a source apart from another."""
     if isinstance(source, ArraySource) and sum(array.nbytes for array in tf.nest.flatten(source.arrays)) <= ALL_OF:
         return source.arrays
     read = getattr(source, "read_again", lambda: fetch(source, looks(source)))
-    first, again = read(), read()
+    first, again = fetch(source, looks(source)) if isinstance(source, Stream) else read(), read()
     same = fingerprint(first) == fingerprint(again)
+    if isinstance(source, Stream) and not same:
+        print(f"{name}: the tf.data.Dataset gives other examples each time that it is read: {source.repeatable}")
     # To count the examples of a stream may be to read it.
     return "?" if trait(source, "streamed", False) else len(source), str(source.spec), *(first if same else ())
 
@@ -161,7 +173,7 @@ def _of_batches(value: keras.utils.PyDataset) -> PyDatasetSource:
     for name in ("on_epoch_begin", "on_epoch_end"):
         if getattr(type(value), name) is not getattr(keras.utils.PyDataset, name):
             what = f"{type(value).__name__}.{name} is not called"
-            print(f"run.data: {what}: each epoch has the same batches, in the same order", flush=True)
+            say(f"run.data: {what}: each epoch has the same batches, in the same order")
     return PyDatasetSource(value)
 
 

@@ -1,7 +1,7 @@
 """Batches as a function of (first step, input context): any step is reached in O(1).
 
 The examples of a run have one global order, whatever the number of workers. Step s takes its positions
-[s * global_batch, (s + 1) * global_batch), and replica i of n takes the i-th of n contiguous slices of them.
+[s * global_batch, (s + 1) * global_batch), and worker i of n takes the i-th of n contiguous slices of them.
 """
 
 import collections
@@ -16,14 +16,15 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.data.draws import draws
+from dist_partial.data.forks import stages
 from dist_partial.data.held_out import Part
-from dist_partial.data.mapped import Mapped, stages
-from dist_partial.data.order import places, shuffled
+from dist_partial.data.order import own_rows, places, shuffled
 from dist_partial.data.readers import readers
 from dist_partial.data.reading import as_op, fetch, trait
 from dist_partial.data.source import ArraySource, Source
 from dist_partial.data.stream import Stream
-from dist_partial.errors import Ending, UserError, calling, raised
+from dist_partial.data.stream_position import Position, where_failed
+from dist_partial.errors import Ending, Raised, UserError, calling, raised
 
 PREFETCHED = 4  # batches
 _CPUS = len(os.sched_getaffinity(0))
@@ -46,9 +47,9 @@ def train_batches(
         context: which worker this is, and how many replicas there are.
 
     Returns:
-        A data set of infinite cardinality and static shapes. Element k is the batch of local replica k % r of
-        step first_step + k // r, where a worker has r replicas: arrays of `source.spec` with a leading axis
-        of global_batch / replicas.
+        A data set of infinite cardinality and static shapes. Element k is this worker's part of step first_step + k:
+        arrays of `source.spec` with a leading axis of global_batch / workers, of which each of its replicas takes
+        an equal slice.
 
     Raises:
         UserError: the batch does not divide by the replicas; the source is empty, or not as its spec says.
@@ -67,7 +68,7 @@ def train_batches(
     base, _ = stages(source)
     if isinstance(base, Stream):
         _check_division(global_batch, context)
-        return _streamed(source, base.train(first_step, global_batch, context), seed)
+        return _streamed(source, *base.train(first_step, global_batch, seed, context), seed)
     order = _batches(lambda positions: places(source, positions, seed), first_step, global_batch, context)
     return _read(source, order, seed)
 
@@ -87,21 +88,28 @@ def train_indices(
 
 
 def evaluation_batches(
-    source: Source, *, first: int = 0, examples: int, global_batch: int, context: tf.distribute.InputContext
+    source: Source,
+    *,
+    examples: int,
+    global_batch: int,
+    seed: int = 0,
+    context: tf.distribute.InputContext,
 ) -> tf.data.Dataset:
-    """Makes one worker's batches of `examples` examples from the first on, in order, each exactly once.
+    """Makes one worker's batches of the first `examples` examples, in order, each exactly once.
+
+    An example draws the same random numbers in each pass, so that evaluations can be compared.
 
     Args:
         source: the examples.
-        first: the place of the first of them.
         examples: how many of them.
         global_batch: examples of a step, over all replicas.
+        seed: of the random numbers.
         context: which worker this is, and how many replicas there are.
 
     Returns:
-        A data set of infinite cardinality and static shapes that starts over after
-        ceil(examples / global_batch) steps. Its elements are those of `train_batches`; the last batch is filled up by
-        repeating the last example.
+        A data set of ceil(examples / global_batch) elements, which are those of `train_batches`. Of the last batch,
+        if it is short, replicas read in turn as many examples as there is room for; the last example of a worker fills
+        up the rest.
 
     Raises:
         UserError: there are fewer examples, or as for `train_batches`.
@@ -109,24 +117,25 @@ def evaluation_batches(
     Examples:
         >>> source = ArraySource(np.zeros([5, 1], np.float32), np.arange(5))
         >>> batches = evaluation_batches(source, examples=5, global_batch=3, context=tf.distribute.InputContext())
-        >>> [y.numpy().tolist() for _, y in batches.take(2)]
+        >>> [y.numpy().tolist() for _, y in batches]
         [[0, 1, 2], [3, 4, 4]]
     """
     _check(source)
-    if not 0 < first + examples <= len(source):
-        raise UserError(f"cannot evaluate {first + examples} examples: ask for 1 to {len(source)}, that is all")
+    if not 0 < examples <= len(source):
+        raise UserError(f"cannot evaluate {examples} examples: ask for 1 to {len(source)}, that is all")
+    _check_division(global_batch, context)
     base, _ = stages(source)
     if isinstance(base, Stream):
         if examples > sys.maxsize // 2:
             raise UserError("the examples held out have no end: bind run.eval_examples to how many are to be read")
-        _check_division(global_batch, context)
-        return _streamed(source, base.evaluation(first, examples, global_batch, context), seed=0)
-    padded = -(-examples // global_batch) * global_batch
+        return _streamed(source, *base.evaluation(examples, global_batch, context), seed=seed)
 
-    def once(positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return first + tf.minimum(positions % padded, examples - 1), tf.zeros_like(positions)
+    @tf.autograph.experimental.do_not_convert  # which takes a while, for nothing
+    def own(first: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        rows = own_rows(tf.minimum(examples - first, global_batch), global_batch, context)
+        return first + rows, tf.zeros_like(rows)
 
-    return _read(source, _batches(once, 0, global_batch, context), seed=0)
+    return _read(source, _untuned(tf.data.Dataset.range(0, examples, global_batch).map(own)), seed)
 
 
 def _read(source: Source, order: tf.data.Dataset, seed: int) -> tf.data.Dataset:
@@ -167,7 +176,7 @@ def _read(source: Source, order: tf.data.Dataset, seed: int) -> tf.data.Dataset:
     return batches.prefetch(PREFETCHED)
 
 
-def _streamed(source: Source, batches: tf.data.Dataset, seed: int) -> tf.data.Dataset:
+def _streamed(source: Source, batches: tf.data.Dataset, position: Position, seed: int) -> tf.data.Dataset:
     """Batches, whose (positions, examples) a stream gives, through the functions of a source."""
     _, functions = stages(source)
 
@@ -176,20 +185,21 @@ def _streamed(source: Source, batches: tf.data.Dataset, seed: int) -> tf.data.Da
         return np.stack([function.seeds(state) for function in functions], 1)
 
     def seeded(positions: tf.Tensor, parts: Any) -> Any:
-        return parts, as_op(seeds, tf.TensorSpec([len(functions), 2], tf.int32), positions)
+        return parts, as_op(seeds, tf.TensorSpec([len(functions), 2], tf.int32), positions), positions
 
-    batches = _through(batches.map(seeded), functions) if functions else batches.map(lambda _, parts: parts)
-    return _untuned(batches).prefetch(PREFETCHED)
+    if functions:
+        batches = _through(batches.map(seeded), functions).map(lambda parts, positions: (positions, parts))
+    return _untuned(position.follow(batches)).prefetch(PREFETCHED)
 
 
-def _through(batches: tf.data.Dataset, functions: Sequence[Mapped]) -> tf.data.Dataset:
-    """Passes each example of (batches, seeds) through the functions, several at a time."""
+def _through(batches: tf.data.Dataset, functions: Sequence[Any]) -> tf.data.Dataset:
+    """Passes each example of (batches, seeds) through the functions, several at a time; further parts stay beside."""
 
     @tf.autograph.experimental.do_not_convert  # which takes a while, for nothing
-    def example(parts: Any, seeds: tf.Tensor) -> Any:
+    def example(parts: Any, seeds: tf.Tensor, *beside: tf.Tensor) -> Any:
         for i, function in enumerate(functions):
             parts = function.of_example(parts, seeds[i])
-        return parts
+        return (parts, *beside) if beside else parts
 
     size = batches.element_spec[1].shape[0]
     examples = batches.unbatch().map(example, num_parallel_calls=_CPUS, deterministic=True)
@@ -215,9 +225,10 @@ def failing_example(error: tf.errors.OpError) -> Ending | None:
             try:
                 if source is last:
                     fetch(source, indices, state)
-            except Ending as found:
-                return found
-    return raised("run.data", error)
+            except Ending as ending:
+                return ending
+    found = raised("run.data", error)
+    return Raised(f"{found}; it is among {where}") if (where := where_failed()) else found
 
 
 def _batches(

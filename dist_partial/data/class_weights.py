@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.data.mapped import Mapped, stages
+from dist_partial.data.forks import stages
+from dist_partial.data.mapped import Mapped
 from dist_partial.data.reading import Wrapped, checked, trait
 from dist_partial.data.source import Source
 from dist_partial.errors import UserError

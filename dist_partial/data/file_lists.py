@@ -1,7 +1,8 @@
-"""Finds the files of a data set by the pattern, folder or list that the user has written."""
+"""Finds the files of a data set by what the user has written, and where an index of them is kept."""
 
 import contextlib
 import glob
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -64,3 +65,30 @@ def _matching(name: str, written: str, pattern: str) -> list[Path]:
         names = sorted(entry.name for entry in os.scandir(folder or ".") if not entry.name.startswith("."))
     near = nearest(word, names, always=True, folder=Path(folder))
     raise UserError(f"{name}: {what}{near or '; write the path of files that are there'}")
+
+
+def index_folders(beside: Path, kind: str, cache_dir: str | os.PathLike[str] | None = None) -> list[Path]:
+    """Lists where an index of data is looked for, and is to be kept: in the first folder that can be written.
+
+    Args:
+        beside: an absolute folder, beside whose files it is best.
+        kind: of index, which has a folder of its own in the user's cache.
+        cache_dir: which the user has named instead.
+
+    Examples:
+        >>> index_folders(Path("/data"), "images", "/mine")
+        [PosixPath('/mine/...')]
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dist_partial" / kind
+    whose = digest(str(beside))  # all folders share the cache
+    return [Path(cache_dir).expanduser() / whose] if cache_dir else [beside / ".dist_partial", caches / whose]
+
+
+def digest(*texts: str) -> str:
+    """Makes a name of texts: the first 16 digits of their SHA-256.
+
+    Examples:
+        >>> digest("a", "b") == digest("ab"), len(digest("a"))
+        (False, 16)
+    """
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogateescape")).hexdigest()[:16]

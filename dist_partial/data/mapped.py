@@ -2,29 +2,23 @@
 
 import functools
 import inspect
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.compat import is_generator
 from dist_partial.data.arrays import stacked
 from dist_partial.data.draws import another, draws, seeds
+from dist_partial.data.functions import described, name_of
+from dist_partial.data.randomness import Generators, calls_python, stateful_op
 from dist_partial.data.reading import checked, trait, without_lists
 from dist_partial.errors import UserError, calling
 from dist_partial.validation import shown
 
 if TYPE_CHECKING:
     from dist_partial.data.source import Source
-
-# What gives something else each time, or changes something for the next example, by the names of TensorFlow's ops.
-_BY_ITSELF = re.compile(
-    r"Random(?!IndexShuffle)|Stateful(?!PartitionedCall)|Rng|TruncatedNormal|Multinomial|SampleDistorted|Assign"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +32,9 @@ class Mapped:
             `rng` a `np.random.Generator`, where `numpy`. What they give is a function of the seed of the run, the
             epoch and the index of the example.
         numpy: whether the function takes and gives NumPy arrays, and not tensors.
+
+    Attributes:
+        described: what the function computes with now, see `functions.described`.
 
     Raises:
         UserError: the function does not take the examples.
@@ -55,12 +52,14 @@ class Mapped:
     source: "Source"
     function: Callable[..., Any]
     numpy: bool = False
+    described: dict[str, str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise UserError(
                 f"Dataset.map got {shown(self.function)}: give a function, such as lambda x, y: (x / 255, y)"
             )
+        object.__setattr__(self, "described", described(self.function))
         if self.numpy and trait(self.source, "streamed", False):
             raise UserError(
                 f"{self.name} is to map a tf.data.Dataset with numpy=True: map that before, by tf.numpy_function, or "
@@ -83,8 +82,7 @@ class Mapped:
     @property
     def name(self) -> str:
         """The name of the function."""
-        function = self.function.func if isinstance(self.function, functools.partial) else self.function
-        return getattr(function, "__name__", type(function).__name__)
+        return name_of(self.function)
 
     @property
     def _drawn(self) -> str:
@@ -118,7 +116,7 @@ class Mapped:
         if not self.numpy:
             spec: tuple[Any, ...] = _specs(self._traced[0].structured_outputs)
             return spec
-        (example,) = self._results(*self._inputs(np.zeros(1, np.int64), None))
+        (example,) = self._results(*self.inputs(np.zeros(1, np.int64), None))
         return _specs(example)
 
     def __len__(self) -> int:
@@ -149,12 +147,20 @@ class Mapped:
 
     def fetch_with(self, indices: np.ndarray, state: np.ndarray | None) -> tuple[Any, ...]:
         """Examples, with the random numbers that follow from `draws.draws`, uint64 [b]."""
-        parts, own = self._inputs(indices, state)
+        return self.of_batch(*self.inputs(indices, state))
+
+    def of_batch(self, parts: tuple[Any, ...], own: np.ndarray) -> tuple[Any, ...]:
+        """Calls the function on each example of a batch; own uint64 [b], see `inputs`."""
         if self.numpy:
             return _stacked(self._results(parts, own))
         with calling(self._words), tf.device("CPU:0"):
-            found = self._of_batch(tf.nest.map_structure(tf.constant, parts), tf.constant(seeds(own)))
+            found = self._traced_batch(tf.nest.map_structure(tf.constant, parts), tf.constant(seeds(own)))
         return tf.nest.map_structure(lambda tensor: tensor.numpy(), found)
+
+    @property
+    def calls_python(self) -> bool:
+        """Whether Python code runs for each example, of which nobody knows whether it gives the same each time."""
+        return self.numpy or calls_python(self._traced[0])
 
     def of_example(self, parts: tuple[Any, ...], seed: tf.Tensor) -> tuple[Any, ...]:
         """Calls a function of TensorFlow on one example, in a graph; seed int32 [2]."""
@@ -165,7 +171,7 @@ class Mapped:
     def _words(self) -> str:
         return f"{self.name} of run.data"
 
-    def _inputs(self, indices: np.ndarray, state: np.ndarray | None) -> tuple[tuple[Any, ...], np.ndarray]:
+    def inputs(self, indices: np.ndarray, state: np.ndarray | None) -> tuple[tuple[Any, ...], np.ndarray]:
         """A batch of the source, and this function's draws for it."""
         if state is None:
             state = draws(0, np.zeros_like(indices), indices)
@@ -182,9 +188,9 @@ class Mapped:
         return results
 
     @functools.cached_property
-    def _traced(self) -> tuple[Any, "_Generators"]:
+    def _traced(self) -> tuple[Any, "Generators"]:
         """The function, traced on the spec of an example, and what has become of Keras's generators."""
-        generators = _Generators()
+        generators = Generators()
 
         @tf.function  # with autograph, as tf.data has it
         def function(seed: tf.Tensor, parts: tuple[Any, ...], drawn: dict[str, tf.Tensor]) -> Any:
@@ -205,7 +211,7 @@ class Mapped:
                     f"{self._words} gives {what}, and all examples must have one shape, known before they are read: "
                     "end it with tf.image.resize, a slice or padding, and tf.ensure_shape(x, [...])"
                 )
-        if found := _by_itself(graph):
+        if found := stateful_op(graph):
             raise UserError(
                 f"{self._words} draws random numbers or changes a variable ({found}), which gives something else each "
                 "time: write a parameter seed, and draw with tf.random.stateless_uniform(shape, seed) and the like"
@@ -213,7 +219,7 @@ class Mapped:
         return graph, generators
 
     @functools.cached_property
-    def _of_batch(self) -> Any:
+    def _traced_batch(self) -> Any:
         """The function over the examples of a batch of any size, for where tf.data does not call it."""
 
         def batched(one: tf.TensorSpec) -> tf.TensorSpec:
@@ -231,50 +237,18 @@ class Mapped:
         return called.get_concrete_function(spec, tf.TensorSpec([None, 2], tf.int32))
 
 
-class _Generators(keras.StatelessScope):
-    """Gives the generators of Keras's random layers the seed of the example, and keeps nothing of what they become.
-
-    Attributes:
-        quiet: whether none has been used.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.quiet = True
-        self._states: dict[int, tf.Tensor] = {}
-        self._seed: Any = None
-
-    def of(self, seed: tf.Tensor) -> "_Generators":
-        """The scope for a seed, int32 [2]."""
-        self.state_mapping.clear()
-        self._states.clear()
-        self._seed = seed
-        return self
-
-    def get_current_value(self, variable: Any) -> Any:
-        found = super().get_current_value(variable)
-        if found is not None or not is_generator(variable):
-            return found
-        self.quiet = False
-        apart = tf.constant([len(self._states) << 32, 0], tf.int64)  # each draws by itself
-        return self._states.setdefault(id(variable), tf.cast(tf.cast(self._seed, tf.int64) + apart, variable.dtype))
-
-
-def stages(source: "Source") -> tuple["Source", list[Mapped]]:
-    """Finds what is read by `fetch`, and the functions of TensorFlow that its examples go through then, in order.
+def functions_of(source: Any) -> list[Mapped]:
+    """Lists the functions that examples of a source go through, in order; one after the other where it joins sources.
 
     Examples:
         >>> from dist_partial.data import ArraySource
-        >>> base = ArraySource(np.arange(3.0))
-        >>> found, functions = stages(Mapped(Mapped(base, lambda x: x + 1, numpy=True), lambda x: x / 2))
-        >>> found.source is base, [function.numpy for function in functions]
-        (True, [False])
+        >>> source = Mapped(Mapped(ArraySource(np.arange(3.0)), tf.exp), lambda x: x / 2)
+        >>> [function.name for function in functions_of(source)]
+        ['exp', '<lambda>']
     """
-    functions: list[Mapped] = []
-    while isinstance(source, Mapped) and not source.numpy:
-        functions.insert(0, source)
-        source = source.source
-    return source, functions
+    inner = source.sources if hasattr(source, "sources") else [getattr(source, "source", None)]
+    before = [function for each in inner if hasattr(each, "fetch") for function in functions_of(each)]
+    return [*before, source] if isinstance(source, Mapped) else before
 
 
 def _parts(mapped: Mapped, found: Any) -> tuple[Any, ...]:
@@ -305,10 +279,3 @@ def _specs(example: Any) -> tuple[Any, ...]:
 
     found: tuple[Any, ...] = tf.nest.map_structure(spec, example)
     return found
-
-
-def _by_itself(graph: Any) -> str:
-    """An operation of a traced function that gives something else each time, or changes something; '' if none does."""
-    definition = graph.graph.as_graph_def()
-    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
-    return next((node.op for node in nodes if _BY_ITSELF.match(node.op)), "")

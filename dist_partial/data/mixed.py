@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.data.arrays import alike
+from dist_partial.data.forks import Fork, Forks, joined_place, stages
 from dist_partial.data.order import places
 from dist_partial.data.reading import Wrapped, checked, innermost, trait
 from dist_partial.data.source import Dataset, Source, check_source, fingerprint
@@ -45,8 +46,9 @@ class Joined:
                 raise UserError(f"mix: data set {number} is empty")
             if trait(source, "streamed", False):
                 raise UserError(f"mix: data set {number} is a tf.data.Dataset, which cannot be read from any place on")
-            base = innermost(source)
-            if getattr(base, "own_order", False) and not getattr(base, "batched", False):
+            if any(
+                getattr(base, "own_order", False) and not getattr(base, "batched", False) for base in innermost(source)
+            ):
                 raise UserError(
                     f"mix: data set {number} has an order of its own from epoch to epoch (grain): mix it there, or "
                     "give what it is made of before it is shuffled"
@@ -66,6 +68,15 @@ class Joined:
     def offsets(self) -> list[int]:
         """Where each begins, and the end."""
         return [0, *itertools.accumulate(map(len, self.sources))]
+
+    @functools.cached_property
+    def forked(self) -> tuple[Forks, Fork] | None:
+        """What is read of the sources, and the functions of TensorFlow that follow; None if there are none."""
+        sources, functions = zip(*map(stages, self.sources), strict=True)
+        if not any(functions) or any(isinstance(each, Fork) for of_one in functions for each in of_one):
+            return None
+        depths = [[each.depth for each in of_one] for of_one in functions]
+        return Forks(sources, self.offsets, depths), Fork(functions)
 
     @property
     def draws(self) -> bool:
@@ -87,10 +98,7 @@ class Joined:
 
     def place(self, index: int) -> str:
         """Where an example is."""
-        number = int(np.searchsorted(self.offsets, index, side="right")) - 1
-        index -= self.offsets[number]
-        inner = trait(self.sources[number], "place")
-        return f"{inner(index) if inner else f'example {index:,}'} of data set {number}"
+        return joined_place(self.sources, self.offsets, index)
 
     def fetch(self, indices: np.ndarray) -> tuple[Any, ...]:
         """Examples, those of a source at once."""
@@ -132,6 +140,11 @@ class Mixed(Wrapped):
     source: Joined
     weights: Sequence[float]
     own_order = True
+
+    @property
+    def forked(self) -> Any:
+        """See `Joined.forked`."""
+        return self.source.forked
 
     def places(self, positions: tf.Tensor, seed: int) -> tuple[tf.Tensor, tf.Tensor]:
         """Which examples of the sources come at positions of a run, and in which epochs of theirs."""

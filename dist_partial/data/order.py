@@ -59,6 +59,22 @@ def places(source: "Source", positions: tf.Tensor, seed: int) -> tuple[tf.Tensor
     return shuffled(positions, count, seed) if shuffle else positions, positions // count
 
 
+def own_rows(count: tf.Tensor, global_batch: int, context: tf.distribute.InputContext) -> tf.Tensor:
+    """Gives the rows of a batch of an evaluation, int64 [global_batch / workers], that are a worker's.
+
+    Replicas read `count` examples in turn, as many as there is room for; the last row fills up what is left.
+
+    Examples:
+        >>> contexts = [tf.distribute.InputContext(2, worker, 2) for worker in range(2)]
+        >>> [own_rows(tf.constant(3, tf.int64), 8, context).numpy().tolist() for context in contexts]
+        [[0, 1, 1, 1], [2, 2, 2, 2]]
+    """
+    workers, replicas = context.num_input_pipelines, context.num_replicas_in_sync
+    room = -(-count // replicas) * (replicas // workers)
+    rows = tf.minimum(tf.range(global_batch // workers, dtype=tf.int64), room - 1)
+    return tf.minimum(context.input_pipeline_id * room + rows, count - 1)
+
+
 def shuffled(positions: tf.Tensor, count: int, seed: int) -> tf.Tensor:
     """Gives example indices, int64 [b], at global positions: a permutation of [0, count) for each (seed, epoch).
 

@@ -1,6 +1,8 @@
 """Reads the parts of a batch at once, since what takes time is waiting for a disk or a network."""
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,9 +10,29 @@ import numpy as np
 from dist_partial.errors import Fault, UserError
 from dist_partial.files import MISTAKES
 
-READS = 8  # at once, in a process
+_reads = 8  # at once, in a process, where `run.readers` is not bound
 
-_pool = ThreadPoolExecutor(READS, "dist_partial read")  # starts no thread before it is used
+
+@functools.cache
+def _pool(reads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(reads, "dist_partial read")  # starts no thread before it is used
+
+
+@contextlib.contextmanager
+def reads_at_once(count: int | None) -> Iterator[None]:
+    """Sets how many reads `read_parts` makes at a time, of all batches together; None leaves it at 8.
+
+    Examples:
+        >>> with reads_at_once(2):
+        ...     read_parts(lambda indices: [b"%d" % len(indices)] * len(indices), np.arange(4)).tolist()
+        [b'2', b'2', b'2', b'2']
+    """
+    global _reads
+    before, _reads = _reads, count or _reads
+    try:
+        yield
+    finally:
+        _reads = before
 
 
 def read_parts(read: Callable[[np.ndarray], list[bytes]], indices: np.ndarray) -> np.ndarray:
@@ -30,10 +52,10 @@ def read_parts(read: Callable[[np.ndarray], list[bytes]], indices: np.ndarray) -
         >>> read_parts(lambda indices: [bytes([i]) for i in indices], np.array([66, 65])).tolist()
         [b'B', b'A']
     """
-    order = np.argsort(indices)
-    parts = np.array_split(indices[order], min(READS, max(len(order), 1)))
+    order, reads = np.argsort(indices), _reads
+    parts = np.array_split(indices[order], min(reads, max(len(order), 1)))
     found = np.empty(len(order), object)
-    for place, content in zip(order, (each for part in _pool.map(read, parts) for each in part), strict=True):
+    for place, content in zip(order, (each for part in _pool(reads).map(read, parts) for each in part), strict=True):
         found[place] = content
     return found
 

@@ -14,8 +14,9 @@ import tensorflow as tf
 
 from dist_partial.data.codecs import ByteCodec
 from dist_partial.data.quiet import quiet_tfds
+from dist_partial.data.reading import fetch
 from dist_partial.data.source import Dataset, fingerprint
-from dist_partial.errors import UserError
+from dist_partial.errors import Raised, UserError, raised
 from dist_partial.validation import AtLeast, check_arguments, nearest
 
 MEMORY_LIMIT = 2**30
@@ -74,6 +75,7 @@ class _Records:
     form: _Images | _Texts
     read: Callable[[list[int]], Records]
     count: int
+    name: str
 
     @property
     def spec(self) -> tuple[tf.TensorSpec, ...]:
@@ -84,6 +86,10 @@ class _Records:
 
     def fetch(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
         return self.form.batch(self.read(indices.tolist()))
+
+    def place(self, index: int) -> str:
+        """Where an example is."""
+        return f"example {index:,} of {self.name}"
 
 
 def tfds_dataset(
@@ -224,6 +230,7 @@ def _source(builder: Any, parameter: str, split: str, form: _Images | _Texts) ->
     import tensorflow_datasets as tfds
 
     info = builder.info
+    name = f"{info.full_name}, split {split!r}"
     try:
         part = info.splits[split]
     except (KeyError, ValueError) as error:
@@ -233,7 +240,7 @@ def _source(builder: Any, parameter: str, split: str, form: _Images | _Texts) ->
         ) from error
     if info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
         records = builder.as_data_source(split)
-        return _Records(form, records.__getitems__, len(records))
+        return _Records(form, records.__getitems__, len(records), name)
 
     size = part.num_examples * math.prod(form.shape) if isinstance(form, _Images) else part.num_bytes
     if size > MEMORY_LIMIT:
@@ -244,12 +251,17 @@ def _source(builder: Any, parameter: str, split: str, form: _Images | _Texts) ->
         )
     # Shards one after the other, the order that random access has.
     read_config = tfds.ReadConfig(interleave_cycle_length=1)
-    rows = list(tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False, read_config=read_config)))
-    return _Records(form, lambda indices: [rows[i] for i in indices], len(rows))
+    rows: list[Any] = []
+    try:
+        for row in tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False, read_config=read_config)):
+            rows.append(row)
+    except Exception as error:
+        raise Raised(f"{raised('run.data', error)}; it is example {len(rows):,} of {name}") from error
+    return _Records(form, lambda indices: [rows[i] for i in indices], len(rows), name)
 
 
 def _sketch(source: _Records) -> tuple[int | np.ndarray, ...]:
     """The number of examples, and 64 from all over the source: tells contents apart without reading all."""
     if not len(source):
         return (0,)
-    return len(source), *source.fetch(np.linspace(0, len(source) - 1, 64).astype(np.int64))
+    return len(source), *fetch(source, np.linspace(0, len(source) - 1, 64).astype(np.int64))

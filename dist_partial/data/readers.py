@@ -5,24 +5,30 @@ import contextlib
 import contextvars
 import functools
 import multiprocessing
-import pickle
+import os
 import queue
 import signal
 import threading
+import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.reduction import recv_handle, send_handle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
+from dist_partial.data.parallel import reads_at_once
 from dist_partial.data.reading import fetch, innermost, trait
+from dist_partial.data.shared import SharedArrays, restored
 from dist_partial.errors import Ending, Fault, UserError, first_line
 
 if TYPE_CHECKING:
     from dist_partial.data.source import Source
 
 _THREADS = 4  # for a source that several may read; each holds a batch
+_PATIENCE = 5.0  # seconds until a process whose connection is gone has ended
+_NAMED = 8  # examples, of those that were read when a process ended
 
 Read = Callable[[np.ndarray, np.ndarray | None], tuple[Any, ...]]
 
@@ -31,12 +37,13 @@ class Readers:
     """Says by how many threads and processes sources are read.
 
     Args:
-        threads: batches that are read at a time; None: 4 where a source has `thread_safe = True`, else 1.
+        threads: batches that are read at a time, and reads of TFRecords and image files in all; None: 4 where a source
+            has `thread_safe = True`, else 1, and 8 such reads.
         processes: that read in place of the threads; 0 lets the threads read.
     """
 
     def __init__(self, threads: int | None = None, processes: int = 0) -> None:
-        self._threads, self._count = threads, processes
+        self.bound, self.processes = threads, processes
         self._pool: _Processes | None = None
         self._sources: list[Source] = []  # kept, so that no other one gets the id of one
         self._locks: dict[int, threading.Lock] = {}
@@ -44,27 +51,20 @@ class Readers:
 
     def threads(self, source: "Source") -> int:
         """How many threads read a source, of a batch each."""
-        return max(self._threads or (_THREADS if trait(source, "thread_safe", False) else 1), self._count)
+        return max(self.bound or (_THREADS if trait(source, "thread_safe", False) else 1), self.processes)
 
     def reader(self, source: "Source") -> Read:
         """What reads a source: `fetch`, or processes, which the first call starts."""
         self._sources.append(source)
-        if not self._count:
-            if self._threads or trait(source, "thread_safe", False):
+        if not self.processes:
+            if self.bound or trait(source, "thread_safe", False):
                 return functools.partial(fetch, source)
             # Training and evaluations read at the same time, often parts of one source.
-            return functools.partial(_alone, self._locks.setdefault(id(innermost(source)), threading.Lock()), source)
-        try:
-            content = pickle.dumps(source)
-        except Exception as error:  # pickle raises this and that
-            raise UserError(
-                f"run.reader_processes = {self._count}: {type(source).__name__} of run.data cannot be sent to another "
-                f"process ({first_line(error)}): make it of classes and functions that a module has by name, and open "
-                "files when they are first read"
-            ) from error
+            bases = sorted({id(base) for base in innermost(source)})  # in one order, or two might wait for each other
+            return functools.partial(_alone, [self._locks.setdefault(i, threading.Lock()) for i in bases], source)
         if self._pool is None:
-            self._pool = _Processes(self._count)
-        return functools.partial(self._pool.read, id(source), content)
+            self._pool = _Processes(self.processes, self.bound)
+        return self._pool.reader(source)
 
     def start(self, batches: tf.data.Dataset) -> Iterator[Any]:
         """Begins to read batches, which `close` ends."""
@@ -93,9 +93,35 @@ def _end(iterator: Any) -> None:
     tf.raw_ops.MakeIterator(dataset=empty, iterator=handle)
 
 
-def _alone(lock: threading.Lock, source: "Source", indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
-    with lock:
+def _alone(
+    locks: Sequence[threading.Lock], source: "Source", indices: np.ndarray, draws: np.ndarray | None
+) -> tuple[Any, ...]:
+    with contextlib.ExitStack() as held:
+        for lock in locks:
+            held.enter_context(lock)
         return fetch(source, indices, draws)
+
+
+def faster(source: "Source") -> str:
+    """Says what would have the examples of a source come faster, by how it is read now.
+
+    Examples:
+        >>> from dist_partial.data import Stream
+        >>> import tensorflow as tf
+        >>> faster(Stream(tf.data.Dataset.range(3)))
+        'in the tf.data.Dataset of run.data, give map and interleave num_parallel_calls=tf.data.AUTOTUNE, and end it ...
+    """
+    if trait(source, "streamed", False):
+        return (
+            "in the tf.data.Dataset of run.data, give map and interleave num_parallel_calls=tf.data.AUTOTUNE, and end "
+            "it with prefetch(tf.data.AUTOTUNE)"
+        )
+    now = readers()
+    if now.processes:
+        return f"bind run.reader_processes to more than {now.processes}"
+    if now.bound or trait(source, "thread_safe", False):
+        return f"bind run.readers to more than {now.threads(source)}, or run.reader_processes where Python computes"
+    return "bind run.reader_processes where Python computes, or run.readers if several threads may read at once"
 
 
 _current: contextvars.ContextVar[Readers] = contextvars.ContextVar("readers")
@@ -113,7 +139,7 @@ def reading(threads: int | None = None, processes: int = 0) -> Iterator[None]:
         >>> readers().threads(ArraySource(np.arange(3)))
         1
     """
-    with contextlib.closing(Readers(threads, processes)) as made:
+    with contextlib.closing(Readers(threads, processes)) as made, reads_at_once(threads):
         token = _current.set(made)
         try:
             yield
@@ -151,46 +177,44 @@ def started(batches: tf.data.Dataset) -> Iterator[Any]:
 
 
 class _Processes:
-    """Reads sources in processes, each of which gets a copy of a source when it first reads from it.
+    """Reads sources in processes, each of which makes a source when it first reads from it; arrays are shared.
 
-    They end when the other end of their connection is gone, whatever becomes of this process.
+    They end when the process that has started them does, whatever becomes of it.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, threads: int | None) -> None:
         self._what = f"run.reader_processes = {count}"
         # A copy of this process, made by fork, would hang on the locks that TensorFlow's threads hold.
-        spawn = multiprocessing.get_context("spawn")
-        self._started: list[Any] = []
-        self._idle: queue.SimpleQueue[tuple[Any, Any, set[int]]] = queue.SimpleQueue()
+        self._spawn = multiprocessing.get_context("spawn")
+        self._shared = SharedArrays()
+        self._started: list[_Process] = []
+        self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         atexit.register(self.close)  # runs before multiprocessing's own, which waits for them
-        for _ in range(count):
-            here, there = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(there,), daemon=True, name="dist_partial reader")
-            process.start()
-            there.close()
-            self._started.append(process)
-            self._idle.put((process, here, set()))
+        self._count, self._threads = count, threads
 
-    def read(self, number: int, content: bytes, indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
-        """Examples of a source, which has that number and is pickled, from the first process that is free."""
-        process, connection, known = self._idle.get()
+    def reader(self, source: "Source") -> Read:
+        """What reads a source, by the first process that is free."""
         try:
-            connection.send((number, None if number in known else content, indices, draws))
-            known.add(number)
-            found = connection.recv()
+            content = self._shared.pickled(source)
+        except Exception as error:  # pickle raises this and that
+            raise UserError(
+                f"{self._what}: {type(source).__name__} of run.data cannot be sent to another process "
+                f"({first_line(error)}): make it of classes and functions that a module has by name, and open files "
+                "when they are first read"
+            ) from error
+        while len(self._started) < self._count:
+            self._started.append(_Process(self._spawn, self._shared.file, self._threads))
+            self._idle.put(self._started[-1])
+        return functools.partial(self._read, id(source), content)
+
+    def _read(self, number: int, content: Any, indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
+        process = self._idle.get()
+        try:
+            return process.read(number, content, indices, draws)
         except (EOFError, OSError):
-            process.join(1.0)
-            if process.exitcode == 1:
-                raise UserError(
-                    f"{self._what}: a process could not start; what it printed says why. A script that trains must do "
-                    'so under `if __name__ == "__main__":`, for each process imports it'
-                ) from None
-            raise Fault(f"{self._what}: a process has ended with code {process.exitcode}, out of memory?") from None
+            raise process.ending(self._what, indices) from None
         finally:
-            self._idle.put((process, connection, known))
-        if isinstance(found, Ending):
-            raise found
-        return found
+            self._idle.put(process)
 
     def close(self) -> None:
         atexit.unregister(self.close)
@@ -198,27 +222,97 @@ class _Processes:
             process.kill()
         for process in self._started:
             process.join()
+        self._shared.close()
 
 
-def _serve(connection: Any) -> None:
+class _Process:
+    """A process that reads, the connection to it, and what has passed through that."""
+
+    def __init__(self, context: Any, file: int, threads: int | None) -> None:
+        self._connection, there = context.Pipe()
+        self._known: set[int] = set()
+        self._ready = False
+        self._process = context.Process(target=_serve, args=(there, threads), daemon=True, name="dist_partial reader")
+        self._process.start()
+        there.close()
+        send_handle(self._connection, file, self._process.pid)
+        self.kill, self.join = self._process.kill, self._process.join
+
+    def read(self, number: int, content: Any, indices: np.ndarray, draws: np.ndarray | None) -> tuple[Any, ...]:
+        """Examples of a source, which has that number and is made of `content`, see `SharedArrays`."""
+        if not self._ready:
+            self._ready = self._connection.recv()
+        self._connection.send((number, None if number in self._known else content, indices, draws))
+        self._known.add(number)
+        found: Any = self._connection.recv()
+        if isinstance(found, _Failed):
+            raise found.ending from found
+        return found
+
+    def ending(self, what: str, indices: np.ndarray) -> UserError | Fault:
+        """What ends the run after the end of the process, while it read examples."""
+        self._process.join(_PATIENCE)
+        code = self._process.exitcode
+        if code is not None and code > 0 and not self._ready:
+            return UserError(
+                f"{what}: a process could not start; what it printed says why. A script that trains must do so under "
+                '`if __name__ == "__main__":`, for each process imports it'
+            )
+        some = ", ".join(map(str, indices[:_NAMED])) + (", ..." if len(indices) > _NAMED else "")
+        doing = f"while it read the examples {some}" if self._ready else "while it started"
+        if code is None or code >= 0:
+            return Fault(f"{what}: a process has ended with code {code} {doing}; what it printed may say why")
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
+        why = (
+            "is the memory full? bind fewer processes"
+            if -code == signal.SIGKILL
+            else "code that is not Python's failed"
+        )
+        return Fault(f"{what}: a process was ended by signal {-code} ({name}) {doing}: {why}")
+
+
+class _Failed(Exception):
+    """What has ended the reading in another process, with its traceback as text, for that of this process."""
+
+    def __init__(self, ending: Ending, text: str) -> None:
+        super().__init__(ending, text)
+        self.ending, self._text = ending, text
+
+    def __str__(self) -> str:
+        return f"\n{self._text}"
+
+
+def _serve(connection: Any, threads: int | None) -> None:
     """Reads what is asked for until nobody can ask any more."""
     for number in (signal.SIGINT, signal.SIGTERM):  # which whole groups of processes get: the run stops by itself
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     sources: dict[int, Any] = {}
-    with contextlib.suppress(EOFError, OSError):  # of the other end
+    with reads_at_once(threads), contextlib.suppress(EOFError, OSError):  # of the other end
+        file = recv_handle(connection)
+        connection.send(True)
         while True:
             number, content, indices, draws = connection.recv()
             try:
                 if content is not None:
-                    sources[number] = _made(content)
-                connection.send(fetch(sources[number], indices, draws))
+                    sources[number] = _made(file, content)
+                found: Any = fetch(sources[number], indices, draws)
             except Ending as error:
-                connection.send(error)
+                found = _Failed(error, traceback.format_exc())
+            connection.send(found)
 
 
-def _made(content: bytes) -> Any:
+def _end_with_parent() -> None:
+    """Ends this process when that which has started it is gone, though it may read for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _made(file: int, content: Any) -> Any:
     try:
-        return pickle.loads(content)
+        return restored(file, *content)
     except Exception as error:
         raise UserError(
             f"run.reader_processes: run.data cannot be made in another process ({first_line(error)}): define what it "

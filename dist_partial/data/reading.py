@@ -55,18 +55,21 @@ class Wrapped:
         return checked(self.source, indices, draws)
 
 
-def innermost(source: Any) -> Any:
-    """Finds what a source reads from in the end.
+def innermost(source: Any) -> list[Any]:
+    """Finds what a source reads from in the end: several things where it joins others, its `sources`.
 
     Examples:
-        >>> from dist_partial.data import ArraySource, Mapped
+        >>> from dist_partial.data import ArraySource, Joined, Mapped
         >>> base = ArraySource(np.arange(3))
-        >>> innermost(Mapped(base, lambda x: x + 1)) is base
+        >>> innermost(Joined([base, Mapped(base, lambda x: x + 1)])) == [base, base]
         True
     """
     while (inner := getattr(source, "source", None)) is not None:
         source = inner
-    return source
+    parts = getattr(source, "sources", None)
+    if isinstance(parts, (list, tuple)) and all(hasattr(part, "fetch") for part in parts):
+        return [each for part in parts for each in innermost(part)]
+    return [source]
 
 
 def fetched(source: "Source", indices: tf.Tensor) -> tuple[Any, ...]:

@@ -5,7 +5,6 @@ A record is its length (uint64), the masked CRC32C of these 8 bytes, the data, a
 walking from header to header.
 """
 
-import hashlib
 import os
 import struct
 from array import array
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from dist_partial.data.file_lists import digest, index_folders
 from dist_partial.errors import UserError
 from dist_partial.files import lock, remove, remove_leftovers, write_atomically
 
@@ -98,11 +98,9 @@ def open_index(paths: Sequence[Path], cache_dir: str | os.PathLike[str] | None =
     """
     states = np.array([_state(path) for path in paths], np.int64)
     beside = Path(os.path.abspath(paths[0])).parent
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dist_partial" / "tfrecords"
-    whose = _digest(str(beside))  # all folders share the cache
-    folders = [Path(cache_dir).expanduser() / whose] if cache_dir else [beside / ".dist_partial", caches / whose]
+    folders = index_folders(beside, "tfrecords", cache_dir)
     names = [os.path.relpath(path, beside) for path in paths]
-    name = f"{_digest(*names)}-{_digest(states.tobytes().hex())}.npy"
+    name = f"{digest(*names)}-{digest(states.tobytes().hex())}.npy"
     for folder in folders:
         if (table := _read(folder / name, states)) is not None:
             return _index(paths, states, table)
@@ -138,10 +136,6 @@ def _state(path: Path) -> tuple[int, int]:
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from None
     return found.st_size, found.st_mtime_ns
-
-
-def _digest(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _index(paths: Sequence[Path], states: np.ndarray, table: np.ndarray) -> RecordIndex:

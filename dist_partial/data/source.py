@@ -61,7 +61,7 @@ class Source(Protocol):
         """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dataset:
     """Names a data set and holds its sources, as the factory in `run.data` returns it.
 
@@ -89,6 +89,9 @@ class Dataset:
     codec: Codec | None = None
     unit: Literal["byte"] | None = None
     classes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.name!r}, train={self.train!r}, evaluation={self.evaluation!r})"
 
     @property
     def window(self) -> int | None:
@@ -153,7 +156,7 @@ class Dataset:
         return dataclasses.replace(self, train=InOrder(self.train), fingerprint=content)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ArraySource:
     """Reads examples from arrays in memory: each argument an array, or a dict, tuple or list of arrays.
 
@@ -178,6 +181,9 @@ class ArraySource:
     x: Any
     y: Any = None
     weight: Any = None
+
+    def __repr__(self) -> str:
+        return f"ArraySource({len(self):,} examples {described(self.spec)})"
 
     def __post_init__(self) -> None:
         for name, arrays in (("x", self.x), ("y", self.y), ("weight", self.weight)):
@@ -251,6 +257,20 @@ def check_source(name: str, source: Any) -> None:
             f"{name} has a spec of {shown(spec)}: write a tuple (x, y), or (x, y, weight), each a tf.TensorSpec or a "
             "dict, tuple or list of them"
         )
+
+
+def described(spec: Any) -> str:
+    """Writes a nest of tensors or their specs as messages show it.
+
+    Examples:
+        >>> described({"age": tf.TensorSpec([2], tf.int32)})
+        "{'age': int32 [2]}"
+    """
+    if isinstance(spec, dict):
+        return "{" + ", ".join(f"{name!r}: {described(each)}" for name, each in spec.items()) + "}"
+    if isinstance(spec, (list, tuple)):
+        return f"({', '.join(map(described, spec))})"
+    return f"{spec.dtype.name} {spec.shape.as_list()}"
 
 
 def fingerprint(*parts: Any) -> str:

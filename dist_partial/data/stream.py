@@ -11,10 +11,15 @@ import tensorflow as tf
 
 from dist_partial import compat
 from dist_partial.data.arrays import stacked
-from dist_partial.errors import UserError, calling
+from dist_partial.data.order import own_rows
+from dist_partial.data.stream_position import Position
+from dist_partial.errors import Raised, UserError, calling, raised
+from dist_partial.session import seeded
+from dist_partial.terminal import say
 from dist_partial.validation import shown
 
 _FIRST = 64  # examples to look at before a run
+_COUNTED = 4096  # examples at a time
 
 
 class Stream:
@@ -25,15 +30,18 @@ class Stream:
 
     Args:
         dataset: of examples or of batches, of x, (x, y) or (x, y, weight); or a function that makes it, which one with
-            a shuffle needs: it shuffles otherwise each time that it is read from its beginning on.
+            a shuffle needs: it shuffles otherwise each time that it is read from its beginning on. The function is
+            called for each reading: to look at the first examples, twice, as the training begins, and at each
+            evaluation. TensorFlow's seed is then `run.seed`, for an evaluation 0, so that shuffles repeat themselves.
         batched: whether its elements are batches, which are taken apart; None finds out.
+        made: what the function has made already, of which nothing has been read; None calls it.
 
     Raises:
         UserError: it is none, or its examples have no fixed shape.
 
     Examples:
         >>> stream = Stream(tf.data.Dataset.from_tensor_slices(([1.0, 2.0, 3.0], [4, 5, 6])).batch(2))
-        run.data: the tf.data.Dataset gives batches: they are taken apart into examples, in their order
+        run.data: the tf.data.Dataset gives batches, which are taken apart into examples, ...
         >>> len(stream), stream.spec[0]
         (3, TensorSpec(shape=(), dtype=tf.float32, name=None))
         >>> stream.fetch(np.array([2, 3]))[1].tolist()
@@ -43,16 +51,23 @@ class Stream:
     own_order = True
     streamed = True  # only from the beginning on
 
-    def __init__(self, dataset: tf.data.Dataset | Callable[[], tf.data.Dataset], batched: bool | None = None) -> None:
+    def __init__(
+        self,
+        dataset: tf.data.Dataset | Callable[[], tf.data.Dataset],
+        batched: bool | None = None,
+        made: tf.data.Dataset | None = None,
+    ) -> None:
+        self._by_function = callable(dataset)
         self._make = dataset if callable(dataset) else lambda: dataset
-        with calling("run.data"):
-            first = self._make()
-        if not isinstance(first, tf.data.Dataset):
-            raise UserError(f"a Stream got {shown(first)}: give a tf.data.Dataset, or a function that makes one")
-        self._apart = _batched(first, batched)
-        spec = self._examples().element_spec
-        self._alone = not isinstance(spec, tuple)
-        self.spec: tuple[Any, ...] = (spec,) if self._alone else spec
+        made = self._made(seed=0) if made is None else made
+        if not isinstance(made, tf.data.Dataset):
+            raise UserError(f"a Stream got {shown(made)}: give a tf.data.Dataset, or a function that makes one")
+        self._apart = _batched(made, batched)
+        self._unread: tf.data.Dataset | None = made
+        examples = self._examples(made)
+        self._cardinality = int(examples.cardinality())
+        self._alone = not isinstance(examples.element_spec, tuple)
+        self.spec: tuple[Any, ...] = (examples.element_spec,) if self._alone else examples.element_spec
         for one in tf.nest.flatten(self.spec):
             if not isinstance(one, tf.TensorSpec) or not one.shape.is_fully_defined():
                 raise UserError(
@@ -60,35 +75,62 @@ class Stream:
                     "read: pad or cut them in it, and end with tf.ensure_shape(x, [...])"
                 )
 
-    def _examples(self) -> tf.data.Dataset:
-        dataset = self._make()
+    @property
+    def repeatable(self) -> str:
+        """What would make one repeat itself that gives other examples each time that it is read."""
+        if not self._by_function:
+            return "give a function that makes it, and a run can go on with the examples that would have come next"
+        return "have its function draw from random numbers with a seed, and a run can go on where it was"
+
+    def _made(self, seed: int) -> tf.data.Dataset:
+        """The data set, made again if there is a function for it."""
+        with calling("run.data"), seeded(seed):
+            return self._make()
+
+    def _examples(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
         return dataset.unbatch() if self._apart else dataset
 
-    def _repeated(self) -> tf.data.Dataset:
-        """Its examples as tuples, without an end."""
-        examples = self._examples().repeat()
+    def _repeated(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
+        """Examples as tuples, without an end."""
+        examples = self._examples(dataset).repeat()
         return examples.map(lambda x: (x,)) if self._alone else examples
+
+    def _read(self, dataset: tf.data.Dataset, count: int) -> list[Any]:
+        """The first examples."""
+        found: list[Any] = []
+        try:
+            for example in self._repeated(dataset).take(count):
+                found.append(example)
+        except Exception as error:
+            where = f"; it comes after {len(found):,} examples of the tf.data.Dataset"
+            raise Raised(f"{raised('run.data', error)}{where}") from error
+        return found
 
     @functools.cached_property
     def _first(self) -> list[Any]:
-        """The first examples; kept, for a shuffle within gives others whenever it begins."""
-        return list(self._repeated().take(_FIRST))
+        """The first examples; kept, for a shuffle within may give others whenever it begins."""
+        dataset, self._unread = self._unread, None
+        return self._read(self._made(seed=0) if dataset is None else dataset, _FIRST)
 
     def read_again(self) -> tuple[Any, ...]:
-        """Reads the first examples again, which a shuffle makes others."""
-        return _stacked(list(self._repeated().take(_FIRST)))
+        """Reads the first examples again, which a shuffle may make others."""
+        return _stacked(self._read(self._made(seed=0), _FIRST))
 
     @functools.cached_property
     def _length(self) -> int:
-        count = int(self._examples().cardinality())
-        if count == tf.data.INFINITE_CARDINALITY:
+        if self._cardinality == tf.data.INFINITE_CARDINALITY:
             return sys.maxsize
-        if count == tf.data.UNKNOWN_CARDINALITY:
-            began = time.perf_counter()
-            with calling("run.data"):
-                count = int(self._examples().reduce(np.int64(0), lambda number, *_: number + 1))
-            if (took := time.perf_counter() - began) > 1:
-                print(f"run.data: counted {count:,} examples in {took:.1f} s")
+        if self._cardinality >= 0:
+            return self._cardinality
+        began, count = time.perf_counter(), 0
+        try:
+            for many in self._examples(self._made(seed=0)).map(lambda *_: np.int64(1)).batch(_COUNTED):
+                count += len(many)
+        except Exception as error:
+            where = f"; it is among the examples {count:,} to {count + _COUNTED - 1:,} of the tf.data.Dataset"
+            raise Raised(f"{raised('run.data', error)}{where}") from error
+        if (took := time.perf_counter() - began) > 1:
+            say(f"run.data: counted {count:,} examples in {took:.1f} s")
         return count
 
     def __len__(self) -> int:
@@ -101,30 +143,31 @@ class Stream:
         if not examples:
             raise UserError("the tf.data.Dataset of run.data is empty: there is nothing to read")
         if last >= len(examples):
-            examples = list(self._repeated().take(last + 1))
+            examples = self._read(self._made(seed=0), last + 1)
         return _stacked([examples[index] for index in indices.tolist()])
 
-    def train(self, first_step: int, global_batch: int, context: tf.distribute.InputContext) -> tf.data.Dataset:
-        """This worker's batches from a step on: (positions, examples)."""
-        workers = context.num_input_pipelines
-        part = global_batch // workers
-        examples = self._repeated().enumerate().skip(first_step * global_batch)
-        batches = examples.batch(part, drop_remainder=True).shard(workers, context.input_pipeline_id)
-        if first_step and context.input_pipeline_id == 0:
-            batches = _timed(batches, first_step * global_batch)
-        return batches.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+    def train(
+        self, first_step: int, global_batch: int, seed: int, context: tf.distribute.InputContext
+    ) -> tuple[tf.data.Dataset, Position]:
+        """This worker's batches from a step on, (positions, examples), and what follows how far it has come."""
+        workers, worker = context.num_input_pipelines, context.input_pipeline_id
+        skipped = first_step * global_batch
+        examples = self._repeated(self._made(seed)).enumerate().skip(skipped)
+        batches = examples.batch(global_batch // workers, drop_remainder=True).shard(workers, worker)
+        batches = batches.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+        return batches, Position(context, global_batch, skipped)
 
     def evaluation(
-        self, first: int, examples: int, global_batch: int, context: tf.distribute.InputContext
-    ) -> tf.data.Dataset:
-        """The same for an evaluation of `examples` examples, the last of which fills the last batch; for ever."""
-        wanted = self._repeated().enumerate().skip(first).take(examples)
-        fill = -examples % global_batch
-        if fill:
-            last = self._repeated().enumerate().skip(first + examples - 1).take(1)
-            wanted = wanted.concatenate(last.repeat(fill))
-        batches = wanted.batch(global_batch // context.num_input_pipelines, drop_remainder=True)
-        return batches.shard(context.num_input_pipelines, context.input_pipeline_id).repeat()
+        self, examples: int, global_batch: int, context: tf.distribute.InputContext
+    ) -> tuple[tf.data.Dataset, Position]:
+        """The same for one pass of the first `examples` examples."""
+        batches = self._repeated(self._made(seed=0)).take(examples).enumerate().batch(global_batch)
+
+        def own(positions: tf.Tensor, parts: Any) -> Any:
+            rows = own_rows(tf.size(positions, tf.int64), global_batch, context)
+            return tf.nest.map_structure(lambda tensor: tf.gather(tensor, rows), (positions, parts))
+
+        return batches.map(own), Position(context, global_batch, end=examples)
 
 
 def _stacked(examples: list[Any]) -> tuple[Any, ...]:
@@ -139,31 +182,13 @@ def _batched(dataset: tf.data.Dataset, batched: bool | None) -> bool:
     if batched is None:
         batched = compat.is_batched(dataset)
         if batched and len(axes) == 1 and "none" not in axes:
-            print("run.data: the tf.data.Dataset gives batches: they are taken apart into examples, in their order")
+            say(
+                "run.data: the tf.data.Dataset gives batches, which are taken apart into examples, in their order; if "
+                "they are examples, give dist_partial.Stream(dataset, batched=False)"
+            )
     if batched and "none" in axes:
-        raise UserError(f"the tf.data.Dataset gives {dataset.element_spec}, which are no batches: say batched=False")
+        raise UserError(
+            f"the tf.data.Dataset gives {dataset.element_spec}, which are no batches: give Stream(dataset, "
+            "batched=False)"
+        )
     return batched
-
-
-def _timed(batches: tf.data.Dataset, skipped: int) -> tf.data.Dataset:
-    """The same, which says how long it took to the first."""
-    began: list[float] = []
-
-    def now() -> float:
-        began[:] = [time.perf_counter()]
-        return began[0]
-
-    def begin(_: tf.Tensor) -> tf.data.Dataset:
-        with tf.control_dependencies([tf.numpy_function(now, [], tf.float64)]):
-            return batches.skip(tf.constant(0, tf.int64))
-
-    def said(number: np.ndarray) -> np.ndarray:
-        if number == 0:
-            print(f"run.data: skipped {skipped:,} examples in {time.perf_counter() - began[0]:.1f} s to go on")
-        return number
-
-    def passed(number: tf.Tensor, element: Any) -> Any:
-        with tf.control_dependencies([tf.numpy_function(said, [number], tf.int64)]):
-            return tf.nest.map_structure(tf.identity, element)
-
-    return tf.data.Dataset.range(1).flat_map(begin).enumerate().map(passed)

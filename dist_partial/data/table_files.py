@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dist_partial.errors import UserError, first_line
-from dist_partial.validation import nearest
+from dist_partial.validation import nearest, shown
 
 if TYPE_CHECKING:
     import pyarrow
@@ -176,12 +176,38 @@ def _csv(path: Path, columns: Types, found: Types) -> "pyarrow.Table":
         "convert_options": csv.ConvertOptions(include_columns=list(columns), column_types=types),
     }
     try:
-        return csv.read_csv(path, **options)
+        table = csv.read_csv(path, **options)
     except pa.ArrowInvalid:
         try:
-            return csv.read_csv(path, csv.ReadOptions(use_threads=False), **options)  # which knows the row
+            table = csv.read_csv(path, csv.ReadOptions(use_threads=False), **options)  # which knows the row
         except pa.ArrowInvalid as error:
             raise UserError(_of_csv(path, str(error).splitlines()[0], types)) from None
+    for name in columns:
+        if name not in types and pa.types.is_string(table[name].type):
+            _check_texts(path, name, table[name])
+    return table
+
+
+def _check_texts(path: Path, name: str, column: "pyarrow.ChunkedArray") -> None:
+    """Raises UserError if a column that was guessed to be text begins with numbers: one value has changed its type.
+
+    pyarrow guesses by the first block of a file. Beyond that, it refuses such a value itself.
+    """
+    texts = ((row, value.as_py()) for row, value in enumerate(column, 2) if value.is_valid)
+    row, text = next(((row, text) for row, text in texts if not _is_number(text)), (2, ""))
+    if row > 2 and column[0].is_valid:
+        raise UserError(
+            f"{path}, row {row}: {name!r} is {shown(text)}, and a number in the rows before: correct it, or say that "
+            f"the column has texts, as in '{name}:string'"
+        )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _of_csv(path: Path, message: str, types: Types) -> str:
@@ -207,12 +233,28 @@ def _parquet_names(path: Path) -> list[str]:
 def _parquet(path: Path, columns: Types, found: Types) -> "pyarrow.Table":
     import pyarrow.parquet as parquet
 
-    with parquet.ParquetFile(path) as file:
-        table = file.read(columns=list(columns))
+    with parquet.ParquetFile(path, page_checksum_verification=True) as file:  # of those that have checksums
+        try:
+            table = file.read(columns=list(columns))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{_damaged_rows(path, file, columns)}: {first_line(error)}") from None
     for name, kind in columns.items():
         if kind is not None:
             table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(kind))
     return table
+
+
+def _damaged_rows(path: Path, file: Any, columns: Types) -> str:
+    """Where a file cannot be read: the rows of the first such row group."""
+    first = 1
+    for number in range(file.num_row_groups):
+        last = first + file.metadata.row_group(number).num_rows - 1
+        try:
+            file.read_row_group(number, columns=list(columns))
+        except (OSError, ValueError):
+            return f"{path}, in rows {first} to {last}"
+        first = last + 1
+    return str(path)
 
 
 CSV = Format("*.csv*", 2, _csv_names, _csv)

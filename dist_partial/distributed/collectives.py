@@ -1,16 +1,20 @@
 """One round of communication between the replicas: sums and gathers, in packs.
 
-The only place that talks to other replicas about gradients. It rides on TensorFlow's collectives, or, between workers
-of one CPU replica each, on `tcp_backend`.
+The only place that talks to other replicas about gradients. It rides on TensorFlow's collectives, or, between workers,
+on `tcp_backend`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from dist_partial import compat
+from dist_partial.distributed import host_bridge
+from dist_partial.distributed.host_bridge import ALL, BETWEEN, INSIDE
+from dist_partial.distributed.per_replica import Topology, topology
 from dist_partial.distributed.tcp_backend import TCPBackend
 
 # Large enough to cost little each, small enough to be under way while later gradients are still being computed. Packs
@@ -54,6 +58,18 @@ class AllGatherRequest:
     message: tf.Tensor
 
 
+class ReplicaCount:
+    """Asks how many replicas exchange; answered at once, without a round.
+
+    Examples:
+        >>> def own():
+        ...     count = yield ReplicaCount()
+        ...     return count
+        >>> run_rounds(Collectives(), [own()])
+        [1]
+    """
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Collectives:
     """Sums and gathers over the replicas, by TensorFlow's collectives or over TCP.
@@ -61,6 +77,8 @@ class Collectives:
     Attributes:
         backend: the workers' own connections, or None for TensorFlow's collectives.
         pack_bytes: up to how many bytes travel as one.
+        level: which replicas exchange: all, those `INSIDE` a worker, or, `BETWEEN` workers, one of each: its others
+            have the same.
 
     Examples:
         >>> requests = [AllReduceRequest(tf.constant([[1.0], [2.0]])), AllReduceRequest(tf.constant([3.0, 4.0, 5.0]))]
@@ -70,6 +88,19 @@ class Collectives:
 
     backend: TCPBackend | None = None
     pack_bytes: int = PACK_BYTES
+    level: str = ALL
+
+    @property
+    def topology(self) -> Topology:
+        """The replicas that it reaches from within the strategy in whose scope, or replica context, it is called."""
+        found = topology(tf.distribute.get_strategy(), self.backend)
+        if self.level == INSIDE:
+            return Topology(found.strategy)
+        return found.hosts if self.level == BETWEEN else found
+
+    def at(self, level: str) -> "Collectives":
+        """The same for a level."""
+        return dataclasses.replace(self, level=level)
 
     def exchange(self, requests: Sequence[AllReduceRequest | AllGatherRequest]) -> list[tf.Tensor]:
         """Answers all requests in one round; called in a replica context, in the same order on every replica.
@@ -102,11 +133,16 @@ class Collectives:
         return answers
 
     def _send(self, sums: list[tf.Tensor], gathers: list[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        if self.backend is not None:
-            return self.backend.exchange(sums, gathers)
         context: Any = tf.distribute.get_replica_context()
-        if context.num_replicas_in_sync == 1:
-            return sums, [words[tf.newaxis] for words in gathers]
+        alone = context.num_replicas_in_sync == 1
+        if self.backend is None or self.level == INSIDE:
+            if alone or self.level == BETWEEN:
+                return sums, [words[tf.newaxis] for words in gathers]
+        elif alone:
+            return self.backend.exchange(sums, gathers)
+        if self.level != ALL or self.backend is not None:
+            how = functools.partial(host_bridge.exchange, self.backend, self.level, len(sums))
+            return context.merge_call(how, args=[*sums, *gathers])
         summed = context.merge_call(_tensorflow_sum, args=sums) if sums else []
         return list(summed), [context.merge_call(_tensorflow_gather, args=(words,)) for words in gathers]
 
@@ -134,7 +170,10 @@ def run_rounds(collectives: Collectives, exchanges: Sequence[Any]) -> list[Any]:
         requests: dict[int, Any] = {}
         for i, answer in answers.items():
             try:
-                requests[i] = exchanges[i].send(answer)
+                request = exchanges[i].send(answer)
+                while isinstance(request, ReplicaCount):
+                    request = exchanges[i].send(collectives.topology.replicas)
+                requests[i] = request
             except StopIteration as stop:
                 results[i] = stop.value
         answers = dict(zip(requests, collectives.exchange(list(requests.values())), strict=True)) if requests else {}

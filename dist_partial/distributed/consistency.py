@@ -37,9 +37,11 @@ def check(backend: TCPBackend, facts: dict[str, Any]) -> None:
         if found := differences(everyone[0], theirs):
             first = "; ".join(_in_words(*each) for each in found[:_SHOWN])
             more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+            drawn = any(name.startswith(("initial", "frozen")) for name, _, _ in found)
+            seed = ", and draw the same weights by keras.utils.set_random_seed(0) above the model" if drawn else ""
             raise UserError(
                 f"{names(backend, [rank])} runs something else than {names(backend, [0])}: {first}{more}; start all "
-                "workers with the same files, data and versions"
+                f"workers with the same files, data and versions{seed}"
             )
 
 

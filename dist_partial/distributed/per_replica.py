@@ -9,18 +9,96 @@ import tensorflow as tf
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Topology:
+    """Counts the replicas, and says which are this worker's.
+
+    Attributes:
+        strategy: of this worker's replicas, or TensorFlow's own of all.
+        workers: how many processes the replicas are divided among.
+        worker: which of them this is, from 0.
+        by_worker: whether those of a worker count as one, for they are alike.
+
+    Examples:
+        >>> second = Topology(tf.distribute.get_strategy(), workers=3, worker=1)
+        >>> second.replicas, second.first
+        (3, 1)
+    """
+
+    strategy: tf.distribute.Strategy
+    workers: int = 1
+    worker: int = 0
+    by_worker: bool = False
+
+    @property
+    def hosts(self) -> "Topology":
+        """The workers in place of their replicas, each as one."""
+        return dataclasses.replace(self, by_worker=True)
+
+    @property
+    def local(self) -> int:
+        """How many replicas this worker has, and each of the others."""
+        if self.by_worker:
+            return 1
+        # The default strategy has no list of its devices to ask for.
+        return len(self.strategy.extended.worker_devices) if self.strategy.num_replicas_in_sync > 1 else 1
+
+    @property
+    def replicas(self) -> int:
+        """How many there are in all."""
+        return self.workers * self.local
+
+    @property
+    def first(self) -> int:
+        """The number of this worker's first replica."""
+        return self.worker * self.local
+
+    @property
+    def rank(self) -> int:
+        """The number of this replica among all; called in a replica context."""
+        context: Any = tf.distribute.get_replica_context()
+        return self.first + int(tf.get_static_value(context.replica_id_in_sync_group)) % self.local
+
+    @property
+    def input_context(self) -> tf.distribute.InputContext:
+        """Which part of each global batch is this worker's."""
+        return tf.distribute.InputContext(self.workers, self.worker, self.replicas)
+
+
+def topology(strategy: tf.distribute.Strategy, backend: Any = None) -> Topology:
+    """Finds out how many replicas there are, and which are this worker's.
+
+    Args:
+        strategy: of this worker's replicas, or TensorFlow's own of all.
+        backend: by which the replicas of a worker's own strategy are joined to the others; None where there are none,
+            or where the strategy has them all.
+
+    Examples:
+        >>> topology(tf.distribute.get_strategy()).replicas
+        1
+    """
+    if backend is not None:
+        return Topology(strategy, backend.size, backend.rank)
+    workers, worker = strategy.num_replicas_in_sync // Topology(strategy).local, 0
+    if workers > 1:
+        resolver = strategy.cluster_resolver
+        chiefs = len(resolver.cluster_spec().as_dict().get("chief", []))
+        worker = resolver.task_id + (chiefs if resolver.task_type == "worker" else 0)
+    return Topology(strategy, workers, worker)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class PerReplica:
     """Shows a variable of which each replica has a value of its own as one array [replicas, ...].
 
     Attributes:
-        strategy: the replicas.
+        topology: the replicas.
         variable: a mirrored variable, or one that is synchronised on read.
         when_fewer: what becomes of the values on another number of replicas: 'sum' keeps their sum and divides it
             evenly, 'mean' gives each replica their mean, 'own' deals them out.
         constraint: of the variable, which the mean must satisfy as the values do; or None.
 
     Examples:
-        >>> own = PerReplica(tf.distribute.get_strategy(), tf.Variable([0.0, 0.0]), when_fewer="mean")
+        >>> own = PerReplica(topology(tf.distribute.get_strategy()), tf.Variable([0.0, 0.0]), when_fewer="mean")
         >>> own.shape  # of one replica
         (1, 2)
         >>> own.assign(np.array([[1.0, 2.0], [3.0, 4.0]], np.float32))  # of two
@@ -28,14 +106,14 @@ class PerReplica:
         [2.0, 3.0]
     """
 
-    strategy: tf.distribute.Strategy
+    topology: Topology
     variable: Any
     when_fewer: str
     constraint: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.strategy.num_replicas_in_sync, *self.variable.shape)
+        return (self.topology.replicas, *self.variable.shape)
 
     @property
     def dtype(self) -> Any:
@@ -47,7 +125,7 @@ class PerReplica:
         Args:
             array: [replicas, ...], of any number of replicas.
         """
-        count = self.strategy.num_replicas_in_sync
+        count = self.topology.replicas
         if len(array) == count:
             mine = array
         elif self.when_fewer == "own":
@@ -57,9 +135,9 @@ class PerReplica:
             one = (np.sum(array, axis=0, dtype=np.float64) / divisor).astype(self.dtype)
             one = one if self.constraint is None else np.asarray(self.constraint(tf.constant(one)))
             mine = np.broadcast_to(one, self.shape)
-        first = input_context(self.strategy).input_pipeline_id * local_count(self.strategy)
-        for i, copy in enumerate(self.strategy.experimental_local_results(self.variable)):
-            copy.assign(mine[first + i])
+        first = self.topology.first
+        for i, copy in enumerate(self.topology.strategy.experimental_local_results(self.variable)):
+            copy.assign(mine[first + i % self.topology.local])
 
 
 def values(variables: Sequence[PerReplica], gather: Callable[[bytes], list[bytes]]) -> list[np.ndarray]:
@@ -70,15 +148,17 @@ def values(variables: Sequence[PerReplica], gather: Callable[[bytes], list[bytes
         gather: gives every worker's bytes, from `Replicas.gather`.
 
     Examples:
-        >>> strategy = tf.distribute.get_strategy()
-        >>> own = [PerReplica(strategy, tf.Variable(value), "own") for value in ([1.0, 2.0], [[3]])]
+        >>> here = topology(tf.distribute.get_strategy())
+        >>> own = [PerReplica(here, tf.Variable(value), "own") for value in ([1.0, 2.0], [[3]])]
         >>> [array.tolist() for array in values(own, gather=lambda data: [data])]
         [[[1.0, 2.0]], [[[3]]]]
     """
     if not variables:
         return []
-    strategy = variables[0].strategy
-    local = [[copy.numpy() for copy in strategy.experimental_local_results(v.variable)] for v in variables]
+    local = [
+        [copy.numpy() for copy in v.topology.strategy.experimental_local_results(v.variable)[: v.topology.local]]
+        for v in variables
+    ]
     # One message, and not a gather for each of many small variables.
     data = b"".join(copy.tobytes() for copies in local for copy in copies)
     rows = gather(data)
@@ -89,31 +169,3 @@ def values(variables: Sequence[PerReplica], gather: Callable[[bytes], list[bytes
         found.append(np.concatenate(parts).reshape(variable.shape))
         start += size
     return found
-
-
-def local_count(strategy: tf.distribute.Strategy) -> int:
-    """Counts the replicas of this worker.
-
-    Examples:
-        >>> local_count(tf.distribute.get_strategy())
-        1
-    """
-    # The default strategy has no list of its devices to ask for.
-    return len(strategy.extended.worker_devices) if strategy.num_replicas_in_sync > 1 else 1
-
-
-def input_context(strategy: tf.distribute.Strategy) -> tf.distribute.InputContext:
-    """Says which part of each global batch is this worker's.
-
-    Examples:
-        >>> context = input_context(tf.distribute.get_strategy())
-        >>> context.num_input_pipelines, context.input_pipeline_id, context.num_replicas_in_sync
-        (1, 0, 1)
-    """
-    workers = strategy.num_replicas_in_sync // local_count(strategy)
-    index = 0
-    if workers > 1:
-        resolver = strategy.cluster_resolver
-        chiefs = len(resolver.cluster_spec().as_dict().get("chief", []))
-        index = resolver.task_id + (chiefs if resolver.task_type == "worker" else 0)
-    return tf.distribute.InputContext(workers, index, strategy.num_replicas_in_sync)

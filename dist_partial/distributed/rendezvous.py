@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from dist_partial.distributed import handshake
 from dist_partial.errors import Fault, UserError
+from dist_partial.terminal import say
 
 _RETRY_SECONDS = 0.2
 _PATIENCE_SECONDS = 10.0  # until it is said who is waited for
@@ -111,7 +112,7 @@ class _Meeting:
         self.reasons[rank] = reason
         if (rank, reason) not in self.said and sum(each == rank for each, _ in list(self.said)) < _LINES:
             self.said.add((rank, reason))
-            print(f"worker {self.own.rank} waits for worker {rank}: {reason}", file=sys.stderr, flush=True)
+            say(f"worker {self.own.rank} waits for worker {rank}: {reason}", sys.stderr)
 
 
 def _gather(meeting: _Meeting, links: dict[int, handshake.Link], seconds: float, deadline: float) -> None:
@@ -132,7 +133,7 @@ def _gather(meeting: _Meeting, links: dict[int, handshake.Link], seconds: float,
                     "output, and that TCP to these addresses is not blocked; replicas.start_seconds waits longer"
                 ) from None
             silent_until = deadline
-            print(f"worker {rank} waits for {late}", file=sys.stderr, flush=True)
+            say(f"worker {rank} waits for {late}", sys.stderr)
             continue
         if isinstance(arrival, UserError):
             raise arrival

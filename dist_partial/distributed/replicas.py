@@ -20,10 +20,12 @@ from dist_partial import compat
 from dist_partial.distributed import handshake, rendezvous
 from dist_partial.distributed.cluster import read_tf_config
 from dist_partial.distributed.collectives import PACK_BYTES, Collectives
+from dist_partial.distributed.host_bridge import HostBridge
+from dist_partial.distributed.per_replica import Topology, topology
 from dist_partial.distributed.tcp_backend import TCPBackend
-from dist_partial.distributed.tcp_strategy import TCPStrategy
 from dist_partial.errors import UserError
-from dist_partial.validation import Above, AtLeast, OneOf, check
+from dist_partial.terminal import say
+from dist_partial.validation import Above, AtLeast, OneOf, check, counted
 
 KINDS = ("auto", "default", "mirrored", "multi_worker")
 TRANSPORTS = ("auto", "tensorflow", "sockets")
@@ -53,6 +55,11 @@ class Replicas:
     backend: TCPBackend | None = None
     host: str | None = None
 
+    @functools.cached_property
+    def topology(self) -> Topology:
+        """How many replicas there are, and which are this worker's."""
+        return topology(self.strategy, self.collectives.backend)
+
     @property
     def is_chief(self) -> bool:
         """Whether this worker writes the run folder."""
@@ -66,7 +73,7 @@ class Replicas:
     def say(self, line: str) -> None:
         """Prints a line, on the worker that writes the run folder."""
         if self.is_chief:
-            print(line)
+            say(line)
 
     def sum(self, value: Any) -> np.ndarray:
         """The sum of a vector over the workers; all call it at the same point."""
@@ -81,7 +88,7 @@ class Replicas:
         if self.backend is None:
             return
         self.backend.finish()
-        if self.is_chief and not isinstance(self.strategy, TCPStrategy):
+        if self.is_chief and self.collectives.backend is None:  # TensorFlow's servers
             _outlive(self.backend.workers[1:])
 
 
@@ -93,9 +100,10 @@ class ReplicaOptions:
         kind: 'default' (one device), 'mirrored' (all GPUs of this host, or `cpu` simulated replicas where it has
             none), 'multi_worker' (the cluster in TF_CONFIG), or 'auto': multi_worker if TF_CONFIG names a cluster,
             else mirrored if there are several GPUs or `cpu` > 1, else default.
-        cpu: how many logical CPU devices act as replicas where there is no GPU.
-        transport: what gradients travel by between workers: 'tensorflow' (its collectives), 'sockets' (connections of
-            our own; one CPU replica a worker), or 'auto': sockets where there is no GPU.
+        cpu: how many logical CPU devices act as replicas where there is no GPU, on each worker.
+        transport: what gradients travel by between workers: 'sockets' (connections of our own), 'tensorflow' (its
+            collectives, and its server, which listens on all addresses; for fast networks between GPUs), or 'auto':
+            sockets.
         pack_bytes: up to how many bytes of gradients travel as one.
         congestion: the kernel's congestion control for the sockets; None is the system's. Replicas in lock step wait
             for the slowest exchange, and on a shaped link cubic's are the steadiest; a lossy one may need 'bbr'.
@@ -131,7 +139,7 @@ class ReplicaOptions:
 
     def prepare(self) -> None:
         """Makes the devices of `connect` on the CPU, before anything else starts TensorFlow, as a metric does."""
-        if self.cpu > 1 and not os.environ.get("TF_CONFIG") and not tf.config.list_physical_devices("GPU"):
+        if self.cpu > 1 and not tf.config.list_physical_devices("GPU"):
             with contextlib.suppress(UserError):  # `connect` raises it, if they are needed
                 simulated(self.cpu)
 
@@ -158,8 +166,7 @@ class ReplicaOptions:
         collectives = Collectives(pack_bytes=self.pack_bytes)
         if kind == "default":
             return Replicas(tf.distribute.get_strategy(), collectives, f"replicas: 1, default strategy{reason}")
-        devices = [f"GPU:{i}" for i in range(gpus)] or simulated(self.cpu)
-        what = f"{gpus} GPUs" if gpus else f"{self.cpu} simulated on the CPU"
+        devices, what = _devices(self.cpu)
         description = f"replicas: {len(devices)}, MirroredStrategy over {what}{reason}"
         return Replicas(_mirrored(tuple(devices)), collectives, description)
 
@@ -178,6 +185,14 @@ def create(kind: str = "auto", cpu: int = 1, **options: Any) -> Replicas:
 def _mirrored(devices: tuple[str, ...]) -> tf.distribute.Strategy:
     compat.skip_collective_keys(_KEYS)  # those of an earlier run of this process, or of the user's own strategy
     return tf.distribute.MirroredStrategy(list(devices))
+
+
+def _devices(cpu: int) -> tuple[list[str], str]:
+    """The devices of this process's replicas, and what they are."""
+    if gpus := tf.config.list_physical_devices("GPU"):
+        names = [f"GPU:{i}" for i in range(len(tf.config.list_logical_devices("GPU")))]
+        return names, counted(len(gpus), "GPU")
+    return simulated(cpu), f"{cpu} simulated on the CPU" if cpu > 1 else "the CPU"
 
 
 def _chosen(cluster: bool, gpus: int, cpu: int) -> tuple[str, str]:
@@ -217,10 +232,8 @@ def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reaso
     everyone = [address for kind in ("chief", "worker") for address in cluster["cluster"].get(kind, [])]
     task = cluster["task"]
     rank = everyone.index(cluster["cluster"][task["type"]][task["index"]])
-    gpus = bool(tf.config.list_physical_devices("GPU"))
-    if gpus and options.transport == "sockets":
-        raise UserError("replicas.transport = 'sockets' is for workers without GPUs: bind 'auto' or 'tensorflow'")
-    tensorflow = gpus or options.transport == "tensorflow"
+    tensorflow = options.transport == "tensorflow"
+    devices, what = _devices(options.cpu)
     started = threading.Event()  # before, TensorFlow has no collectives to abort, and would make others then
     connected = TCPBackend(
         rank,
@@ -229,17 +242,24 @@ def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reaso
         options.patience_seconds,
         lambda reason: _abort(reason) if started.is_set() else None,
     )
-    strategy = _tensorflow_strategy(options.patience_seconds) if tensorflow else TCPStrategy(connected)
+    strategy: tf.distribute.Strategy
     if tensorflow:
+        strategy = _tensorflow_strategy(options.patience_seconds)
         started.set()
         if lost := connected.lost():
             _abort(str(lost))
-    how = "TensorFlow's collectives" if tensorflow else "direct connections"
+        how = "MultiWorkerMirroredStrategy, by TensorFlow's collectives (replicas.transport = 'tensorflow')"
+    else:
+        strategy = tf.distribute.MirroredStrategy(devices, cross_device_ops=HostBridge(connected))
+        auto = ", for they need no server that listens (replicas.transport = 'auto')"
+        how = f"direct connections{auto if options.transport == 'auto' else ''}"
+    collectives = Collectives(None if tensorflow else connected, options.pack_bytes)
+    count = topology(strategy, collectives.backend).replicas
     return Replicas(
         strategy,
-        Collectives(None if tensorflow else connected, options.pack_bytes),
-        f"replicas: {strategy.num_replicas_in_sync}, MultiWorkerMirroredStrategy over {len(everyone)} workers, this is "
-        f"{task['type']} {task['index']}{reason}; gradients travel by {how}",
+        collectives,
+        f"replicas: {count}, {counted(len(everyone), 'worker')} with {what} each, this is {task['type']} "
+        f"{task['index']}{reason}; gradients travel by {how}",
         connected,
         everyone[rank].rpartition(":")[0].strip("[]"),
     )
@@ -255,7 +275,7 @@ def _connect(options: ReplicaOptions, rank: int, workers: list[str]) -> dict[int
         )
         if not (loopback or options.allow_no_secret):
             raise UserError(f"{what}, or bind replicas.allow_no_secret = True")
-        print(f"warning: {what}", file=sys.stderr, flush=True)
+        say(f"warning: {what}", sys.stderr)
     seal = bool(secret) and not loopback if options.seal is None else options.seal
     return rendezvous.connect(rank, workers, options.start_seconds, secret, options.congestion, seal)
 

@@ -141,9 +141,9 @@ def beyond(plan: Plan, sent_in_step: Sequence[Collective], exchanges: Sequence[A
         >>> beyond(plan, [Collective("CollectiveReduceV2", "sum", "CPU:0", 432, in_loop=True)], exchanges=[])
         [Payload(kind='sum', bytes=32, every=1, offset=0)]
     """
-    more = _difference(sent_in_step, [m for e in plan.trained if e.reduction.shared for m in e.payloads])
+    more = _difference(sent_in_step, [m for e in plan.trained if e.reduction.shared for m in plan.handed_over(e)])
     for exchange in exchanges:
-        planned = [m for entry in exchange.fragment.entries(plan) for m in entry.payloads]
+        planned = [m for entry in exchange.fragment.entries(plan) for m in plan.handed_over(entry)]
         reduction = exchange.fragment.reduction
         for payload in _difference(exchange.sent, planned):
             more.append(payload._replace(every=reduction.sync_every, offset=reduction.offset))

@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         cli.import_tensorflow_quietly()
         from dist_partial.export import delta, keras_file, restore, saved_model
+        from dist_partial.step import batch_norm
 
         with restore.restored(folder, values.allow_imports, values.step) as (_, built, step):
             if values.format == "safetensors":
@@ -51,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 notes = f", {len(changed.arrays)} of {len(changed.base)} variables"
             else:
                 for layer in built.batch_norms:
-                    layer.trainable = True  # as the factory made it: the run alone had put it into inference mode
+                    batch_norm.set_mode(
+                        layer, True
+                    )  # as the factory made it: the run alone had put it into inference mode
                 whole = keras_file.write_keras if values.format == "keras" else saved_model.write_saved_model
                 notes = _put(output, lambda path: whole(path, built, values.max_length))
         print(f"{output}: step {step} of {folder}, {_bytes(output):,} bytes{notes}")

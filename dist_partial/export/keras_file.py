@@ -11,6 +11,7 @@ from dist_partial import compat
 from dist_partial.adapters import lora, quantization
 from dist_partial.data import fetch
 from dist_partial.errors import UserError, first_line
+from dist_partial.models.keras_file import load_uncompiled
 from dist_partial.step import layer_state
 from dist_partial.training.build import Trainer
 
@@ -45,17 +46,18 @@ def write_keras(path: Path, built: Trainer, _: int | None) -> str:
     if any(getattr(layer, "quantization_mode", None) for layer in compat.layers(model)):
         hint = "Keras 3.15 cannot load all models with layers in int8: write --format=savedmodel or safetensors"
     name = f"model {model.name!r}"
+    own = {kind.__name__: kind for kind in _kinds(model) if keras.saving.get_registered_name(kind) == kind.__name__}
     notes = ""
     try:
         model.save(path)
         keras.config.set_floatx("float32")  # as in a new process
         keras.config.set_dtype_policy("float32")
         # What a Lambda layer holds is this process's own code.
-        loaded = keras.saving.load_model(path, compile=False, safe_mode=False)
+        loaded = load_uncompiled(path, own, safe_mode=False)
         if policies(loaded) != policies(model):
             keras.config.set_floatx(floatx)
             keras.config.set_dtype_policy(policy)
-            loaded = keras.saving.load_model(path, compile=False, safe_mode=False)
+            loaded = load_uncompiled(path, own, safe_mode=False)
             notes = f"; call keras.config.set_dtype_policy({policy.name!r}) before loading it"
             if floatx != "float32":
                 notes = f"; call keras.config.set_floatx({floatx!r}) and" + notes.removeprefix("; call")
@@ -70,9 +72,20 @@ def write_keras(path: Path, built: Trainer, _: int | None) -> str:
         raise UserError(f"{name} is another model when its .keras file is loaded; {hint}")
     if lost := sorted({v.dtype for v in model.variables} - {v.dtype for v in loaded.variables}):
         notes += f"; what it holds in {', '.join(lost)} loads in the layers' own dtype"
-    modules = {type(layer).__module__ for layer in compat.layers(model)}
-    modules = {module.split(".src.")[0] for module in modules if module.split(".")[0] != "keras"}
-    return notes + (f"; import {', '.join(sorted(modules))} before loading it" if modules else "")
+    return notes + _before_loading(model, own)
+
+
+def _kinds(model: Any) -> set[type]:
+    """The classes of its layers that are not Keras's."""
+    return {type(layer) for layer in compat.layers(model) if type(layer).__module__.split(".")[0] != "keras"}
+
+
+def _before_loading(model: Any, own: dict[str, type]) -> str:
+    """What whoever loads the file has to do first, for classes that are not registered by those names, too."""
+    modules = {kind.__module__.split(".src.")[0] for kind in _kinds(model)}
+    note = f"; import {', '.join(sorted(modules))} before loading it" if modules else ""
+    places = ", ".join(f"{name!r}: {own[name].__module__}.{name}" for name in sorted(own))
+    return note + (f", and give load_model custom_objects={{{places}}}" if own else "")
 
 
 def _same_outputs(built: Trainer, loaded: Any) -> bool:

@@ -20,7 +20,8 @@ import tensorflow as tf
 
 from dist_partial import compat
 from dist_partial.checkpoints.fingerprints import digest, variables
-from dist_partial.distributed.per_replica import local_count
+from dist_partial.config.words import spoken
+from dist_partial.distributed.per_replica import topology
 from dist_partial.errors import UserError
 from dist_partial.fit import saved_plan
 from dist_partial.fit.loss_scale import PartialLossScale, of
@@ -39,6 +40,7 @@ __all__ = ["Partial", "PartialLossScale", "SelectionScheduler", "partial", "rele
 SCHEDULE = Has("select", "give one such as dist_partial.schedules.Rotation(every=20)")
 
 
+@spoken()
 def partial(
     optimizer: keras.optimizers.Optimizer | str,
     rules: Sequence[Any],
@@ -154,7 +156,7 @@ def _checked_model(model: Any) -> keras.Model:
     if not model.built or not model.variables:
         raise UserError(f"model {model.name!r} has no variables yet: call it once on a batch, then partial(...)")
     strategy = model.distribute_strategy
-    if strategy.num_replicas_in_sync > local_count(strategy):
+    if topology(strategy).workers > 1:
         raise UserError(
             "model.fit of Keras 3.15 fails under MultiWorkerMirroredStrategy with more than one worker, with any "
             "optimizer: train with dist_partial.train"

@@ -18,7 +18,7 @@ def build(plan: Plan, excluded: Sequence[dict[str, Any]] = ()) -> tuple[optimize
 
     Args:
         plan: from `saved_plan.with_optimizers`, with its variables.
-        excluded: of each optimizer, what is excluded from weight decay: see `optimizers.exclusions`.
+        excluded: of each optimizer, what is excluded from weight decay: see `keras_configs.exclusions`.
 
     Examples:
         >>> from dist_partial.fit.saved_plan import with_optimizers

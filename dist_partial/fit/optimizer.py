@@ -18,6 +18,7 @@ from dist_partial.reductions.reduce_gradients import make_states, reduce_gradien
 from dist_partial.selection.plan import Plan
 from dist_partial.step import optimizers
 from dist_partial.step.gradients import unit_squares
+from dist_partial.step.keras_configs import exclusions
 
 FROZEN = "_frozen_by_partial"  # a mark on the variables and layers that `partial` has frozen
 NOT_FOLLOWED = (
@@ -49,7 +50,7 @@ class Partial(keras.optimizers.Optimizer):
         plan: from `saved_plan`: with the variables, or without those that `build` finds.
         options: how it trains.
         name: of this optimizer.
-        excluded: of each optimizer, what is excluded from weight decay: see `optimizers.exclusions`.
+        excluded: of each optimizer, what is excluded from weight decay: see `keras_configs.exclusions`.
 
     Examples:
         >>> from dist_partial.reductions import AllReduce
@@ -279,7 +280,7 @@ class Partial(keras.optimizers.Optimizer):
     def get_config(self) -> dict[str, Any]:
         excluded = list(self._excluded)
         if self.built:
-            excluded = [optimizers.exclusions(group.optimizer, group.members) for group in self._groups]
+            excluded = [exclusions(group.optimizer, group.members) for group in self._groups]
         return {
             "name": self.name,
             "inner": [keras.optimizers.serialize(each) for each in self._inner],

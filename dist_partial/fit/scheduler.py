@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import keras
 import numpy as np
 
+from dist_partial.config.words import spoken
 from dist_partial.errors import UserError
 from dist_partial.fit.loss_scale import of
 from dist_partial.fit.optimizer import NOT_FOLLOWED, Partial
@@ -17,6 +18,7 @@ from dist_partial.schedules.base import Schedule, Unit, observes
 from dist_partial.selection.payload import average_bytes
 from dist_partial.selection.plan import Plan
 from dist_partial.step import batch_norm
+from dist_partial.terminal import say
 from dist_partial.validation import AtLeast, OneOf, check_arguments
 
 
@@ -67,6 +69,7 @@ class SelectionScheduler(keras.callbacks.Callback):
         self._due: float = 0
         self._running = 0  # replicas that are in a step
 
+    @spoken()
     def on_train_begin(self, logs: Any = None) -> None:
         """Checks that the schedule is the one for which the optimizer is made."""
         optimizer = of(self.model)
@@ -120,7 +123,7 @@ class SelectionScheduler(keras.callbacks.Callback):
             plan = optimizer.plan.only(units)
             layers = ", ".join(dict.fromkeys(entry.path.split("/")[0] for entry in plan.entries if entry.trained))
             parameters = sum(entry.trained_parameters for entry in plan.entries)
-            print(f"step {done + 1}: training {layers}: {parameters:,} parameters")
+            say(f"step {done + 1}: training {layers}: {parameters:,} parameters")
 
     def _norms(self) -> np.ndarray:
         """The sums of the units' squared gradient norms since the last switch."""

@@ -1,9 +1,11 @@
 """python -m dist_partial.launch local --workers=3 -- --gin_file=F [any argument of dist_partial.train]
 python -m dist_partial.launch hosts --hosts=a,b,c -- --gin_file=F ...
+python -m dist_partial.launch local --workers=3 --run_dir=DIR -- mine.py [any argument of the script]
 
 Starts all workers of a run, here or over ssh, shows what they print, and starts them again after a fault.
 
-What workers print is kept in <run_dir>.logs. Where a scheduler starts the workers, each of them is
+What workers print is kept in <run_dir>.logs. A script trains by dist_partial.train(..., folder=DIR). Where a scheduler
+starts the workers, each of them is
 
     python -m dist_partial.launch slurm -- --gin_file=F ...    (or kubernetes)
 
@@ -136,21 +138,25 @@ def _launch(kind: str, argv: list[str], program: Sequence[str]) -> int:
         "restarts", 10, "how often all may start again without a new checkpoint", lower_bound=0, flag_values=values
     )
     flags.DEFINE_integer("grace_seconds", 30, "for workers to end on SIGTERM", lower_bound=0, flag_values=values)
+    flags.DEFINE_string("run_dir", None, "folder= of a script's run; default: runs/<its name>", flag_values=values)
     mine, arguments = _divided(argv)
-    misplaced = [argument for argument in mine if re.match(r"--?(gin_|run_dir)", argument)]
+    if script := bool(arguments) and not arguments[0].startswith("-"):
+        arguments = arguments[1:] if re.fullmatch(r"(.*/)?python[\d.]*", arguments[0]) else arguments
+    misplaced = [argument for argument in mine if re.match(r"--?gin_" if script else r"--?(gin_|run_dir)", argument)]
 
     def command() -> int:
         if misplaced or "--" not in argv:
             what = misplaced[0] if misplaced else "arguments of dist_partial.train"
             raise UserError(f"write {what} after a --, as in: launch/{kind} {_EXAMPLES[kind]} -- --gin_file=F")
         places = _local(values) if kind == "local" else _hosts(values)
-        folder = _run_folder(arguments)
+        folder = _of_script(arguments, values.run_dir) if script else _run_folder(arguments)
         python = sys.executable if kind == "local" else values.python
 
         def commands(attempt: int) -> list[supervisor.Command]:
             # On hosts the names must be known from the first; later the resolver may be out of order.
             names = [host.rpartition("@")[2] for host in values.hosts] if kind == "hosts" and attempt == 0 else []
             order = {"run_dir": str(folder), "names": names, "program": list(program), "arguments": arguments}
+            order |= {"module": "dist_partial.launch.script"} if script else {}
             return _commands(places(attempt), order, python)
 
         return supervisor.supervise(
@@ -162,6 +168,14 @@ def _launch(kind: str, argv: list[str], program: Sequence[str]) -> int:
         )
 
     return cli.call(__doc__, values, [] if misplaced else mine, command)
+
+
+def _of_script(arguments: Sequence[str], run_dir: str | None) -> Path:
+    """The run folder of a script."""
+    if not arguments or not arguments[0].endswith(".py"):
+        what = arguments[0] if arguments else "python"
+        raise UserError(f"{what!r} after the -- is no Python script: write -- mine.py, or -- --gin_file=F")
+    return Path(run_dir or Path("runs") / Path(arguments[0]).stem)
 
 
 def _run_folder(arguments: Sequence[str]) -> Path:

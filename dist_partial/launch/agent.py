@@ -25,10 +25,10 @@ _REPORT = b"dist_partial agent: "  # begins an agent's report, a line of JSON
 def run_agent() -> int:
     """Runs one worker; this is all that an agent does.
 
-    The first line of stdin is `{"run_dir", "names": [], "arguments": [], "environment": {}, "program": []}`: the run
-    folder, to be reported on; hosts, which must be known here; arguments of the program, by default dist_partial.train,
-    and variables to be set besides the agent's own. They are on no command line, where all users of the host could
-    read them. Each further line is the name of a signal, such as 'INT'.
+    The first line of stdin is `{"run_dir", "names": [], "arguments": [], "environment": {}, "module", "program": []}`:
+    the run folder, to be reported on; hosts, which must be known here; arguments of the module, by default
+    dist_partial.train, or of a program in its place; and variables to be set besides the agent's own. They are on no
+    command line, where all users of the host could read them. Each further line is the name of a signal, such as 'INT'.
 
     Returns:
         The worker's exit code; 128 + n if signal n has ended it; 2 if a host is not known.
@@ -46,8 +46,9 @@ def run_agent() -> int:
             print(f"error: no host {name!r} is known here: {reason}; fix --hosts or /etc/hosts", flush=True)
             return 2
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None
+    module = order.get("module", "dist_partial.train")
     worker = subprocess.Popen(
-        [*(order.get("program") or [sys.executable, "-u", "-m", "dist_partial.train"]), *order["arguments"]],
+        [*(order.get("program") or [sys.executable, "-u", "-m", module]), *order["arguments"]],
         env={**os.environ, **order["environment"]},
         stdin=subprocess.DEVNULL,
         stderr=subprocess.STDOUT,  # one pipe keeps the order of what is printed, over ssh too

@@ -3,15 +3,18 @@
 import copy
 import inspect
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
 
 from dist_partial import compat
 from dist_partial.errors import UserError, first_line
+from dist_partial.files import replacing
 
 
 class ModelCopy:
@@ -41,7 +44,8 @@ class ModelCopy:
         weights: Sequence[Any] | None = None,
     ) -> None:
         self.model, self._names, self._example, self._weights = model, names or {}, example, weights
-        self._trainable = [layer.trainable for layer in compat.layers(model)]  # a run puts some into other modes
+        self._trainable = {id(layer): layer.trainable for layer in compat.layers(model)}  # a run changes some
+        self._variables = [variable.trainable for variable in model.weights]  # of which users freeze single ones
         own = {type(layer) for layer in compat.layers(model) if not type(layer).__module__.startswith("keras.")}
         self._own = {name: kind for kind in own for name in (keras.saving.get_registered_name(kind), kind.__name__)}
         try:
@@ -61,14 +65,18 @@ class ModelCopy:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 made = keras.saving.deserialize_keras_object(copy.deepcopy(self._config), self._own, safe_mode=False)
-            pairs = list(zip(compat.layers(self.model), compat.layers(made), strict=True))
-            for (layer, other), trainable in zip(pairs, self._trainable, strict=True):
+            pairs = _pairs(self.model, made)
+            for layer, other in pairs:
                 _adapt(layer, other)
+                trainable = self._trainable.get(id(layer), layer.trainable)
                 if other.trainable != trainable:
                     other.trainable = trainable
             if weights and not made.weights:
                 made(self._example, training=False)
             made.set_weights(weights)
+            for variable, trainable in zip(made.weights, self._variables, strict=False):  # none, if it was not built
+                if variable.trainable != trainable:
+                    variable.trainable = trainable
         except Exception as error:
             raise self._refused(first_line(error)) from error
         for layer, other in pairs:
@@ -76,6 +84,35 @@ class ModelCopy:
             if wanted != other.name and not (is_numbered(layer) and is_numbered(other)):
                 raise self._refused(f"its layer {layer.name!r} loses its name, which __init__ takes by **kwargs alone")
         return made
+
+    def classes(self) -> list[str]:
+        """Names the classes in it that are the user's own, as `keras_file` takes them.
+
+        Raises:
+            UserError: another process cannot import one of them.
+        """
+        names = []
+        for kind in sorted({type(layer) for layer in compat.layers(self.model)}, key=lambda kind: kind.__name__):
+            module, name = kind.__module__, kind.__qualname__
+            if kind is keras.layers.Lambda or module == "__main__" or not hasattr(sys.modules.get(module), name):
+                raise UserError(f"it has a layer of class {kind.__name__}")
+            if module.split(".")[0] not in ("keras", "keras_hub", "dist_partial"):
+                names.append(f"{module}.{name}")
+        return names
+
+    def save(self, path: Path) -> None:
+        """Saves a copy, for `keras_file`.
+
+        Raises:
+            UserError: Keras cannot save it, or not load it again.
+        """
+        try:
+            with replacing(path) as partial:
+                self().save(partial)
+                if self.classes():  # whose configs may lack something, or have too much
+                    keras.saving.load_model(partial, self._own, compile=False)
+        except Exception as error:  # Keras raises this and that, and so may the classes of the user's
+            raise UserError(f"Keras cannot load it: {first_line(error)}") from error
 
     def _prepared(self, config: Any) -> Any:
         """A config with other names of layers, and without what the constructors of the user's classes do not take."""
@@ -137,6 +174,27 @@ def numbered_names(model: keras.Model) -> dict[str, str]:
 
 def _base(name: str) -> str:
     return re.sub(r"_\d+$", "", name)
+
+
+def _pairs(model: Any, made: Any) -> list[tuple[Any, Any]]:
+    """A model and the layers in it, each with that of a copy.
+
+    The copy lacks what a layer makes in its first call, as preprocessors of KerasHub do, until its own first call.
+
+    Raises:
+        ValueError: it lacks something that has weights or a vocabulary, or has something more.
+    """
+    found, seen = [(model, made)], {id(model)}
+    for layer, other in found:  # which grows
+        ours, theirs = compat.direct_layers(layer), compat.direct_layers(other)
+        for late in ours[len(theirs) :]:
+            if late.weights or any(hasattr(each, "save_assets") for each in compat.layers(late)):
+                raise ValueError(f"its layer {late.name!r} is not made by __init__")
+        for pair in zip(ours[: len(theirs)], theirs, strict=True):
+            if id(pair[0]) not in seen:  # layers may be shared
+                seen.add(id(pair[0]))
+                found.append(pair)
+    return found
 
 
 def _adapt(layer: Any, other: Any) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from dist_partial.errors import UserError, own_line
 from dist_partial.validation import nearest
@@ -34,6 +35,7 @@ def check_inputs(model: keras.Model, name: str, x: Any) -> None:
     if inputs is None:
         return
     names = sorted(inputs) if isinstance(inputs, dict) else [tensor.name for tensor in inputs]
+    _check_text(model, inputs if isinstance(inputs, dict) else dict(zip(names, inputs, strict=True)), name, x)
     has = f"run.model has the {'inputs' if len(names) > 1 else 'input'} {_listed(names)}, and {name}'s examples have"
     if isinstance(x, dict):
         missing = [each for each in names if each not in x]
@@ -54,6 +56,19 @@ def check_inputs(model: keras.Model, name: str, x: Any) -> None:
     form += "" if isinstance(inputs, dict) else ", or as a tuple in that order"
     form = form if len(names) > 1 else "one array"
     raise UserError(f"{has} {given} without a name: {problem}; give x as {form}")
+
+
+def _check_text(model: keras.Model, inputs: dict[str, Any], name: str, x: Any) -> None:
+    """Raises UserError if the data set has strings where the model has numbers."""
+    given = x if isinstance(x, dict) else dict(zip(inputs, tf.nest.flatten(x), strict=False))
+    for each, spec in given.items():
+        if getattr(spec, "dtype", None) == tf.string and each in inputs and inputs[each].dtype != "string":
+            own = getattr(model, "preprocessor", None) is not None  # a task of KerasHub
+            by = "the preprocessor of the model" if own else "a tokenizer or a keras.layers.StringLookup"
+            raise UserError(
+                f"run.model reads {inputs[each].dtype} as {each!r}, and {name}'s examples have strings: map them by "
+                f"{by}, as in dataset((x, y)).map({'preprocessor' if own else 'function'})"
+            )
 
 
 def check_asked(name: str, x: Any, error: KeyError) -> None:

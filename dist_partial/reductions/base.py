@@ -10,11 +10,11 @@ from typing import Annotated, Any, Protocol
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.distributed.collectives import AllGatherRequest, AllReduceRequest
+from dist_partial.distributed.collectives import AllGatherRequest, AllReduceRequest, ReplicaCount
 from dist_partial.selection.payload import Payload
 from dist_partial.validation import OneOf
 
-Exchange = Generator[AllReduceRequest | AllGatherRequest, tf.Tensor, tf.Tensor]
+Exchange = Generator[AllReduceRequest | AllGatherRequest | ReplicaCount, Any, tf.Tensor]
 # In which gradients can travel; None is their own.
 Dtype = Annotated[str | None, OneOf("float64", "float32", "bfloat16", "float16", None)]
 
@@ -56,17 +56,12 @@ def mean(value: tf.Tensor) -> Exchange:
     """Asks for the mean of a tensor over all replicas.
 
     Examples:
-        >>> exchange = mean(tf.constant([3.0]))
-        >>> next(exchange).tensor.numpy().tolist()  # what is summed: of one replica the whole
+        >>> from dist_partial.distributed.collectives import Collectives, run_rounds
+        >>> run_rounds(Collectives(), [mean(tf.constant([3.0]))])[0].numpy().tolist()  # of one replica its own
         [3.0]
-        >>> try:
-        ...     exchange.send(tf.constant([5.0]))
-        ... except StopIteration as stop:
-        ...     print(stop.value.numpy())
-        [5.]
     """
-    context: Any = tf.distribute.get_replica_context()
-    return (yield AllReduceRequest(value / context.num_replicas_in_sync))
+    count = yield ReplicaCount()
+    return (yield AllReduceRequest(value / count))
 
 
 def total(value: tf.Tensor) -> Exchange:

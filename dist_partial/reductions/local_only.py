@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from dist_partial.distributed.collectives import ReplicaCount
 from dist_partial.reductions.base import Exchange
 from dist_partial.selection.payload import Payload
 
@@ -51,6 +52,5 @@ def own_part(gradient: tf.Tensor) -> Exchange:
         >>> [each.numpy().tolist() for each in strategy.experimental_local_results(found)]
         [[1.0], [1.0]]
     """
-    context: Any = tf.distribute.get_replica_context()
-    return gradient * context.num_replicas_in_sync
-    yield  # a generator that asks for nothing
+    count = yield ReplicaCount()
+    return gradient * count

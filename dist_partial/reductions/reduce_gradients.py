@@ -5,9 +5,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from dist_partial.distributed.collectives import Collectives, run_rounds
+from dist_partial.distributed.collectives import BETWEEN, INSIDE, Collectives, run_rounds
 from dist_partial.reductions.base import mean
-from dist_partial.selection.plan import Plan
+from dist_partial.selection.plan import Plan, VariablePlan
+
+OF_INSIDE = "inside_"  # names what a reduction keeps over the replicas of one worker
 
 
 def reduce_gradients(
@@ -46,12 +48,25 @@ def reduce_gradients(
     trained = plan.trained
     # Backprop produces the last layers' gradients first: they go first, while the rest is still computed.
     members = [i for i in reversed(range(len(gradients))) if gradients[i] is not None]
-    exchanges = [trained[i].reduction.reduce(gradients[i], states[i]) for i in members]
-    results = run_rounds(collectives, [*exchanges, *map(mean, statistics)])
-    reduced: list[tf.Tensor | None] = [None] * len(gradients)
-    for i, result in zip(members, results, strict=False):
-        reduced[i] = result
-    return reduced, results[len(members) :]
+    reduced: list[tf.Tensor | None] = list(gradients)
+
+    def reduce(level: str, chosen: list[int], more: Sequence[Any] = ()) -> list[Any]:
+        """Reduces some of them over a level, with other exchanges, whose results it returns."""
+        how = [trained[i].inside if level == INSIDE else trained[i].reduction for i in chosen]
+        own = [_of_level(states[i], level == INSIDE) for i in chosen]
+        exchanges = [each.reduce(reduced[i], state) for each, i, state in zip(how, chosen, own, strict=True)]
+        results = run_rounds(collectives.at(level), [*exchanges, *more])
+        for i, result in zip(chosen, results, strict=False):
+            reduced[i] = result
+        return results[len(chosen) :]
+
+    two_levels = [i for i in members if trained[i].inside is not None]
+    reduce(INSIDE, two_levels)
+    averages = reduce("all", [i for i in members if trained[i].inside is None], [*map(mean, statistics)])
+    # One after the other: what waits for other workers holds one of TensorFlow's few threads.
+    with tf.control_dependencies([each for each in (*averages, *reduced) if each is not None] if two_levels else []):
+        reduce(BETWEEN, two_levels)
+    return reduced, averages
 
 
 def make_states(plan: Plan) -> list[dict[str, tf.Variable]]:
@@ -75,7 +90,21 @@ def make_states(plan: Plan) -> list[dict[str, tf.Variable]]:
                 synchronization=tf.VariableSynchronization.ON_READ,
                 aggregation=tf.VariableAggregation.NONE,
             )
-            for name, value in entry.reduction.state(entry.path, entry.trained_shape, entry.dtype).items()
+            for name, value in _first_values(entry).items()
         }
         for entry in plan.trained
     ]
+
+
+def _first_values(entry: VariablePlan) -> dict[str, Any]:
+    found = entry.reduction.state(entry.path, entry.trained_shape, entry.dtype)
+    if entry.inside is None:
+        return found
+    of_inside = entry.inside.state(entry.path, entry.trained_shape, entry.dtype)
+    return found | {f"{OF_INSIDE}{name}": value for name, value in of_inside.items()}
+
+
+def _of_level(state: dict[str, Any], inside: bool) -> dict[str, Any]:
+    """What the reduction of one level keeps, by its own names."""
+    own = {name: variable for name, variable in state.items() if name.startswith(OF_INSIDE) == inside}
+    return {name.removeprefix(OF_INSIDE): variable for name, variable in own.items()}

@@ -45,7 +45,8 @@ class VariablePlan:
     dtype: str
     variable: Any
     rule: Rule
-    reduction: Any = None
+    reduction: Any = None  # over all replicas, or between the workers
+    inside: Any = None  # the reduction over a worker's own replicas, where another one follows between the workers
     sent: bool = True  # False once tracing has shown that the loss does not depend on the variable
     unit: str = ""  # what a schedule switches as one
     active: bool = True  # False while the schedule leaves its unit out
@@ -72,6 +73,11 @@ class VariablePlan:
     @property
     def trained_parameters(self) -> int:
         return math.prod(self.trained_shape) if self.trained else 0
+
+    @property
+    def travels(self) -> str:
+        """How the gradient travels, in words."""
+        return f"{self.inside}; between hosts {self.reduction}" if self.inside else str(self.reduction)
 
     @property
     def payloads(self) -> tuple[Any, ...]:
@@ -113,6 +119,10 @@ class Group:
     def reduction(self) -> Any:
         return self.entries[0].reduction
 
+    @property
+    def inside(self) -> Any:
+        return self.entries[0].inside
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
@@ -140,7 +150,8 @@ class Plan:
     rules: tuple[Rule, ...]
     entries: tuple[VariablePlan, ...]
     statistics: tuple[Any, ...] = ()  # what BatchNorm layers in training mode send; known once the step is traced
-    workers: int = 2  # among which bytes at the network interface are counted, with one replica each
+    workers: int = 2  # among which bytes at the network interface are counted
+    local: int = 1  # replicas of each worker
 
     def __repr__(self) -> str:
         trained = sum(entry.trained_parameters for entry in self.entries)
@@ -183,12 +194,17 @@ class Plan:
 
     @property
     def payloads(self) -> tuple[Any, ...]:
-        """All that one replica hands over."""
-        return tuple(payload for entry in self.entries for payload in entry.payloads) + self.statistics
+        """All that one worker hands over."""
+        return tuple(payload for entry in self.entries for payload in self.handed_over(entry)) + self.statistics
+
+    def handed_over(self, entry: VariablePlan) -> tuple[Any, ...]:
+        """What one worker hands over for a variable: of a sum its own total, of a gather what each replica gives."""
+        several = 1 if entry.inside else self.local
+        return tuple(m._replace(bytes=m.bytes * several) if m.kind == "gather" else m for m in entry.payloads)
 
     @property
     def wire_bytes(self) -> int | float:
-        """Bytes that one replica hands over in a step, on average."""
+        """Bytes that one worker hands over in a step, on average."""
         return average_bytes(self.payloads)
 
     @property
@@ -234,7 +250,7 @@ class Plan:
 
         Of a variable, `dtype` is the one in which its gradient would be exchanged whole, `stored_dtype` the one in
         which it is stored (see `adapters.quantization`), and `unit` what a schedule switches it with; None where none
-        does. Of bytes, `wire` is the payload that one replica hands over, and `nic` what leaves each of the `workers`.
+        does. Of bytes, `wire` is the payload that one worker hands over, and `nic` what leaves each of the `workers`.
         """
         return {
             "variables": [
@@ -247,7 +263,7 @@ class Plan:
                     "rule": str(e.rule),
                     "unit": e.unit or None,
                     "rows": list(e.rule.rows) if e.trained and e.rule.rows else None,
-                    "reduction": str(e.reduction) if e.trained and e.sent else None,
+                    "reduction": e.travels if e.trained and e.sent else None,
                     "wire_bytes_per_step": e.wire_bytes,
                 }
                 for e in self.entries

@@ -13,7 +13,11 @@ from dist_partial.validation import check_value, counted, nearest
 
 
 def resolve(
-    table: Sequence[Any], model: Any, reduction: Any, adapters: Mapping[str, Adapter] = MappingProxyType({})
+    table: Sequence[Any],
+    model: Any,
+    reduction: Any,
+    adapters: Mapping[str, Adapter] = MappingProxyType({}),
+    between_hosts: Any = None,
 ) -> Plan:
     """Resolves the rules against a built Keras model.
 
@@ -21,6 +25,7 @@ def resolve(
         table: the rules, short or full form.
         model: a built model; its trainable variables are the candidates.
         reduction: the reduction of the rules that name none.
+        between_hosts: likewise, between the workers; None: `reduction` crosses all replicas.
         adapters: from `lora.enable`; the factors go by the path of their kernel, which is frozen.
 
     Returns:
@@ -40,13 +45,8 @@ def resolve(
     """
     rules = parse_rules(table)
     check_value("all rules that name none: reduction", reduction, Annotated[Any, REDUCTION])
-    paths = variable_paths(model)
-    if not paths:
-        why = "; its own code has set trainable = False, which is for the rules to do" if model.weights else ""
-        raise UserError(f"model {model.name!r} has no trainable variables: nothing can be selected{why}")
-    for path, count in collections.Counter(paths).items():
-        if count > 1:
-            raise UserError(f"{count} variables have the path {path!r}: name the layers apart")
+    check_value("all rules that name none: between_hosts", between_hosts, Annotated[Any | None, REDUCTION])
+    paths = _candidates(model)
     kernels = {id(factor): path for path, adapter in adapters.items() for factor in adapter.factors}
     entries, used, frozen = [], set(), set()
     for own_path, variable in zip(paths, model.trainable_variables, strict=True):
@@ -62,8 +62,8 @@ def resolve(
             frozen.add(path)
             kernel = adapters[path].kernel
             entries.append(VariablePlan(path, tuple(kernel.shape), kernel.dtype, kernel, Rule(rule.match, train=False)))
-        sent_by = (rule.reduction or reduction) if rule.train else None
-        entries.append(VariablePlan(own_path, shape, variable.dtype, variable, rule, sent_by))
+        levels = _levels(f"rule {number + 1} ({rule.match!r})", rule, reduction, between_hosts)
+        entries.append(VariablePlan(own_path, shape, variable.dtype, variable, rule, *levels))
     for number in range(len(rules)):
         if number not in used and not _closes(number, rules, paths):
             _check_unused(number, rules, paths, model)
@@ -71,6 +71,33 @@ def resolve(
     if not plan.trained:
         raise UserError(f"the rules train nothing: {counted(len(paths), 'variable')} frozen; add ('train', pattern)")
     return plan
+
+
+def _candidates(model: Any) -> list[str]:
+    """The paths of the trainable variables, in their order."""
+    paths = variable_paths(model)
+    if not paths:
+        why = "; its own code has set trainable = False, which is for the rules to do" if model.weights else ""
+        raise UserError(f"model {model.name!r} has no trainable variables: nothing can be selected{why}")
+    for path, count in collections.Counter(paths).items():
+        if count > 1:
+            raise UserError(f"{count} variables have the path {path!r}: name the layers apart")
+    return paths
+
+
+def _levels(where: str, rule: Rule, reduction: Any, between_hosts: Any) -> tuple[Any, Any]:
+    """The reduction over all replicas or between the workers, and in the latter case that inside a worker."""
+    if not rule.train:
+        return None, None
+    inside, between = rule.reduction or reduction, rule.between_hosts or between_hosts
+    if between is None:
+        return inside, None
+    if not inside.shared:
+        raise UserError(
+            f"{where}: reduction is {type(inside).__name__} ({inside}), and where between_hosts is given it sums the "
+            "replicas of a worker, in every step: give AllReduce() or the like, in a gin file @all_reduce()"
+        )
+    return between, inside
 
 
 def _check_applies(where: str, rule: Rule, path: str, shape: tuple[int, ...], adapted: bool) -> None:

@@ -39,6 +39,8 @@ class Rule:
         optimizer: factory of the Keras optimizer of this rule's group; None takes the run's.
         learning_rate: overrides the factory's learning rate: a float or a Keras schedule.
         reduction: how the gradients cross the replicas; None takes the run's.
+        between_hosts: how they cross the workers, where `reduction` is to sum those of each worker's own replicas only;
+            None takes the run's, and where that is None, too, `reduction` crosses all.
         rows: (start, stop) of the leading axis: only these rows are trained, as a variable of their own with the
             whole one's path, name and constraint (optimizers that look at a variable's norm or shape see the rows').
         lora: rank of the factors that are trained in place of the kernels that match, which stay frozen (see `lora`).
@@ -58,6 +60,7 @@ class Rule:
     ] = None
     learning_rate: Any = None
     reduction: Annotated[Any | None, REDUCTION] = None
+    between_hosts: Annotated[Any | None, REDUCTION] = None
     rows: tuple[int, int] | None = None
     lora: Annotated[int | None, AtLeast(1), "write its rank, a whole number of at least 1"] = None
 
@@ -65,7 +68,7 @@ class Rule:
         where = f"rule {shown(self.match)}"
         check(self, where, ": ")
         check_pattern("Rule.match", self.match)
-        options = ("optimizer", "learning_rate", "reduction", "rows", "lora")
+        options = ("optimizer", "learning_rate", "reduction", "between_hosts", "rows", "lora")
         if not self.train and (given := [name for name in options if getattr(self, name) is not None]):
             raise UserError(f"{where} freezes what it matches, so {given[0]} has no use: remove it or set train = True")
         rate, number = self.learning_rate, isinstance(self.learning_rate, (int, float))

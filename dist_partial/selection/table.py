@@ -77,7 +77,7 @@ def plan_summary(plan: Plan, hosts: int) -> str:
     lines += [("(statistics)", "", "", often, "", size) for often, size in _statistics(plan)]
     most = _WIDTH - len(_table(header, [("", *line[1:]) for line in lines])[1]) + len(header[0])
     lines = [(_cut(line[0], most), *line[1:]) for line in lines]
-    travel = {entry.rule.match: f": {entry.reduction}" for entry in plan.trained}
+    travel = {entry.rule.match: f": {entry.travels}" for entry in plan.trained}
     ends = [travel.get(rule.match, "") for rule in plan.rules]
     rules = [f"rule {number}: {rule}" for number, rule in enumerate(plan.rules, 1)]
     rules = [f"{_cut(rule, _WIDTH - len(end))}{end}" for rule, end in zip(rules, ends, strict=True)]
@@ -154,7 +154,7 @@ def _cut(text: str, length: int) -> str:
 
 def _treatment(entry: VariablePlan) -> tuple[str, str, str]:
     """What is done with a variable: whether it is trained, by which rule, and how its gradient travels."""
-    return _trained_word(entry), str(entry.rule), str(entry.reduction) if entry.trained and entry.sent else "-"
+    return _trained_word(entry), str(entry.rule), entry.travels if entry.trained and entry.sent else "-"
 
 
 def _statistics(plan: Plan) -> list[tuple[str, str]]:
@@ -167,9 +167,10 @@ def _statistics(plan: Plan) -> list[tuple[str, str]]:
 def _totals(plan: Plan, hosts: int) -> list[str]:
     trained = sum(entry.trained_parameters for entry in plan.entries)
     total = sum(entry.parameters for entry in plan.entries)
+    whose = "worker" if plan.local > 1 else "replica"
     return [
         f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%})",
-        f"payload: {grouped(plan.wire_bytes)} of {plan.full_wire_bytes:,} bytes a step and replica",
+        f"payload: {grouped(plan.wire_bytes)} of {plan.full_wire_bytes:,} bytes a step and {whose}",
         f"{_interface(plan.workers, hosts)} {grouped(plan.nic_bytes)} of {grouped(plan.full_nic_bytes)} bytes a step "
         f"({plan.nic_bytes / plan.full_nic_bytes:.2%})",
     ]

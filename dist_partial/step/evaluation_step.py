@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from dist_partial.distributed.collectives import Collectives, run_rounds
+from dist_partial.distributed.per_replica import topology
 from dist_partial.reductions.base import total
 from dist_partial.step.gradients import local_sum, model_outputs, own_part
 from dist_partial.step.objective import Batch, Objective
@@ -36,15 +37,18 @@ def evaluation_steps(spec: EvaluationSpec, iterator: Any, steps: tf.Tensor, exam
         spec: what it computes with.
         iterator: of this worker's batches.
         steps: number of batches, an int32 scalar.
-        examples: number of examples in each; what a batch holds beyond them fills it up.
+        examples: number of examples in each over all workers; what a batch holds beyond this worker's fills it up.
 
     Returns:
         float64 [1 + numbers of the metrics], this worker's sums: of the batches' losses, and of what they add to the
         metrics.
     """
+    replicas = topology(spec.strategy, spec.collectives.backend)
+    room = -(-examples // replicas.replicas) * replicas.local
 
     def one_step(i: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        own = spec.strategy.run(replica_sums, args=(spec, next(iterator), examples))
+        batch = tf.nest.map_structure(lambda tensor: tensor[:room], next(iterator))
+        own = spec.strategy.run(replica_sums, args=(spec, batch, examples))
         return i + 1, sums + local_sum(spec.strategy, own)
 
     start = (tf.constant(0), tf.zeros([1 + spec.objective.size(training=False)], tf.float64))
@@ -60,19 +64,18 @@ def replica_sums(spec: EvaluationSpec, batch: Batch, examples: int) -> tf.Tensor
     Returns:
         float64 [1 + numbers of the metrics]: what the part adds to the loss of the batch, and to the metrics.
     """
-    context: Any = tf.distribute.get_replica_context()
-    full = own_part(spec.strategy, batch)
+    replicas = spec.collectives.topology
+    full = own_part(replicas, batch)
     room = tf.nest.flatten(full)[0].shape[0]
-    replica = int(tf.get_static_value(context.replica_id_in_sync_group))
-    own = min(max(examples - replica * room, 0), room)
+    own = min(max(examples - replicas.rank * room, 0), room)
     batch = tf.nest.map_structure(lambda tensor: tensor[: max(own, 1)], full)
     outputs_of = functools.partial(model_outputs, spec.model, training=False)
     share, counts = own / examples, None
-    if spec.objective.counts and not spec.objective.coupled and spec.strategy.num_replicas_in_sync > 1:
+    if spec.objective.counts and not spec.objective.coupled and replicas.replicas > 1:
         mine = spec.objective.counted(batch, outputs_of, False) * (1 if own else 0)
         counts = run_rounds(spec.collectives, [total(mine)])[0]
     whole = None
-    if spec.strategy.num_replicas_in_sync > 1 and spec.objective.needs_whole(training=False):
+    if replicas.replicas > 1 and spec.objective.needs_whole(training=False):
         with keras.StatelessScope():  # no layer counts this pass
             of_full = outputs_of(full[0])
         whole = whole_batch(spec.collectives, spec.objective, full, of_full, 1.0, examples)

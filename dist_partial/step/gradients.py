@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_partial.distributed import per_replica
+from dist_partial.distributed.per_replica import Topology
 from dist_partial.errors import calling
 from dist_partial.selection.plan import Plan
 from dist_partial.step.objective import Batch
@@ -26,17 +26,15 @@ def model_outputs(model: keras.Model, x: Any, training: bool) -> Any:
         return model(x, training=training)
 
 
-def own_part(strategy: tf.distribute.Strategy, batch: Batch) -> Batch:
+def own_part(topology: Topology, batch: Batch) -> Batch:
     """Slices out this replica's part of its worker's batch; called in a replica context.
 
     Examples:
-        >>> x, y = own_part(tf.distribute.get_strategy(), (tf.constant([[1.0], [2.0]]), tf.constant([1, 2])))
+        >>> x, y = own_part(Topology(tf.distribute.get_strategy()), (tf.constant([[1.0], [2.0]]), tf.constant([1, 2])))
         >>> x.shape, y.numpy().tolist()  # of one replica the whole
         (TensorShape([2, 1]), [1, 2])
     """
-    context: Any = tf.distribute.get_replica_context()
-    local = per_replica.local_count(strategy)
-    index = context.replica_id_in_sync_group % local
+    local, index = topology.local, topology.rank - topology.first
     with tf.device("CPU"):  # so that a GPU is sent its slice and no more
         return tf.nest.map_structure(lambda t: tf.reshape(t, [local, t.shape[0] // local, *t.shape[1:]])[index], batch)
 

@@ -22,7 +22,7 @@ import tensorflow as tf
 from dist_partial import compat
 from dist_partial.compat import is_generator
 from dist_partial.distributed import traffic
-from dist_partial.distributed.per_replica import input_context, local_count
+from dist_partial.distributed.per_replica import Topology
 from dist_partial.errors import UserError
 from dist_partial.selection.paths import paths_of
 from dist_partial.selection.plan import Plan
@@ -202,20 +202,20 @@ def _depends_on_data(value: tf.Tensor, inputs: Collection[Any]) -> bool:
     return False
 
 
-def spread(strategy: tf.distribute.Strategy, generators: Sequence[Any]) -> None:
+def spread(topology: Topology, generators: Sequence[Any]) -> None:
     """Gives each replica's generators seeds of their own, which follow from the first replica's.
 
     Call it in the cross-replica context when all replicas have the first one's state: at the start, or restored.
 
     Examples:
         >>> generator = keras.random.SeedGenerator(5)
-        >>> spread(tf.distribute.get_strategy(), [generator.state])  # the first replica keeps its seed
+        >>> spread(Topology(tf.distribute.get_strategy()), [generator.state])  # the first replica keeps its seed
         >>> generator.state.numpy().tolist()
         [5, 0]
     """
-    first = input_context(strategy).input_pipeline_id * local_count(strategy)
+    local = topology.strategy.experimental_local_results
     for variable in generators:
-        for number, copy in enumerate(strategy.experimental_local_results(variable.value), first):
+        for number, copy in enumerate(local(variable.value), topology.first):
             seed, count = copy.numpy().tolist()
             # The first replica keeps the seed, so that one replica draws what plain Keras draws.
             copy.assign([(seed + number * _SEED_STRIDE) % _SEEDS if number else seed, count])

@@ -19,6 +19,7 @@ import tensorflow as tf
 from dist_partial import compat
 from dist_partial.errors import UserError
 from dist_partial.models.output_logits import activation_op, adds_up, logits_behind
+from dist_partial.step.keras_configs import remade
 
 _LARGEST = 2**22  # elements of a target and its output, up to which a loss is tried out
 
@@ -204,7 +205,7 @@ def made(loss: Any) -> Any:
         loss = compat.loss_function(loss, name)
     elif loss.dtype != keras.config.floatx():  # made before the run's precision was known
         with contextlib.suppress(TypeError):  # a class of the user's need not be made of its config
-            loss = type(loss).from_config(loss.get_config())
+            loss = remade(loss)
     return DividedLoss(loss)
 
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from dist_partial import compat
 from dist_partial.errors import UserError
+from dist_partial.step.keras_configs import remade
 from dist_partial.step.losses import DividedLoss, takes_targets
 
 
@@ -37,7 +38,7 @@ def made(metrics: Any, name: str) -> Any:
     if isinstance(metrics, keras.metrics.Metric):
         if metrics.dtype != keras.config.floatx():  # made before the run's precision was known
             with contextlib.suppress(TypeError, ValueError):  # a class of the user's need not be made of its config
-                return type(metrics).from_config({**metrics.get_config(), "dtype": keras.config.floatx()})
+                return remade(metrics, dtype=keras.config.floatx())
         return metrics
     if callable(metrics) and takes_targets(metrics):
         return metrics

@@ -15,6 +15,7 @@ import tensorflow as tf
 from dist_partial import compat
 from dist_partial.errors import UserError, first_line
 from dist_partial.selection.plan import Group, Plan, VariablePlan
+from dist_partial.step.keras_configs import left_out
 from dist_partial.step.layer_state import untouched
 from dist_partial.validation import shown
 
@@ -168,7 +169,7 @@ def another(optimizer: keras.optimizers.Optimizer, learning_rate: Any) -> keras.
     the user's leaves out of `get_config`.
 
     Args:
-        optimizer: which has no slots yet.
+        optimizer: whose slots and steps, if it has been used, the other one does not have.
         learning_rate: of the other one.
 
     Raises:
@@ -184,26 +185,16 @@ def another(optimizer: keras.optimizers.Optimizer, learning_rate: Any) -> keras.
     # Keras refuses to read a function back from a config.
     rates = (current if callable(current) else config["learning_rate"], learning_rate)
     usual, other = (type(optimizer).from_config(config | {"learning_rate": rate}) for rate in rates)
-    other.iterations.assign(optimizer.iterations)
-    of_keras = {*vars(keras.optimizers.Optimizer(0.0)), *compat.OPTIMIZER_ATTRIBUTES}  # in the config, or its own
-    for name in vars(optimizer).keys() - of_keras:
-        value, default = vars(optimizer)[name], vars(usual).get(name)
+    if not optimizer.built:
+        other.iterations.assign(optimizer.iterations)
+    for name, value in left_out(optimizer, usual).items():
         if callable(value) and hasattr(type(optimizer), name):
             raise UserError(
                 f"the optimizer {optimizer.name!r} has {name!r} set on the object, which a rule's learning_rate cannot "
                 "take along: define it in a class, or give the rule an optimizer of its own"
             )
-        state = any(isinstance(part, (keras.Variable, tf.Variable)) for part in tf.nest.flatten(default))
-        if name not in vars(usual) or not (state or _equal(value, default)):
-            setattr(other, name, value)
+        setattr(other, name, value)
     return other
-
-
-def _equal(value: Any, other: Any) -> bool:
-    try:
-        return bool(value == other)
-    except ValueError:  # of arrays, which may as well be set again
-        return False
 
 
 def check(where: str, optimizer: keras.optimizers.Optimizer) -> None:
@@ -315,27 +306,6 @@ def _build_slots(number: int, optimizer: Any, members: Sequence[OptimizerVariabl
             slots[f"group_{number}/{place}_{re.sub(r'_[0-9]+$', '', variable.name)}"] = variable
     assert len(slots) == len(optimizer.variables)
     return slots
-
-
-def exclusions(optimizer: Any, members: Sequence[OptimizerVariable]) -> dict[str, Any]:
-    """Finds what `exclude_from_weight_decay` was given, which is in no config; empty if nothing was.
-
-    Returns:
-        "paths" of the members that it was given one by one, and the "pattern" of names, or None.
-
-    Examples:
-        >>> optimizer = keras.optimizers.AdamW()
-        >>> exclusions(optimizer, members=())
-        {}
-        >>> optimizer.exclude_from_weight_decay(var_names=["gamma", "bias"])
-        >>> exclusions(optimizer, members=())
-        {'paths': [], 'pattern': 'bias|gamma'}
-    """
-    given, pattern = compat.weight_decay_exclusions(optimizer)
-    paths = [m.entry.path for m in members if compat.variable_key(optimizer, m.entry.variable) in given]
-    # Keras joins the names of a set, whose order is another in each process.
-    names = "|".join(sorted(pattern.pattern.split("|"))) if pattern else None
-    return {"paths": paths, "pattern": names} if paths or names else {}
 
 
 def apply(optimizers: Sequence[GroupOptimizer], gradients: Sequence[tf.Tensor | None]) -> None:

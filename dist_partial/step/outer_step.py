@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from dist_partial.distributed import traffic
-from dist_partial.distributed.collectives import Collectives, run_rounds
+from dist_partial.distributed.collectives import BETWEEN, Collectives, run_rounds
 from dist_partial.reductions.base import mean
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.selection.plan import Plan, VariablePlan
@@ -34,6 +34,10 @@ class Fragment:
     members: tuple[OptimizerVariable, ...]
     outer: GroupOptimizer
     states: tuple[dict[str, tf.Variable], ...]
+
+    def over(self, collectives: Collectives) -> Collectives:
+        """How those reach each other that exchange: all replicas, or, of each worker, one for all."""
+        return collectives if self.members[0].entry.inside is None else collectives.at(BETWEEN)
 
     def entries(self, plan: Plan) -> list[VariablePlan]:
         """The plan's entries of its members."""
@@ -173,21 +177,26 @@ def exchange(spec: ExchangeSpec) -> None:
     means, statistics = spec.strategy.run(replica_means, args=(spec,))
     spec.strategy.run(replica_update, args=(spec, means, statistics))
     local = spec.fragment.reduction.keep_residual_local
-    starts = spec.strategy.run(replica_starts, args=(spec.fragment,)) if local else _anchors(spec.fragment)
+    starts = spec.strategy.run(replica_starts, args=(spec,)) if local else _anchors(spec.fragment)
     _go_to(spec.strategy, spec.fragment, starts)
 
 
 def replica_means(spec: ExchangeSpec) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
     """Averages the movements of the members, and the statistics, over the replicas; called in a replica context."""
+    collectives = spec.fragment.over(spec.collectives)
     movements = []
     for i in reversed(spec.moved):
         anchor, own = spec.fragment.outer.members[i].variable.value, spec.fragment.members[i].variable.value
         movement = tf.convert_to_tensor(anchor) - tf.convert_to_tensor(own)
-        count = tf.distribute.get_replica_context().num_replicas_in_sync
+        count = collectives.topology.replicas
         movements.append(spec.fragment.reduction.window.reduce(movement / count, spec.fragment.states[i]))
     statistics = [mean(tf.convert_to_tensor(variable.value)) for variable in spec.statistics]
-    means = run_rounds(spec.collectives, [*movements, *statistics])
-    return means[: len(spec.moved)][::-1], means[len(spec.moved) :]
+    if collectives is spec.collectives:
+        means = run_rounds(collectives, [*movements, *statistics])
+        return means[: len(spec.moved)][::-1], means[len(spec.moved) :]
+    means = run_rounds(collectives, movements)[::-1]
+    with tf.control_dependencies(means):  # one after the other, as in `reduce_gradients`
+        return means, run_rounds(spec.collectives, statistics)
 
 
 def replica_update(spec: ExchangeSpec, means: list[tf.Tensor], statistics: list[tf.Tensor]) -> None:
@@ -198,12 +207,12 @@ def replica_update(spec: ExchangeSpec, means: list[tf.Tensor], statistics: list[
         variable.assign(average)
 
 
-def replica_starts(fragment: Fragment) -> list[tf.Tensor]:
+def replica_starts(spec: ExchangeSpec) -> list[tf.Tensor]:
     """Computes where the replica's next steps start: at the anchors, but for what the exchange left out.
 
     The residual was divided by the number of replicas.
     """
-    count = tf.distribute.get_replica_context().num_replicas_in_sync
+    fragment, count = spec.fragment, spec.fragment.over(spec.collectives).topology.replicas
     starts = []
     for member, state in zip(fragment.outer.members, fragment.states, strict=True):
         start = tf.convert_to_tensor(member.variable.value)

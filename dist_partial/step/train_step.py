@@ -12,7 +12,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_partial.distributed.collectives import Collectives, run_rounds
+from dist_partial.distributed.collectives import BETWEEN, INSIDE, Collectives, run_rounds
+from dist_partial.distributed.per_replica import topology
 from dist_partial.errors import calling
 from dist_partial.reductions.base import total as total_over_replicas
 from dist_partial.reductions.reduce_gradients import reduce_gradients
@@ -91,6 +92,11 @@ class StepSpec:
     outputs: Callable[[tf.Tensor, bool], tf.Tensor] | None = None
     averaged: Sequence[Any] = ()
     without_gradient: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def replicas(self) -> int:
+        """How many there are in all."""
+        return topology(self.strategy, self.collectives.backend).replicas
 
     @property
     def statistics(self) -> Sequence[Any]:
@@ -187,7 +193,7 @@ def replica_gradients(spec: StepSpec, batch: Batch) -> tuple[Any, tf.Tensor, tf.
     """
     options, trained = spec.options, spec.plan.trained
     loss_scale = tf.constant(1.0) if spec.scale is None else spec.scale.value()
-    first, *others = parts = micro_batches(own_part(spec.strategy, batch), options.accumulate)
+    first, *others = parts = micro_batches(own_part(spec.collectives.topology, batch), options.accumulate)
     compute = functools.partial(backprop, spec)
     if options.jit_compile:
         compute = tf.function(compute, jit_compile=True, autograph=False)
@@ -224,11 +230,14 @@ def divisors(spec: StepSpec, parts: Sequence[Batch]) -> tf.Tensor | None:
         [objective.counts], or None.
     """
     objective = spec.objective
-    if not objective.counts or objective.coupled or (len(parts) == 1 and spec.strategy.num_replicas_in_sync == 1):
+    if not objective.counts or objective.coupled or (len(parts) == 1 and spec.replicas == 1):
         return None
     own = tf.add_n([objective.counted(part, functools.partial(outputs_of, spec), True) for part in parts])
     if not any(entry.reduction.shared for entry in spec.plan.trained):
-        return own * spec.strategy.num_replicas_in_sync
+        if all(entry.inside for entry in spec.plan.trained):
+            inside = run_rounds(spec.collectives.at(INSIDE), [total_over_replicas(own)])[0]
+            return inside * spec.collectives.at(BETWEEN).topology.replicas
+        return own * spec.replicas
     return run_rounds(spec.collectives, [total_over_replicas(own)])[0]
 
 
@@ -247,9 +256,9 @@ def backprop(
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(values)
         outputs = outputs_of(spec, batch[0])
-        share = 1 / (spec.strategy.num_replicas_in_sync * spec.options.accumulate)
+        share = 1 / (spec.replicas * spec.options.accumulate)
         whole = None
-        if spec.strategy.num_replicas_in_sync > 1 and spec.objective.needs_whole(training=True):
+        if spec.replicas > 1 and spec.objective.needs_whole(training=True):
             whole = whole_batch(spec.collectives, spec.objective, batch, outputs, share)
         if whole and spec.objective.coupled:
             loss, changed = spec.objective.loss(*whole, True)

@@ -45,9 +45,8 @@ def whole_batch(
         >>> whole_y.numpy().tolist(), whole.numpy().tolist()  # of one replica its own
         ([1, 0], [[3.0], [4.0]])
     """
-    context: Any = tf.distribute.get_replica_context()
     with_x = objective.coupled and compat.overrides(objective.model, "compute_loss")
-    rank = int(tf.get_static_value(context.replica_id_in_sync_group))
+    rank = collectives.topology.rank
     x, y, weight = unpacked(batch)
     known = (x if with_x else None, y, weight)
     given, made = tf.nest.flatten(known), tf.nest.flatten(outputs)

@@ -14,8 +14,8 @@ from dist_partial.adapters import lora, quantization
 from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
 from dist_partial.data import Dataset, check_source, class_weighted, dataset, started, train_batches, without_lists
+from dist_partial.data.repeats import notes_on_repeats
 from dist_partial.distributed import consistency
-from dist_partial.distributed.per_replica import input_context
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError, calling
 from dist_partial.reductions.reduce_gradients import make_states
@@ -29,13 +29,14 @@ from dist_partial.step.train_step import StepOptions, StepSpec, TrainStep, train
 from dist_partial.training import run_fingerprint
 from dist_partial.training.activation_cache import check_cached
 from dist_partial.training.batch_coupling import coupling_notes
-from dist_partial.training.checks import check_added, check_batch, check_scaled, divided_objective
+from dist_partial.training.checks import check_added, check_batch, check_levels, check_scaled, divided_objective
 from dist_partial.training.loss_and_metrics import make_objective, notes_on
 from dist_partial.training.model import make_model, taking
 from dist_partial.training.state import TrainState
+from dist_partial.validation import counted
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Trainer:
     """Holds everything that a run computes with, made from its settings in one strategy's scope.
 
@@ -81,10 +82,15 @@ class Trainer:
     fingerprint: dict[str, Any]
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        trained, count = len(self.plan.trained), self.replicas.topology.replicas
+        variables = f"{trained} of {len(self.plan.entries)} variables"
+        return f"Trainer({self.model.name!r}, {variables}, {self.data!r}, {counted(count, 'replica')})"
+
     def state(self) -> TrainState:
         """The state before the first step; its variables are the live ones."""
         return TrainState(
-            self.replicas.strategy,
+            self.replicas.topology,
             self.model,
             self.plan,
             self.optimizers,
@@ -136,32 +142,36 @@ def build(settings: Settings, replicas: Replicas) -> Trainer:
 
 def _build(settings: Settings, replicas: Replicas) -> Trainer:
     with calling("run.data"):
-        data = dataset(settings.data(), name=getattr(settings.data, "__name__", "data"))
+        data = dataset(settings.data, name=getattr(settings.data, "__name__", "data"))  # not what it makes: see Stream
         for name in ("train", "evaluation"):
             check_source(f"{name} of {data.name}", getattr(data, name))
         if settings.class_weight:
             data = dataclasses.replace(data, train=class_weighted(data.train, settings.class_weight))
         if settings.activation_cache:
             check_cached(data.train)
-    strategy, spec = replicas.strategy, without_lists(data.train.spec)
+    strategy, topology, spec = replicas.strategy, replicas.topology, without_lists(data.train.spec)
     with strategy.scope():
         keras.utils.set_random_seed(settings.seed)
         with calling("run.model"):
             model, examples, outputs = make_model(settings, data, strategy)
-            check_added(model, strategy)
+            check_added(model, topology)
             if fixed := layer_state.batch_size(model):
-                check_batch(fixed, model, settings, data, strategy)
+                check_batch(fixed, model, settings, data, topology)
         batch_norms = batch_norm.layers(model)
         adapters = lora.enable(settings.rules, model)
-        plan = selection.resolve(settings.rules, model, settings.reduction, adapters)
-        plan = dataclasses.replace(plan, workers=max(2, replicas.strategy.num_replicas_in_sync))
+        plan = selection.resolve(settings.rules, model, settings.reduction, adapters, settings.between_hosts)
+        hosts = topology.workers if topology.workers > 1 else topology.local
+        check_levels(plan, replicas)
+        local = topology.local if topology.workers > 1 else 1
+        plan = dataclasses.replace(plan, workers=max(2, hosts), local=local)
         plan, units, notes = _divided(quantization.lower(plan, model, settings.frozen_dtype), settings, batch_norms)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
         objective, divided = make_objective(settings, data, model, examples, outputs)
-        objective = divided_objective(objective, settings, plan, strategy, data.train)
+        objective = divided_objective(objective, settings, plan, topology, data.train)
         with calling("run.model"), taking(data.name, spec[0]):
             changed = layer_state.find(model, spec, plan, objective)
-        notes += coupling_notes(objective, data.train, strategy.num_replicas_in_sync, settings.accumulate)
+        notes += coupling_notes(objective, data.train, topology.replicas, settings.accumulate)
+        notes += notes_on_repeats(data)
         with calling("run.optimizer"):
             groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))
         reduction_states = make_states(plan)
@@ -169,7 +179,7 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
         scale = LossScale() if needs_loss_scale(model) else None
     if scale is not None:
         check_scaled(plan, reduction_states)
-    layer_state.spread(strategy, changed.generators)
+    layer_state.spread(topology, changed.generators)
     notes += notes_on(divided)
     optimizers_ = [*groups, *[fragment.outer for fragment in fragments]]
     return Trainer(
@@ -203,7 +213,7 @@ def _divided(
     for name, paths in parts:
         entries = [trained[path] for path in paths]
         variables = {id(entry.variable) for entry in entries}
-        payloads = [payload for entry in entries for payload in entry.payloads]
+        payloads = [payload for entry in entries for payload in plan.handed_over(entry)]
         # The statistics of a layer that trains travel, too.
         moving = [layer for layer in batch_norms if {id(layer.gamma), id(layer.beta)} & variables]
         payloads += reductions.averages(plan, batch_norm.unsynchronised_statistics(moving))
@@ -267,7 +277,7 @@ def restore(
         for number in checkpoint.metadata.get("schedule", {}).get("allocated", ()):
             trainer.optimizers[number].allocate()
     state = state.restored(checkpoint)
-    layer_state.spread(trainer.replicas.strategy, trainer.layer_state.generators)
+    layer_state.spread(trainer.replicas.topology, trainer.layer_state.generators)
     for group in trainer.optimizers:
         optimizers.write_rows(trainer.replicas.strategy, group.members)
     return state
@@ -332,5 +342,5 @@ def order(trainer: Trainer, first_step: int, global_batch: int) -> dict[str, Any
         "first_step": first_step,
         "global_batch": global_batch,
         "seed": trainer.settings.seed,
-        "context": input_context(trainer.replicas.strategy),
+        "context": trainer.replicas.topology.input_context,
     }

@@ -12,7 +12,7 @@ from dist_partial.checkpoints import fingerprints
 from dist_partial.config.settings import Settings
 from dist_partial.data import Dataset, Source
 from dist_partial.distributed import consistency
-from dist_partial.distributed.per_replica import local_count
+from dist_partial.distributed.per_replica import Topology
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError, calling
 from dist_partial.selection.plan import Plan
@@ -22,13 +22,11 @@ from dist_partial.training.batch_coupling import own_loss_is_coupled
 from dist_partial.validation import counted
 
 
-def check_batch(
-    fixed: int, model: keras.Model, settings: Settings, data: Dataset, strategy: tf.distribute.Strategy
-) -> None:
+def check_batch(fixed: int, model: keras.Model, settings: Settings, data: Dataset, topology: Topology) -> None:
     """Raises UserError unless training and evaluation read as many examples at a time as the model takes."""
     batch, parts = settings.global_batch, settings.accumulate
     where = f"run.model has a stateful recurrent layer, built for {fixed:,} examples at a time"
-    if strategy.num_replicas_in_sync > 1:
+    if topology.replicas > 1:
         raise UserError(
             f"{where}, and replicas agree on what layers change, where each has examples of its own: train it on one "
             "replica, or make the layer without stateful=True"
@@ -46,14 +44,14 @@ def check_batch(
         )
 
 
-def check_added(model: keras.Model, strategy: tf.distribute.Strategy) -> None:
+def check_added(model: keras.Model, topology: Topology) -> None:
     """Raises UserError if replicas of one process would mix up what layers add to the loss.
 
     Keras 3.15 keeps it in one list a layer, and replicas that meet within the model, in a synchronised BatchNorm, find
     each other's. The model has been called.
     """
     met = [layer.name for layer in batch_norm.layers(model) if layer.synchronized]
-    if met and local_count(strategy) > 1 and adds_losses(model):
+    if met and topology.local > 1 and adds_losses(model):
         raise UserError(
             f"run.model has the synchronised BatchNorm {met[0]!r} and layers that add to the loss "
             "(activity_regularizer, add_loss), which replicas of one process would mix up: start one process a "
@@ -72,7 +70,7 @@ def adds_losses(model: keras.Model) -> bool:
 
 
 def divided_objective(
-    objective: Objective, settings: Settings, plan: Plan, strategy: tf.distribute.Strategy, source: Source
+    objective: Objective, settings: Settings, plan: Plan, topology: Topology, source: Source
 ) -> Objective:
     """Gives what a run trains on and is measured by, of which something may need the whole batch.
 
@@ -81,11 +79,11 @@ def divided_objective(
     Raises:
         UserError: they cannot, and the loss needs it.
     """
-    if strategy.num_replicas_in_sync * settings.accumulate == 1:
+    if topology.replicas * settings.accumulate == 1:
         return dataclasses.replace(objective, coupled=False)
     with calling("run.loss"):
         objective = dataclasses.replace(objective, coupled=objective.coupled or own_loss_is_coupled(objective, source))
-    adds = local_count(strategy) > 1 and adds_losses(objective.model)
+    adds = topology.local > 1 and adds_losses(objective.model)
     if settings.accumulate > 1:
         reason, remedy = "run.accumulate divides it", "bind no run.accumulate"
     elif not all(entry.reduction.shared for entry in plan.trained):
@@ -130,6 +128,18 @@ def check_division(settings: Settings, replicas: int) -> None:
             f"run.global_batch = {settings.global_batch} does not divide into {counted(replicas, 'replica')} x "
             f"{counted(settings.accumulate, 'micro-batch', 'micro-batches')}: bind a multiple of {parts}"
         )
+
+
+def check_levels(plan: Plan, replicas: Replicas) -> None:
+    """Raises UserError if a reduction between hosts is asked of TensorFlow's collectives, which know replicas only."""
+    if replicas.workers > 1 and replicas.collectives.backend is None:
+        for entry in plan.trained:
+            if entry.inside is not None:
+                raise UserError(
+                    f"rule {entry.rule.match!r} travels between hosts by {entry.reduction}, and replicas.transport = "
+                    "'tensorflow' sums over all replicas at once: bind replicas.transport = 'sockets', or no "
+                    "between_hosts"
+                )
 
 
 def check_workers(replicas: Replicas, fingerprint: dict[str, Any], bindings: Mapping[str, str]) -> None:

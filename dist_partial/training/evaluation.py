@@ -1,6 +1,7 @@
 """Evaluation: on all replicas, when it is due, made up for where it failed; and samples after it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,7 @@ import tensorflow as tf
 
 from dist_partial import checkpoints
 from dist_partial.config.settings import Sampling
-from dist_partial.data import Dataset, Source, evaluation_batches, started
-from dist_partial.distributed.per_replica import input_context
+from dist_partial.data import Dataset, evaluation_batches, started, trait
 from dist_partial.errors import UserError, calling
 from dist_partial.models.sampling import Generation, generate
 from dist_partial.step import outer_step
@@ -52,10 +52,10 @@ class Evaluation:
             trainer.objective,
             evaluation_step(spec),
             replicas.sum,
-            source,
+            functools.partial(evaluation_batches, source, seed=settings.seed, context=replicas.topology.input_context),
             examples=min(settings.eval_examples or len(source), len(source)),
             global_batch=settings.global_batch,
-            context=input_context(replicas.strategy),
+            again=trait(source, "streamed", False),
         )
         progress.end()
         # Between two exchanges replicas have statistics of their own, too; what is evaluated is one model.
@@ -125,11 +125,11 @@ def prepare_evaluation(
     objective: Objective,
     step: Any,
     total: Callable[[Any], Any],
-    source: Source,
+    batches: Callable[..., tf.data.Dataset],
     *,
     examples: int,
     global_batch: int,
-    context: tf.distribute.InputContext,
+    again: bool = False,
 ) -> Callable[[], dict[str, float]]:
     """Prepares the evaluation on the first `examples` held-out examples, each exactly once.
 
@@ -137,31 +137,32 @@ def prepare_evaluation(
         objective: the loss and the metrics.
         step: from `step.evaluation_step`.
         total: sums a vector over the workers, from `Replicas.sum`.
-        source: the held-out examples.
+        batches: makes this worker's batches, `evaluation_batches` of the held-out examples.
         examples: how many examples.
         global_batch: examples a step over all replicas.
-        context: which worker this is, and how many replicas there are.
+        again: whether each pass begins by `batches`, as a stream does by the user's function.
 
     Returns:
         A function that makes one pass and returns `loss`, the metrics by name, and `examples`. As in `Model.evaluate`
         the loss is the mean over the examples of the loss of their batch, the last of which may be shorter.
     """
-    whole = examples // global_batch * global_batch
-    rest = examples - whole
-    padded = -(-rest // context.num_replicas_in_sync) * context.num_replicas_in_sync
-    passes = []
-    for first, count, batch, own in ((0, whole, global_batch, global_batch), (whole, rest, padded, rest)):
-        if count:
-            batches = evaluation_batches(source, first=first, examples=count, global_batch=batch, context=context)
-            # After a pass the batches start over, so one iterator serves them all.
-            arguments = started(batches), tf.constant(-(-count // batch)), own
-            step.get_concrete_function(*arguments)  # a mistake in the model or the loss shows before the training
-            passes.append(arguments)
+    whole, rest = divmod(examples, global_batch)
+    make = functools.partial(batches, examples=examples, global_batch=global_batch)
+    made = [make()]
+    # Batches of so many examples, and how many such batches there are.
+    passes = [(own, tf.constant(count)) for own, count in ((global_batch, whole), (rest, 1)) if own and count]
+    for own, count in passes:
+        # A mistake in the model or the loss shows before the training.
+        step.get_concrete_function(tf.data.IteratorSpec(made[0].element_spec), count, own)
 
     def evaluate() -> dict[str, float]:
+        iterator = started(made[0] if made else make())
+        if again:
+            made.clear()
         # The sum over batches of their losses, each of as many examples as the pass has in a batch.
-        sums = total(tf.concat([step(*arguments) for arguments in passes], axis=0).numpy()).reshape(len(passes), -1)
-        loss = sum(row[0] * own for row, (*_, own) in zip(sums, passes, strict=True)) / examples
+        sums = total(tf.concat([step(iterator, count, own) for own, count in passes], axis=0).numpy())
+        sums = sums.reshape(len(passes), -1)
+        loss = sum(row[0] * own for row, (own, _) in zip(sums, passes, strict=True)) / examples
         return {"loss": float(loss), **objective.results(sums[:, 1:].sum(axis=0), training=False), "examples": examples}
 
     return evaluate

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from dist_partial import checkpoints
+from dist_partial.data import Source, faster
 from dist_partial.distributed import network
-from dist_partial.errors import AGAIN, INTERRUPTED
+from dist_partial.errors import AGAIN, INTERRUPTED, Interrupted
 from dist_partial.training.build import Trainer
-from dist_partial.training.failures import Interrupted
 from dist_partial.training.metric_writer import MetricWriter
 from dist_partial.training.state import TrainState
 
@@ -122,15 +122,20 @@ class DataWaits:
 
     The first call is left out: reading begins with it.
 
+    Args:
+        source: the examples to train on.
+
     Examples:
-        >>> waits = DataWaits()
+        >>> from dist_partial.data import ArraySource
+        >>> waits = DataWaits(ArraySource(np.arange(3)))
         >>> for waited, took in ((5.0, 5.1), (1.1, 4.2), (2.0, 6.0)):
         ...     waits.add(waited, took)
         >>> waits.report(print)
-        data: steps waited 3.1 s of 10.2 s for examples (30 %): bind run.readers to more threads, or ...
+        data: steps waited 3.1 s of 10.2 s for examples (30 %): bind run.reader_processes where Python computes, ...
     """
 
-    def __init__(self) -> None:
+    def __init__(self, source: Source) -> None:
+        self._advice = faster(source)
         self._waited = self._took = 0.0
         self._begun = False
 
@@ -149,8 +154,8 @@ class DataWaits:
             self._waited = self._took = 0.0
         if said:
             say(
-                f"data: steps waited {waited:.1f} s of {took:.1f} s for examples ({100 * waited / took:.0f} %): bind "
-                "run.readers to more threads, or run.reader_processes where Python computes, or do less for an example"
+                f"data: steps waited {waited:.1f} s of {took:.1f} s for examples ({100 * waited / took:.0f} %): "
+                f"{self._advice}, or do less for an example"
             )
 
 
@@ -215,6 +220,7 @@ class Stopping:
         raise Interrupted(
             f"stopped at step {state.step} of {self._last}, saved in {folder}; run the same command again to go on",
             AGAIN if self._terminated else INTERRUPTED,
+            state,
         )
 
 

@@ -16,18 +16,6 @@ from dist_partial.errors import Ending, Fault, UserError, of_graph, raised
 from dist_partial.step.loss_scale import LossScale
 
 
-class Interrupted(Exception):
-    """Says that Ctrl-C or SIGTERM stopped the run, that everything is saved, and how to go on.
-
-    Attributes:
-        code: the exit code of the process.
-    """
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 @contextlib.contextmanager
 def ended_together(replicas: Replicas) -> Iterator[None]:
     """Tells the other workers why this one ends, in one line, and closes the connections to them."""

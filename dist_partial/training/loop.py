@@ -65,7 +65,7 @@ def run(
         runner, evaluate = ScheduleRunner(trainer, state, progress), evaluation.Evaluation(trainer, progress)
         judge = Judge(trainer, state)
         _enter(runner, state.step)
-        save, waits = events.Saving(trainer, folder, state), events.DataWaits()
+        save, waits = events.Saving(trainer, folder, state), events.DataWaits(trainer.data.train)
         with (
             run_folder.begun(folder, trainer, runner.plan),
             MetricWriter(folder, state.step, settings.steps, state.sent, replicas.is_chief) as writer,
@@ -96,7 +96,7 @@ def run(
 def _built(settings: Settings, replicas: Replicas, bindings: Mapping[str, str], progress: Progress) -> Trainer:
     """Builds the trainer, the same on all workers, and prints its replicas and its plan."""
     replicas.say(replicas.description)
-    check_division(settings, replicas.strategy.num_replicas_in_sync)
+    check_division(settings, replicas.topology.replicas)
     progress.begin("building the model")
     trainer = build(settings, replicas)
     progress.end()

@@ -11,10 +11,10 @@ import tensorflow as tf
 from dist_partial import compat
 from dist_partial.config.settings import Settings, cross_entropy
 from dist_partial.data import Dataset, some_targets
+from dist_partial.data.source import described
 from dist_partial.errors import Raised, UserError, calling, first_line, own_line
 from dist_partial.step import losses, metrics
 from dist_partial.step.objective import Batch, Objective, prepare, unpacked
-from dist_partial.training.model import described
 
 
 def make_objective(

@@ -16,6 +16,7 @@ from dist_partial.files import write_atomically, write_json, write_text, writing
 from dist_partial.selection.plan import Plan
 from dist_partial.selection.table import grouped, trained_layers
 from dist_partial.synonyms import meant
+from dist_partial.terminal import say
 
 _SPLITS = ("train", "eval")
 # The steps, and what never changes or is only another measure of what is charted.
@@ -178,7 +179,7 @@ class MetricWriter:
     def say(self, text: str) -> None:
         """Prints above the progress bar."""
         if self._active:
-            self._bar.write(text)
+            say(text)
 
     def _record(self, rows: Sequence[dict[str, Any]]) -> None:
         self._append("metrics.jsonl", rows)

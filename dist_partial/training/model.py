@@ -11,6 +11,7 @@ import tensorflow as tf
 from dist_partial import compat
 from dist_partial.config.settings import Settings
 from dist_partial.data import Dataset, fetch, looks
+from dist_partial.data.source import described
 from dist_partial.errors import UserError, first_line, own_line
 from dist_partial.models.inputs import check_asked, check_inputs
 from dist_partial.step import layer_state
@@ -123,17 +124,3 @@ def taking(name: str, x: Any) -> Iterator[None]:
 
 def _example(name: str, x: Any) -> str:
     return f"one of {name}'s examples, {described(x)}"
-
-
-def described(spec: Any) -> str:
-    """Writes a nest of tensors or their specs as messages show it.
-
-    Examples:
-        >>> described({"age": tf.TensorSpec([2], tf.int32)})
-        "{'age': int32 [2]}"
-    """
-    if isinstance(spec, dict):
-        return "{" + ", ".join(f"{name!r}: {described(each)}" for name, each in spec.items()) + "}"
-    if isinstance(spec, (list, tuple)):
-        return f"({', '.join(map(described, spec))})"
-    return f"{spec.dtype.name} {spec.shape.as_list()}"

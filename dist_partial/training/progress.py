@@ -1,10 +1,9 @@
 """Says what keeps a run from its first step, where that takes longer than a few seconds."""
 
-import sys
 import threading
 import time
 
-from tqdm import tqdm
+from dist_partial.terminal import say
 
 _SECONDS = 3.0
 
@@ -49,13 +48,13 @@ class Progress:
     def end(self) -> None:
         """Says how long it took, if it was said that it began."""
         if self._stop():
-            _write(f"done in {time.monotonic() - self._begun:.0f} s")
+            say(f"done in {time.monotonic() - self._begun:.0f} s")
 
     def _say(self, timer: threading.Timer, what: str) -> None:
         with self._lock:
             if timer is self._timer:
                 self._said = True
-                _write(f"{what}...")
+                say(f"{what}...")
 
     def _stop(self) -> bool:
         """Ends it without a word; whether it was said that it began."""
@@ -65,8 +64,3 @@ class Progress:
         if timer is not None:
             timer.cancel()
         return said
-
-
-def _write(line: str) -> None:
-    tqdm.write(line)  # above a progress bar, if there is one
-    sys.stdout.flush()  # into a file, in which somebody looks for a sign of life

@@ -1,6 +1,8 @@
 """What must not change under a run folder, collected from a run that has been built."""
 
+import contextlib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +11,22 @@ import tensorflow as tf
 
 from dist_partial import checkpoints, compat
 from dist_partial.checkpoints.fingerprints import INITIAL
+from dist_partial.config import gin_files
 from dist_partial.config.settings import Settings
 from dist_partial.data import Dataset
+from dist_partial.data.functions import nameless
+from dist_partial.data.mapped import functions_of
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.plan import Plan
+from dist_partial.selection.rules import Rule
+from dist_partial.step.keras_configs import exclusions, left_out
 from dist_partial.step.objective import Objective
-from dist_partial.step.optimizers import GroupOptimizer, exclusions
+from dist_partial.step.optimizers import GroupOptimizer
+
+
+def _rule(rule: Rule) -> str:
+    between = f", between hosts {rule.between_hosts}" if rule.between_hosts else ""
+    return f"{rule}{f', {rule.reduction}' if rule.reduction else ''}{between}"
 
 
 def of_run(
@@ -28,7 +40,7 @@ def of_run(
     """Collects rules, optimizers, model, fingerprints of all that is frozen, data, seed: as plain JSON values."""
     model = objective.model
     content = {
-        "rules": [f"{rule}" + (f", {rule.reduction}" if rule.reduction else "") for rule in plan.rules],
+        "rules": [_rule(rule) for rule in plan.rules],
         "reduction": str(settings.reduction),
         "seed": settings.seed,
         "global_batch": settings.global_batch,
@@ -37,7 +49,7 @@ def of_run(
         "statistics": settings.statistics,
         "loss": _loss(objective),
         "class_weight": settings.class_weight,
-        "data": {"name": data.name, "fingerprint": data.fingerprint},
+        "data": {"name": data.name, "fingerprint": data.fingerprint, "functions": _functions(data)},
         "model": {entry.path: f"{entry.dtype}{list(entry.shape)}" for entry in plan.entries},
         "model_config": _model_config(model),
         "optimizers": [_optimizer(group) for group in optimizers],
@@ -45,14 +57,28 @@ def of_run(
     }
     # For what is exported later; a checkpoint takes the place of these values, so that `check` leaves them alone.
     content[INITIAL] = checkpoints.model_fingerprints(model)
+    if settings.between_hosts is not None:
+        content["between_hosts"] = str(settings.between_hosts)
     if not isinstance(settings.schedule, Constant):
         content |= {"schedule": str(settings.schedule), "leave": settings.leave}
     return _plain(content)
 
 
+def _functions(data: Dataset) -> dict[str, dict[str, str]]:
+    """What the functions of `Dataset.map` compute with, those on the examples held out too, by name."""
+    found: dict[str, dict[str, str]] = {}
+    for source in (data.train, data.evaluation):
+        for function in functions_of(source):
+            content = function.described | gin_files.bound(function.function)
+            same = [name for name in found if re.sub(r" \(\d+\)$", "", name) == function.name]
+            if content not in [found[name] for name in same]:
+                found[f"{function.name} ({len(same) + 1})" if same else function.name] = content
+    return found
+
+
 def _optimizer(group: GroupOptimizer) -> dict[str, Any]:
     excluded = exclusions(group.optimizer, group.members)
-    content = {"class": type(group.optimizer).__name__, **_nameless(group.optimizer.get_config())}
+    content = {"class": type(group.optimizer).__name__, **nameless(group.optimizer.get_config())}
     return content | ({"exclude_from_weight_decay": excluded} if excluded else {})
 
 
@@ -63,6 +89,8 @@ def _loss(objective: Objective) -> Any:
         if loss is None:
             return None
         config = loss.inner.get_config()
+        with contextlib.suppress(Exception):  # a class of the user's need not be made of its config
+            config |= left_out(loss.inner)
         name = type(loss.inner).__name__
         # A plain function goes by its name.
         return {"class": name, **{k: getattr(v, "__qualname__", v) for k, v in config.items()}}
@@ -76,17 +104,9 @@ def _loss(objective: Objective) -> Any:
 def _model_config(model: keras.Model) -> Any:
     # Models of the same shapes can be different functions: other activations, heads, epsilons.
     try:
-        return _nameless(model.get_config())
+        return nameless(model.get_config())
     except Exception:  # a subclassed model need not have one, and Keras raises this and that
         return None
-
-
-def _nameless(config: Any) -> Any:
-    # Keras numbers what has no name of its own through the process, and links layers by these names.
-    if isinstance(config, dict):
-        links = ("name", "inbound_nodes", "input_layers", "output_layers")
-        return {key: _nameless(value) for key, value in config.items() if key not in links}
-    return [_nameless(value) for value in config] if isinstance(config, (list, tuple)) else config
 
 
 def _plain(content: Any) -> Any:

@@ -14,7 +14,6 @@ import tensorflow as tf
 from dist_partial import reductions
 from dist_partial.data import started, train_indices
 from dist_partial.distributed import consistency, traffic
-from dist_partial.distributed.per_replica import input_context
 from dist_partial.errors import UserError
 from dist_partial.schedules.adaptive import ByteBudget
 from dist_partial.schedules.base import observes
@@ -58,7 +57,7 @@ class CompiledPhase:
     @property
     def digest(self) -> str:
         """Tells selections apart: SHA-256 of what is trained and how it travels, the first 16 hex digits."""
-        what = [(entry.path, str(entry.reduction)) for entry in self.plan.trained]
+        what = [(entry.path, entry.travels) for entry in self.plan.trained]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
@@ -305,7 +304,7 @@ class ScheduleRunner:
 
     def _kept_from(self, part: split_model.SplitModel, where: str, done: int) -> activation_cache.Activations:
         trainer, settings = self.trainer, self._settings
-        context = input_context(trainer.replicas.strategy)
+        context = trainer.replicas.topology.input_context
         rows = settings.global_batch // context.num_replicas_in_sync // settings.accumulate
         begun = self._begun(part.name, done)
         read = settings.global_batch // context.num_input_pipelines * (settings.steps - begun)
@@ -358,7 +357,7 @@ class ScheduleRunner:
             strategy, collectives, plan, trainer.fragments, train.without_gradient, averaged
         )
         plan = plan.traced(train.without_gradient, reductions.averages(plan, averaged))
-        if strategy.num_replicas_in_sync > 1:  # or else nothing is sent
+        if trainer.replicas.topology.replicas > 1:  # or else nothing is sent
             plan = plan.traced(train.without_gradient, traffic.beyond(plan, sent, exchanges))
         if isinstance(trainer.schedule, ByteBudget) and plan.nic_bytes > trainer.schedule.bytes:
             raise UserError(

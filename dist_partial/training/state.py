@@ -7,22 +7,23 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from dist_partial import checkpoints
 from dist_partial.compat import is_generator
 from dist_partial.distributed import traffic
-from dist_partial.distributed.per_replica import PerReplica
+from dist_partial.distributed.per_replica import PerReplica, Topology
 from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.local_sgd import LocalSGD
+from dist_partial.reductions.reduce_gradients import OF_INSIDE
 from dist_partial.selection.paths import own_names
 from dist_partial.selection.plan import Plan
 from dist_partial.step.loss_scale import LossScale
 from dist_partial.step.optimizers import GroupOptimizer
 from dist_partial.step.outer_step import Fragment
+from dist_partial.validation import counted
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TrainState:
     """Holds everything that training changes; a checkpoint holds all of it.
 
@@ -30,7 +31,7 @@ class TrainState:
     lists those of this moment.
 
     Attributes:
-        strategy: the replicas.
+        topology: the replicas.
         model: the model.
         plan: all that is ever trained.
         optimizers: one a group; those without slots have none in the state.
@@ -46,6 +47,7 @@ class TrainState:
         checkpoint: the file from which the state was restored, or None.
 
     Examples:
+        >>> import tensorflow as tf
         >>> from dist_partial.reductions import TopK
         >>> from dist_partial.reductions.reduce_gradients import make_states
         >>> from dist_partial.selection import resolve
@@ -53,14 +55,14 @@ class TrainState:
         >>> model = keras.Sequential([keras.Input([100]), keras.layers.Dense(1, use_bias=False, name="head")])
         >>> plan = resolve([("train", ".*")], model, TopK())
         >>> groups = optimizers.build(plan, lambda: keras.optimizers.SGD(momentum=0.9))
-        >>> state = TrainState(tf.distribute.get_strategy(), model, plan, groups, make_states(plan), [], [])
+        >>> state = TrainState(Topology(tf.distribute.get_strategy()), model, plan, groups, make_states(plan), [], [])
         >>> [name for name in state.variables if "head" in name]
         ['variables/head/kernel', 'slots/head/kernel/momentum', 'reductions/head/kernel/residual']
         >>> state.after(np.array([[1, 2, 3], [2, 4, 6]])).step
         2
     """
 
-    strategy: tf.distribute.Strategy
+    topology: Topology
     model: keras.Model
     plan: Plan
     optimizers: Sequence[GroupOptimizer]
@@ -74,6 +76,9 @@ class TrainState:
     evaluated: bool = True
     judged: dict[str, Any] | None = None
     checkpoint: Path | None = None
+
+    def __repr__(self) -> str:
+        return f"TrainState({self.model.name!r}, step {self.step:,}, {counted(len(self.variables), 'variable')})"
 
     @property
     def stopped(self) -> str:
@@ -91,7 +96,7 @@ class TrainState:
         found: dict[str, Any] = {}
         for group, planned in zip(self.optimizers, self.plan.groups, strict=True):
             folder = "own" if isinstance(planned.reduction, LocalSGD) else "variables"
-            kept = self._kept(planned.reduction)
+            kept = self._kept(planned.reduction, self._of(planned.inside))
             for member in group.members:
                 found[f"{folder}/{member.entry.path}"] = kept(member.variable)
             found |= {f"slots/{name}": kept(variable) for name, variable in group.state.items()}
@@ -101,25 +106,30 @@ class TrainState:
             found |= {f"outer/{name}": variable for name, variable in fragment.outer.state.items()}
         for entry, own in zip(self.plan.trained, self.reduction_states, strict=True):
             for name, variable in own.items():
-                when_fewer = "sum" if name == "residual" else "own"
-                found[f"reductions/{entry.path}/{name}"] = PerReplica(self.strategy, variable, when_fewer)
+                when_fewer = "sum" if name.endswith("residual") else "own"
+                own_level = None if name.startswith(OF_INSIDE) else entry.inside
+                found[f"reductions/{entry.path}/{name}"] = PerReplica(self._of(own_level), variable, when_fewer)
         # Keras numbers generators through the whole process (`seed_generator_7`), so they go by their order here.
         generators = [v for v in self.moving if is_generator(v)]
         found |= {f"generators/{i}": variable for i, variable in enumerate(generators)}
         statistics = [v for v in self.moving if not is_generator(v)]
         averaged = any(group.reduction.shared for group in self.plan.groups)
         for name, variable in zip(own_names(self.model, statistics), statistics, strict=True):
-            found[f"statistics/{name}"] = variable if averaged else PerReplica(self.strategy, variable.value, "mean")
+            found[f"statistics/{name}"] = variable if averaged else PerReplica(self.topology, variable.value, "mean")
         if self.scale is not None:
             found |= {"loss_scale/scale": self.scale.scale, "loss_scale/good_steps": self.scale.good_steps}
         return found
 
-    def _kept(self, reduction: Any) -> Callable[[Any], Any]:
+    def _of(self, inside: Any) -> Topology:
+        """Who has values of their own: the replicas, or the workers, where a reduction inside makes replicas alike."""
+        return self.topology if inside is None else self.topology.hosts
+
+    def _kept(self, reduction: Any, topology: Topology) -> Callable[[Any], Any]:
         """How a variable of a group is kept: as it is, or with the values of all replicas."""
         when_fewer = "own" if isinstance(reduction, LocalOnly) else "mean"
         if reduction.shared:
             return lambda variable: variable
-        return lambda variable: PerReplica(self.strategy, variable.value, when_fewer, variable.constraint)
+        return lambda variable: PerReplica(topology, variable.value, when_fewer, variable.constraint)
 
     def after(self, sent: np.ndarray) -> "TrainState":
         """The state after the steps for which `sent` [steps, 3] gives the bytes until then."""

@@ -150,6 +150,13 @@ def switch(found: Mapping[str, Any]) -> Tables:
     return {"Time of a switch": markdown(header, steps), "Memory of the slots": markdown(held, memory)}
 
 
+def waits(found: Mapping[str, Any]) -> Tables:
+    header = ["a batch", "read by", "a batch, ms", "a step, ms", "the slower, ms", "measured, ms", "most"]
+    numbers = ("data_ms", "step_ms", "least_ms", "median_ms", "most_ms")
+    lines = [[row["what"], row["by"], *(f"{row[name]:.0f}" for name in numbers)] for row in found["rows"]]
+    return {"": markdown(header, lines, words=2)}
+
+
 def wire(found: Mapping[str, Any]) -> Tables:
     """Milliseconds a step, a line a setting; the ratio to DDP's in brackets."""
     settings: dict[tuple[Any, ...], dict[tuple[str, str], Mapping[str, Any]]] = {}
@@ -194,7 +201,21 @@ def _losses(rows: Rows, seconds: bool = False) -> str:
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], Tables]] = {
     each.__name__: each
-    for each in (cache, collectives, faults, finetune, plan, quality, records, sampling, schedules, step, switch, wire)
+    for each in (
+        cache,
+        collectives,
+        faults,
+        finetune,
+        plan,
+        quality,
+        records,
+        sampling,
+        schedules,
+        step,
+        switch,
+        waits,
+        wire,
+    )
 }
 
 
@@ -212,4 +233,4 @@ def text(name: str, found: Mapping[str, Any] | None = None, heading: str = "##")
 
 
 if __name__ == "__main__":
-    print("\n\n".join(text(name) for name in sys.argv[1:] or TABLES))
+    print("\n\n".join(text(name) for name in sys.argv[1:] or sorted(path.stem for path in RESULTS.glob("*.json"))))

@@ -305,7 +305,7 @@ def train(
     )
     compiled = train_step(spec)
 
-    iterator = worker_iterator(strategy, data)
+    iterator = worker_iterator(strategy, data, collectives.backend if collectives else None)
     traced = compiled.function.get_concrete_function(iterator, tf.constant(1))
     losses = []
     for done in range(0, len(data), steps_per_call):
@@ -325,9 +325,11 @@ def train(
     )
 
 
-def worker_iterator(strategy: tf.distribute.Strategy, data: list[tuple[np.ndarray, np.ndarray]]) -> Any:
+def worker_iterator(
+    strategy: tf.distribute.Strategy, data: list[tuple[np.ndarray, np.ndarray]], backend: Any = None
+) -> Any:
     """This worker's part of each batch, over and over."""
-    context = per_replica.input_context(strategy)
+    context = per_replica.topology(strategy, backend).input_context
     parts = [[np.split(column, context.num_input_pipelines)[context.input_pipeline_id] for column in b] for b in data]
     return iter(tf.data.Dataset.from_tensor_slices(tuple(np.stack(c) for c in zip(*parts, strict=True))).repeat())
 

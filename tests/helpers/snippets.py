@@ -90,6 +90,15 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
+def headings(block: Block) -> tuple[str, ...]:
+    """The headings above a block, from that of the page down to its own."""
+    above = "".join(block.page.read_text(encoding="utf-8").splitlines(keepends=True)[: block.line - 1])
+    found: list[str] = []
+    for marks, text in re.findall(r"^(#+) (.*)$", FENCE.sub("", above), re.M):
+        found[len(marks) - 1 :] = [text]
+    return tuple(found)
+
+
 def make_folder(folder: Path) -> None:
     """Makes a folder that looks like the repository's root, with `bin` for the PATH of its commands."""
     for name in ("gin_configs", "launch"):

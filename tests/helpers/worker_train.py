@@ -29,6 +29,6 @@ def main(made: replicas.Replicas, folder: Path, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    connected = replicas.create("multi_worker", transport=sys.argv[1])
-    for precision in sys.argv[3:]:
-        main(connected, Path(sys.argv[2]), precision)
+    connected = replicas.create("multi_worker", transport=sys.argv[1], cpu=int(sys.argv[2]))
+    for precision in sys.argv[4:]:
+        main(connected, Path(sys.argv[3]), precision)

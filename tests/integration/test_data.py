@@ -1,5 +1,6 @@
 """Data as a run reads it: through functions, in shares, from tf.data, slower than its steps, and very large."""
 
+import threading
 import time
 
 import keras
@@ -8,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from dist_partial.config.settings import Settings
-from dist_partial.data import ArraySource, Dataset, Stream, mix, train_batches
+from dist_partial.data import ArraySource, Dataset, Stream, dataset, mix, train_batches
 from dist_partial.errors import Raised, UserError
 from dist_partial.training import loop
 from tests.helpers.files import rows
@@ -21,6 +22,17 @@ RULES = [("train", "head/.*"), ("freeze", ".*")]
 
 def model():
     return keras.Sequential([keras.Input([3]), keras.layers.Dense(4, name="body"), keras.layers.Dense(2, name="head")])
+
+
+def fixed():
+    """The same model whatever the seed of the run."""
+    made = model()
+    made.set_weights([np.linspace(-1, 1, weight.size).reshape(weight.shape) for weight in made.get_weights()])
+    return made
+
+
+def still():
+    return keras.optimizers.SGD(0.0)
 
 
 def arrays(count=40):
@@ -43,7 +55,10 @@ def streamed():
 
 
 def losses(folder, data, steps, **settings):
-    loop.run(Settings(RULES, model, data, steps=steps, global_batch=12, **settings), folder)
+    loop.run(
+        Settings(**{"rules": RULES, "model": model, "data": data, "steps": steps, "global_batch": 12} | settings),
+        folder,
+    )
     return [row["loss"] for row in rows(folder / "metrics.jsonl")]
 
 
@@ -58,6 +73,88 @@ def test_a_run_goes_on_as_if_it_had_not_stopped_and_replicas_train_on_the_same(d
     np.testing.assert_allclose(both, whole, rtol=1e-5)
 
 
+@pytest.mark.parametrize("numpy", [False, True])
+def test_evaluations_of_a_run_draw_the_same_and_those_of_another_seed_others(numpy, tmp_path):
+    """Of a model that stays as it is, and that gives no loss but that of the noise."""
+
+    def jittered(x, y, rng=None, seed=None):
+        noise = rng.normal(size=3) if numpy else tf.random.stateless_normal([3], seed)
+        return (x + noise).astype(np.float32) if numpy else x + noise, y
+
+    def data():
+        return arrays().map(lambda x, y: (x, y), evaluation=jittered, numpy=numpy)
+
+    found = {}
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        losses(tmp_path / name, data, 4, seed=seed, eval_every=2, optimizer=still, model=fixed)
+        measured = [row["loss"] for row in rows(tmp_path / name / "metrics.jsonl") if row["split"] == "eval"]
+        assert len(measured) == 2 and len(set(measured)) == 1
+        found[name] = measured[0]
+    assert found["one"] == found["again"] != found["other"]
+
+
+CELL = """
+import tensorflow as tf
+STRENGTH = 0.1
+def jitter(x, y, seed):
+    return x + STRENGTH * tf.random.stateless_normal([3], seed), y
+train(lambda: arrays().map(jitter).map(lambda x, y: (x / 2, y)))
+"""
+
+
+def test_a_cell_that_is_run_again_goes_on_and_one_that_computes_something_else_is_refused(tmp_path):
+    """Where the functions are made again, and those of an earlier cell are there yet."""
+    steps = iter([2, 4, 6, 8, 8])
+    names = {"__name__": "__main__", "arrays": arrays}
+    names["train"] = lambda data: losses(tmp_path / "run", data, next(steps))
+    exec(CELL, names)
+    exec(CELL, names)
+    exec(CELL.replace("def jitter", "# another line\n\ndef jitter"), names)
+    for old, new, words in (
+        ("STRENGTH = 0.1", "STRENGTH = 0.2", r"jitter of run\.data: STRENGTH was 0\.1 and is now 0\.2"),
+        ("x / 2", "x / 3", r"<lambda> of run\.data has other code"),
+    ):
+        with pytest.raises(UserError, match=rf"belongs to another run: {words}; choose another --run_dir, or restore"):
+            exec(CELL.replace(old, new), names)
+
+
+def test_a_function_that_cannot_be_repeated_is_said_and_trains(tmp_path, capsys):
+    def jittered(x, y):
+        return x + np.float32(np.random.normal()), y
+
+    losses(tmp_path / "run", lambda: arrays().map(jittered, numpy=True), 4)
+    said = [line for line in capsys.readouterr().out.splitlines() if "gives something else each time" in line]
+    assert len(said) == 1 and said[0].startswith("jittered of run.data")
+
+
+def shuffled():
+    """Shuffles without a seed, each epoch by itself; what is held out, too."""
+
+    def make():
+        return tf.data.Dataset.from_tensor_slices((X, Y)).shuffle(40, reshuffle_each_iteration=True)
+
+    return dataset(make, lambda: make().batch(7))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_shuffle_of_tf_data_goes_on_bit_for_bit(replicas, tmp_path, capsys):
+    """Evaluations of a part of the examples, whose last batch is short, too; whatever seeds the process had."""
+
+    def trained(folder, steps):
+        settings = {"eval_every": 2, "eval_examples": 29, "replicas": lambda: in_process(replicas)}
+        return losses(tmp_path / folder, shuffled, steps, **settings)
+
+    tf.random.set_seed(5)
+    whole = trained("whole", 9)
+    trained("parts", 5)
+    parts = trained("parts", 9)
+    evaluated = rows(tmp_path / "parts" / "metrics.jsonl")[7]  # at the end of the first part
+    assert (evaluated["split"], evaluated["step"]) == ("eval", 5)
+    assert parts[:7] + parts[8:] == whole
+    assert "other examples each time" not in capsys.readouterr().out
+
+
 class Slow(ArraySource):
     def fetch(self, indices):
         time.sleep(0.1)
@@ -67,9 +164,62 @@ class Slow(ArraySource):
 def test_data_that_is_slower_than_the_steps_is_said(tmp_path, capsys):
     losses(tmp_path / "run", lambda: Dataset("slow", Slow(X, Y), ArraySource(X, Y), "1"), 20)
     said = [line for line in capsys.readouterr().out.splitlines() if "data: steps waited" in line]
-    assert len(said) == 1 and "s for examples (" in said[0] and "bind run.readers" in said[0]
+    assert len(said) == 1 and "s for examples (" in said[0] and "bind run.reader_processes" in said[0]
     losses(tmp_path / "quick", lambda: arrays(), 20)
     assert "data: steps waited" not in capsys.readouterr().out
+
+
+class Meeting(ArraySource):
+    """Has each of 20 steps compute until so many later batches are being read, and these be read until then.
+
+    Attributes:
+        readers: how many.
+        late: who has waited in vain.
+    """
+
+    readers = 1
+
+    def __post_init__(self):
+        self.__dict__.update(changed=threading.Condition(), read=0, steps=0, late=[])
+        super().__post_init__()
+
+    def meet(self, counted, met):
+        with self.changed:
+            self.__dict__[counted] += 1
+            number = self.__dict__[counted]
+            self.changed.notify_all()
+            if not self.changed.wait_for(lambda: self.late or met(number), timeout=30):
+                self.late.append((counted, number))
+
+    def fetch(self, indices):
+        if len(indices) == 12:  # else it is looked at before the run
+            self.meet("read", lambda number: self.steps >= min(number - self.readers, 20))
+        return super().fetch(indices)
+
+    def step(self, x):
+        self.meet("steps", lambda number: self.read >= number + self.readers)
+        return x
+
+
+class Step(keras.layers.Layer):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def call(self, x, training=False):
+        return tf.ensure_shape(tf.numpy_function(self.function, [x], x.dtype), x.shape) if training else x
+
+
+@pytest.mark.parametrize("readers", [1, 4])
+def test_batches_are_read_while_a_step_computes_and_neither_waits_for_more(readers, tmp_path):
+    source = Meeting(X, Y)
+    source.__dict__["readers"] = readers
+    layers = [keras.Input([3]), keras.layers.Dense(4, name="body"), Step(source.step)]
+    data = Dataset("meeting", source, ArraySource(X, Y), "1")
+    settings = {"steps": 20, "global_batch": 12, "readers": readers, "eval_every": 7}
+    head = keras.layers.Dense(2, name="head")
+    loop.run(Settings(RULES, lambda: keras.Sequential([*layers, head]), lambda: data, **settings), tmp_path / "run")
+    assert source.steps == 20 and not source.late
 
 
 def failing(x, y):

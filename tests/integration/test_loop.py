@@ -1,5 +1,6 @@
 """A run as a user sees it: the folder's contract, resuming bit for bit, samples, mixed replicas."""
 
+import functools
 import json
 import os
 import signal
@@ -15,8 +16,8 @@ import tensorflow as tf
 
 from dist_partial import checkpoints, sample, train
 from dist_partial.config.settings import Sampling, Settings
-from dist_partial.data import ArraySource, Dataset, fingerprint
-from dist_partial.distributed.per_replica import input_context
+from dist_partial.data import ArraySource, Dataset, evaluation_batches, fingerprint
+from dist_partial.distributed.per_replica import topology
 from dist_partial.distributed.replicas import create
 from dist_partial.errors import AGAIN
 from dist_partial.models import byte_transformer
@@ -398,10 +399,9 @@ def test_evaluation_is_that_of_one_device_on_every_example(reduction, weighted):
             built.objective,
             evaluation_step(EvaluationSpec(made.strategy, made.collectives, built.model, built.objective)),
             total,
-            source,
+            functools.partial(evaluation_batches, source, context=topology(made.strategy).input_context),
             examples=11,
             global_batch=4,
-            context=input_context(made.strategy),
         )
         metrics = evaluate()
         assert evaluate() == metrics

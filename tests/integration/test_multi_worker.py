@@ -9,9 +9,12 @@ from tests.helpers.workers import run_workers
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("transport", "dtypes"), [("sockets", ["float64", "float32"]), ("tensorflow", ["float64"])])
-def test_two_workers_equal_one_device(transport, dtypes, tmp_path):
-    command = ["-m", "tests.helpers.worker_train", transport, str(tmp_path), *dtypes]
+@pytest.mark.parametrize(
+    ("transport", "cpu", "dtypes"),
+    [("sockets", 1, ["float64", "float32"]), ("sockets", 2, ["float64"]), ("tensorflow", 1, ["float64"])],
+)
+def test_two_workers_equal_one_device(transport, cpu, dtypes, tmp_path):
+    command = ["-m", "tests.helpers.worker_train", transport, str(cpu), str(tmp_path), *dtypes]
     for code, output in run_workers(command, workers=2, timeout=400):
         assert code == 0, output[-3000:]
     for dtype in dtypes:

@@ -1,11 +1,15 @@
 """A notebook in a real Jupyter kernel: run from the first cell to the last, edited, and run again."""
 
+import ast
+
 import nbclient
 import nbformat
 import numpy as np
 import pytest
 
 from dist_partial.training import metric_writer
+from tests import ROOT
+from tests.helpers import snippets
 
 CELLS = {
     "imports": """
@@ -69,6 +73,51 @@ def test_from_the_first_cell_to_the_last_twice(tmp_path):
             assert printed(cells["mistake"]).startswith("UserError train has no argument 'batch_size'")
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert len(names) == 10 and all(name.startswith("sequential-") for name in names)
+
+
+# Of the recipe's cells, before the second time: the width of the code, which rules, and how many replicas.
+EDITS = (
+    ("keras.layers.Dense(2, name=name)", "keras.layers.Dense(3, name=name)"),
+    (r'r"decoder/.*"', r'r"(mean|decoder)/.*"'),
+    ("eval_every=100)", "eval_every=100, replicas=2)"),
+)
+
+
+def recipe() -> dict[str, nbformat.NotebookNode]:
+    """The notebook of the documentation: its cells, by the last line of each."""
+    blocks = snippets.blocks(ROOT / "docs" / "how_to" / "recipes.md")
+    blocks = [block for block in blocks if "A notebook" in snippets.headings(block)[1]]
+    return {block.code.splitlines()[-1]: nbformat.v4.new_code_cell(block.code) for block in blocks}
+
+
+@pytest.mark.slow
+def test_the_recipe_of_the_documentation_twice_edited_in_between(tmp_path):
+    cells = recipe()
+    notebook = nbformat.v4.new_notebook(cells=list(cells.values()))
+    client = nbclient.NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}})
+    with client.setup_kernel():
+        for width, replicas, frozen in ((2, 1, 2 * 26), (3, 2, 39)):
+            for number, cell in enumerate(notebook.cells):
+                client.execute_cell(cell, number)  # raises what the cell raises
+            total = 3 * 12 * width + 2 * width + 12  # two dense layers of `width` units, and one of 12
+            trained = [total - frozen, total]
+            lines = "".join(printed(cell) for cell in notebook.cells).splitlines()
+            assert [line for line in lines if line.startswith("trained: ")] == [
+                f"trained: {part} of {total} parameters ({part / total:.2%})" for part in trained
+            ]
+            assert sum(line.startswith(f"replicas: {replicas}, ") for line in lines) == 2
+            evaluations = [float(line.split()[4]) for line in lines if ": held-out loss " in line]
+            tracked = ast.literal_eval(printed(cells["result"]))
+            [part, everything] = tracked.values()
+            np.testing.assert_allclose(part + everything, evaluations, atol=6e-4)
+            assert everything[0] > everything[1] < part[1]
+            [shown] = [each["data"] for each in cells["result"].outputs if each.output_type == "execute_result"]
+            assert "200 of 200 steps" in shown["text/plain"] and f"{total} of {total} parameters" in shown["text/plain"]
+            assert "<svg" in shown["text/html"] and "<td>log_variance</td>" in shown["text/html"]
+            for old, new in EDITS if width == 2 else ():
+                [cell] = [cell for cell in notebook.cells if old in cell.source]
+                cell.source = cell.source.replace(old, new)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [f"vae-{n}" for n in (1, 2, 3, 4)]
 
 
 def test_the_progress_bar_is_drawn_a_few_times_a_second(tmp_path, capsys):

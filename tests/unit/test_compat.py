@@ -17,7 +17,6 @@ from dist_partial.distributed import traffic
 
 PACKAGE = pathlib.Path(dist_partial.__file__).parent
 # The package that imports gin uses private names of gin's, and no other module can (import-linter).
-# What tcp_strategy.py overrides and calls has a test of its own below.
 EXEMPT = {"compat.py": "it is where they belong"}
 NAMEDTUPLE = {"_replace", "_asdict", "_fields", "_make"}
 
@@ -55,8 +54,6 @@ def of_keras_or_tensorflow(path, text=None):
         if name is None or not name.startswith("_") or name.startswith("__") or name in own:
             continue
         if (isinstance(base, ast.Name) and base.id in imported) or ast.unparse(base) == "gin.config":
-            continue
-        if path.name == "tcp_strategy.py" and name in compat.TCP_CALLS:
             continue
         yield node.lineno, name
 
@@ -167,6 +164,20 @@ def test_is_batched():
         assert not compat.is_batched(made)
     # The public spec is the same for both.
     assert batches.element_spec == examples.map(lambda x, y: (tf.stack([x, x]), tf.stack([y, y]))).element_spec
+
+
+def test_tensorflow_seed():
+    tf.random.set_seed(5)
+    tf.random.uniform([])
+    wanted = float(tf.random.uniform([]))
+    tf.random.set_seed(5)  # the public way begins again
+    assert float(tf.random.uniform([])) != wanted
+    tf.random.set_seed(5)
+    tf.random.uniform([])
+    before = compat.tensorflow_seed()
+    tf.random.set_seed(6)
+    compat.set_tensorflow_seed(before)
+    assert float(tf.random.uniform([])) == wanted
 
 
 # ------------------------------------------------------------------------------- Keras: variables and tensors
@@ -325,6 +336,19 @@ def test_compiled_loss():
     assert not [name for name in dir(model) if "loss_weights" in name and name[0] != "_"]
 
 
+def test_user_metrics():
+    model = tiny()
+    assert compat.user_metrics(model) == (None, None)
+    model.compile(loss="mse", metrics=["mae"], weighted_metrics=["mse"])
+    assert compat.user_metrics(model) == (["mae"], ["mse"])
+    assert [metric.name for metric in model.metrics] == ["loss", "compile_metrics"]  # made of nothing yet
+
+
+def test_loss_arguments():
+    loss = keras.losses.Huber(delta=2.0)
+    assert "delta" not in loss.get_config() and compat.loss_arguments(loss) == {"delta": 2.0}
+
+
 def test_loss_function():
     def twice(y, outputs):
         assert outputs.dtype == y.dtype  # which Keras casts
@@ -398,7 +422,9 @@ def test_what_sum_no_gradients_leaves():
     optimizer = keras.optimizers.SGD(1.0)
     before = set(vars(optimizer))
     compat.sum_no_gradients(optimizer)
-    assert set(vars(optimizer)) - before == compat.OPTIMIZER_ATTRIBUTES
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    compat.alias_variables(optimizer, [])
+    assert set(vars(optimizer)) - before == compat.OPTIMIZER_ATTRIBUTES | compat.EXCLUSIONS
     with pytest.raises(RuntimeError, match="would be summed twice"):
         compat.sum_no_gradients(object())
 
@@ -565,21 +591,6 @@ def test_called_graphs():
     (found,) = compat.called_graphs(call, [call.node_def.attr["f"].func.name])
     assert "AddV2" in [op.type for op in found.get_operations()]
     assert not [name for name in dir(graph) if "get_function" in name and not name.startswith("_")]
-
-
-def test_the_base_of_our_strategy():
-    from dist_partial.distributed import tcp_strategy
-
-    base = compat.collective_extended()
-    assert isinstance(tf.distribute.MultiWorkerMirroredStrategy().extended, base)
-    for name in (*compat.TCP_OVERRIDES, *compat.TCP_CALLS):
-        assert callable(getattr(base, name, None)), f"{name} is gone: what overrides it would not be called"
-    own = {name for name, _ in inspect.getmembers(tcp_strategy._Extended, inspect.isfunction)}
-    overridden = {name for name in own & set(dir(base)) if name in vars(tcp_strategy._Extended)} - {"__init__"}
-    assert overridden == set(compat.TCP_OVERRIDES)
-    used = ast.parse(pathlib.Path(tcp_strategy.__file__).read_text())
-    names = {node.attr for node in ast.walk(used) if isinstance(node, ast.Attribute)}
-    assert set(compat.TCP_CALLS) <= names, "no longer needed"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import keras
 from dist_partial import __main__ as commands
 from dist_partial.config import gin_files
 from dist_partial.config.settings import Sampling, Settings
+from dist_partial.config.words import in_python
 from dist_partial.distributed.replicas import ReplicaOptions
 from dist_partial.synonyms import _LINES, SYNONYMS, meant
 
@@ -55,14 +56,19 @@ def test_python_writes_them_as_arguments():
     def exists(owner, name):
         return name in inspect.signature(owner).parameters
 
-    assert meant("batch_size", python=True) == ": write global_batch, the examples of an update over all replicas"
-    assert meant("epochs", python=True) == ": write steps = epochs x examples / global_batch"
-    assert meant("lr", python=True).startswith(": write optimizer=keras.optimizers.Adam(learning_rate=...), ")
+    def said(name):
+        return in_python(meant(name))
+
+    assert said("batch_size") == ": write global_batch, the examples of an update over all replicas"
+    assert said("epochs") == ": write steps=epochs x examples / global_batch"
+    assert said("lr").startswith(": write optimizer=keras.optimizers.Adam(learning_rate=...), ")
+    assert said("max_tokens") == ": write sampling=Sampling(length=...), symbols to generate"
+    assert said("lora_rank").startswith(": write Rule(..., lora=...), ")
     assert exists(keras.optimizers.Adam, "learning_rate")
-    assert meant("gpus", python=True).startswith(": write replicas=ReplicaOptions(kind=...).connect, ")
+    assert said("gpus").startswith(": write replicas=ReplicaOptions(kind=...), ")
     assert exists(ReplicaOptions, "kind")
     for name in SYNONYMS:
-        assert "run." not in meant(name, python=True) and "@" not in meant(name, python=True), name
+        assert "run." not in said(name) and "@" not in said(name), name
 
 
 def test_names_are_found_however_they_are_written():

@@ -16,7 +16,7 @@ OLD = {
     r"local_sgd\.(steps|outer|exchange|keep)\b(?!_)": "sync_every, outer_optimizer, compressor, keep_residual_local",
     r"run\.frozen\b|run\.cache\b": "run.frozen_dtype, run.activation_cache",
     r"\bCourse\b|\bLeg\b": "ScheduleRunner, CompiledPhase",
-    r"\bWire\b|\bMesh\b|\bMeshStrategy\b": "Collectives, TCPBackend, TCPStrategy",
+    r"\bWire\b|\bMesh\b|\bMeshStrategy\b": "Collectives, TCPBackend, HostBridge",
     r"\bJournal\b": "MetricWriter",
     r"\bcard_bytes\b|network cards?\b": "network interface, nic_bytes",
     r"\bidentity\.json\b": "run_fingerprint.json",

@@ -15,15 +15,13 @@ import tensorflow as tf
 
 import dist_partial
 from dist_partial import Rule, reductions, sample, schedules, train
-from dist_partial.api import words
-from dist_partial.config import gin_files, gin_text
+from dist_partial.config import gin_files, gin_text, words
 from dist_partial.config.settings import Settings
 from dist_partial.data import stdlib_corpus
-from dist_partial.errors import Raised, UserError
+from dist_partial.errors import Interrupted, Raised, UserError
 from dist_partial.export import __main__ as export_command
 from dist_partial.models import byte_transformer, two_dense
 from dist_partial.report import __main__ as report
-from dist_partial.training.failures import Interrupted
 from tests.helpers.files import same_bits
 
 RNG = np.random.default_rng(0)
@@ -178,7 +176,6 @@ def test_a_model_whose_variables_the_rules_change_stays(capsys):
     assert "keeps its weights" in capsys.readouterr().out and found.model.predict(X, verbose=0).shape == Y.shape
 
 
-@pytest.mark.slow
 class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
     def __call__(self, step):
         return 0.01
@@ -187,6 +184,7 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
         return {}
 
 
+@pytest.mark.slow
 def test_what_the_folder_cannot_hold_ends_no_run():
     """A Sequential whose config changes when it is built, and a schedule that no other process knows."""
 
@@ -262,6 +260,31 @@ def test_an_interrupted_run_goes_on():
     assert quickly(model, folder="mine").history.of("train").column("step") == [1, 2]
 
 
+class InterruptingThird(keras.callbacks.Callback):
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_what_replicas_agree_on_is_what_is_left_between_exchanges():
+    """The third step follows the exchange of the second, and each replica has made it by itself."""
+    first = named()
+    models = [keras.models.clone_model(first) for _ in range(3)]
+    for model in models:
+        model.set_weights(first.get_weights())
+    more = {"reduction": reductions.LocalSGD(sync_every=2), "replicas": 2, "optimizer": keras.optimizers.SGD(0.1)}
+    quickly(models[0], steps=2, **more)
+    quickly(models[1], steps=3, **more)
+    with pytest.raises(Interrupted, match="step 3 of 4"):
+        quickly(models[2], steps=4, callbacks=[InterruptingThird()], **more)
+    two, three, interrupted = (np.concatenate([w.ravel() for w in each.get_weights()]) for each in models)
+    assert same_bits([two, three]) and same_bits([two, interrupted])
+    assert not same_bits([two, np.concatenate([w.ravel() for w in first.get_weights()])])
+    made = [quickly(named, steps=steps, **more).model.get_weights()[2] for steps in (2, 3)]
+    assert same_bits(made)
+
+
 def test_the_result_shows_itself():
     found = quickly(named(), best="loss", eval_every=1, steps=3)
     assert found.history.of("eval").column("step") == [1, 2, 3]
@@ -278,9 +301,16 @@ def test_the_result_shows_itself():
     ("more", "message"),
     [
         ({"stepps": 5}, "train has no argument 'stepps'; nearest: 'steps'"),
-        ({"epochs": 3}, "train has no argument 'epochs': write steps = epochs x examples / global_batch$"),
+        ({"epochs": 3}, "train has no argument 'epochs': write steps=epochs x examples / global_batch$"),
         ({"output_dir": "here"}, "'output_dir': write folder=..., the run folder$"),
         ({"validation_data": (X, Y)}, "'validation_data': write evaluation=...$"),
+        ({"rules": None}, r"train has no rules: .* such as rules=\[\('train', 'head/\.\*'\), \('freeze', '\.\*'\)\];"),
+        ({"validation_split": 0.2}, r"'validation_split': write data, made by dataset\(..., held_out=0.2\)"),
+        ({"shuffle": True}, "'shuffle': write seed, from which each epoch's order is drawn"),
+        ({"verbose": 0}, "'verbose': write eval_every, the updates between the lines"),
+        ({"initial_epoch": 3}, "'initial_epoch': write steps, of the whole run, which goes on from the newest"),
+        ({"batch_size": 3}, "'batch_size': write global_batch, the examples of an update over all replicas"),
+        ({"steps_per_epoch": 3}, "'steps_per_epoch': write eval_every, the updates between evaluations"),
         ({"num_replicas": 2}, "'num_replicas': write replicas=..., simulated on the CPU"),
         ({"steps": 0}, "steps is 0: it must be"),
         ({"rules": [("train", "haed/.*"), ("freeze", ".*")]}, "nearest"),
@@ -310,6 +340,28 @@ def test_messages_are_found_in_all_words():
         words.in_python("bind run.global_batch = 6 (mine/run.py, line 3)")
         == "give global_batch=6 (mine/run.py, line 3)"
     )
+
+
+@pytest.mark.slow
+def test_lines_are_said_in_python(capsys):
+    """Those of the data, of the schedule, of the plan, and of a run that is finished."""
+    rows = tf.data.Dataset.from_tensor_slices((X, Y)).batch(4)
+    more = {"schedule": schedules.Phases([(0, "head/.*"), (99, ".*")]), "evaluation": rows, "folder": "here"}
+    for _ in range(2):
+        quickly(named, rows, rules=[("train", ".*")], **more)
+    said = capsys.readouterr().out
+    for line in ("data: the tf.data.Dataset gives batches", "after 99 steps, and steps is 2", "give a larger steps"):
+        assert line in said
+    assert not re.search(r"\brun\.|\bbind\b|@", said)
+
+
+def test_fit_speaks_python():
+    model, schedule = named(), schedules.Rotation(always=["nothing"])
+    with pytest.raises(UserError, match=r"^Rotation\.always: no unit is called 'nothing'"):
+        dist_partial.partial("sgd", [("train", ".*")], model, schedule=schedule)
+    phases = schedules.Phases([(0, "head/.*")])
+    with pytest.raises(UserError, match=r"^Phases\.table never trains .* or freeze it in rules$"):
+        dist_partial.partial("sgd", [("train", ".*")], model, schedule=phases)
 
 
 ORDERS = {

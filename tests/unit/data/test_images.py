@@ -1,19 +1,20 @@
 """Folders of images by class, against `keras.utils.image_dataset_from_directory`."""
 
 import os
+import pickle
+import shutil
 
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
-from dist_partial.data import fetch, image_folder, images
+from dist_partial.data import fetch, image_folder, image_index
 from dist_partial.data.images import ImageFolderSource
 from dist_partial.errors import Raised, UserError
 from tests.helpers.files import same_bits
-from tests.helpers.orders import assert_one_order
 
 SIZE = (20, 24)
+KINDS = (".jpg", ".jpeg", ".PNG", ".bmp", ".gif", ".png")
 CLASSES = {"zebra": ("1.jpg", "0.jpeg"), "cat": ("b.PNG", "a.bmp", "c.gif"), "dog": ("deep/1.png", "2.png")}
 
 
@@ -51,14 +52,6 @@ def test_augment_changes_what_is_trained_on_alone(folder):
     indices = np.array([4, 0])
     assert same_bits([data.train.fetch(indices)[0], plain.train.fetch(indices)[0][:, ::-1]])
     assert same_bits([data.evaluation.fetch(indices)[0], plain.train.fetch(indices)[0]])
-
-
-@pytest.mark.slow
-def test_the_same_examples_on_any_workers_and_from_any_step(folder):
-    def cropped(x, y, seed):
-        return tf.image.stateless_random_crop(x, (9, 9, 3), seed), y
-
-    assert_one_order(image_folder(folder, SIZE).map(cropped, lambda x, y: (x[:9, :9], y)).train)
 
 
 def test_a_part_is_held_out(folder):
@@ -106,9 +99,85 @@ def test_a_file_that_is_gone(folder):
         source.fetch(np.array([0]))
 
 
+@pytest.fixture
+def large(folder, monkeypatch, tmp_path):
+    """The folder, for one of so many images that what is found is kept."""
+    monkeypatch.setattr(image_index, "KEPT_FROM", 7)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for path in (folder, *folder.rglob("*")):  # nothing was changed lately
+        os.utime(path, ns=(0, 10**9))
+    return folder
+
+
+def everything(source):
+    return [source.place(i) for i in range(len(source))], *source.fetch(np.arange(len(source)))
+
+
+def same(one, other) -> bool:
+    return one[0] == other[0] and one[1].tolist() == other[1].tolist() and one[2].tolist() == other[2].tolist()
+
+
+def test_a_large_folder_is_listed_once(large, monkeypatch):
+    listed = everything(ImageFolderSource(large))
+    (kept,) = large.parent.rglob("*.npy")
+    assert kept.parent == large.parent / ".dist_partial"  # other programs would take it for a class
+    monkeypatch.setattr(image_index, "_listed", None)
+    source = ImageFolderSource(large)
+    assert same(everything(source), listed)
+    assert isinstance(source._index.content.base, np.memmap) and len(pickle.dumps(source)) < 1000
+    assert same(everything(pickle.loads(pickle.dumps(source))), listed)
+
+
+def test_what_is_kept_of_a_folder_in_memory_is_sent_along(folder):
+    source = ImageFolderSource(folder)
+    assert not list(folder.parent.rglob("*.npy"))  # a small one is listed each time
+    assert same(everything(pickle.loads(pickle.dumps(source))), everything(source))
+
+
+@pytest.mark.parametrize("change", ["a file", "a file deep inside", "a file less", "a class", "a class less"])
+def test_a_folder_that_has_changed_is_listed_again(change, large):
+    ImageFolderSource(large)
+    names = {"a file": "cat/1.png", "a file deep inside": "dog/deep/0.png", "a class": "eel/1.png"}
+    if name := names.get(change):
+        (large / name).parent.mkdir(exist_ok=True)
+        shutil.copy(large / "dog" / "2.png", large / name)
+    elif change == "a file less":
+        (large / "zebra" / "0.jpeg").unlink()
+    else:
+        shutil.rmtree(large / "cat")
+    found = {str(path) for path in large.rglob("*.*") if path.parent != large and path.suffix in {*KINDS}}
+    source = ImageFolderSource(large)
+    assert {source.place(i) for i in range(len(source))} == found - {str(large / ".git" / "x.png")}
+
+
+def test_nothing_is_kept_of_a_folder_that_was_changed_just_now(large):
+    os.utime(large / "dog" / "deep")
+    ImageFolderSource(large)
+    assert not list(large.parent.rglob("*.npy"))
+
+
+@pytest.mark.parametrize("left", [0, 100, 200, -1])
+def test_a_damaged_index_is_made_again(left, large):
+    listed = everything(ImageFolderSource(large))
+    (kept,) = large.parent.rglob("*.npy")
+    kept.write_bytes(kept.read_bytes()[:left])
+    assert same(everything(ImageFolderSource(large)), listed)
+
+
+def test_an_index_is_kept_elsewhere_or_not_at_all(large, tmp_path):
+    listed = everything(ImageFolderSource(large))
+    shutil.rmtree(large.parent / ".dist_partial")
+    (large.parent / ".dist_partial").write_text("not a folder")
+    assert same(everything(ImageFolderSource(large)), listed)
+    assert len(list((tmp_path / "cache" / "dist_partial" / "images").rglob("*.npy"))) == 1
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("not a folder either")
+    assert same(everything(ImageFolderSource(large)), listed)
+
+
 def test_a_folder_that_cannot_be_read(folder):
     with pytest.raises(UserError, match=r"cannot read the folder .*/animals/gone: No such file or directory"):
-        images._images(os.fsencode(folder / "gone"))  # which a folder without permissions is to all but root
+        image_index._images(os.fsencode(folder / "gone"))  # which a folder without permissions is to all but root
 
 
 def test_folders_that_are_no_classes(folder, tmp_path):

@@ -114,6 +114,20 @@ def test_held_out_examples_draw_nothing():
             np.testing.assert_array_equal(x, wanted / scale)
 
 
+@pytest.mark.parametrize(("function", "numpy"), [(noisy, False), (noisy_numpy, True)])
+def test_held_out_examples_draw_from_the_seed_the_same_in_each_pass(function, numpy):
+    source = data().map(halved, evaluation=function, numpy=numpy).evaluation
+    options = {"examples": 29, "global_batch": 12, "context": contexts(1, 1)[0]}
+    found = {}
+    for seed in (0, 3, 3):
+        first, second = np.split(
+            np.stack([x for x, _ in elements(evaluation_batches(source, seed=seed, **options), 6)]), 2
+        )
+        np.testing.assert_array_equal(first, second)
+        np.testing.assert_array_equal(found.setdefault(seed, first), first)
+    assert (found[0] != found[3]).all()
+
+
 @pytest.mark.parametrize("numpy", [False, True])
 def test_nests_texts_and_weights(numpy):
     """A function may take a nest apart and make another one, with a weight, of other types."""

@@ -15,7 +15,11 @@ from dist_partial.data import (
     mix,
     train_batches,
 )
-from dist_partial.errors import UserError
+from dist_partial.data.draws import draws
+from dist_partial.data.forks import stages
+from dist_partial.data.order import places
+from dist_partial.errors import Ending, UserError
+from dist_partial.training.failures import explained
 from tests.unit.data.test_batches import contexts, elements, steps
 
 
@@ -38,10 +42,7 @@ def train(source, global_batch=12, first_step=0, seed=3):
 def test_an_order_of_their_own_goes_on_beyond_the_first_epoch():
     source = numbers(0, 29)
     data = Dataset("numbers", source, source, "1").in_order()
-    wanted = (np.arange(7 * 12) % 29).reshape(7, 12)
-    for workers in (1, 2, 3):
-        np.testing.assert_array_equal(steps(train(data.train), workers, workers, 7), wanted)
-    np.testing.assert_array_equal(steps(train(data.train, first_step=5), 2, 2, 2), wanted[5:])
+    assert fetch(data.train, np.array([3, 29, 60]))[1].tolist() == [3, 0, 2]
     assert data.fingerprint != "1" and data.evaluation is source
 
 
@@ -72,6 +73,67 @@ def test_a_mix_is_the_same_on_any_number_of_workers_and_after_a_resume():
     np.testing.assert_array_equal(steps(train(mixed, first_step=6), 2, 4, 3), alone[6:])
     from_third = [i - 200 for i in alone.reshape(-1) if i >= 200]
     np.testing.assert_array_equal(from_third, np.arange(len(from_third)) % 13)
+
+
+def noisy(x, y, seed):
+    return x + tf.random.stateless_uniform([2], seed, 0, 99, tf.int32), y
+
+
+def chained():
+    """Of four sets: texts that are parsed, two functions that draw, none, and one of NumPy before one of TensorFlow."""
+
+    def parsed(x, y):
+        return tf.stack([tf.strings.to_number(x, tf.int32)] * 2), y
+
+    def noisy_numpy(x, y, rng):
+        return x + rng.integers(0, 99, 2).astype(np.int32), y
+
+    texts = ArraySource(np.array([f"{i}" for i in range(300, 309)]), np.arange(300, 309, dtype=np.int32))
+    texts = Dataset("texts", texts, texts, "texts").map(parsed)
+    both = SETS[2].map(noisy_numpy, numpy=True).map(noisy)
+    return mix([(texts, 1), (SETS[1].map(noisy).map(noisy), 2), (SETS[0], 1), (both, 1)]).map(noisy)
+
+
+def ordered():
+    return SETS[1].map(noisy).map(noisy).in_order()
+
+
+@pytest.mark.parametrize("made", [chained, ordered])
+def test_functions_that_tf_data_calls_give_what_they_give_in_fetch(made):
+    """To the last bit, where sets are mixed or in their order."""
+    source = made().train
+    assert len(stages(source)[1]) == 2
+    for step, (x, y) in enumerate(elements(train(source)(contexts(1, 1)[0]), 12)):
+        indices, epochs = (each.numpy() for each in places(source, 12 * step + tf.range(12, dtype=tf.int64), 3))
+        wanted = source.fetch_with(indices, draws(3, epochs, indices))
+        assert (x.tolist(), y.tolist()) == (wanted[0].tolist(), wanted[1].tolist())
+    held_out = made().evaluation
+    count = len(held_out)
+    found = elements(evaluation_batches(held_out, examples=count, global_batch=count, context=contexts(1, 1)[0]), 1)
+    np.testing.assert_array_equal(found[0][0], held_out.fetch(np.arange(count))[0])
+
+
+@pytest.mark.parametrize("where", ["read", "function"])
+def test_a_mistake_in_one_of_several_sets_names_the_example(where):
+    class Placed(ArraySource):
+        def place(self, index):
+            return f"row {index}"
+
+        def fetch(self, indices):
+            if where == "read" and len(self) == 29 and 17 in indices:
+                raise ValueError("no such colour")
+            return super().fetch(indices)
+
+    def failing(x, y):
+        if where == "function":
+            tf.debugging.assert_none_equal(y, 17, message="no such colour")
+        return x, y
+
+    source = Placed(np.zeros([29, 2], np.int32), np.arange(29, dtype=np.int32))
+    data = Dataset("placed", source, source, "1").map(failing)
+    mixed = mix([(SETS[1], 1), (data, 1)]).train
+    with pytest.raises(Ending, match=r"raised \w+: .*no such colour.*; it is .*row 17.* of data set 1$"), explained():
+        elements(train(mixed)(contexts(1, 1)[0]), 12)
 
 
 def test_sets_of_one_size_are_shuffled_apart():

@@ -9,9 +9,9 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from dist_partial.data import prepared, tfds_dataset, train_batches
+from dist_partial.data import fetch, prepared, tfds_dataset, train_batches
 from dist_partial.data.quiet import quiet_tfds
-from dist_partial.errors import UserError
+from dist_partial.errors import Raised, UserError
 
 RANDOM = np.random.default_rng(0)
 COUNTS = {"train": 30, "test": 7}
@@ -189,6 +189,25 @@ def test_says_nothing(folders, capfd):
 
 
 IMAGE = "tensorflow_datasets.core.features.image_feature.Image"
+
+
+@pytest.mark.parametrize(
+    ("file_format", "words"),
+    [
+        ("array_record", r"; it is example \d+ of small_images/1\.0\.0, split 'train'$"),
+        ("tfrecord", r"DataLossError: .*; it is example \d+ of small_images/1\.0\.0, split 'train'$"),
+    ],
+)
+def test_a_damaged_file_says_which_example(folders, tmp_path, file_format, words):
+    folder = shutil.copytree(folders[file_format], tmp_path / "data")
+    (file,) = folder.glob("small_images/1.0.0/*train*record*0*")
+    content = bytearray(file.read_bytes())
+    content[400:464] = bytes(64)
+    file.write_bytes(content)
+    with pytest.raises(Raised, match=words) as caught:
+        source = tfds_dataset("small_images", data_dir=folder).train
+        fetch(source, np.arange(len(source)))
+    assert "\n" not in str(caught.value)
 
 
 def foreign_class(file):

@@ -1,5 +1,7 @@
 """A tf.data.Dataset in its own order: which examples come on any number of workers, and after a resume."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -10,13 +12,15 @@ from dist_partial.data import (
     Mapped,
     Stream,
     class_weighted,
-    evaluation_batches,
     looks,
+    reading,
+    started,
+    stream,
     train_batches,
 )
 from dist_partial.errors import Raised, UserError
 from dist_partial.training.failures import explained
-from tests.unit.data.test_batches import contexts, elements, steps
+from tests.unit.data.test_batches import contexts, elements, evaluate, evaluated, steps
 
 COUNT = 29
 
@@ -65,26 +69,38 @@ def test_a_shuffled_data_set_goes_on_where_it_was():
     np.testing.assert_array_equal(steps(train(source(), first_step=6), 2, 2, 3), whole[6:])
 
 
-def test_batches_are_infinite_and_shapes_are_static():
-    for batches in (
-        train(Stream(numbers()))(contexts(2, 2)[0]),
-        train(Stream(numbers()), first_step=3)(contexts(2, 2)[0]),
-        evaluation_batches(Stream(numbers()), examples=5, global_batch=12, context=contexts(2, 2)[0]),
+def test_training_has_no_end_and_shapes_are_static():
+    for batches, count in (
+        (train(Stream(numbers()))(contexts(2, 2)[0]), tf.data.INFINITE_CARDINALITY),
+        (train(Stream(numbers()), first_step=3)(contexts(2, 2)[0]), tf.data.INFINITE_CARDINALITY),
+        (evaluate(Stream(numbers()), 12, 13)(contexts(2, 2)[0]), 2),
     ):
-        assert batches.cardinality() == tf.data.INFINITE_CARDINALITY
+        assert batches.cardinality() == count
         assert [tuple(spec.shape) for spec in batches.element_spec] == [(6, 2), (6,)]
 
 
-@pytest.mark.parametrize("first", [0, 7])
-@pytest.mark.parametrize(("examples", "workers"), [(24, 1), (20, 2), (1, 4)])
-def test_evaluation_reads_each_once_and_fills_up_with_the_last(first, examples, workers):
-    def made(context):
-        return evaluation_batches(Stream(numbers(40)), first=first, examples=examples, global_batch=12, context=context)
+@pytest.mark.parametrize(("examples", "workers", "replicas"), [(24, 1, 1), (20, 2, 4), (1, 4, 4), (19, 3, 3)])
+def test_an_evaluation_is_one_reading_of_each_example(examples, workers, replicas):
+    """Also of one that shuffles, which a second reading would find in another order."""
+    read = []
 
-    count = -(-examples // 12)
-    seen = steps(made, workers, workers, 2 * count).reshape(2, -1)
-    wanted = first + np.minimum(np.arange(count * 12), examples - 1)
-    np.testing.assert_array_equal(seen, [wanted, wanted])
+    def made():
+        def note(i):
+            read.append(int(i))
+            return i
+
+        noted = tf.data.Dataset.range(40).map(lambda i: tf.ensure_shape(tf.numpy_function(note, [i], tf.int64), []))
+        return noted.shuffle(40, seed=1).map(lambda i: (tf.stack([i, i]), i))
+
+    source = Stream(made)
+    make = evaluate(source, 12, examples)
+    first, second = (evaluated(make, 12, examples, workers, replicas) for _ in range(2))
+    tf.random.set_seed(0)
+    assert first == second == [int(y) for _, y in made().take(examples)]
+    source.fetch(np.arange(1))
+    read.clear()
+    list(make(contexts(workers, replicas)[0]))
+    assert sorted(read) == list(range(40))
 
 
 def test_functions_draw_by_position_and_classes_weigh():
@@ -108,7 +124,7 @@ def test_an_endless_one_is_trained_on():
     np.testing.assert_array_equal(steps(train(source), 1, 1, 7).reshape(-1), np.arange(7 * 12) % COUNT)
     assert len(source) > 10**15 and looks(source).tolist() == list(range(64))
     with pytest.raises(UserError, match=r"held out have no end: bind run\.eval_examples"):
-        evaluation_batches(source, examples=len(source) // 12 * 12, global_batch=12, context=contexts(1, 1)[0])
+        evaluate(source, 12, len(source))(contexts(1, 1)[0])
 
 
 def test_one_tensor_is_x():
@@ -121,7 +137,7 @@ def test_one_tensor_is_x():
     [
         (lambda: Stream([1, 2]), r"got \[1, 2\]: give a tf.data.Dataset"),
         (lambda: Stream(tf.data.Dataset.range(3).map(lambda i: tf.range(i))), r"shape=\(None,\).* tf.ensure_shape"),
-        (lambda: Stream(numbers(), batched=True), "no batches: say batched=False"),
+        (lambda: Stream(numbers(), batched=True), r"no batches: give Stream\(dataset, batched=False\)"),
         (lambda: train(Stream(numbers(0)))(contexts(1, 1)[0]), "is empty"),
         (lambda: train(Stream(numbers()))(contexts(1, 5)[0]), "run.global_batch=12 .* 5 replicas"),
         (
@@ -136,16 +152,71 @@ def test_mistakes_are_named_in_one_line(make, words):
     assert "\n" not in str(caught.value)
 
 
-def test_an_error_of_its_own_is_one_of_the_data():
-    def failing(x, y):
-        tf.debugging.assert_none_equal(y, 17, message="no such colour")
-        return x, y
+def coloured(i):
+    if i % COUNT == 17:
+        raise ValueError("no such colour")
+    return i
 
-    source = Stream(numbers().map(failing, num_parallel_calls=2))
-    words = r"^run\.data raised InvalidArgumentError: assertion failed: \[no such colour\] \["
-    with pytest.raises(Raised, match=words) as caught, explained():
-        elements(train(source)(contexts(1, 1)[0]), 3)
+
+def failing():
+    def example(i):
+        i = tf.ensure_shape(tf.numpy_function(coloured, [i], tf.int64), [])
+        return tf.stack([i, i]), i
+
+    return tf.data.Dataset.range(COUNT).map(example, num_parallel_calls=2)
+
+
+def changing():
+    rows = (([i] * (3 if i == 17 else 2), i) for i in range(COUNT))
+    spec = tf.TensorSpec([2], tf.int64), tf.TensorSpec([], tf.int64)
+    return tf.data.Dataset.from_generator(lambda: rows, output_signature=spec)
+
+
+def checked(x, y):
+    tf.debugging.assert_none_equal(y, tf.constant(17, y.dtype), message="no such colour")
+    return x, y
+
+
+COLOUR = r"^run\.data raised InvalidArgumentError: ValueError: no such colour \(.*test_stream.py, line \d+\); "
+
+
+@pytest.mark.parametrize(("workers", "worker", "places"), [(1, 0, "12 to 23"), (2, 0, "6 to 17"), (2, 1, "12 to 23")])
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (lambda: Stream(failing), COLOUR),
+        (lambda: Stream(lambda: failing().batch(4)), COLOUR),
+        (lambda: Stream(changing), r"yielded an element of shape \(3,\) where an element of shape \(2,\) was expected"),
+        (lambda: Mapped(Stream(numbers), checked), r"InvalidArgumentError: assertion failed: \[no such colour\] "),
+    ],
+    ids=["map", "batches", "generator", "function"],
+)
+def test_an_error_in_it_says_among_which_examples(source, words, workers, worker, places, monkeypatch):
+    monkeypatch.setattr(stream, "_FIRST", 8)  # or it would fail when they are looked at
+    made = source()
+    if isinstance(made, Mapped) and worker:
+        return  # the example is another worker's
+    with pytest.raises(Raised, match=words) as caught, reading(), explained():
+        list(itertools.islice(started(train(made)(contexts(workers, workers)[worker])), 3))
+    # In the batch of 4 of the user's that begins there, those that come first have not been given either.
+    assert str(caught.value).endswith(f"; it is among the examples {places} of the tf.data.Dataset")
     assert "\n" not in str(caught.value)
+
+
+def test_an_error_in_an_evaluation_or_in_what_is_skipped_says_so(monkeypatch):
+    monkeypatch.setattr(stream, "_FIRST", 8)
+    source = Stream(failing)
+    for make, places in ((evaluate(source, 12, 20), "12 to 19"), (train(source, first_step=2), "0 to 35")):
+        with pytest.raises(Raised, match=rf"among the examples {places} of") as caught, reading(), explained():
+            list(itertools.islice(started(make(contexts(1, 1)[0])), 2))
+        assert "\n" not in str(caught.value)
+
+
+def test_an_error_before_a_run_says_after_which_example():
+    with pytest.raises(Raised, match=COLOUR + "it comes after 17 examples of the tf.data.Dataset$"):
+        Stream(failing).fetch(np.arange(3))
+    with pytest.raises(Raised, match=COLOUR + "it is among the examples 0 to 4,095 of the tf.data.Dataset$"):
+        len(Stream(lambda: failing().filter(lambda x, y: True)))
 
 
 def test_bytes_keep_the_zeros_at_their_end():

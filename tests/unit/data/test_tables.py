@@ -10,7 +10,6 @@ import tensorflow as tf
 
 from dist_partial.data import csv_dataset, fetch, parquet_dataset
 from dist_partial.errors import UserError
-from tests.helpers.orders import assert_one_order
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as parquet  # noqa: E402
@@ -68,12 +67,10 @@ def test_columns_become_arrays(kind, how, tmp_path):
 
 
 @pytest.mark.parametrize("kind", READ)
-def test_one_order_and_one_fingerprint(kind, tmp_path):
+def test_a_part_is_held_out_and_other_columns_are_another_data_set(kind, tmp_path):
     write_all(tmp_path, kind)
     data = READ[kind](tmp_path, x=["age"], y="label", held_out=0.2)
     assert (len(data.train), len(data.evaluation)) == (25, 6)
-    for x, y in assert_one_order(data.train):
-        np.testing.assert_array_equal(x, y + 20)
     again, other = (READ[kind](tmp_path, x=["age"], y=y, held_out=0.2).fingerprint for y in ("label", "price"))
     assert data.fingerprint == again != other
 
@@ -148,6 +145,11 @@ GOOD = [[31, "Rome"], [54, "Oslo"]]
             ["city", "age"],
             "invalid value '31.5': correct it, or say which type ",
         ),
+        (
+            {"a": [*GOOD, ["old", "Oslo"]]},
+            "age",
+            "a.csv, row 4: 'age' is 'old', and a number in the rows before: correct it, or say that the column has",
+        ),
         ({"a": [*GOOD, [31]]}, "age", "a.csv: CSV parse error: Row #4: Expected 2 columns, got 1"),
         ({"a": []}, "age", "a.csv has no rows"),
         ({"a": [["2020-01-01", ""], ["2020-01-02", ""]]}, "age", "a.csv: 'age' is date32[day], which no tensor is"),
@@ -190,6 +192,25 @@ def test_mistakes_in_parquet_files_are_named(tables, x, words, tmp_path):
     with pytest.raises(UserError, match=re.escape(words)) as caught:
         parquet_dataset(tmp_path, x=x)
     assert "\n" not in str(caught.value)
+
+
+def test_a_column_of_texts_and_numbers_is_said_to_be_text(tmp_path):
+    for name, table in (("a", [["12", ""], ["12b", ""]]), ("b", [["b", ""], ["12", ""]])):
+        write(tmp_path / f"{name}.csv", table, NAMES)
+    source = csv_dataset([tmp_path / "a.csv", tmp_path / "b.csv"], x="age:string", evaluation=tmp_path).train
+    assert fetch(source, np.arange(4))[0].tolist() == ["12", "12b", "b", "12"]
+    assert fetch(csv_dataset(tmp_path / "b.csv", x="age", evaluation=tmp_path).train, np.arange(2))[0][0] == "b"
+
+
+def test_a_damaged_page_of_parquet_is_found_by_its_checksum(tmp_path):
+    options = {"row_group_size": 10, "write_page_checksum": True, "compression": "none", "use_dictionary": False}
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"age": np.arange(30) + 0x5A5A5A5A}), path, **options)
+    content = path.read_bytes()
+    at = content.index((0x5A5A5A5A + 17).to_bytes(8, "little"))
+    path.write_bytes(content[:at] + b"\0" + content[at + 1 :])
+    with pytest.raises(UserError, match=r"a\.parquet, in rows 11 to 20: .*CRC checksum verification failed"):
+        parquet_dataset(tmp_path, x="age")
 
 
 @pytest.mark.parametrize(("kind", "words"), [("csv", "Empty CSV file"), ("parquet", "Parquet file size is 0 bytes")])

@@ -203,12 +203,6 @@ def parse(record):
     return tf.ensure_shape(image, [16, 20, 3]), tf.cast(example["label"], tf.int32)
 
 
-def augment(image, label, seed):
-    image = tf.image.stateless_random_crop(image, (12, 12, 3), seed)
-    image = tf.image.stateless_random_jpeg_quality(image, 50, 100, seed)
-    return tf.ensure_shape(image, (12, 12, 3)), label
-
-
 def serialized(jpeg: bytes, label: int) -> bytes:
     feature = {
         "jpeg": tf.train.Feature(bytes_list=tf.train.BytesList(value=[jpeg])),
@@ -228,18 +222,6 @@ def pictures(tmp_path):
                 image = rng.integers(0, 256, (16, 20, 3)).astype(np.uint8)
                 writer.write(serialized(tf.io.encode_jpeg(image).numpy(), label))
     return folder
-
-
-def center(image, label):
-    return image[2:14, 4:16], label
-
-
-def test_the_same_examples_on_any_workers_and_from_any_step(pictures):
-    data = tfrecord_dataset(pictures, parse, held_out=0.1).map(augment, evaluation=center)
-    first, whole = int(np.random.default_rng().integers(1, 6)), read(data.train, (0, 5))
-    for start, workers in ((0, 2), (first, 3)):
-        for found, want in zip(read(data.train, (start, 5), workers), whole[start:], strict=True):
-            assert all(same_bits(pair) for pair in zip(found, want, strict=True))
 
 
 def test_examples_are_those_of_tf_data(pictures):

@@ -12,6 +12,7 @@ from dist_partial import selection
 from dist_partial.config.settings import Settings
 from dist_partial.distributed import traffic
 from dist_partial.distributed.collectives import Collectives
+from dist_partial.distributed.per_replica import topology
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.reductions.local_only import LocalOnly
@@ -291,7 +292,9 @@ def test_another_number_of_replicas_starts_where_the_constraints_allow(mirrored)
     found = np.stack([PROJECTIONS["dense1/kernel"](w) for w in rng.normal(size=(3, 160, 64))])
     case = dataclasses.replace(DENSE, model=constrained, rules=[Rule(".*", reduction=LocalSGD(3))])
     local = Local(mirrored(2), case, "adam")
-    made = TrainState(local.strategy, local.model, local.plan, local.groups, local.states, local.fragments, [])
+    made = TrainState(
+        topology(local.strategy), local.model, local.plan, local.groups, local.states, local.fragments, []
+    )
     state = made.variables
     state["own/dense1/kernel"].assign(found)
     expected = PROJECTIONS["dense1/kernel"](found.mean(axis=0))

@@ -23,7 +23,7 @@ def lines(monkeypatch):
         found.append(line)
         written.set()
 
-    monkeypatch.setattr(progress, "_write", write)
+    monkeypatch.setattr(progress, "say", write)
     return found, written
 
 

@@ -29,6 +29,14 @@ def ids(seed=0, name="ids"):
     return dataset(name, x, y)
 
 
+def shifted(shift, x, y):
+    return x + shift, y
+
+
+def mapped(shift, evaluation=0):
+    return ids().map(functools.partial(shifted, shift), evaluation=functools.partial(shifted, evaluation))
+
+
 def model(hidden=8, **changed):
     """`changed` are attributes of layers; a bias is moved by one."""
     made = two_dense(hidden=hidden)
@@ -67,6 +75,7 @@ CASES = [
     ("class_weight", {"class_weight": {1: 2.0}}),
     ("data", {"data": functools.partial(ids, seed=1)}),
     ("data", {"data": functools.partial(ids, name="others")}),
+    ("data", {"data": functools.partial(mapped, 1)}),
     ("model", {"model": functools.partial(model, hidden=9)}),
     ("model_config", {"model": functools.partial(model, dense1=keras.activations.sigmoid)}),
     ("optimizers", {"optimizer": keras.optimizers.SGD}),
@@ -121,6 +130,20 @@ def test_another_value_of_it_is_another_run(key, more, base, tmp_path):
             fingerprints.check_run(tmp_path, only)
 
 
+def test_another_function_of_the_data_is_another_run(tmp_path):
+    """By what it computes with, and not by its name alone; also on the examples held out."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-0000000001.safetensors").touch()
+    (tmp_path / fingerprints.RUN_FILE).write_text(json.dumps(of(data=functools.partial(mapped, 1))))
+    assert fingerprints.check_run(tmp_path, of(data=functools.partial(mapped, 1)))
+    said = r"belongs to another run: shifted of run\.data: argument 0 was 1 and is now 2; choose another"
+    with pytest.raises(UserError, match=said):
+        fingerprints.check_run(tmp_path, of(data=functools.partial(mapped, 2)))
+    said = r"belongs to another run: shifted \(2\) of run\.data: argument 0 was 0 and is now 3; choose another"
+    with pytest.raises(UserError, match=said):
+        fingerprints.check_run(tmp_path, of(data=functools.partial(mapped, 1, 3)))
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "words"),
     [
@@ -128,6 +151,9 @@ def test_another_value_of_it_is_another_run(key, more, base, tmp_path):
         ("frozen.a/kernel", "55167a7fdd35c9b4", None, "'a/kernel' is no longer frozen"),
         ("frozen.a/kernel", "55167a7fdd35c9b4", "0", "the frozen variable 'a/kernel' has other values"),
         ("data.fingerprint", "55167a7fdd35c9b4", "0", "the data has other examples"),
+        ("data.functions.crop.SIZE", "32", "64", "crop of run.data: SIZE was 32 and is now 64"),
+        ("data.functions.crop.code", "code 1 of Python 3", "code 2 of Python 3", "crop of run.data has other code"),
+        ("data.functions.crop.f.code", "code 1 of Python 3", None, "crop of run.data has other code (f)"),
         ("model.a/kernel", None, "float32[3]", "model.a/kernel, 'float32[3]', is new"),
         ("model.a/kernel", "float32[3]", None, "model.a/kernel, 'float32[3]', is gone"),
         ("model.a/kernel", "float32[3]", "float32[4]", "model.a/kernel was 'float32[3]' and is now 'float32[4]'"),
@@ -140,7 +166,17 @@ def test_a_difference_is_said_in_words(name, old, new, words, tmp_path):
     part, _, key = name.partition(".")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-0000000001.safetensors").touch()
-    before, now = ({part: ({} if value is None else {key: value}) if key else value} for value in (old, new))
+    keys = key.split(".", 2) if part == "data" else [key]  # within functions.crop
+    before, now = (
+        {
+            part: functools.reduce(
+                lambda inner, each: {each: inner}, keys[-2::-1], {} if value is None else {keys[-1]: value}
+            )
+        }
+        if key
+        else {part: value}
+        for value in (old, new)
+    )
     (tmp_path / fingerprints.RUN_FILE).write_text(json.dumps(before))
     with pytest.raises(UserError, match=re.escape(f"belongs to another run: {words}; choose another --run_dir, or")):
         fingerprints.check_run(tmp_path, now)

@@ -1,0 +1,30 @@
+"""python -m dist_partial.launch.script SCRIPT [arguments of the script]
+
+Runs a Python script as Python does, as one of several workers: what ends `dist_partial.train` in it is one line and the
+exit code that a launcher knows.
+"""
+
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+
+from dist_partial import cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a script; returns the exit code that it ends with, or that of what `dist_partial.train` has raised."""
+    sys.argv = list(sys.argv[1:] if argv is None else argv)
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+    with cli.ending() as ended:
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as exit_:
+            text = exit_.code if isinstance(exit_.code, str) else ""
+            print(end=text and f"{text}\n", file=sys.stderr)
+            ended.code = 1 if text else int(exit_.code or 0)
+    return ended.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""One worker of tests/integration/test_two_levels.py: trains by every reduction, and saves where it ends."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dist_partial.config.settings import Settings
+from dist_partial.data import dataset
+from dist_partial.distributed import replicas, traffic
+from dist_partial.distributed.per_replica import PerReplica, values
+from dist_partial.reductions import AllReduce, LocalSGD, PowerSGD, Quantized, TopK, nesterov
+from dist_partial.step import outer_step
+from dist_partial.training.build import batches, build, compiled_step
+
+STEPS, BATCH, RATE = 8, 16, 0.05
+RNG = np.random.default_rng(5)
+X = RNG.normal(size=(STEPS * BATCH, 6))
+Y = np.tanh(X @ RNG.normal(size=(6, 3)))
+FIRST = RNG.normal(size=(6, 3))
+REDUCTIONS = {
+    "all_reduce": AllReduce(),
+    "bfloat16": AllReduce("bfloat16"),
+    "quantized": Quantized(8),
+    "top_k": TopK(density=0.5),
+    "power_sgd": PowerSGD(rank=1),
+    "local_sgd": LocalSGD(3),
+    "diloco": LocalSGD(3, outer_optimizer=nesterov, compressor=Quantized(8)),
+}
+
+
+def model():
+    made = keras.Sequential([keras.Input([6]), keras.layers.Dense(3, use_bias=False, name="head")])
+    made.layers[0].kernel.assign(FIRST)
+    return made
+
+
+def train(made: replicas.Replicas, name: str, steps: int = STEPS) -> dict[str, np.ndarray]:
+    """What is trained by one reduction between the workers, and the bytes that this worker hands over."""
+    how = {"between_hosts": REDUCTIONS[name]} if made.topology.local > 1 else {"reduction": REDUCTIONS[name]}
+    settings = Settings(
+        [("train", ".*")],
+        model,
+        lambda: dataset((X, Y), (X[:8], Y[:8])).in_order(),
+        optimizer=lambda: keras.optimizers.SGD(RATE),
+        loss="mse",
+        global_batch=BATCH,
+        precision="float64",
+        **how,
+    )
+    trainer = build(settings, made)
+    step, inputs = compiled_step(trainer, trainer.plan), batches(trainer, 0, BATCH)
+    sent = traffic.total(traffic.in_step(step.function.get_concrete_function(inputs, tf.constant(1))))
+    exchanges = outer_step.exchanges(
+        made.strategy, made.collectives, trainer.plan, trainer.fragments, step.without_gradient, []
+    )
+    for number in range(1, steps + 1):
+        step.function(inputs, tf.constant(1))
+        for exchange in exchanges:
+            if exchange.due(number):
+                exchange.function()
+    found = {"sent": sent, "exchanged": sum(traffic.total(exchange.sent) for exchange in exchanges)}
+    for key, variable in trainer.state().variables.items():
+        own = values([variable], made.gather)[0] if isinstance(variable, PerReplica) else variable.numpy()
+        found[key] = np.asarray(own)
+    copies = [copy.numpy() for copy in made.strategy.experimental_local_results(trainer.model.layers[0].kernel.value)]
+    assert all(copy.tobytes() == copies[0].tobytes() for copy in copies), "the replicas of a worker are alike"
+    return found
+
+
+if __name__ == "__main__":
+    connected = replicas.create("multi_worker", cpu=int(sys.argv[1]))
+    for each in REDUCTIONS:
+        np.savez(Path(sys.argv[2]) / f"{each}-{connected.backend.rank}.npz", **train(connected, each))
+    connected.sum(np.zeros(1))  # none leaves before the others

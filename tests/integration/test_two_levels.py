@@ -1,0 +1,77 @@
+"""Workers of several replicas: summed inside in every step, and between the workers by a reduction of its own."""
+
+import numpy as np
+import pytest
+
+from tests.helpers.worker_levels import BATCH, FIRST, RATE, REDUCTIONS, STEPS, X, Y
+from tests.helpers.workers import run_workers
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What 2 workers end with, by replicas of each, reduction and worker."""
+    ends = {}
+    for cpu in (1, 2):
+        folder = tmp_path_factory.mktemp(f"cpu{cpu}")
+        command = ["-m", "tests.helpers.worker_levels", str(cpu), str(folder)]
+        for code, output in run_workers(command, workers=2, timeout=300):
+            assert code == 0, output[-3000:]
+        for name in REDUCTIONS:
+            for worker in (0, 1):
+                ends[cpu, name, worker] = dict(np.load(folder / f"{name}-{worker}.npz"))
+    return ends
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_a_worker_of_two_replicas_is_as_one_of_one(found, name):
+    """The same training and the same bytes, whatever the replicas that a worker's batch is divided among."""
+    for worker in (0, 1):
+        one, two = found[1, name, worker], found[2, name, worker]
+        assert one.keys() == two.keys()
+        for key, value in two.items():
+            assert value.shape == one[key].shape, key
+            np.testing.assert_allclose(value, one[key], rtol=1e-9, atol=1e-9, err_msg=key)
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_both_workers_end_alike(found, name):
+    for key, value in found[2, name, 0].items():
+        assert value.tobytes() == found[2, name, 1][key].tobytes(), key
+
+
+def descended(kernel, rows):
+    """One step of SGD by the mean squared error of some rows, in NumPy."""
+    x, y = X[rows], Y[rows]
+    return kernel - RATE * 2 * x.T @ (x @ kernel - y) / y.size
+
+
+def test_every_step_on_both_levels_is_one_device(found):
+    kernel = FIRST
+    for step in range(STEPS):
+        kernel = descended(kernel, slice(step * BATCH, (step + 1) * BATCH))
+    np.testing.assert_allclose(found[2, "all_reduce", 0]["variables/head/kernel"], kernel, rtol=1e-10)
+
+
+def test_local_sgd_between_the_workers(found):
+    anchor = FIRST
+    own = [FIRST, FIRST]
+    for step in range(STEPS):
+        for worker in (0, 1):
+            first = step * BATCH + worker * BATCH // 2
+            own[worker] = descended(own[worker], slice(first, first + BATCH // 2))
+        if (step + 1) % 3 == 0:
+            anchor = np.mean(own, axis=0)
+            own = [anchor, anchor]
+    np.testing.assert_allclose(found[2, "local_sgd", 1]["variables/head/kernel"], anchor, rtol=1e-10)
+    np.testing.assert_allclose(found[2, "local_sgd", 1]["own/head/kernel"], own, rtol=1e-10)
+
+
+def test_bytes_between_the_workers(found):
+    """Of a sum a worker hands over one total, and of what is gathered one payload, whatever its replicas."""
+    kernel = FIRST.size * 8
+    assert found[2, "all_reduce", 0]["sent"] == kernel
+    assert found[2, "bfloat16", 0]["sent"] == kernel / 4
+    assert found[2, "quantized", 0]["sent"] < kernel / 4
+    assert found[2, "local_sgd", 0]["sent"] == 0 and found[2, "local_sgd", 0]["exchanged"] == kernel
