@@ -3,12 +3,13 @@
 TensorFlow's own collectives on the CPU send over gRPC, tensor by tensor. Here every worker has a connection to every
 other (`rendezvous`), over which messages travel (`tcp_connections`). A tensor to be summed is cut into one chunk a
 worker; worker j is sent every chunk j, adds them in rank order and sends the sum to all: 2(N-1)/N of the tensor leave
-each worker, as in a ring, but in two hops whatever N is.
+each worker, as in a ring, but in two hops whatever N is. What is so small that its chunks would cost more than their
+bytes is summed by fewer workers, by others for each tensor.
 """
 
+import collections
 import dataclasses
 import functools
-import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.distributed.handshake import Link
+from dist_partial.distributed.tcp_arrays import add_up, aligned
 from dist_partial.distributed.tcp_connections import Connections, Message
 from dist_partial.errors import Ending, Fault
 
@@ -25,8 +27,7 @@ SUM_OP = "dist_partial_sum"
 GATHER_OP = "dist_partial_gather"
 
 _PART, _FINAL = 0, 1  # a chunk yet to be summed; bytes of the result. In this order: what a sum waits for first
-_PIECE = 2**19  # bytes of a tensor that are summed while others travel
-_BLOCK = 2**15  # elements that are widened at a time, so that they stay in the cache
+_SMALLEST, _LARGEST = 2**12, 2**19  # bytes of a chunk; the next piece of a tensor travels while one is summed
 
 
 @dataclasses.dataclass(eq=False)
@@ -39,15 +40,18 @@ class _Tensor:
     ops: list["_Op"] = dataclasses.field(default_factory=list)
     results: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # by run
 
+    @property
+    def bytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
 
 @dataclasses.dataclass(eq=False)
 class _Op:
-    """One piece of a tensor, `[start, start + bounds[-1])`; its place `[bounds[k], bounds[k + 1])` worker k sends."""
+    """One piece of a tensor; `places` are those, in the whole result, of what each worker sends of the result."""
 
     number: int
     tensor: _Tensor
-    start: int
-    bounds: list[int]
+    places: dict[int, slice]
     begun: int = 0
     runs: dict[int, "_Run"] = dataclasses.field(default_factory=dict)
 
@@ -58,7 +62,7 @@ class _Run:
 
     op: _Op
     number: int
-    result: np.ndarray
+    result: np.ndarray  # of the whole tensor
     waiting: set[tuple[int, int]]  # (kind, rank) yet to come, this worker's own among them
     parts: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     unsent: int = 0  # messages in the queues: TensorFlow may overwrite the result once it has it
@@ -85,14 +89,14 @@ class TCPBackend:
         patience_seconds: float,
         on_loss: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """Starts the threads that send and receive.
+        """Starts the thread that sends and receives.
 
         Args:
             rank: this worker's.
             workers: 'host:port' of each, in rank order.
             links: from `rendezvous.connect`; closed by `close`.
             patience_seconds: how long another worker may be silent until it is given up.
-            on_loss: called with the reason when a worker is lost, by a thread of the backend.
+            on_loss: called with the reason when a worker is lost, by the thread.
         """
         self.rank, self.size, self.workers = rank, len(workers), list(workers)
         self.failure: Ending | None = None
@@ -101,7 +105,9 @@ class TCPBackend:
         self._closed = False
         self._ops: list[_Op] = []
         self._outside: dict[tuple[bool, str, int], _Tensor] = {}  # of what is exchanged outside of functions
-        # Guards all ops and runs; notified when an op is added, a run is done, or a worker is lost.
+        # Of parts that were added up, by their bytes: fresh memory costs more than to fill it.
+        self._spare: dict[int, list[np.ndarray]] = collections.defaultdict(list)
+        # Guards all ops and runs; notified when a run is done, or a worker is lost.
         self._changed = threading.Condition()
         self._connections = Connections(workers, links, patience_seconds, self._target, self._lost)
 
@@ -188,19 +194,23 @@ class TCPBackend:
         return self._end(tensor, self._begin(tensor, np.ascontiguousarray(array)))
 
     def _add(self, gathers: bool, dtype: Any, count: int) -> _Tensor:
-        tensor = _Tensor(gathers, np.dtype(dtype), self.size * count if gathers else count)
-        step = count if gathers else max(1, _PIECE // tensor.dtype.itemsize)
+        dtype = np.dtype(dtype)
+        tensor = _Tensor(gathers, dtype, self.size * count if gathers else count)
+        piece = tensor.size if gathers else self.size * _LARGEST // dtype.itemsize
         with self._changed:
-            for start in range(0, max(1, count), max(1, step)):
-                piece = min(step, count - start)
-                bounds = [k * piece if gathers else k * piece // self.size for k in range(self.size + 1)]
-                tensor.ops.append(_Op(len(self._ops), tensor, start, bounds))
+            for start in range(0, max(1, tensor.size), max(1, piece)):
+                number, length = len(self._ops), min(piece, tensor.size - start)
+                share = self.size if gathers else min(self.size, max(1, length * dtype.itemsize // _SMALLEST))
+                bounds = [start + i * length // share for i in range(share + 1)]
+                first = 0 if gathers else number
+                places = {(first + i) % self.size: slice(bounds[i], bounds[i + 1]) for i in range(share)}
+                tensor.ops.append(_Op(number, tensor, places))
                 self._ops.append(tensor.ops[-1])
-            self._changed.notify_all()
+        self._connections.retry()
         return tensor
 
     def _begin(self, tensor: _Tensor, array: np.ndarray) -> np.int64:
-        """Puts an array to the senders and returns its run's number. Never blocks: it holds a thread of few."""
+        """Queues what is to be sent of an array; returns its run's number. Never blocks: it holds a thread of few."""
         number = tensor.ops[0].begun
         for op in tensor.ops:
             with self._changed:
@@ -209,10 +219,11 @@ class TCPBackend:
             if tensor.gathers:
                 self._finish(run, array)
                 break
-            piece = array[op.start : op.start + op.bounds[-1]]
-            for rank in self._others:
-                self._put(rank, run, _PART, piece[op.bounds[rank] : op.bounds[rank + 1]])
-            self._arrived(run, _PART, self.rank, piece[op.bounds[self.rank] : op.bounds[self.rank + 1]])
+            for rank, place in op.places.items():
+                if rank == self.rank:
+                    self._arrived(run, _PART, rank, array[place])
+                else:
+                    self._put(rank, run, _PART, array[place])
         return np.int64(number)
 
     def _end(self, tensor: _Tensor, number: np.int64) -> np.ndarray:
@@ -238,18 +249,18 @@ class TCPBackend:
                 raise ValueError(f"run {number} of op {op.number}, where run {op.begun} is next")
             tensor = op.tensor
             if number not in tensor.results:
-                tensor.results[number] = _aligned(tensor.size, tensor.dtype)
-            kinds = [_FINAL] if tensor.gathers else [_PART, _FINAL]
-            waiting = set(itertools.product(kinds, range(self.size)))
-            result = tensor.results[number][op.start : op.start + op.bounds[-1]]
-            op.runs[number] = _Run(op, number, result, waiting)
+                tensor.results[number] = aligned(tensor.size, tensor.dtype)
+            waiting = {(_FINAL, rank) for rank in op.places}
+            if self.rank in op.places and not tensor.gathers:
+                waiting |= {(_PART, rank) for rank in range(self.size)}
+            op.runs[number] = _Run(op, number, tensor.results[number], waiting)
         return op.runs[number]
 
     def _put(self, rank: int, run: _Run, kind: int, array: np.ndarray) -> None:
         data = array.view(np.uint8)
         with self._changed:
             run.unsent += 1
-        message = Message(kind, run.op.number, run.number, len(data))
+        message = Message(kind, run.op.number, run.number, len(data), run.op.tensor.bytes)
         self._connections.send(rank, message, data, functools.partial(self._sent, run))
 
     def _sent(self, run: _Run) -> None:
@@ -265,8 +276,11 @@ class TCPBackend:
                 run.parts[rank] = part
             if kind == _FINAL or len(run.parts) < self.size:
                 return self._tick(run, kind, rank)
-        place = run.result[run.op.bounds[self.rank] : run.op.bounds[self.rank + 1]]
-        _add_up([run.parts.pop(k) for k in range(self.size)], place)
+        place = run.result[run.op.places[self.rank]]
+        add_up([run.parts[k] for k in range(self.size)], place)
+        del run.parts[self.rank]
+        self._spare[place.nbytes] += run.parts.values()
+        run.parts.clear()
         self._finish(run, place)
         with self._changed:
             self._tick(run, kind, rank)
@@ -281,54 +295,33 @@ class TCPBackend:
         for rank in self._others:
             self._put(rank, run, _FINAL, array)
         if run.op.tensor.gathers:
-            run.result[run.op.bounds[self.rank] : run.op.bounds[self.rank + 1]] = array
+            run.result[run.op.places[self.rank]] = array
         self._arrived(run, _FINAL, self.rank, array)
 
-    def _target(self, rank: int, message: Message) -> tuple[np.ndarray, Callable[[], None]]:
-        """Where the bytes of a message go, and what to do once they are there."""
-        kind, number, run_number, size = message
+    def _target(self, rank: int, message: Message) -> tuple[np.ndarray, Callable[[], None]] | None:
+        """Where the bytes of a message go, and what to do once they are there; None where that is not known yet."""
+        kind, number, run_number, size, whole = message
         with self._changed:
-            # The peer may have traced a function, and begun it, before this worker has.
-            self._changed.wait_for(lambda: number < len(self._ops) or self._closed)
             if self._closed:
                 raise EOFError("closed here")
+            if number >= len(self._ops):
+                return None  # the peer has traced a function, and begun it, before this worker has
             op = self._ops[number]
+            # Workers that differ may divide a tensor among others, and into chunks of the same size.
+            if whole != op.tensor.bytes:
+                raise ValueError(f"a part of {whole} bytes for op {number}, which has {op.tensor.bytes}")
             run = self._run(op, run_number)
             if (kind, rank) not in run.waiting or (kind == _PART and rank in run.parts):
                 raise ValueError(f"message {kind} of op {number} was not expected")
-            place = self.rank if kind == _PART else rank
-            target = run.result[op.bounds[place] : op.bounds[place + 1]]
+            target = run.result[op.places[self.rank if kind == _PART else rank]]
             if size != target.nbytes:
                 raise ValueError(f"{size} bytes for op {number}, which takes {target.nbytes}")
         if kind == _PART:
-            target = np.empty_like(target)
+            spare = self._spare[target.nbytes]
+            target = spare.pop().view(target.dtype) if spare else np.empty_like(target)
         return target.view(np.uint8), functools.partial(self._arrived, run, kind, rank, target)
 
     def _lost(self, reason: str) -> None:
         with self._changed:
             self._changed.notify_all()
         self._on_loss(reason)
-
-
-def _aligned(count: int, dtype: np.dtype) -> np.ndarray:
-    """An empty array that TensorFlow takes over as it is: one that is not aligned to 64 bytes it copies."""
-    size = count * dtype.itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype)
-
-
-@np.errstate(all="ignore")  # an overflow under a loss scale is no news, and nobody sees the warnings of threads
-def _add_up(parts: Sequence[np.ndarray], total: np.ndarray) -> None:
-    """Writes the sum of the parts, added in their order, to `total`."""
-    if total.dtype.itemsize > 2 or np.issubdtype(total.dtype, np.integer):
-        total[:] = parts[0]
-        for part in parts[1:]:
-            np.add(total, part, out=total)
-        return
-    for start in range(0, len(total), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        wide = parts[0][block].astype(np.float32)
-        for part in parts[1:]:
-            wide += part[block].astype(np.float32)
-        total[block] = wide

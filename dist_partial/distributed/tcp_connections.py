@@ -1,35 +1,35 @@
 """Messages between all workers over their TCP connections: headers and tags, heartbeats, and who is lost.
 
-A message is a header and bytes. Each connection has a thread that sends and one that receives. Workers that have
-nothing to say send a heartbeat; one that is silent for too long, or gone, is lost to the others, and one that ends may
-say why. What messages of ops mean is the caller's business (`tcp_backend`).
+A message is a header and bytes. One thread sends and receives all of them. It waits until a connection can be read or
+written, and moves at most a slice there (`tcp_peer`) before the next has its turn: neither a slow worker nor a long
+hash holds up the others. A connection whose next message this worker is not ready for is not read until `retry`.
+
+Workers that have nothing to say send a heartbeat; one that is silent for too long, or gone, is lost to the others, and
+one that ends may say why. What messages of ops mean is the caller's business (`tcp_backend`).
 """
 
 import contextlib
-import dataclasses
-import hmac
 import math
-import queue
+import selectors
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from dist_partial.distributed.handshake import Link
+from dist_partial.distributed.tcp_peer import Peer
 from dist_partial.errors import Ending, Fault, Raised, UserError
 
 HEARTBEAT_SECONDS = 5.0  # after which a worker that has nothing to send says that it is there
 _GOODBYE_SECONDS = 2.0  # for the last words to leave
 
-_HEADER = struct.Struct("<4sBIQQ")  # magic, kind, op, run, bytes that follow
-_MAGIC = b"dpm2"
+_HEADER = struct.Struct("<4sBIQQQ")  # magic, kind, op, run, bytes that follow, bytes of the whole
+_MAGIC = b"dpm3"
 _HEARTBEAT = 2  # no op's: a sign of life
 _REASONS: dict[int, type[Ending]] = {3: UserError, 4: Fault, 5: Raised}  # no op's: why the worker ends, as text
 _LONGEST_REASON = 2**16  # bytes
-_SLICE = 2**20  # bytes a socket call, after which progress is noted
-_MORE = getattr(socket, "MSG_MORE", 0)  # more follows: a packet need not be sent before it is full
 
 
 class Message(NamedTuple):
@@ -40,64 +40,17 @@ class Message(NamedTuple):
         op: number of the op.
         run: number of its run.
         size: how many they are.
+        whole: of how many they are a part.
     """
 
     kind: int
     op: int
     run: int
     size: int
+    whole: int = 0
 
     def header(self) -> bytes:
         return _HEADER.pack(_MAGIC, *self)
-
-
-@dataclasses.dataclass(eq=False)
-class _Peer:
-    """Another worker and the connection to it."""
-
-    rank: int
-    address: str
-    link: Link
-    outbox: queue.SimpleQueue = dataclasses.field(default_factory=queue.SimpleQueue)
-    lost: Ending | None = None  # why nothing more will come from it
-    heard: float = math.inf  # when a byte last came; infinite while this worker itself is not listening
-
-    def __str__(self) -> str:
-        return f"worker {self.rank} ({self.address})"
-
-    def send(self, header: bytes, data: Any) -> None:
-        seal = self.link.sending
-        records = [memoryview(each) for each in (header, data) if len(each)]
-        for view in records:
-            more = 0 if view is records[-1] else _MORE
-            for start in range(0, len(view), _SLICE):
-                seal.update(piece := view[start : start + _SLICE])
-                last = start + _SLICE >= len(view) and not seal.length
-                self.link.socket.sendall(piece, more if last else _MORE)
-            self.link.socket.sendall(seal.tag(), more)
-
-    def receive(self, data: Any) -> None:
-        """Fills `data`; raises EOFError where the peer has closed, and `Fault` where this is not what it sent."""
-        self.heard = time.monotonic()
-        if not len(data):
-            return
-        seal = self.link.receiving
-        self._fill(memoryview(data), seal.update)
-        self._fill(memoryview(tag := bytearray(seal.length)))
-        if not hmac.compare_digest(tag, seal.tag()):
-            raise Fault(
-                f"what comes from {self} is not what it has sent: something between the workers changes it, or adds to "
-                "it; see who can, and run the same command again"
-            )
-
-    def _fill(self, view: memoryview, also: Callable[[memoryview], Any] = lambda piece: None) -> None:
-        while len(view):
-            count = self.link.socket.recv_into(view[:_SLICE], 0, socket.MSG_WAITALL)
-            if not count:
-                raise EOFError("it closed the connection")
-            self.heard = time.monotonic()
-            also(view[:count])
-            view = view[count:]
 
 
 class Connections:
@@ -108,34 +61,42 @@ class Connections:
         workers: Sequence[str],
         links: dict[int, Link],
         patience_seconds: float,
-        target: Callable[[int, Message], tuple[Any, Callable[[], None]]],
+        target: Callable[[int, Message], tuple[Any, Callable[[], None]] | None],
         on_loss: Callable[[str], None],
     ) -> None:
-        """Starts the threads that send and receive.
+        """Starts the thread that sends and receives.
 
         Args:
             workers: 'host:port' of each, in rank order.
             links: to the other workers, by rank; closed by `close`.
             patience_seconds: how long another worker may be silent until it is given up.
-            target: called with a worker's rank and a message of kind 0 or 1, by the thread that receives from it, which
-                may wait there; returns the buffer to be filled, and what to call then. What it raises loses the worker.
-            on_loss: called with the reason when a worker is lost, by a thread.
+            target: called with a worker's rank and a message of kind 0 or 1, by the thread; returns the buffer to be
+                filled, and what to call then, or None to be asked again after `retry`. What it raises loses the worker.
+            on_loss: called with the reason when a worker is lost, by the thread.
         """
         self._patience, self._target, self._on_loss = patience_seconds, target, on_loss
-        self._closed = False
-        self._losing = threading.Lock()
-        self._peers = {k: _Peer(k, workers[k], link) for k, link in sorted(links.items())}
-        self._senders = []
-        for peer in self._peers.values():
-            sender = threading.Thread(target=self._send_all, args=(peer,), name=f"send to {peer}", daemon=True)
-            self._senders.append(sender)
-            sender.start()
-            threading.Thread(target=self._receive_all, args=(peer,), name=f"receive from {peer}", daemon=True).start()
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        self._interval = min(1.0, HEARTBEAT_SECONDS, patience_seconds / 4)  # between two looks at the clock
+        self._peers = {k: Peer(k, workers[k], link) for k, link in sorted(links.items())}
+        self._deadline: float | None = None  # once it is closed, for what is queued to leave
+        self._retried = False
+        self._awake = False  # the thread is about to look at the outboxes
+        self._selector = selectors.DefaultSelector()
+        self._watched: dict[int, int] = {}  # the events that it reports, by rank
+        self._bell, self._waker = socket.socketpair()  # a byte wakes the thread
+        self._bell.setblocking(False)
+        self._selector.register(self._bell, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name="connections", daemon=True)
+        self._thread.start()
 
     def send(self, rank: int, message: Message, data: Any, sent: Callable[[], None] | None = None) -> None:
         """Queues a message to a worker; never blocks. `sent` is called once its bytes are no longer needed."""
-        self._peers[rank].outbox.put((message.header(), data, sent))
+        self._peers[rank].outbox.append((message.header(), data, sent))
+        self._wake()
+
+    def retry(self) -> None:
+        """Has `target` asked again about what it has returned None for."""
+        self._retried = True
+        self._wake()
 
     def lost(self, ranks: Iterable[int]) -> Ending | None:
         """What has become of the first of these workers that is gone, or None."""
@@ -147,94 +108,131 @@ class Connections:
         Args:
             reason: why this worker ends before the others; it is sent to them.
         """
-        self._closed = True
-        text = str(reason).encode(errors="replace")[:_LONGEST_REASON] if reason else b""
-        kind = next((number for number, of in _REASONS.items() if isinstance(reason, of)), _HEARTBEAT)
-        for peer in self._peers.values():
-            if reason:
-                peer.outbox.put((Message(kind, 0, 0, len(text)).header(), text, None))
-            peer.outbox.put(None)
-        deadline = time.monotonic() + _GOODBYE_SECONDS
-        for sender in self._senders:
-            sender.join(max(0.0, deadline - time.monotonic()))
+        if reason:
+            text = str(reason).encode(errors="replace")[:_LONGEST_REASON]
+            kind = next((number for number, of in _REASONS.items() if isinstance(reason, of)), _HEARTBEAT)
+            for rank in self._peers:
+                self.send(rank, Message(kind, 0, 0, len(text)), text)
+        self._deadline = time.monotonic() + _GOODBYE_SECONDS
+        self._wake()
+        self._thread.join(_GOODBYE_SECONDS + 1)
         for peer in self._peers.values():
             with contextlib.suppress(OSError):  # the peer was first
-                peer.link.socket.shutdown(socket.SHUT_RDWR)  # wakes the threads, which closing does not
+                peer.link.socket.shutdown(socket.SHUT_RDWR)
             peer.link.socket.close()
+        self._selector.close()
+        self._bell.close()
+        self._waker.close()
 
-    def _watch(self) -> None:
-        """Gives up whoever is silent for too long."""
-        interval = min(1.0, self._patience / 4)
-        while not self._closed:
-            before = time.monotonic()
-            time.sleep(interval)
-            now = time.monotonic()
-            # This worker itself was stopped, and what came is yet to be read.
-            stopped = now - before > interval + self._patience / 4
+    def _wake(self) -> None:
+        if not self._awake:
+            self._awake = True
+            with contextlib.suppress(OSError):  # closed
+                self._waker.send(b"\0")
+
+    def _run(self) -> None:
+        for peer in self._peers.values():
+            peer.incoming = self._incoming(peer)
+            peer.wanted = next(peer.incoming)
+        looked = time.monotonic()
+        while True:
+            # Before the outboxes are looked at: what comes later wakes it.
+            self._awake, deadline = False, self._deadline
+            if self._retried:
+                self._retried = False
+                for peer in self._peers.values():
+                    if peer.wanted is None and not peer.lost:
+                        self._receive(peer, peer.go_on)
+            queued = ready = False
             for peer in self._peers.values():
-                if stopped and peer.heard < now:
-                    peer.heard = now
-                if now - peer.heard > self._patience and not peer.lost:
-                    text = (
-                        f"{peer} has been silent for {self._patience:g} s: it is stopped, or the network between the "
-                        "workers is down; run the same command again to go on"
-                    )
-                    self._lose(peer, Fault(text))
-                    with contextlib.suppress(OSError):
-                        peer.link.socket.shutdown(socket.SHUT_RDWR)  # what is yet to be sent to it is dropped
-
-    def _lose(self, peer: _Peer, reason: Ending) -> None:
-        with self._losing:
-            if peer.lost:
+                if peer.busy() and not peer.full:
+                    peer.send()
+                queued = queued or peer.busy()
+                ready = ready or (peer.busy() and not peer.full)
+                self._watch(peer)
+            now = time.monotonic()
+            if deadline and (not queued or now > deadline):
                 return
-            peer.lost = reason
+            if now - looked >= self._interval:
+                self._look(now, now - looked)
+                looked = now
+                continue
+            reported = self._selector.select(0 if ready else self._interval)
+            self._awake = True
+            for key, events in reported:
+                if key.data is None:
+                    self._bell.recv(64)
+                    continue
+                if events & selectors.EVENT_WRITE:
+                    key.data.full = False
+                if events & selectors.EVENT_READ:
+                    self._receive(key.data, key.data.receive)
+
+    def _watch(self, peer: Peer) -> None:
+        """Has the selector report what is waited for."""
+        events = (0 if peer.wanted is None else selectors.EVENT_READ) | (selectors.EVENT_WRITE if peer.full else 0)
+        before = self._watched.get(peer.rank, 0)
+        if events == before:
+            return
+        if before:
+            self._selector.unregister(peer.link.socket)
+        if events:
+            self._selector.register(peer.link.socket, events, peer)
+        self._watched[peer.rank] = events
+
+    def _look(self, now: float, passed: float) -> None:
+        """Gives up whoever is silent for too long, and says to the others that this worker is there."""
+        # This worker itself was stopped, and what came is yet to be read.
+        stopped = passed > self._interval + self._patience / 4
+        for peer in self._peers.values():
+            if stopped:
+                peer.heard = max(peer.heard, now)
+            if now - peer.heard > self._patience and not peer.lost:
+                text = (
+                    f"{peer} has been silent for {self._patience:g} s: it is stopped, or the network between the "
+                    "workers is down; run the same command again to go on"
+                )
+                self._lose(peer, Fault(text))
+                with contextlib.suppress(OSError):
+                    peer.link.socket.shutdown(socket.SHUT_RDWR)  # what is yet to be sent to it is dropped
+            if now - peer.spoke >= min(HEARTBEAT_SECONDS, self._patience / 4) and not peer.busy():
+                peer.outbox.append((Message(_HEARTBEAT, 0, 0, 0).header(), b"", None))
+
+    def _lose(self, peer: Peer, reason: Ending) -> None:
+        peer.wanted = None
+        peer.lost = reason
         self._on_loss(str(reason))
 
-    def _send_all(self, peer: _Peer) -> None:
-        broken = False
-        heartbeat = (Message(_HEARTBEAT, 0, 0, 0).header(), b"", None)
-        while True:
-            try:
-                message = peer.outbox.get(timeout=min(HEARTBEAT_SECONDS, self._patience / 4))
-            except queue.Empty:
-                message = heartbeat
-            if message is None:
-                return
-            header, data, sent = message
-            try:
-                # Once it is broken, messages are dropped. What that means is for the receiver to say: what the
-                # peer has sent before may be all that is needed.
-                if not broken:
-                    peer.send(header, data)
-            except OSError:
-                broken = True
-            if sent:
-                sent()
-
-    def _receive_all(self, peer: _Peer) -> None:
-        header = bytearray(_HEADER.size)
+    def _receive(self, peer: Peer, receive: Callable[[], None]) -> None:
         try:
-            while True:
-                peer.receive(header)
-                magic, *fields = _HEADER.unpack(header)
-                message = Message(*fields)
-                if message.kind == _HEARTBEAT:
-                    continue
-                if message.kind in _REASONS and message.size <= _LONGEST_REASON:
-                    words = bytearray(message.size)
-                    peer.receive(words)
-                    ended = f"{peer}: {words.decode(errors='replace')}"
-                    return self._lose(peer, _REASONS[message.kind](ended))
-                peer.heard = math.inf  # it may have to wait until this worker has traced what the peer has sent
-                if magic != _MAGIC:
-                    raise ValueError("not a header")
-                buffer, arrived = self._target(peer.rank, message)
-                peer.receive(buffer)
-                arrived()
-        except Fault as fault:
-            self._lose(peer, fault)
+            receive()
+        except Ending as reason:
+            self._lose(peer, reason)
         except (EOFError, OSError) as error:
             self._lose(peer, Fault(f"{peer} is gone ({error}): its own output says why; run the same command again"))
         except Exception as error:  # whatever it is, the thread that waits must hear of it
             text = f"{peer} sent what does not fit ({error}): see that all workers run the same program and settings"
             self._lose(peer, UserError(text))
+
+    def _incoming(self, peer: Peer) -> Generator[memoryview | None, int, None]:
+        """Reads messages; raises why there will be no more."""
+        header = bytearray(_HEADER.size)
+        while True:
+            yield from peer.record(header)
+            magic, *fields = _HEADER.unpack(header)
+            message = Message(*fields)
+            if message.kind == _HEARTBEAT:
+                continue
+            if message.kind in _REASONS and message.size <= _LONGEST_REASON:
+                words = bytearray(message.size)
+                yield from peer.record(words)
+                raise _REASONS[message.kind](f"{peer}: {words.decode(errors='replace')}")
+            if magic != _MAGIC:
+                raise ValueError("not a header")
+            while (found := self._target(peer.rank, message)) is None:
+                peer.heard = math.inf  # this worker has yet to trace what the peer has sent
+                yield None
+            peer.heard = time.monotonic()
+            buffer, arrived = found
+            yield from peer.record(buffer)
+            arrived()

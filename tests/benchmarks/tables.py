@@ -43,6 +43,22 @@ def cache(found: Mapping[str, Any]) -> Tables:
     return {"": columns(found["rows"], words=2)}
 
 
+def collectives(found: Mapping[str, Any]) -> Tables:
+    """Milliseconds a sum; the ratio to gloo's in brackets."""
+    places: dict[tuple[int, int], dict[str, Mapping[str, Any]]] = {}
+    for row in found["rows"]:
+        places.setdefault((row["bytes"], row["workers"]), {})[row["system"]] = row
+    lines = []
+    for (size, workers), place in places.items():
+        cells = [f"{size // 1024} KiB", workers]
+        for number in ("cpu_ms", "ms"):
+            own, other = place["dist_partial"][number], place.get("gloo", {}).get(number)
+            cells += [f"{other:.2f}" if other else "", f"{own:.2f}" + (f" ({own / other:.2f})" if other else "")]
+        lines.append(cells)
+    header = ["summed", "workers", "gloo, CPU", "dist_partial, CPU", "gloo, time", "dist_partial, time"]
+    return {"A sum over workers on loopback": markdown(header, lines)}
+
+
 def faults(found: Mapping[str, Any]) -> Tables:
     names = {
         "words": "fault",
@@ -185,7 +201,21 @@ def _losses(rows: Rows, seconds: bool = False) -> str:
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], Tables]] = {
     each.__name__: each
-    for each in (cache, faults, finetune, plan, quality, records, sampling, schedules, step, switch, waits, wire)
+    for each in (
+        cache,
+        collectives,
+        faults,
+        finetune,
+        plan,
+        quality,
+        records,
+        sampling,
+        schedules,
+        step,
+        switch,
+        waits,
+        wire,
+    )
 }
 
 

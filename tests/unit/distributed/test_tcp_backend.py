@@ -210,16 +210,15 @@ def test_results_may_be_overwritten_at_once(connected):
 
 def test_a_result_is_not_given_before_a_slow_reader_has_it(connected, monkeypatch):
     first, second, _ = backends = connected(3)
-    opened, slow = threading.Event(), first._connections._peers[2]
-    send = slow.send
+    opened, send = threading.Event(), first._connections.send
 
-    def late(header, data):
-        """Sends a result, kind 1, only when the other one reads again."""
-        if header[4] == 1:
-            opened.wait(10)
-        send(header, data)
+    def late(rank, message, *more):
+        """Sends a result, kind 1, to the last only when it reads again."""
+        if (rank, message.kind) != (2, 1):
+            return send(rank, message, *more)
+        threading.Thread(target=lambda: opened.wait(10) and send(rank, message, *more), daemon=True).start()
 
-    monkeypatch.setattr(slow, "send", late)
+    monkeypatch.setattr(first._connections, "send", late)
 
     def work(backend):
         (result,) = exchange(backend, [np.ones(9, np.float32)])
@@ -320,9 +319,7 @@ def test_a_silent_worker_is_given_up_and_one_that_only_has_nothing_to_say_is_not
 
     for (result,) in at_once([functools.partial(work, m) for m in backends]):
         assert result.tolist() == [2.0] * 4
-    backends[1]._connections._senders.clear()
-    for peer in backends[1]._connections._peers.values():
-        monkeypatch.setattr(peer, "send", lambda header, data: None)
+    monkeypatch.setattr(backends[1]._connections, "_look", lambda *times: None)
     for size in (4, 10**7):  # more than the system keeps of what nobody reads
         with pytest.raises(Fault, match=r"worker 1 \(127\.0\.0\.1:\d+\) has been silent for 0\.5 s"):
             exchange(backends[0], [np.ones(size, np.float32)])
@@ -337,11 +334,25 @@ def test_a_message_that_fits_no_op_is_a_failure(connected, message):
         exchange(backends[0], [np.ones(4, np.float32)])
 
 
-def test_programs_that_differ_are_told_apart_by_size(connected):
+@pytest.mark.parametrize("counts", [(4, 8), (0, 4), (1024, 2048)])  # the last in chunks of 4 KiB, by one and by two
+def test_programs_that_differ_are_told_apart_by_size(connected, counts):
     backends = connected(2)
 
     def work(backend):
-        with pytest.raises(UserError, match="same program"):
-            exchange(backend, [np.ones(4 + 4 * backend.rank, np.float32)])
+        with pytest.raises(UserError, match="same program") as raised:
+            exchange(backend, [np.ones(counts[backend.rank], np.float32)])
+        backend.close(raised.value)  # as a run does: whoever takes no part in adding up hears of it so
 
     at_once([functools.partial(work, m) for m in backends])
+
+
+def test_small_tensors_are_summed_by_some_of_the_workers_and_not_by_the_same_ones(connected):
+    backends = connected(4)
+    counts = [1, 1023, 2048, 3000, 4096, 10**6]  # the last in two pieces
+    inputs = [[draw(10 * k + i, count, np.float32) for i, count in enumerate(counts)] for k in range(4)]
+    results = at_once([functools.partial(exchange, m, own) for m, own in zip(backends, inputs, strict=True)])
+    for i, expected in enumerate(map(expected_sum, zip(*inputs, strict=True))):
+        assert all(same_bits([result[i], expected]) for result in results)
+    owners = [sorted(op.places) for op in backends[0]._ops]
+    assert owners == [[0], [1], [2, 3], [0, 3], *[[0, 1, 2, 3]] * 3]
+    assert all([op.places for op in m._ops] == [op.places for op in backends[0]._ops] for m in backends)

@@ -2,6 +2,7 @@
 
 import functools
 import queue
+import socket
 import struct
 import threading
 import time
@@ -63,6 +64,31 @@ def test_messages_of_any_size_arrive_in_order(connected, sealed):
     assert sent.empty() and all(worker.lost.empty() for worker in workers)
 
 
+@pytest.mark.parametrize("sealed", [False, True])
+def test_what_the_system_takes_only_bit_by_bit_leaves_to_the_last_byte(connected, sealed):
+    first, second = connected(2, sealed=sealed)
+    first.connections._peers[1].link.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)
+    sizes = [900 * 2**10, 3 * 2**20 + 1, *[1] * 200, 0]
+    for i, size in enumerate(sizes):
+        first.connections.send(1, Message(0, i, 0, size), bytes([i]) * size)
+    for i, size in enumerate(sizes):
+        assert second.arrived.get(timeout=10) == (0, Message(0, i, 0, size), bytes([i]) * size)
+
+
+def test_a_message_that_must_wait_holds_up_nobody_else(connected):
+    first, second, third = connected(3)
+    ready, target = threading.Event(), first.target
+    first.connections._target = lambda rank, message: target(rank, message) if rank != 1 or ready.is_set() else None
+    second.connections.send(0, Message(0, 0, 0, 2**20), b"a" * 2**20)
+    third.connections.send(0, Message(0, 1, 0, 1), b"b")
+    assert first.arrived.get(timeout=10) == (2, Message(0, 1, 0, 1), b"b")
+    first.connections.retry()
+    assert first.arrived.empty()
+    ready.set()
+    first.connections.retry()
+    assert first.arrived.get(timeout=10) == (1, Message(0, 0, 0, 2**20), b"a" * 2**20)
+
+
 @pytest.mark.parametrize("reason", [UserError("run.steps is 'x'"), Fault("the disk is full"), Raised("ValueError")])
 def test_last_words_follow_what_was_sent_before(connected, reason):
     first, second = connected(2)
@@ -80,7 +106,7 @@ def test_silence_loses_a_worker_and_heartbeats_keep_it(connected, monkeypatch):
     first.arrived.get(timeout=10)
     time.sleep(1.5)
     assert first.lost.empty()
-    monkeypatch.setattr(second.connections._peers[0], "send", lambda header, data: None)
+    monkeypatch.setattr(second.connections, "_look", lambda *times: None)
     assert "worker 1 (127.0.0.1:" in (text := first.lost.get(timeout=10)) and "has been silent for 0.5 s" in text
 
 
@@ -93,7 +119,7 @@ def test_what_is_no_message_loses_a_worker(connected):
 
 def spoken(text):
     """A sign of life, and the last words of a worker that has made a mistake: a header, and the text."""
-    return [struct.pack("<4sBIQQ", b"dpm2", kind, 0, 0, size) for kind, size in ((2, 0), (3, len(text)))] + [text]
+    return [struct.pack("<4sBIQQQ", b"dpm3", kind, 0, 0, size, 0) for kind, size in ((2, 0), (3, len(text)))] + [text]
 
 
 CHANGES = {
