@@ -25,7 +25,7 @@ from dist_partial.selection.paths import variable_paths
 from dist_partial.selection.rules import first_match, parse_rules
 from dist_partial.step import layer_state
 from dist_partial.step.optimizers import another
-from dist_partial.validation import shown
+from dist_partial.validation import nearest, shown
 
 
 class Data:
@@ -269,8 +269,10 @@ def optimizer(given: Any) -> Any:
         try:
             given = keras.optimizers.get(given)
         except ValueError:
+            names = [name.lower() for name in vars(keras.optimizers) if name[0].isupper()]
             raise UserError(
-                f"optimizer: Keras has none called {given!r}; write a name such as 'adam', or give one"
+                f"optimizer: Keras has none called {given!r}{nearest(given, names)}; write a name such as 'adam', or "
+                "give one"
             ) from None
     return Optimizer(given) if isinstance(given, keras.optimizers.Optimizer) else given
 

@@ -34,26 +34,45 @@ def check_inputs(model: keras.Model, name: str, x: Any) -> None:
     if inputs is None:
         return
     names = sorted(inputs) if isinstance(inputs, dict) else [tensor.name for tensor in inputs]
-    has = f"run.model has the {'inputs' if len(names) > 1 else 'input'} {_listed(names)}, and {name}'s examples have"
+    has = f"run.model has the {'inputs' if len(names) > 1 else 'input'} {listed(names)}, and {name}'s examples have"
+    _check_texts(inputs, name, x)
     if isinstance(x, dict):
         missing = [each for each in names if each not in x]
         others = [each for each in x if each not in names]
         near = nearest(missing[0], others) if missing else ""
         if missing:
-            also = f", but {_listed(others)}" if others and not near else ""
-            raise UserError(f"{has} no {_listed(missing)}{near or also}; give each input under its name")
+            also = f", but {listed(others)}" if others and not near else ""
+            raise UserError(f"{has} no {listed(missing)}{near or also}; give each input under its name")
         if others and isinstance(inputs, dict) and sorted(x)[: len(names)] != names:
-            raise UserError(f"{has} {_listed(others)} as well; leave out what it does not take")
+            raise UserError(f"{has} {listed(others)} as well; leave out what it does not take")
         return
     given = len(x) if isinstance(x, (list, tuple)) else 1
     if given == len(names):
         return
-    lacking = f"{_listed(names[given:])} {'is' if len(names) == given + 1 else 'are'} missing"
+    lacking = f"{listed(names[given:])} {'is' if len(names) == given + 1 else 'are'} missing"
     problem = lacking if given < len(names) else f"{given - len(names)} too many"
     form = "{" + ", ".join(f"{each!r}: ..." for each in names[:_LISTED]) + ", ..." * (len(names) > _LISTED) + "}"
     form += "" if isinstance(inputs, dict) else ", or as a tuple in that order"
     form = form if len(names) > 1 else "one array"
     raise UserError(f"{has} {given} without a name: {problem}; give x as {form}")
+
+
+def _check_texts(inputs: dict[str, Any] | list[Any], name: str, x: Any) -> None:
+    """Raises UserError if an input of numbers is given texts: TensorFlow ends with many lines then."""
+    if isinstance(x, dict):
+        tensors = inputs if isinstance(inputs, dict) else {tensor.name: tensor for tensor in inputs}
+        pairs = [(repr(key), tensor, x.get(key)) for key, tensor in tensors.items()]
+    else:
+        flat = [inputs[key] for key in sorted(inputs)] if isinstance(inputs, dict) else inputs
+        pairs = [
+            ("x", tensor, each) for tensor, each in zip(flat, x if isinstance(x, (list, tuple)) else [x], strict=False)
+        ]
+    for which, tensor, spec in pairs:
+        if getattr(spec, "dtype", None) == "string" and tensor.dtype != "string":
+            raise UserError(
+                f"{which} of {name}'s examples is text, and run.model takes {tensor.dtype} there: make numbers of it "
+                "in Dataset.map, by keras.layers.StringLookup or TextVectorization"
+            )
 
 
 def check_asked(name: str, x: Any, error: KeyError) -> None:
@@ -68,7 +87,7 @@ def check_asked(name: str, x: Any, error: KeyError) -> None:
     key = (found[1] if found else str(error.args[0])).strip("'")
     if isinstance(x, dict) and key not in x:
         raise UserError(
-            f"run.model asks for {key!r}{own_line(error)}, and {name}'s examples have {_listed(list(x))}"
+            f"run.model asks for {key!r}{own_line(error)}, and {name}'s examples have {listed(list(x))}"
             f"{nearest(key, x)}"
         ) from error
 
@@ -87,6 +106,12 @@ def _inputs(model: keras.Model) -> dict[str, Any] | list[Any] | None:
     return inputs if isinstance(inputs, dict) else flat
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Writes names as messages show them: the first eight.
+
+    Examples:
+        >>> listed(["buy", "kind"])
+        "'buy', 'kind'"
+    """
     more = len(names) - _LISTED
     return ", ".join(map(repr, names[:_LISTED])) + (f" and {more} more" if more > 0 else "")

@@ -114,10 +114,11 @@ def taking(name: str, x: Any) -> Iterator[None]:
     except KeyError as error:
         check_asked(name, x, error)
         raise
-    except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
+    except (ValueError, TypeError, tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+        texts = any(each.dtype == tf.string for each in tf.nest.flatten(x))
+        cure = "make numbers of texts in Dataset.map" if texts else "bind sizes that fit each other"
         raise UserError(
-            f"run.model does not take {_example(name, x)}: {first_line(error).rstrip('.')}{own_line(error)}; bind "
-            "sizes that fit each other"
+            f"run.model does not take {_example(name, x)}: {first_line(error).rstrip('.')}{own_line(error)}; {cure}"
         ) from error
 
 

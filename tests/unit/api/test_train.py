@@ -1,12 +1,14 @@
 """`dist_partial.train`: compared with Keras's fit, run again and again in one process, and read by the commands."""
 
 import inspect
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -475,3 +477,36 @@ def test_settings_are_the_same_when_they_are_read_again(tmp_path):
     assert again.loss.get_config() == settings.loss.get_config() and again.metrics[0].name == "mine"
     with pytest.raises(UserError, match=r"run.optimizer is .*result.model.save"):
         again.optimizer()
+
+
+@pytest.mark.parametrize("best", ["auc", "val_auc"])
+def test_a_metric_is_called_the_same_in_each_run_of_a_process(best):
+    """As it is when a cell is run again, and in a run that goes on."""
+    for steps in (2, 4):
+        train(
+            numbered,
+            (X, (Y > 0).astype(np.float32)),
+            rules=SECOND,
+            loss=keras.losses.BinaryCrossentropy(from_logits=True),
+            metrics=[keras.metrics.AUC(from_logits=True)],
+            callbacks=[keras.callbacks.EarlyStopping(monitor="val_auc", mode="max", patience=9)],
+            best=best,
+            eval_every=2,
+            steps=steps,
+            folder="run",
+        )
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert {name for row in rows for name in row if "auc" in name} == {"auc"}
+
+
+def test_a_metric_of_other_targets_is_named():
+    with pytest.raises(
+        UserError, match=r"^metrics \(AUC\) does not take .*; with class ids for targets give metrics of"
+    ):
+        two = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
+        train(two, (X, (Y[:, 0] > 0).astype(np.int32)), rules=[("train", ".*")], metrics=[keras.metrics.AUC()], steps=1)
+
+
+def test_a_misspelt_optimizer_has_near_ones():
+    with pytest.raises(UserError, match=r"^optimizer: Keras has none called 'adamm'; nearest: 'adam'"):
+        train(numbered, (X, Y), rules=SECOND, loss="mse", optimizer="adamm", steps=1)
