@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
+from dist_partial import compat
 from dist_partial.errors import UserError, own_line
 from dist_partial.validation import nearest
 
@@ -59,20 +61,59 @@ def check_inputs(model: keras.Model, name: str, x: Any) -> None:
 
 def _check_texts(inputs: dict[str, Any] | list[Any], name: str, x: Any) -> None:
     """Raises UserError if an input of numbers is given texts: TensorFlow ends with many lines then."""
-    if isinstance(x, dict):
-        tensors = inputs if isinstance(inputs, dict) else {tensor.name: tensor for tensor in inputs}
-        pairs = [(repr(key), tensor, x.get(key)) for key, tensor in tensors.items()]
-    else:
-        flat = [inputs[key] for key in sorted(inputs)] if isinstance(inputs, dict) else inputs
-        pairs = [
-            ("x", tensor, each) for tensor, each in zip(flat, x if isinstance(x, (list, tuple)) else [x], strict=False)
-        ]
-    for which, tensor, spec in pairs:
+    for which, tensor, spec in _paired(inputs, x):
         if getattr(spec, "dtype", None) == "string" and tensor.dtype != "string":
             raise UserError(
                 f"{which} of {name}'s examples is text, and run.model takes {tensor.dtype} there: make numbers of it "
                 "in Dataset.map, by keras.layers.StringLookup or TextVectorization"
             )
+
+
+def _paired(inputs: dict[str, Any] | list[Any], x: Any) -> list[tuple[str, Any, Any]]:
+    """What messages call each part of x, the model's input for it, and the part."""
+    if isinstance(x, dict):
+        tensors = inputs if isinstance(inputs, dict) else {tensor.name: tensor for tensor in inputs}
+        return [(repr(key), tensor, x.get(key)) for key, tensor in tensors.items()]
+    flat = [inputs[key] for key in sorted(inputs)] if isinstance(inputs, dict) else inputs
+    parts = x if isinstance(x, (list, tuple)) else [x]
+    names = ["x"] if len(parts) == 1 else [f"x[{i}]" for i in range(len(parts))]
+    return list(zip(names, flat, parts, strict=False))
+
+
+def check_ids(model: keras.Model, name: str, x: Any, indices: np.ndarray) -> None:
+    """Raises UserError if ids are none of those that an Embedding at an input of a model has.
+
+    Args:
+        model: the model.
+        name: of the data set.
+        x: arrays of examples, a nest.
+        indices: which examples they are, int64 [n].
+
+    Examples:
+        >>> ids = keras.Input([1], dtype="int32")
+        >>> model = keras.Model(ids, keras.layers.Embedding(20, 4, name="item")(ids))
+        >>> check_ids(model, "mine", np.array([[3], [77]]), np.array([5, 8]))
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: x of mine has the id 77 (example 8), and layer 'item' of run.model has 20 of \
+them, from 0 on: bind sizes that fit each other
+    """
+    inputs = _inputs(model)
+    if inputs is None:
+        return
+    for layer in compat.layers(model):
+        try:
+            own = layer.input if isinstance(layer, keras.layers.Embedding) else None
+        except (AttributeError, ValueError):  # it is called never, or more than once
+            continue
+        for which, tensor, array in _paired(inputs, x) if own is not None else ():
+            if tensor is own and isinstance(array, np.ndarray) and array.dtype.kind in "iu" and array.size:
+                for place in (np.argmin(array), np.argmax(array)):
+                    if not 0 <= (found := array.flat[place]) < layer.input_dim:
+                        example = indices[np.unravel_index(place, array.shape)[0]]
+                        raise UserError(
+                            f"{which} of {name} has the id {found} (example {example:,}), and layer {layer.name!r} of "
+                            f"run.model has {layer.input_dim:,} of them, from 0 on: bind sizes that fit each other"
+                        )
 
 
 def check_asked(name: str, x: Any, error: KeyError) -> None:

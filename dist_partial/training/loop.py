@@ -6,6 +6,7 @@ What happens between steps is in `events.py`, what is trained when in `schedule_
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -161,7 +162,9 @@ def _advance(
     rates = learning_rates([group.optimizer for group in trainer.optimizers])
     writer.train(state.step + 1, losses[:good], norms[:good], sent[:good], [row | rates for row in measured])
     judge.made_steps(losses[:good], metrics, measured)
-    failures.check_finite(losses, norms, state.step, save.saved, trainer.scale)
+    order = {"global_batch": trainer.settings.global_batch, "seed": trainer.settings.seed}
+    blamed = functools.partial(failures.not_finite, trainer.data.train, **order)
+    failures.check_finite(losses, norms, state.step, save.saved, trainer.scale, blamed)
     return dataclasses.replace(state.after(sent), schedule=runner.to_json())
 
 
