@@ -161,6 +161,8 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
         objective = divided_objective(objective, settings, plan, strategy, data.train)
         with calling("run.model"), taking(data.name, spec[0]):
             changed = layer_state.find(model, spec, plan, objective)
+        averaged = [*batch_norm.local_statistics(model), *changed.averaged]
+        plan = dataclasses.replace(plan, statistics=reductions.averages(plan, averaged))
         notes += coupling_notes(objective, data.train, strategy.num_replicas_in_sync, settings.accumulate)
         with calling("run.optimizer"):
             groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))

@@ -138,12 +138,12 @@ def _advance(
     save.meter.start()
     began = time.perf_counter()
     result = runner.advance(count)
-    each = traffic.sent_each(phase.sent, trainer.plan, steps=1)
+    each = traffic.sent_each(phase.sent, phase.plan, steps=1)
     sent = state.sent + each * np.arange(1, count + 1)[:, np.newaxis]
     for exchange in phase.exchanges:
         if exchange.due(done):
             exchange.function()
-            sent[-1] += traffic.sent_each(exchange.sent, trainer.plan)
+            sent[-1] += traffic.sent_each(exchange.sent, phase.plan)
     # All workers stop after the same call, whichever of them got the signal, and all hear of a norm that is not finite
     # on one of them alone, which trains by itself.
     votes = np.append(stop.votes(), [judge.wants_to_stop, np.sum(result["waited"])])

@@ -510,3 +510,27 @@ def test_a_metric_of_other_targets_is_named():
 def test_a_misspelt_optimizer_has_near_ones():
     with pytest.raises(UserError, match=r"^optimizer: Keras has none called 'adamm'; nearest: 'adam'"):
         train(numbered, (X, Y), rules=SECOND, loss="mse", optimizer="adamm", steps=1)
+
+
+def test_everything_sends_at_most_what_everything_would_take(capsys):
+    """The running statistics of BatchNorm, which replicas average, are among both."""
+    layers = [keras.layers.Dense(4), keras.layers.BatchNormalization(), keras.layers.Dense(1)]
+    found = train(
+        keras.Sequential([keras.Input([3]), *layers]), (X, Y), rules=[("train", ".*")], loss="mse", steps=2, replicas=2
+    )
+    trained = 4 * (3 * 4 + 4 + 2 * 4 + 4 + 1)
+    moving = 4 * 2 * 4
+    assert [row["wire_share"] for row in found.history.of("train")] == [1.0, 1.0]
+    assert found.history.of("train")[-1]["wire_bytes"] == 2 * (trained + moving)
+    assert found.plan.wire_bytes == found.plan.full_wire_bytes == trained + moving
+    said = capsys.readouterr().out
+    assert re.search(rf"\(statistics\) .* {moving}\n", said)
+    assert f"payload: {trained + moving} of {trained + moving} bytes a step" in said
+
+
+def test_an_evaluation_prints_names_as_best_takes_them(capsys):
+    metric = keras.metrics.MeanAbsoluteError(name="off_by")
+    train(numbered, (X, Y), rules=SECOND, loss="mse", metrics=[metric], best="off_by", eval_every=1, steps=1)
+    assert re.search(r"held-out loss [\d.]+, off_by [\d.]+ \(", capsys.readouterr().out)
+    with pytest.raises(UserError, match=r"^best is 'OFF_BY', which is no number of an evaluation; nearest: 'off_by'"):
+        train(numbered, (X, Y), rules=SECOND, loss="mse", metrics=[metric], best="OFF_BY", steps=1)
