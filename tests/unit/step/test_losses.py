@@ -762,7 +762,10 @@ def test_a_loss_that_was_made_before_the_precision_was_known_has_it():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("squares", "run.loss: Keras has no loss 'squares'; write a name such as 'mse', or a class"),
+        (
+            "squares",
+            "run.loss: Keras has no loss 'squares'; nearest: 'squared_hinge'; write a name such as 'mse', or a class",
+        ),
         (lambda: 3, "run.loss made a int: its factory must return a Keras loss or a function"),
     ],
 )
