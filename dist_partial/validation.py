@@ -366,9 +366,14 @@ def nearest(word: str, names: Iterable[str], always: bool = False, folder: Path 
         ''
         >>> nearest("fulll.gin", ["full.gin"], folder=Path("gin_configs"))
         "; nearest: 'gin_configs/full.gin'"
+        >>> nearest("Auc", ["Sum", "AUC"])
+        "; nearest: 'AUC'"
     """
-    known, word = list(dict.fromkeys(names)), word[:_SHOWN]
-    found = difflib.get_close_matches(word, known, 3, 0 if always else 0.5)
+    known: dict[str, list[str]] = {}  # by the name in small letters
+    for name in dict.fromkeys(names):
+        known.setdefault(name.lower(), []).append(name)
+    close = difflib.get_close_matches(word[:_SHOWN].lower(), known, 3, 0 if always else 0.5)
+    found = [name for each in close for name in known[each]][:3]
     found = [str(folder / name) for name in found] if folder else found
     return f"; nearest: {', '.join(map(repr, found))}" if found else ""
 

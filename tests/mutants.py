@@ -227,10 +227,10 @@ MUTANTS = [
     ),
     changed(
         "a target equal to the number of classes",
-        "step/losses.py",
+        "step/targets.py",
         "if high >= classes:",
         "if high > classes:",
-        "unit/step/test_losses.py::test_class_ids_end_below_the_number_of_classes",
+        "unit/step/test_targets.py::test_class_ids_end_below_the_number_of_classes",
     ),
     # What is sent.
     changed(

@@ -17,7 +17,7 @@ from dist_partial.distributed.replicas import ReplicaOptions
 from dist_partial.errors import UserError, first_line
 from dist_partial.step.optimizers import another
 from dist_partial.terminal import say
-from dist_partial.validation import shown
+from dist_partial.validation import nearest, shown
 
 _LONGEST = 10_000  # characters in which a configuration holds what a codec keeps
 
@@ -108,8 +108,10 @@ def optimizer(given: Any) -> Any:
         try:
             given = keras.optimizers.get(given)
         except ValueError:
+            names = [name.lower() for name in vars(keras.optimizers) if name[0].isupper()]
             raise UserError(
-                f"optimizer: Keras has none called {given!r}; write a name such as 'adam', or give one"
+                f"optimizer: Keras has none called {given!r}{nearest(given, names)}; write a name such as 'adam', or "
+                "give one"
             ) from None
     if not isinstance(given, keras.optimizers.Optimizer):
         return given

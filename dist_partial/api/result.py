@@ -83,7 +83,7 @@ class Result:
             lines.append(f"best, step {self.best['step']}: {_words(self.best)}")
         lines.append(
             f"trained: {trained:,} of {total:,} parameters ({trained / max(total, 1):.2%}), "
-            f"{grouped(self.plan.wire_bytes)} of {self.plan.full_wire_bytes:,} bytes a step and replica"
+            f"{grouped(self.plan.wire_bytes)} of {grouped(self.plan.full_wire_bytes)} bytes a step and replica"
         )
         return "\n".join(lines)
 

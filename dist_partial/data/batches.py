@@ -294,6 +294,24 @@ def some_targets(source: Source) -> Any:
     return fetch(source, looks(source))[1]
 
 
+def some_inputs(source: Source) -> tuple[Any, np.ndarray]:
+    """Reads inputs to check before a run, chosen as `some_targets` are.
+
+    Returns:
+        A nest of arrays as `x` of the spec, and which examples they are: int64 [n].
+
+    Examples:
+        >>> some_inputs(ArraySource(np.array([5, 6, 7])))[0].tolist()
+        [5, 6, 7]
+    """
+    if isinstance(source, Part):
+        return some_inputs(source.source)
+    if isinstance(source, ArraySource) and sum(array.nbytes for array in tf.nest.flatten(source.x)) <= 2**30:
+        return source.x, np.arange(len(source))
+    indices = looks(source)
+    return fetch(source, indices)[0], indices
+
+
 def looks(source: Source) -> np.ndarray:
     """Chooses up to 64 examples from all over a source, to look at before a run: int64 [n].
 

@@ -72,7 +72,7 @@ class Meter:
         for payload in plan.payloads:
             self.planned += payload.times(first, last) * payload.bytes
             self.expected += payload.times(first, last) * float(nic_bytes(payload.kind, payload.bytes, self.workers))
-        self.full += plan.full_wire_bytes * steps
+        self.full += round(plan.full_wire_bytes * steps)
         assert self._start is not None
         began, before = self._start
         if self._calls:

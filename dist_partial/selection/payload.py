@@ -24,7 +24,7 @@ class Payload(NamedTuple):
         return (last - self.offset) // self.every - (first - self.offset) // self.every
 
 
-def nic_bytes(kind: str, payload: int, workers: int) -> fractions.Fraction:
+def nic_bytes(kind: str, payload: int | fractions.Fraction, workers: int) -> fractions.Fraction:
     """Counts the bytes that leave the network interface of each of N workers when each hands over a payload.
 
     Of a sum 2 (N-1)/N of the payload, by a ring or by our own connections (Patarasuk & Yuan 2009, "Bandwidth optimal

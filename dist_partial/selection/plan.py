@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Sequence
+from fractions import Fraction
 from typing import Any
 
 from dist_partial.selection.payload import average_bytes, exact_number, itemsize, nic_bytes
@@ -149,7 +150,7 @@ class Plan:
 
     rules: tuple[Rule, ...]
     entries: tuple[VariablePlan, ...]
-    statistics: tuple[Any, ...] = ()  # what BatchNorm layers in training mode send; known once the step is traced
+    statistics: tuple[Any, ...] = ()  # what BatchNorm layers in training mode send; all of it once the step is traced
     workers: int = 2  # among which bytes at the network interface are counted
     local: int = 1  # replicas of each worker
 
@@ -208,9 +209,9 @@ class Plan:
         return average_bytes(self.payloads)
 
     @property
-    def full_wire_bytes(self) -> int:
-        """Bytes a step if everything were trained and sent in its own dtype."""
-        return sum(entry.full_bytes for entry in self.entries)
+    def full_wire_bytes(self) -> int | float:
+        """Bytes a step if everything were trained and sent in its own dtype, with the statistics."""
+        return exact_number(sum(entry.full_bytes for entry in self.entries) + Fraction(average_bytes(self.statistics)))
 
     @property
     def nic_bytes(self) -> int | float:
@@ -220,7 +221,7 @@ class Plan:
     @property
     def full_nic_bytes(self) -> int | float:
         """The same if everything were trained and summed in its own dtype."""
-        return exact_number(nic_bytes("sum", self.full_wire_bytes, self.workers))
+        return exact_number(nic_bytes("sum", Fraction(self.full_wire_bytes), self.workers))
 
     def divided(self, units: Sequence[tuple[str, Sequence[str]]]) -> "Plan":
         """The same plan in units, each a name and paths, that `only` can switch."""

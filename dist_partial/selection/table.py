@@ -170,7 +170,7 @@ def _totals(plan: Plan, hosts: int) -> list[str]:
     whose = "worker" if plan.local > 1 else "replica"
     return [
         f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%})",
-        f"payload: {grouped(plan.wire_bytes)} of {plan.full_wire_bytes:,} bytes a step and {whose}",
+        f"payload: {grouped(plan.wire_bytes)} of {grouped(plan.full_wire_bytes)} bytes a step and {whose}",
         f"{_interface(plan.workers, hosts)} {grouped(plan.nic_bytes)} of {grouped(plan.full_nic_bytes)} bytes a step "
         f"({plan.nic_bytes / plan.full_nic_bytes:.2%})",
     ]

@@ -20,6 +20,8 @@ from dist_partial import compat
 from dist_partial.errors import UserError
 from dist_partial.models.output_logits import activation_op, adds_up, logits_behind
 from dist_partial.step.keras_configs import remade
+from dist_partial.step.keras_names import names_in
+from dist_partial.validation import nearest
 
 _LARGEST = 2**22  # elements of a target and its output, up to which a loss is tried out
 
@@ -53,6 +55,16 @@ def computing(part: Part) -> Iterator[Part]:
             yield part
     finally:
         _current.part = before
+
+
+@contextlib.contextmanager
+def looking(look: Callable[[Any, Any, Any], None]) -> Iterator[None]:
+    """Has losses that are called within it first show what they take: to `look(loss, targets, outputs)`."""
+    _current.look = look
+    try:
+        yield
+    finally:
+        _current.look = None
 
 
 class DividedLoss(keras.losses.Loss):
@@ -89,6 +101,8 @@ class DividedLoss(keras.losses.Loss):
         part = getattr(_current, "part", None)
         y_pred = self._logits(y_pred)
         self.seen = y_true, y_pred
+        if (look := getattr(_current, "look", None)) is not None:
+            look(self.inner, y_true, y_pred)
         if part is None:
             return self.inner(y_true, y_pred, sample_weight)
         summed = self.reduction in ("sum", "none", None)  # `fit` trains on the sum of the last two as well
@@ -194,7 +208,10 @@ def made(loss: Any) -> Any:
         try:
             loss = keras.losses.get(loss)
         except ValueError as error:
-            raise UserError(f"run.loss: Keras has no loss {loss!r}; write a name such as 'mse', or a class") from error
+            near = nearest(loss, names_in(keras.losses))
+            raise UserError(
+                f"run.loss: Keras has no loss {loss!r}{near}; write a name such as 'mse', or a class"
+            ) from error
     elif callable(loss) and not isinstance(loss, keras.losses.Loss) and not takes_targets(loss):
         loss = loss()
         if isinstance(loss, (dict, list, tuple, str)):
@@ -284,45 +301,3 @@ def loss_of(loss: Callable[..., Any], parts: Sequence[tuple[Any, Any]]) -> float
         with computing(Part(1 / len(parts), iter(counts))):
             total += float(loss(y, outputs)) / len(parts)
     return total
-
-
-def check_class_ids(loss: Any, name: str, y: np.ndarray, classes: int) -> None:
-    """Looks whether targets are ids of the model's classes, if the loss takes them for that.
-
-    TensorFlow fails on others in the first step, or on a GPU trains on NaN; it cuts fractions off.
-
-    Args:
-        loss: a Keras loss; of others than Keras's own sparse cross-entropy nothing is asked.
-        name: of the data set.
-        y: targets of any shape.
-        classes: how many logits the model gives.
-
-    Raises:
-        UserError: a target is none of 0 to classes - 1.
-
-    Examples:
-        >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        >>> check_class_ids(loss, "mine", np.array([0, 9]), classes=10)
-        >>> check_class_ids(loss, "mine", np.array([1, 10]), classes=10)
-        Traceback (most recent call last):
-        dist_partial.errors.UserError: mine has targets up to 10 and run.model gives logits for the classes 0 to 9: ...
-    """
-    if type(loss) is not keras.losses.SparseCategoricalCrossentropy or loss.get_config().get("axis", -1) != -1:
-        return
-    y = y if loss.ignore_class is None else y[y != loss.ignore_class]
-    if not y.size or y.dtype.kind not in "iufb":
-        return
-    low, high = np.min(y), np.max(y)
-    if y.dtype.kind == "f" and (y != np.floor(y)).any():
-        raise UserError(
-            f"{name} has targets such as {y[y != np.floor(y)][0]:.6g}, which are no class ids, and run.loss is a "
-            "cross-entropy over classes: give another, such as keras.losses.MeanSquaredError, in a gin file "
-            "run.loss = @keras.losses.MeanSquaredError"
-        )
-    if low < 0:
-        raise UserError(f"{name} has the target {low:g}: run.loss takes class ids, which are numbered from 0")
-    if high >= classes:
-        raise UserError(
-            f"{name} has targets up to {high:g} and run.model gives logits for the classes 0 to {classes - 1}: "
-            f"bind a model of at least {high + 1:g} classes, or another run.loss if the targets are no class ids"
-        )

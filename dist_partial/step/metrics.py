@@ -1,17 +1,23 @@
 """Makes the metrics of a run: those that are bound, or those that its data and loss suggest."""
 
 import contextlib
+import inspect
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from dist_partial import compat
-from dist_partial.errors import UserError
+from dist_partial.errors import UserError, first_line
 from dist_partial.step.keras_configs import remade
+from dist_partial.step.keras_names import names_in, snake_case
 from dist_partial.step.losses import DividedLoss, takes_targets
+from dist_partial.validation import nearest
+
+_CHOSEN = ("accuracy", "acc", "crossentropy", "ce")  # of which Keras makes what the targets ask for
 
 
 def made(metrics: Any, name: str) -> Any:
@@ -33,7 +39,10 @@ def made(metrics: Any, name: str) -> Any:
         return {key: made(each, name) for key, each in metrics.items()}
     if isinstance(metrics, (list, tuple)):
         return [made(each, name) for each in metrics]
-    if metrics is None or isinstance(metrics, str):
+    if metrics is None:
+        return None
+    if isinstance(metrics, str):
+        _check_name(metrics, name)
         return metrics
     if isinstance(metrics, keras.metrics.Metric):
         if metrics.dtype != keras.config.floatx():  # made before the run's precision was known
@@ -49,6 +58,59 @@ def made(metrics: Any, name: str) -> Any:
             "as 'accuracy'"
         )
     return metric
+
+
+def _check_name(metric: str, binding: str) -> None:
+    """Raises UserError unless Keras makes a metric of a name."""
+    if metric.lower() in _CHOSEN:
+        return
+    try:
+        keras.metrics.get(metric)
+    except ValueError as error:
+        names = [*_CHOSEN[:2], *names_in(keras.metrics)]
+        raise UserError(
+            f"{binding}: Keras has no metric {metric!r}{nearest(metric, names)}; write a name such as 'accuracy', or "
+            "give a metric"
+        ) from error
+    except TypeError as error:
+        raise UserError(
+            f"{binding}: a name is not enough for {metric!r} ({first_line(error)}): give the metric itself, such as "
+            "keras.metrics.MeanIoU(num_classes=3), in a gin file @keras.metrics.MeanIoU() and its bindings"
+        ) from error
+
+
+def as_in_new_process(metrics: Sequence[tuple[str, keras.metrics.Metric]]) -> list[tuple[str, keras.metrics.Metric]]:
+    """Names the results of metrics as in a new process, whatever this one has made before: `auc`, and not `auc_3`.
+
+    Keras numbers metrics without a name through the process; `run.best`, callbacks and run folders go by these names.
+
+    Args:
+        metrics: all of a run, by the names of their results.
+
+    Examples:
+        >>> metrics = [("kind_auc_7", keras.metrics.AUC(name="auc_7")), ("auc_4", keras.metrics.AUC(name="auc_4"))]
+        >>> [name for name, _ in as_in_new_process(metrics)]
+        ['kind_auc_1', 'auc']
+    """
+    numbers = [_number(metric) for _, metric in metrics]
+    found = []
+    for (name, metric), number in zip(metrics, numbers, strict=True):
+        if number is not None and name.endswith(metric.name):
+            same = {n for n, (_, other) in zip(numbers, metrics, strict=True) if type(other) is type(metric)}
+            rank = sorted(same - {None}).index(number)  # type: ignore[type-var]
+            own = snake_case(type(metric).__name__) + (f"_{rank}" if rank else "")
+            name = name.removesuffix(metric.name) + own
+        found.append((name, metric))
+    return found
+
+
+def _number(metric: keras.metrics.Metric) -> int | None:
+    """The number that Keras has given a metric without a name; None of one with a name."""
+    own = inspect.signature(type(metric)).parameters.get("name")
+    called = re.fullmatch(rf"{snake_case(type(metric).__name__)}(?:_(\d+))?", metric.name)
+    if called is None or (own is not None and own.default is not None):
+        return None
+    return int(called[1] or 0)
 
 
 def suggested(y: Any, outputs: Any, loss: Any, text: bool, unit: str | None) -> list[keras.metrics.Metric]:

@@ -17,6 +17,7 @@ import tensorflow as tf
 from dist_partial import compat
 from dist_partial.errors import Raised, UserError, calling
 from dist_partial.step import losses
+from dist_partial.step.metrics import as_in_new_process
 
 # (x,), (x, y) or (x, y, weight), each a nest of tensors with the batch axis first.
 Batch = tuple[Any, ...]
@@ -257,7 +258,7 @@ def prepare(
     for _, metric in metrics:
         metric.reset_state()  # it may have counted before
     local = tf.distribute.get_strategy().experimental_local_results
-    for name, metric in metrics:
+    for name, metric in as_in_new_process(metrics):
         # Of this worker's first replica: a sum over all is what else a variable of a metric gives.
         initial = tuple(local(variable.value)[0].numpy() for variable in metric.variables)
         cheap = sum(value.size for value in initial) <= _CHEAP

@@ -170,6 +170,8 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
         objective = divided_objective(objective, settings, plan, topology, data.train)
         with calling("run.model"), taking(data.name, spec[0]):
             changed = layer_state.find(model, spec, plan, objective)
+        averaged = [*batch_norm.local_statistics(model), *changed.averaged]
+        plan = dataclasses.replace(plan, statistics=reductions.averages(plan, averaged))
         notes += coupling_notes(objective, data.train, topology.replicas, settings.accumulate)
         notes += notes_on_repeats(data)
         with calling("run.optimizer"):

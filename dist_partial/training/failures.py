@@ -4,13 +4,16 @@ import contextlib
 import re
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
+import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.data import failing_example
+from dist_partial.data import Source, failing_example, fetch, trait
+from dist_partial.data.draws import draws
+from dist_partial.data.order import places
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import Ending, Fault, UserError, of_graph, raised
 from dist_partial.step.loss_scale import LossScale
@@ -83,7 +86,14 @@ def explained() -> Iterator[None]:
         raise
 
 
-def check_finite(losses: np.ndarray, norms: np.ndarray, done: int, saved: int, scale: LossScale | None) -> None:
+def check_finite(
+    losses: np.ndarray,
+    norms: np.ndarray,
+    done: int,
+    saved: int,
+    scale: LossScale | None,
+    blamed: Callable[[int], str] = lambda step: "",
+) -> None:
     """Raises UserError if one of the steps after `done` has spoilt the weights.
 
     Args:
@@ -92,6 +102,7 @@ def check_finite(losses: np.ndarray, norms: np.ndarray, done: int, saved: int, s
         done: steps before them.
         saved: the step of the newest checkpoint; 0 if there is none.
         scale: the loss scale, or None.
+        blamed: says what is not finite of the examples of a step, counted from 0; '' if all is.
 
     Examples:
         >>> check_finite(np.array([2.0, np.nan]), np.array([1.0, 1.0]), done=10, saved=5, scale=None)
@@ -102,15 +113,49 @@ def check_finite(losses: np.ndarray, norms: np.ndarray, done: int, saved: int, s
     if good < len(losses):
         what = "loss" if not np.isfinite(losses[good]) else "gradient"
         kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was due before it"
+        found = blamed(done + good)
+        cure = "correct or leave out that example" if found else "lower the learning rate or bind run.clip_norm"
         raise UserError(
             f"the {what} is not finite at step {done + good + 1} (loss {losses[good]:.4g}, gradient norm "
-            f"{norms[good]:.4g}); {kept}; lower the learning rate or bind run.clip_norm"
+            f"{norms[good]:.4g}){found and f', and {found}'}; {kept}; {cure}"
         )
     if scale is not None and scale.exhausted(norms):
         raise UserError(
             f"the gradient overflowed in every step up to {done + len(losses)}, though the loss is no longer scaled: "
             "bind run.precision = 'mixed_bfloat16'"
         )
+
+
+def not_finite(source: Source, step: int, global_batch: int, seed: int) -> str:
+    """Says which number of the examples of a step is not finite; '' if all are, or the examples cannot be read again.
+
+    Args:
+        source: the training examples.
+        step: counted from 0.
+        global_batch: examples of a step.
+        seed: of the order.
+
+    Examples:
+        >>> from dist_partial.data import ArraySource
+        >>> not_finite(ArraySource(np.array([0.5, np.nan, 2.0])), step=0, global_batch=3, seed=0)
+        'x of example 1 is nan'
+    """
+    if trait(source, "streamed", False):
+        return ""
+    indices, epochs = places(source, step * global_batch + tf.range(global_batch, dtype=tf.int64), seed)
+    indices, epochs = indices.numpy(), epochs.numpy()
+    try:
+        parts = fetch(source, indices, draws(seed, epochs, indices))
+    except Ending:  # what was to be said is the step
+        return ""
+    place = trait(source, "place") or "example {:,}".format
+    for name, arrays in zip(("x", "y", "weight"), parts, strict=False):
+        for path, array in keras.tree.flatten_with_path(arrays):
+            if array.dtype.kind == "f" and not (good := np.isfinite(array)).all():
+                row, *_ = first = np.unravel_index(np.argmin(good), array.shape)
+                key = "".join(f"[{each!r}]" for each in path)
+                return f"{name}{key} of {place(int(indices[row]))} is {array[first]}"
+    return ""
 
 
 def finite_steps(losses: np.ndarray, norms: np.ndarray, scale: LossScale | None) -> int:

@@ -55,9 +55,12 @@ class Judge:
         )
         _check(self._settings.callbacks, [*own, *(f"val_{name}" for name in held_out), "learning_rate"])
         best = self._settings.best
-        if best is not None and best not in held_out:
+        # Callbacks say `val_loss` for the `loss` of an evaluation.
+        self._number = best if best is None or best in held_out else best.removeprefix("val_")
+        if self._number is not None and self._number not in held_out:
             raise UserError(
-                f"run.best is {best!r}, which is no number of an evaluation{nearest(best, held_out, always=True)}"
+                f"run.best is {best!r}, which is no number of an evaluation"
+                f"{nearest(self._number, held_out, always=True)}"
             )
         self._kept = kept = state.judged or {}
         self.reason: str = kept.get("stopped", "")
@@ -171,8 +174,8 @@ class Judge:
 
     def _is_better(self, step: int, held_out: Mapping[str, float]) -> bool:
         name, patience = str(self._settings.best), self._settings.patience
-        sign = -1 if self._trainer.objective.grows(name) else 1
-        value = held_out[name]
+        sign = -1 if self._trainer.objective.grows(str(self._number)) else 1
+        value = held_out[str(self._number)]
         if math.isnan(value):  # which nothing would be better than
             value = sign * math.inf
         if not self._best or sign * value < sign * self._best["value"]:

@@ -6,6 +6,7 @@ What happens between steps is in `events.py`, what is trained when in `schedule_
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -137,12 +138,12 @@ def _advance(
     save.meter.start()
     began = time.perf_counter()
     result = runner.advance(count)
-    each = traffic.sent_each(phase.sent, trainer.plan, steps=1)
+    each = traffic.sent_each(phase.sent, phase.plan, steps=1)
     sent = state.sent + each * np.arange(1, count + 1)[:, np.newaxis]
     for exchange in phase.exchanges:
         if exchange.due(done):
             exchange.function()
-            sent[-1] += traffic.sent_each(exchange.sent, trainer.plan)
+            sent[-1] += traffic.sent_each(exchange.sent, phase.plan)
     # All workers stop after the same call, whichever of them got the signal, and all hear of a norm that is not finite
     # on one of them alone, which trains by itself.
     votes = np.append(stop.votes(), [judge.wants_to_stop, np.sum(result["waited"])])
@@ -161,7 +162,9 @@ def _advance(
     rates = learning_rates([group.optimizer for group in trainer.optimizers])
     writer.train(state.step + 1, losses[:good], norms[:good], sent[:good], [row | rates for row in measured])
     judge.made_steps(losses[:good], metrics, measured)
-    failures.check_finite(losses, norms, state.step, save.saved, trainer.scale)
+    order = {"global_batch": trainer.settings.global_batch, "seed": trainer.settings.seed}
+    blamed = functools.partial(failures.not_finite, trainer.data.train, **order)
+    failures.check_finite(losses, norms, state.step, save.saved, trainer.scale, blamed)
     return dataclasses.replace(state.after(sent), schedule=runner.to_json())
 
 

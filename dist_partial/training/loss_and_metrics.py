@@ -1,7 +1,7 @@
 """The loss and the metrics of a run, compared with its model and its data."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -13,8 +13,11 @@ from dist_partial.config.settings import Settings, cross_entropy
 from dist_partial.data import Dataset, some_targets
 from dist_partial.data.source import described
 from dist_partial.errors import Raised, UserError, calling, first_line, own_line
+from dist_partial.models.outputs import check_outputs
 from dist_partial.step import losses, metrics
 from dist_partial.step.objective import Batch, Objective, prepare, unpacked
+from dist_partial.step.targets import check_targets
+from dist_partial.validation import counted
 
 
 def make_objective(
@@ -35,7 +38,15 @@ def make_objective(
     with calling("run.loss"):
         loss, weights = _loss(settings, data, model)
         loss = losses.made(loss)
+        if isinstance(loss, list) and isinstance(outputs, (list, tuple)) and len(loss) < len(outputs):
+            # Keras trains on the first ones then.
+            raise UserError(
+                f"run.loss has {counted(len(loss), 'loss', 'losses')}, and run.model {len(outputs)} outputs: give each "
+                "output one, or None"
+            )
     _, y, weight = unpacked(batch)
+    if any(tf.as_dtype(each.dtype) == tf.string for each in tf.nest.flatten(weight) if each is not None):
+        raise UserError(f"{data.name} has texts for weights: give numbers, of 1.0 for what counts as usual")
     compiled = {"loss": loss, "loss_weights": weights}
     with calling("run.metrics"):
         names = ("metrics", "weighted_metrics")
@@ -46,30 +57,70 @@ def make_objective(
             compiled["weighted_metrics"] = metrics.suggested(y, outputs, loss, text, data.unit) or None
             quiet = [metric.name for metric in compiled["weighted_metrics"] or ()]
     try:
-        objective = prepare(model, batch, outputs, compiled, quiet)
+        with losses.looking(_look(data, y)):
+            objective = prepare(model, batch, outputs, compiled, quiet)
     except Raised as raised:
-        _check_class_ids(data, loss, y)
-        error = raised.__cause__
-        if not isinstance(error, (ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError)):
-            raise
-        given = "none" if y is None else _batchless(y)
-        given += "" if weight is None else f", weights {_batchless(weight)}"
-        raise UserError(
-            f"{str(raised).split(' raised ')[0]} does not take run.data's targets {given} and outputs "
-            f"{_batchless(outputs)} of run.model: {first_line(error)}{own_line(error)}; bind another loss, or a model "
-            "of other outputs"
-        ) from error
-    _check_class_ids(data, loss, y)
+        _explain(raised, model, data, batch, outputs, compiled)
+        raise
     called = _called(loss)
     found = list(_targets_of(called, y, some_targets(data.train)))
     coupled = any(losses.is_coupled(each, targets) for each, _, targets in found)
     return dataclasses.replace(objective, coupled=coupled), called
 
 
-def _check_class_ids(data: Dataset, loss: Any, y: Any) -> None:
-    for source in (data.train, data.evaluation):
-        for each, outputs, targets in _targets_of(_called(loss), y, some_targets(source)):
-            losses.check_class_ids(each.inner, data.name, targets, outputs.shape[-1])
+def _look(data: Dataset, y: Any) -> Callable[[Any, Any, Any], None]:
+    """What looks at all targets of the data set that a loss is about to take some of, which `y` has."""
+    names = {
+        id(tensor): f"target {(path[0] if len(path) == 1 else path)!r} of {data.name}" if path else data.name
+        for path, tensor in keras.tree.flatten_with_path(y)
+    }
+    own = [id(tensor) for tensor in tf.nest.flatten(y)]
+    parts = (data.train, data.evaluation)
+    found = [dict(zip(own, tf.nest.flatten(some_targets(each)), strict=True)) for each in parts]
+
+    def look(loss: Any, targets: Any, given: Any) -> None:
+        for arrays in found if id(targets) in names else ():
+            check_targets(loss, names[id(targets)], arrays[id(targets)], given)
+
+    return look
+
+
+def _explain(
+    raised: Raised, model: keras.Model, data: Dataset, batch: Batch, outputs: Any, compiled: Mapping[str, Any]
+) -> None:
+    """Raises UserError for what Keras says, after the fact, of targets, loss and metrics that do not go together."""
+    error = raised.__cause__
+    if not isinstance(error, (ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError)):
+        return
+    _, y, weight = unpacked(batch)
+    if not compat.overrides(model, "compute_loss"):
+        bound = {f"run.{name}": value for name, value in compiled.items()}
+        given = {f"{data.name}'s targets": y, f"{data.name}'s weights": weight}
+        check_outputs(model, outputs, bound, {name: value for name, value in given.items() if value is not None})
+    words = "none" if y is None else _batchless(y)
+    words += "" if weight is None else f", weights {_batchless(weight)}"
+    what = str(raised).split(" raised ")[0]
+    cure = "bind another loss, or a model of other outputs"
+    if what == "run.metrics":
+        what, cure = f"{what}{_failing(compiled, y, outputs)}", "bind other metrics, or a model of other outputs"
+        if tf.is_tensor(y) and tf.is_tensor(outputs) and metrics.are_class_ids(y, outputs):
+            cure = "with class ids for targets bind metrics of class ids, such as 'accuracy', or make y one-hot"
+    raise UserError(
+        f"{what} does not take run.data's targets {words} and outputs {_batchless(outputs)} of run.model: "
+        f"{first_line(error).rstrip('.')}{own_line(error)}; {cure}"
+    ) from error
+
+
+def _failing(compiled: Mapping[str, Any], y: Any, outputs: Any) -> str:
+    """Names the metric that does not take them, where there is one output; '' if that is not known."""
+    for metric in tf.nest.flatten([compiled["metrics"], compiled["weighted_metrics"]]):
+        if isinstance(metric, keras.metrics.Metric) and tf.is_tensor(y) and tf.is_tensor(outputs):
+            try:
+                with keras.StatelessScope():
+                    metric.update_state(y, outputs)
+            except Exception:
+                return f" ({type(metric).__name__})"
+    return ""
 
 
 def _called(loss: Any) -> list[losses.DividedLoss]:

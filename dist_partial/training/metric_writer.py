@@ -123,7 +123,7 @@ class MetricWriter:
     def evaluation(self, step: int, metrics: dict[str, float], sent: np.ndarray) -> None:
         """Records an evaluation after `step` updates; `sent` as for `train`, of one step."""
         self._record([{"step": step, "split": "eval", **metrics, **_sent(sent)}])
-        words = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items() if name != "examples"]
+        words = [f"{name} {value:.4f}" for name, value in metrics.items() if name != "examples"]
         self.say(f"step {step}: held-out {', '.join(words)} ({metrics['examples']} examples)")
 
     def plan(self, step: int, plan: Plan, digest: str) -> None:

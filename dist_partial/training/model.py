@@ -10,10 +10,10 @@ import tensorflow as tf
 
 from dist_partial import compat
 from dist_partial.config.settings import Settings
-from dist_partial.data import Dataset, fetch, looks
+from dist_partial.data import Dataset, fetch, looks, some_inputs
 from dist_partial.data.source import described
 from dist_partial.errors import UserError, first_line, own_line
-from dist_partial.models.inputs import check_asked, check_inputs
+from dist_partial.models.inputs import check_asked, check_ids, check_inputs
 from dist_partial.step import layer_state
 from dist_partial.step.objective import Batch
 
@@ -59,6 +59,9 @@ def make_model(settings: Settings, data: Dataset, strategy: tf.distribute.Strate
             "other data"
         )
     check_inputs(model, data.name, x)
+    if any(isinstance(layer, keras.layers.Embedding) for layer in compat.layers(model)):
+        for source in (data.train, data.evaluation):
+            check_ids(model, data.name, *some_inputs(source))
     with taking(data.name, x), layer_state.untouched(strategy, generators):
         batch, outputs = _tried(model, data)
     if data.codec is not None and tf.is_tensor(outputs):
@@ -115,10 +118,11 @@ def taking(name: str, x: Any) -> Iterator[None]:
     except KeyError as error:
         check_asked(name, x, error)
         raise
-    except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
+    except (ValueError, TypeError, tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+        texts = any(each.dtype == tf.string for each in tf.nest.flatten(x))
+        cure = "make numbers of texts in Dataset.map" if texts else "bind sizes that fit each other"
         raise UserError(
-            f"run.model does not take {_example(name, x)}: {first_line(error).rstrip('.')}{own_line(error)}; bind "
-            "sizes that fit each other"
+            f"run.model does not take {_example(name, x)}: {first_line(error).rstrip('.')}{own_line(error)}; {cure}"
         ) from error
 
 

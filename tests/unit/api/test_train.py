@@ -1,12 +1,14 @@
 """`dist_partial.train`: compared with Keras's fit, run again and again in one process, and read by the commands."""
 
 import inspect
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -527,3 +529,60 @@ def test_settings_are_the_same_when_they_are_read_again(tmp_path):
     assert again.loss.get_config() == settings.loss.get_config() and again.metrics[0].name == "mine"
     with pytest.raises(UserError, match=r"run.optimizer is .*result.model.save"):
         again.optimizer()
+
+
+@pytest.mark.parametrize("best", ["auc", "val_auc"])
+def test_a_metric_is_called_the_same_in_each_run_of_a_process(best):
+    """As it is when a cell is run again, and in a run that goes on."""
+    for steps in (2, 4):
+        train(
+            numbered,
+            (X, (Y > 0).astype(np.float32)),
+            rules=SECOND,
+            loss=keras.losses.BinaryCrossentropy(from_logits=True),
+            metrics=[keras.metrics.AUC(from_logits=True)],
+            callbacks=[keras.callbacks.EarlyStopping(monitor="val_auc", mode="max", patience=9)],
+            best=best,
+            eval_every=2,
+            steps=steps,
+            folder="run",
+        )
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert {name for row in rows for name in row if "auc" in name} == {"auc"}
+
+
+def test_a_metric_of_other_targets_is_named():
+    with pytest.raises(
+        UserError, match=r"^metrics \(AUC\) does not take .*; with class ids for targets give metrics of"
+    ):
+        two = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
+        train(two, (X, (Y[:, 0] > 0).astype(np.int32)), rules=[("train", ".*")], metrics=[keras.metrics.AUC()], steps=1)
+
+
+def test_a_misspelt_optimizer_has_near_ones():
+    with pytest.raises(UserError, match=r"^optimizer: Keras has none called 'adamm'; nearest: 'adam'"):
+        train(numbered, (X, Y), rules=SECOND, loss="mse", optimizer="adamm", steps=1)
+
+
+def test_everything_sends_at_most_what_everything_would_take(capsys):
+    """The running statistics of BatchNorm, which replicas average, are among both."""
+    layers = [keras.layers.Dense(4), keras.layers.BatchNormalization(), keras.layers.Dense(1)]
+    found = train(
+        keras.Sequential([keras.Input([3]), *layers]), (X, Y), rules=[("train", ".*")], loss="mse", steps=2, replicas=2
+    )
+    trained = 4 * (3 * 4 + 4 + 2 * 4 + 4 + 1)
+    moving = 4 * 2 * 4
+    assert [row["wire_share"] for row in found.history.of("train")] == [1.0, 1.0]
+    assert found.history.of("train")[-1]["wire_bytes"] == 2 * (trained + moving)
+    assert found.plan.wire_bytes == found.plan.full_wire_bytes == trained + moving
+    said = capsys.readouterr().out
+    assert re.search(rf"\(statistics\) .* {moving}\n", said)
+    assert f"payload: {trained + moving} of {trained + moving} bytes a step" in said
+
+
+def test_an_evaluation_prints_names_as_best_takes_them(capsys):
+    metric = keras.metrics.MeanAbsoluteError(name="off_by")
+    train(numbered, (X, Y), rules=SECOND, loss="mse", metrics=[metric], best="off_by", eval_every=1, steps=1)
+    assert re.search(r"held-out loss [\d.]+, off_by [\d.]+ \(", capsys.readouterr().out)
+    with pytest.raises(UserError, match=r"^best is 'OFF_BY', which is no number of an evaluation; nearest: 'off_by'"):
+        train(numbered, (X, Y), rules=SECOND, loss="mse", metrics=[metric], best="OFF_BY", steps=1)

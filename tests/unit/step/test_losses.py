@@ -482,12 +482,6 @@ def test_what_tensorflow_says_of_shapes_is_cut_to_what_helps(tmp_path):
         assert "\n" not in line and not re.search(r"T=DT_FLOAT|\.;|node|Op:", line), line
 
 
-def test_class_ids_end_below_the_number_of_classes():
-    losses.check_class_ids(sparse(), "d", np.array([0, 2]), 3)
-    with pytest.raises(UserError, match=r"d has targets up to 3 .* classes 0 to 2: bind a model of at least 4 classes"):
-        losses.check_class_ids(sparse(), "d", np.array([0, 3]), 3)
-
-
 @pytest.mark.parametrize("name", ["train_step", "test_step"])
 def test_a_model_with_a_training_of_its_own_is_refused(tmp_path, name):
     def own():
@@ -768,7 +762,10 @@ def test_a_loss_that_was_made_before_the_precision_was_known_has_it():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("squares", "run.loss: Keras has no loss 'squares'; write a name such as 'mse', or a class"),
+        (
+            "squares",
+            "run.loss: Keras has no loss 'squares'; nearest: 'squared_hinge'; write a name such as 'mse', or a class",
+        ),
         (lambda: 3, "run.loss made a int: its factory must return a Keras loss or a function"),
     ],
 )

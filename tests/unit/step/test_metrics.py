@@ -8,6 +8,7 @@ import tensorflow as tf
 from dist_partial import compat
 from dist_partial.errors import UserError
 from dist_partial.step import losses, metrics
+from dist_partial.step.keras_names import names_in
 
 
 def cross_entropy(**more):
@@ -41,6 +42,45 @@ def test_what_is_no_metric_is_one_line(given):
         metrics.made([given], "run.weighted_metrics")
     line = str(found.value)
     assert line.startswith("run.weighted_metrics has a") and "give Keras metrics, such as" in line and "\n" not in line
+
+
+def test_results_are_called_as_in_a_new_process():
+    """Keras counts metrics without a name through the process: a cell that is run again makes `auc_1` of `auc`."""
+    for _ in range(2):
+        before = keras.metrics.AUC(), keras.metrics.AUC(curve="PR"), keras.metrics.FalsePositives()
+    named = keras.metrics.AUC(name="score"), keras.metrics.MeanSquaredError(name="mean_squared_error_3")
+    assert before[0].name != "auc"  # as Keras calls it
+    given = [(metric.name, metric) for metric in (*before, *named)]
+    names = [name for name, _ in metrics.as_in_new_process(given)]
+    assert names == ["auc", "auc_1", "false_positives", "score", "mean_squared_error_3"]
+    by_output = [(f"{output}_{metric.name}", metric) for output, metric in zip("ab", before[:2], strict=True)]
+    assert [name for name, _ in metrics.as_in_new_process(by_output)] == ["a_auc", "b_auc_1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("acuracy", "Keras has no metric 'acuracy'; nearest: 'accuracy'"),
+        ("Acuracy", "nearest: 'accuracy'"),
+        ("false_positive", "nearest: 'false_positives'"),
+        ("MeanIoU", "a name is not enough for 'MeanIoU'"),
+    ],
+)
+def test_a_name_that_is_none_of_keras_has_near_ones(name, words):
+    with pytest.raises(UserError) as found:
+        metrics.made({"a": [name]}, "run.metrics")
+    assert words in str(found.value) and "\n" not in str(found.value)
+
+
+def test_the_names_that_are_shown_are_those_that_keras_takes():
+    shown = names_in(keras.losses)
+    assert {"huber", "kl_divergence"} <= set(shown) and "categorical_generalized_cross_entropy" not in shown
+    assert {"auc", "f1_score", "mean_io_u"} <= set(names_in(keras.metrics))
+
+
+def test_a_misspelt_loss_has_near_ones():
+    with pytest.raises(UserError, match=r"Keras has no loss 'sparse_.*i'; nearest: 'sparse_categorical_crossentropy'"):
+        losses.made("sparse_categorical_crossentropi")
 
 
 IDS = tf.constant([[0, 2], [1, 1], [2, 0]])

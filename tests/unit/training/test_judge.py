@@ -452,7 +452,7 @@ def test_an_evaluation_that_is_made_up_is_judged(tmp_path, monkeypatch):
     ("more", "message"),
     [
         ({"best": "acurracy"}, "run.best is 'acurracy', which is no number of an evaluation; nearest: 'accuracy'"),
-        ({"best": "val_loss"}, "run.best is 'val_loss', which is no number of an evaluation; nearest: 'loss'"),
+        ({"best": "val_lss"}, "run.best is 'val_lss', which is no number of an evaluation; nearest: 'loss'"),
         ({"patience": 2}, "run.patience without run.best"),
         ({"callbacks": print}, "run.callbacks is <built-in function print>: give a list, such as"),
         ({"callbacks": [print]}, "run.callbacks has a builtin_function_or_method: give Keras callbacks"),
