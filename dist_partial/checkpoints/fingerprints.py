@@ -175,6 +175,16 @@ def began(folder: Path) -> dict[str, Any]:
     return {INITIAL: content[INITIAL]} if INITIAL in content else {}
 
 
+def _of_code(name: str, old: Any, new: Any) -> str:
+    """Says a difference between the user's functions and classes: see `data.functions.of_classes`."""
+    name = name.removesuffix(".code")
+    if None in (old, new):
+        return f"the code of {name} is {'new' if old is None else 'gone'}"
+    if str(new).startswith("code "):
+        return f"the code of {name} has changed"
+    return f"{name} was {old} and is now {new}"
+
+
 def _of_function(name: str, key: str = "", *, old: Any, new: Any) -> str:
     """Says a difference between functions of the data: see `data.functions.described`."""
     function = f"{name} of run.data"
@@ -197,6 +207,8 @@ def _in_words(name: str, old: Any, new: Any) -> str:
         return "the data has other examples"
     if name.startswith("data.functions."):
         return _of_function(*name.split(".", 3)[2:], old=old, new=new)
+    if part == "code":
+        return _of_code(path, old, new)
     if part in ("model", "rules") and None in (old, new):
         return f"{name}, {shown(new)}, is new" if old is None else f"{name}, {shown(old)}, is gone"
     return f"{name} was {shown(old)} and is now {shown(new)}"

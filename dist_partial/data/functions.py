@@ -12,7 +12,7 @@ import platform
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ _ITEMS = 10_000  # of a list, and
 _BYTES = 2**24  # of an array: of larger ones, the size counts
 _VALUES = 100_000  # in all
 _PYTHON = ".".join(platform.python_version_tuple()[:2])
+# Methods of layers, losses, optimizers and schedules.
+_CALLED = ("__init__", "__call__", "build", "call", "compute_loss", "update_step")
 _HAS_DOCSTRING = 0x4000000  # CO_HAS_DOCSTRING of Python 3.13
 
 
@@ -92,6 +94,25 @@ def nameless(config: Any) -> Any:
         links = ("name", "inbound_nodes", "input_layers", "output_layers")
         return {key: nameless(value) for key, value in config.items() if key not in links}
     return [nameless(value) for value in config] if isinstance(config, (list, tuple)) else config
+
+
+def of_classes(kinds: Iterable[type]) -> dict[str, str]:
+    """Collects what the user's classes among these compute with: of each method what `described` collects.
+
+    A method counts if Keras calls it or another one names it, so that a new one of another purpose makes no difference.
+
+    Examples:
+        >>> of_classes([dict])
+        {}
+    """
+    found = _Found()
+    for kind in dict.fromkeys(base for one in kinds for base in one.__mro__ if _is_users_class(base)):
+        parts = {name: getattr(each, "fget", getattr(each, "__func__", each)) for name, each in vars(kind).items()}
+        methods = {name: each for name, each in parts.items() if inspect.isfunction(each)}
+        used = {*_CALLED}.union(*(_attribute_names(each.__code__) for each in methods.values()))
+        for name in sorted(used & parts.keys()):
+            found.value(f"{kind.__name__}.{name}", parts[name])
+    return found.texts
 
 
 class _Found:

@@ -13,7 +13,7 @@ from dist_partial import checkpoints, compat
 from dist_partial.checkpoints.fingerprints import INITIAL
 from dist_partial.config import gin_files
 from dist_partial.config.settings import Settings
-from dist_partial.data import Dataset
+from dist_partial.data import Dataset, functions
 from dist_partial.data.functions import nameless
 from dist_partial.data.mapped import functions_of
 from dist_partial.schedules.fixed import Constant
@@ -53,6 +53,7 @@ def of_run(
         "model": {entry.path: f"{entry.dtype}{list(entry.shape)}" for entry in plan.entries},
         "model_config": _model_config(model),
         "optimizers": [_optimizer(group) for group in optimizers],
+        "code": _code(objective, optimizers),
         "frozen": checkpoints.frozen_fingerprints(model, plan, moving),
     }
     # For what is exported later; a checkpoint takes the place of these values, so that `check` leaves them alone.
@@ -88,17 +89,32 @@ def _loss(objective: Objective) -> Any:
     def described(loss: Any) -> Any:
         if loss is None:
             return None
-        config = loss.inner.get_config()
-        with contextlib.suppress(Exception):  # a class of the user's need not be made of its config
+        config = keras.losses.Loss.get_config(loss.inner)
+        # A class of the user's need not be made of its config, and a lambda that is typed into Python has no source.
+        with contextlib.suppress(Exception):
+            config |= loss.inner.get_config()
             config |= left_out(loss.inner)
-        name = type(loss.inner).__name__
-        # A plain function goes by its name.
-        return {"class": name, **{k: getattr(v, "__qualname__", v) for k, v in config.items()}}
+        config.pop("fn", None)  # which counts by its code
+        return {"class": type(loss.inner).__name__, **nameless(config)}
 
     content = {"loss": tf.nest.map_structure(described, found), "weights": weights}
     if compat.overrides(objective.model, "compute_loss"):
         content["compute_loss"] = type(objective.model).__qualname__
     return content
+
+
+def _code(objective: Objective, optimizers: Sequence[GroupOptimizer]) -> dict[str, str]:
+    """What the user's functions and classes compute with: of the loss, of the model and its layers, of optimizers."""
+    compiled, _ = compat.compiled_loss(objective.model) or (None, None)
+    losses = [loss.inner for loss in tf.nest.flatten(compiled) if loss is not None]
+    made = [group.optimizer for group in optimizers]
+    parts = [objective.model, *compat.layers(objective.model), *losses, *made, *map(compat.learning_rate, made)]
+    found = functions.of_classes(map(type, parts))
+    for number, loss in enumerate(losses):
+        if function := getattr(loss, "fn", None):
+            name = "the loss function" if len(losses) == 1 else f"the loss function {number}"
+            found |= {f"{name}.{key}": text for key, text in functions.described(function).items()}
+    return found
 
 
 def _model_config(model: keras.Model) -> Any:

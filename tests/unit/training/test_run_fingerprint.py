@@ -60,6 +60,10 @@ def a_function():
     return keras.losses.sparse_categorical_crossentropy
 
 
+def of_own():
+    return lambda y, outputs: keras.losses.sparse_categorical_crossentropy(y, outputs, from_logits=True)
+
+
 CASES = [
     ("rules", {"rules": [("train", "dense1/kernel"), ("train", "dense2/kernel"), ("freeze", ".*bias")]}),
     ("rules", {"rules": [Rule("dense1/.*", reduction=AllReduce("bfloat16")), *RULES[1:]]}),
@@ -72,6 +76,7 @@ CASES = [
     ("loss", {"loss": keras.losses.SparseCategoricalCrossentropy}),
     ("loss", {"loss": a_function}),
     ("loss", {"loss_weights": 0.5}),
+    ("code", {"loss": of_own}),
     ("class_weight", {"class_weight": {1: 2.0}}),
     ("data", {"data": functools.partial(ids, seed=1)}),
     ("data", {"data": functools.partial(ids, name="others")}),
@@ -125,6 +130,7 @@ def test_another_value_of_it_is_another_run(key, more, base, tmp_path):
         assert fingerprints.check_run(tmp_path, only)
     else:
         words = {"frozen": "the frozen variable 'dense2/bias'", "data": "(the data has other examples|data.name was)"}
+        words["code"] = "the code of the loss function has changed"
         said = words.get(key, rf"{key}\b")
         with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))} belongs to another run: {said}"):
             fingerprints.check_run(tmp_path, only)
@@ -144,6 +150,89 @@ def test_another_function_of_the_data_is_another_run(tmp_path):
         fingerprints.check_run(tmp_path, of(data=functools.partial(mapped, 1, 3)))
 
 
+CELL = """
+import keras
+
+SCALE = 2.0
+
+def scaled(x):
+    return SCALE * x
+
+class Block(keras.layers.Layer):
+    rate = 1.0
+
+    def call(self, x):
+        return self.rate * self.shifted(scaled(x))
+
+    def shifted(self, x):
+        return x + 1
+
+def loss(y, outputs):
+    return keras.ops.mean(outputs, -1) + 0.0 * y
+
+class Loss(keras.losses.Loss):
+    def call(self, y, outputs):
+        return loss(y, outputs)
+
+class Adam(keras.optimizers.Adam):
+    def update_step(self, gradient, variable, learning_rate):
+        return super().update_step(gradient, variable, learning_rate)
+
+class Decay(keras.optimizers.schedules.LearningRateSchedule):
+    def __call__(self, step):
+        return 0.1 / (step + 1)
+
+    def get_config(self):
+        return {}
+
+functions = [loss, lambda y, outputs: keras.ops.mean(outputs, -1) + 0.0 * y]
+"""
+
+
+def of_cell(code, loss=0):
+    """The fingerprint of a run whose classes and functions were typed into a notebook."""
+    names = {"__name__": "__main__"}
+    exec(compile(code, "<cell>", "exec"), names)
+
+    def make():
+        made = two_dense()
+        return keras.Sequential([*made.layers, names["Block"]()])
+
+    losses = [*names["functions"], names["Loss"]()]
+    return of(model=make, loss=lambda: losses[loss], optimizer=functools.partial(names["Adam"], names["Decay"]()))
+
+
+@pytest.mark.parametrize(
+    ("number", "old", "new", "words"),
+    [
+        (0, "scaled(x))", "x * x)", "the code of Block.call has changed"),
+        (0, "SCALE = 2.0", "SCALE = 3.0", "Block.call.scaled.SCALE was 2.0 and is now 3.0"),
+        (0, "rate = 1.0", "rate = 2.0", "Block.rate was 1.0 and is now 2.0"),
+        (0, "x + 1", "x + 2", "the code of Block.shifted has changed"),
+        (0, "-1) + 0.0 * y\n\nclass", "-1) * 9.0 + 0.0 * y\n\nclass", "the code of the loss function has changed"),
+        (1, "-1) + 0.0 * y]", "-1) * 9.0 + 0.0 * y]", "the code of the loss function has changed"),
+        (2, "return loss(y, outputs)", "return -loss(y, outputs)", "the code of Loss.call has changed"),
+        (0, "(gradient, variable, learning_rate)\n\n", "(-gradient, variable, learning_rate)\n\n", "the code of Adam"),
+        (0, "0.1 / (step + 1)", "0.1 / (step + 2)", r"the code of Decay.__call__ has changed"),
+        (0, "SCALE = 2.0", "# moved\n\nSCALE = 2.0", ""),
+        (1, "SCALE = 2.0", "# moved\n\nSCALE = 2.0", ""),
+        (0, "    rate = 1.0", "    def of_no_use(self):\n        pass\n\n    rate = 1.0", ""),
+    ],
+)
+def test_other_code_is_another_run(number, old, new, words, tmp_path):
+    """By what it computes: where it is and what it is called make no difference."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-0000000001.safetensors").touch()
+    (tmp_path / fingerprints.RUN_FILE).write_text(json.dumps(of_cell(CELL, number)))
+    assert old in CELL
+    changed = of_cell(CELL.replace(old, new), number)
+    if words:
+        with pytest.raises(UserError, match=f"belongs to another run: {re.escape(words)}"):
+            fingerprints.check_run(tmp_path, changed)
+    else:
+        assert fingerprints.check_run(tmp_path, changed)
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "words"),
     [
@@ -154,6 +243,9 @@ def test_another_function_of_the_data_is_another_run(tmp_path):
         ("data.functions.crop.SIZE", "32", "64", "crop of run.data: SIZE was 32 and is now 64"),
         ("data.functions.crop.code", "code 1 of Python 3", "code 2 of Python 3", "crop of run.data has other code"),
         ("data.functions.crop.f.code", "code 1 of Python 3", None, "crop of run.data has other code (f)"),
+        ("code.Block.call.code", "code 1 of Python 3", "code 2 of Python 3", "the code of Block.call has changed"),
+        ("code.Block.call.code", None, "code 2 of Python 3", "the code of Block.call is new"),
+        ("code.Block.call.SCALE", "2", "3", "Block.call.SCALE was 2 and is now 3"),
         ("model.a/kernel", None, "float32[3]", "model.a/kernel, 'float32[3]', is new"),
         ("model.a/kernel", "float32[3]", None, "model.a/kernel, 'float32[3]', is gone"),
         ("model.a/kernel", "float32[3]", "float32[4]", "model.a/kernel was 'float32[3]' and is now 'float32[4]'"),
