@@ -1,7 +1,7 @@
 """The model that `train` is given, as a factory: copies of one that is made already, or the user's function."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial import compat, session
-from dist_partial.api.given import Data
+from dist_partial.api.given import Data, optimizer
 from dist_partial.config.bindings import only_in_python
 from dist_partial.config.gin_text import has_name
 from dist_partial.config.settings import PRECISIONS
@@ -28,19 +28,23 @@ class Model:
 
     Attributes:
         given: the user's.
+        compiled: what the one that the user has made was compiled with, as settings of the run, but for those that
+            are given; see `build`, which takes it.
         notes: lines to say of it.
 
     Args:
         given: a model, or a function without arguments that makes one.
         data: of the run, an example of which makes the variables of a model that has none.
         rules: the table.
+        settings: names of those that are given.
     """
 
-    def __init__(self, given: Any, data: Data, rules: Sequence[Any]) -> None:
-        self.given = given
+    def __init__(self, given: Any, data: Data, rules: Sequence[Any], settings: Collection[str] = ()) -> None:
+        self.given, self._settings = given, settings
         self.notes: tuple[str, ...] = ()
         self._copy: ModelCopy | None = None
         self._lost = ""
+        self.compiled = _compiled(given, settings)
         if not isinstance(given, keras.Model):
             self.__wrapped__ = given  # for `session.numbered_afresh`
             return
@@ -63,6 +67,7 @@ class Model:
         if self._copy is not None and self.of_instance:
             return self._copy()
         made = self.given()
+        self.compiled = _compiled(made, self._settings)
         if isinstance(made, keras.Model) and not self._named:
             try:
                 self._copy = ModelCopy(made, weights=[array.copy() for array in made.get_weights()])
@@ -78,18 +83,6 @@ class Model:
     @property
     def _named(self) -> bool:
         return not self.of_instance and has_name(self.given)
-
-    def compiled(self) -> dict[str, Any]:
-        """What it was compiled with, as arguments of the run."""
-        if not self.of_instance or not self.given.compiled:
-            return {}
-        loss, weights = compat.compiled_loss(self.given) or (None, None)
-        one = self.given.optimizer
-        found = {"optimizer": getattr(one, "inner_optimizer", one), "loss_weights": weights}
-        found["loss"] = keras.tree.map_structure(lambda each: getattr(each, "inner", each), loss)
-        if not any(isinstance(each, DividedLoss) for each in keras.tree.flatten(loss)):  # as a run compiles its model
-            found["metrics"], found["weighted_metrics"] = compat.user_metrics(self.given)
-        return {name: value for name, value in found.items() if value is not None}
 
     def precision(self, wanted: str | None) -> str:
         """The precision of the run, which is that of a model that is made already.
@@ -138,6 +131,21 @@ class Model:
             return False
         self.given.set_weights(weights)
         return True
+
+
+def _compiled(model: Any, given: Collection[str]) -> dict[str, Any]:
+    """What a model was compiled with, as settings of a run, but for those that are given."""
+    if not isinstance(model, keras.Model) or not model.compiled:
+        return {}
+    loss, weights = compat.compiled_loss(model) or (None, None)
+    found = {"loss": keras.tree.map_structure(lambda each: getattr(each, "inner", each), loss)}
+    if "loss" not in given:
+        found["loss_weights"] = weights
+    if "optimizer" not in given and (one := model.optimizer) is not None:
+        found["optimizer"] = optimizer(getattr(one, "inner_optimizer", one))
+    if not any(isinstance(each, DividedLoss) for each in keras.tree.flatten(loss)):  # as a run compiles its model
+        found["metrics"], found["weighted_metrics"] = compat.user_metrics(model)
+    return {name: value for name, value in found.items() if value is not None and name not in given}
 
 
 def _check_same(model: keras.Model, other: keras.Model, x: Any) -> None:

@@ -85,11 +85,8 @@ def train(
         _check_names(settings)
         rules = _checked_rules(rules, model)
         examples = given.Data(data, evaluation)
-        made = Model(model, examples, rules)
-        compiled = made.compiled()
-        if "loss" in settings:
-            compiled.pop("loss_weights", None)  # of the other loss
-        settings = compiled | settings | {"precision": made.precision(settings.get("precision"))}
+        made = Model(model, examples, rules, {name for name, value in settings.items() if value is not None})
+        settings = settings | {"precision": made.precision(settings.get("precision"))}
         if "optimizer" in settings:
             settings["optimizer"] = given.optimizer(settings["optimizer"])
         bound = Settings(rules=rules, model=made, data=examples, replicas=given.replicas(replicas), **settings)
@@ -101,8 +98,8 @@ def _run(settings: Settings, model: Model, data: given.Data, folder: Path) -> Re
     going_on = any((folder / "checkpoints").glob("step-*"))
 
     def operative() -> str:
-        kept = dataclasses.replace(settings, model=model.kept(folder, going_on), data=data.kept(folder))
-        return gin_text.text(kept)
+        kept: dict[str, Any] = {"model": model.kept(folder, going_on), "data": data.kept(folder)}
+        return gin_text.text(dataclasses.replace(settings, **model.compiled, **kept))
 
     for note in model.notes:
         say(note)

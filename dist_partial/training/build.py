@@ -31,7 +31,7 @@ from dist_partial.training.activation_cache import check_cached
 from dist_partial.training.batch_coupling import coupling_notes
 from dist_partial.training.checks import check_added, check_batch, check_levels, check_scaled, divided_objective
 from dist_partial.training.loss_and_metrics import make_objective, notes_on
-from dist_partial.training.model import make_model, taking
+from dist_partial.training.model import make_model, taking, with_compiled
 from dist_partial.training.state import TrainState
 from dist_partial.validation import counted
 
@@ -154,6 +154,7 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
         keras.utils.set_random_seed(settings.seed)
         with calling("run.model"):
             model, examples, outputs = make_model(settings, data, strategy)
+            settings, compiled = with_compiled(settings)
             check_added(model, topology)
             if fixed := layer_state.batch_size(model):
                 check_batch(fixed, model, settings, data, topology)
@@ -182,7 +183,7 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
     if scale is not None:
         check_scaled(plan, reduction_states)
     layer_state.spread(topology, changed.generators)
-    notes += notes_on(divided)
+    notes += [*notes_on(divided), *compiled]
     optimizers_ = [*groups, *[fragment.outer for fragment in fragments]]
     return Trainer(
         settings=settings,

@@ -1,6 +1,7 @@
 """The model of a run, tried on some examples of its data."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,6 +68,39 @@ def make_model(settings: Settings, data: Dataset, strategy: tf.distribute.Strate
     if data.codec is not None and tf.is_tensor(outputs):
         _check_symbols(model, data.name, data.codec.size, outputs.shape[-1])
     return model, batch, outputs
+
+
+def with_compiled(settings: Settings) -> tuple[Settings, list[str]]:
+    """Takes what the model was compiled with, where the factory of the model has it as `compiled`; says what that is.
+
+    Examples:
+        >>> from dist_partial.data import stdlib_shapes
+        >>> from dist_partial.models import two_dense
+        >>> class Compiled:
+        ...     compiled = {"loss": "mse", "metrics": ["mae"], "optimizer": keras.optimizers.SGD}
+        ...     __call__ = staticmethod(two_dense)
+        >>> with_compiled(Settings([("train", ".*")], Compiled(), stdlib_shapes))[1]
+        ["of model.compile: optimizer SGD, learning rate 0.01; loss 'mse'; metrics ['mae']"]
+        >>> with_compiled(Settings([("train", ".*")], two_dense, stdlib_shapes))[1]
+        []
+    """
+    compiled = getattr(settings.model, "compiled", {})
+    if not compiled:
+        return settings, []
+    words = {name: _named(value) for name, value in compiled.items() if name not in ("optimizer", "loss_weights")}
+    if "optimizer" in compiled:
+        one = compiled["optimizer"]()
+        words = {"optimizer": f"{type(one).__name__}, learning rate {float(one.learning_rate):.4g}"} | words
+    said = "; ".join(f"{name} {value}" for name, value in words.items())
+    return dataclasses.replace(settings, **compiled), [f"of model.compile: {said}"]
+
+
+def _named(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name!r}: {_named(each)}' for name, each in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_named, value))}]"
+    return repr(value) if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
 
 
 def _tried(model: keras.Model, data: Dataset) -> tuple[Batch, Any]:
