@@ -37,6 +37,12 @@ class Ending(Exception):
 
     code: int
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of the traceback: the line, and what the user's own code has raised below it."""
+        cause = self.__cause__ if isinstance(self, Raised) else None
+        lines = "".join(traceback.format_exception(cause)).splitlines() if cause else []
+        return [f"{type(self).__name__}: {self}", *lines]
+
 
 class UserError(Ending):
     """Reports a mistake in what the user wrote or pointed at.
@@ -81,12 +87,15 @@ class Raised(Ending):
     code = 1
 
 
-class Interrupted(Exception):
-    """Says that Ctrl-C or SIGTERM stopped a run, that everything is saved, and how to go on.
+class Interrupted(KeyboardInterrupt):
+    """Says that Ctrl-C or SIGTERM stopped a run, what is saved of it, and how to go on.
+
+    It is a KeyboardInterrupt, so that a loop over runs that catches exceptions ends, too.
 
     Attributes:
         code: the exit code.
         state: where the run is, for the one who called it; None once it has been used.
+        result: of `dist_partial.train`: the `Result` so far; None if nothing is saved.
 
     Examples:
         >>> Interrupted("stopped at step 5 of 10, saved in runs/mine", INTERRUPTED).code
@@ -96,6 +105,10 @@ class Interrupted(Exception):
     def __init__(self, message: str, code: int, state: Any = None) -> None:
         super().__init__(message)
         self.code, self.state = code, state
+        self.result: Any = None
+
+    def _render_traceback_(self) -> list[str]:  # which IPython shows in place of the traceback
+        return [f"{type(self).__name__}: {self}"]
 
 
 def raised(what: str, error: BaseException) -> Raised:

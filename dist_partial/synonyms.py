@@ -1,5 +1,13 @@
 """What names from elsewhere are called here: those of Keras's `fit`, of PyTorch's trainers and of other gin files."""
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from dist_partial.errors import UserError
+from dist_partial.validation import nearest
+
 # Ours, as gin files have it | what differs, after a comma or "=" | theirs, each of them once.
 _TABLE = """
 run.global_batch | , the examples of an update over all replicas | batch batch_size train_batch_size bs
@@ -67,6 +75,29 @@ _LINES = [line.split("|") for line in _TABLE.replace("\n ", " ").strip().splitli
 SYNONYMS = {theirs: (ours.strip(), differs.strip()) for ours, differs, names in _LINES for theirs in names.split()}
 # What owns such names elsewhere.
 OWNERS = frozenset(["train", "trainer", "training", "fit", "loop", "args", "config", "settings", "optimizer"])
+
+
+def known_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a function that says, of an argument that it has not, what is near.
+
+    Examples:
+        >>> @known_arguments
+        ... def mine(accumulate=1):
+        ...     pass
+        >>> mine(accumulat=2)
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: mine has no argument 'accumulat'; nearest: 'accumulate'
+    """
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
+    owner = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs.keys() - set(names):
+            raise UserError(f"{owner} has no argument {name!r}{nearest(name, names, always=True)}")
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def meant(name: str) -> str:

@@ -72,7 +72,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "Replicas": ("distributed.replicas[Replicas,ReplicaOptions,create]",),
     "Metrics": ("training.metric_writer",),
     "What was trained": ("export.delta", "export.restore"),
-    "Exceptions": ("errors[UserError,Fault,Raised]",),
+    "Exceptions": ("errors[UserError,Fault,Interrupted,Raised]",),
 }
 # Page: title, files of results, pictures.
 BENCHMARKS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {

@@ -16,12 +16,14 @@ import tensorflow as tf
 from dist_partial.api import given, result
 from dist_partial.api.model import Model
 from dist_partial.api.result import Result
+from dist_partial.checkpoints.fingerprints import FROZEN_DIFFERS
 from dist_partial.config import gin_text
 from dist_partial.config.settings import Settings
 from dist_partial.config.words import spoken
 from dist_partial.distributed.cluster import read_tf_config
 from dist_partial.distributed.replicas import ReplicaOptions, simulated
-from dist_partial.errors import Interrupted, UserError
+from dist_partial.errors import INTERRUPTED, Interrupted, UserError
+from dist_partial.selection import Plan
 from dist_partial.selection.paths import variable_paths
 from dist_partial.step import batch_norm, outer_step
 from dist_partial.synonyms import meant
@@ -66,7 +68,8 @@ def train(
     Raises:
         UserError: a mistake in one of these, in one line.
         Raised: the model, the data or the loss raised an exception.
-        Interrupted: the kernel was interrupted, or Ctrl-C; the run is saved, and goes on if it is called again.
+        Interrupted: the kernel was interrupted, or Ctrl-C; the run is saved, and goes on if it is called again. It is
+            a KeyboardInterrupt, and its `result` is what there is so far.
 
     Examples:
         >>> import tempfile
@@ -81,7 +84,7 @@ def train(
         >>> [row["step"] for row in found.history if row["split"] == "train"], found.model is model
         ([1, 2, 3], True)
     """
-    with spoken():
+    with spoken(), _interrupted():
         _check_names(settings)
         rules = _checked_rules(rules, model)
         examples = given.Data(data, evaluation)
@@ -92,6 +95,19 @@ def train(
         bound = Settings(rules=rules, model=made, data=examples, replicas=given.replicas(replicas), **settings)
         with _place(folder, model) as place:
             return _run(bound, made, examples, place)
+
+
+@contextlib.contextmanager
+def _interrupted() -> Iterator[None]:
+    """Turns an interrupt while a run is built, or a second one, into one line."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "stopped before anything new was saved; run the same command again to begin, or to go on", INTERRUPTED
+        ) from None
 
 
 def _run(settings: Settings, model: Model, data: given.Data, folder: Path) -> Result:
@@ -108,6 +124,14 @@ def _run(settings: Settings, model: Model, data: given.Data, folder: Path) -> Re
     except Interrupted as interrupted:
         state, interrupted.state = interrupted.state, None  # which a notebook would keep with the exception
         model.give_back(_agreed(state))
+        interrupted.result = _read(state.model, folder, state.plan, settings)
+        raise
+    except UserError as error:
+        if model.of_instance and FROZEN_DIFFERS in str(error):  # of one that is made again with other random weights
+            raise UserError(
+                f"{error}; where a cell makes {model.given.name!r} again, write keras.utils.set_random_seed(0) above "
+                "it, or give the function that makes it"
+            ) from error
         raise
     made = trainer.model
     for layer in trainer.batch_norms:
@@ -121,7 +145,11 @@ def _run(settings: Settings, model: Model, data: given.Data, folder: Path) -> Re
             f"model {made.name!r} keeps its weights, for the rules have given the trained one other variables "
             "(LoRA, a lower precision): it is the result's .model"
         )
-    found = result.read(made, folder, trainer.plan, settings.steps)
+    return _read(made, folder, trainer.plan, settings)
+
+
+def _read(model: Any, folder: Path, plan: Plan, settings: Settings) -> Result:
+    found = result.read(model, folder, plan, settings.steps)
     return found if settings.best else dataclasses.replace(found, best=None)
 
 

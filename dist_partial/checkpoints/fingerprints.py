@@ -17,6 +17,7 @@ from dist_partial.selection.plan import Plan
 from dist_partial.validation import differences, shown
 
 RUN_FILE = "run_fingerprint.json"
+FROZEN_DIFFERS = "the frozen variable"  # begins what is said of one that has other values
 INITIAL = "initial values"  # the key of the digests of all of them
 
 
@@ -202,7 +203,7 @@ def _in_words(name: str, old: Any, new: Any) -> str:
     if part == "frozen":
         if old is None:
             return f"{path!r} is frozen now"
-        return f"{path!r} is no longer frozen" if new is None else f"the frozen variable {path!r} has other values"
+        return f"{path!r} is no longer frozen" if new is None else f"{FROZEN_DIFFERS} {path!r} has other values"
     if name == "data.fingerprint":
         return "the data has other examples"
     if name.startswith("data.functions."):

@@ -33,6 +33,7 @@ from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.plan import Plan, VariablePlan
 from dist_partial.selection.resolve import resolve
 from dist_partial.step import batch_norm, optimizers
+from dist_partial.synonyms import known_arguments
 from dist_partial.validation import AtLeast, Has, check_arguments, shown
 
 __all__ = ["Partial", "PartialLossScale", "SelectionScheduler", "partial", "release", "resume"]
@@ -41,6 +42,7 @@ SCHEDULE = Has("select", "give one such as dist_partial.schedules.Rotation(every
 
 
 @spoken()
+@known_arguments
 def partial(
     optimizer: keras.optimizers.Optimizer | str,
     rules: Sequence[Any],

@@ -16,6 +16,7 @@ from dist_partial.fit import groups, saved_plan
 from dist_partial.fit.saved_plan import Options
 from dist_partial.reductions.reduce_gradients import make_states, reduce_gradients
 from dist_partial.selection.plan import Plan
+from dist_partial.selection.table import grouped
 from dist_partial.step import optimizers
 from dist_partial.step.gradients import unit_squares
 from dist_partial.step.keras_configs import exclusions
@@ -46,7 +47,7 @@ class Partial(keras.optimizers.Optimizer):
     """Reduces the gradients of a selection, then updates it: the optimizer that `partial` makes.
 
     Args:
-        inner: the optimizers; the first one's learning rate is this one's.
+        inner: the optimizers; the learning rate of those that `options.alike` numbers is this one's.
         plan: from `saved_plan`: with the variables, or without those that `build` finds.
         options: how it trains.
         name: of this optimizer.
@@ -75,6 +76,10 @@ class Partial(keras.optimizers.Optimizer):
     ) -> None:
         super().__init__(learning_rate=0.0, name=name)
         self._inner = list(inner)  # Keras saves their variables, as it finds them in an attribute
+        names = [each.name for each in inner]
+        for number, each in enumerate(inner):  # by which Keras's callbacks log their learning rates
+            if each.name in names[:number]:
+                each.name = f"{each.name}_{number}"
         self.plan, self.options, self._excluded = plan, options, tuple(excluded)
         self.reduces = True  # or else it is handed sums
         self.followed = False  # whether a callback runs the step with the units of its schedule
@@ -225,7 +230,7 @@ class Partial(keras.optimizers.Optimizer):
 
     @property
     def learning_rate(self) -> Any:
-        return self._inner[0].learning_rate
+        return self._inner[self.options.alike[0]].learning_rate
 
     @learning_rate.setter
     def learning_rate(self, value: Any) -> None:
@@ -276,6 +281,11 @@ class Partial(keras.optimizers.Optimizer):
             kept |= {f"{i}_accumulated": value for i, value in enumerate(self._sums)}
         local = compat.strategy_of(self).experimental_local_results
         return {name: local(variable) for name, variable in kept.items()}
+
+    def __repr__(self) -> str:
+        trained = sum(entry.trained_parameters for entry in self.plan.entries)
+        names = ", ".join(type(each).__name__ for each in self._inner)
+        return f"<{type(self).__name__} of {names}: trains {grouped(trained)} parameters; its plan says which>"
 
     def get_config(self) -> dict[str, Any]:
         excluded = list(self._excluded)

@@ -18,6 +18,7 @@ from dist_partial.schedules.base import Schedule, Unit, observes
 from dist_partial.selection.payload import average_bytes
 from dist_partial.selection.plan import Plan
 from dist_partial.step import batch_norm
+from dist_partial.synonyms import known_arguments
 from dist_partial.terminal import say
 from dist_partial.validation import AtLeast, OneOf, check_arguments
 
@@ -47,6 +48,7 @@ class SelectionScheduler(keras.callbacks.Callback):
         step 3: training body, head: 19 parameters
     """
 
+    @known_arguments
     def __init__(
         self,
         schedule: Schedule,

@@ -111,6 +111,29 @@ def _dtypes(spec: Any) -> set[tf.DType]:
     return {one.dtype for one in tf.nest.flatten(spec)}
 
 
+def _end(callback: Any) -> Any:
+    return getattr(callback, "on_epoch_end", None)
+
+
+def notes_on_callbacks(settings: Settings) -> list[str]:
+    """Says which callbacks wait for evaluations that the run does not make.
+
+    Examples:
+        >>> from dist_partial.data import stdlib_shapes
+        >>> from dist_partial.models import two_dense
+        >>> callbacks = [keras.callbacks.EarlyStopping()]
+        >>> notes_on_callbacks(Settings([("train", ".*")], two_dense, stdlib_shapes, callbacks=callbacks))
+        ['run.callbacks has EarlyStopping, and run.eval_every is not bound: its epoch ends once, with the run']
+    """
+    if settings.eval_every is not None:
+        return []
+    nothing = (None, keras.callbacks.Callback.on_epoch_end)
+    waiting = [each for each in settings.callbacks if getattr(_end(each), "__func__", _end(each)) not in nothing]
+    names = ", ".join(dict.fromkeys(type(each).__name__ for each in waiting))
+    its = "its epoch ends" if len(waiting) == 1 else "their epoch ends"
+    return [f"run.callbacks has {names}, and run.eval_every is not bound: {its} once, with the run"] if waiting else []
+
+
 def check_division(settings: Settings, replicas: int) -> None:
     """Raises UserError unless a batch divides into the micro-batches of that many replicas.
 

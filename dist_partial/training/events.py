@@ -232,7 +232,11 @@ def going_on(state: TrainState, folder: Path, steps: int) -> str:
         >>> going_on(state, Path("runs/mine"), steps=10)
         'finished: runs/mine is at step 10 of 10; bind a larger run.steps to go on'
     """
-    if state.step >= steps:
+    if state.step > steps:
+        return (
+            f"finished: {folder} is at step {state.step}, beyond run.steps = {steps}; bind a larger run.steps to go on"
+        )
+    if state.step == steps:
         return f"finished: {folder} is at step {state.step} of {steps}; bind a larger run.steps to go on"
     if state.stopped:
         return (

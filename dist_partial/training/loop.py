@@ -24,7 +24,7 @@ from dist_partial.session import put_back
 from dist_partial.step.optimizers import finalize
 from dist_partial.training import evaluation, events, failures, run_folder
 from dist_partial.training.build import Trainer, build, restore
-from dist_partial.training.checks import check_division, check_workers
+from dist_partial.training.checks import check_division, check_workers, notes_on_callbacks
 from dist_partial.training.judge import Judge, learning_rates, notes_on_averages, reopened
 from dist_partial.training.metric_writer import MetricWriter
 from dist_partial.training.progress import Progress
@@ -102,7 +102,16 @@ def _built(settings: Settings, replicas: Replicas, bindings: Mapping[str, str], 
     trainer = build(settings, replicas)
     progress.end()
     check_workers(replicas, trainer.fingerprint, bindings)
-    replicas.say("\n".join([plan_summary(trainer.plan, replicas.workers), *trainer.notes, *notes_on_averages(trainer)]))
+    replicas.say(
+        "\n".join(
+            [
+                plan_summary(trainer.plan, replicas.workers),
+                *trainer.notes,
+                *notes_on_averages(trainer),
+                *notes_on_callbacks(settings),
+            ]
+        )
+    )
     return trainer
 
 

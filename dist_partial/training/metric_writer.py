@@ -110,14 +110,15 @@ class MetricWriter:
         self._record(rows)
         _, now, full = (sent[-1] - self._sent).tolist()
         self._sent = sent[-1]
-        size = tqdm.format_sizeof(now / len(rows), "B")
         values = {"loss": losses[-1], **(metrics[-1] if metrics else {})}
         shown = ", ".join(
             f"{name} {value:.3g}" if name.startswith("learning_rate") else f"{name} {value:.3f}"
             for name, value in values.items()
         )
+        if sent[-1, 1]:  # one replica sends nothing at all
+            shown += f", {tqdm.format_sizeof(now / len(rows), 'B')}/step at the interface ({now / full:.2%})"
         # Drawn a few times a second at most: a notebook keeps each line that it is sent.
-        self._bar.set_postfix_str(f"{shown}, {size}/step at the interface ({now / full:.2%})", refresh=False)
+        self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update(len(rows))
 
     def evaluation(self, step: int, metrics: dict[str, float], sent: np.ndarray) -> None:

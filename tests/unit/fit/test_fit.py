@@ -602,3 +602,28 @@ def test_the_plan_prints_as_the_commands_table(rules, tmp_path):
     assert str(model.optimizer.plan) == expected
     model.save(tmp_path / "model.keras")
     assert str(keras.saving.load_model(tmp_path / "model.keras").optimizer.plan) == expected
+
+
+def test_the_learning_rate_is_the_one_that_is_set():
+    """Of the rules that name none, though another's optimizer is the first; and logs have each rule's."""
+    layers = [keras.layers.Dense(2, name="a"), keras.layers.Dense(2, name="b"), keras.layers.Dense(1, name="c")]
+    model = keras.Sequential([keras.Input([2]), *layers])
+    rules = [selection.Rule("a/.*", learning_rate=1e-4), selection.Rule("b/.*", learning_rate=1e-3), ("train", "c/.*")]
+    optimizer = partial(keras.optimizers.Adam(1e-2), rules, model)
+    assert float(optimizer.learning_rate) == pytest.approx(1e-2)
+    optimizer.learning_rate = 0.5
+    assert float(optimizer.learning_rate) == 0.5
+    model.compile(optimizer, "mse")
+    callback = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+    history = model.fit(np.ones([4, 2]), np.ones([4, 1]), verbose=0, callbacks=[callback]).history
+    rates = [value[0] for name, value in history.items() if name.startswith("learning_rate")]
+    np.testing.assert_allclose(rates, [5e-5, 5e-4, 0.25], rtol=1e-5)
+    assert repr(optimizer) == "<Partial of Adam, Adam, Adam: trains 15 parameters; its plan says which>"
+
+
+def test_misspelt_arguments_say_what_is_near():
+    model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+    with pytest.raises(UserError, match=r"^partial has no argument 'accumulat'; nearest: 'accumulate'"):
+        partial("adam", [("train", ".*")], model, accumulat=2)
+    with pytest.raises(UserError, match=r"^SelectionScheduler has no argument 'seeed'; nearest: 'seed'"):
+        fit.SelectionScheduler(None, seeed=1)

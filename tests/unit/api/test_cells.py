@@ -1,0 +1,111 @@
+"""What people do in the cells of a notebook: interrupt, run a cell again, catch exceptions, wait for a callback."""
+
+import os
+import signal
+
+import keras
+import numpy as np
+import pytest
+
+import dist_partial
+from dist_partial import Result, UserError, train
+from dist_partial.errors import Raised, calling
+
+X = np.random.default_rng(0).normal(size=(24, 3)).astype(np.float32)
+Y = X.sum(1, keepdims=True)
+HEAD = [("train", "head/.*"), ("freeze", ".*")]
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def person() -> keras.Model:
+    hidden = keras.layers.Dense(4, activation="tanh", name="hidden")
+    return keras.Sequential([keras.Input([3]), hidden, keras.layers.Dense(1, name="head")], name="person")
+
+
+def quickly(model=person, **more):
+    given = {"rules": HEAD, "loss": "mse", "steps": 2, "global_batch": 8, "evaluation": (X, Y)}
+    return train(model, (X, Y), **given | more)
+
+
+def interrupt(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+class Interrupting(keras.callbacks.Callback):
+    def on_train_batch_begin(self, batch, logs=None):
+        interrupt()
+
+
+def test_an_interrupt_is_one_also_for_a_loop_that_catches_exceptions():
+    done = []
+    with pytest.raises(KeyboardInterrupt) as caught:
+        for folder in ("one", "two"):
+            try:
+                quickly(folder=folder, callbacks=[Interrupting()])
+            except Exception:
+                done.append(folder)
+    assert not done and isinstance(caught.value, dist_partial.Interrupted)
+    found = caught.value.result
+    assert isinstance(found, Result) and found.history.of("train").column("step") == [1]
+    assert found.model.predict(X, verbose=0).shape == (24, 1)
+
+
+@pytest.mark.parametrize("where", ["model", "loss"])
+def test_an_interrupt_while_the_run_is_built_is_one_line(where):
+    def model():
+        interrupt()
+        return person()
+
+    def loss(y, outputs):
+        interrupt()
+        return keras.ops.mean(outputs, -1)
+
+    with pytest.raises(dist_partial.Interrupted, match=r"^stopped before .*call train again with the same folder"):
+        quickly(**{where: {"model": model, "loss": loss}[where]})
+
+
+def test_a_notebook_shows_the_line_alone():
+    """As IPython asks an exception for what it shows; of what the user's own code has raised, where that was."""
+    with pytest.raises(UserError) as caught:
+        quickly(steps=0)
+    assert caught.value._render_traceback_() == [f"UserError: {caught.value}"]
+    assert dist_partial.Interrupted("stopped", 130)._render_traceback_() == ["Interrupted: stopped"]
+    with pytest.raises(Raised) as raised, calling("run.loss"):
+        [][0]
+    first, *rest = raised.value._render_traceback_()
+    assert first.startswith("Raised: run.loss raised IndexError") and any("[][0]" in line for line in rest)
+
+
+def test_other_frozen_weights_of_a_model_made_again_say_what_to_do():
+    quickly(person(), folder="mine")
+    with pytest.raises(
+        UserError, match=r"^mine belongs .* 'hidden/kernel' .*; where a cell makes 'person' again, .*0\)"
+    ):
+        quickly(person(), folder="mine", steps=4)
+    for steps in (2, 4):
+        keras.utils.set_random_seed(0)
+        assert quickly(person(), folder="other", steps=steps).history[-1]["step"] == steps
+
+
+def test_what_waits_for_evaluations_is_said(capsys):
+    early = keras.callbacks.EarlyStopping(monitor="val_loss")
+    quickly(callbacks=[early, keras.callbacks.LambdaCallback()])
+    said = "callbacks has EarlyStopping, and eval_every is not given: its epoch ends once, with the run"
+    assert said in capsys.readouterr().out
+    quickly(callbacks=[early], eval_every=1)
+    assert "its epoch ends" not in capsys.readouterr().out
+
+
+def test_fewer_steps_than_were_made_are_said_so(capsys):
+    quickly(folder="mine")
+    quickly(folder="mine", steps=1)
+    assert "finished: mine is at step 2, beyond steps=1; give a larger steps to go on" in capsys.readouterr().out
+
+
+def test_one_replica_shows_no_bytes(capfd):
+    quickly()
+    assert "at the interface" not in capfd.readouterr().err
