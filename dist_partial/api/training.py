@@ -27,7 +27,7 @@ from dist_partial.selection import Plan
 from dist_partial.selection.paths import variable_paths
 from dist_partial.step import batch_norm, outer_step
 from dist_partial.synonyms import meant
-from dist_partial.terminal import say
+from dist_partial.terminal import say, silent, without_notes
 from dist_partial.train import main as command
 from dist_partial.training import loop
 from dist_partial.training.state import TrainState
@@ -35,7 +35,7 @@ from dist_partial.validation import nearest
 
 _DEVICES = 8  # on the CPU, which cost nothing where they are not used
 _FIRST = ("model", "data")
-_OWN = ("evaluation", "folder", "replicas")
+_OWN = ("evaluation", "folder", "replicas", "verbose")
 
 
 def train(
@@ -46,6 +46,7 @@ def train(
     evaluation: Any = None,
     folder: str | Path | None = None,
     replicas: Any = 1,
+    verbose: int = 1,
     **settings: Any,
 ) -> Result:
     """Trains the part of a model that the rules select, and returns the model, its history and more.
@@ -61,6 +62,7 @@ def train(
         evaluation: the examples held out, as `data`; None holds a part of it out.
         folder: the run folder, from which a run goes on; None is a new one in `runs`.
         replicas: how many, simulated on the CPU; or a `ReplicaOptions`, or a function that makes `Replicas`.
+        verbose: 0 shows nothing but errors; 1 the plan, a progress bar and evaluations.
         **settings: the other attributes of `Settings`, such as `steps`, `optimizer`, `loss`, `metrics`. An optimizer
             may be a factory, a name, or an optimizer; without it, a loss or metrics, those
             take their place with which the model was compiled.
@@ -84,7 +86,7 @@ def train(
         >>> [row["step"] for row in found.history if row["split"] == "train"], found.model is model
         ([1, 2, 3], True)
     """
-    with spoken(), _interrupted():
+    with spoken(), _interrupted(), without_notes(), contextlib.nullcontext() if verbose else silent():
         _check_names(settings)
         rules = _checked_rules(rules, model)
         examples = given.Data(data, evaluation)

@@ -16,7 +16,7 @@ from dist_partial.files import write_atomically, write_json, write_text, writing
 from dist_partial.selection.plan import Plan
 from dist_partial.selection.table import grouped, trained_layers
 from dist_partial.synonyms import meant
-from dist_partial.terminal import say
+from dist_partial.terminal import is_silent, say
 
 _SPLITS = ("train", "eval")
 # The steps, and what never changes or is only another measure of what is charted.
@@ -72,7 +72,8 @@ class MetricWriter:
                 self._boards = {
                     split: tf.summary.create_file_writer(str(folder / "tensorboard" / split)) for split in _SPLITS
                 }
-        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not active)
+        hidden = not active or is_silent()
+        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=hidden)
 
     def __enter__(self) -> "MetricWriter":
         return self

@@ -6,6 +6,7 @@ import signal
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import dist_partial
 from dist_partial import Result, UserError, train
@@ -109,3 +110,15 @@ def test_fewer_steps_than_were_made_are_said_so(capsys):
 def test_one_replica_shows_no_bytes(capfd):
     quickly()
     assert "at the interface" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_nothing_is_shown_but_errors(replicas, capfd, caplog):
+    """Nor by TensorFlow, whose logger notes each sum over replicas."""
+    tf.get_logger().setLevel("INFO")
+    quickly(verbose=0, replicas=replicas)
+    assert [*capfd.readouterr()] == ["", ""] and not caplog.messages
+    quickly(replicas=replicas)
+    assert "step 2: held-out" in capfd.readouterr().out and not caplog.messages
+    with pytest.raises(UserError):
+        quickly(verbose=0, steps=0)
