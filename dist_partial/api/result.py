@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_partial import checkpoints
+from dist_partial.checkpoints.fingerprints import INITIAL, began
+from dist_partial.errors import UserError
 from dist_partial.selection.plan import Plan
-from dist_partial.selection.table import grouped
+from dist_partial.selection.table import columns, grouped
+from dist_partial.validation import nearest
 
 if TYPE_CHECKING:
     import pandas
 
+    from dist_partial.export.delta import Delta
+
+_SPLITS = ("train", "eval", "plan")
+_SHOWN = 5  # rows of each split, the last ones
 _BYTES = ("wire_bytes", "nic_bytes", "wire_share")
 
 
@@ -22,15 +29,48 @@ class History(list[dict[str, Any]]):
         >>> rows = History([{"step": 1, "split": "train", "loss": 2.0}, {"step": 1, "split": "eval", "loss": 1.5}])
         >>> rows.of("eval").column("loss")
         [1.5]
+        >>> rows
+        2 rows: .of('train' | 'eval' | 'plan'), .column(name), .to_pandas()
+        step  split    loss
+        ----  -----  ------
+           1  train  2.0000
+           1  eval   1.5000
     """
 
     def of(self, split: str) -> "History":
-        """The rows of a split: 'train', 'eval' or 'plan'."""
+        """The rows of a split: 'train', 'eval' or 'plan'.
+
+        Raises:
+            UserError: there is no such split.
+        """
+        if split not in _SPLITS:
+            raise UserError(f"history has no split {split!r}{nearest(split, _SPLITS, always=True)}")
         return History(row for row in self if row["split"] == split)
 
     def column(self, name: str) -> list[Any]:
-        """The values of those rows that have them."""
+        """The values of those rows that have them.
+
+        Raises:
+            UserError: no row has that name.
+        """
+        names = dict.fromkeys(each for row in self for each in row)
+        if self and name not in names:
+            raise UserError(f"history has no {name!r}{nearest(name, names, always=True)}")
         return [row[name] for row in self if name in row]
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, str):
+            raise UserError(f"history is a list of rows: write history.of('train').column({place!r})")
+        return super().__getitem__(place)
+
+    def __repr__(self) -> str:
+        shown = [row for split in _SPLITS[:2] for row in list(self.of(split))[-_SHOWN:]]
+        names = [name for name in dict.fromkeys(each for row in shown for each in row) if name not in _BYTES]
+        lines = [f"{len(self):,} rows: .of('train' | 'eval' | 'plan'), .column(name), .to_pandas()"]
+        if shown:
+            cells = [[_cell(row.get(name, "")) for name in names] for row in shown]
+            lines += columns(names, cells, right=[number for number, name in enumerate(names) if name != "split"])
+        return "\n".join(lines)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """The rows as a data frame of pandas, which has to be installed."""
@@ -66,6 +106,21 @@ class Result:
     steps: int
     history: History
     best: dict[str, Any] | None = None
+    _trained: tuple[Any, int] | None = None  # a model with the plan's variables, and the updates that it has had
+
+    def delta(self) -> "Delta":
+        """What the run has changed, for `dist_partial.delta.write`: as the model is now, if it is trained further.
+
+        Raises:
+            UserError: the folder has no checkpoint.
+        """
+        from dist_partial.export import delta
+
+        base = began(self.folder)
+        if not base or self._trained is None:
+            raise UserError(f"{self.folder} has no checkpoint, and so no delta: let the run save one first")
+        model, step = self._trained
+        return delta.of(model, self.plan, base[INITIAL], step)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -107,6 +162,10 @@ def read(model: Any, folder: Path, plan: Plan, steps: int) -> Result:
     kept = checkpoints.steps(folder / "best")
     best = _numbers([row for row in history.of("eval") if row["step"] in kept][-1:])
     return Result(model, folder, plan, steps, history, best or None)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "nan" if value is None else str(value)
 
 
 def _numbers(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from dist_partial import checkpoints
 from dist_partial.api import given, result
 from dist_partial.api.model import Model
 from dist_partial.api.result import Result
@@ -30,12 +31,14 @@ from dist_partial.synonyms import meant
 from dist_partial.terminal import say, silent, without_notes
 from dist_partial.train import main as command
 from dist_partial.training import loop
+from dist_partial.training.build import restore
+from dist_partial.training.events import BEST
 from dist_partial.training.state import TrainState
 from dist_partial.validation import nearest
 
 _DEVICES = 8  # on the CPU, which cost nothing where they are not used
 _FIRST = ("model", "data")
-_OWN = ("evaluation", "folder", "replicas", "verbose")
+_OWN = ("evaluation", "folder", "replicas", "verbose", "restore_best")
 
 
 def train(
@@ -47,6 +50,7 @@ def train(
     folder: str | Path | None = None,
     replicas: Any = 1,
     verbose: int = 1,
+    restore_best: bool = False,
     **settings: Any,
 ) -> Result:
     """Trains the part of a model that the rules select, and returns the model, its history and more.
@@ -63,6 +67,7 @@ def train(
         folder: the run folder, from which a run goes on; None is a new one in `runs`.
         replicas: how many, simulated on the CPU; or a `ReplicaOptions`, or a function that makes `Replicas`.
         verbose: 0 shows nothing but errors; 1 the plan, a progress bar and evaluations.
+        restore_best: whether the model gets the weights of the best checkpoint at the end; needs `best`.
         **settings: the other attributes of `Settings`, such as `steps`, `optimizer`, `loss`, `metrics`. An optimizer
             may be a factory, a name, or an optimizer; without it, a loss or metrics, those
             take their place with which the model was compiled.
@@ -89,6 +94,8 @@ def train(
     with spoken(), _interrupted(), without_notes(), contextlib.nullcontext() if verbose else silent():
         _check_names(settings)
         rules = _checked_rules(rules, model)
+        if restore_best and settings.get("best") is None:
+            raise UserError("restore_best without best: give the number that has to get better, such as best='loss'")
         examples = given.Data(data, evaluation)
         made = Model(model, examples, rules, {name for name, value in settings.items() if value is not None})
         settings = settings | {"precision": made.precision(settings.get("precision"))}
@@ -96,7 +103,7 @@ def train(
             settings["optimizer"] = given.optimizer(settings["optimizer"])
         bound = Settings(rules=rules, model=made, data=examples, replicas=given.replicas(replicas), **settings)
         with _place(folder, model) as place:
-            return _run(bound, made, examples, place)
+            return _run(bound, made, examples, place, restore_best)
 
 
 @contextlib.contextmanager
@@ -112,7 +119,7 @@ def _interrupted() -> Iterator[None]:
         ) from None
 
 
-def _run(settings: Settings, model: Model, data: given.Data, folder: Path) -> Result:
+def _run(settings: Settings, model: Model, data: given.Data, folder: Path, restore_best: bool) -> Result:
     going_on = any((folder / "checkpoints").glob("step-*"))
 
     def operative() -> str:
@@ -126,7 +133,8 @@ def _run(settings: Settings, model: Model, data: given.Data, folder: Path) -> Re
     except Interrupted as interrupted:
         state, interrupted.state = interrupted.state, None  # which a notebook would keep with the exception
         model.give_back(_agreed(state))
-        interrupted.result = _read(state.model, folder, state.plan, settings)
+        found = _read(state.model, folder, state.plan, settings)
+        interrupted.result = dataclasses.replace(found, _trained=(state.model, state.step))
         raise
     except UserError as error:
         if model.of_instance and FROZEN_DIFFERS in str(error):  # of one that is made again with other random weights
@@ -135,7 +143,10 @@ def _run(settings: Settings, model: Model, data: given.Data, folder: Path) -> Re
                 "it, or give the function that makes it"
             ) from error
         raise
-    made = trainer.model
+    made, step = trainer.model, max(checkpoints.steps(folder / "checkpoints"), default=0)
+    if restore_best and checkpoints.steps(folder / BEST):
+        alone = dataclasses.replace(trainer.replicas, backend=None)  # whose connections have been closed
+        step = restore(dataclasses.replace(trainer, replicas=alone), folder, say, place=BEST).step
     for layer in trainer.batch_norms:
         batch_norm.set_mode(layer, True)  # as it was made: the run alone had put it into inference mode
     weights = _agreed(trainer.state())
@@ -147,7 +158,7 @@ def _run(settings: Settings, model: Model, data: given.Data, folder: Path) -> Re
             f"model {made.name!r} keeps its weights, for the rules have given the trained one other variables "
             "(LoRA, a lower precision): it is the result's .model"
         )
-    return _read(made, folder, trainer.plan, settings)
+    return dataclasses.replace(_read(made, folder, trainer.plan, settings), _trained=(trainer.model, step))
 
 
 def _read(model: Any, folder: Path, plan: Plan, settings: Settings) -> Result:

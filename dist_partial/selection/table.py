@@ -36,7 +36,7 @@ def plan_table(plan: Plan, hosts: int) -> str:
         for entry in plan.entries
     ]
     lines += [("(statistics)", "", "", "", often, size) for often, size in _statistics(plan)]
-    return "\n".join([*_table(header, lines), *_totals(plan, hosts)])
+    return "\n".join([*columns(header, lines), *_totals(plan, hosts)])
 
 
 def plan_summary(plan: Plan, hosts: int) -> str:
@@ -75,14 +75,14 @@ def plan_summary(plan: Plan, hosts: int) -> str:
         for group in _groups(plan.entries)
     ]
     lines += [("(statistics)", "", "", often, "", size) for often, size in _statistics(plan)]
-    most = _WIDTH - len(_table(header, [("", *line[1:]) for line in lines])[1]) + len(header[0])
+    most = _WIDTH - len(columns(header, [("", *line[1:]) for line in lines])[1]) + len(header[0])
     lines = [(_cut(line[0], most), *line[1:]) for line in lines]
     travel = {entry.rule.match: f": {entry.travels}" for entry in plan.trained}
     ends = [travel.get(rule.match, "") for rule in plan.rules]
     rules = [f"rule {number}: {rule}" for number, rule in enumerate(plan.rules, 1)]
     rules = [f"{_cut(rule, _WIDTH - len(end))}{end}" for rule, end in zip(rules, ends, strict=True)]
     note = f"{len(plan.entries):,} variables, one a line in plan.txt of the run folder"
-    return "\n".join([*_table(header, lines, right=(1, 2, 4)), *rules, note, *_totals(plan, hosts)])
+    return "\n".join([*columns(header, lines, right=(1, 2, 4)), *rules, note, *_totals(plan, hosts)])
 
 
 def trained_layers(plan: Plan) -> str:
@@ -201,8 +201,15 @@ def _trained_word(entry: VariablePlan) -> str:
     return f"rows {entry.rule.rows[0]}:{entry.rule.rows[1]}" if entry.rule.rows else "yes"
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Lines of cells in columns, of which those in `right`, and the last, are aligned to the right."""
+def columns(header: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Writes cells in columns, of which those in `right`, and the last, are aligned to the right.
+
+    Examples:
+        >>> print(*columns(["path", "bytes"], [["a/kernel", "8"]]), sep="\n")
+        path      bytes
+        --------  -----
+        a/kernel      8
+    """
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
     right = [*right, len(header) - 1]
 

@@ -159,6 +159,9 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
             if fixed := layer_state.batch_size(model):
                 check_batch(fixed, model, settings, data, topology)
         batch_norms = batch_norm.layers(model)
+        if any(rule.lora for rule in selection.parse_rules(settings.rules)):
+            # So that factors begin alike in another process, whatever the model's factory draws or seeds.
+            keras.utils.set_random_seed((settings.seed + 1) % 2**32)
         adapters = lora.enable(settings.rules, model)
         plan = selection.resolve(settings.rules, model, settings.reduction, adapters, settings.between_hosts)
         hosts = topology.workers if topology.workers > 1 else topology.local

@@ -9,8 +9,9 @@ import pytest
 import tensorflow as tf
 
 import dist_partial
-from dist_partial import Result, UserError, train
+from dist_partial import Result, Rule, UserError, delta, train
 from dist_partial.errors import Raised, calling
+from dist_partial.export import __main__ as export_command
 
 X = np.random.default_rng(0).normal(size=(24, 3)).astype(np.float32)
 Y = X.sum(1, keepdims=True)
@@ -122,3 +123,61 @@ def test_nothing_is_shown_but_errors(replicas, capfd, caplog):
     assert "step 2: held-out" in capfd.readouterr().out and not caplog.messages
     with pytest.raises(UserError):
         quickly(verbose=0, steps=0)
+
+
+def test_a_history_is_a_short_table_and_names_what_is_near():
+    history = quickly(steps=8).history
+    assert len(repr(history).splitlines()) == 3 + 5 + 1 and "wire_bytes" not in repr(history)
+    for call, message in (
+        (lambda: history.of("val"), "history has no split 'val'; nearest: 'eval'"),
+        (lambda: history.column("los"), "history has no 'los'; nearest: 'loss'"),
+        (lambda: history["loss"], r"write history\.of\('train'\)\.column\('loss'\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+    assert history.of("plan").column("anything") == [] and history[0]["step"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instance", [True, False])
+def test_the_best_weights_are_restored(instance):
+    """Which are those after two of the steps, for the learning rate then grows beyond all measure."""
+    model, more = person(), {"optimizer": keras.optimizers.SGD(Growing()), "eval_every": 1}
+    model.set_weights(quickly(steps=1, verbose=0, optimizer=keras.optimizers.SGD(0.0)).model.get_weights())
+    given = model if instance else person
+    found = quickly(given, steps=4, best="loss", restore_best=True, folder="mine", **more)
+    assert found.best["step"] == 2 and found.metrics["loss"] > found.best["loss"]
+    found.model.compile(loss="mse")
+    assert found.model.evaluate(X, Y, verbose=0) == pytest.approx(found.best["loss"], rel=1e-5)
+    assert quickly(given, steps=4, best="loss", folder="mine", **more).history[-1]["step"] == 4
+    with pytest.raises(UserError, match=r"^restore_best without best"):
+        quickly(restore_best=True)
+
+
+class Growing(keras.optimizers.schedules.LearningRateSchedule):
+    def __call__(self, step):
+        return tf.where(step < 2, 0.01, 5.0)
+
+    def get_config(self):
+        return {}
+
+
+def seeded() -> keras.Model:
+    keras.utils.set_random_seed(2)
+    return person()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instance", [True, False])
+def test_a_delta_of_lora_is_that_of_the_export(instance, capfd):
+    """Though the function of the model seeds by itself; the command builds the base again in another process."""
+    rules = [Rule("head/kernel", lora=2), ("freeze", ".*")]
+    found = quickly(person() if instance else lambda: seeded(), rules=rules, optimizer=keras.optimizers.SGD(0.1))
+    mine = found.delta()
+    command = [f"--run_dir={found.folder}", "--format=safetensors", "--output=out.safetensors"]
+    assert export_command.main(command) == 0, capfd.readouterr().err
+    theirs = delta.read("out.safetensors")
+    assert (mine.base, mine.step, mine.rules) == (theirs.base, theirs.step, theirs.rules)
+    assert mine.arrays.keys() == theirs.arrays.keys()
+    for name, array in mine.arrays.items():
+        np.testing.assert_array_equal(array, theirs.arrays[name])

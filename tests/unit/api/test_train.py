@@ -309,7 +309,7 @@ def test_the_result_shows_itself():
         ({"rules": None}, r"train has no rules: .* such as rules=\[\('train', 'head/\.\*'\), \('freeze', '\.\*'\)\];"),
         ({"validation_split": 0.2}, r"'validation_split': write data, made by dataset\(..., held_out=0.2\)"),
         ({"shuffle": True}, "'shuffle': write seed, from which each epoch's order is drawn"),
-        ({"verbose": 0}, "'verbose': write eval_every, the updates between the lines"),
+        ({"verbosity": 0}, "'verbosity': write eval_every, the updates between the lines"),
         ({"initial_epoch": 3}, "'initial_epoch': write steps, of the whole run, which goes on from the newest"),
         ({"batch_size": 3}, "'batch_size': write global_batch, the examples of an update over all replicas"),
         ({"steps_per_epoch": 3}, "'steps_per_epoch': write eval_every, the updates between evaluations"),
