@@ -21,6 +21,7 @@ from dist_partial.selection.paths import variable_paths
 from dist_partial.selection.rules import first_match, parse_rules
 from dist_partial.step import layer_state
 from dist_partial.step.losses import DividedLoss
+from dist_partial.validation import shown
 
 
 class Model:
@@ -46,6 +47,9 @@ class Model:
         self._lost = ""
         self.compiled = _compiled(given, settings)
         if not isinstance(given, keras.Model):
+            if not callable(given) or isinstance(given, keras.Layer):
+                how = "; keras.saving.load_model reads a file" if isinstance(given, str) else ""
+                raise UserError(f"model is {shown(given)}: give a Keras model, or a function that makes one{how}")
             self.__wrapped__ = given  # for `session.numbered_afresh`
             return
         with calling("run.data"):

@@ -34,7 +34,7 @@ from dist_partial.training import loop
 from dist_partial.training.build import restore
 from dist_partial.training.events import BEST
 from dist_partial.training.state import TrainState
-from dist_partial.validation import nearest
+from dist_partial.validation import nearest, shown
 
 _DEVICES = 8  # on the CPU, which cost nothing where they are not used
 _FIRST = ("model", "data")
@@ -198,6 +198,8 @@ def _some_devices() -> None:
 def _place(folder: str | Path | None, model: Any) -> Iterator[Path]:
     """The run folder: the one that is given, or the next free one for a model of that name, if anything is written."""
     if folder is not None:
+        if not isinstance(folder, (str, os.PathLike)):
+            raise UserError(f"folder is {shown(folder)}: write a path, such as 'runs/mine'")
         yield Path(folder).expanduser()
         return
     if read_tf_config(os.environ.get("TF_CONFIG", "")):

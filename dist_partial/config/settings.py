@@ -164,6 +164,10 @@ class Settings:
             raise UserError(
                 f"run.callbacks is {shown(self.callbacks)}: give a list, such as [@keras.callbacks.CSVLogger()]"
             )
+        for name in ("metrics", "weighted_metrics"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (list, tuple, dict)):
+                raise UserError(f"run.{name} is {shown(value)}: give a list, such as ['accuracy'], or a dict by output")
         if self.patience is not None and self.best is None:
             raise UserError("run.patience without run.best: bind the number that has to get better, such as 'loss'")
         parse_rules(self.rules)

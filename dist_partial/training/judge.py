@@ -54,6 +54,7 @@ class Judge:
             for size, training in zip(sizes, (True, False), strict=True)
         )
         _check(self._settings.callbacks, [*own, *(f"val_{name}" for name in held_out), "learning_rate"])
+        _check_rates(self._settings.callbacks, self._optimizers)
         best = self._settings.best
         # Callbacks say `val_loss` for the `loss` of an evaluation.
         self._number = best if best is None or best in held_out else best.removeprefix("val_")
@@ -103,7 +104,8 @@ class Judge:
         model.stop_training = False
         for each in self._callbacks:
             each.set_model(model)
-            each.set_params({"epochs": None, "steps": None, "verbose": 0})
+            steps, period = self._settings.steps, self._settings.eval_every or self._settings.steps
+            each.set_params({"epochs": math.ceil(steps / period), "steps": min(period, steps), "verbose": 0})
         self._call("on_train_begin")
         self._new = [_values(each) for each in self._settings.callbacks]
         self._call("on_epoch_begin", self._epoch)
@@ -128,6 +130,13 @@ class Judge:
         if not self._swaps:
             return contextlib.nullcontext()
         return averaged(self._trainer.replicas.strategy, self._trainer.optimizers)
+
+    @contextlib.contextmanager
+    def testing(self, found: dict[str, float]) -> Iterator[None]:
+        """Tells the callbacks of the beginning of an evaluation, and of its end, when its numbers are in `found`."""
+        self._call("on_test_begin")
+        yield
+        self._call("on_test_end", {name: value for name, value in found.items() if name != "examples"})
 
     def begin_steps(self) -> None:
         """Notes that the next call of the compiled step begins."""
@@ -312,6 +321,16 @@ def _values(callback: Any) -> dict[str, Any]:
     found = {name: value.item() if isinstance(value, np.generic) else value for name, value in vars(callback).items()}
     found |= {name: abs(found[name]) for name in _SIGNED & found.keys()}
     return {name: value for name, value in found.items() if isinstance(value, _KEPT)}
+
+
+def _check_rates(callbacks: Sequence[Any], optimizers: Sequence[keras.optimizers.Optimizer]) -> None:
+    setting = (keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau)
+    for each in callbacks:
+        if isinstance(each, setting) and not all(map(_is_settable, optimizers)):
+            raise UserError(
+                f"run.callbacks has {type(each).__name__}, which sets learning rates, and run.optimizer has a schedule "
+                "for one: leave one of the two out"
+            )
 
 
 def _check(callbacks: Sequence[Any], names: Sequence[str]) -> None:

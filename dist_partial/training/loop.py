@@ -197,7 +197,10 @@ def _after_steps(
     try:
         if evaluate.due(state.step) or judge.reason:
             with judge.weights():
-                better = judge.evaluated(state.step, evaluate(state, writer))
+                held_out: dict[str, float] = {}
+                with judge.testing(held_out):
+                    held_out |= evaluate(state, writer)
+                better = judge.evaluated(state.step, held_out)
                 state = dataclasses.replace(state, judged=judge.to_json())
                 if better:
                     save.best(state)

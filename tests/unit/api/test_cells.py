@@ -181,3 +181,61 @@ def test_a_delta_of_lora_is_that_of_the_export(instance, capfd):
     assert mine.arrays.keys() == theirs.arrays.keys()
     for name, array in mine.arrays.items():
         np.testing.assert_array_equal(array, theirs.arrays[name])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"metrics": "accuracy"}, r"metrics is 'accuracy': give a list, such as \['accuracy'\]"),
+        ({"weighted_metrics": keras.metrics.AUC}, r"weighted_metrics is .*AUC.*: give a list"),
+        ({"folder": 3}, "folder is 3: write a path"),
+        ({"model": "p.keras"}, "model is 'p.keras': give a Keras model, .*; keras.saving.load_model reads a file"),
+        ({"model": None}, "model is None: give a Keras model, or a function that makes one$"),
+        ({"model": keras.layers.Dense(1)}, "model is .*Dense.*: give a Keras model"),
+    ],
+    ids=["metrics", "weighted", "folder", "file", "none", "layer"],
+)
+def test_what_is_no_such_thing_is_said(given, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        quickly(**given)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda: keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate),
+        lambda: keras.callbacks.ReduceLROnPlateau("val_loss"),
+    ],
+    ids=["scheduler", "plateau"],
+)
+def test_a_callback_that_sets_the_rate_of_a_schedule_is_refused(callback):
+    optimizer = keras.optimizers.SGD(Growing())
+    with pytest.raises(UserError, match=r"^callbacks has .*, which sets learning rates, and optimizer has a schedule"):
+        quickly(optimizer=optimizer, callbacks=[callback()], eval_every=1)
+
+
+class Listening(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def on_train_begin(self, logs=None):
+        self.heard.append(dict(self.params))
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.heard.append(("epoch", epoch))
+
+    def on_test_begin(self, logs=None):
+        self.heard.append("begin")
+
+    def on_test_end(self, logs=None):
+        self.heard.append(("end", *logs))
+
+
+def test_callbacks_hear_of_evaluations_and_of_how_many_come():
+    """As fit has it: within an epoch, before its end."""
+    listening = Listening()
+    quickly(steps=4, eval_every=2, callbacks=[listening], metrics=["mae"])
+    pair = ["begin", ("end", "loss", "mae")]
+    expected = [{"epochs": 2, "steps": 2, "verbose": 0}, *pair, ("epoch", 0), *pair, ("epoch", 1)]
+    assert listening.heard == expected
