@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import keras
 import tensorflow as tf
@@ -240,11 +240,11 @@ def _check_names(settings: dict[str, Any]) -> None:
 
 def _signature() -> inspect.Signature:
     """That of `train`, with each of the settings, for help and completion."""
-    own = inspect.signature(train)
+    own, plain = inspect.signature(train), get_type_hints(Settings)  # without the checks that annotate them
     parameters = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
     for each in inspect.signature(Settings).parameters.values():
         if each.name not in own.parameters:
-            parameters.append(each.replace(kind=each.KEYWORD_ONLY))
+            parameters.append(each.replace(kind=each.KEYWORD_ONLY, annotation=plain[each.name]))
     return own.replace(parameters=parameters)
 
 

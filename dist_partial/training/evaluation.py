@@ -188,8 +188,8 @@ def samples(model: Any, data: Dataset, sampling: Sampling, step: int) -> list[di
     """
     if data.codec is None:
         raise UserError(
-            f"data set {data.name!r} has no text to sample: its codec is None; give its Dataset a codec, which turns "
-            "text into ids and back, or sample a run on text"
+            f"data set {data.name!r} has no text to sample: its codec is None, as that of all data but text is; if it "
+            "is of text, give its Dataset a codec, which turns text into ids and back"
         )
     if tf.nest.is_nested(data.train.spec[0]):
         raise UserError(

@@ -1,5 +1,6 @@
 """What people do in the cells of a notebook: interrupt, run a cell again, catch exceptions, wait for a callback."""
 
+import inspect
 import os
 import signal
 
@@ -239,3 +240,8 @@ def test_callbacks_hear_of_evaluations_and_of_how_many_come():
     pair = ["begin", ("end", "loss", "mae")]
     expected = [{"epochs": 2, "steps": 2, "verbose": 0}, *pair, ("epoch", 0), *pair, ("epoch", 1)]
     assert listening.heard == expected
+
+
+def test_help_shows_types_and_no_objects():
+    text = str(inspect.signature(train))
+    assert " object at 0x" not in text and "Annotated" not in text and "steps: int = 1000" in text
