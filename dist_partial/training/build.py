@@ -140,7 +140,7 @@ def build(settings: Settings, replicas: Replicas) -> Trainer:
         return _build(settings, replicas)
 
 
-def _build(settings: Settings, replicas: Replicas) -> Trainer:
+def _data(settings: Settings) -> Dataset:
     with calling("run.data"):
         data = dataset(settings.data, name=getattr(settings.data, "__name__", "data"))  # not what it makes: see Stream
         for name in ("train", "evaluation"):
@@ -149,6 +149,26 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
             data = dataclasses.replace(data, train=class_weighted(data.train, settings.class_weight))
         if settings.activation_cache:
             check_cached(data.train)
+    return data
+
+
+def _plan(settings: Settings, model: keras.Model, replicas: Replicas) -> selection.Plan:
+    """The rules resolved against the model, which gets the LoRA factors that they ask for."""
+    if any(rule.lora for rule in selection.parse_rules(settings.rules)):
+        # So that factors begin alike in another process, whatever the model's factory draws or seeds.
+        keras.utils.set_random_seed((settings.seed + 1) % 2**32)
+    adapters = lora.enable(settings.rules, model)
+    plan = selection.resolve(settings.rules, model, settings.reduction, adapters, settings.between_hosts)
+    check_levels(plan, replicas)
+    workers, local = replicas.topology.workers, replicas.topology.local
+    # Of one process what would be sent is that of replicas on hosts of their own.
+    return dataclasses.replace(
+        plan, workers=max(2, local if workers == 1 else workers), local=1 if workers == 1 else local
+    )
+
+
+def _build(settings: Settings, replicas: Replicas) -> Trainer:
+    data = _data(settings)
     strategy, topology, spec = replicas.strategy, replicas.topology, without_lists(data.train.spec)
     with strategy.scope():
         keras.utils.set_random_seed(settings.seed)
@@ -159,16 +179,8 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
             if fixed := layer_state.batch_size(model):
                 check_batch(fixed, model, settings, data, topology)
         batch_norms = batch_norm.layers(model)
-        if any(rule.lora for rule in selection.parse_rules(settings.rules)):
-            # So that factors begin alike in another process, whatever the model's factory draws or seeds.
-            keras.utils.set_random_seed((settings.seed + 1) % 2**32)
-        adapters = lora.enable(settings.rules, model)
-        plan = selection.resolve(settings.rules, model, settings.reduction, adapters, settings.between_hosts)
-        hosts = topology.workers if topology.workers > 1 else topology.local
-        check_levels(plan, replicas)
-        local = topology.local if topology.workers > 1 else 1
-        plan = dataclasses.replace(plan, workers=max(2, hosts), local=local)
-        plan, units, notes = _divided(quantization.lower(plan, model, settings.frozen_dtype), settings, batch_norms)
+        plan = quantization.lower(_plan(settings, model, replicas), model, settings.frozen_dtype)
+        plan, units, notes = _divided(plan, settings, batch_norms)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
         objective, divided = make_objective(settings, data, model, examples, outputs)
         objective = divided_objective(objective, settings, plan, topology, data.train)
