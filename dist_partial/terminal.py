@@ -44,7 +44,7 @@ def speaking(words: Callable[[str], str]) -> Iterator[None]:
 
 
 def is_silent() -> bool:
-    """Whether nothing is to be shown, and no progress bar either."""
+    """Tells whether nothing is to be shown, and no progress bar either."""
     return bool(_silent)
 
 

@@ -349,8 +349,8 @@ MUTANTS = [
     changed(
         "all workers draw the first one's masks",
         "step/layer_state.py",
-        "enumerate(strategy.experimental_local_results(variable.value), first)",
-        "enumerate(strategy.experimental_local_results(variable.value))",
+        "enumerate(local(variable.value), topology.first)",
+        "enumerate(local(variable.value))",
         "integration/test_exchanges.py::test_workers_are_the_replicas_that_are_simulated",
     ),
     changed(
@@ -501,7 +501,7 @@ MUTANTS = [
             FINGERPRINT,
         )
         for line in (
-            '"rules": [f"{rule}" + (f", {rule.reduction}" if rule.reduction else "") for rule in plan.rules]',
+            '"rules": [_rule(rule) for rule in plan.rules]',
             '"reduction": str(settings.reduction)',
             '"seed": settings.seed',
             '"global_batch": settings.global_batch',
@@ -812,14 +812,14 @@ MUTANTS = [
     changed(
         "modes of BatchNorm that the run alone has set are saved",
         "models/copies.py",
-        "zip(pairs, self._trainable, strict=True)",
-        "zip(pairs, [layer.trainable for layer, _ in pairs], strict=True)",
+        "self._trainable.get(id(layer), layer.trainable)",
+        "layer.trainable",
         "unit/api/test_train.py::test_a_model_that_draws_and_one_with_statistics",
     ),
     changed(
         "what is left of a run is the first replica's own",
         "api/training.py",
-        "with outer_step.agreed(state.strategy, state.fragments):",
+        "with outer_step.agreed(state.topology.strategy, state.fragments):",
         "if True:",
         "unit/api/test_train.py::test_what_replicas_agree_on_is_what_is_left_between_exchanges",
     ),
