@@ -48,7 +48,7 @@ class Part(Wrapped):
         """What the source calls example `index` of the part in messages."""
         whole = int(self._indices(np.array([index]))[0])
         place = trait(self.source, "place")
-        return place(whole) if place else f"example {whole}"
+        return place(whole) if place else f"example {whole:,}"
 
     def _indices(self, indices: np.ndarray) -> np.ndarray:
         ranks = self.first + indices % self.count

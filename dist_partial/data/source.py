@@ -24,8 +24,10 @@ class Source(Protocol):
 
     It may have more: `place(index)`, where an example is, for errors (`'train-3.tfrecord, record 17'`);
     `thread_safe = True`, for several threads to call `fetch` at once; `own_order = True`, for indices that are
-    positions of the run, unshuffled and growing beyond the length; and `fetch_with(indices, draws)`, for random numbers
-    (`draws.draws`). A source that wraps another one has it in `source`, which is asked for what the wrapper lacks.
+    positions of the run, unshuffled and growing beyond the length; `fetch_with(indices, draws)`, for random numbers
+    (`draws.draws`); and `explain(parts, error)`, what is wrong with a batch that it has fetched, on which a function of
+    `Dataset.map` has raised an error, or ''. A source that wraps another one has it in `source`, which is asked for
+    what the wrapper lacks.
 
     Examples:
         >>> class Squares:
