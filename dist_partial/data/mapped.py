@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.data.arrays import stacked
+from dist_partial.data.arrays import parts_misfit, stacked
 from dist_partial.data.draws import another, draws, seeds
-from dist_partial.data.functions import described, name_of
+from dist_partial.data.functions import defined_at, described, name_of
 from dist_partial.data.randomness import Generators, calls_python, stateful_op
 from dist_partial.data.reading import checked, trait, without_lists
 from dist_partial.errors import Raised, UserError, calling
@@ -83,6 +83,12 @@ class Mapped:
     def name(self) -> str:
         """The name of the function."""
         return name_of(self.function)
+
+    def unlike(self, arrays: tuple[Any, ...]) -> str:
+        """Says how the first example of a batch that the function gave differs from the very first."""
+        one = _specs(tf.nest.map_structure(lambda array: array[0], arrays))
+        wrong = parts_misfit(one, self.spec)
+        return f"{self._words}{defined_at(self.function)}: {wrong} for the first example: give all one shape and type"
 
     @property
     def _drawn(self) -> str:

@@ -159,6 +159,8 @@ def checked(source: "Source", indices: np.ndarray, draws: np.ndarray | None = No
     have = _described(arrays)
     if want == have:
         return without_lists(arrays)
+    if hasattr(source, "unlike"):
+        raise UserError(source.unlike(arrays))
     some = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
     raise UserError(
         f"{type(source).__name__}.fetch gives {_listed(have)} for the examples {some}, and its spec says "

@@ -194,9 +194,7 @@ def test_mistakes_are_named_in_one_line(given, words):
 
 
 def test_mistakes_between_arguments():
-    with pytest.raises(
-        UserError, match=r"the evaluation of run.data has examples .*float64.* both must have the same x and y"
-    ):
+    with pytest.raises(UserError, match=r"the evaluation of run.data: x is float64.* both must have the same x and y"):
         dataset((X, Y), (X.astype(np.float64), Y))
     with pytest.raises(UserError, match="leave evaluation out"):
         dataset(dataset((X, Y)), (X, Y))

@@ -225,7 +225,9 @@ def odd_type(x, y):
 @pytest.mark.parametrize("function", [odd_shape, odd_type])
 def test_an_example_unlike_the_others_is_named(function):
     source = data(Placed(X, Y)).map(function, numpy=True).train
-    with pytest.raises(UserError, match=r"gives \[float\d\d \(1, \d\), int32 .* 17, .*; it is part-1.csv, row 7$"):
+    words = r"x is float\d\d \[\d\], and was float32 \[3\] for the first example: give all one shape and type"
+    who = rf"{function.__name__} of run\.data \({__file__}, line \d+\)"
+    with pytest.raises(UserError, match=rf"^{who}: {words}; it is part-1\.csv, row 7$"):
         fetch(source, np.arange(29))
 
 
@@ -239,7 +241,18 @@ def test_an_example_unlike_the_others_is_named(function):
         (lambda x, y: None, {}, "gives None: return x"),
         (lambda x, y: (x, y, x, y), {}, "return x, "),
         (lambda x, y: (x, y, x, y), {"numpy": True}, "return x, "),
-        (lambda x, y, seed: (x[:2], y), {}, r"those held out are .*evaluation="),
+        (lambda x, y, seed: (x[:2], y), {}, r"x is float32 \[2\], and was float32 \[3\] before it, .*evaluation="),
+        (lambda x, y, seed: x, {}, r"\(.*py, line \d+\): it has x, and had x, y before it, .*return all parts"),
+        (
+            lambda x, y, rng: (x.astype(np.float64), y),
+            {"numpy": True},
+            r"x is float64 \[3\], and was float32 \[3\] before it",
+        ),
+        (
+            lambda x, y, seed: (x[:2], y),
+            {"evaluation": lambda x, y: (x[:1], y)},
+            r"x is float32 \[2\], and was float32 \[1\] in the examples held out: give .* that makes them alike",
+        ),
         (3, {}, "Dataset.map got 3: give a function"),
     ],
 )
