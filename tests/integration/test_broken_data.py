@@ -207,7 +207,7 @@ CASES = {  # what is read, and what is wrong with it: the exit code, and the lin
     "images-other": (2, r"train/1/307\.png is no JPEG, PNG, GIF or BMP image"),
     "csv-gone": (2, r"csv_dataset\.files: no file 'b\.csv'; nearest: 'a\.csv'"),
     "csv-cut": (2, r"a\.csv: .*Row #309: Expected 3 columns, got 1"),
-    "csv-dtype": (2, r"a\.csv, row 309: 'b' is 'old', and a number in the rows before: correct it, or say that"),
+    "csv-dtype": (2, r"a\.csv, row 309: 'b' is 'old', and 399 of 400 are numbers: correct it, or say that"),
     "csv-empty": (2, r"a\.csv, row 309: 'b' has no value"),
     "parquet-gone": (2, r"parquet_dataset\.files: no file '2\.parquet'; nearest: '1\.parquet', '0\.parquet'"),
     "parquet-cut": (2, r"1\.parquet: "),
