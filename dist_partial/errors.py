@@ -19,7 +19,7 @@ _PREAMBLE = re.compile(
 )
 
 # Colours, and what TensorFlow calls its ops and nodes.
-_INSIDE = r"\x1b\[\d*m| for '\{\{node [^}]*\}\} = \w+\[[^']*\]\([^']*\)'| \[Op:\w+\] name:.*|\{\{.*?\}\} ?"
+_INSIDE = r"\x1b\[\d*m| for '\{\{node [^}]*\}\} = \w+\[[^']*\]\([^']*\)'| \[Op:\w+\](?: name:.*)?|\{\{.*?\}\} ?"
 # And where a data set of the user's own is.
 _INSIDE += r"|Error in user-defined function passed to \S+ transformation with iterator: \S+ "
 

@@ -13,7 +13,7 @@ from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.rules import REDUCTION, TABLE, parse_rules
 from dist_partial.validation import Above, AtLeast, AtMost, Factory, Has, OneOf, check, shown
 
-_SCHEDULE = Has("next_switch", "give one such as Lisa(), in a gin file @lisa(), with the ()")
+_SCHEDULE = Has("next_switch", "give an object, with parentheses, as in Phases(table), in a gin file @phases()")
 _REPLICAS = "give what makes them, such as functools.partial(dist_partial.distributed.replicas.create, cpu=2)"
 _SAMPLING = Has("temperature", "give a Sampling(...), in a gin file sample.temperature and so on")
 PRECISIONS = ("float32", "float64", "mixed_bfloat16", "mixed_float16")

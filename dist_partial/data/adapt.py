@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import keras
 import tensorflow as tf
 
-from dist_partial.data.arrays import PARTS, alike, as_arrays, spec_of
+from dist_partial.data.arrays import PARTS, alike, as_arrays, parts_misfit, spec_of
 from dist_partial.data.batches import looks
 from dist_partial.data.codecs import Codec
 from dist_partial.data.held_out import hold_out
@@ -81,8 +81,7 @@ def dataset(
     other = source_of(evaluation, EVALUATION)
     if not alike(source.spec[:2], other.spec[:2]):
         raise UserError(
-            f"{EVALUATION} has examples {shown(other.spec)}, and {TRAIN} {shown(source.spec)}: both must "
-            "have the same x and y"
+            f"{EVALUATION}: {parts_misfit(other.spec[:2], source.spec[:2])} in {TRAIN}: both must have the same x and y"
         )
     return Dataset(name, source, other, fingerprint(name, *_content(source), *_content(other, EVALUATION)), codec)
 

@@ -110,7 +110,7 @@ def spec_of(arrays: Any, name: str) -> Any:
 
 
 def misfit(found: Any, spec: Any, name: str = "") -> str:
-    """Tells how a nest of arrays differs from a spec; '' where it fits.
+    """Tells how a nest of arrays, or of specs, differs from a spec; '' where it fits.
 
     Examples:
         >>> spec = spec_of({"age": np.zeros([2])}, "x")
@@ -120,10 +120,10 @@ def misfit(found: Any, spec: Any, name: str = "") -> str:
         ''
     """
     if isinstance(spec, tf.TensorSpec):
-        if isinstance(found, np.ndarray):
+        if isinstance(found, (np.ndarray, tf.TensorSpec)):
             if found.dtype == spec.dtype.as_numpy_dtype and [*found.shape] == spec.shape.as_list():
                 return ""
-            dtype = "string" if found.dtype.kind == "O" else found.dtype.name
+            dtype = "string" if found.dtype in (np.dtype(object), tf.string) else found.dtype.name
             return f"{name} is {dtype} {[*found.shape]}, and was {spec.dtype.name} {spec.shape.as_list()}"
         return f"{name} is a {type(found).__name__}, and was one array"
     if type(found) is not type(spec):

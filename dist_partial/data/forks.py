@@ -48,10 +48,12 @@ class Forks:
         sources: what is read of each.
         offsets: where each begins, and the end.
         depths: of the functions that the examples of each go through, see `Mapped.depth`.
+        names: of the sources in messages.
 
     Examples:
         >>> from dist_partial.data import ArraySource
-        >>> forks = Forks([ArraySource(np.arange(3)), ArraySource(np.array(["a", "b"]))], [0, 3, 5], [[], [1]])
+        >>> sources = ArraySource(np.arange(3)), ArraySource(np.array(["a", "b"]))
+        >>> forks = Forks(sources, [0, 3, 5], [[], [1]], ["1", "2"])
         >>> number, _, ((first,), (second,)) = forks.fetch(np.array([4, 2]))
         >>> number.tolist(), first.tolist(), second.tolist()
         ([1, 0], [0, 2], ['b', b''])
@@ -60,6 +62,7 @@ class Forks:
     sources: Sequence["Source"]
     offsets: Sequence[int]
     depths: Sequence[Sequence[int]]
+    names: Sequence[str]
 
     @property
     def spec(self) -> tuple[Any, ...]:
@@ -78,7 +81,7 @@ class Forks:
 
     def place(self, index: int) -> str:
         """Where an example is."""
-        return joined_place(self.sources, self.offsets, index)
+        return joined_place(self.sources, self.names, self.offsets, index)
 
     def fetch(self, indices: np.ndarray) -> tuple[Any, ...]:
         """Examples, with the random numbers of the first epoch of a run of seed 0."""
@@ -102,18 +105,18 @@ class Forks:
         return numbers.astype(np.int32), drawn, tuple(parts)
 
 
-def joined_place(sources: Sequence["Source"], offsets: Sequence[int], index: int) -> str:
+def joined_place(sources: Sequence["Source"], names: Sequence[str], offsets: Sequence[int], index: int) -> str:
     """Says where an example of sources is of which one follows the other.
 
     Examples:
         >>> from dist_partial.data import ArraySource
-        >>> joined_place([ArraySource(np.arange(3)), ArraySource(np.arange(2))], [0, 3, 5], 4)
-        'example 1 of data set 1'
+        >>> joined_place([ArraySource(np.arange(3)), ArraySource(np.arange(2))], ["'a'", "'b'"], [0, 3, 5], 4)
+        "example 1 of data set 'b'"
     """
     number = int(np.searchsorted(offsets, index, side="right")) - 1
     index -= offsets[number]
     inner = trait(sources[number], "place")
-    return f"{inner(index) if inner else f'example {index:,}'} of data set {number}"
+    return f"{inner(index) if inner else f'example {index:,}'} of data set {names[number]}"
 
 
 def _empty(count: int, spec: tf.TensorSpec) -> np.ndarray:

@@ -41,6 +41,17 @@ def name_of(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
+def defined_at(function: Callable[..., Any]) -> str:
+    """Finds where a function is written, as " (file, line n)"; '' for one that is not of Python.
+
+    Examples:
+        >>> defined_at(max)
+        ''
+    """
+    code = getattr(inspect.unwrap(getattr(function, "func", function)), "__code__", None)
+    return f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""
+
+
 def described(function: Callable[..., Any]) -> dict[str, str]:
     """Collects what a function computes with: a digest of its code, and the values that it has beside its arguments.
 

@@ -48,12 +48,14 @@ class Part(Wrapped):
         """What the source calls example `index` of the part in messages."""
         whole = int(self._indices(np.array([index]))[0])
         place = trait(self.source, "place")
-        return place(whole) if place else f"example {whole}"
+        return place(whole) if place else f"example {whole:,}"
 
     def _indices(self, indices: np.ndarray) -> np.ndarray:
         ranks = self.first + indices % self.count
         if trait(self.source, "own_order", False):
             return ranks
+        if len(other := indices[(indices < 0) | (indices >= self.count)]):
+            raise UserError(f"there is no example {other[0]} here: the {self.count:,} count from 0")
         return tf.raw_ops.RandomIndexShuffle(index=ranks, rounds=8, **self._cipher).numpy()
 
     @functools.cached_property
@@ -82,6 +84,8 @@ def hold_out(source: Source, share: float) -> tuple[Part, Part]:
         [8, 2]
     """
     count = len(source)
+    if not count:
+        raise UserError("there are no examples: give some")
     if count < 2:
         raise UserError("one example alone cannot be divided into parts to train on and to evaluate: give evaluation=")
     held = min(max(1, round(share * count)), count - 1)

@@ -14,7 +14,7 @@ from dist_partial.data.decoding import Augment, decoded
 from dist_partial.data.image_index import open_images
 from dist_partial.data.parallel import read_parts, unreadable
 from dist_partial.data.source import Dataset
-from dist_partial.errors import UserError
+from dist_partial.errors import UserError, first_line
 from dist_partial.validation import check_arguments, nearest
 
 _STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM")
@@ -79,6 +79,16 @@ class ImageFolderSource:
     def place(self, index: int) -> str:
         """The path of the file of an example."""
         return os.fsdecode(self._index.path(index))
+
+    def explain(self, parts: tuple[np.ndarray, np.ndarray], error: BaseException) -> str:
+        """Says that an image of a batch is broken, on which a function failed; '' if none is."""
+        del error  # the image itself shows it, however it was decoded
+        for image in parts[0]:
+            try:
+                tf.io.decode_image(image)
+            except tf.errors.InvalidArgumentError as broken:
+                return f"the image cannot be decoded ({first_line(broken)}): replace or delete it"
+        return ""
 
 
 class _Size:

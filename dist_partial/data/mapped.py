@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.data.arrays import stacked
+from dist_partial.data.arrays import parts_misfit, stacked
 from dist_partial.data.draws import another, draws, seeds
-from dist_partial.data.functions import described, name_of
+from dist_partial.data.functions import defined_at, described, name_of
 from dist_partial.data.randomness import Generators, calls_python, stateful_op
 from dist_partial.data.reading import checked, trait, without_lists
-from dist_partial.errors import UserError, calling
+from dist_partial.errors import Raised, UserError, calling
 from dist_partial.validation import shown
 
 if TYPE_CHECKING:
@@ -84,6 +84,12 @@ class Mapped:
         """The name of the function."""
         return name_of(self.function)
 
+    def unlike(self, arrays: tuple[Any, ...]) -> str:
+        """Says how the first example of a batch that the function gave differs from the very first."""
+        one = _specs(tf.nest.map_structure(lambda array: array[0], arrays))
+        wrong = parts_misfit(one, self.spec)
+        return f"{self._words}{defined_at(self.function)}: {wrong} for the first example: give all one shape and type"
+
     @property
     def _drawn(self) -> str:
         return "rng" if self.numpy else "seed"
@@ -133,9 +139,7 @@ class Mapped:
     def place(self, index: int) -> str:
         """Where an example is."""
         inner = trait(self.source, "place")
-        if isinstance(self.source, Mapped):
-            return self.source.place(index)
-        return f"example {index:,}" + (f" ({inner(index)})" if inner else "")
+        return inner(index) if inner else f"example {index:,}"
 
     def seeds(self, state: np.ndarray) -> np.ndarray:
         """The function's seeds, int32 [b, 2], for the examples of these draws."""
@@ -151,10 +155,16 @@ class Mapped:
 
     def of_batch(self, parts: tuple[Any, ...], own: np.ndarray) -> tuple[Any, ...]:
         """Calls the function on each example of a batch; own uint64 [b], see `inputs`."""
-        if self.numpy:
-            return _stacked(self._results(parts, own))
-        with calling(self._words), tf.device("CPU:0"):
-            found = self._traced_batch(tf.nest.map_structure(tf.constant, parts), tf.constant(seeds(own)))
+        try:
+            if self.numpy:
+                return _stacked(self._results(parts, own))
+            with calling(self._words), tf.device("CPU:0"):
+                found = self._traced_batch(tf.nest.map_structure(tf.constant, parts), tf.constant(seeds(own)))
+        except Raised as error:
+            explain = trait(self.source, "explain") if self.depth == 1 else None
+            if explain and error.__cause__ and (reason := explain(parts, error.__cause__)):
+                raise UserError(f"{self._words}: {reason}") from error
+            raise
         return tf.nest.map_structure(lambda tensor: tensor.numpy(), found)
 
     @property

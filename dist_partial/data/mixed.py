@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.data.arrays import alike
+from dist_partial.data.arrays import alike, parts_misfit
 from dist_partial.data.forks import Fork, Forks, joined_place, stages
 from dist_partial.data.order import places
 from dist_partial.data.reading import Wrapped, checked, innermost, trait
@@ -26,6 +26,7 @@ class Joined:
 
     Args:
         sources: with random access.
+        names: of them in messages; none: their numbers, from 1 on.
 
     Raises:
         UserError: their specs differ, or one of them has an order of its own.
@@ -38,26 +39,35 @@ class Joined:
     """
 
     sources: Sequence[Source]
+    names: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for number, source in enumerate(self.sources):
-            check_source(f"data set {number} of mix", source)
+            name = self._name(number)
+            check_source(f"{name} of mix", source)
             if not len(source):
-                raise UserError(f"mix: data set {number} is empty")
+                raise UserError(f"mix: {name} is empty")
             if trait(source, "streamed", False):
-                raise UserError(f"mix: data set {number} is a tf.data.Dataset, which cannot be read from any place on")
+                raise UserError(f"mix: {name} is a tf.data.Dataset, which cannot be read from any place on")
             if any(
                 getattr(base, "own_order", False) and not getattr(base, "batched", False) for base in innermost(source)
             ):
                 raise UserError(
-                    f"mix: data set {number} has an order of its own from epoch to epoch (grain): mix it there, or "
+                    f"mix: {name} has an order of its own from epoch to epoch (grain): mix it there, or "
                     "give what it is made of before it is shuffled"
                 )
             if not alike(source.spec, self.spec):
                 raise UserError(
-                    f"mix: data set {number} has examples {source.spec}, and the first {self.spec}: map them to one "
-                    "form by Dataset.map"
+                    f"mix: {name}: {parts_misfit(source.spec, self.spec)} in {self._name(0)}: map them to one form by "
+                    "Dataset.map"
                 )
+
+    def _name(self, number: int) -> str:
+        return f"data set {self._shown[number]}"
+
+    @property
+    def _shown(self) -> list[str]:
+        return [repr(name) for name in self.names] or [str(number + 1) for number in range(len(self.sources))]
 
     @property
     def spec(self) -> tuple[Any, ...]:
@@ -76,7 +86,7 @@ class Joined:
         if not any(functions) or any(isinstance(each, Fork) for of_one in functions for each in of_one):
             return None
         depths = [[each.depth for each in of_one] for of_one in functions]
-        return Forks(sources, self.offsets, depths), Fork(functions)
+        return Forks(sources, self.offsets, depths, self._shown), Fork(functions)
 
     @property
     def draws(self) -> bool:
@@ -98,7 +108,7 @@ class Joined:
 
     def place(self, index: int) -> str:
         """Where an example is."""
-        return joined_place(self.sources, self.offsets, index)
+        return joined_place(self.sources, self._shown, self.offsets, index)
 
     def fetch(self, indices: np.ndarray) -> tuple[Any, ...]:
         """Examples, those of a source at once."""
@@ -207,19 +217,32 @@ def mix(parts: Sequence[tuple[Dataset, float]], name: str | None = None) -> Data
     """
     if not isinstance(parts, (list, tuple)) or not parts:
         raise UserError(f"mix got {shown(parts)}: give a list of data sets with weights, [(data, 3), (other, 1)]")
-    for part in parts:
-        pair = isinstance(part, (list, tuple)) and len(part) == 2
-        if not pair or not isinstance(part[0], Dataset) or not isinstance(part[1], (int, float)) or not part[1] > 0:
-            raise UserError(f"mix got {shown(part)}: each is a pair (Dataset, weight), with a weight above 0")
+    for number, part in enumerate(parts, 1):
+        if wrong := _refusal(part):
+            raise UserError(f"mix got as entry {number} {wrong}")
     sets, weights = zip(*parts, strict=True)
     first, total = sets[0], sum(weights)
     if min(weights) / total < 2.0**-16:
         raise UserError(f"mix got the weights {list(weights)}: the least is less than one in {2**16:,}")
     return Dataset(
         name=name or " + ".join(each.name for each in sets),
-        train=Mixed(Joined([each.train for each in sets]), weights),
-        evaluation=Joined([each.evaluation for each in sets]),
+        train=Mixed(Joined([each.train for each in sets], [each.name for each in sets]), weights),
+        evaluation=Joined([each.evaluation for each in sets], [each.name for each in sets]),
         fingerprint=fingerprint("mix", *[each.fingerprint for each in sets], *weights),
         codec=first.codec if all(each.codec == first.codec for each in sets) else None,
         unit=first.unit if all(each.unit == first.unit for each in sets) else None,
     )
+
+
+def _refusal(part: Any) -> str:
+    """Says what an entry of `mix` is, and what to give instead; '' where it is a data set with a weight."""
+    if isinstance(part, Dataset):
+        return f"{part!r} without a weight: give (data, 1)"
+    if not isinstance(part, (list, tuple)) or len(part) != 2:
+        return f"{shown(part)}: give a pair (Dataset, weight)"
+    data, weight = part
+    if not isinstance(data, Dataset):
+        return f"a {type(data).__name__} with a weight: make a Dataset of it by dist_partial.data.dataset(...)"
+    if not isinstance(weight, (int, float)) or not weight > 0:
+        return f"data set {data.name!r} with weight {shown(weight)}: give a number above 0, or leave the data set out"
+    return ""

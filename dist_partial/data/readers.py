@@ -22,6 +22,7 @@ from dist_partial.data.parallel import reads_at_once
 from dist_partial.data.reading import fetch, innermost, trait
 from dist_partial.data.shared import SharedArrays, restored
 from dist_partial.errors import Ending, Fault, UserError, first_line
+from dist_partial.terminal import say
 
 if TYPE_CHECKING:
     from dist_partial.data.source import Source
@@ -202,6 +203,8 @@ class _Processes:
                 f"({first_line(error)}): make it of classes and functions that a module has by name, and open files "
                 "when they are first read"
             ) from error
+        if not self._started:
+            say(f"starting {self._what}, each of which imports TensorFlow")
         while len(self._started) < self._count:
             self._started.append(_Process(self._spawn, self._shared.file, self._threads))
             self._idle.put(self._started[-1])

@@ -1,7 +1,6 @@
 """Reads the examples of a source, and compares them with what its spec says."""
 
 import functools
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -137,8 +136,8 @@ def fetch(source: "Source", indices: np.ndarray, draws: np.ndarray | None = None
                 checked(source, indices[i : i + 1], None if draws is None else draws[i : i + 1])
             except (UserError, Raised) as error:
                 where = place(int(indices[i]))
-                file = re.sub(r"^example [\d,]+ \((.+)\)$", r"\1", where)  # which a source of files has named itself
-                raise type(error)(str(error) if file in str(error) else f"{error}; it is {where}") from error.__cause__
+                # A source of files has named it itself.
+                raise type(error)(str(error) if where in str(error) else f"{error}; it is {where}") from error.__cause__
     raise found
 
 
@@ -163,6 +162,8 @@ def checked(source: "Source", indices: np.ndarray, draws: np.ndarray | None = No
     have = _described(arrays)
     if want == have:
         return without_lists(arrays)
+    if hasattr(source, "unlike"):
+        raise UserError(source.unlike(arrays))
     some = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
     raise UserError(
         f"{type(source).__name__}.fetch gives {_listed(have)} for the examples {some}, and its spec says "

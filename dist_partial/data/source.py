@@ -10,8 +10,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.data.arrays import alike
+from dist_partial.data.arrays import alike, parts_misfit
 from dist_partial.data.codecs import Codec
+from dist_partial.data.functions import defined_at
 from dist_partial.data.mapped import Mapped
 from dist_partial.data.order import InOrder
 from dist_partial.data.reading import trait
@@ -24,8 +25,10 @@ class Source(Protocol):
 
     It may have more: `place(index)`, where an example is, for errors (`'train-3.tfrecord, record 17'`);
     `thread_safe = True`, for several threads to call `fetch` at once; `own_order = True`, for indices that are
-    positions of the run, unshuffled and growing beyond the length; and `fetch_with(indices, draws)`, for random numbers
-    (`draws.draws`). A source that wraps another one has it in `source`, which is asked for what the wrapper lacks.
+    positions of the run, unshuffled and growing beyond the length; `fetch_with(indices, draws)`, for random numbers
+    (`draws.draws`); and `explain(parts, error)`, what is wrong with a batch that it has fetched, on which a function of
+    `Dataset.map` has raised an error, or ''. A source that wraps another one has it in `source`, which is asked for
+    what the wrapper lacks.
 
     Examples:
         >>> class Squares:
@@ -129,10 +132,13 @@ class Dataset:
             evaluation = function
         held_out = self.evaluation if evaluation is None else Mapped(self.evaluation, evaluation, numpy)
         if not alike(held_out.spec, train.spec):
-            raise UserError(
-                f"{train.name} of run.data gives examples {train.spec}, and those held out are {held_out.spec}: give "
-                "Dataset.map an evaluation=, a function that makes them alike without random numbers"
-            )
+            wrong = f"{train.name} of run.data{defined_at(function)}: {parts_misfit(train.spec, held_out.spec)}"
+            if evaluation is None and alike(held_out.spec, self.train.spec):
+                raise UserError(
+                    f"{wrong} before it, as in the examples held out, for which no random numbers are drawn: return "
+                    "all parts with their types and shapes, or give Dataset.map an evaluation= that changes them alike"
+                )
+            raise UserError(f"{wrong} in the examples held out: give Dataset.map an evaluation= that makes them alike")
         names = [train.name, getattr(held_out, "name", "")]
         content = fingerprint(self.fingerprint, *names, str(train.spec))
         return dataclasses.replace(self, train=train, evaluation=held_out, fingerprint=content)

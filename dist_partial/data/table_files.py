@@ -20,6 +20,8 @@ TYPES = ("string", "bool", *_WHOLE, "float32", "float64")
 """What may follow the name of a column, as in 'zip:string'."""
 
 _DELIMITERS = ",;\t|"
+_MISSING = ["", "nan", "NaN", "-nan", "-NaN"]  # and not "NA" and the like, which are texts
+_NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
 _OF_CSV = re.compile(r"In CSV column #(\d+): (?:Row #(\d+): )?(?:CSV conversion error to \w+: )?(.*)")
 
 
@@ -129,7 +131,8 @@ def _array(path: Path, name: str, column: "pyarrow.ChunkedArray", first_row: int
 
     if column.null_count:
         row = first_row + pc.index(column.is_null(), True).as_py() // of_row
-        raise UserError(f"{path}, row {row}: {name!r} has no value: fill it, or leave the row out")
+        empty = ' (an empty text is "")' if pa.types.is_string(column.type) else ""
+        raise UserError(f"{path}, row {row}: {name!r} has no value: fill it{empty}, or leave the row out")
     kind = column.type
     if pa.types.is_dictionary(kind):
         return _array(path, name, column.cast(kind.value_type), first_row, of_row)
@@ -162,7 +165,11 @@ def _separated(path: Path, **options: Any) -> Any:
     import pyarrow.csv as csv
 
     with pa.input_stream(str(path)) as file:
-        header = file.read(10_000).partition(b"\n")[0]
+        start = file.read(10_000)
+    if b"\0" in start:
+        form = "a Parquet file: take parquet_dataset" if start.startswith(b"PAR1") else "no text in UTF-8"
+        raise UserError(f"{path} is {form}")
+    header = start.partition(b"\n")[0]
     return csv.ParseOptions(delimiter=max(_DELIMITERS, key=lambda each: header.count(each.encode())), **options)
 
 
@@ -173,7 +180,13 @@ def _csv(path: Path, columns: Types, found: Types) -> "pyarrow.Table":
     types = {**found, **{name: kind for name, kind in columns.items() if kind is not None}}
     options = {
         "parse_options": _separated(path),
-        "convert_options": csv.ConvertOptions(include_columns=list(columns), column_types=types),
+        "convert_options": csv.ConvertOptions(
+            include_columns=list(columns),
+            column_types=types,
+            null_values=_MISSING,
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        ),
     }
     try:
         table = csv.read_csv(path, **options)
@@ -189,25 +202,20 @@ def _csv(path: Path, columns: Types, found: Types) -> "pyarrow.Table":
 
 
 def _check_texts(path: Path, name: str, column: "pyarrow.ChunkedArray") -> None:
-    """Raises UserError if a column that was guessed to be text begins with numbers: one value has changed its type.
+    """Raises UserError if most values of a column that was guessed to be text are numbers: one has changed its type.
 
     pyarrow guesses by the first block of a file. Beyond that, it refuses such a value itself.
     """
-    texts = ((row, value.as_py()) for row, value in enumerate(column, 2) if value.is_valid)
-    row, text = next(((row, text) for row, text in texts if not _is_number(text)), (2, ""))
-    if row > 2 and column[0].is_valid:
+    import pyarrow.compute as pc
+
+    numbers = pc.match_substring_regex(column, _NUMBER)
+    count, values = pc.sum(numbers).as_py() or 0, len(column)
+    if values / 2 < count < values - column.null_count:
+        index = pc.index(numbers, False).as_py()
         raise UserError(
-            f"{path}, row {row}: {name!r} is {shown(text)}, and a number in the rows before: correct it, or say that "
-            f"the column has texts, as in '{name}:string'"
+            f"{path}, row {index + 2}: {name!r} is {shown(column[index].as_py())}, and {count:,} of {values:,} are "
+            f"numbers: correct it, or say that the column has texts, as in '{name}:string'"
         )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _of_csv(path: Path, message: str, types: Types) -> str:

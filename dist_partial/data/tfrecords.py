@@ -1,6 +1,7 @@
 """TFRecord files by random access."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +18,8 @@ from dist_partial.data.file_lists import Files, find_files
 from dist_partial.data.parallel import read_parts, unreadable
 from dist_partial.data.record_index import FOOTER, HEADER, RecordIndex, masked, open_index
 from dist_partial.data.source import Dataset
-from dist_partial.errors import UserError
-from dist_partial.validation import Has, check_arguments
+from dist_partial.errors import UserError, first_line, own_line
+from dist_partial.validation import Has, check_arguments, nearest
 
 _PARSE = "give a function of a record, such as parse, in a gin file @my_module.parse without ()"
 PATTERN = "*.tfrec*"
@@ -111,6 +112,20 @@ class TFRecordSource:
     def place(self, index: int) -> str:
         """Where an example is: its file, which record of it, and at which byte."""
         return self._index.place(index)
+
+    def explain(self, parts: tuple[np.ndarray], error: BaseException) -> str:
+        """Says which features a record has, where a function asked for others; '' if that was not it."""
+        words = r"Feature: (.+) \(data type: \w+\) is required|Key: (.+?)(?:, Index: \d+)?\.  (.+)"
+        found = re.search(words, first_line(error))
+        if not found:
+            return ""
+        features = tf.train.Example.FromString(parts[0][0]).features.feature
+        kinds = {key: (features[key].WhichOneof("kind") or "none").removesuffix("_list") for key in sorted(features)}
+        has = ", ".join(f"{key!r} ({kind})" for key, kind in kinds.items()) or "none"
+        if missing := found[1]:
+            return f"the record has no feature {missing!r}{own_line(error)}{nearest(missing, kinds)}; it has {has}"
+        why = found[3].rstrip(".")
+        return f"the feature {found[2]!r} of the record is not as asked for ({why}){own_line(error)}; it has {has}"
 
 
 def tfrecord_dataset(

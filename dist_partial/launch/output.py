@@ -34,6 +34,7 @@ class Console:
         self._terminal = os.isatty(err)
         self._bars: dict[int, str] = {}
         self._drawn = ""
+        self._errors: dict[bytes, int] = {}  # the lines on what ended workers, and who said each first
         self._lock = threading.Lock()  # each worker's thread writes here
 
     def say(self, text: str) -> None:
@@ -42,8 +43,16 @@ class Console:
             self._update([text.encode()])
 
     def show(self, worker: int, lines: Sequence[bytes], bar: str | None = None) -> None:
-        """Prints a worker's lines, and draws its progress bar: '' if it has none, None for the one that it has."""
+        """Prints a worker's lines, and draws its progress bar: '' if it has none, None for the one that it has.
+
+        One mistake ends all workers: of those with the same line on it, the first prints it.
+        """
         with self._lock:
+            lines = [
+                line
+                for line in lines
+                if not line.startswith(b"error: ") or self._errors.setdefault(line, worker) == worker
+            ]
             if bar is not None:
                 self._bars[worker] = bar
             self._update([b"[%d] %b" % (worker, line) for line in lines])

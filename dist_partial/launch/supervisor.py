@@ -221,6 +221,8 @@ def _mistake(failure: _Failure, attempt: int) -> str:
 
 def _last_words(failure: _Failure, reason: str) -> str:
     output = failure.worker.output
+    if failure.code in MISTAKES and failure.line:  # which says all
+        return f"error: {failure.text}; not again: {reason}"
     where = f", of {output.path}" if output.path else ""
     return "\n".join([f"error: {failure.text}; not again: {reason}; its last lines{where}:", *output.lines])
 

@@ -85,18 +85,18 @@ class Phases(Stateless):
         return [start for start, _ in self.table]
 
     def partition(self, paths: Sequence[str]) -> Partition:
+        for number, (_, pattern) in enumerate(self.table, 1):
+            if not any(matches(pattern, path) for path in paths):
+                raise UserError(
+                    f"phases.table, phase {number} ({pattern!r}) selects nothing that the rules train"
+                    f"{nearest(pattern, paths, always=True)}"
+                )
         classes: dict[tuple[int, ...], list[str]] = {}
         for path in paths:
             phases = tuple(n for n, (_, pattern) in enumerate(self.table, 1) if matches(pattern, path))
             if not phases:
                 raise UserError(f"phases.table never trains {path!r}: add it to a phase, or freeze it in run.rules")
             classes.setdefault(phases, []).append(path)
-        for number, (_, pattern) in enumerate(self.table, 1):
-            if not any(number in phases for phases in classes):
-                raise UserError(
-                    f"phases.table, phase {number} ({pattern!r}) selects nothing that the rules train"
-                    f"{nearest(pattern, paths, always=True)}"
-                )
         return [
             (f"phase{'s' if len(phases) > 1 else ''} {'+'.join(map(str, phases))}", tuple(members))
             for phases, members in classes.items()

@@ -171,6 +171,22 @@ def test_a_mistake_is_not_tried_again(tmp_path):
         assert "error: worker 2 ended with exit code 2: error: no such rule" in launcher.err
 
 
+def test_a_mistake_of_all_workers_is_said_once_by_them_and_once_by_the_launcher(tmp_path):
+    script = """
+        ready()
+        wait_for("0-0.pid"); wait_for("0-1.pid")
+        print("error: no such rule")
+        sys.exit(2)
+    """
+    with supervised(tmp_path, script, workers=2) as launcher:
+        assert launcher.wait() == 2
+        assert launcher.out.count("no such rule") == 1
+        assert re.fullmatch(
+            r"error: worker \d ended with exit code 2: error: no such rule; not again: .+\n", launcher.err
+        )
+        assert [log(tmp_path, 1, worker) for worker in range(2)] == [b"error: no such rule\n"] * 2
+
+
 def test_killed_worker_and_restart(tmp_path):
     script = """
         ready()

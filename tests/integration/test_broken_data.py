@@ -55,8 +55,9 @@ def records(fault):
     rows[BAD] = {"shape": NUMBERS[BAD, :2], "dtype": np.arange(3)}.get(fault, rows[BAD])
     for part in range(2):
         with tf.io.TFRecordWriter(f"{part}.tfrecord") as writer:
-            for row in rows[200 * part : 200 * part + 200]:
-                found = tf.train.Example(features=tf.train.Features(feature={"n": feature(row)}))
+            for i, row in enumerate(rows[200 * part : 200 * part + 200], 200 * part):
+                name = "m" if fault == "key" and i == BAD else "n"
+                found = tf.train.Example(features=tf.train.Features(feature={name: feature(row)}))
                 writer.write(found.SerializeToString())
     with tf.io.TFRecordWriter("held_out.tfrecord") as writer:
         for row in NUMBERS[:8]:
@@ -188,20 +189,25 @@ run.steps = 100
 run.global_batch = 12
 """
 RECORD = r"1\.tfrecord, record 107 \(byte \d+\)"
+LINE = r"\(.*broken_data\.py, line \d+\)"
 ITEM = r"Items\[307\]"
 CASES = {  # what is read, and what is wrong with it: the exit code, and the line
     "records-gone": (2, r"cannot read 1\.tfrecord, record \d+ \(byte \d+\): No such file"),
     "records-cut": (2, r"1\.tfrecord was changed since the run began: "),
     "records-cut before": (2, rf"{RECORD} is cut off: the file ends within it, at byte \d+; "),
     "records-damaged": (2, rf"{RECORD} is damaged: its data fails its checksum"),
-    "records-shape": (1, rf"parse of run\.data raised InvalidArgumentError: .*; it is example 307 \({RECORD}\)"),
-    "records-dtype": (1, rf"parse of run\.data raised InvalidArgumentError: .*; it is example 307 \({RECORD}\)"),
+    "records-shape": (2, rf"parse of run\.data: the feature 'n' of .* {LINE}; it has 'n' \(float\); it is {RECORD}$"),
+    "records-dtype": (2, rf"parse of run\.data: the feature 'n' of .* {LINE}; it has 'n' \(int64\); it is {RECORD}$"),
+    "records-key": (
+        2,
+        rf"parse of run\.data: the record has no feature 'n' {LINE}; it has 'm' \(float\); it is {RECORD}",
+    ),
     "images-gone": (2, r"cannot read train/1/307\.png: No such file or directory"),
-    "images-cut": (1, r"decode of run\.data raised InvalidArgumentError: .*train/1/307\.png\)"),
+    "images-cut": (2, r"decode of run\.data: the image cannot be decoded \(.+\): .* it is train/1/307\.png$"),
     "images-other": (2, r"train/1/307\.png is no JPEG, PNG, GIF or BMP image"),
     "csv-gone": (2, r"csv_dataset\.files: no file 'b\.csv'; nearest: 'a\.csv'"),
     "csv-cut": (2, r"a\.csv: .*Row #309: Expected 3 columns, got 1"),
-    "csv-dtype": (2, r"a\.csv, row 309: 'b' is 'old', and a number in the rows before: correct it, or say that"),
+    "csv-dtype": (2, r"a\.csv, row 309: 'b' is 'old', and 399 of 400 are numbers: correct it, or say that"),
     "csv-empty": (2, r"a\.csv, row 309: 'b' has no value"),
     "parquet-gone": (2, r"parquet_dataset\.files: no file '2\.parquet'; nearest: '1\.parquet', '0\.parquet'"),
     "parquet-cut": (2, r"1\.parquet: "),

@@ -290,7 +290,7 @@ def test_a_file_that_is_not_text(tmp_path):
         ({"data": user_module.data()}, "run.data is Dataset("),
         ({"model": user_module.model()}, "such as byte_transformer or lambda: byte_transformer(...)"),
         ({"optimizer": keras.optimizers.Adam()}, "such as keras.optimizers.Adam or lambda: keras.optimizers.Adam(...)"),
-        ({"schedule": Lisa}, "give one such as Lisa(), in a gin file @lisa(), with the ()"),
+        ({"schedule": Lisa}, "give an object, with parentheses, as in Phases(table), in a gin file @phases()"),
         ({"reduction": LocalSGD}, "give one such as AllReduce(), in a gin file @all_reduce(), with the ()"),
         ({"rules": "train"}, "run.rules is 'train': it is a str and no list; write a list such as [('train'"),
         ({"rules": None}, "run.rules is None: "),

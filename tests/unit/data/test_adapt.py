@@ -196,6 +196,7 @@ class Rows:
         (Rows(), "Rows[0] is a dict of 'a': say which of them are x and y, as in MapSource(data, x="),
         ([], "list is empty"),
         (ArraySource(X[:1]), "one example alone cannot be divided"),
+        (ArraySource(X[:0]), "there are no examples: give some"),
     ],
 )
 def test_mistakes_are_named_in_one_line(given, words):
@@ -205,9 +206,7 @@ def test_mistakes_are_named_in_one_line(given, words):
 
 
 def test_mistakes_between_arguments():
-    with pytest.raises(
-        UserError, match=r"the evaluation of run.data has examples .*float64.* both must have the same x and y"
-    ):
+    with pytest.raises(UserError, match=r"the evaluation of run.data: x is float64.* both must have the same x and y"):
         dataset((X, Y), (X.astype(np.float64), Y))
     with pytest.raises(UserError, match="leave evaluation out"):
         dataset(dataset((X, Y)), (X, Y))
@@ -265,3 +264,10 @@ def test_a_tf_data_set_keeps_its_order(seed):
     np.testing.assert_array_equal(found, wanted)
     with pytest.raises(UserError, match=r"tf\.data\.Dataset, whose order may change .* evaluation="):
         dataset(shuffled())
+
+
+@pytest.mark.parametrize("index", [-1, 90, 500])
+def test_an_index_beyond_a_part_is_refused(index):
+    data = dataset((np.arange(100), np.arange(100)), held_out=0.1)
+    with pytest.raises(UserError, match=rf"^there is no example {index} here: the 90 count from 0"):
+        fetch(data.train, np.array([0, index]))

@@ -7,8 +7,9 @@ import shutil
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from dist_partial.data import fetch, image_folder, image_index
+from dist_partial.data import Mapped, fetch, image_folder, image_index
 from dist_partial.data.images import ImageFolderSource
 from dist_partial.errors import Raised, UserError
 from tests.helpers.files import same_bits
@@ -81,9 +82,35 @@ def test_a_broken_image(folder, left):
     path, source = folder / "zebra" / "1.jpg", image_folder(folder, SIZE, evaluation=folder).train
     path.write_bytes(path.read_bytes()[:left])
     fetch(source, np.arange(6))
-    with pytest.raises((UserError, Raised)) as error:
+    with pytest.raises(UserError) as error:
         fetch(source, np.arange(7))
     assert str(path) in line(error)
+
+
+def test_a_broken_image_is_named_whatever_decodes_it(folder):
+    path = folder / "zebra" / "1.jpg"
+    path.write_bytes(path.read_bytes()[:400])
+
+    def mine(image, y):
+        return tf.image.resize(tf.io.decode_jpeg(image, channels=3), SIZE), y
+
+    def of_numpy(image, y):
+        return tf.image.resize(tf.io.decode_jpeg(image, channels=3), SIZE).numpy(), y
+
+    source = ImageFolderSource(folder)
+    for function, numpy in ((mine, False), (of_numpy, True)):
+        with pytest.raises(UserError, match=r"the image cannot be decoded \(.+\): replace or delete it") as error:
+            fetch(Mapped(source, function, numpy), np.array([6]))
+        assert line(error).endswith(str(path))
+
+
+def test_a_function_that_fails_on_a_good_image_is_to_blame(folder):
+    def fails(image, y):
+        tf.debugging.assert_equal(y, 7, message="no seven")
+        return tf.zeros([1]), y
+
+    with pytest.raises(Raised, match=r"no seven"):
+        fetch(Mapped(ImageFolderSource(folder), fails), np.array([6]))
 
 
 def test_a_file_that_is_no_image(folder):

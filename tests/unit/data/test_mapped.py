@@ -207,10 +207,9 @@ def test_a_function_that_fails_names_the_example(function, kind):
     source = data(kind(X, Y)).map(function, numpy=function is failing_numpy).map(noisy).train
     with pytest.raises(Raised) as found, explained():
         elements(batches(source), 10)
-    words = r" \(part-1\.csv, row 7\)" if kind is Placed else ""
+    words = r"part-1\.csv, row 7" if kind is Placed else "example 17"
     assert re.fullmatch(
-        rf"{function.__name__} of run\.data raised \w+: .*no such colour.* \({__file__}, line \d+\); it is example 17"
-        + words,
+        rf"{function.__name__} of run\.data raised \w+: .*no such colour.* \({__file__}, line \d+\); it is {words}",
         str(found.value),
     )
 
@@ -226,9 +225,9 @@ def odd_type(x, y):
 @pytest.mark.parametrize("function", [odd_shape, odd_type])
 def test_an_example_unlike_the_others_is_named(function):
     source = data(Placed(X, Y)).map(function, numpy=True).train
-    with pytest.raises(
-        UserError, match=r"gives \[float\d\d \(1, \d\), int32 .* 17, .*; it is example 17 \(part-1.csv, row 7\)"
-    ):
+    words = r"x is float\d\d \[\d\], and was float32 \[3\] for the first example: give all one shape and type"
+    who = rf"{function.__name__} of run\.data \({__file__}, line \d+\)"
+    with pytest.raises(UserError, match=rf"^{who}: {words}; it is part-1\.csv, row 7$"):
         fetch(source, np.arange(29))
 
 
@@ -242,7 +241,18 @@ def test_an_example_unlike_the_others_is_named(function):
         (lambda x, y: None, {}, "gives None: return x"),
         (lambda x, y: (x, y, x, y), {}, "return x, "),
         (lambda x, y: (x, y, x, y), {"numpy": True}, "return x, "),
-        (lambda x, y, seed: (x[:2], y), {}, r"those held out are .*evaluation="),
+        (lambda x, y, seed: (x[:2], y), {}, r"x is float32 \[2\], and was float32 \[3\] before it, .*evaluation="),
+        (lambda x, y, seed: x, {}, r"\(.*py, line \d+\): it has x, and had x, y before it, .*return all parts"),
+        (
+            lambda x, y, rng: (x.astype(np.float64), y),
+            {"numpy": True},
+            r"x is float64 \[3\], and was float32 \[3\] before it",
+        ),
+        (
+            lambda x, y, seed: (x[:2], y),
+            {"evaluation": lambda x, y: (x[:1], y)},
+            r"x is float32 \[2\], and was float32 \[1\] in the examples held out: give .* that makes them alike",
+        ),
         (3, {}, "Dataset.map got 3: give a function"),
     ],
 )

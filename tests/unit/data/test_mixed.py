@@ -157,11 +157,12 @@ def test_places_of_examples():
 
     joined = Joined([Placed(np.arange(3)), ArraySource(np.arange(4))])
     assert [joined.place(i) for i in (0, 2, 3, 6)] == [
-        "row 0 of data set 0",
-        "row 2 of data set 0",
-        "example 0 of data set 1",
-        "example 3 of data set 1",
+        "row 0 of data set 1",
+        "row 2 of data set 1",
+        "example 0 of data set 2",
+        "example 3 of data set 2",
     ]
+    assert mix([(SETS[0], 1), (SETS[1], 2)]).evaluation.place(0).endswith(f" of data set {SETS[0].name!r}")
     some = np.array([6, 0, 3, 3, 2])
     np.testing.assert_array_equal(fetch(joined, some)[0], np.array([0, 1, 2, 0, 1, 2, 3])[some])
 
@@ -183,14 +184,16 @@ def test_nothing_of_the_size_of_the_sets_is_made():
     ("parts", "words"),
     [
         ([], "give a list of data sets with weights"),
-        ([SETS[0]], r"each is a pair \(Dataset, weight\)"),
-        ([(SETS[0], 0)], "with a weight above 0"),
+        ([(SETS[0], 1), SETS[1]], r"as entry 2 Dataset.* without a weight: give \(data, 1\)$"),
+        ([(SETS[0], 1), 3], r"as entry 2 3: give a pair \(Dataset, weight\)"),
+        ([(np.zeros(3), 1)], r"as entry 1 a ndarray with a weight: make a Dataset of it by dist_partial"),
+        ([(SETS[0], 1), (SETS[1], 0)], rf"as entry 2 data set '{SETS[1].name}' with weight 0: give a number above 0"),
         ([(SETS[0], 1), (SETS[1], 1e-6)], "the least is less than one in 65,536"),
         (
             [(SETS[0], 1), (SETS[1].map(lambda x, y: (x[:1], y)), 1)],
-            r"data set 1 has examples .* map them to one form by Dataset.map",
+            rf"'{SETS[1].name}': x is \w+ \[1\], and was \w+ \[.\] in data set '{SETS[0].name}': map them to one form",
         ),
-        ([(SETS[0], 1), (Dataset("none", numbers(0, 0), numbers(0, 1), "0"), 1)], "data set 1 is empty"),
+        ([(SETS[0], 1), (Dataset("none", numbers(0, 0), numbers(0, 1), "0"), 1)], "data set 'none' is empty"),
     ],
 )
 def test_mistakes_are_named_in_one_line(parts, words):

@@ -148,8 +148,13 @@ GOOD = [[31, "Rome"], [54, "Oslo"]]
         (
             {"a": [*GOOD, ["old", "Oslo"]]},
             "age",
-            "a.csv, row 4: 'age' is 'old', and a number in the rows before: correct it, or say that the column has",
+            "a.csv, row 4: 'age' is 'old', and 2 of 3 are numbers: correct it, or say that the column has texts, as in",
         ),
+        ({"a": [["old", "Oslo"], *GOOD]}, "age", "a.csv, row 2: 'age' is 'old', and 2 of 3 are numbers"),
+        ({"a": [*GOOD, ["NA", "Oslo"], *GOOD]}, "age", "a.csv, row 4: 'age' is 'NA', and 4 of 5 are numbers"),
+        ({"a": [*GOOD, ["nan", "Oslo"], *GOOD]}, "age", "a.csv, row 4: 'age' has no value"),
+        ({"a": [*GOOD, [12, ""]]}, "city", "a.csv, row 4: 'city' has no value: fill it (an empty text is \"\"), or"),
+        ({"a": [*GOOD, [12, ""]]}, "city:string", "a.csv, row 4: 'city' has no value: fill it"),
         ({"a": [*GOOD, [31]]}, "age", "a.csv: CSV parse error: Row #4: Expected 2 columns, got 1"),
         ({"a": []}, "age", "a.csv has no rows"),
         ({"a": [["2020-01-01", ""], ["2020-01-02", ""]]}, "age", "a.csv: 'age' is date32[day], which no tensor is"),
@@ -169,6 +174,11 @@ def test_mistakes_in_csv_files_are_named(tables, x, words, tmp_path):
     ("tables", "x", "words"),
     [
         ({"a": {"age": [1, None]}}, "age", "a.parquet, row 2: 'age' has no value: fill it"),
+        (
+            {"a": {"age": ["1", None]}},
+            "age",
+            "a.parquet, row 2: 'age' has no value: fill it (an empty text is \"\"), or",
+        ),
         (
             {"a": {"age": [1, 2]}, "b": {"age": ["1"]}},
             "age",
@@ -192,6 +202,26 @@ def test_mistakes_in_parquet_files_are_named(tables, x, words, tmp_path):
     with pytest.raises(UserError, match=re.escape(words)) as caught:
         parquet_dataset(tmp_path, x=x)
     assert "\n" not in str(caught.value)
+
+
+def test_texts_that_look_like_something_missing_are_texts(tmp_path):
+    texts = ["NA", "null", "None", "", "N/A", "12"]
+    (tmp_path / "a.csv").write_text("country,n\n" + "".join(f'"{each}",1\n' for each in texts))
+    source = csv_dataset(tmp_path, x="country", evaluation=tmp_path).train
+    assert source.fetch(np.arange(len(texts)))[0].tolist() == texts
+    (tmp_path / "a.csv").write_text("country,n\nNA,1\nnull,2\n")
+    source = csv_dataset(tmp_path, x="country", evaluation=tmp_path).train
+    assert source.fetch(np.arange(2))[0].tolist() == ["NA", "null"]
+
+
+def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path, capfd):
+    parquet.write_table(pa.table({"age": [1.5, 2.0] * 50}), tmp_path / "a.csv")
+    with pytest.raises(UserError, match=r"a\.csv is a Parquet file: take parquet_dataset$"):
+        csv_dataset(tmp_path, x="age")
+    (tmp_path / "a.csv").write_bytes("age,city\n31,Rome\n".encode("utf-16"))
+    with pytest.raises(UserError, match=r"a\.csv is no text in UTF-8$"):
+        csv_dataset(tmp_path, x="age")
+    assert "ignored" not in capfd.readouterr().err
 
 
 def test_a_column_of_texts_and_numbers_is_said_to_be_text(tmp_path):

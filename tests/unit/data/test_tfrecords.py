@@ -3,6 +3,7 @@
 import gzip
 import os
 import pickle
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -243,6 +244,30 @@ def test_fingerprints(pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "copy", copy_function=shutil.copyfile)  # with other times
     assert tfrecord_dataset(tmp_path / "copy", parse, name="pictures").fingerprint == made[0]
     assert tfrecord_dataset(f"{pictures}/0*", parse).fingerprint != made[0]
+
+
+@pytest.mark.parametrize(
+    ("features", "words"),
+    [
+        ({"jpg": tf.io.FixedLenFeature([], tf.string)}, r"no feature 'jpg' \(.*, line \d+\); nearest: 'jpeg'"),
+        ({"label": tf.io.FixedLenFeature([], tf.float32)}, r"'label' of the record .*Data type: int64 .*float\)"),
+        ({"label": tf.io.VarLenFeature(tf.float32)}, r"'label' of the record .*Expected type: float"),
+        ({"label": tf.io.FixedLenFeature([2], tf.int64)}, r"'label' of the record "),
+    ],
+)
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_function_that_asks_for_other_features_is_shown_those_of_the_record(pictures, features, words, batched):
+    def asks(record):
+        read = tf.io.parse_example if batched else tf.io.parse_single_example
+        (value,) = read(record[None] if batched else record, features).values()
+        return tf.strings.length(tf.io.serialize_tensor(getattr(value, "values", value)))
+
+    data = tfrecord_dataset(pictures, asks)
+    with pytest.raises(UserError, match=rf"^asks of run\.data: .*{words}") as error:
+        fetch(data.train, np.array([3]))
+    said = str(error.value)
+    assert re.search(r"; it has 'jpeg' \(bytes\), 'label' \(int64\); it is .*\.tfrecord, record \d+ ", said)
+    assert "\n" not in said
 
 
 def test_a_record_that_does_not_parse_is_named(pictures):

@@ -31,3 +31,14 @@ def test_split(text, expected):
         lines += more
     if text:
         assert (lines, bar) == (expected[0], expected[2])
+
+
+def test_workers_that_end_by_one_mistake_say_it_once(tmp_path):
+    with open(tmp_path / "out", "wb") as file:
+        console = output.Console(out=file.fileno(), err=file.fileno())
+        for worker in (1, 0, 1):
+            console.show(worker, [b"step 1", b"error: run.data is None", b"error: worker %d" % worker])
+    lines = (tmp_path / "out").read_bytes().splitlines()
+    assert lines[:3] == [b"[1] step 1", b"[1] error: run.data is None", b"[1] error: worker 1"]
+    assert lines[3:5] == [b"[0] step 1", b"[0] error: worker 0"]
+    assert lines[5:] == lines[:3]

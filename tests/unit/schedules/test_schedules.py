@@ -560,6 +560,7 @@ def test_bindings_that_are_wrong_by_themselves(make, words):
     ("schedule", "words"),
     [
         (Phases([(0, r"head/.*"), (3, r".*"), (5, r"haed/.*")]), ["phase 3 ('haed/.*')", "nothing", "'head/kernel'"]),
+        (Phases([(0, r"head/.*"), (3, r"blok.*")]), ["phase 2 ('blok.*') selects nothing", "nearest: "]),
         (Phases([(0, r"head/.*"), (3, r"block.*")]), ["never trains 'embedding/embeddings'", "run.rules"]),
         (Gradual(units=[r"block.*", r"head/.*"]), ["gradual_unfreezing.units", "'embedding/embeddings'", "'head/.*'"]),
         (Lisa(units=[r"blok_0/.*", r".*"]), ["lisa.units", "'blok_0/.*' matches nothing", "'block_0/mlp/up/kernel'"]),
