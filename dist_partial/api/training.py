@@ -66,9 +66,9 @@ def train(
         folder: the run folder, from which a run goes on; None is a new one in `runs`.
         replicas: how many, simulated on the CPU; or a `ReplicaOptions`, or a function that makes `Replicas`.
         verbose: 0 shows nothing but errors; 1 the plan, a progress bar and evaluations.
-        restore_best: whether the model gets the weights of the best checkpoint at the end; needs `best`.
         **settings: the other attributes of `Settings`, such as `steps`, `optimizer` (one, a factory or a name), `loss`,
-            `metrics`. In place of these, if they are not given, is what the model was compiled with.
+            `metrics`. In place of these, if they are not given, is what the model was compiled with;
+            `restore_best=True` gives it the weights of the best checkpoint at the end.
 
     Raises:
         UserError: a mistake in one of these, in one line.
