@@ -50,7 +50,6 @@ def train(
     folder: str | Path | None = None,
     replicas: Any = 1,
     verbose: int = 1,
-    restore_best: bool = False,
     **settings: Any,
 ) -> Result:
     """Trains the part of a model that the rules select, and returns the model, its history and more.
@@ -67,10 +66,9 @@ def train(
         folder: the run folder, from which a run goes on; None is a new one in `runs`.
         replicas: how many, simulated on the CPU; or a `ReplicaOptions`, or a function that makes `Replicas`.
         verbose: 0 shows nothing but errors; 1 the plan, a progress bar and evaluations.
-        restore_best: whether the model gets the weights of the best checkpoint at the end; needs `best`.
-        **settings: the other attributes of `Settings`, such as `steps`, `optimizer`, `loss`, `metrics`. An optimizer
-            may be a factory, a name, or an optimizer; without it, a loss or metrics, those
-            take their place with which the model was compiled.
+        **settings: the other attributes of `Settings`, such as `steps`, `optimizer` (one, a factory or a name), `loss`,
+            `metrics`. In place of these, if they are not given, is what the model was compiled with;
+            `restore_best=True` gives it the weights of the best checkpoint at the end.
 
     Raises:
         UserError: a mistake in one of these, in one line.
@@ -92,10 +90,9 @@ def train(
         ([1, 2, 3], True)
     """
     with spoken(), _interrupted(), without_notes(), contextlib.nullcontext() if verbose else silent():
-        _check_names(settings)
+        restore_best = settings.pop("restore_best", False)
+        _check_names(settings, restore_best)
         rules = _checked_rules(rules, model)
-        if restore_best and settings.get("best") is None:
-            raise UserError("restore_best without best: give the number that has to get better, such as best='loss'")
         examples = given.Data(data, evaluation)
         made = Model(model, examples, rules, {name for name, value in settings.items() if value is not None})
         settings = settings | {"precision": made.precision(settings.get("precision"))}
@@ -230,12 +227,14 @@ def _checked_rules(rules: Sequence[Any] | None, model: Any) -> Sequence[Any]:
     )
 
 
-def _check_names(settings: dict[str, Any]) -> None:
+def _check_names(settings: dict[str, Any], restore_best: bool) -> None:
     fields = [field.name for field in dataclasses.fields(Settings)]
     for name in settings:
         if name not in fields:
             words = meant(name) or nearest(name, [*_FIRST, *_OWN, *fields], always=True)
             raise UserError(f"train has no argument {name!r}{words}")
+    if restore_best and settings.get("best") is None:
+        raise UserError("restore_best without best: give the number that has to get better, such as best='loss'")
 
 
 def _signature() -> inspect.Signature:
@@ -245,7 +244,8 @@ def _signature() -> inspect.Signature:
     for each in inspect.signature(Settings).parameters.values():
         if each.name not in own.parameters:
             parameters.append(each.replace(kind=each.KEYWORD_ONLY, annotation=plain[each.name]))
-    return own.replace(parameters=parameters)
+    best = inspect.Parameter("restore_best", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
+    return own.replace(parameters=[*parameters, best])
 
 
 train.main = command  # type: ignore[attr-defined]  # for those who have `from dist_partial import train` for it
