@@ -132,7 +132,10 @@ def test_a_mistake_in_one_of_several_sets_names_the_example(where):
     source = Placed(np.zeros([29, 2], np.int32), np.arange(29, dtype=np.int32))
     data = Dataset("placed", source, source, "1").map(failing)
     mixed = mix([(SETS[1], 1), (data, 1)]).train
-    with pytest.raises(Ending, match=r"raised \w+: .*no such colour.*; it is .*row 17.* of data set 'placed'$"), explained():
+    with (
+        pytest.raises(Ending, match=r"raised \w+: .*no such colour.*; it is .*row 17.* of data set 'placed'$"),
+        explained(),
+    ):
         elements(train(mixed)(contexts(1, 1)[0]), 12)
 
 
