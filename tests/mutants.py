@@ -502,7 +502,7 @@ MUTANTS = [
         )
         for line in (
             '"rules": [_rule(rule) for rule in plan.rules]',
-            '"reduction": str(settings.reduction)',
+            '"reduction": str(settings.reduction) + _between(settings.between_hosts)',
             '"seed": settings.seed',
             '"global_batch": settings.global_batch',
             '"precision": settings.precision',

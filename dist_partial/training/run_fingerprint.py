@@ -25,8 +25,11 @@ from dist_partial.step.optimizers import GroupOptimizer
 
 
 def _rule(rule: Rule) -> str:
-    between = f", between hosts {rule.between_hosts}" if rule.between_hosts else ""
-    return f"{rule}{f', {rule.reduction}' if rule.reduction else ''}{between}"
+    return f"{rule}{f', {rule.reduction}' if rule.reduction else ''}{_between(rule.between_hosts)}"
+
+
+def _between(reduction: Any) -> str:
+    return f", between hosts {reduction}" if reduction else ""
 
 
 def of_run(
@@ -41,7 +44,7 @@ def of_run(
     model = objective.model
     content = {
         "rules": [_rule(rule) for rule in plan.rules],
-        "reduction": str(settings.reduction),
+        "reduction": str(settings.reduction) + _between(settings.between_hosts),
         "seed": settings.seed,
         "global_batch": settings.global_batch,
         "precision": settings.precision,
@@ -58,8 +61,6 @@ def of_run(
     }
     # For what is exported later; a checkpoint takes the place of these values, so that `check` leaves them alone.
     content[INITIAL] = checkpoints.model_fingerprints(model)
-    if settings.between_hosts is not None:
-        content["between_hosts"] = str(settings.between_hosts)
     if not isinstance(settings.schedule, Constant):
         content |= {"schedule": str(settings.schedule), "leave": settings.leave}
     return _plain(content)

@@ -67,7 +67,9 @@ def of_own():
 CASES = [
     ("rules", {"rules": [("train", "dense1/kernel"), ("train", "dense2/kernel"), ("freeze", ".*bias")]}),
     ("rules", {"rules": [Rule("dense1/.*", reduction=AllReduce("bfloat16")), *RULES[1:]]}),
+    ("rules", {"rules": [Rule("dense1/.*", between_hosts=AllReduce("bfloat16")), *RULES[1:]]}),
     ("reduction", {"reduction": AllReduce("bfloat16")}),
+    ("reduction", {"between_hosts": AllReduce("bfloat16")}),
     ("seed", {"seed": 1}),
     ("global_batch", {"global_batch": 8}),
     ("precision", {"precision": "float64"}),
