@@ -146,7 +146,8 @@ def ending() -> Iterator[Ended]:
         print(interrupted)
         ended.code = interrupted.code
     except KeyboardInterrupt:  # before there was anything to save, or a second time
-        print("stopped", file=sys.stderr)
+        rest = "the same command begins again, or goes on from its last checkpoint"
+        print(f"stopped before anything more was saved: {rest}", file=sys.stderr)
         ended.code = INTERRUPTED
     except OSError as error:  # a name that is too long for the file system, say, wherever it is first looked for
         if error.errno not in MISTAKES or not error.filename:

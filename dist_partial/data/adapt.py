@@ -73,12 +73,12 @@ def dataset(
         if evaluation is not None:
             raise UserError(f"{TRAIN} is a Dataset, which has examples held out: leave evaluation out")
         return train
-    source = source_of(train, TRAIN)
+    source = _filled(train, TRAIN)
     if evaluation is None:
         _check_divisible(source, train)
         content = fingerprint(name, held_out, *_content(source))
         return Dataset(name, *hold_out(source, held_out), content, codec)
-    other = source_of(evaluation, EVALUATION)
+    other = _filled(evaluation, EVALUATION)
     if not alike(source.spec[:2], other.spec[:2]):
         raise UserError(
             f"{EVALUATION}: {parts_misfit(other.spec[:2], source.spec[:2])} in {TRAIN}: both must have the same x and y"
@@ -116,6 +116,14 @@ def _check_divisible(source: Source, given: Any) -> None:
             "here: divide the examples before they are shuffled, and give evaluation=, in a gin file a function that "
             "returns dist_partial.dataset(train, evaluation)"
         )
+
+
+def _filled(value: Any, name: str) -> Source:
+    """How examples are read from a value, of which there are some."""
+    source = source_of(value, name)
+    if isinstance(source, ArraySource) and not len(source):  # to count others may be to read them
+        raise UserError(f"{name} has no examples: give some")
+    return source
 
 
 def _content(source: Source, name: str = TRAIN) -> tuple[Any, ...]:

@@ -84,8 +84,6 @@ def hold_out(source: Source, share: float) -> tuple[Part, Part]:
         [8, 2]
     """
     count = len(source)
-    if not count:
-        raise UserError("there are no examples: give some")
     if count < 2:
         raise UserError("one example alone cannot be divided into parts to train on and to evaluate: give evaluation=")
     held = min(max(1, round(share * count)), count - 1)

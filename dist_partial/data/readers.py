@@ -204,7 +204,7 @@ class _Processes:
                 "when they are first read"
             ) from error
         if not self._started:
-            say(f"starting {self._what}, each of which imports TensorFlow")
+            say(f"{self._what}: the processes start, each of which imports TensorFlow")
         while len(self._started) < self._count:
             self._started.append(_Process(self._spawn, self._shared.file, self._threads))
             self._idle.put(self._started[-1])

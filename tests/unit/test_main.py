@@ -61,6 +61,13 @@ def test_another_broken_pipe_is_an_error():
         raise BrokenPipeError
 
 
+def test_an_interrupt_before_anything_is_saved_says_what_is_kept(capsys):
+    with cli.ending() as ended:
+        raise KeyboardInterrupt
+    assert ended.code == 130
+    assert capsys.readouterr().err.startswith("stopped before anything more was saved: the same command begins again, ")
+
+
 @pytest.mark.parametrize(
     "arguments, line",
     [

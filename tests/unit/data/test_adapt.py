@@ -196,7 +196,7 @@ class Rows:
         (Rows(), "Rows[0] is a dict of 'a': say which of them are x and y, as in MapSource(data, x="),
         ([], "list is empty"),
         (ArraySource(X[:1]), "one example alone cannot be divided"),
-        (ArraySource(X[:0]), "there are no examples: give some"),
+        (ArraySource(X[:0]), "run.data has no examples: give some"),
     ],
 )
 def test_mistakes_are_named_in_one_line(given, words):
@@ -208,6 +208,10 @@ def test_mistakes_are_named_in_one_line(given, words):
 def test_mistakes_between_arguments():
     with pytest.raises(UserError, match=r"the evaluation of run.data: x is float64.* both must have the same x and y"):
         dataset((X, Y), (X.astype(np.float64), Y))
+    with pytest.raises(UserError, match=r"^the evaluation of run\.data has no examples: give some"):
+        dataset((X, Y), (X[:0], Y[:0]))
+    with pytest.raises(UserError, match=r"^run\.data has no examples: give some"):
+        dataset((X[:0], Y[:0]), (X, Y))
     with pytest.raises(UserError, match="leave evaluation out"):
         dataset(dataset((X, Y)), (X, Y))
     with pytest.raises(UserError, match=r"dataset.held_out is 1.5: it must be a number above 0 and below 1"):

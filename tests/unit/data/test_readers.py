@@ -184,7 +184,7 @@ def noisy(x, y, rng):
 
 
 @pytest.mark.slow
-def test_processes_read_the_same_in_the_same_order_and_end():
+def test_processes_read_the_same_in_the_same_order_and_end(capsys):
     """One test of all, for each process imports TensorFlow."""
     source = Mapped(ArraySource(X, Y), noisy, numpy=True)
     wanted = elements(batches(source), 6)
@@ -206,6 +206,8 @@ def test_processes_read_the_same_in_the_same_order_and_end():
         assert str(error).endswith("it is row 17")
         assert 'raise RuntimeError("no such colour")' in caught.value.message  # with the traceback of that process
     assert not any(psutil.pid_exists(pid) for pid in pids)
+    said = "run.reader_processes = 2: the processes start, each of which imports TensorFlow"
+    assert capsys.readouterr().out.splitlines().count(said) == 1
 
 
 ENDS = {
