@@ -10,7 +10,7 @@ from dist_partial.adapters import layers, quantization
 from dist_partial.errors import UserError
 
 
-def enable(table: Sequence[Any], model: keras.Model) -> dict[str, selection.Adapter]:
+def enable(table: Sequence[Any], model: keras.Model, seed: int = 0) -> dict[str, selection.Adapter]:
     """Gives every kernel that a rule with `lora` covers its factors, in the strategy's scope.
 
     `keras.Layer.enable_lora` is called for the layers of these kernels alone: a backbone's own `enable_lora` leaves
@@ -22,6 +22,7 @@ def enable(table: Sequence[Any], model: keras.Model) -> dict[str, selection.Adap
     Args:
         table: the rules, short or full form.
         model: built.
+        seed: of the run, from which the factors' first values follow, whatever was drawn before; sets Keras's seed.
 
     Returns:
         What was adapted, by the kernel's path, for `selection.resolve`.
@@ -40,6 +41,7 @@ def enable(table: Sequence[Any], model: keras.Model) -> dict[str, selection.Adap
     rules = selection.parse_rules(table)
     if all(rule.lora is None for rule in rules):
         return {}
+    keras.utils.set_random_seed((seed + 1) % 2**32)
     adapters = {}
     for path, (number, layer) in _covered(rules, model).items():
         rule = rules[number]

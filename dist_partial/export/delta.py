@@ -300,7 +300,7 @@ class Base:
         ]
         if found:
             adapted = any("/lora_" in path for path in lacking)
-            enable = "call dist_partial.adapters.lora.enable(rules, model) with the run's rules first; or else "
+            enable = "call dist_partial.adapters.lora.enable(rules, model, seed) with those of the run first; or else "
             first = enable if adapted else ""
             raise UserError(
                 f"{delta.name} is of another base: {'; '.join(found)}; {first}make the model as the run did, by its "

@@ -202,7 +202,7 @@ def _trained_word(entry: VariablePlan) -> str:
 
 
 def columns(header: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Writes cells in columns, of which those in `right`, and the last, are aligned to the right.
+    r"""Writes cells in columns, of which those in `right`, and the last, are aligned to the right.
 
     Examples:
         >>> print(*columns(["path", "bytes"], [["a/kernel", "8"]]), sep="\n")

@@ -35,19 +35,18 @@ class ProbeSpec:
 def probe(spec: ProbeSpec) -> Any:
     """Compiles the function that differentiates every unit of a plan: (iterator of this worker's batches) -> [units].
 
-        No gradient travels: that alone would cost more than a budget saves.
+    No gradient travels: that alone would cost more than a budget saves.
 
-        Examples:
-            >>> from dist_partial.reductions import AllReduce
-            >>> from dist_partial.distributed.per_replica import Topology
-    from dist_partial.selection import resolve
-            >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, use_bias=False)])
-            >>> model.compile(loss="mae")
-            >>> plan = resolve([("train", ".*")], model, AllReduce())
-            >>> spec = ProbeSpec(tf.distribute.get_strategy(), model, Objective(model), plan, parts=1)
-            >>> batch = tf.constant([[3.0, 4.0]]), tf.zeros([1, 1])
-            >>> probe(spec)(iter(tf.data.Dataset.from_tensors(batch))).numpy().tolist()  # that of the input
-            [25.0]
+    Examples:
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, use_bias=False)])
+        >>> model.compile(loss="mae")
+        >>> plan = resolve([("train", ".*")], model, AllReduce())
+        >>> spec = ProbeSpec(tf.distribute.get_strategy(), model, Objective(model), plan, parts=1)
+        >>> batch = tf.constant([[3.0, 4.0]]), tf.zeros([1, 1])
+        >>> probe(spec)(iter(tf.data.Dataset.from_tensors(batch))).numpy().tolist()  # that of the input
+        [25.0]
     """
     return tf.function(functools.partial(squares, spec), autograph=False)
 
@@ -64,19 +63,18 @@ def squares(spec: ProbeSpec, iterator: Any) -> tf.Tensor:
 def replica_squares(spec: ProbeSpec, batch: Batch) -> tf.Tensor:
     """Computes the squared norm of each unit's gradient; called in a replica context.
 
-        Returns:
-            float32 [units], of the mean loss of the replica's own examples.
+    Returns:
+        float32 [units], of the mean loss of the replica's own examples.
 
-        Examples:
-            >>> from dist_partial.reductions import AllReduce
-            >>> from dist_partial.distributed.per_replica import Topology
-    from dist_partial.selection import resolve
-            >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, use_bias=False)])
-            >>> model.compile(loss="mae")
-            >>> plan = resolve([("train", ".*")], model, AllReduce())
-            >>> spec = ProbeSpec(tf.distribute.get_strategy(), model, Objective(model), plan, parts=2)
-            >>> replica_squares(spec, (tf.constant([[3.0, 4.0], [9.0, 9.0]]), tf.zeros([2, 1]))).numpy().tolist()
-            [25.0]
+    Examples:
+        >>> from dist_partial.reductions import AllReduce
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, use_bias=False)])
+        >>> model.compile(loss="mae")
+        >>> plan = resolve([("train", ".*")], model, AllReduce())
+        >>> spec = ProbeSpec(tf.distribute.get_strategy(), model, Objective(model), plan, parts=2)
+        >>> replica_squares(spec, (tf.constant([[3.0, 4.0], [9.0, 9.0]]), tf.zeros([2, 1]))).numpy().tolist()
+        [25.0]
     """
     trained = spec.plan.trained
     values = [entry.variable.value for entry in trained]

@@ -154,10 +154,7 @@ def _data(settings: Settings) -> Dataset:
 
 def _plan(settings: Settings, model: keras.Model, replicas: Replicas) -> selection.Plan:
     """The rules resolved against the model, which gets the LoRA factors that they ask for."""
-    if any(rule.lora for rule in selection.parse_rules(settings.rules)):
-        # So that factors begin alike in another process, whatever the model's factory draws or seeds.
-        keras.utils.set_random_seed((settings.seed + 1) % 2**32)
-    adapters = lora.enable(settings.rules, model)
+    adapters = lora.enable(settings.rules, model, settings.seed)
     plan = selection.resolve(settings.rules, model, settings.reduction, adapters, settings.between_hosts)
     check_levels(plan, replicas)
     workers, local = replicas.topology.workers, replicas.topology.local

@@ -100,6 +100,8 @@ def _explain(
     words = "none" if y is None else _batchless(y)
     words += "" if weight is None else f", weights {_batchless(weight)}"
     what = str(raised).split(" raised ")[0]
+    if what.endswith("run.data"):  # which was read for them
+        return
     cure = "bind another loss, or a model of other outputs"
     if what == "run.metrics":
         what, cure = f"{what}{_failing(compiled, y, outputs)}", "bind other metrics, or a model of other outputs"

@@ -139,7 +139,7 @@ run.global_batch = 8
 """
 UNDEFINED = "NameError: name 'undefined' is not defined"
 CASES = {  # what is bound, who fails, what the line says of it
-    "data": ("data", "run.data raised LookupError"),
+    "data": ("data", "data of run.data raised LookupError"),
     "fetch": ("data", "run.data raised RuntimeError: cannot read"),
     "model": ("model", f"run.model raised {UNDEFINED}"),
     "layer": ("model", f"run.model raised {UNDEFINED}"),

@@ -221,7 +221,7 @@ def test_a_delta_with_factors_says_what_its_base_lacks(tmp_path):
         keras.utils.set_random_seed(0)
         return adapted()
 
-    with pytest.raises(UserError, match=r"call dist_partial\.adapters\.lora\.enable\(rules, model\)"):
+    with pytest.raises(UserError, match=r"call dist_partial\.adapters\.lora\.enable\(rules, model, seed\)"):
         Base(fresh()).use(changed)
     model = fresh()
     lora.enable(rules, model)

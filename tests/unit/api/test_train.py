@@ -322,7 +322,7 @@ def test_the_result_shows_itself():
         ({"replicas": "two"}, "replicas is 'two': write a number"),
         ({"replicas": 9}, r"replicas=9 comes too late: .* dist_partial.devices\(9\)"),
         ({"precision": "mixed_bfloat16"}, "was made in 'float32': give the function"),
-        ({"schedule": "lisa"}, r"schedule is 'lisa': give one such as Lisa\(\)$"),
+        ({"schedule": "lisa"}, r"schedule is 'lisa': give an object, with parentheses, as in Phases\(table\)$"),
     ],
 )
 def test_mistakes_are_said_in_python(more, message):
@@ -396,7 +396,7 @@ def test_devices_for_replicas_are_there_from_the_first_import_on():
 
 def test_the_signature_names_all_settings():
     names = inspect.signature(dist_partial.train).parameters
-    assert set(names) == {*inspect.signature(Settings).parameters, "evaluation", "folder"}
+    assert set(names) == {*inspect.signature(Settings).parameters, "evaluation", "folder", "restore_best", "verbose"}
 
 
 def command(main, *arguments) -> int:

@@ -465,7 +465,7 @@ def test_what_is_thawed_after_it_is_refused():
         ({"optimizer": lambda: built(keras.optimizers.SGD())}, "has slots for other variables already"),
         ({"reduction": LocalOnly()}, "(local only): take one of AllReduce, Quantized, TopK, PowerSGD"),
         ({"reduction": LocalSGD(4)}, "cannot reduce by LocalSGD (every 4 steps)"),
-        ({"reduction": AllReduce}, "with the ()"),
+        ({"reduction": AllReduce}, "give one such as AllReduce()"),
         ({"model": keras.Sequential([keras.layers.Dense(2)], name="empty")}, "'empty' has no variables yet"),
         ({"model": np.zeros([9, 9])}, "...: the third argument is the Keras model"),
         ({"optimizer": np.zeros([9, 9])}, "...: pass a Keras optimizer"),

@@ -261,8 +261,8 @@ def refused(schedule=SCHEDULES["rotation"], given=None, **options):
     [
         (lambda: built(ByteBudget(bytes=1000)), "ByteBudget measures gradients on the batch that comes next, which"),
         (lambda: built("rotation"), "give one such as dist_partial.schedules.Rotation(every=20)"),
-        (lambda: built(Gradual(count=9)), "gradual_unfreezing.count is 9: all units"),
-        (lambda: built(Phases([(0, "e/.*")])), "phases.table never trains 'a/kernel'"),
+        (lambda: built(Gradual(count=9)), "Gradual.count is 9: all units"),
+        (lambda: built(Phases([(0, "e/.*")])), "Phases.table, phase 1 ('e/.*') selects nothing that the rules train"),
         (lambda: built(SCHEDULES["lisa"]).fit(*batches(), verbose=0), "fit.SelectionScheduler(schedule)"),
         (lambda: refused(given=Constant()), "another schedule than the optimizer is made for"),
         (lambda: refused(SCHEDULES["phases"], SCHEDULES["lisa"]), "another schedule than the optimizer is made for"),

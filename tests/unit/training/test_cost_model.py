@@ -161,7 +161,7 @@ def test_statistics_are_a_line_of_what_is_printed(tmp_path, capsys):
     table = {line.split("  ")[0].strip(): line.split() for line in printed.splitlines()}
     assert table["(statistics)"][-1] == "48"
     parameters = 3 * 9 * 6 + 12 + 6 * 9 * 8 + 8 + 8 * 5 + 5
-    assert f"payload: {4 * parameters + 48:,} of {4 * parameters:,} bytes" in printed
+    assert f"payload: {4 * parameters + 48:,} of {4 * parameters + 48:,} bytes" in printed
     assert "at the network interface of each of 16 workers: " in printed
     assert "statistics of layers" in printed.split("rules by what")[1]
 
