@@ -109,7 +109,7 @@ class Result:
     _trained: tuple[Any, int] | None = None  # a model with the plan's variables, and the updates that it has had
 
     def delta(self) -> "Delta":
-        """What the run has changed, for `dist_partial.delta.write`: as the model is now, if it is trained further.
+        """What the run has changed, for `dist_partial.delta.write`.
 
         Raises:
             UserError: the folder has no checkpoint.

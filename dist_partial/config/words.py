@@ -33,6 +33,7 @@ _WORDS = (
     (rf"\b(?=(?:{_NAMED})\b)\w+\.(\w+) = ", r"\1="),
     (rf"\b(?=(?:{_NAMED})\b)\w+\.(?=\w)", ""),
     (r"(?<![\w.])@(?=[A-Za-z_])", ""),
+    (r"\bbind (\w+) to more than", r"give \1 more than"),
     (r"\bbind\b", "give"),
     (r"\bbound\b", "given"),
     (r"--run_dir\b", "folder"),

@@ -134,7 +134,7 @@ def _content(source: Source, name: str = TRAIN) -> tuple[Any, ...]:
     first, again = fetch(source, looks(source)) if isinstance(source, Stream) else read(), read()
     same = fingerprint(first) == fingerprint(again)
     if isinstance(source, Stream) and not same:
-        print(f"{name}: the tf.data.Dataset gives other examples each time that it is read: {source.repeatable}")
+        say(f"{name}: the tf.data.Dataset gives other examples each time that it is read: {source.repeatable}")
     # To count the examples of a stream may be to read it.
     return "?" if trait(source, "streamed", False) else len(source), str(source.spec), *(first if same else ())
 

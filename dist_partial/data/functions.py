@@ -99,12 +99,22 @@ def nameless(config: Any) -> Any:
         {'units': 3}
     """
     if isinstance(config, dict):
-        if config.get("class_name") == "__lambda__":
-            code = marshal.loads(base64.b64decode(config["config"]["code"]))  # of this process
-            return [_digest(_content(code)), nameless(config["config"] | {"code": None})]
+        if (found := _of_lambda(config)) is not None:
+            code, *rest = found
+            return [_digest(_content(marshal.loads(base64.b64decode(code)))), *map(nameless, rest)]  # of this process
         links = ("name", "inbound_nodes", "input_layers", "output_layers")
-        return {key: nameless(value) for key, value in config.items() if key not in links}
+        return {str(key): nameless(value) for key, value in config.items() if key not in links}
     return [nameless(value) for value in config] if isinstance(config, (list, tuple)) else config
+
+
+def _of_lambda(config: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Finds code, defaults and closure where Keras 3.15 has written a lambda, which it does in three forms."""
+    if config.get("class_name") == "__lambda__":
+        config = config["config"]
+    if config.keys() == {"code", "defaults", "closure"}:
+        return tuple(config.values())
+    value = config.get("value")
+    return tuple(value) if len(config) == 1 and isinstance(value, (list, tuple)) and len(value) == 3 else None
 
 
 def of_classes(kinds: Iterable[type]) -> dict[str, str]:

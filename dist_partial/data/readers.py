@@ -75,11 +75,15 @@ class Readers:
 
     def close(self) -> None:
         """Ends what reads ahead, and the processes."""
-        for known in self._started:
-            if (iterator := known()) is not None:
-                _end(iterator)
         if self._pool is not None:
-            self._pool.close()
+            self._pool.kill()  # or a reading that waits for one of them would be waited for
+        try:
+            for known in self._started:
+                if (iterator := known()) is not None:
+                    _end(iterator)
+        finally:
+            if self._pool is not None:
+                self._pool.close()
 
 
 def _end(iterator: Any) -> None:
@@ -219,10 +223,13 @@ class _Processes:
         finally:
             self._idle.put(process)
 
-    def close(self) -> None:
-        atexit.unregister(self.close)
+    def kill(self) -> None:
         for process in self._started:
             process.kill()
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        self.kill()
         for process in self._started:
             process.join()
         self._shared.close()

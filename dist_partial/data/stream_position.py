@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from dist_partial.terminal import say
+
 
 class Position:
     """Follows the batches that one worker gets of a stream.
@@ -65,7 +67,7 @@ class Position:
         if position == self._first:
             if self._next == self._skipped > 0 == self._offset:
                 took = time.perf_counter() - self._began
-                print(f"run.data: skipped {self._skipped:,} examples in {took:.1f} s to go on")
+                say(f"run.data: skipped {self._skipped:,} examples in {took:.1f} s to go on")
             self._next += self._size
             self.active = time.perf_counter()
         return position

@@ -139,7 +139,8 @@ class Collectives:
             if alone or self.level == BETWEEN:
                 return sums, [words[tf.newaxis] for words in gathers]
         elif alone:
-            return self.backend.exchange(sums, gathers)
+            with tf.device(host_bridge.HOST):
+                return self.backend.exchange(sums, gathers)
         if self.level != ALL or self.backend is not None:
             how = functools.partial(host_bridge.exchange, self.backend, self.level, len(sums))
             return context.merge_call(how, args=[*sums, *gathers])

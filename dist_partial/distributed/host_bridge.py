@@ -13,7 +13,7 @@ from dist_partial.distributed.tcp_backend import TCPBackend
 
 ALL, INSIDE, BETWEEN = "all", "inside", "between"  # levels
 _NCCL = tf.distribute.NcclAllReduce()
-_HOST = "CPU:0"  # where the bytes are that cross hosts, and bytes are counted by device
+HOST = "CPU:0"  # where the bytes are that cross hosts, and bytes are counted by device
 
 
 def exchange(
@@ -39,7 +39,7 @@ def exchange(
         ([1.0], [[2]])
     """
     local, alike = strategy.experimental_local_results, level == BETWEEN
-    with tf.device(_HOST):
+    with tf.device(HOST):
         totals = [_total(strategy, value, alike) for value in values[:sums]]
         stacked = [tf.stack(local(value)[: 1 if alike else None]) for value in values[sums:]]
         if backend is None or level == INSIDE:
@@ -78,7 +78,7 @@ class HostBridge(tf.distribute.CrossDeviceOps):
         """Reduces several values of each replica, in one round."""
         strategy = tf.distribute.get_strategy()
         count = self._backend.size * strategy.num_replicas_in_sync
-        with tf.device(_HOST):
+        with tf.device(HOST):
             own = [_total(strategy, value) for value, _ in value_destination_pairs]
             sums, _ = self._backend.exchange([tf.reshape(each, [-1]) for each in own], [])
             sums = [tf.reshape(total, each.shape) for total, each in zip(sums, own, strict=True)]

@@ -233,7 +233,7 @@ def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reaso
     task = cluster["task"]
     rank = everyone.index(cluster["cluster"][task["type"]][task["index"]])
     tensorflow = options.transport == "tensorflow"
-    devices, what = _devices(options.cpu)
+    devices, what = _devices(1 if tensorflow else options.cpu)  # its strategy takes one CPU
     started = threading.Event()  # before, TensorFlow has no collectives to abort, and would make others then
     connected = TCPBackend(
         rank,

@@ -1,4 +1,4 @@
-"""Sums and gathers over TCP connections between all workers: the transport of workers with one CPU replica each.
+"""Sums and gathers over TCP connections between all workers.
 
 TensorFlow's own collectives on the CPU send over gRPC, tensor by tensor. Here every worker has a connection to every
 other (`rendezvous`), over which messages travel (`tcp_connections`). A tensor to be summed is cut into one chunk a

@@ -131,6 +131,16 @@ class Connections:
                 self._waker.send(b"\0")
 
     def _run(self) -> None:
+        try:
+            self._exchange()
+        except Exception as error:  # whatever it is: what waits for the others must hear of it
+            for peer in self._peers.values():
+                if not peer.lost:
+                    with contextlib.suppress(Exception):
+                        self._lose(peer, Fault(f"the connections to the other workers have failed here ({error})"))
+            raise
+
+    def _exchange(self) -> None:
         for peer in self._peers.values():
             peer.incoming = self._incoming(peer)
             peer.wanted = next(peer.incoming)

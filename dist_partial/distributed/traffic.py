@@ -124,13 +124,16 @@ def sent_each(found: Sequence[Collective], plan: Plan, steps: int = 0) -> np.nda
     return np.array([total(found), round(at_interface), round(plan.full_nic_bytes) * steps])
 
 
-def beyond(plan: Plan, sent_in_step: Sequence[Collective], exchanges: Sequence[Any]) -> list[Payload]:
+def beyond(
+    plan: Plan, sent_in_step: Sequence[Collective], exchanges: Sequence[Any], hosts: bool = True
+) -> list[Payload]:
     """Finds what traced graphs send besides the plan's gradients and movements: the statistics of BatchNorm layers.
 
     Args:
         plan: with what tracing has shown of it.
         sent_in_step: what the step hands over.
         exchanges: from `local_sgd.exchanges`.
+        hosts: whether there are several, between which a reduction of its own sends something.
 
     Examples:
         >>> import keras
@@ -141,9 +144,10 @@ def beyond(plan: Plan, sent_in_step: Sequence[Collective], exchanges: Sequence[A
         >>> beyond(plan, [Collective("CollectiveReduceV2", "sum", "CPU:0", 432, in_loop=True)], exchanges=[])
         [Payload(kind='sum', bytes=32, every=1, offset=0)]
     """
-    more = _difference(sent_in_step, [m for e in plan.trained if e.reduction.shared for m in plan.handed_over(e)])
+    crossing = [entry for entry in plan.trained if hosts or entry.inside is None]
+    more = _difference(sent_in_step, [m for e in crossing if e.reduction.shared for m in plan.handed_over(e)])
     for exchange in exchanges:
-        planned = [m for entry in exchange.fragment.entries(plan) for m in plan.handed_over(entry)]
+        planned = [m for e in exchange.fragment.entries(plan) if e in crossing for m in plan.handed_over(e)]
         reduction = exchange.fragment.reduction
         for payload in _difference(exchange.sent, planned):
             more.append(payload._replace(every=reduction.sync_every, offset=reduction.offset))

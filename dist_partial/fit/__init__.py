@@ -240,6 +240,8 @@ def _resolve(
 def _check_reduction(entry: VariablePlan, policy: str) -> None:
     how, names = entry.reduction, saved_plan.REDUCTIONS
     where = f"rule {entry.rule.match!r}: "
+    if entry.inside is not None:
+        raise UserError(f"{where}model.fit has one host: leave out between_hosts, or train with dist_partial.train")
     if type(how) not in names.values():
         raise UserError(
             f"{where}model.fit cannot reduce by {type(how).__name__} ({how}): take one of {', '.join(names)}, or train "

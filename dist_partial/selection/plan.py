@@ -203,6 +203,10 @@ class Plan:
         several = 1 if entry.inside else self.local
         return tuple(m._replace(bytes=m.bytes * several) if m.kind == "gather" else m for m in entry.payloads)
 
+    def bytes_of(self, entry: VariablePlan) -> int | float:
+        """Counts the bytes that one worker hands over for a variable in a step, on average."""
+        return average_bytes(self.handed_over(entry))
+
     @property
     def wire_bytes(self) -> int | float:
         """Bytes that one worker hands over in a step, on average."""
@@ -265,7 +269,7 @@ class Plan:
                     "unit": e.unit or None,
                     "rows": list(e.rule.rows) if e.trained and e.rule.rows else None,
                     "reduction": e.travels if e.trained and e.sent else None,
-                    "wire_bytes_per_step": e.wire_bytes,
+                    "wire_bytes_per_step": self.bytes_of(e),
                 }
                 for e in self.entries
             ],

@@ -88,9 +88,9 @@ def unit_squares(plan: Plan, gradients: Sequence[Any]) -> tf.Tensor:
 
 
 def clip(
-    gradients: Sequence[Any], shared: Sequence[bool], clip_norm: float | None
+    gradients: Sequence[Any], shared: Sequence[Any], clip_norm: float | None
 ) -> tuple[list[tf.Tensor | None], tf.Tensor]:
-    """Clips what replicas share by its norm, the same everywhere, and the rest by its; returns the whole norm, too.
+    """Clips what is shared alike by its joint norm, the same wherever it is; returns the whole norm, too.
 
     Examples:
         >>> gradients, norm = clip([tf.constant([3.0, 4.0])], [True], 1.0)

@@ -211,7 +211,7 @@ def check(where: str, optimizer: keras.optimizers.Optimizer) -> None:
             f"{where} accumulates gradients by itself, which Keras 3.15 cannot do on several replicas: leave out "
             "gradient_accumulation_steps; dist_partial.train has run.accumulate"
         )
-    if optimizer.ema_overwrite_frequency and tf.distribute.get_strategy().num_replicas_in_sync > 1:
+    if optimizer.ema_overwrite_frequency and tf.distribute.has_strategy():
         raise UserError(
             f"{where} overwrites weights by their averages every few steps (ema_overwrite_frequency), which Keras 3.15 "
             "cannot do on several replicas: leave it out; with use_ema alone the last weights are the averages"

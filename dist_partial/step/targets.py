@@ -17,7 +17,7 @@ _FROM_0_TO_1 = (
 )
 
 
-def check_targets(loss: Any, name: str, y: np.ndarray, outputs: Any) -> None:
+def check_targets(loss: Any, name: str, y: np.ndarray, outputs: Any, weighted: bool = False) -> None:
     """Looks whether a loss can take targets for these outputs.
 
     Args:
@@ -25,6 +25,7 @@ def check_targets(loss: Any, name: str, y: np.ndarray, outputs: Any) -> None:
         name: of the data set, or of one of its targets.
         y: targets of any shape.
         outputs: a tensor [..., classes], or anything with that shape.
+        weighted: whether examples have weights, by which labels that are missing, such as -1, may count nothing.
 
     Raises:
         UserError: targets are texts; class ids are none of 0 to classes - 1; labels are not within 0 to 1.
@@ -48,7 +49,7 @@ to 1: ...
         ignored = getattr(loss, "ignore_class", None)
         y = y.astype(np.int8) if y.dtype.kind == "b" else y
         _check_class_ids(name, y if ignored is None else y[y != ignored], int(outputs.shape[-1]))
-    if function in _FROM_0_TO_1 and (beyond := y[(y < 0) | (y > 1)]).size:
+    if function in _FROM_0_TO_1 and not weighted and (beyond := y[(y < 0) | (y > 1)]).size:
         raise UserError(
             f"{name} has the target {beyond.flat[0]:g}, and run.loss ({function.__name__}) takes targets from 0 to 1: "
             "scale them, or bind another run.loss"

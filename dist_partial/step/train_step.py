@@ -216,7 +216,7 @@ def replica_gradients(spec: StepSpec, batch: Batch) -> tuple[Any, tf.Tensor, tf.
     if spec.scale is not None:
         gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
     squares = unit_squares(spec.plan, gradients) if options.unit_norms else tf.zeros([0])
-    gradients, norm = clip(gradients, [entry.reduction.shared for entry in trained], options.clip_norm)
+    gradients, norm = clip(gradients, [(e.reduction.shared, e.inside is not None) for e in trained], options.clip_norm)
     return (total, metrics), norm, squares, gradients, means
 
 

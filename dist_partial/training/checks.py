@@ -168,7 +168,8 @@ def check_levels(plan: Plan, replicas: Replicas) -> None:
 def check_workers(replicas: Replicas, fingerprint: dict[str, Any], bindings: Mapping[str, str]) -> None:
     """Raises UserError, the same on every worker, unless all have built the same from the same bindings."""
     if replicas.backend is not None:
-        facts = {"versions": consistency.versions(), "bindings": dict(bindings)}
+        facts: dict[str, Any] = {"versions": consistency.versions(), "bindings": dict(bindings)}
+        facts["replicas of each worker"] = replicas.topology.local
         start = {
             fingerprints.INITIAL: fingerprint[fingerprints.INITIAL]
         }  # first: all else that differs follows from it

@@ -109,7 +109,10 @@ def make_up(trainer: Trainer, folder: Path, state: TrainState) -> TrainState:
         judge.training(),
     ):
         with judge.weights():
-            better = judge.evaluated(state.step, evaluate(state, writer))
+            held_out: dict[str, float] = {}
+            with judge.testing(held_out):
+                held_out |= evaluate(state, writer)
+            better = judge.evaluated(state.step, held_out)
             state = dataclasses.replace(state, evaluated=True, judged=judge.to_json())
             if better:
                 Saving(trainer, folder, state).best(state)

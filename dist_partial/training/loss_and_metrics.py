@@ -75,12 +75,13 @@ def _look(data: Dataset, y: Any) -> Callable[[Any, Any, Any], None]:
         for path, tensor in keras.tree.flatten_with_path(y)
     }
     own = [id(tensor) for tensor in tf.nest.flatten(y)]
+    weighted = len(data.train.spec) == 3
     parts = (data.train, data.evaluation)
     found = [dict(zip(own, tf.nest.flatten(some_targets(each)), strict=True)) for each in parts]
 
     def look(loss: Any, targets: Any, given: Any) -> None:
-        for arrays in found if id(targets) in names else ():
-            check_targets(loss, names[id(targets)], arrays[id(targets)], given)
+        for arrays in found if targets is not None and id(targets) in names else ():
+            check_targets(loss, names[id(targets)], arrays[id(targets)], given, weighted)
 
     return look
 

@@ -358,7 +358,9 @@ class ScheduleRunner:
         )
         plan = plan.traced(train.without_gradient, reductions.averages(plan, averaged))
         if trainer.replicas.topology.replicas > 1:  # or else nothing is sent
-            plan = plan.traced(train.without_gradient, traffic.beyond(plan, sent, exchanges))
+            plan = plan.traced(
+                train.without_gradient, traffic.beyond(plan, sent, exchanges, collectives.backend is not None)
+            )
         if isinstance(trainer.schedule, ByteBudget) and plan.nic_bytes > trainer.schedule.bytes:
             raise UserError(
                 f"byte_budget.bytes is {trainer.schedule.bytes:,}, and {', '.join(plan.units)} send {plan.nic_bytes:,} "

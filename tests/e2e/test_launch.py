@@ -56,10 +56,13 @@ with open("{folder}/" + host + ".ssh", "w") as file:
 remote = subprocess.Popen(["sh", "-c", command], cwd="/", stdin=subprocess.PIPE, start_new_session=True)
 
 def relay():
-    for line in open(0, "rb", buffering=0):
-        remote.stdin.write(line)
-        remote.stdin.flush()
-    remote.stdin.close()
+    try:
+        for line in open(0, "rb", buffering=0):
+            remote.stdin.write(line)
+            remote.stdin.flush()
+        remote.stdin.close()
+    except BrokenPipeError:
+        pass  # it has ended, as sshd would say nothing of
 
 threading.Thread(target=relay, daemon=True).start()
 sys.exit(remote.wait())
