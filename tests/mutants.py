@@ -106,11 +106,11 @@ MUTANTS = [
     if spec.scale is not None:
         gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
     squares = unit_squares(spec.plan, gradients) if options.unit_norms else tf.zeros([0])
-    gradients, norm = clip(gradients, [entry.reduction.shared for entry in trained], options.clip_norm)
+    gradients, norm = clip(gradients, [(e.reduction.shared, e.inside is not None) for e in trained], options.clip_norm)
 """,
         """\
     squares = unit_squares(spec.plan, gradients) if options.unit_norms else tf.zeros([0])
-    gradients, norm = clip(gradients, [entry.reduction.shared for entry in trained], options.clip_norm)
+    gradients, norm = clip(gradients, [(e.reduction.shared, e.inside is not None) for e in trained], options.clip_norm)
     if spec.scale is not None:
         gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
 """,

@@ -81,8 +81,7 @@ def train(
         >>> import keras
         >>> import numpy as np
         >>> x = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
-        >>> layers = [keras.layers.Dense(4, name="body"), keras.layers.Dense(1, name="head")]
-        >>> model = keras.Sequential([keras.Input([3]), *layers])
+        >>> model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1, name="head")])
         >>> rules = [("train", "head/.*"), ("freeze", ".*")]
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     found = train(model, (x, x.sum(1)), rules=rules, loss="mse", steps=3, folder=f"{folder}/run")
