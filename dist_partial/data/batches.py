@@ -4,7 +4,6 @@ The examples of a run have one global order, whatever the number of workers. Ste
 [s * global_batch, (s + 1) * global_batch), and worker i of n takes the i-th of n contiguous slices of them.
 """
 
-import collections
 import os
 import re
 import sys
@@ -19,7 +18,7 @@ from dist_partial.data.draws import draws
 from dist_partial.data.forks import stages
 from dist_partial.data.held_out import Part
 from dist_partial.data.order import own_rows, places, shuffled
-from dist_partial.data.readers import readers
+from dist_partial.data.readers import readers, recent
 from dist_partial.data.reading import as_op, fetch, trait
 from dist_partial.data.source import ArraySource, Source
 from dist_partial.data.stream import Stream
@@ -28,8 +27,6 @@ from dist_partial.errors import Ending, Raised, UserError, calling, raised
 
 PREFETCHED = 4  # batches
 _CPUS = len(os.sched_getaffinity(0))
-# What was read last for functions of TensorFlow, whose errors do not say on which example.
-_recent: collections.deque[tuple[Any, np.ndarray, np.ndarray]] = collections.deque(maxlen=64)
 
 
 def train_batches(
@@ -154,7 +151,7 @@ def _read(source: Source, order: tf.data.Dataset, seed: int) -> tf.data.Dataset:
         state = draws(seed, epochs, indices)
         if not functions:
             return read(indices, state)
-        _recent.append((known, indices, state))
+        recent.append((known, indices, state))
         return read(indices, state), np.stack([function.seeds(state) for function in functions], 1)
 
     @tf.autograph.experimental.do_not_convert  # which takes a while, for nothing
@@ -219,9 +216,9 @@ def failing_example(error: tf.errors.OpError) -> Ending | None:
     at = r"\[\[(\{\{node )?([\w/]+/)?IteratorGetNext(\}\})?\]\]|Op:IteratorGetNext"  # alone, or in the loop of steps
     if not re.search(at, str(error)) or re.search(rf"^{re.escape(Ending.__module__)}\.", str(error), re.MULTILINE):
         return None
-    recent = [(source, *read) for known, *read in tuple(_recent) if (source := known()) is not None]
-    for last in dict.fromkeys(source for source, *_ in reversed(recent)):
-        for source, indices, state in recent:
+    alive = [(source, *read) for known, *read in tuple(recent) if (source := known()) is not None]
+    for last in dict.fromkeys(source for source, *_ in reversed(alive)):
+        for source, indices, state in alive:
             try:
                 if source is last:
                     fetch(source, indices, state)

@@ -1,6 +1,7 @@
 """Threads and processes that read the batches of a source, several at a time."""
 
 import atexit
+import collections
 import contextlib
 import contextvars
 import functools
@@ -32,6 +33,10 @@ _PATIENCE = 5.0  # seconds until a process whose connection is gone has ended
 _NAMED = 8  # examples, of those that were read when a process ended
 
 Read = Callable[[np.ndarray, np.ndarray | None], tuple[Any, ...]]
+
+
+# What was read last for functions of TensorFlow, whose errors do not say on which example.
+recent: collections.deque[tuple[Any, np.ndarray, np.ndarray]] = collections.deque(maxlen=64)
 
 
 class Readers:
@@ -146,6 +151,7 @@ def reading(threads: int | None = None, processes: int = 0) -> Iterator[None]:
     """
     with contextlib.closing(Readers(threads, processes)) as made, reads_at_once(threads):
         token = _current.set(made)
+        recent.clear()  # or an error would be looked for in what an earlier run has read
         try:
             yield
         finally:

@@ -42,7 +42,8 @@ to 1: ...
             f"{name} has texts ({first!r}, ...): make class ids of these targets, by keras.layers.StringLookup in "
             "Dataset.map"
         )
-    function = getattr(loss, "fn", None)
+    of_keras = type(loss).call.__module__.startswith("keras.")  # one of the user's own may take other targets
+    function = getattr(loss, "fn", None) if of_keras else None
     if not y.size or y.dtype.kind not in "iufb":
         return
     if function is _SPARSE and loss.get_config().get("axis", -1) == -1 and outputs.shape:

@@ -116,7 +116,7 @@ def test_train_is_what_workers_run(tmp_path):
     assert done.returncode == 2
     assert re.match(r"\[0\] error: .*no_such\.gin", done.stdout)
     assert done.stderr.startswith("error: worker 0 ended with exit code 2: error: ")
-    assert (tmp_path / "run.logs" / "attempt-1" / "worker-0.log").read_text() in done.stderr
+    assert (tmp_path / "run.logs" / "attempt-1" / "worker-0.log").read_text().strip() in done.stderr
 
 
 def test_local(tmp_path):

@@ -540,6 +540,6 @@ def test_batch_trains_with_two_tasks(parameter, code, words, slurm, monkeypatch)
     assert done.returncode == code, done.stdout + done.stderr
     assert words in done.stderr
     if code == 0:
-        assert "over 2 workers, this is worker 0" in done.stdout
+        assert "2 workers with 2 simulated on the CPU each, this is worker 0" in done.stdout
         assert len((slurm / "run" / "metrics.jsonl").read_text().splitlines()) == 4  # three steps, one evaluation
     assert not (slurm / "calls").exists()  # no scontrol
