@@ -22,6 +22,7 @@ import tensorflow as tf
 from dist_partial.data.parallel import reads_at_once
 from dist_partial.data.reading import fetch, innermost, trait
 from dist_partial.data.shared import SharedArrays, restored
+from dist_partial.data.stream_position import begun
 from dist_partial.errors import Ending, Fault, UserError, first_line
 from dist_partial.terminal import say
 
@@ -152,6 +153,7 @@ def reading(threads: int | None = None, processes: int = 0) -> Iterator[None]:
     with contextlib.closing(Readers(threads, processes)) as made, reads_at_once(threads):
         token = _current.set(made)
         recent.clear()  # or an error would be looked for in what an earlier run has read
+        begun.clear()
         try:
             yield
         finally:

@@ -2,7 +2,6 @@
 
 import collections
 import time
-import weakref
 from typing import Any
 
 import numpy as np
@@ -47,7 +46,7 @@ class Position:
 
         def begin(tick: np.ndarray) -> np.ndarray:
             self._began = self.active = time.perf_counter()
-            _begun.append(weakref.ref(self))
+            begun.append(self)
             return tick
 
         def passed(positions: tf.Tensor, parts: Any) -> Any:
@@ -100,16 +99,16 @@ class Position:
         )
 
 
-_begun: collections.deque["weakref.ref[Position]"] = collections.deque(maxlen=64)
+begun: collections.deque[Position] = collections.deque(maxlen=64)  # in this run: `reading` forgets those of others
 
 
 def where_failed() -> str:
     """Says among which examples a stream has failed; '' if none is being read."""
-    alive = [position for known in tuple(_begun) if (position := known()) is not None and not position.ended]
+    alive = [position for position in tuple(begun) if not position.ended]
     if not alive:
         return ""
     # Examples to train on are read ahead during an evaluation, and those of an evaluation during it alone.
     newest = max(alive, key=lambda position: (position.evaluates, position.active))
-    _begun.clear()  # the run ends, and another one may begin before these are forgotten
+    begun.clear()  # the run ends, and another one may begin before these are forgotten
     first, last = newest.failing
     return f"the examples {first:,} to {last:,} of the tf.data.Dataset"

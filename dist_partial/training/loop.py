@@ -57,7 +57,7 @@ def run(
     """
     folder, replicas = Path(folder), settings.replicas()
     data_readers = reading(settings.readers, settings.reader_processes)
-    with put_back(), data_readers, failures.ended_together(replicas), Progress(replicas.is_chief) as progress:
+    with put_back(), failures.ended_together(replicas), data_readers, Progress(replicas.is_chief) as progress:
         trainer = _built(settings, replicas, bindings or {}, progress)
         state = _restored(trainer, folder)
         if state.step >= settings.steps or state.stopped:
