@@ -38,8 +38,44 @@ def stages(source: "Source") -> tuple["Source", list[Any]]:
     return source, functions
 
 
+class Following:
+    """Has several sources, one after the other: the base of what reads them.
+
+    Attributes:
+        sources: what is read.
+        offsets: where each begins, and the end.
+        shown: of each what messages call it.
+
+    Examples:
+        >>> from dist_partial.data import ArraySource
+        >>> both = Following()
+        >>> both.sources, both.offsets, both.shown = [ArraySource(np.arange(3))] * 2, [0, 3, 6], ["'a'", "'b'"]
+        >>> len(both), both.place(4)
+        (6, "example 1 of data set 'b'")
+    """
+
+    sources: Sequence["Source"]
+    offsets: Any  # a field of one, and in another computed when it is first needed
+    shown: Any
+
+    @property
+    def thread_safe(self) -> bool:
+        """Whether several threads may read all of them."""
+        return all(trait(source, "thread_safe", False) for source in self.sources)
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def place(self, index: int) -> str:
+        """Where an example is."""
+        number = int(np.searchsorted(self.offsets, index, side="right")) - 1
+        index -= self.offsets[number]
+        inner = trait(self.sources[number], "place")
+        return f"{inner(index) if inner else f'example {index:,}'} of data set {self.shown[number]}"
+
+
 @dataclass(frozen=True, eq=False)
-class Forks:
+class Forks(Following):
     """Reads of each example which source it is of, the seeds for the functions of that, and what they take.
 
     What the functions of the other sources take is there too, and empty: an element of tf.data has one form.
@@ -48,7 +84,7 @@ class Forks:
         sources: what is read of each.
         offsets: where each begins, and the end.
         depths: of the functions that the examples of each go through, see `Mapped.depth`.
-        names: of the sources in messages.
+        shown: of each what messages call it.
 
     Examples:
         >>> from dist_partial.data import ArraySource
@@ -62,7 +98,7 @@ class Forks:
     sources: Sequence["Source"]
     offsets: Sequence[int]
     depths: Sequence[Sequence[int]]
-    names: Sequence[str]
+    shown: Sequence[str]
 
     @property
     def spec(self) -> tuple[Any, ...]:
@@ -70,18 +106,6 @@ class Forks:
         most = max(map(len, self.depths))
         parts = tuple(without_lists(source.spec) for source in self.sources)
         return tf.TensorSpec([], tf.int32), tf.TensorSpec([most, 2], tf.int32), parts
-
-    @property
-    def thread_safe(self) -> bool:
-        """Whether several threads may read all of them."""
-        return all(trait(source, "thread_safe", False) for source in self.sources)
-
-    def __len__(self) -> int:
-        return self.offsets[-1]
-
-    def place(self, index: int) -> str:
-        """Where an example is."""
-        return joined_place(self.sources, self.names, self.offsets, index)
 
     def fetch(self, indices: np.ndarray) -> tuple[Any, ...]:
         """Examples, with the random numbers of the first epoch of a run of seed 0."""
@@ -103,20 +127,6 @@ class Forks:
                 drawn[own, place] = seeds(another(state[own], depth))
             parts.append(tf.nest.pack_sequence_as(without_lists(source.spec), empty))
         return numbers.astype(np.int32), drawn, tuple(parts)
-
-
-def joined_place(sources: Sequence["Source"], names: Sequence[str], offsets: Sequence[int], index: int) -> str:
-    """Says where an example of sources is of which one follows the other.
-
-    Examples:
-        >>> from dist_partial.data import ArraySource
-        >>> joined_place([ArraySource(np.arange(3)), ArraySource(np.arange(2))], ["'a'", "'b'"], [0, 3, 5], 4)
-        "example 1 of data set 'b'"
-    """
-    number = int(np.searchsorted(offsets, index, side="right")) - 1
-    index -= offsets[number]
-    inner = trait(sources[number], "place")
-    return f"{inner(index) if inner else f'example {index:,}'} of data set {names[number]}"
 
 
 def _empty(count: int, spec: tf.TensorSpec) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.data.arrays import alike, parts_misfit
-from dist_partial.data.forks import Fork, Forks, joined_place, stages
+from dist_partial.data.forks import Following, Fork, Forks, stages
 from dist_partial.data.order import places
 from dist_partial.data.reading import Wrapped, checked, innermost, trait
 from dist_partial.data.source import Dataset, Source, check_source, fingerprint
@@ -21,7 +21,7 @@ _BITS = 24  # of a share, so that positions up to 2 ** 39 have exact products
 
 
 @dataclass(frozen=True, eq=False)
-class Joined:
+class Joined(Following):
     """Puts sources of the same spec one after the other.
 
     Args:
@@ -63,10 +63,11 @@ class Joined:
                 )
 
     def _name(self, number: int) -> str:
-        return f"data set {self._shown[number]}"
+        return f"data set {self.shown[number]}"
 
-    @property
-    def _shown(self) -> list[str]:
+    @functools.cached_property
+    def shown(self) -> list[str]:
+        """What messages call each."""
         return [repr(name) for name in self.names] or [str(number + 1) for number in range(len(self.sources))]
 
     @property
@@ -86,7 +87,7 @@ class Joined:
         if not any(functions) or any(isinstance(each, Fork) for of_one in functions for each in of_one):
             return None
         depths = [[each.depth for each in of_one] for of_one in functions]
-        return Forks(sources, self.offsets, depths, self._shown), Fork(functions)
+        return Forks(sources, self.offsets, depths, self.shown), Fork(functions)
 
     @property
     def draws(self) -> bool:
@@ -97,18 +98,6 @@ class Joined:
     def depth(self) -> int:
         """The functions that examples of one of them go through, at most."""
         return max(trait(source, "depth", 0) for source in self.sources)
-
-    @property
-    def thread_safe(self) -> bool:
-        """Whether several threads may read all of them."""
-        return all(trait(source, "thread_safe", False) for source in self.sources)
-
-    def __len__(self) -> int:
-        return self.offsets[-1]
-
-    def place(self, index: int) -> str:
-        """Where an example is."""
-        return joined_place(self.sources, self._shown, self.offsets, index)
 
     def fetch(self, indices: np.ndarray) -> tuple[Any, ...]:
         """Examples, those of a source at once."""

@@ -56,28 +56,29 @@ def make_objective(
             text = data.codec is not None
             compiled["weighted_metrics"] = metrics.suggested(y, outputs, loss, text, data.unit) or None
             quiet = [metric.name for metric in compiled["weighted_metrics"] or ()]
+    targets = some_targets(data.train)
     try:
-        with losses.looking(_look(data, y)):
+        with losses.looking(_look(data, y, targets)):
             objective = prepare(model, batch, outputs, compiled, quiet)
     except Raised as raised:
         _explain(raised, model, data, batch, outputs, compiled)
         raise
     called = _called(loss)
-    found = list(_targets_of(called, y, some_targets(data.train)))
-    coupled = any(losses.is_coupled(each, targets) for each, _, targets in found)
+    found = list(_targets_of(called, y, targets))
+    coupled = any(losses.is_coupled(each, own) for each, _, own in found)
     return dataclasses.replace(objective, coupled=coupled), called
 
 
-def _look(data: Dataset, y: Any) -> Callable[[Any, Any, Any], None]:
-    """What looks at all targets of the data set that a loss is about to take some of, which `y` has."""
+def _look(data: Dataset, y: Any, trained: Any) -> Callable[[Any, Any, Any], None]:
+    """What looks at all targets, `trained` and held-out ones, that a loss is about to take some of, which `y` has."""
     names = {
         id(tensor): f"target {(path[0] if len(path) == 1 else path)!r} of {data.name}" if path else data.name
         for path, tensor in keras.tree.flatten_with_path(y)
     }
     own = [id(tensor) for tensor in tf.nest.flatten(y)]
     weighted = len(data.train.spec) == 3
-    parts = (data.train, data.evaluation)
-    found = [dict(zip(own, tf.nest.flatten(some_targets(each)), strict=True)) for each in parts]
+    parts = (trained, some_targets(data.evaluation))
+    found = [dict(zip(own, tf.nest.flatten(each), strict=True)) for each in parts]
 
     def look(loss: Any, targets: Any, given: Any) -> None:
         for arrays in found if targets is not None and id(targets) in names else ():
