@@ -13,20 +13,7 @@ import dist_partial
 from dist_partial import Result, Rule, UserError, delta, train
 from dist_partial.errors import Raised, calling
 from dist_partial.export import __main__ as export_command
-
-X = np.random.default_rng(0).normal(size=(24, 3)).astype(np.float32)
-Y = X.sum(1, keepdims=True)
-HEAD = [("train", "head/.*"), ("freeze", ".*")]
-
-
-@pytest.fixture(autouse=True)
-def somewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def person() -> keras.Model:
-    hidden = keras.layers.Dense(4, activation="tanh", name="hidden")
-    return keras.Sequential([keras.Input([3]), hidden, keras.layers.Dense(1, name="head")], name="person")
+from tests.helpers.people import HEAD, X, Y, person
 
 
 def quickly(model=person, **more):

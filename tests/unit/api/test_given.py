@@ -15,15 +15,7 @@ from dist_partial.errors import UserError
 from dist_partial.export import __main__ as export_command
 from dist_partial.models import two_dense
 from dist_partial.step import losses
-
-X = np.random.default_rng(0).normal(size=(24, 3)).astype(np.float32)
-Y = X.sum(1, keepdims=True)
-HEAD = [("train", "head/.*"), ("freeze", ".*")]
-
-
-@pytest.fixture(autouse=True)
-def somewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+from tests.helpers.people import HEAD, X, Y
 
 
 def person() -> keras.Model:

@@ -33,11 +33,6 @@ HEAD = [("train", "head/.*"), ("freeze", ".*")]
 SECOND = [("train", "dense_1/.*"), ("freeze", ".*")]
 
 
-@pytest.fixture(autouse=True)
-def somewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def named() -> keras.Model:
     hidden = keras.layers.Dense(4, activation="tanh", name="hidden")
     return keras.Sequential([keras.Input([3]), hidden, keras.layers.Dense(1, name="head")], name="person")
