@@ -2,15 +2,10 @@
 
 import contextlib
 import dataclasses
-import faulthandler
 import functools
 import os
-import signal
-import socket
 import sys
 import threading
-import time
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,8 +16,10 @@ from dist_partial.distributed import handshake, rendezvous
 from dist_partial.distributed.cluster import read_tf_config
 from dist_partial.distributed.collectives import PACK_BYTES, Collectives
 from dist_partial.distributed.host_bridge import HostBridge
-from dist_partial.distributed.per_replica import Topology, topology
+from dist_partial.distributed.per_replica import Topology
 from dist_partial.distributed.tcp_backend import TCPBackend
+from dist_partial.distributed.tensorflow_backend import TensorFlowBackend, outlive, workers_strategy
+from dist_partial.distributed.worker_backend import WorkerBackend
 from dist_partial.errors import UserError
 from dist_partial.terminal import say
 from dist_partial.validation import Above, AtLeast, OneOf, check, counted
@@ -30,7 +27,6 @@ from dist_partial.validation import Above, AtLeast, OneOf, check, counted
 KINDS = ("auto", "default", "mirrored", "multi_worker")
 TRANSPORTS = ("auto", "tensorflow", "sockets")
 _KEYS = 100_000  # collectives of one strategy
-_LAST_SECONDS = 5.0  # for which the first worker waits until the processes of the others have ended
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +37,7 @@ class Replicas:
         strategy: what computes on them.
         collectives: how they reach each other.
         description: one line that says what was picked and why.
-        backend: this worker's connections to the others, or None where it is the only one.
+        backend: what joins this worker to the others, outside of functions as well; None where it is the only one.
         host: this worker's name or address among several, or None.
 
     Examples:
@@ -52,13 +48,13 @@ class Replicas:
     strategy: tf.distribute.Strategy
     collectives: Collectives
     description: str
-    backend: TCPBackend | None = None
+    backend: WorkerBackend | None = None
     host: str | None = None
 
     @functools.cached_property
     def topology(self) -> Topology:
         """How many replicas there are, and which are this worker's."""
-        return topology(self.strategy, self.collectives.backend)
+        return self.collectives.backend.topology(self.strategy)
 
     @property
     def is_chief(self) -> bool:
@@ -88,8 +84,8 @@ class Replicas:
         if self.backend is None:
             return
         self.backend.finish()
-        if self.is_chief and self.collectives.backend is None:  # TensorFlow's servers
-            _outlive(self.backend.workers[1:])
+        if self.is_chief and isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            outlive(self.backend.workers[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +167,33 @@ class ReplicaOptions:
         return Replicas(_mirrored(tuple(devices)), collectives, description)
 
 
+def over(backend: WorkerBackend, cpu: int = 1, pack_bytes: int = PACK_BYTES) -> Replicas:
+    """Makes the replicas of this worker, which a backend joins to those of the others.
+
+    Args:
+        backend: what joins the workers.
+        cpu: how many logical CPU devices act as replicas of this worker, where it has no GPU.
+        pack_bytes: up to how many bytes of gradients travel as one.
+
+    Examples:
+        >>> class Alone(WorkerBackend):
+        ...     rank, size, workers = 0, 1, ["this one"]
+        ...     def gather(self, data):
+        ...         return [data]
+        >>> print(over(Alone()).description)
+        replicas: 1, 1 worker with the CPU each, this is worker 0; gradients travel by Alone
+    """
+    devices, what = _devices(cpu)
+    strategy = tf.distribute.MirroredStrategy(devices, cross_device_ops=HostBridge(backend))
+    return Replicas(
+        strategy,
+        Collectives(backend, pack_bytes),
+        f"replicas: {len(devices) * backend.size}, {counted(backend.size, 'worker')} with {what} each, this is worker "
+        f"{backend.rank}; gradients travel by {type(backend).__name__}",
+        backend,
+    )
+
+
 def create(kind: str = "auto", cpu: int = 1, **options: Any) -> Replicas:
     """Makes the replicas and connects the workers: `ReplicaOptions(kind, cpu, **options).connect()`.
 
@@ -233,7 +256,8 @@ def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reaso
     task = cluster["task"]
     rank = everyone.index(cluster["cluster"][task["type"]][task["index"]])
     tensorflow = options.transport == "tensorflow"
-    devices, what = _devices(1 if tensorflow else options.cpu)  # its strategy takes one CPU
+    cpu = 1 if tensorflow else options.cpu  # its strategy takes one CPU
+    _, what = _devices(cpu)  # which may fail: before anybody waits for the others
     started = threading.Event()  # before, TensorFlow has no collectives to abort, and would make others then
     connected = TCPBackend(
         rank,
@@ -242,27 +266,23 @@ def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reaso
         options.patience_seconds,
         lambda reason: _abort(reason) if started.is_set() else None,
     )
-    strategy: tf.distribute.Strategy
     if tensorflow:
-        strategy = _tensorflow_strategy(options.patience_seconds)
+        strategy = workers_strategy(options.patience_seconds)
         started.set()
         if lost := connected.lost():
             _abort(str(lost))
+        made = Replicas(strategy, Collectives(TensorFlowBackend(), options.pack_bytes), "", connected)
         how = "MultiWorkerMirroredStrategy, by TensorFlow's collectives (replicas.transport = 'tensorflow')"
     else:
-        strategy = tf.distribute.MirroredStrategy(devices, cross_device_ops=HostBridge(connected))
+        made = over(connected, cpu, options.pack_bytes)
         auto = ", for they need no server that listens (replicas.transport = 'auto')"
         how = f"direct connections{auto if options.transport == 'auto' else ''}"
-    collectives = Collectives(None if tensorflow else connected, options.pack_bytes)
-    count = topology(strategy, collectives.backend).replicas
-    return Replicas(
-        strategy,
-        collectives,
+    count = made.topology.replicas
+    description = (
         f"replicas: {count}, {counted(len(everyone), 'worker')} with {what} each, this is {task['type']} "
-        f"{task['index']}{reason}; gradients travel by {how}",
-        connected,
-        everyone[rank].rpartition(":")[0].strip("[]"),
+        f"{task['index']}{reason}; gradients travel by {how}"
     )
+    return dataclasses.replace(made, description=description, host=everyone[rank].rpartition(":")[0].strip("[]"))
 
 
 def _connect(options: ReplicaOptions, rank: int, workers: list[str]) -> dict[int, handshake.Link]:
@@ -278,29 +298,6 @@ def _connect(options: ReplicaOptions, rank: int, workers: list[str]) -> dict[int
         say(f"warning: {what}", sys.stderr)
     seal = bool(secret) and not loopback if options.seal is None else options.seal
     return rendezvous.connect(rank, workers, options.start_seconds, secret, options.congestion, seal)
-
-
-def _tensorflow_strategy(patience_seconds: float) -> tf.distribute.Strategy:
-    # Its servers wait for each other for ever and meanwhile hold Python's lock, so that no thread and no handler of a
-    # signal runs. The workers have just met: one that is missing now is lost, and SIGALRM ends the process: not with
-    # code 1, which says that its own code has failed.
-    faulthandler.dump_traceback_later(patience_seconds)
-    signal.setitimer(signal.ITIMER_REAL, patience_seconds + 0.5)
-    try:
-        return tf.distribute.MultiWorkerMirroredStrategy()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        faulthandler.cancel_dump_traceback_later()
-
-
-def _outlive(workers: Sequence[str]) -> None:
-    """Waits until the servers of the others are gone: TensorFlow calls it an error if the first one ends before."""
-    until = time.monotonic() + _LAST_SECONDS
-    for worker in workers:
-        with contextlib.suppress(OSError):  # nobody listens there
-            while time.monotonic() < until:
-                socket.create_connection(rendezvous.split(worker), timeout=1.0).close()
-                time.sleep(0.05)
 
 
 def _abort(reason: str) -> None:

@@ -20,11 +20,8 @@ import tensorflow as tf
 from dist_partial.distributed.handshake import Link
 from dist_partial.distributed.tcp_arrays import add_up, aligned
 from dist_partial.distributed.tcp_connections import Connections, Message
+from dist_partial.distributed.worker_backend import GATHER_OP, SUM_OP, WorkerBackend
 from dist_partial.errors import Ending, Fault
-
-# Names of the graph ops that hand a tensor over; `traffic` counts bytes by them.
-SUM_OP = "dist_partial_sum"
-GATHER_OP = "dist_partial_gather"
 
 _PART, _FINAL = 0, 1  # a chunk yet to be summed; bytes of the result. In this order: what a sum waits for first
 _SMALLEST, _LARGEST = 2**12, 2**19  # bytes of a chunk; the next piece of a tensor travels while one is summed
@@ -71,7 +68,7 @@ class _Run:
         return not self.waiting and not self.unsent
 
 
-class TCPBackend:
+class TCPBackend(WorkerBackend):
     """Connects all workers by TCP and computes collectives over the connections.
 
     Attributes:

@@ -159,7 +159,7 @@ def _plan(settings: Settings, model: keras.Model, replicas: Replicas) -> selecti
     check_levels(plan, replicas)
     workers, local = replicas.topology.workers, replicas.topology.local
     # Of one process what would be sent is that of replicas on hosts of their own; TensorFlow's collectives know none.
-    hosts = replicas.collectives.backend is not None
+    hosts = replicas.collectives.backend.two_levels
     return dataclasses.replace(plan, workers=max(2, workers if workers > 1 else local), local=local if hosts else 1)
 
 
