@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -31,6 +32,7 @@ KINDS = ("auto", "default", "mirrored", "multi_worker")
 TRANSPORTS = ("auto", "tensorflow", "sockets")
 _KEYS = 100_000  # collectives of one strategy
 _LAST_SECONDS = 5.0  # for which the first worker waits until the processes of the others have ended
+_collectives: "weakref.WeakKeyDictionary[tf.distribute.Strategy, Collectives]" = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +65,12 @@ class Replicas:
     @property
     def is_chief(self) -> bool:
         """Whether this worker writes the run folder."""
-        return self.backend is None or self.backend.rank == 0
+        return self.rank == 0
+
+    @property
+    def rank(self) -> int:
+        """The number of this worker, from 0."""
+        return 0 if self.backend is None else self.backend.rank
 
     @property
     def workers(self) -> int:
@@ -171,6 +178,16 @@ class ReplicaOptions:
         return Replicas(_mirrored(tuple(devices)), collectives, description)
 
 
+def collectives_of(strategy: tf.distribute.Strategy) -> Collectives:
+    """Finds out how the replicas of a strategy reach each other, and those of other workers that it was connected to.
+
+    Examples:
+        >>> print(collectives_of(tf.distribute.get_strategy()).backend)
+        None
+    """
+    return _collectives.get(strategy) or Collectives()
+
+
 def create(kind: str = "auto", cpu: int = 1, **options: Any) -> Replicas:
     """Makes the replicas and connects the workers: `ReplicaOptions(kind, cpu, **options).connect()`.
 
@@ -253,7 +270,7 @@ def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reaso
         strategy = tf.distribute.MirroredStrategy(devices, cross_device_ops=HostBridge(connected))
         auto = ", for they need no server that listens (replicas.transport = 'auto')"
         how = f"direct connections{auto if options.transport == 'auto' else ''}"
-    collectives = Collectives(None if tensorflow else connected, options.pack_bytes)
+    _collectives[strategy] = collectives = Collectives(None if tensorflow else connected, options.pack_bytes)
     count = topology(strategy, collectives.backend).replicas
     return Replicas(
         strategy,
