@@ -106,18 +106,8 @@ def partial(
     with strategy.scope(), joined(backend):
         begin_alike(backend, model)
         inner = _checked(optimizer, strategy)
-        plan, made, similar = _resolve(rules, model, (reduction, between_hosts), schedule, inner)
-        used = list({id(each): each for each in made}.values())
-        asleep = {id(variable) for layer in _freeze_rest(model, plan) for variable in layer.variables}
-        options = Options(
-            inference=[e.path for e in plan.entries if id(e.variable) in asleep],
-            accumulate=accumulate,
-            norms=schedule.statistics == "norms",
-            alike=[i for i, each in enumerate(used) if id(each) in similar] or [0],
-            base=_changeable(model, plan),
-        )
-        wrapped = Partial(used, saved_plan.with_optimizers(plan, made), options)
-        wrapped.build(model.trainable_variables)
+        found = _resolve(rules, model, (reduction, between_hosts), schedule, inner)
+        wrapped = _wrapped(*found, schedule, model, accumulate)
         outer = PartialLossScale(wrapped) if model.dtype_policy.name == "mixed_float16" else wrapped
         outer.build(model.trainable_variables)
         check_alike(backend, {"optimizer": wrapped.get_config()})
@@ -257,6 +247,24 @@ def _resolve(
         _sleep(layers)
         freeze(frozen)
         raise
+
+
+def _wrapped(
+    plan: Plan, made: Sequence[Any], similar: set[int], schedule: Any, model: keras.Model, accumulate: int
+) -> Partial:
+    """The optimizer of a plan, whose groups `made` trains, with its slots."""
+    used = list({id(each): each for each in made}.values())
+    asleep = {id(variable) for layer in _freeze_rest(model, plan) for variable in layer.variables}
+    options = Options(
+        inference=[e.path for e in plan.entries if id(e.variable) in asleep],
+        accumulate=accumulate,
+        norms=schedule.statistics == "norms",
+        alike=[i for i, each in enumerate(used) if id(each) in similar] or [0],
+        base=_changeable(model, plan),
+    )
+    wrapped = Partial(used, saved_plan.with_optimizers(plan, made), options)
+    wrapped.build(model.trainable_variables)
+    return wrapped
 
 
 def _check_reduction(entry: VariablePlan, policy: str) -> None:
