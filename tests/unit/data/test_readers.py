@@ -30,7 +30,7 @@ from dist_partial.data import (
     train_batches,
 )
 from dist_partial.data.parallel import read_parts
-from dist_partial.data.readers import readers, started
+from dist_partial.data.readers import readers
 from dist_partial.errors import Fault, UserError, of_graph
 from tests import ROOT
 from tests.unit.data.test_batches import contexts, elements
