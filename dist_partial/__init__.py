@@ -30,6 +30,7 @@ _HOMES = {
     "Stream": "data",
     "TopK": "reductions",
     "UserError": "errors",
+    "connect": "fit",
     "csv_dataset": "data",
     "dataset": "data",
     "delta": "export.delta",  # the module

@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 import threading
+import weakref
 from typing import Annotated, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from dist_partial.validation import Above, AtLeast, OneOf, check, counted
 KINDS = ("auto", "default", "mirrored", "multi_worker")
 TRANSPORTS = ("auto", "tensorflow", "sockets")
 _KEYS = 100_000  # collectives of one strategy
+_collectives: "weakref.WeakKeyDictionary[tf.distribute.Strategy, Collectives]" = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,7 +61,12 @@ class Replicas:
     @property
     def is_chief(self) -> bool:
         """Whether this worker writes the run folder."""
-        return self.backend is None or self.backend.rank == 0
+        return self.rank == 0
+
+    @property
+    def rank(self) -> int:
+        """The number of this worker, from 0."""
+        return 0 if self.backend is None else self.backend.rank
 
     @property
     def workers(self) -> int:
@@ -185,13 +192,35 @@ def over(backend: WorkerBackend, cpu: int = 1, pack_bytes: int = PACK_BYTES) -> 
     """
     devices, what = _devices(cpu)
     strategy = tf.distribute.MirroredStrategy(devices, cross_device_ops=HostBridge(backend))
+    _collectives[strategy] = collectives = Collectives(backend, pack_bytes)
     return Replicas(
         strategy,
-        Collectives(backend, pack_bytes),
+        collectives,
         f"replicas: {len(devices) * backend.size}, {counted(backend.size, 'worker')} with {what} each, this is worker "
         f"{backend.rank}; gradients travel by {type(backend).__name__}",
         backend,
     )
+
+
+def collectives_of(strategy: tf.distribute.Strategy) -> Collectives:
+    """Finds out how the replicas of a strategy reach each other, and those of other workers that it was connected to.
+
+    Examples:
+        >>> collectives_of(tf.distribute.get_strategy()).backend.two_levels  # TensorFlow's collectives
+        False
+    """
+    return _collectives.get(strategy) or Collectives()
+
+
+def joined_by(strategy: tf.distribute.Strategy) -> WorkerBackend | None:
+    """Finds out what joins this worker's strategy to those of the others; None where nothing does.
+
+    Examples:
+        >>> print(joined_by(tf.distribute.get_strategy()))
+        None
+    """
+    backend = collectives_of(strategy).backend
+    return backend if isinstance(backend, WorkerBackend) else None
 
 
 def create(kind: str = "auto", cpu: int = 1, **options: Any) -> Replicas:
