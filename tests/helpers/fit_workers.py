@@ -163,14 +163,15 @@ def backup(workers):
     folder = Path(sys.argv[1]) / f"backup-{workers.workers}"
     made = compiled(workers, model(), keras.optimizers.Adam(0.05))
     if workers.workers == 1:
-        return fitted(workers, made)
+        fitted(workers, made)
+        return ends(made)
     with contextlib.suppress(Broken):
         fitted(workers, made, callbacks=[keras.callbacks.BackupAndRestore(folder), Breaks()])
     again = model()
     again.set_weights([value + workers.rank for value in FIRST])
     again = compiled(workers, again, keras.optimizers.Adam(0.05))
-    found = fitted(workers, again, callbacks=[keras.callbacks.BackupAndRestore(folder)])
-    return {name: value for name, value in found.items() if not name.startswith("log_")}
+    fitted(workers, again, callbacks=[keras.callbacks.BackupAndRestore(folder)])
+    return ends(again)
 
 
 def stopped(workers):
