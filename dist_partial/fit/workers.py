@@ -131,7 +131,8 @@ class _First(keras.callbacks.Callback):
 
     @spoken()
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        check_alike(self._backend, {"initial_epoch": epoch})
+        if len(set(consistency.everyone(self._backend, epoch))) > 1:
+            check_alike(self._backend, {"initial_epoch": epoch})
         steps = consistency.everyone(self._backend, self.params["steps"] or 0)
         for rank, count in enumerate(steps):
             if count != steps[0]:
@@ -156,8 +157,9 @@ class _First(keras.callbacks.Callback):
             exact |= {f"val_{name}": value for name, value in _metrics(self._backend, self.model).items()}
         self._trained = {}
         own = {name: value for name, value in logs.items() if isinstance(value, (int, float)) and name not in exact}
-        everyone = [json.loads(each) for each in self._backend.gather(json.dumps(own).encode())]
-        logs |= {name: float(np.mean([each.get(name, np.nan) for each in everyone])) for name in own}
+        if own:
+            everyone = [json.loads(each) for each in self._backend.gather(json.dumps(own).encode())]
+            logs |= {name: float(np.mean([each.get(name, np.nan) for each in everyone])) for name in own}
         logs |= {name: value for name, value in exact.items() if name in logs}
 
     def _end_of_batches(self) -> dict[str, Any]:
