@@ -23,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = exit_.code if isinstance(exit_.code, str) else ""
             print(end=text and f"{text}\n", file=sys.stderr)
             ended.code = 1 if text else int(exit_.code or 0)
+        except BaseException as error:
+            sys.last_value = error  # as Python sets it for what reads it at exit, such as `fit.workers`
+            raise
     return ended.code
 
 
