@@ -80,7 +80,7 @@ MODULES: dict[str, tuple[str, ...]] = {
 }
 # Page: title, files of results, pictures.
 BENCHMARKS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "step": ("Step time and sampling", ("step", "sampling"), ()),
+    "step": ("Step time and sampling", ("step", "fit", "sampling"), ()),
     "wire": ("Network", ("wire", "collectives"), ()),
     "quality": ("Bytes and quality", ("quality",), ("quality.png",)),
     "schedules": ("Schedules", ("schedules", "switch"), ("schedules.png",)),

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +13,8 @@ from dist_partial.checkpoints.fingerprints import digest, variables
 from dist_partial.distributed import consistency
 from dist_partial.distributed.worker_backend import WorkerBackend
 from dist_partial.errors import Ending, raised
+
+_PACK_BYTES = 2**24  # of one message, a larger variable aside
 
 
 def broadcast(backend: WorkerBackend | None, array: np.ndarray) -> np.ndarray:
@@ -43,12 +44,57 @@ def send(backend: WorkerBackend | None, chosen: Sequence[Any]) -> bool:
     if backend is None:
         return False
     arrays = [keras.ops.convert_to_numpy(variable) for variable in chosen]
-    whole = hashlib.sha256("".join(digest(array) for array in arrays).encode()).digest()
-    if len(set(backend.gather(whole))) == 1:
-        return False
-    for variable, array in zip(chosen, arrays, strict=True):
-        variable.assign(broadcast(backend, array))
-    return True
+    unlike = differing(backend, arrays)
+    for pack in _packs(unlike, [array.nbytes for array in arrays]):
+        sent = broadcast(backend, np.frombuffer(b"".join(arrays[i].tobytes() for i in pack), np.uint8))
+        ends = np.cumsum([arrays[i].nbytes for i in pack])
+        for i, data in zip(pack, np.split(sent, ends[:-1]), strict=True):
+            chosen[i].assign(np.frombuffer(data.tobytes(), arrays[i].dtype).reshape(arrays[i].shape))
+    return bool(unlike)
+
+
+def differing(backend: WorkerBackend | None, arrays: Sequence[np.ndarray]) -> list[int]:
+    """Finds which arrays are not the same on all workers: the same answer on each; all call it at the same point.
+
+    Examples:
+        >>> differing(None, [np.zeros(3)])  # without other workers
+        []
+    """
+    if backend is None or not arrays:
+        return []
+    everyone = [text.decode().split() for text in backend.gather(" ".join(map(digest, arrays)).encode())]
+    return [i for i, prints in enumerate(zip(*everyone, strict=True)) if len(set(prints)) > 1]
+
+
+def together(backend: WorkerBackend | None, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Sums arrays over the workers, all of a dtype in one message; all call it at the same point.
+
+    Examples:
+        >>> [total.tolist() for total in together(None, [np.ones(2), np.zeros([1, 1])])]  # without other workers
+        [[1.0, 1.0], [[0.0]]]
+    """
+    sums = list(arrays)
+    if backend is None:
+        return sums
+    for dtype in sorted({array.dtype for array in arrays}, key=str):
+        chosen = [i for i, array in enumerate(arrays) if array.dtype == dtype]
+        total = backend.sum(np.concatenate([arrays[i].ravel() for i in chosen]))
+        ends = np.cumsum([arrays[i].size for i in chosen])
+        for i, part in zip(chosen, np.split(total, ends[:-1]), strict=True):
+            sums[i] = part.reshape(arrays[i].shape)
+    return sums
+
+
+def _packs(chosen: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Divides what is chosen, in order, into what travels in one message each: a model need not fit in twice."""
+    pack: list[int] = []
+    for i in chosen:
+        if pack and sum(sizes[k] for k in pack) + sizes[i] > _PACK_BYTES:
+            yield pack
+            pack = []
+        pack.append(i)
+    if pack:
+        yield pack
 
 
 @contextlib.contextmanager
@@ -99,14 +145,16 @@ def name_losses(backend: WorkerBackend | None, model: keras.Model) -> None:
     """
     if backend is None:
         return
-    make = model.make_train_function
+    make = type(model).make_train_function
 
     def make_train_function(force: bool = False) -> None:
-        make(force)
+        make(model, force)
         if getattr(model.train_function, "func", None) is not _named:
             model.train_function = functools.partial(_named, backend, model.train_function)
 
     model.make_train_function = make_train_function
+    if model.train_function is not None:
+        model.make_train_function()
 
 
 def _named(backend: WorkerBackend, function: Callable[..., Any], *args: Any) -> Any:
@@ -115,4 +163,8 @@ def _named(backend: WorkerBackend, function: Callable[..., Any], *args: Any) -> 
     except tf.errors.OpError as error:
         if lost := backend.lost():
             raise lost from error
+        raise
+    except RuntimeError as error:  # what TensorFlow makes of Ctrl-C in a function that waits for the others
+        if KeyboardInterrupt.__name__ in str(error):
+            raise KeyboardInterrupt from None
         raise

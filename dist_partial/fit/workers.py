@@ -13,6 +13,7 @@ what layers such as BatchNorm keep, at the end of an epoch, which all workers mu
 
 import atexit
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -21,15 +22,16 @@ from typing import Any
 import keras
 import numpy as np
 
-from dist_partial.checkpoints.fingerprints import digest
+from dist_partial import compat
+from dist_partial.checkpoints.fingerprints import variables
 from dist_partial.config.words import spoken
 from dist_partial.distributed import consistency
-from dist_partial.distributed.replicas import ReplicaOptions, Replicas
+from dist_partial.distributed.replicas import ReplicaOptions, Replicas, collectives_of
 from dist_partial.distributed.worker_backend import WorkerBackend
 from dist_partial.errors import Ending, UserError, raised
-from dist_partial.fit.alike import broadcast, send
+from dist_partial.fit.alike import broadcast, check_alike, differing, name_losses, send, together
 from dist_partial.fit.loss_scale import all_of
-from dist_partial.validation import shown
+from dist_partial.validation import nearest, shown
 
 _SAVING = (
     keras.callbacks.BackupAndRestore,
@@ -60,9 +62,15 @@ def connect(**options: Any) -> Replicas:
         >>> workers.rank, workers.workers
         (0, 1)
     """
+    names = [field.name for field in dataclasses.fields(ReplicaOptions)]
+    for name in options:
+        if name not in names:
+            raise UserError(f"connect has no argument {name!r}{nearest(name, names, always=True)}")
     with spoken():
         workers = ReplicaOptions(**options).connect()
     if workers.backend is not None:
+        # The last exchange is the first as well: who comes to it before all others is known for that.
+        workers.backend.sum(np.zeros(1, np.float32))
         atexit.register(_leave, workers.backend)
     return workers
 
@@ -95,10 +103,18 @@ def on_workers(callbacks: Sequence[keras.callbacks.Callback], workers: Replicas)
         >>> on_workers([stopping], connect()) == [stopping]  # of one worker alone
         True
     """
+    if not isinstance(workers, Replicas):
+        raise UserError(f"on_workers was given {shown(workers)}: give what dist_partial.connect() has returned")
+    if not all(isinstance(each, keras.callbacks.Callback) for each in _listed(callbacks)):
+        raise UserError(f"on_workers was given {shown(callbacks)}: give a list of Keras callbacks")
     if workers.backend is None:
         return list(callbacks)
     own = [each for each in callbacks if workers.is_chief or not isinstance(each, _SAVING)]
     return [_First(workers.backend), *own, _Last(workers.backend)]
+
+
+def _listed(callbacks: Any) -> Sequence[Any]:
+    return callbacks if isinstance(callbacks, (list, tuple)) else [None]
 
 
 class _First(keras.callbacks.Callback):
@@ -112,15 +128,26 @@ class _First(keras.callbacks.Callback):
     @spoken()
     def on_train_begin(self, logs: Any = None) -> None:
         if not all_of(self.model):
+            name = type(self.model.optimizer).__name__
             raise UserError(
-                f"model {self.model.name!r} is compiled with {shown(self.model.optimizer)}, which knows nothing of the "
-                "other workers: compile it with dist_partial.partial(optimizer, [('train', '.*')], model)"
+                f"model {self.model.name!r} is compiled with {name}, which knows nothing of the other workers: "
+                "compile it with dist_partial.partial(optimizer, [('train', '.*')], model)"
+            )
+        if collectives_of(self.model.distribute_strategy).backend is not self._backend:
+            raise UserError(
+                f"model {self.model.name!r} was made outside the workers' strategy, so that its gradients stay here: "
+                "build or load it, and compile it, within connect().strategy.scope()"
             )
         if self.model.jit_compile:
             raise UserError("XLA cannot compile what crosses workers: compile the model with jit_compile=False")
+        name_losses(self._backend, self.model)  # of a loaded model nobody has yet
+        shapes = {path: [list(variable.shape), variable.dtype] for path, variable in variables(self.model).items()}
+        check_alike(self._backend, {"epochs": self.params["epochs"], "model": shapes})
 
     @spoken()
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if len(set(consistency.everyone(self._backend, epoch))) > 1:
+            check_alike(self._backend, {"initial_epoch": epoch})
         steps = consistency.everyone(self._backend, self.params["steps"] or 0)
         for rank, count in enumerate(steps):
             if count != steps[0]:
@@ -145,8 +172,9 @@ class _First(keras.callbacks.Callback):
             exact |= {f"val_{name}": value for name, value in _metrics(self._backend, self.model).items()}
         self._trained = {}
         own = {name: value for name, value in logs.items() if isinstance(value, (int, float)) and name not in exact}
-        everyone = [json.loads(each) for each in self._backend.gather(json.dumps(own).encode())]
-        logs |= {name: float(np.mean([each.get(name, np.nan) for each in everyone])) for name in own}
+        if own:
+            everyone = [json.loads(each) for each in self._backend.gather(json.dumps(own).encode())]
+            logs |= {name: float(np.mean([each.get(name, np.nan) for each in everyone])) for name in own}
         logs |= {name: value for name, value in exact.items() if name in logs}
 
     def _end_of_batches(self) -> dict[str, Any]:
@@ -164,8 +192,8 @@ class _Last(keras.callbacks.Callback):
     @spoken()
     def on_train_begin(self, logs: Any = None) -> None:
         send(self._backend, [*self.model.weights, *(v for each in all_of(self.model) for v in each.variables)])
-        epoch = np.array([self.model._initial_epoch or 0])
-        self.model._initial_epoch = int(broadcast(self._backend, epoch)[0])
+        epoch = np.array([compat.initial_epoch(self.model)])
+        compat.set_initial_epoch(self.model, int(broadcast(self._backend, epoch)[0]))
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.model.stop_training = any(consistency.everyone(self._backend, int(self.model.stop_training)))
@@ -186,19 +214,17 @@ def metrics(workers: Replicas, model: keras.Model) -> dict[str, Any]:
 
 
 def _metrics(backend: WorkerBackend | None, model: keras.Model) -> dict[str, Any]:
+    used = [variable for metric in model.metrics for variable in metric.variables]
+    values = {id(variable): keras.ops.convert_to_numpy(variable) for variable in used}
+    summed = [key for variable in used if variable.aggregation == "sum" for key in [id(variable)]]
+    values |= zip(summed, together(backend, [values[key] for key in summed]), strict=True)
     found: dict[str, Any] = {}
     for metric in model.metrics:
-        values = [_summed(backend, variable) for variable in metric.variables]
-        result = metric.stateless_result(values) if values else metric.result()
-        found |= result if isinstance(result, dict) else {metric.name: result}
+        own = [values[id(variable)] for variable in metric.variables]
+        result = metric.stateless_result(own) if own else metric.result()
+        for name, value in (result if isinstance(result, dict) else {metric.name: result}).items():
+            found |= value if isinstance(value, dict) else {name: value}  # as Keras has it in logs
     return {name: value.item() if value.ndim == 0 else value for name, value in _as_arrays(found).items()}
-
-
-def _summed(backend: WorkerBackend | None, variable: Any) -> Any:
-    value = keras.ops.convert_to_numpy(variable)
-    if backend is None or variable.aggregation != "sum":
-        return value
-    return backend.sum(value.ravel()).reshape(value.shape)
 
 
 def _as_arrays(values: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -211,7 +237,6 @@ def _average_layers(backend: WorkerBackend, model: keras.Model) -> None:
     kept = [v for v in model.non_trainable_weights if id(v) not in frozen and "float" in v.dtype]
     local = model.distribute_strategy.experimental_local_results
     means = [np.mean([copy.numpy() for copy in local(v.value)], axis=0) for v in kept]
-    digests = [backend.gather(digest(mean).encode()) for mean in means]
-    for variable, mean, everyone in zip(kept, means, digests, strict=True):
-        if len(set(everyone)) > 1:
-            variable.assign((backend.sum(mean.ravel()) / backend.size).reshape(mean.shape))
+    unlike = differing(backend, means)
+    for i, total in zip(unlike, together(backend, [means[i] for i in unlike]), strict=True):
+        kept[i].assign(total / backend.size)

@@ -90,6 +90,13 @@ def finetune(found: Mapping[str, Any]) -> Tables:
     return {"": markdown([*header, "peak GB", "checkpoint, MB"], lines)}
 
 
+def fit(found: Mapping[str, Any]) -> Tables:
+    header = ["trained", "the loop, ms a step", "fit, ms a step", "ratio", "an epoch besides, ms"]
+    names = ("loop ms", "fit ms", "ratio", "epoch ms")
+    lines = [[_TRAINED_OF_FOUR[row["selected"]], *(row[name] for name in names)] for row in found["rows"]]
+    return {"`model.fit` on two workers": markdown(header, lines)}
+
+
 def plan(found: Mapping[str, Any]) -> Tables:
     header = ["what is trained", "rate", "hosts", "predicted, ms", "measured, ms", "error"]
     names = ("config", "rate", "hosts", "predicted_ms", "measured_ms")
@@ -219,6 +226,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], Tables]] = {
         collectives,
         faults,
         finetune,
+        fit,
         plan,
         quality,
         records,

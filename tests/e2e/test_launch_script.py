@@ -86,3 +86,15 @@ def test_a_script_ends_as_a_command_does(line, code, said, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     assert script.main([str(path), "argument"]) == code
     assert said in capsys.readouterr().err
+
+
+def test_what_runs_at_exit_finds_the_exception_as_after_python(tmp_path, monkeypatch):
+    """As `dist_partial.fit` does, which says it to the other workers."""
+    path = tmp_path / "mine.py"
+    path.write_text("1 / 0\n")
+    monkeypatch.setattr(sys, "argv", ["script"])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.delattr(sys, "last_value", raising=False)
+    assert script.main([str(path)]) == 1
+    assert isinstance(sys.last_value, ZeroDivisionError)
+    monkeypatch.delattr(sys, "last_value")

@@ -17,54 +17,8 @@ import tensorflow as tf
 import dist_partial
 from dist_partial import fit
 from dist_partial.reductions import AllReduce, PowerSGD, Quantized, TopK
-
-EXAMPLES, BATCH = 60, 24  # of all workers together: two full batches and a short one
-RNG = np.random.default_rng(3)
-X = RNG.normal(size=(EXAMPLES, 6))
-Y = np.tanh(X @ RNG.normal(size=(6, 2)))
-VALIDATION = RNG.normal(size=(30, 6)), RNG.normal(size=(30, 2))
-FIRST = [RNG.normal(size=shape) for shape in ((6, 5), (5,), (5, 2), (2,))]
-
-
-def part(workers, arrays):
-    """This worker's examples of all, in such an order that batches hold the same ones for any number of workers."""
-    return [array[workers.rank :: workers.workers] for array in arrays]
-
-
-def model():
-    layers = [keras.layers.Dense(5, activation="tanh", name="body"), keras.layers.Dense(2, name="head")]
-    made = keras.Sequential([keras.Input([6]), *layers])
-    made.set_weights(FIRST)
-    return made
-
-
-def compiled(workers, made, optimizer, rules=(("train", ".*"),), frozen=(), **options):
-    """Compiles with `partial`, or, on one device, as one does with Keras alone."""
-    if workers.workers > 1:
-        optimizer = dist_partial.partial(optimizer, list(rules), made, **options)
-    else:
-        for layer in made.layers:
-            layer.trainable = layer.name not in frozen
-    made.compile(optimizer, loss="mse", metrics=["mae", keras.metrics.RootMeanSquaredError()])
-    return made
-
-
-def fitted(workers, made, epochs=4, callbacks=(), **more):
-    history = made.fit(
-        *part(workers, (X, Y)),
-        batch_size=BATCH // workers.workers,
-        epochs=epochs,
-        shuffle=False,
-        verbose=0,
-        validation_data=part(workers, VALIDATION),
-        callbacks=fit.on_workers(list(callbacks), workers),
-        **more,
-    )
-    return ends(made) | {f"log_{name}": np.array(values) for name, values in history.history.items()}
-
-
-def ends(made):
-    return {f"weight_{i}": value for i, value in enumerate(made.get_weights())}
+from tests.helpers import fit_inputs
+from tests.helpers.fit_common import BATCH, FIRST, VALIDATION, X, Y, compiled, ends, fitted, model, part
 
 
 def everything(workers):
@@ -209,14 +163,15 @@ def backup(workers):
     folder = Path(sys.argv[1]) / f"backup-{workers.workers}"
     made = compiled(workers, model(), keras.optimizers.Adam(0.05))
     if workers.workers == 1:
-        return fitted(workers, made)
+        fitted(workers, made)
+        return ends(made)
     with contextlib.suppress(Broken):
         fitted(workers, made, callbacks=[keras.callbacks.BackupAndRestore(folder), Breaks()])
     again = model()
     again.set_weights([value + workers.rank for value in FIRST])
     again = compiled(workers, again, keras.optimizers.Adam(0.05))
-    found = fitted(workers, again, callbacks=[keras.callbacks.BackupAndRestore(folder)])
-    return {name: value for name, value in found.items() if not name.startswith("log_")}
+    fitted(workers, again, callbacks=[keras.callbacks.BackupAndRestore(folder)])
+    return ends(again)
 
 
 def stopped(workers):
@@ -237,7 +192,7 @@ def levels(workers, between):
 SCENARIOS = {
     each.__name__: each
     for each in (everything, selection, accumulation, rows, lora, batch_by_batch, gan, backup, stopped)
-}
+} | fit_inputs.SCENARIOS
 LEVELS = {"all_reduce": AllReduce(), "quantized": Quantized(8), "top_k": TopK(0.5), "power_sgd": PowerSGD(1)}
 
 if __name__ == "__main__":
@@ -245,6 +200,7 @@ if __name__ == "__main__":
     folder, connected = Path(sys.argv[1]), dist_partial.connect(cpu=int(sys.argv[2]))
     for name in sys.argv[3:]:
         keras.utils.clear_session(free_memory=False)  # which numbers names
+        print("scenario", name, flush=True)  # the last one, where a process fails
         with connected.strategy.scope():
             found = levels(connected, LEVELS[name]) if name in LEVELS else SCENARIOS[name](connected)
         np.savez(folder / f"{name}-{connected.workers}-{connected.rank}.npz", **found)
