@@ -118,22 +118,23 @@ class Gan(keras.Model):
             chosen = [dist_partial.partial(*each) for each in zip(chosen, rules, models, strict=True)]
         else:
             self.generator.layers[0].trainable = False
-        self.generator_optimizer, self.judge_optimizer = chosen
+        self.both = chosen
 
     def call(self, x):
         return self.judge(self.generator(x))
 
     def train_step(self, data):
         x, y = data
+        generator_optimizer, judge_optimizer = self.both
         with tf.GradientTape() as tape:
             score = self.judge(self.generator(x))
             loss = tf.reduce_mean(score) - tf.reduce_mean(self.judge(y))
         variables = self.judge.trainable_variables
-        self.judge_optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        judge_optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
         with tf.GradientTape() as tape:
             loss = -tf.reduce_mean(self.judge(self.generator(x)))
         variables = self.generator.trainable_variables
-        self.generator_optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        generator_optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
         return {"of_the_generator": loss}
 
 
