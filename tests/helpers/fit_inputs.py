@@ -57,13 +57,13 @@ def py_dataset(workers):
 def split(workers):
     """The last examples of each worker are held out: together the last of all."""
     made = compiled(workers, model(), keras.optimizers.Adam(0.05))
-    return fitted(workers, made, validation_data=None, validation_split=0.2)
+    return fitted(workers, made, validation_split=0.2)
 
 
 def several_steps(workers):
     """Two steps in one call, the last of an epoch alone."""
     made = compiled(workers, model(), keras.optimizers.Adam(0.05), more={"steps_per_execution": 2})
-    return fitted(workers, made)
+    return fitted(workers, made, validation=True)
 
 
 def sample_weight(workers):
@@ -109,7 +109,8 @@ def batch_norm(workers):
     made.layers[1].set_weights([np.ones([6, 2]), np.zeros(2)])
     counts = []
     count = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: counts.append(messages(workers.backend)))
-    found = fitted(workers, compiled(workers, made, keras.optimizers.Adam(0.05)), epochs=3, callbacks=[count])
+    made = compiled(workers, made, keras.optimizers.Adam(0.05))
+    found = fitted(workers, made, epochs=3, callbacks=[count], validation=True)
     return {} if workers.workers == 1 else found | {"messages": np.diff(counts)}  # one device has other means
 
 
@@ -120,7 +121,8 @@ def frozen_norm(workers):
     made.layers[1].set_weights([np.ones([6, 2]), np.zeros(2)])
     made.layers[0].moving_mean.assign(np.arange(6) + workers.rank)
     rules = [("train", "head/.*"), ("freeze", ".*")]
-    return fitted(workers, compiled(workers, made, keras.optimizers.Adam(0.05), rules, frozen=["norm"]))
+    made = compiled(workers, made, keras.optimizers.Adam(0.05), rules, frozen=["norm"])
+    return fitted(workers, made, validation=True)
 
 
 def unlike(workers):

@@ -32,7 +32,7 @@ def everything(workers):
         ),
     ]
     made = compiled(workers, model(), keras.optimizers.Adam(0.05))
-    found = fitted(workers, made, epochs=12, callbacks=callbacks)
+    found = fitted(workers, made, epochs=12, callbacks=callbacks, validation=True)
     made.evaluate(*part(workers, VALIDATION), verbose=0)
     found |= {f"evaluated_{name}": np.array(value) for name, value in fit.metrics(workers, made).items()}
     made.load_weights(folder / "best.weights.h5") if workers.is_chief else None
@@ -43,7 +43,7 @@ def selection(workers):
     """The head alone, by its own optimizer, whose clipping is of the sum."""
     rules = [("train", "head/.*"), ("freeze", ".*")]
     optimizer = keras.optimizers.SGD(0.2, momentum=0.9, clipnorm=0.05)
-    return fitted(workers, compiled(workers, model(), optimizer, rules, frozen=["body"]))
+    return fitted(workers, compiled(workers, model(), optimizer, rules, frozen=["body"]), validation=True)
 
 
 def accumulation(workers):
