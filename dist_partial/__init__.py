@@ -14,6 +14,7 @@ _HOMES = {
     "Base": "export.delta",
     "Dataset": "data",
     "Delta": "export.delta",
+    "Fault": "errors",
     "Interrupted": "errors",
     "LocalOnly": "reductions",
     "LocalSGD": "reductions",

@@ -164,3 +164,7 @@ def _named(backend: TCPBackend, function: Callable[..., Any], *args: Any) -> Any
         if lost := backend.lost():
             raise lost from error
         raise
+    except RuntimeError as error:  # what TensorFlow makes of Ctrl-C in a function that waits for the others
+        if KeyboardInterrupt.__name__ in str(error):
+            raise KeyboardInterrupt from None
+        raise

@@ -13,6 +13,7 @@ what layers such as BatchNorm keep, at the end of an epoch, which all workers mu
 
 import atexit
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from dist_partial import compat
 from dist_partial.checkpoints.fingerprints import variables
 from dist_partial.config.words import spoken
 from dist_partial.distributed import consistency
@@ -29,7 +31,7 @@ from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.errors import Ending, UserError, raised
 from dist_partial.fit.alike import broadcast, check_alike, differing, name_losses, send, together
 from dist_partial.fit.loss_scale import all_of
-from dist_partial.validation import shown
+from dist_partial.validation import nearest, shown
 
 _SAVING = (
     keras.callbacks.BackupAndRestore,
@@ -60,6 +62,10 @@ def connect(**options: Any) -> Replicas:
         >>> workers.rank, workers.workers
         (0, 1)
     """
+    names = [field.name for field in dataclasses.fields(ReplicaOptions)]
+    for name in options:
+        if name not in names:
+            raise UserError(f"connect has no argument {name!r}{nearest(name, names, always=True)}")
     with spoken():
         workers = ReplicaOptions(**options).connect()
     if workers.backend is not None:
@@ -97,10 +103,18 @@ def on_workers(callbacks: Sequence[keras.callbacks.Callback], workers: Replicas)
         >>> on_workers([stopping], connect()) == [stopping]  # of one worker alone
         True
     """
+    if not isinstance(workers, Replicas):
+        raise UserError(f"on_workers was given {shown(workers)}: give what dist_partial.connect() has returned")
+    if not all(isinstance(each, keras.callbacks.Callback) for each in _listed(callbacks)):
+        raise UserError(f"on_workers was given {shown(callbacks)}: give a list of Keras callbacks")
     if workers.backend is None:
         return list(callbacks)
     own = [each for each in callbacks if workers.is_chief or not isinstance(each, _SAVING)]
     return [_First(workers.backend), *own, _Last(workers.backend)]
+
+
+def _listed(callbacks: Any) -> Sequence[Any]:
+    return callbacks if isinstance(callbacks, (list, tuple)) else [None]
 
 
 class _First(keras.callbacks.Callback):
@@ -114,9 +128,10 @@ class _First(keras.callbacks.Callback):
     @spoken()
     def on_train_begin(self, logs: Any = None) -> None:
         if not all_of(self.model):
+            name = type(self.model.optimizer).__name__
             raise UserError(
-                f"model {self.model.name!r} is compiled with {shown(self.model.optimizer)}, which knows nothing of the "
-                "other workers: compile it with dist_partial.partial(optimizer, [('train', '.*')], model)"
+                f"model {self.model.name!r} is compiled with {name}, which knows nothing of the other workers: "
+                "compile it with dist_partial.partial(optimizer, [('train', '.*')], model)"
             )
         if collectives_of(self.model.distribute_strategy).backend is not self._backend:
             raise UserError(
@@ -177,8 +192,8 @@ class _Last(keras.callbacks.Callback):
     @spoken()
     def on_train_begin(self, logs: Any = None) -> None:
         send(self._backend, [*self.model.weights, *(v for each in all_of(self.model) for v in each.variables)])
-        epoch = np.array([self.model._initial_epoch or 0])
-        self.model._initial_epoch = int(broadcast(self._backend, epoch)[0])
+        epoch = np.array([compat.initial_epoch(self.model)])
+        compat.set_initial_epoch(self.model, int(broadcast(self._backend, epoch)[0]))
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.model.stop_training = any(consistency.everyone(self._backend, int(self.model.stop_training)))

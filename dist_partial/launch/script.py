@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.argv = list(sys.argv[1:] if argv is None else argv)
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
     with cli.ending() as ended:
+        cli.import_tensorflow_quietly()
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
         except SystemExit as exit_:
