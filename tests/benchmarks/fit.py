@@ -33,7 +33,7 @@ from tests.helpers.workers import run_workers
 
 COMMAND = "python -m tests.benchmarks.fit"
 RESULTS = Path(__file__).parent / "results" / "fit.json"
-SETTING = "2 workers of one replica each on 2 cores, 8 examples each; medians of {} blocks of {} steps"
+SETTING = "2 workers of 8 examples each, on 2 cores that did other work, too; medians of {} blocks of {} steps"
 WORKERS, BATCH = 2, 8  # of a worker
 BLOCKS, STEPS = 7, 15
 RULES = {"all": ALL, "part": PART}
