@@ -77,7 +77,8 @@ def all_of(model: keras.Model) -> list[Partial]:
         >>> all_of(model)
         []
     """
-    return [inner for each in vars(model).values() if (inner := _inner(each)) is not None]
+    held = [each if isinstance(each, (list, tuple)) else [each] for each in vars(model).values()]
+    return [inner for several in held for each in several if (inner := _inner(each)) is not None]
 
 
 def _inner(optimizer: Any) -> Partial | None:

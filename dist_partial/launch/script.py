@@ -24,8 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = exit_.code if isinstance(exit_.code, str) else ""
             print(end=text and f"{text}\n", file=sys.stderr)
             ended.code = 1 if text else int(exit_.code or 0)
+            if ended.code:
+                sys.last_value = exit_
         except BaseException as error:
-            sys.last_value = error  # as Python sets it for what reads it at exit, such as `fit.workers`
+            sys.last_value = error  # as Python sets it; `fit.workers` says it to the other workers at exit
             raise
     return ended.code
 

@@ -33,7 +33,7 @@ from tests.helpers.workers import run_workers
 
 COMMAND = "python -m tests.benchmarks.fit"
 RESULTS = Path(__file__).parent / "results" / "fit.json"
-SETTING = "2 workers of one replica each on 2 cores, 8 examples each; medians of {} blocks of {} steps"
+SETTING = "2 workers of 8 examples each, on 2 cores that did other work, too; medians of {} blocks of {} steps"
 WORKERS, BATCH = 2, 8  # of a worker
 BLOCKS, STEPS = 7, 15
 RULES = {"all": ALL, "part": PART}
@@ -82,17 +82,17 @@ def by_fit(workers: Replicas, rules: list[Any]) -> Callable[[], dict[str, float]
         model.fit(data, steps_per_epoch=STEPS, epochs=1, verbose=0, callbacks=callbacks)
         took = time.perf_counter() - start
         step = (clock.ends[-1] - clock.ends[0]) / (STEPS - 1)
-        return {"fit": step, "epoch": took - step * STEPS}
+        return {"fit": step, "call": took - step * STEPS}
 
     return block
 
 
 def worker() -> None:
-    """Prints a JSON line for each selection: seconds a step, and what an epoch takes besides, block by block."""
+    """Prints a JSON line for each selection: seconds a step, and what a call takes besides, block by block."""
     workers = fit.connect()
     for selected, rules in RULES.items():
         blocks = [by_loop(workers, rules), by_fit(workers, rules)]
-        found: dict[str, list[float]] = {"loop": [], "fit": [], "epoch": []}
+        found: dict[str, list[float]] = {"loop": [], "fit": [], "call": []}
         for number in range(BLOCKS + 1):
             for block in blocks if number % 2 else reversed(blocks):
                 for name, seconds in block().items():
@@ -105,11 +105,11 @@ def main() -> None:
     assert code == 0, output
     rows = []
     for found in map(json.loads, [line for line in output.splitlines() if line.startswith("{")]):
-        ms = {name: round(1e3 * statistics.median(found[name]), 2) for name in ("loop", "fit", "epoch")}
+        ms = {name: round(1e3 * statistics.median(found[name]), 2) for name in ("loop", "fit", "call")}
         ratio = statistics.median(a / b for a, b in zip(found["fit"], found["loop"], strict=True))
         rows.append(
             {"selected": found["selected"], "loop ms": ms["loop"], "fit ms": ms["fit"], "ratio": round(ratio, 3)}
-            | {"epoch ms": ms["epoch"]}
+            | {"call ms": ms["call"]}
         )
     result = {"command": COMMAND, "setting": SETTING.format(BLOCKS, STEPS), "rows": rows}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")

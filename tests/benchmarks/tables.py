@@ -91,8 +91,8 @@ def finetune(found: Mapping[str, Any]) -> Tables:
 
 
 def fit(found: Mapping[str, Any]) -> Tables:
-    header = ["trained", "the loop, ms a step", "fit, ms a step", "ratio", "an epoch besides, ms"]
-    names = ("loop ms", "fit ms", "ratio", "epoch ms")
+    header = ["trained", "the loop, ms a step", "fit, ms a step", "ratio", "a call of fit besides, ms"]
+    names = ("loop ms", "fit ms", "ratio", "call ms")
     lines = [[_TRAINED_OF_FOUR[row["selected"]], *(row[name] for name in names)] for row in found["rows"]]
     return {"`model.fit` on two workers": markdown(header, lines)}
 

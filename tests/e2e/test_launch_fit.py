@@ -42,6 +42,8 @@ class Breaks(keras.callbacks.Callback):
         if epoch == 2 and workers.rank == workers.workers - 1 and breaks != "never":
             if breaks == "raises":
                 raise LookupError("no such table")
+            if breaks == "exits":
+                sys.exit("no such table")
             if not (folder / "killed").exists():
                 (folder / "killed").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -103,12 +105,12 @@ def test_a_script_ends_where_one_process_does_also_after_a_worker_was_killed(bre
         assert all(re.search(r"^error: worker [012] \(.*\)", text, re.MULTILINE) for text in lines), lines
 
 
-def test_an_exception_in_a_script_is_the_last_line_of_all_workers(tmp_path):
-    code, output = launched(tmp_path, "raises", workers=2)
+@pytest.mark.parametrize(("breaks", "kind"), [("raises", "LookupError"), ("exits", "SystemExit")])
+def test_what_ends_a_script_is_the_last_line_of_all_workers(breaks, kind, tmp_path):
+    code, output = launched(tmp_path, breaks, workers=2)
     assert code == 1
     texts = [(tmp_path / "run.logs" / "attempt-1" / f"worker-{k}.log").read_text() for k in range(2)]
-    assert re.search(r"^error: worker 1 \(127\.0\.0\.1:\d+\): LookupError: no such table", texts[0], re.MULTILINE), (
-        texts[0]
-    )
-    assert "error: LookupError: no such table" in texts[1]
+    words = rf"^error: worker 1 \(127\.0\.0\.1:\d+\): {kind}: no such table"
+    assert re.search(words, texts[0], re.MULTILINE), texts[0]
+    assert re.search(r"^(error: LookupError: )?no such table", texts[1], re.MULTILINE), texts[1]
     assert "not again: " in output

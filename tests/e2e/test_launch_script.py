@@ -88,13 +88,16 @@ def test_a_script_ends_as_a_command_does(line, code, said, tmp_path, monkeypatch
     assert said in capsys.readouterr().err
 
 
-def test_what_runs_at_exit_finds_the_exception_as_after_python(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [("1 / 0", ZeroDivisionError), ("raise SystemExit('no data')", SystemExit), ("exit()", type(None))],
+)
+def test_what_runs_at_exit_finds_the_exception(line, found, tmp_path, monkeypatch):
     """As `dist_partial.fit` does, which says it to the other workers."""
     path = tmp_path / "mine.py"
-    path.write_text("1 / 0\n")
+    path.write_text(f"{line}\n")
     monkeypatch.setattr(sys, "argv", ["script"])
     monkeypatch.setattr(sys, "path", ["", *sys.path])
-    monkeypatch.delattr(sys, "last_value", raising=False)
-    assert script.main([str(path)]) == 1
-    assert isinstance(sys.last_value, ZeroDivisionError)
-    monkeypatch.delattr(sys, "last_value")
+    monkeypatch.setattr(sys, "last_value", None, raising=False)
+    script.main([str(path)])
+    assert isinstance(sys.last_value, found)

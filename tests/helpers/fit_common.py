@@ -38,7 +38,7 @@ def compiled(workers, made, optimizer, rules=(("train", ".*"),), frozen=(), more
     return made
 
 
-def fitted(workers, made, epochs=4, callbacks=(), **more):
+def fitted(workers, made, epochs=4, callbacks=(), validation=False, **more):
     history = made.fit(
         *part(workers, (X, Y)),
         batch_size=BATCH // workers.workers,
@@ -46,7 +46,8 @@ def fitted(workers, made, epochs=4, callbacks=(), **more):
         shuffle=False,
         verbose=0,
         callbacks=fit.on_workers(list(callbacks), workers),
-        **{"validation_data": part(workers, VALIDATION)} | more,
+        validation_data=part(workers, VALIDATION) if validation else None,
+        **more,
     )
     return ends(made) | logged(history)
 

@@ -18,6 +18,11 @@ MOMENTUM = 0.9  # of BatchNorm
 HUGE = 24  # an example whose gradient is no number in half precision; it is in the second batch
 
 
+def messages(backend):
+    """How many exchanges outside of steps there were, each of which waits for the slowest worker."""
+    return sum(op.begun for tensor in backend._outside.values() for op in tensor.ops) if backend else 0
+
+
 def run(workers, made, *data, epochs=4, **more):
     """Fits what is this worker's already."""
     on_all = fit.on_workers([], workers)
@@ -52,13 +57,13 @@ def py_dataset(workers):
 def split(workers):
     """The last examples of each worker are held out: together the last of all."""
     made = compiled(workers, model(), keras.optimizers.Adam(0.05))
-    return fitted(workers, made, validation_data=None, validation_split=0.2)
+    return fitted(workers, made, validation_split=0.2)
 
 
 def several_steps(workers):
     """Two steps in one call, the last of an epoch alone."""
     made = compiled(workers, model(), keras.optimizers.Adam(0.05), more={"steps_per_execution": 2})
-    return fitted(workers, made)
+    return fitted(workers, made, validation=True)
 
 
 def sample_weight(workers):
@@ -102,8 +107,11 @@ def batch_norm(workers):
     layers = [keras.layers.BatchNormalization(momentum=MOMENTUM, name="norm"), keras.layers.Dense(2, name="head")]
     made = keras.Sequential([keras.Input([6]), *layers])
     made.layers[1].set_weights([np.ones([6, 2]), np.zeros(2)])
-    found = fitted(workers, compiled(workers, made, keras.optimizers.Adam(0.05)), epochs=3)
-    return {} if workers.workers == 1 else found  # one device has other means
+    counts = []
+    count = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: counts.append(messages(workers.backend)))
+    made = compiled(workers, made, keras.optimizers.Adam(0.05))
+    found = fitted(workers, made, epochs=3, callbacks=[count], validation=True)
+    return {} if workers.workers == 1 else found | {"messages": np.diff(counts)}  # one device has other means
 
 
 def frozen_norm(workers):
@@ -113,7 +121,8 @@ def frozen_norm(workers):
     made.layers[1].set_weights([np.ones([6, 2]), np.zeros(2)])
     made.layers[0].moving_mean.assign(np.arange(6) + workers.rank)
     rules = [("train", "head/.*"), ("freeze", ".*")]
-    return fitted(workers, compiled(workers, made, keras.optimizers.Adam(0.05), rules, frozen=["norm"]))
+    made = compiled(workers, made, keras.optimizers.Adam(0.05), rules, frozen=["norm"])
+    return fitted(workers, made, validation=True)
 
 
 def unlike(workers):

@@ -32,7 +32,7 @@ def everything(workers):
         ),
     ]
     made = compiled(workers, model(), keras.optimizers.Adam(0.05))
-    found = fitted(workers, made, epochs=12, callbacks=callbacks)
+    found = fitted(workers, made, epochs=12, callbacks=callbacks, validation=True)
     made.evaluate(*part(workers, VALIDATION), verbose=0)
     found |= {f"evaluated_{name}": np.array(value) for name, value in fit.metrics(workers, made).items()}
     made.load_weights(folder / "best.weights.h5") if workers.is_chief else None
@@ -43,7 +43,7 @@ def selection(workers):
     """The head alone, by its own optimizer, whose clipping is of the sum."""
     rules = [("train", "head/.*"), ("freeze", ".*")]
     optimizer = keras.optimizers.SGD(0.2, momentum=0.9, clipnorm=0.05)
-    return fitted(workers, compiled(workers, model(), optimizer, rules, frozen=["body"]))
+    return fitted(workers, compiled(workers, model(), optimizer, rules, frozen=["body"]), validation=True)
 
 
 def accumulation(workers):
@@ -118,22 +118,23 @@ class Gan(keras.Model):
             chosen = [dist_partial.partial(*each) for each in zip(chosen, rules, models, strict=True)]
         else:
             self.generator.layers[0].trainable = False
-        self.generator_optimizer, self.judge_optimizer = chosen
+        self.both = chosen
 
     def call(self, x):
         return self.judge(self.generator(x))
 
     def train_step(self, data):
         x, y = data
+        generator_optimizer, judge_optimizer = self.both
         with tf.GradientTape() as tape:
             score = self.judge(self.generator(x))
             loss = tf.reduce_mean(score) - tf.reduce_mean(self.judge(y))
         variables = self.judge.trainable_variables
-        self.judge_optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        judge_optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
         with tf.GradientTape() as tape:
             loss = -tf.reduce_mean(self.judge(self.generator(x)))
         variables = self.generator.trainable_variables
-        self.generator_optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        generator_optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
         return {"of_the_generator": loss}
 
 

@@ -82,6 +82,12 @@ def test_random_seeds_stay_each_workers_own(several, count):
 
 
 @COUNTS
+def test_an_epoch_waits_for_few_messages(several, count):
+    """With validation, several metrics and BatchNorm."""
+    assert several(count)["batch_norm"][0]["messages"].tolist() == [8, 8]
+
+
+@COUNTS
 def test_what_batch_norm_keeps_is_the_mean_of_what_each_worker_would_keep(several, count):
     kept = []
     for rank in range(count):

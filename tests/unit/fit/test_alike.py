@@ -9,6 +9,7 @@ import pytest
 from dist_partial.distributed import rendezvous
 from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.fit import alike
+from tests.helpers.fit_inputs import messages
 from tests.helpers.threads import at_once
 from tests.helpers.workers import loopback
 
@@ -25,11 +26,6 @@ def backends():
     yield made
     for backend in made:
         backend.close()
-
-
-def messages(backend):
-    """How many exchanges there were, each of which waits for the slowest worker."""
-    return sum(op.begun for tensor in backend._outside.values() for op in tensor.ops)
 
 
 def on_all(function, backends, arguments):
