@@ -775,7 +775,7 @@ MUTANTS = [
     changed(
         "a proof that is not bound to its connection",
         "distributed/handshake.py",
-        "bound = not (mine.sealed and theirs.sealed) and",
+        "bound = not guarded and",
         "bound = False and",
         "unit/distributed/test_rendezvous.py::test_all_meet_whoever_comes_first",
         "unit/distributed/test_rendezvous.py::test_a_caller_that_is_proved_must_be_one_of_the_list_and_mean_this_worker",
