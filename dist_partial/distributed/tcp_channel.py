@@ -1,9 +1,9 @@
 """How the bytes of one connection between two workers travel: as they are, or through TLS 1.3.
 
-Both kinds of channel answer the same calls: two of the handshake, which may wait, and those of `tcp_peer`, which do
-not. TLS works on memory here, and the sockets are plain ones: a selector and a look at what has come see what there
-is, and a system call moves many records. None of its alerts has a meaning of its own: what is not what the other has
-sent raises `ssl.SSLError`, and a connection that ends is the loss of a worker, announced or not.
+Both kinds of channel answer the same calls, which wait as long as the socket does: those of the handshake up to its
+timeout, those of `tcp_peer` not at all. TLS works on memory here, and the sockets are plain ones: a selector sees what
+there is, and one system call moves many records. What is not what the other has sent raises `ssl.SSLError`, and a
+connection that ends is the loss of a worker, announced or not.
 """
 
 import socket
@@ -83,7 +83,7 @@ class Encrypted:
         self.socket = connection
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = credentials.begin(self._incoming, self._outgoing, calls, host)
-        self._read: memoryview = memoryview(bytearray(_READ))
+        self._scratch = memoryview(bytearray(_READ))
         self._leaving = memoryview(b"")  # records that are yet to leave
         self._taken = 0  # bytes that these hold
 
@@ -123,9 +123,9 @@ class Encrypted:
 
     def read(self) -> None:
         """Keeps what one system call gives."""
-        if not (count := self.socket.recv_into(self._read)):
+        if not (count := self.socket.recv_into(self._scratch)):
             raise ConnectionError("it closed the connection")
-        self._incoming.write(self._read[:count])
+        self._incoming.write(self._scratch[:count])
 
     def take(self, view: memoryview) -> int:
         """Fills a buffer as that of `Plain` does."""

@@ -127,7 +127,7 @@ def from_files(folder: str, host: str) -> Credentials:
     """
     paths = [Path(folder, name) for name in FILES]
     start = f"replicas.tls is {folder!r}"
-    if missing := next((path.name for path in paths if not path.is_file()), None):
+    if missing := next((path.name for path in paths if not os.path.isfile(path)), None):
         raise UserError(f"{start}, where there is no {missing}: put {', '.join(FILES)} there, or bind True")
 
     def ask() -> str:  # in place of OpenSSL, which would wait for a terminal
