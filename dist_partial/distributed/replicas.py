@@ -113,7 +113,8 @@ class ReplicaOptions:
             about 1.6 ms of one core a MiB, half of it on each side. None: where the workers know a secret and are not
             all on loopback addresses and do without TLS.
         tls: whether the sockets are encrypted, by TLS 1.3: True, where the secret that all workers know makes the
-            certificates, or a folder with a worker's own `tls.crt`, `tls.key` and `ca.crt`.
+            certificates, or a folder with a worker's own `tls.crt`, `tls.key` and `ca.crt`; about 1 ms of one core a
+            MiB, half of it on each side.
         allow_no_secret: whether workers on other addresses may do without a secret, so that whoever reaches them
             while they start can pass for one.
 

@@ -53,9 +53,7 @@ def measure(setting: Setting, rounds: int, blocks: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog=COMMAND)
-    parser.add_argument(
-        "--rates", type=lambda text: text.split(","), default=["1gbit", "unshaped"], help=f"of {[*RATES]}"
-    )
+    parser.add_argument("--rates", type=lambda text: text.split(","), default=["1gbit"], help=f"of {[*RATES]}")
     parser.add_argument("--rounds", type=int, default=6, help="times that each way is started")
     parser.add_argument("--repeats", type=int, default=3, help="timed blocks in each round")
     parser.add_argument("--no_write", action="store_true", help="print only")
