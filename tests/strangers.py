@@ -30,10 +30,10 @@ HELLO, PROOF, VERDICT = 114, 32, 33  # bytes
 SECONDS = 1.0  # until a stranger gives up a connection
 
 
-def hello(role: bytes, rank: int, other: int, workers: Sequence[str], sealed: bool = False, **fields: bytes) -> bytes:
+def hello(role: bytes, rank: int, other: int, workers: Sequence[str], wishes: int = 0, **fields: bytes) -> bytes:
     digest = hashlib.sha256(json.dumps(list(workers)).encode()).digest()
     label = b"dist_partial handshake 1"
-    start = label + role + struct.pack(">BII", sealed, rank, other)
+    start = label + role + struct.pack(">BII", wishes, rank, other)
     drawn = fields.get("process", secrets.token_bytes(16)) + fields.get("nonce", secrets.token_bytes(32))
     return start + drawn + digest
 

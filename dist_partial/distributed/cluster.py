@@ -174,6 +174,17 @@ def read_tf_config(text: str) -> dict[str, Any] | None:
     return {"cluster": cluster, "task": task}
 
 
+def split(address: str) -> tuple[str, int]:
+    """Splits a worker's address into host and port; an IPv6 address loses its brackets.
+
+    Examples:
+        >>> split("[::1]:5000")
+        ('::1', 5000)
+    """
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
 def _is_address(address: Any) -> bool:
     host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
     return bool(host) and port.isdecimal() and 0 < int(port) < 65536

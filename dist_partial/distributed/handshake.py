@@ -10,13 +10,17 @@ proof is of use in the other role, to another worker or a second time. Keys come
     4. listener -> caller    verdict, 1 byte, and proof, 32 bytes: HMAC(secret, "L" + transcript)
 
 A hello is, of fixed lengths and with numbers big-endian: the label "dist_partial handshake 1" (24 bytes); the role,
-"C" or "L" (1); 1 if records are to be sealed, or 0 (1); the speaker's rank (4); the rank that the caller means to
-call, or that the listener was given (4); 16 bytes that the process has drawn, by which one worker that calls twice is
-distinguished from two; a nonce of 32 random bytes; the SHA-256 of the workers' addresses as a JSON list (32). The
-transcript is both hellos, the caller's first; unless both want records sealed, there follow on a loopback connection
-the caller's and the listener's end, as a JSON list of address, port, address, port. The verdict is 1 before the proof.
-Before 32 zeros it is 0, the caller's proof is wrong, or 2, it has called another worker than it meant; then the
-listener closes.
+"C" or "L" (1); the sum of 1 if records are to be sealed, and 2 for TLS by the secret or 4 for TLS by files (1); the
+speaker's rank (4); the rank that the caller means to call, or that the listener was given (4); 16 bytes that the
+process has drawn, by which one worker that calls twice is distinguished from two; a nonce of 32 random bytes; the
+SHA-256 of the workers' addresses as a JSON list (32). The transcript is both hellos, the caller's first; unless both
+want records sealed, or TLS, there follow on a loopback connection the caller's and the listener's end, as a JSON list
+of address, port, address, port. The verdict is 1 before the proof. Before 32 zeros it is 0, the caller's proof is
+wrong, or 2, it has called another worker than it meant; then the listener closes.
+
+If both hellos want TLS of one kind, it begins after them, the caller as its client, and all else travels inside it.
+Somebody in between can change a hello to keep TLS away; then the proofs do not fit, and nothing else is sent. Workers
+that do differ prove it to each other, and end.
 
     5. each -> other, if the digests differ: 4 bytes, the length of its JSON list, and the list; then both close
 
@@ -27,37 +31,37 @@ nonces.
     key of what the caller sends      HMAC(HMAC(salt, secret), "C" + transcript + "\\1")
     key of what the listener sends    HMAC(HMAC(salt, secret), "L" + transcript + "\\1")
 
-An attacker between two workers who only passes on their bytes stays unnoticed. Sealed, what it changes, leaves out,
-repeats or adds is noticed before it is used; on loopback it gets no proof, for the two ends differ. It can read
-everything: nothing is encrypted. And it can try out secrets that somebody has thought of: draw yours.
+An attacker between two workers who only passes on their bytes stays unnoticed. Sealed, or in TLS, what it changes,
+leaves out, repeats or adds is noticed before it is used; otherwise it gets no proof on loopback, for the two ends
+differ. Without TLS it can read everything. And it can try out secrets that somebody has thought of: draw yours.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import hmac
 import ipaddress
 import json
 import os
-import secrets
 import socket
+import ssl
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 
+from dist_partial.distributed.cluster import split
+from dist_partial.distributed.hello import CALLER, HELLO_BYTES, LISTENER, Hello, Worker
+from dist_partial.distributed.seal import Seal
+from dist_partial.distributed.tcp_channel import Channel, Encrypted, Plain
 from dist_partial.errors import UserError
 
 SECRET = "DIST_PARTIAL_SECRET"  # the environment variable; the launchers draw one
 SECONDS = 5.0  # for a whole handshake: who is slower may call again
 
-_LABEL = b"dist_partial handshake 1"
-_CALLER, _LISTENER = b"C", b"L"
-_HELLO = struct.Struct("!24sc?II16s32s32s")
 _VERDICT = struct.Struct("!B32s")
 _UNKNOWN, _PROVED, _ASTRAY = 0, 1, 2
 _LENGTH = struct.Struct("!I")
 _LONGEST = 2**20  # bytes of the workers' addresses
-_NUMBER = struct.Struct("!Q")
-_TAG = 16  # bytes
 
 
 class Unproven(Exception):
@@ -72,119 +76,27 @@ class Unproven(Exception):
         self.rank = rank
 
 
-@dataclasses.dataclass(frozen=True)
-class Worker:
-    """Describes what a worker is to the others.
-
-    Attributes:
-        rank: its rank.
-        workers: 'host:port' of all, in rank order.
-        secret: what all of them know.
-        sealed: whether records are to have tags.
-        process: what this process has drawn.
-
-    Examples:
-        >>> worker = Worker(0, ["a:2222", "b:2222"], "secret", sealed=True)
-        >>> len(worker.hello(b"C", other=1)), worker.addresses
-        (114, b'["a:2222", "b:2222"]')
-    """
-
-    rank: int
-    workers: Sequence[str]
-    secret: str
-    sealed: bool
-    process: bytes = dataclasses.field(default_factory=lambda: secrets.token_bytes(16))
-
-    @property
-    def addresses(self) -> bytes:
-        return json.dumps(list(self.workers)).encode()
-
-    def hello(self, role: bytes, other: int) -> bytes:
-        digest = hashlib.sha256(self.addresses).digest()
-        nonce = secrets.token_bytes(32)
-        return _HELLO.pack(_LABEL, role, self.sealed, self.rank, other, self.process, nonce, digest)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Link:
     """Holds a connection to a worker that has proved to be one.
 
     Attributes:
-        socket: the connection.
+        channel: the connection.
         rank: the other worker's.
         process: what the other's process has drawn.
         sending: of the records that this worker sends.
         receiving: of those that the other sends.
     """
 
-    socket: socket.socket
+    channel: Channel
     rank: int
     process: bytes
-    sending: "Seal"
-    receiving: "Seal"
+    sending: Seal
+    receiving: Seal
 
-
-class Seal:
-    """Computes the tags of the records of one direction, as their bytes come; for one thread.
-
-    Attributes:
-        length: bytes of a tag; 0 where nothing is sealed.
-
-    Examples:
-        >>> def tag(seal):
-        ...     seal.update(memoryview(b"a record"))
-        ...     return seal.tag()
-        >>> sending, receiving = Seal(b"key"), Seal(b"key")
-        >>> first = tag(sending)
-        >>> tag(receiving) == first, tag(receiving) == first  # the second record differs by its number
-        (True, False)
-    """
-
-    def __init__(self, key: bytes | None) -> None:
-        self.length = _TAG if key else 0
-        self._keyed = hmac.new(key, digestmod="sha256") if key else None
-        self._count = 0
-        self._begin()
-
-    def _begin(self) -> None:
-        if self._keyed:
-            self._record = self._keyed.copy()
-            self._record.update(_NUMBER.pack(self._count))
-            self._count += 1
-
-    def update(self, data: memoryview) -> None:
-        """Takes the next bytes of the record."""
-        if self._keyed:
-            self._record.update(data)
-
-    def tag(self) -> bytes:
-        """The tag of the record, which ends with it; b"" where nothing is sealed."""
-        if not self._keyed:
-            return b""
-        tag = self._record.digest()[:_TAG]
-        self._begin()
-        return tag
-
-
-@dataclasses.dataclass(frozen=True)
-class _Hello:
-    """A hello that has come, or gone."""
-
-    label: bytes
-    role: bytes
-    sealed: bool
-    rank: int
-    other: int
-    process: bytes
-    nonce: bytes
-    digest: bytes
-
-    @classmethod
-    def read(cls, data: bytes, role: bytes) -> "_Hello":
-        hello = cls(*_HELLO.unpack(data))
-        if (hello.label, hello.role) != (_LABEL, role):
-            raise ValueError("it does not speak as a worker of this version does")
-        return hello
+    @property
+    def socket(self) -> socket.socket:
+        return self.channel.socket
 
 
 def call(connection: socket.socket, own: Worker, other: int) -> Link:
@@ -209,18 +121,19 @@ def call(connection: socket.socket, own: Worker, other: int) -> Link:
         ...     calling.result().rank, answering.rank
         (0, 1)
     """
-    deadline = _prepare(connection)
-    mine = own.hello(_CALLER, other)
-    connection.sendall(mine)
-    theirs = _receive(connection, _HELLO.size, deadline)
-    talk = _Talk.of(connection, own, _CALLER, mine, theirs)
-    connection.sendall(talk.proof(_CALLER))
-    verdict, proof = _VERDICT.unpack(_receive(connection, _VERDICT.size, deadline))
+    channel, deadline = _prepare(connection)
+    mine = own.hello(CALLER, other)
+    channel.sendall(mine)
+    theirs = _receive(channel, HELLO_BYTES, deadline)
+    talk = _Talk.of(channel, own, CALLER, mine, theirs)
+    with _protected(talk, other, deadline) as channel:
+        channel.sendall(talk.proof(CALLER))
+        verdict, proof = _VERDICT.unpack(_receive(channel, _VERDICT.size, deadline))
     if verdict == _ASTRAY:
         raise Unproven(other, f"says that it is worker {talk.theirs.rank}: see the addresses in TF_CONFIG")
-    if verdict != _PROVED or not hmac.compare_digest(proof, talk.proof(_LISTENER)):
+    if verdict != _PROVED or not hmac.compare_digest(proof, talk.proof(LISTENER)):
         raise Unproven(other, talk.doubt())
-    return _agree(talk, deadline)
+    return _agree(talk, channel, deadline)
 
 
 def answer(connection: socket.socket, own: Worker) -> Link:
@@ -235,55 +148,57 @@ def answer(connection: socket.socket, own: Worker) -> Link:
         Traceback (most recent call last):
         dist_partial.distributed.handshake.Unproven: does not know this DIST_PARTIAL_SECRET: give all workers the same
     """
-    deadline = _prepare(connection)
-    theirs = _receive(connection, _HELLO.size, deadline)
-    caller = _Hello.read(theirs, _CALLER)
-    mine = own.hello(_LISTENER, caller.rank)
-    connection.sendall(mine)
-    talk = _Talk.of(connection, own, _LISTENER, theirs, mine)
-    proof = _receive(connection, hashlib.sha256().digest_size, deadline)
+    channel, deadline = _prepare(connection)
+    theirs = _receive(channel, HELLO_BYTES, deadline)
+    caller = Hello.read(theirs, CALLER)
+    mine = own.hello(LISTENER, caller.rank)
+    channel.sendall(mine)
+    talk = _Talk.of(channel, own, LISTENER, theirs, mine)
+    with _protected(talk, caller.rank, deadline) as channel:
+        proof = _receive(channel, hashlib.sha256().digest_size, deadline)
     if caller.digest == talk.mine.digest and not caller.other == own.rank < caller.rank < len(own.workers):
-        connection.sendall(_VERDICT.pack(_ASTRAY, b""))
+        channel.sendall(_VERDICT.pack(_ASTRAY, b""))
         raise ValueError("it means to call another worker")
-    if not hmac.compare_digest(proof, talk.proof(_CALLER)):
-        connection.sendall(_VERDICT.pack(_UNKNOWN, b""))
+    if not hmac.compare_digest(proof, talk.proof(CALLER)):
+        channel.sendall(_VERDICT.pack(_UNKNOWN, b""))
         raise Unproven(caller.rank, talk.doubt())
-    connection.sendall(_VERDICT.pack(_PROVED, talk.proof(_LISTENER)))
-    return _agree(talk, deadline)
+    channel.sendall(_VERDICT.pack(_PROVED, talk.proof(LISTENER)))
+    return _agree(talk, channel, deadline)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Talk:
     """A handshake after the hellos, of which `mine` is this worker's."""
 
-    connection: socket.socket
+    channel: Channel
     own: Worker
-    mine: _Hello
-    theirs: _Hello
+    mine: Hello
+    theirs: Hello
     transcript: bytes
     bound: bool  # to the ends of the connection
 
     @classmethod
-    def of(cls, connection: socket.socket, own: Worker, role: bytes, caller: bytes, listener: bytes) -> "_Talk":
-        hellos = [_Hello.read(caller, _CALLER), _Hello.read(listener, _LISTENER)]
-        ends = [connection.getsockname()[:2], connection.getpeername()[:2]]
-        if role == _LISTENER:
+    def of(cls, channel: Channel, own: Worker, role: bytes, caller: bytes, listener: bytes) -> "_Talk":
+        hellos = [Hello.read(caller, CALLER), Hello.read(listener, LISTENER)]
+        ends = [channel.socket.getsockname()[:2], channel.socket.getpeername()[:2]]
+        if role == LISTENER:
             mine, theirs, ends = hellos[1], hellos[0], ends[::-1]
         else:
             mine, theirs = hellos
         # On loopback nothing translates addresses, and the system lets nobody else send on a connection.
-        bound = not (mine.sealed and theirs.sealed) and ipaddress.ip_address(ends[0][0]).is_loopback
+        guarded = (mine.sealed and theirs.sealed) or (own.tls and mine.tls == theirs.tls)
+        bound = not guarded and ipaddress.ip_address(ends[0][0]).is_loopback
         where = json.dumps([*ends[0], *ends[1]]).encode() if bound else b""
-        return cls(connection, own, mine, theirs, caller + listener + where, bound)
+        return cls(channel, own, mine, theirs, caller + listener + where, bound)
 
     def proof(self, role: bytes) -> bytes:
         return hmac.digest(os.fsencode(self.own.secret), role + self.transcript, "sha256")
 
     def doubt(self) -> str:
-        else_ = ", or something passes on what it says, which replicas.seal = True would allow" if self.bound else ""
+        else_ = ", or something passes on what it says, which replicas.tls = True would allow" if self.bound else ""
         return f"does not know this {SECRET}: give all workers the same{else_}"
 
-    def seal(self, hello: _Hello) -> Seal:
+    def seal(self, hello: Hello) -> Seal:
         """Of what is sent by whose hello it is."""
         if not hello.sealed:
             return Seal(None)
@@ -292,41 +207,68 @@ class _Talk:
         return Seal(hmac.digest(extracted, hello.role + self.transcript + b"\1", "sha256"))
 
 
-def _agree(talk: _Talk, deadline: float) -> Link:
+@contextlib.contextmanager
+def _protected(talk: _Talk, other: int, deadline: float) -> Iterator[Channel]:
+    """The channel for all that follows the hellos: in TLS, if both want it; who cannot speak it is named."""
+    tls = talk.own.tls
+    if not tls or talk.mine.tls != talk.theirs.tls:
+        yield talk.channel
+        return
+    calls = talk.mine.role == CALLER
+    channel = Encrypted(talk.channel.socket, tls, calls, split(talk.own.workers[other])[0] if calls else "")
+    try:
+        while not channel.shake():
+            _wait(channel, deadline)
+            channel.read()
+        yield channel
+    except ssl.SSLError as error:
+        raise Unproven(other, tls.doubt(error)) from None
+
+
+def _agree(talk: _Talk, channel: Channel, deadline: float) -> Link:
     """Both have proved: compares what they were started with."""
-    connection, own, mine, theirs = talk.connection, talk.own, talk.mine, talk.theirs
+    own, mine, theirs = talk.own, talk.mine, talk.theirs
     if mine.digest != theirs.digest:
-        connection.sendall(_LENGTH.pack(len(own.addresses)) + own.addresses)
-        (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size, deadline))
-        addresses = _receive(connection, min(length, _LONGEST), deadline)
+        channel.sendall(_LENGTH.pack(len(own.addresses)) + own.addresses)
+        (length,) = _LENGTH.unpack(_receive(channel, _LENGTH.size, deadline))
+        addresses = _receive(channel, min(length, _LONGEST), deadline)
         if hashlib.sha256(addresses).digest() != theirs.digest:
             raise ValueError("it sends other addresses than it has proved")
         raise UserError(
             f"worker {theirs.rank} was started with other workers in its TF_CONFIG than worker {own.rank}: "
             f"{', '.join(json.loads(addresses))} against {', '.join(own.workers)}"
         )
+    if mine.tls != theirs.tls:
+        both = sorted([(own.rank, mine.tls), (theirs.rank, theirs.tls)])
+        words = [f"{tls} on worker {rank}" for rank, tls in both]
+        raise UserError(f"replicas.tls is {' and '.join(words)}: bind the same on all")
     if mine.sealed != theirs.sealed:
         raise UserError(
             f"replicas.seal makes worker {theirs.rank if theirs.sealed else own.rank} seal what it sends, and worker "
             f"{own.rank if theirs.sealed else theirs.rank} not: bind the same on all"
         )
-    connection.settimeout(None)
-    return Link(connection, theirs.rank, theirs.process, talk.seal(mine), talk.seal(theirs))
+    channel.socket.settimeout(None)
+    return Link(channel, theirs.rank, theirs.process, talk.seal(mine), talk.seal(theirs))
 
 
-def _prepare(connection: socket.socket) -> float:
+def _prepare(connection: socket.socket) -> tuple[Channel, float]:
     connection.settimeout(SECONDS)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return time.monotonic() + SECONDS
+    return Plain(connection), time.monotonic() + SECONDS
 
 
-def _receive(connection: socket.socket, count: int, deadline: float) -> bytes:
-    data = b""
-    while len(data) < count:
-        if (left := deadline - time.monotonic()) <= 0:
-            raise TimeoutError("it takes too long")
-        connection.settimeout(left)
-        if not (received := connection.recv(count - len(data))):
-            raise OSError("it closed the connection")
-        data += received
-    return data
+def _receive(channel: Channel, count: int, deadline: float) -> bytes:
+    data = bytearray(count)
+    rest = memoryview(data)
+    rest = rest[channel.take(rest) :]
+    while rest:
+        _wait(channel, deadline)
+        rest = rest[channel.receive(rest) :]
+    return bytes(data)
+
+
+def _wait(channel: Channel, deadline: float) -> None:
+    """Lets the next call wait until then at most."""
+    if (left := deadline - time.monotonic()) <= 0:
+        raise TimeoutError("it takes too long")
+    channel.socket.settimeout(left)

@@ -18,6 +18,8 @@ import time
 from collections.abc import Sequence
 
 from dist_partial.distributed import handshake
+from dist_partial.distributed.cluster import split
+from dist_partial.distributed.tls import Credentials
 from dist_partial.errors import Fault, UserError
 from dist_partial.terminal import say
 
@@ -36,6 +38,7 @@ def connect(
     secret: str = "",
     congestion: str | None = None,
     sealed: bool = False,
+    tls: Credentials | None = None,
 ) -> dict[int, handshake.Link]:
     """Connects this worker to all others; all workers call it, in any order.
 
@@ -47,6 +50,7 @@ def connect(
         congestion: the kernel's congestion control for these connections, such as 'cubic'; where it is not to be had,
             or None, that of the system.
         sealed: whether what travels over these connections is to have tags, by which any change is noticed.
+        tls: what this worker shows and trusts, or None for connections without TLS.
 
     Returns:
         The connection to each other worker, by rank.
@@ -56,7 +60,7 @@ def connect(
         UserError: this address is not of this host, or another worker was started with another TF_CONFIG.
     """
     deadline = time.monotonic() + seconds
-    meeting = _Meeting(handshake.Worker(rank, workers, secret, sealed))
+    meeting = _Meeting(handshake.Worker(rank, workers, secret, sealed, tls))
     links: dict[int, handshake.Link] = {}
     server = _listen(rank, workers, deadline)
     threads = [threading.Thread(target=_take_in, args=(server, meeting), daemon=True)]
@@ -260,17 +264,6 @@ def _ended(connection: socket.socket) -> bool:
         return False
     except OSError:
         return True
-
-
-def split(address: str) -> tuple[str, int]:
-    """Splits a worker's address into host and port; an IPv6 address loses its brackets.
-
-    Examples:
-        >>> split("[::1]:5000")
-        ('::1', 5000)
-    """
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
 
 
 def _set_up(connection: socket.socket, congestion: str | None) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial import compat
-from dist_partial.distributed import handshake, rendezvous
-from dist_partial.distributed.cluster import read_tf_config
+from dist_partial.distributed import handshake, rendezvous, tls
+from dist_partial.distributed.cluster import read_tf_config, split
 from dist_partial.distributed.collectives import PACK_BYTES, Collectives
 from dist_partial.distributed.host_bridge import HostBridge
 from dist_partial.distributed.per_replica import Topology
@@ -114,7 +114,10 @@ class ReplicaOptions:
         patience_seconds: how long another worker may be silent until it is given up.
         seal: whether all that travels over the sockets has tags, by which a change on the way is noticed; it costs
             about 1.6 ms of one core a MiB, half of it on each side. None: where the workers know a secret and are not
-            all on loopback addresses.
+            all on loopback addresses and do without TLS.
+        tls: whether the sockets are encrypted, by TLS 1.3: True, where the secret that all workers know makes the
+            certificates, or a folder with a worker's own `tls.crt`, `tls.key` and `ca.crt`; about 1 ms of one core a
+            MiB, half of it on each side.
         allow_no_secret: whether workers on other addresses may do without a secret, so that whoever reaches them
             while they start can pass for one.
 
@@ -135,6 +138,7 @@ class ReplicaOptions:
     start_seconds: Annotated[float, Above(0)] = 300.0
     patience_seconds: Annotated[float, Above(0)] = 60.0
     seal: bool | None = None
+    tls: Annotated[bool | str, "write True, False or a folder of tls.crt, tls.key and ca.crt"] = False
     allow_no_secret: bool = False
 
     def __post_init__(self) -> None:
@@ -152,7 +156,8 @@ class ReplicaOptions:
         Call it before TensorFlow has run any op: devices cannot be added later.
 
         Raises:
-            UserError: malformed TF_CONFIG, no secret where one is needed, or devices that cannot be made.
+            UserError: malformed TF_CONFIG, no secret where one is needed, unfit certificates, or devices that cannot
+                be made.
             Fault: workers are missing when `start_seconds` are over.
         """
         cluster = read_tf_config(os.environ.get("TF_CONFIG", ""))
@@ -285,6 +290,8 @@ def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reaso
     task = cluster["task"]
     rank = everyone.index(cluster["cluster"][task["type"]][task["index"]])
     tensorflow = options.transport == "tensorflow"
+    if tensorflow and options.tls is not False:
+        raise UserError("replicas.tls encrypts the sockets, and replicas.transport is 'tensorflow': unbind one of them")
     cpu = 1 if tensorflow else options.cpu  # its strategy takes one CPU
     _, what = _devices(cpu)  # which may fail: before anybody waits for the others
     started = threading.Event()  # before, TensorFlow has no collectives to abort, and would make others then
@@ -305,7 +312,8 @@ def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reaso
     else:
         made = over(connected, cpu, options.pack_bytes)
         auto = ", for they need no server that listens (replicas.transport = 'auto')"
-        how = f"direct connections{auto if options.transport == 'auto' else ''}"
+        encrypted = "" if options.tls is False else " in TLS 1.3"
+        how = f"direct connections{encrypted}{auto if options.transport == 'auto' else ''}"
     count = made.topology.replicas
     description = (
         f"replicas: {count}, {counted(len(everyone), 'worker')} with {what} each, this is {task['type']} "
@@ -325,8 +333,9 @@ def _connect(options: ReplicaOptions, rank: int, workers: list[str]) -> dict[int
         if not (loopback or options.allow_no_secret):
             raise UserError(f"{what}, or bind replicas.allow_no_secret = True")
         say(f"warning: {what}", sys.stderr)
-    seal = bool(secret) and not loopback if options.seal is None else options.seal
-    return rendezvous.connect(rank, workers, options.start_seconds, secret, options.congestion, seal)
+    credentials = tls.credentials(options.tls, secret, split(workers[rank])[0])
+    seal = bool(secret) and not (loopback or credentials) if options.seal is None else options.seal
+    return rendezvous.connect(rank, workers, options.start_seconds, secret, options.congestion, seal, credentials)
 
 
 def _abort(reason: str) -> None:

@@ -143,7 +143,7 @@ class Connections:
     def _exchange(self) -> None:
         for peer in self._peers.values():
             peer.incoming = self._incoming(peer)
-            peer.wanted = next(peer.incoming)
+            self._receive(peer, peer.go_on)  # what has come with the last of the handshake
         looked = time.monotonic()
         while True:
             # Before the outboxes are looked at: what comes later wakes it.

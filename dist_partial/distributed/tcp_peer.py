@@ -1,11 +1,13 @@
 """The bytes of one connection between two workers, as far as they go without waiting.
 
 Data leaves from where it is, behind its header, and arrives where it belongs; what has come beyond it, the next header
-as a rule, is read by the same system call and kept. With tags, what is sent or received is hashed slice by slice.
+as a rule, is read by the same system call and kept (`tcp_channel`). With tags, what is sent or received is hashed slice
+by slice.
 """
 
 import collections
 import hmac
+import ssl
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -15,7 +17,6 @@ from dist_partial.errors import Ending, Fault
 
 _SLICE = 2**20  # bytes of one connection that are sent, or received, before the next has its turn
 _PIECES = 64  # of which they are at most
-_AHEAD = 2**14  # bytes that are read beyond what is wanted
 
 _Sent = Callable[[], None] | None
 
@@ -43,14 +44,12 @@ class Peer:
         self.heard = self.spoke = time.monotonic()
         self.outbox: collections.deque[tuple[bytes, Any, _Sent]] = collections.deque()
         self.full = False
-        self.incoming: Generator[memoryview | None, int, None]
+        self.incoming: Generator[memoryview | None, Any, None]
         self.wanted: memoryview | None = None
         self._begun = False  # more of what was in the outbox is to come from `_pieces`
         self._broken = False  # nothing can be sent
         self._pieces = self._cut()
         self._leaving: list[tuple[memoryview, _Sent]] = []
-        self._ahead = memoryview(bytearray(_AHEAD))
-        self._kept = self._ahead[:0]  # what came beyond
 
     def __str__(self) -> str:
         return f"worker {self.rank} ({self.address})"
@@ -74,7 +73,7 @@ class Peer:
         try:
             # Once it is broken, messages are dropped. What that means is for `receive` to say: what the peer has sent
             # before may be all that is needed.
-            count = size if self._broken else self.link.socket.sendmsg([view for view, _ in self._leaving])
+            count = size if self._broken else self.link.channel.send([view for view, _ in self._leaving])
             self.spoke = time.monotonic()
         except BlockingIOError:
             count = 0
@@ -108,27 +107,25 @@ class Peer:
                     yield memoryview(seal.tag()), last
 
     def receive(self) -> None:
-        """Takes what one system call gives; raises EOFError where the peer has closed, and what `incoming` raises."""
+        """Takes what one system call gives; raises OSError where the peer has closed, and what `incoming` raises."""
         assert self.wanted is not None
         try:
-            count = self.link.socket.recvmsg_into([self.wanted, self._ahead])[0]
+            count = self.link.channel.receive(self.wanted)
         except BlockingIOError:
             return
-        if not count:
-            raise EOFError("it closed the connection")
+        except ssl.SSLError:
+            raise self._changed() from None
         self.heard = time.monotonic()
-        filled = min(count, len(self.wanted))
-        self._kept = self._ahead[: count - filled]
-        self.go_on(filled)
+        self.go_on(count)
 
-    def go_on(self, filled: int = 0) -> None:
-        """Says that so many bytes of what is wanted are there, and fills what is wanted then from what was kept."""
+    def go_on(self, filled: int | None = None) -> None:
+        """Says how many bytes of what is wanted are there, and fills what is wanted then from what was kept."""
         self.wanted = self.incoming.send(filled)
-        while self._kept and self.wanted is not None:
-            count = min(len(self._kept), len(self.wanted))
-            self.wanted[:count] = self._kept[:count]
-            self._kept = self._kept[count:]
-            self.wanted = self.incoming.send(count)
+        try:
+            while self.wanted is not None and (count := self.link.channel.take(self.wanted)):
+                self.wanted = self.incoming.send(count)
+        except ssl.SSLError:
+            raise self._changed() from None
 
     def record(self, data: Any) -> Generator[memoryview, int, None]:
         """Fills `data`, for `incoming`; raises `Fault` where this is not what the peer has sent."""
@@ -143,7 +140,10 @@ class Peer:
         while rest:
             rest = rest[(yield rest) :]
         if not hmac.compare_digest(tag, seal.tag()):
-            raise Fault(
-                f"what comes from {self} is not what it has sent: something between the workers changes it, or adds to "
-                "it; see who can, and run the same command again"
-            )
+            raise self._changed()
+
+    def _changed(self) -> Fault:
+        return Fault(
+            f"what comes from {self} is not what it has sent: something between the workers changes it, or adds to it; "
+            "see who can, and run the same command again"
+        )

@@ -11,8 +11,8 @@ from typing import Any
 import tensorflow as tf
 
 from dist_partial import compat
-from dist_partial.distributed import rendezvous
 from dist_partial.distributed.backend import ALL, BETWEEN, INSIDE, Exchanged, inside
+from dist_partial.distributed.cluster import split
 from dist_partial.distributed.per_replica import Topology, topology
 
 _LAST_SECONDS = 5.0  # for which the first worker waits until the processes of the others have ended
@@ -66,7 +66,7 @@ def outlive(workers: Sequence[str]) -> None:
     for worker in workers:
         with contextlib.suppress(OSError):  # nobody listens there
             while time.monotonic() < until:
-                socket.create_connection(rendezvous.split(worker), timeout=1.0).close()
+                socket.create_connection(split(worker), timeout=1.0).close()
                 time.sleep(0.05)
 
 

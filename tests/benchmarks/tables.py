@@ -157,6 +157,23 @@ def switch(found: Mapping[str, Any]) -> Tables:
     return {"Time of a switch": markdown(header, steps), "Memory of the slots": markdown(held, memory)}
 
 
+def tls(found: Mapping[str, Any]) -> Tables:
+    """A line a setting; the ratio to plain connections in brackets."""
+    places: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for row in found["rows"]:
+        places.setdefault((row["rate"], row["selected"], row["dtype"]), {})[row["guard"]] = row
+    lines = []
+    for key, place in places.items():
+        cells: list[Any] = list(key)
+        for number in ("step_ms", "cpu_ms"):
+            plain = place["plain"][number]
+            cells.append(f"{plain:.1f}")
+            cells += [f"{place[guard][number]:.1f} ({place[guard][number] / plain:.2f})" for guard in ("tags", "tls")]
+        lines.append(cells)
+    header = ["link", "trained", "dtype", "plain, ms", "tags, ms", "TLS, ms", "plain, CPU ms", "tags, CPU ms"]
+    return {"What tags and TLS cost, on two hosts": markdown([*header, "TLS, CPU ms"], lines, words=3)}
+
+
 def waits(found: Mapping[str, Any]) -> Tables:
     header = ["a batch", "read by", "a batch, ms", "a step, ms", "the slower, ms", "measured, ms", "most"]
     numbers = ("data_ms", "step_ms", "least_ms", "median_ms", "most_ms")
@@ -234,6 +251,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], Tables]] = {
         schedules,
         step,
         switch,
+        tls,
         waits,
         wire,
     )

@@ -77,9 +77,9 @@ def dtype_of(system: str, variant: str) -> str:
 
 
 def launch(
-    setting: Setting, system: str, python: str, blocks: int, steps: int | None
+    setting: Setting, system: str, python: str, blocks: int, steps: int | None, guard: str = "plain"
 ) -> tuple[dict[str, dict[str, Any]], str]:
-    """Runs one system once, on all hosts.
+    """Runs one system once, on all hosts; ours with the guard of that name.
 
     Returns:
         What worker 0 found for each variant, and what went wrong or "".
@@ -90,7 +90,7 @@ def launch(
     command = [python, str(WORKER), system, f"--selected={setting.selected}", f"--blocks={blocks}"]
     command += [f"{variant}={count}" for variant, count in counts.items()]
     timeout = 30 + 10 * setting.hosts + 4 * total
-    results = hosts.run(command, setting.hosts, timeout, {"TF_CPP_MIN_LOG_LEVEL": "3"})
+    results = hosts.run(command, setting.hosts, timeout, {"TF_CPP_MIN_LOG_LEVEL": "3", "WIRE_GUARD": guard})
     lines = [json.loads(line) for line in results[0][1].splitlines() if line.startswith('{"system"')]
     found = {line["variant"]: line for line in lines}
     # The worker that failed by itself says more than those that were killed while they waited for it.

@@ -28,6 +28,8 @@ WARM_UP = 3  # steps; DDP settles its buckets after the first one, TensorFlow co
 # Longer than the 200 ms that a shaped interface may queue: a block's bytes are out before they are read.
 SETTLE = 0.3
 CARD = os.environ.get("WIRE_CARD", "e0")
+# How our connections are protected: not at all, as those of the others, by tags, or by TLS.
+GUARDS: dict[str, dict[str, bool]] = {"plain": {"seal": False}, "tags": {"seal": True}, "tls": {"tls": True}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +171,7 @@ def dist_partial(worker: Worker, selected: str, names: list[str]) -> tuple[dict[
 
     from dist_partial.distributed import replicas
 
-    connected = replicas.create("multi_worker", seal=False)  # as the others
+    connected = replicas.create("multi_worker", **GUARDS[os.environ.get("WIRE_GUARD", "plain")])
     variants = {name: dist_partial_variant(connected, worker, selected, name) for name in names}
     # Said in the results: without connections of its own it falls back on TensorFlow's.
     return variants, f"TensorFlow {tf.__version__}; {connected.description}"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import ROOT
+from tests import ROOT, strangers
+from tests.helpers.files import assert_same_state
 from tests.helpers.launchers import TIMEOUT, assert_gone, launched, wait_until
 
 TRAIN = ["--", "--gin_file=gin_configs/two_dense.gin"]
@@ -273,3 +274,23 @@ def test_a_host_without_the_package(tmp_path):
         assert "restart" not in launcher.out
         assert launcher.err.startswith(f"error: worker 0 (localhost): {bare} has no module 'dist_partial': install it ")
         assert launcher.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_workers_that_encrypt_train_to_the_same_bits(tmp_path):
+    """The secret that a launcher draws is all they need; their certificates come from it."""
+    (ssh := tmp_path / "fake ssh").write_text(SSH.format(folder=tmp_path, python=sys.executable))
+    ssh.chmod(0o755)
+    local, away = ["local", "--workers=2"], [*hosts_flags(tmp_path, ROOT), "--hosts=127.0.0.1,127.0.0.2"]
+    for name, flags, more in (
+        ("plain", local, []),
+        ("local", local, ["replicas.tls = True"]),
+        ("hosts", away, ["replicas.tls = True"]),
+    ):
+        settings = [f"--gin_param={each}" for each in (*strangers.SETTINGS, *more)]
+        train = ["--", f"--gin_file={strangers.GIN}", *settings, f"--run_dir={tmp_path / name}"]
+        command = [sys.executable, "-m", "dist_partial.launch", *flags, *train]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("direct connections in TLS 1.3" in done.stdout) == bool(more), done.stdout
+        assert_same_state(tmp_path / "plain", tmp_path / name, 4)

@@ -44,19 +44,20 @@ def address(host: int) -> str:
 
 
 @contextlib.contextmanager
-def hosts(count: int, rate: str | None = None) -> Iterator[None]:
+def hosts(count: int, rate: str | None = None, hub: bool = False) -> Iterator[None]:
     """Makes hosts 1 to `count`, each with one network interface, and removes them at the end.
 
     Args:
         count: how many.
         rate: what each can send, as tc writes it ('200mbit', '1gbit'), or None for no limit.
+        hub: whether each sees what all others send.
     """
     for namespace in _made():
         if processes := _processes(namespace):
             raise RuntimeError(f"host {namespace} is in use by the processes {processes}: another run makes hosts too")
     _remove()  # what an earlier run has left
     try:
-        _run("ip", "link", "add", BRIDGE, "type", "bridge")
+        _run("ip", "link", "add", BRIDGE, "type", "bridge", *(["ageing_time", "0"] if hub else []))
         _run("ip", "link", "set", BRIDGE, "up")
         for host in range(1, count + 1):
             _run("ip", "netns", "add", name(host))

@@ -106,24 +106,41 @@ def test_without_a_secret_on_loopback_there_is_a_warning(host, secret, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("addresses", "secret", "seal", "sealed"),
+    ("addresses", "secret", "seal", "tls", "sealed"),
     [
-        (ELSEWHERE, "s", None, True),
-        (ELSEWHERE, "s", False, False),
-        (ELSEWHERE, "", None, False),
-        (["127.0.0.1:1", "127.0.0.1:2"], "s", None, False),
-        (["127.0.0.1:1", "127.0.0.1:2"], "s", True, True),
-        (["127.0.0.1:1", "192.0.2.1:1"], "s", None, True),
-        (["a:1", "b:1"], "s", None, True),
+        (ELSEWHERE, "s", None, False, True),
+        (ELSEWHERE, "s", False, False, False),
+        (ELSEWHERE, "", None, False, False),
+        (["127.0.0.1:1", "127.0.0.1:2"], "s", None, False, False),
+        (["127.0.0.1:1", "127.0.0.1:2"], "s", True, False, True),
+        (["127.0.0.1:1", "192.0.2.1:1"], "s", None, False, True),
+        (["a:1", "b:1"], "s", None, False, True),
+        (ELSEWHERE, "s" * 32, None, True, False),
+        (ELSEWHERE, "s" * 32, True, True, True),
     ],
 )
-def test_what_is_sealed(addresses, secret, seal, sealed, monkeypatch):
+def test_what_is_sealed(addresses, secret, seal, tls, sealed, monkeypatch):
     called = []
     monkeypatch.setattr(rendezvous, "connect", lambda *arguments: called.append(arguments) or {})
     monkeypatch.setenv("TF_CONFIG", tf_config(addresses, 1))
     monkeypatch.setenv("DIST_PARTIAL_SECRET", secret)
-    create("multi_worker", seal=seal, allow_no_secret=True, start_seconds=7).backend.close()
-    assert called == [(1, addresses, 7, secret, "cubic", sealed)]
+    made = create("multi_worker", seal=seal, tls=tls, allow_no_secret=True, start_seconds=7)
+    made.backend.close()
+    assert [each[:-1] for each in called] == [(1, addresses, 7, secret, "cubic", sealed)]
+    assert bool(called[0][-1]) == tls == ("direct connections in TLS 1.3" in made.description)
+
+
+@pytest.mark.parametrize("value", [True, "certificates"])
+def test_tensorflow_s_own_collectives_cannot_be_encrypted(value, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", tf_config(ELSEWHERE, 0))
+    with pytest.raises(UserError, match=r"replicas\.tls encrypts the sockets, and replicas\.transport is 'tensorflow'"):
+        create("multi_worker", transport="tensorflow", tls=value)
+
+
+@pytest.mark.parametrize("value", [None, 1, b"folder"])
+def test_tls_is_true_false_or_a_folder(value):
+    with pytest.raises(UserError, match=r"^replicas\.tls is .*: write True, False or a folder of tls\.crt, tls\.key"):
+        create("auto", tls=value)
 
 
 @pytest.mark.parametrize(("name", "value"), [("seal", "auto"), ("seal", 1), ("allow_no_secret", None)])

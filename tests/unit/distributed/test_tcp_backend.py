@@ -13,6 +13,7 @@ from dist_partial.distributed import rendezvous, tcp_backend, tcp_connections, t
 from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.distributed.tcp_connections import Message
 from dist_partial.errors import Fault, UserError
+from tests.helpers.certificates import GUARDS
 from tests.helpers.files import same_bits
 from tests.helpers.threads import at_once
 from tests.helpers.workers import loopback
@@ -26,9 +27,9 @@ def connected():
     """Makes `count` backends, and closes them after the test."""
     made = []
 
-    def make(count, patience=60.0, on_loss=lambda reason: None, sealed=False):
+    def make(count, patience=60.0, on_loss=lambda reason: None, guard="plain"):
         workers = loopback(count)
-        connect = functools.partial(rendezvous.connect, workers=workers, seconds=10, sealed=sealed)
+        connect = functools.partial(rendezvous.connect, workers=workers, seconds=10, **GUARDS[guard]())
         found = at_once([functools.partial(connect, k) for k in range(count)])
         made.extend(TCPBackend(k, workers, sockets, patience, on_loss) for k, sockets in enumerate(found))
         return made[-count:]
@@ -67,10 +68,12 @@ def expected_sum(arrays):
     return functools.reduce(operator.add, arrays).astype(dtype)
 
 
-@pytest.mark.parametrize(("count", "sealed"), [(1, False), (2, False), (2, True), (3, True), (4, False)])
+@pytest.mark.parametrize(
+    ("count", "guard"), [(1, "plain"), (2, "plain"), (2, "sealed"), (3, "sealed"), (3, "tls"), (4, "plain")]
+)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, BFLOAT16, np.float16, np.int32, np.int64, np.uint8])
-def test_sums_are_those_of_numpy(connected, count, sealed, dtype):
-    backends = connected(count, sealed=sealed)
+def test_sums_are_those_of_numpy(connected, count, guard, dtype):
+    backends = connected(count, guard=guard)
     inputs = [[draw(100 * k + i, size, dtype) for i, size in enumerate(SIZES)] for k in range(count)]
     results = at_once([functools.partial(exchange, m, own) for m, own in zip(backends, inputs, strict=True)])
     for i in range(len(SIZES)):
@@ -98,10 +101,10 @@ def test_what_is_not_finite_stays_so_and_warns_of_nothing(connected, recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.parametrize(("count", "sealed"), [(1, False), (2, True), (3, False), (4, True)])
+@pytest.mark.parametrize(("count", "guard"), [(1, "plain"), (2, "sealed"), (2, "tls"), (3, "plain"), (4, "sealed")])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, BFLOAT16, np.bool_, np.int64])
-def test_gathers_hold_every_worker_s_tensor_in_rank_order(connected, count, sealed, dtype):
-    backends = connected(count, sealed=sealed)
+def test_gathers_hold_every_worker_s_tensor_in_rank_order(connected, count, guard, dtype):
+    backends = connected(count, guard=guard)
     inputs = [[draw(100 * k + i, size, np.uint8).astype(dtype) for i, size in enumerate(SIZES)] for k in range(count)]
     results = at_once([functools.partial(exchange, m, [], own) for m, own in zip(backends, inputs, strict=True)])
     for i in range(len(SIZES)):
