@@ -14,6 +14,7 @@ _HOMES = {
     "Base": "export.delta",
     "Dataset": "data",
     "Delta": "export.delta",
+    "Fault": "errors",
     "Interrupted": "errors",
     "LocalOnly": "reductions",
     "LocalSGD": "reductions",
@@ -30,6 +31,7 @@ _HOMES = {
     "Stream": "data",
     "TopK": "reductions",
     "UserError": "errors",
+    "connect": "fit",
     "csv_dataset": "data",
     "dataset": "data",
     "delta": "export.delta",  # the module

@@ -523,6 +523,36 @@ def learning_rate(optimizer: Any) -> Any:
     return optimizer._learning_rate
 
 
+def initial_epoch(model: Any) -> int:
+    """Returns the epoch from which a model's `fit` goes on, as `BackupAndRestore` has found it; 0 without one.
+
+    Keras 3.15: callbacks set it under a private name only.
+    Unnecessary with a public one.
+
+    Examples:
+        >>> import keras
+        >>> initial_epoch(keras.Sequential([keras.Input([1]), keras.layers.Dense(1)]))
+        0
+    """
+    return model._initial_epoch or 0
+
+
+def set_initial_epoch(model: Any, epoch: int) -> None:
+    """Sets what `initial_epoch` returns, for a `fit` that has called `on_train_begin`.
+
+    Keras 3.15: as there.
+    Unnecessary with a public name.
+
+    Examples:
+        >>> import keras
+        >>> model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
+        >>> set_initial_epoch(model, 3)
+        >>> initial_epoch(model)
+        3
+    """
+    model._initial_epoch = epoch
+
+
 def strategy_of(optimizer: Any) -> Any:
     """Returns the strategy in whose scope a Keras optimizer was made.
 

@@ -69,14 +69,18 @@ MODULES: dict[str, tuple[str, ...]] = {
         "models.keras_file",
     ),
     "Sampling": ("models.sampling[generate,Generation]",),
-    "Replicas": ("distributed.replicas[Replicas,ReplicaOptions,create]",),
+    "Replicas": (
+        "distributed.replicas[Replicas,ReplicaOptions,create,over]",
+        "distributed.worker_backend[WorkerBackend]",
+        "distributed.backend[Backend]",
+    ),
     "Metrics": ("training.metric_writer",),
     "What was trained": ("export.delta", "export.restore"),
     "Exceptions": ("errors[UserError,Fault,Interrupted,Raised]",),
 }
 # Page: title, files of results, pictures.
 BENCHMARKS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "step": ("Step time and sampling", ("step", "sampling"), ()),
+    "step": ("Step time and sampling", ("step", "fit", "sampling"), ()),
     "wire": ("Network", ("wire", "collectives", "tls"), ()),
     "quality": ("Bytes and quality", ("quality",), ("quality.png",)),
     "schedules": ("Schedules", ("schedules", "switch"), ("schedules.png",)),
@@ -104,20 +108,29 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:
-    """Puts the tables of the conformance suite where their page names them."""
-    if page.file.src_uri != "reference/conformance.md":
-        return markdown
+    """Puts tables of results where a page names them."""
+    for place, table in TABLES.get(page.file.src_uri, dict)().items():
+        if place not in markdown:
+            _LOG.warning("%s has no %s", page.file.src_uri, place)
+        markdown = markdown.replace(place, table)
+    return markdown
+
+
+def _conformance() -> dict[str, str]:
     kinds, known = conformance.tables(conformance.load())
     header = ("models", "cases", *conformance.COLUMNS.values())
-    shown = {
+    return {
         "<!-- kinds -->": tables.markdown(header, kinds),
         "<!-- known -->": tables.markdown(("case", "why", "difference"), known, words=3),
     }
-    for place, table in shown.items():
-        if place not in markdown:
-            _LOG.warning("reference/conformance.md has no %s", place)
-        markdown = markdown.replace(place, table)
-    return markdown
+
+
+def _collectives() -> dict[str, str]:
+    return {"<!-- collectives -->": tables.text("collectives", heading="###")}
+
+
+# By page: the tables in place of its comments.
+TABLES = {"reference/conformance.md": _conformance, "explanation/collectives.md": _collectives}
 
 
 def on_post_page(output: str, page: Any, config: MkDocsConfig) -> str:

@@ -1,5 +1,11 @@
-"""Four simulated CPU replicas for every test; Keras's global switches are put back after each. Marks that skip."""
+"""Four simulated CPU replicas for every test; Keras's global switches are put back after each. Marks that skip.
 
+Garbage is collected between tests alone: where a test leaves an iterator of tf.data in a cycle of references, such as
+one that an exception refers to, and a thread that reads for it happens to collect it, TensorFlow 2.21 waits there for
+that thread itself, and no test goes on. Runs of the project end theirs by themselves: see `data.readers.started`.
+"""
+
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -34,6 +40,23 @@ def mirrored():
 def no_cluster(monkeypatch):
     """No TF_CONFIG, whatever the tests run in."""
     monkeypatch.delenv("TF_CONFIG", raising=False)
+
+
+gc.disable()
+_alive = 0  # objects, after garbage was last collected everywhere
+_new = 0  # of them, at least, since then
+
+
+@pytest.fixture(autouse=True)
+def garbage():
+    global _alive, _new
+    yield
+    _new += gc.get_count()[0]
+    if _new > max(500_000, _alive // 4):  # as Python itself does it: all in all, each object is looked at a few times
+        gc.collect()
+        _alive, _new = len(gc.get_objects()), 0
+    else:
+        gc.collect(0)
 
 
 @pytest.fixture(autouse=True)

@@ -836,6 +836,20 @@ MUTANTS = [
         "return not self.waiting",
         "unit/distributed/test_tcp_backend.py::test_a_result_is_not_given_before_a_slow_reader_has_it",
     ),
+    changed(
+        "between workers the copies of all replicas",
+        "distributed/worker_backend.py",
+        "level == BETWEEN), args",
+        "False), args",
+        "unit/distributed/test_backends.py::test_levels",
+    ),
+    changed(
+        "collectives of a backend in any order",
+        "distributed/worker_backend.py",
+        "tensor.dtype, name=name)",
+        "tensor.dtype, name=name, stateful=False)",
+        "unit/distributed/test_backends.py::test_ops_in_the_graph_are_counted_and_run_in_order",
+    ),
     # Runs from Python.
     changed(
         "names of layers as the process has numbered them",

@@ -136,4 +136,6 @@ def replicas(given: Any) -> Callable[[], Any]:
         return given.connect
     if callable(given):
         return given
-    raise UserError(f"replicas is {shown(given)}: write a number, or give a ReplicaOptions(...)")
+    raise UserError(
+        f"replicas is {shown(given)}: write a number, or give a ReplicaOptions(...), or a function that makes Replicas"
+    )

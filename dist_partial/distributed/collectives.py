@@ -1,21 +1,17 @@
 """One round of communication between the replicas: sums and gathers, in packs.
 
-The only place that talks to other replicas about gradients. It rides on TensorFlow's collectives, or, between workers,
-on `tcp_backend`.
+The only place that talks to other replicas about gradients, by whichever `backend` there is.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from dist_partial import compat
-from dist_partial.distributed import host_bridge
-from dist_partial.distributed.host_bridge import ALL, BETWEEN, INSIDE
-from dist_partial.distributed.per_replica import Topology, topology
-from dist_partial.distributed.tcp_backend import TCPBackend
+from dist_partial.distributed.backend import ALL, BETWEEN, INSIDE, Backend
+from dist_partial.distributed.per_replica import Topology
+from dist_partial.distributed.tensorflow_backend import TensorFlowBackend
 
 # Large enough to cost little each, small enough to be under way while later gradients are still being computed. Packs
 # of 0.5 to 2 MiB took the same time within the noise, at 200 Mbit, 1 Gbit and unshaped.
@@ -72,10 +68,10 @@ class ReplicaCount:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Collectives:
-    """Sums and gathers over the replicas, by TensorFlow's collectives or over TCP.
+    """Sums and gathers over the replicas, in packs.
 
     Attributes:
-        backend: the workers' own connections, or None for TensorFlow's collectives.
+        backend: by what they travel.
         pack_bytes: up to how many bytes travel as one.
         level: which replicas exchange: all, those `INSIDE` a worker, or, `BETWEEN` workers, one of each: its others
             have the same.
@@ -86,14 +82,14 @@ class Collectives:
         [[[1.0], [2.0]], [3.0, 4.0, 5.0]]
     """
 
-    backend: TCPBackend | None = None
+    backend: Backend = TensorFlowBackend()  # noqa: RUF009 (it has no state)
     pack_bytes: int = PACK_BYTES
     level: str = ALL
 
     @property
     def topology(self) -> Topology:
         """The replicas that it reaches from within the strategy in whose scope, or replica context, it is called."""
-        found = topology(tf.distribute.get_strategy(), self.backend)
+        found = self.backend.topology(tf.distribute.get_strategy())
         if self.level == INSIDE:
             return Topology(found.strategy)
         return found.hosts if self.level == BETWEEN else found
@@ -118,10 +114,11 @@ class Collectives:
             for request in requests
         ]
         packs = [_packs(members, flat, self.pack_bytes) for members in (sums, gathers)]
-        summed, gathered = self._send(
+        summed, gathered = self.backend.over_replicas(
             [_joined([flat[i] for i in pack]) for pack in packs[0]],
             # TensorFlow gathers no bytes, but whole words of them.
             [tf.bitcast(tf.reshape(_joined([flat[i] for i in pack]), [-1, 4]), tf.int32) for pack in packs[1]],
+            self.level,
         )
         gathered = [tf.reshape(tf.bitcast(words, tf.uint8), [words.shape[0], -1]) for words in gathered]
         answers: list[Any] = [None] * len(requests)
@@ -131,21 +128,6 @@ class Collectives:
                 request = requests[i]
                 answers[i] = tf.reshape(part, request.tensor.shape) if isinstance(request, AllReduceRequest) else part
         return answers
-
-    def _send(self, sums: list[tf.Tensor], gathers: list[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        context: Any = tf.distribute.get_replica_context()
-        alone = context.num_replicas_in_sync == 1
-        if self.backend is None or self.level == INSIDE:
-            if alone or self.level == BETWEEN:
-                return sums, [words[tf.newaxis] for words in gathers]
-        elif alone:
-            with tf.device(host_bridge.HOST):
-                return self.backend.exchange(sums, gathers)
-        if self.level != ALL or self.backend is not None:
-            how = functools.partial(host_bridge.exchange, self.backend, self.level, len(sums))
-            return context.merge_call(how, args=[*sums, *gathers])
-        summed = context.merge_call(_tensorflow_sum, args=sums) if sums else []
-        return list(summed), [context.merge_call(_tensorflow_gather, args=(words,)) for words in gathers]
 
 
 def run_rounds(collectives: Collectives, exchanges: Sequence[Any]) -> list[Any]:
@@ -198,17 +180,3 @@ def _packs(members: Sequence[int], tensors: Sequence[tf.Tensor], limit: int) -> 
         pack.append(i)
         open_packs[tensors[i].dtype] = (pack, filled + size)
     return packs
-
-
-def _tensorflow_sum(strategy: Any, *values: Any) -> Any:
-    # Not `ReplicaContext.all_reduce`, whose gradient function TensorFlow 2.21 keeps in a registry for good, and with it
-    # the graph and the memory of all variables of which it is. A limit of one byte leaves our packs as they are:
-    # TensorFlow's own packing loses the static shapes that the count of bytes in the graph relies on, and fails on
-    # mixed dtypes.
-    options = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=1)
-    return strategy.extended.batch_reduce_to(tf.distribute.ReduceOp.SUM, [(v, v) for v in values], options)
-
-
-def _tensorflow_gather(strategy: Any, value: Any) -> Any:
-    # All payloads have the same shape on every replica.
-    return compat.gather(strategy, value, tf.distribute.experimental.CommunicationOptions())

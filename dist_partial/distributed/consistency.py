@@ -12,14 +12,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.distributed.tcp_backend import TCPBackend
+from dist_partial.distributed.worker_backend import WorkerBackend
 from dist_partial.errors import UserError
 from dist_partial.validation import differences, shown
 
 _SHOWN = 3  # differences in the message
 
 
-def check(backend: TCPBackend, facts: dict[str, Any]) -> None:
+def check(backend: WorkerBackend, facts: dict[str, Any]) -> None:
     """Compares the facts of all workers, which all call it at the same point.
 
     Args:
@@ -51,17 +51,21 @@ def _in_words(name: str, here: Any, there: Any) -> str:
     return f"{name}: {shown(there)} against {shown(here)}"
 
 
-def everyone(backend: TCPBackend | None, value: int) -> list[int]:
+def everyone(backend: WorkerBackend | None, value: int) -> list[int]:
     """Gathers every worker's value, in rank order; all call it at the same point.
 
     Examples:
         >>> everyone(None, 5)  # without other workers
         [5]
     """
-    return [value] if backend is None else [int(each) for each in backend.gather(str(value).encode())]
+    if backend is None:
+        return [value]
+    own = np.zeros(backend.size, np.int64)
+    own[backend.rank] = value
+    return backend.sum(own).tolist()  # one message, where `gather` takes two
 
 
-def names(backend: TCPBackend | None, ranks: Sequence[int]) -> str:
+def names(backend: WorkerBackend | None, ranks: Sequence[int]) -> str:
     """Names workers as messages do.
 
     Examples:

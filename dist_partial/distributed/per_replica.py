@@ -64,20 +64,13 @@ class Topology:
         return tf.distribute.InputContext(self.workers, self.worker, self.replicas)
 
 
-def topology(strategy: tf.distribute.Strategy, backend: Any = None) -> Topology:
-    """Finds out how many replicas there are, and which are this worker's.
-
-    Args:
-        strategy: of this worker's replicas, or TensorFlow's own of all.
-        backend: by which the replicas of a worker's own strategy are joined to the others; None where there are none,
-            or where the strategy has them all.
+def topology(strategy: tf.distribute.Strategy) -> Topology:
+    """Finds out how many replicas a strategy has, and which are this worker's.
 
     Examples:
         >>> topology(tf.distribute.get_strategy()).replicas
         1
     """
-    if backend is not None:
-        return Topology(strategy, backend.size, backend.rank)
     workers, worker = strategy.num_replicas_in_sync // Topology(strategy).local, 0
     if workers > 1:
         resolver = strategy.cluster_resolver

@@ -2,15 +2,11 @@
 
 import contextlib
 import dataclasses
-import faulthandler
 import functools
 import os
-import signal
-import socket
 import sys
 import threading
-import time
-from collections.abc import Sequence
+import weakref
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,8 +17,10 @@ from dist_partial.distributed import handshake, rendezvous, tls
 from dist_partial.distributed.cluster import read_tf_config, split
 from dist_partial.distributed.collectives import PACK_BYTES, Collectives
 from dist_partial.distributed.host_bridge import HostBridge
-from dist_partial.distributed.per_replica import Topology, topology
+from dist_partial.distributed.per_replica import Topology
 from dist_partial.distributed.tcp_backend import TCPBackend
+from dist_partial.distributed.tensorflow_backend import TensorFlowBackend, outlive, workers_strategy
+from dist_partial.distributed.worker_backend import WorkerBackend
 from dist_partial.errors import UserError
 from dist_partial.terminal import say
 from dist_partial.validation import Above, AtLeast, OneOf, check, counted
@@ -30,7 +28,7 @@ from dist_partial.validation import Above, AtLeast, OneOf, check, counted
 KINDS = ("auto", "default", "mirrored", "multi_worker")
 TRANSPORTS = ("auto", "tensorflow", "sockets")
 _KEYS = 100_000  # collectives of one strategy
-_LAST_SECONDS = 5.0  # for which the first worker waits until the processes of the others have ended
+_collectives: "weakref.WeakKeyDictionary[tf.distribute.Strategy, Collectives]" = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +39,7 @@ class Replicas:
         strategy: what computes on them.
         collectives: how they reach each other.
         description: one line that says what was picked and why.
-        backend: this worker's connections to the others, or None where it is the only one.
+        backend: what joins this worker to the others, outside of functions as well; None where it is the only one.
         host: this worker's name or address among several, or None.
 
     Examples:
@@ -52,18 +50,23 @@ class Replicas:
     strategy: tf.distribute.Strategy
     collectives: Collectives
     description: str
-    backend: TCPBackend | None = None
+    backend: WorkerBackend | None = None
     host: str | None = None
 
     @functools.cached_property
     def topology(self) -> Topology:
         """How many replicas there are, and which are this worker's."""
-        return topology(self.strategy, self.collectives.backend)
+        return self.collectives.backend.topology(self.strategy)
 
     @property
     def is_chief(self) -> bool:
         """Whether this worker writes the run folder."""
-        return self.backend is None or self.backend.rank == 0
+        return self.rank == 0
+
+    @property
+    def rank(self) -> int:
+        """The number of this worker, from 0."""
+        return 0 if self.backend is None else self.backend.rank
 
     @property
     def workers(self) -> int:
@@ -88,8 +91,8 @@ class Replicas:
         if self.backend is None:
             return
         self.backend.finish()
-        if self.is_chief and self.collectives.backend is None:  # TensorFlow's servers
-            _outlive(self.backend.workers[1:])
+        if self.is_chief and isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            outlive(self.backend.workers[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +179,55 @@ class ReplicaOptions:
         return Replicas(_mirrored(tuple(devices)), collectives, description)
 
 
+def over(backend: WorkerBackend, cpu: int = 1, pack_bytes: int = PACK_BYTES) -> Replicas:
+    """Makes the replicas of this worker, which a backend joins to those of the others.
+
+    Args:
+        backend: what joins the workers.
+        cpu: how many logical CPU devices act as replicas of this worker, where it has no GPU.
+        pack_bytes: up to how many bytes of gradients travel as one.
+
+    Examples:
+        >>> class Alone(WorkerBackend):
+        ...     rank, size, workers = 0, 1, ["this one"]
+        ...     def gather(self, data):
+        ...         return [data]
+        >>> print(over(Alone()).description)
+        replicas: 1, 1 worker with the CPU each, this is worker 0; gradients travel by Alone
+    """
+    devices, what = _devices(cpu)
+    strategy = tf.distribute.MirroredStrategy(devices, cross_device_ops=HostBridge(backend))
+    _collectives[strategy] = collectives = Collectives(backend, pack_bytes)
+    return Replicas(
+        strategy,
+        collectives,
+        f"replicas: {len(devices) * backend.size}, {counted(backend.size, 'worker')} with {what} each, this is worker "
+        f"{backend.rank}; gradients travel by {type(backend).__name__}",
+        backend,
+    )
+
+
+def collectives_of(strategy: tf.distribute.Strategy) -> Collectives:
+    """Finds out how the replicas of a strategy reach each other, and those of other workers that it was connected to.
+
+    Examples:
+        >>> collectives_of(tf.distribute.get_strategy()).backend.two_levels  # TensorFlow's collectives
+        False
+    """
+    return _collectives.get(strategy) or Collectives()
+
+
+def joined_by(strategy: tf.distribute.Strategy) -> WorkerBackend | None:
+    """Finds out what joins this worker's strategy to those of the others; None where nothing does.
+
+    Examples:
+        >>> print(joined_by(tf.distribute.get_strategy()))
+        None
+    """
+    backend = collectives_of(strategy).backend
+    return backend if isinstance(backend, WorkerBackend) else None
+
+
 def create(kind: str = "auto", cpu: int = 1, **options: Any) -> Replicas:
     """Makes the replicas and connects the workers: `ReplicaOptions(kind, cpu, **options).connect()`.
 
@@ -240,7 +292,8 @@ def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reaso
     tensorflow = options.transport == "tensorflow"
     if tensorflow and options.tls is not False:
         raise UserError("replicas.tls encrypts the sockets, and replicas.transport is 'tensorflow': unbind one of them")
-    devices, what = _devices(1 if tensorflow else options.cpu)  # its strategy takes one CPU
+    cpu = 1 if tensorflow else options.cpu  # its strategy takes one CPU
+    _, what = _devices(cpu)  # which may fail: before anybody waits for the others
     started = threading.Event()  # before, TensorFlow has no collectives to abort, and would make others then
     connected = TCPBackend(
         rank,
@@ -249,28 +302,24 @@ def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reaso
         options.patience_seconds,
         lambda reason: _abort(reason) if started.is_set() else None,
     )
-    strategy: tf.distribute.Strategy
     if tensorflow:
-        strategy = _tensorflow_strategy(options.patience_seconds)
+        strategy = workers_strategy(options.patience_seconds)
         started.set()
         if lost := connected.lost():
             _abort(str(lost))
+        made = Replicas(strategy, Collectives(TensorFlowBackend(), options.pack_bytes), "", connected)
         how = "MultiWorkerMirroredStrategy, by TensorFlow's collectives (replicas.transport = 'tensorflow')"
     else:
-        strategy = tf.distribute.MirroredStrategy(devices, cross_device_ops=HostBridge(connected))
+        made = over(connected, cpu, options.pack_bytes)
         auto = ", for they need no server that listens (replicas.transport = 'auto')"
         encrypted = "" if options.tls is False else " in TLS 1.3"
         how = f"direct connections{encrypted}{auto if options.transport == 'auto' else ''}"
-    collectives = Collectives(None if tensorflow else connected, options.pack_bytes)
-    count = topology(strategy, collectives.backend).replicas
-    return Replicas(
-        strategy,
-        collectives,
+    count = made.topology.replicas
+    description = (
         f"replicas: {count}, {counted(len(everyone), 'worker')} with {what} each, this is {task['type']} "
-        f"{task['index']}{reason}; gradients travel by {how}",
-        connected,
-        everyone[rank].rpartition(":")[0].strip("[]"),
+        f"{task['index']}{reason}; gradients travel by {how}"
     )
+    return dataclasses.replace(made, description=description, host=everyone[rank].rpartition(":")[0].strip("[]"))
 
 
 def _connect(options: ReplicaOptions, rank: int, workers: list[str]) -> dict[int, handshake.Link]:
@@ -287,29 +336,6 @@ def _connect(options: ReplicaOptions, rank: int, workers: list[str]) -> dict[int
     credentials = tls.credentials(options.tls, secret, split(workers[rank])[0])
     seal = bool(secret) and not (loopback or credentials) if options.seal is None else options.seal
     return rendezvous.connect(rank, workers, options.start_seconds, secret, options.congestion, seal, credentials)
-
-
-def _tensorflow_strategy(patience_seconds: float) -> tf.distribute.Strategy:
-    # Its servers wait for each other for ever and meanwhile hold Python's lock, so that no thread and no handler of a
-    # signal runs. The workers have just met: one that is missing now is lost, and SIGALRM ends the process: not with
-    # code 1, which says that its own code has failed.
-    faulthandler.dump_traceback_later(patience_seconds)
-    signal.setitimer(signal.ITIMER_REAL, patience_seconds + 0.5)
-    try:
-        return tf.distribute.MultiWorkerMirroredStrategy()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        faulthandler.cancel_dump_traceback_later()
-
-
-def _outlive(workers: Sequence[str]) -> None:
-    """Waits until the servers of the others are gone: TensorFlow calls it an error if the first one ends before."""
-    until = time.monotonic() + _LAST_SECONDS
-    for worker in workers:
-        with contextlib.suppress(OSError):  # nobody listens there
-            while time.monotonic() < until:
-                socket.create_connection(split(worker), timeout=1.0).close()
-                time.sleep(0.05)
 
 
 def _abort(reason: str) -> None:

@@ -20,11 +20,8 @@ import tensorflow as tf
 from dist_partial.distributed.handshake import Link
 from dist_partial.distributed.tcp_arrays import add_up, aligned
 from dist_partial.distributed.tcp_connections import Connections, Message
-from dist_partial.errors import Ending, Fault
-
-# Names of the graph ops that hand a tensor over; `traffic` counts bytes by them.
-SUM_OP = "dist_partial_sum"
-GATHER_OP = "dist_partial_gather"
+from dist_partial.distributed.worker_backend import GATHER_OP, SUM_OP, WorkerBackend
+from dist_partial.errors import Ending, Fault, UserError
 
 _PART, _FINAL = 0, 1  # a chunk yet to be summed; bytes of the result. In this order: what a sum waits for first
 _SMALLEST, _LARGEST = 2**12, 2**19  # bytes of a chunk; the next piece of a tensor travels while one is summed
@@ -37,6 +34,7 @@ class _Tensor:
     gathers: bool
     dtype: np.dtype
     size: int  # of its result
+    outside: bool = False  # of functions
     ops: list["_Op"] = dataclasses.field(default_factory=list)
     results: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # by run
 
@@ -71,7 +69,7 @@ class _Run:
         return not self.waiting and not self.unsent
 
 
-class TCPBackend:
+class TCPBackend(WorkerBackend):
     """Connects all workers by TCP and computes collectives over the connections.
 
     Attributes:
@@ -104,7 +102,10 @@ class TCPBackend:
         self._on_loss = on_loss
         self._closed = False
         self._ops: list[_Op] = []
-        self._outside: dict[tuple[bool, str, int], _Tensor] = {}  # of what is exchanged outside of functions
+        self._outside: dict[tuple[bool, np.dtype, int], _Tensor] = {}  # of what is exchanged outside of functions
+        # By worker: the run outside of functions that was last heard of, and the op that is not known here yet.
+        self._ahead: dict[int, _Run] = {}
+        self._unknown: dict[int, int] = {}
         # Of parts that were added up, by their bytes: fresh memory costs more than to fill it.
         self._spare: dict[int, list[np.ndarray]] = collections.defaultdict(list)
         # Guards all ops and runs; notified when a run is done, or a worker is lost.
@@ -117,7 +118,8 @@ class TCPBackend:
         """Sums and gathers tensors over the workers.
 
         Called while a tf.function is traced, by all workers in the same order. A tensor travels as soon as it is
-        computed. Running it raises a TensorFlow error with the text of `failure` if a worker is lost.
+        computed. Running it raises a TensorFlow error with the text of `failure` if a worker is lost. Called outside
+        of functions it exchanges at once, and raises `failure` itself.
 
         Args:
             sums: [n] each, of static size; float32, float64, bfloat16, float16 or integers. Half precision is added in
@@ -130,6 +132,9 @@ class TCPBackend:
         tensors = [*sums, *gathers]
         if not tensors:
             return [], []
+        if tf.executing_eagerly():
+            summed = [tf.constant(self.sum(t.numpy()), t.dtype) for t in sums]
+            return summed, [tf.constant(self._once(True, t.numpy()), t.dtype) for t in gathers]
         added = [
             self._add(i >= len(sums), t.dtype.as_numpy_dtype, t.shape.num_elements()) for i, t in enumerate(tensors)
         ]
@@ -152,7 +157,11 @@ class TCPBackend:
 
     def sum(self, array: np.ndarray) -> np.ndarray:
         """The sum of an array [n] over the workers, outside of any function; all call it at the same point."""
-        return self._once(False, array)
+        if array.nbytes >= self.size * _SMALLEST:
+            return self._once(False, array)
+        total = np.empty_like(array)  # of what all send to all, so that a worker that leaves it out is known
+        add_up(list(self._once(True, array)), total)
+        return total
 
     def gather(self, data: bytes) -> list[bytes]:
         """Every worker's bytes, of any length each, in rank order; called as `sum` is."""
@@ -187,15 +196,15 @@ class TCPBackend:
 
     def _once(self, gathers: bool, array: np.ndarray) -> np.ndarray:
         # One op serves all exchanges of a kind and size, or a long run would make one a step.
-        key = gathers, array.dtype.str, array.size
+        key = gathers, array.dtype, array.size
         if key not in self._outside:
-            self._outside[key] = self._add(gathers, array.dtype, array.size)
+            self._outside[key] = self._add(gathers, array.dtype, array.size, outside=True)
         tensor = self._outside[key]
         return self._end(tensor, self._begin(tensor, np.ascontiguousarray(array)))
 
-    def _add(self, gathers: bool, dtype: Any, count: int) -> _Tensor:
+    def _add(self, gathers: bool, dtype: Any, count: int, outside: bool = False) -> _Tensor:
         dtype = np.dtype(dtype)
-        tensor = _Tensor(gathers, dtype, self.size * count if gathers else count)
+        tensor = _Tensor(gathers, dtype, self.size * count if gathers else count, outside)
         piece = tensor.size if gathers else self.size * _LARGEST // dtype.itemsize
         with self._changed:
             for start in range(0, max(1, tensor.size), max(1, piece)):
@@ -234,13 +243,28 @@ class TCPBackend:
                 while not run.done():
                     # Whoever is not waited for may have ended as it should, after its last part.
                     late = [rank for _, rank in sorted(run.waiting) if rank != self.rank]
-                    self.failure = self.failure or self._connections.lost(late)
+                    self.failure = self.failure or self._connections.lost(late) or self._gone_on(late)
                     if self.failure:
                         raise self.failure
                     self._changed.wait()
                 del op.runs[run.number]
             result = tensor.results.pop(int(number))
         return result.reshape(self.size, -1) if tensor.gathers else result
+
+    def _gone_on(self, late: Sequence[int]) -> Ending | None:
+        """What to say if one of those that are waited for has left out what is waited for, and goes on beyond it.
+
+        What a worker exchanges outside of functions it begins only after all that it has begun before has ended.
+        """
+        for rank in late:
+            run = self._ahead.get(rank)
+            if self._unknown.get(rank, -1) >= len(self._ops) or (run and run.number >= run.op.begun):
+                return UserError(
+                    f"worker {rank} ({self.workers[rank]}) has gone on where worker {self.rank} "
+                    f"({self.workers[self.rank]}) waits for its part: all workers must take the same number of steps, "
+                    "and evaluate and read metrics at the same points"
+                )
+        return None
 
     def _run(self, op: _Op, number: int) -> _Run:
         if number not in op.runs:
@@ -287,7 +311,9 @@ class TCPBackend:
 
     def _tick(self, run: _Run, kind: int, rank: int) -> None:
         run.waiting.remove((kind, rank))
-        if run.done():
+        if outside := run.op.tensor.outside:
+            self._ahead[rank] = run
+        if outside or run.done():
             self._changed.notify_all()
 
     def _finish(self, run: _Run, array: np.ndarray) -> None:
@@ -305,6 +331,8 @@ class TCPBackend:
             if self._closed:
                 raise EOFError("closed here")
             if number >= len(self._ops):
+                self._unknown[rank] = number
+                self._changed.notify_all()
                 return None  # the peer has traced a function, and begun it, before this worker has
             op = self._ops[number]
             # Workers that differ may divide a tensor among others, and into chunks of the same size.

@@ -10,7 +10,6 @@ Keras differentiates `model.trainable_weights`, so `partial` takes what the rule
 such an optimizer needs `import dist_partial.fit` before `keras.saving.load_model`, or `compile=False`.
 """
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -22,12 +21,15 @@ from dist_partial import compat
 from dist_partial.checkpoints.fingerprints import digest, variables
 from dist_partial.config.words import spoken
 from dist_partial.distributed.per_replica import topology
+from dist_partial.distributed.replicas import collectives_of, joined_by
 from dist_partial.errors import UserError
 from dist_partial.fit import saved_plan
+from dist_partial.fit.alike import begin_alike, check_alike, joined, name_losses
 from dist_partial.fit.loss_scale import PartialLossScale, of
 from dist_partial.fit.optimizer import FROZEN, Partial, freeze
 from dist_partial.fit.saved_plan import Options
 from dist_partial.fit.scheduler import SelectionScheduler, units_of
+from dist_partial.fit.workers import connect, metrics, on_workers
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.plan import Plan, VariablePlan
@@ -36,7 +38,17 @@ from dist_partial.step import batch_norm, optimizers
 from dist_partial.synonyms import known_arguments
 from dist_partial.validation import AtLeast, Has, check_arguments, shown
 
-__all__ = ["Partial", "PartialLossScale", "SelectionScheduler", "partial", "release", "resume"]
+__all__ = [
+    "Partial",
+    "PartialLossScale",
+    "SelectionScheduler",
+    "connect",
+    "metrics",
+    "on_workers",
+    "partial",
+    "release",
+    "resume",
+]
 
 SCHEDULE = Has("select", "give one such as dist_partial.schedules.Rotation(every=20)")
 
@@ -50,14 +62,16 @@ def partial(
     reduction: Any = AllReduce(),  # noqa: B008 (frozen)
     schedule: Annotated[Any, SCHEDULE] = Constant(),  # noqa: B008 (frozen)
     accumulate: Annotated[int, AtLeast(1)] = 1,
+    between_hosts: Any = None,
 ) -> Partial | PartialLossScale:
     """Freezes what the rules do not train, and wraps an optimizer so that only the rest is reduced, once.
 
     Call it inside `strategy.scope()`, before `model.compile`, when the model has its weights: they are a delta's base.
     Loss and metrics stay as in Keras: each replica divides its loss by the number of replicas, and the sum of their
-    gradients is the gradient of the global batch's mean. The optimizer's clipping is of that sum, each optimizer's of
-    its own part. BatchNorm layers of which nothing is trained run in inference mode. A model that has been through here
-    before begins as it was before.
+    gradients is the gradient of the global batch's mean. Under a strategy from `connect` it is the mean over the
+    workers, which all call this at the same point and begin with the first one's weights. The optimizer's clipping is
+    of that sum, each optimizer's of its own part. BatchNorm layers of which nothing is trained run in inference mode. A
+    model that has been through here before begins as it was before.
 
     Args:
         optimizer: a Keras optimizer that has no variables yet, or its name. It trains the rules that name neither an
@@ -67,15 +81,17 @@ def partial(
         reduction: of the rules that name none: `AllReduce`, `Quantized`, `TopK` or `PowerSGD`.
         schedule: what is trained when: the callback `SelectionScheduler` follows it. Each unit has its own optimizer.
         accumulate: steps of `fit` in one update; learning rates, schedules and `iterations` count updates.
+        between_hosts: how gradients cross the workers, once `reduction` has summed those of a worker's own replicas;
+            one of the same. None: `reduction` crosses all replicas.
 
     Returns:
         What `model.compile(optimizer=...)` takes; with loss scaling if the model's policy is mixed_float16. Its `plan`
         prints what is trained.
 
     Raises:
-        UserError: a rule table, a reduction or a schedule that does not fit; a model without variables; an optimizer
-            that is wrapped or built already, was made outside the model's strategy, or accumulates, averages or scales
-            by itself.
+        UserError: a rule table, a reduction or a schedule that does not fit, or that differs among the workers; a
+            model without variables; an optimizer that is wrapped or built already, was made outside the model's
+            strategy, or accumulates, averages or scales by itself.
 
     Examples:
         >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3), keras.layers.Dense(1, name="head")])
@@ -86,23 +102,17 @@ def partial(
     """
     check_arguments(partial, {"schedule": schedule, "accumulate": accumulate})
     strategy = _checked_model(model).distribute_strategy
-    with strategy.scope():
+    backend = joined_by(strategy)
+    with strategy.scope(), joined(backend):
+        begin_alike(backend, model)
         inner = _checked(optimizer, strategy)
-        plan, made, alike = _resolve(rules, model, reduction, schedule, inner)
-        used = list({id(each): each for each in made}.values())
-        asleep = {id(variable) for layer in _freeze_rest(model, plan) for variable in layer.variables}
-        options = Options(
-            inference=[e.path for e in plan.entries if id(e.variable) in asleep],
-            accumulate=accumulate,
-            norms=schedule.statistics == "norms",
-            alike=[i for i, each in enumerate(used) if id(each) in alike] or [0],
-            base=_changeable(model, plan),
-        )
-        wrapped = Partial(used, saved_plan.with_optimizers(plan, made), options)
-        wrapped.build(model.trainable_variables)
+        found = _resolve(rules, model, (reduction, between_hosts), schedule, inner)
+        wrapped = _wrapped(*found, schedule, model, accumulate)
         outer = PartialLossScale(wrapped) if model.dtype_policy.name == "mixed_float16" else wrapped
         outer.build(model.trainable_variables)
-        return outer
+        check_alike(backend, {"optimizer": wrapped.get_config()})
+    name_losses(backend, model)
+    return outer
 
 
 def release(model: keras.Model) -> None:
@@ -161,7 +171,7 @@ def _checked_model(model: Any) -> keras.Model:
     if topology(strategy).workers > 1:
         raise UserError(
             "model.fit of Keras 3.15 fails under MultiWorkerMirroredStrategy with more than one worker, with any "
-            "optimizer: train with dist_partial.train"
+            "optimizer: make the model within dist_partial.connect().strategy.scope()"
         )
     return model
 
@@ -194,7 +204,7 @@ def _checked(optimizer: Any, strategy: tf.distribute.Strategy) -> keras.optimize
 
 
 def _resolve(
-    rules: Sequence[Any], model: keras.Model, reduction: Any, schedule: Any, inner: keras.optimizers.Optimizer
+    rules: Sequence[Any], model: keras.Model, levels: Sequence[Any], schedule: Any, inner: keras.optimizers.Optimizer
 ) -> tuple[Plan, list[keras.optimizers.Optimizer], set[int]]:
     """The plan for the model as it was before `partial`, in the schedule's units.
 
@@ -216,8 +226,10 @@ def _resolve(
     layers, frozen = _frozen(model)
     release(model)
     try:
-        plan = resolve(rules, model, reduction)
-        plan = dataclasses.replace(plan, workers=max(2, tf.distribute.get_strategy().num_replicas_in_sync))
+        plan = resolve(rules, model, levels[0], between_hosts=levels[1])
+        strategy = tf.distribute.get_strategy()
+        backend = collectives_of(strategy).backend
+        plan = plan.among(backend.topology(strategy), two_levels=backend.two_levels)
         for entry in plan.trained:
             _check_reduction(entry, model.dtype_policy.name)
         if schedule.statistics == "probe":
@@ -237,21 +249,37 @@ def _resolve(
         raise
 
 
+def _wrapped(
+    plan: Plan, made: Sequence[Any], similar: set[int], schedule: Any, model: keras.Model, accumulate: int
+) -> Partial:
+    """The optimizer of a plan, whose groups `made` trains, with its slots."""
+    used = list({id(each): each for each in made}.values())
+    asleep = {id(variable) for layer in _freeze_rest(model, plan) for variable in layer.variables}
+    options = Options(
+        inference=[e.path for e in plan.entries if id(e.variable) in asleep],
+        accumulate=accumulate,
+        norms=schedule.statistics == "norms",
+        alike=[i for i, each in enumerate(used) if id(each) in similar] or [0],
+        base=_changeable(model, plan),
+    )
+    wrapped = Partial(used, saved_plan.with_optimizers(plan, made), options)
+    wrapped.build(model.trainable_variables)
+    return wrapped
+
+
 def _check_reduction(entry: VariablePlan, policy: str) -> None:
-    how, names = entry.reduction, saved_plan.REDUCTIONS
-    where = f"rule {entry.rule.match!r}: "
-    if entry.inside is not None:
-        raise UserError(f"{where}model.fit has one host: leave out between_hosts, or train with dist_partial.train")
-    if type(how) not in names.values():
-        raise UserError(
-            f"{where}model.fit cannot reduce by {type(how).__name__} ({how}): take one of {', '.join(names)}, or train "
-            "with dist_partial.train"
-        )
-    if policy == "mixed_float16" and how.state(entry.path, entry.trained_shape, entry.dtype):
-        raise UserError(
-            f"{where}under mixed_float16 a step that overflows is skipped, which {type(how).__name__} ({how}) cannot: "
-            "take AllReduce, or the policy mixed_bfloat16"
-        )
+    names, where = saved_plan.REDUCTIONS, f"rule {entry.rule.match!r}: "
+    for how in (entry.reduction, entry.inside):
+        if how is not None and type(how) not in names.values():
+            raise UserError(
+                f"{where}model.fit cannot reduce by {type(how).__name__} ({how}): take one of {', '.join(names)}, or "
+                "train with dist_partial.train"
+            )
+        if how is not None and policy == "mixed_float16" and how.state(entry.path, entry.trained_shape, entry.dtype):
+            raise UserError(
+                f"{where}under mixed_float16 a step that overflows is skipped, which {type(how).__name__} ({how}) "
+                "cannot: take AllReduce, or the policy mixed_bfloat16"
+            )
 
 
 def _changeable(model: keras.Model, plan: Plan) -> dict[str, str]:

@@ -66,6 +66,21 @@ def of(model: keras.Model) -> Partial | None:
         >>> print(of(model))
         None
     """
-    outer = getattr(model, "optimizer", None)
-    inner = outer.inner_optimizer if isinstance(outer, PartialLossScale) else outer
+    return _inner(getattr(model, "optimizer", None))
+
+
+def all_of(model: keras.Model) -> list[Partial]:
+    """Lists the optimizers from `partial` that a model holds; one with a `train_step` of its own may have several.
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+        >>> all_of(model)
+        []
+    """
+    held = [each if isinstance(each, (list, tuple)) else [each] for each in vars(model).values()]
+    return [inner for several in held for each in several if (inner := _inner(each)) is not None]
+
+
+def _inner(optimizer: Any) -> Partial | None:
+    inner = optimizer.inner_optimizer if isinstance(optimizer, PartialLossScale) else optimizer
     return inner if isinstance(inner, Partial) else None

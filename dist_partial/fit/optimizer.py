@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial import compat
-from dist_partial.distributed.collectives import Collectives
+from dist_partial.distributed.replicas import collectives_of
 from dist_partial.errors import UserError
 from dist_partial.fit import groups, saved_plan
 from dist_partial.fit.saved_plan import Options
@@ -111,6 +111,10 @@ class Partial(keras.optimizers.Optimizer):
         return [v for v in variables if {v.path, v.path.split("/", 1)[-1]} & set(self.options.inference)]
 
     @property
+    def _among_workers(self) -> bool:
+        return collectives_of(compat.strategy_of(self)).backend.two_levels
+
+    @property
     def selected(self) -> list[Any]:
         """The variables that are trained."""
         return [entry.variable for entry in self.plan.trained]
@@ -195,7 +199,12 @@ class Partial(keras.optimizers.Optimizer):
         return gradients
 
     def _summed(self, gradients: list[Any]) -> list[Any]:
-        return reduce_gradients(Collectives(), self.plan, gradients, self._states)[0]
+        strategy = tf.distribute.get_strategy()
+        collectives = collectives_of(strategy)
+        if collectives.backend.two_levels:  # Keras has divided by the replicas of this worker alone
+            workers = collectives.backend.topology(strategy).workers
+            gradients = [gradient if gradient is None else gradient / workers for gradient in gradients]
+        return reduce_gradients(collectives, self.plan, gradients, self._states)[0]
 
     def _update(self, grads: Sequence[Any]) -> None:
         """Applies gradients that are reduced already, in the order of `selected`; called in a replica context."""
@@ -251,8 +260,9 @@ class Partial(keras.optimizers.Optimizer):
             store[name] = variable.numpy()
         if self.schedule_state is not None:
             store["schedule"] = np.frombuffer(self.schedule_state.encode(), np.uint8)
-        for name, copies in self._kept().items():
-            store[name] = tf.stack(copies).numpy()
+        if not self._among_workers:  # of which one alone saves
+            for name, copies in self._kept().items():
+                store[name] = tf.stack(copies).numpy()
 
     def load_own_variables(self, store: Any) -> None:
         self.iterations.assign(store["iteration"])
@@ -262,7 +272,7 @@ class Partial(keras.optimizers.Optimizer):
         self.schedule_state = np.asarray(store["schedule"]).tobytes().decode() if "schedule" in found else None
         for name, copies in self._kept().items():
             # With another number of replicas, what they had left out, or added up, so far is left out for good.
-            if name in found and len(store[name]) == len(copies):
+            if name in found and len(store[name]) == len(copies) and not self._among_workers:
                 for copy, value in zip(copies, store[name], strict=True):
                     copy.assign(value)
             elif name.endswith("_accumulated"):

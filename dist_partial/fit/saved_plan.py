@@ -79,30 +79,43 @@ def to_json(plan: Plan, optimizers: Sequence[keras.optimizers.Optimizer]) -> dic
         rules[numbers[id(group.rule)]] |= {
             "rows": group.rule.rows and list(group.rule.rows),
             "optimizer": next(i for i, each in enumerate(optimizers) if each is owner),
-            "reduction": {"class": type(group.reduction).__name__, **dataclasses.asdict(group.reduction)},
+            "reduction": _reduction_to_json(group.reduction),
+            "inside": group.inside and _reduction_to_json(group.inside),
         }
     entries = [[e.path, list(e.shape), e.dtype, numbers[id(e.rule)], e.unit] for e in plan.entries]
-    return {"rules": rules, "entries": entries, "workers": plan.workers}
+    return {"rules": rules, "entries": entries, "workers": plan.workers, "local": plan.local}
 
 
 def from_json(content: dict[str, Any], optimizers: Sequence[keras.optimizers.Optimizer]) -> Plan:
     """Reads a plan, whose variables `bound` finds."""
     rules: list[Rule] = []
-    reductions: list[Any] = []
+    reductions: list[tuple[Any, Any]] = []
     for each in content["rules"]:
         if not each["train"]:
             rules.append(Rule(each["match"], train=False))
-            reductions.append(None)
+            reductions.append((None, None))
             continue
-        optimizer, fields = optimizers[each["optimizer"]], dict(each["reduction"])
+        optimizer = optimizers[each["optimizer"]]
         rows = tuple(each["rows"]) if each["rows"] else None
         rules.append(Rule(each["match"], optimizer=lambda o=optimizer: o, rows=rows))
-        reductions.append(REDUCTIONS[fields.pop("class")](**fields))
+        reductions.append((_reduction_from_json(each["reduction"]), _reduction_from_json(each.get("inside"))))
     entries = [
-        VariablePlan(path, tuple(shape), dtype, None, rules[number], reductions[number], unit=unit)
+        VariablePlan(path, tuple(shape), dtype, None, rules[number], between, inside, unit=unit)
         for path, shape, dtype, number, unit in content["entries"]
+        for between, inside in [reductions[number]]
     ]
-    return Plan(tuple(rules), tuple(entries), workers=content["workers"])
+    return Plan(tuple(rules), tuple(entries), workers=content["workers"], local=content.get("local", 1))
+
+
+def _reduction_to_json(reduction: Any) -> dict[str, Any]:
+    return {"class": type(reduction).__name__, **dataclasses.asdict(reduction)}
+
+
+def _reduction_from_json(content: dict[str, Any] | None) -> Any:
+    if content is None:
+        return None
+    fields = dict(content)
+    return REDUCTIONS[fields.pop("class")](**fields)
 
 
 def bound(plan: Plan, variables: Sequence[Any]) -> Plan:

@@ -147,7 +147,7 @@ class Restarts:
         if code in (0, INTERRUPTED, *MISTAKES):
             return "the same command would end in the same way"
         if code == EXCEPTION and not progress.step:
-            return "an exception before the first step would come again"
+            return "an exception before any step is on record would come again"
         if again and code not in _AROUND:
             return "it is the same failure as before, and the run has got no further in between"
         if self.count > limit:

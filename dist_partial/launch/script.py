@@ -17,12 +17,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.argv = list(sys.argv[1:] if argv is None else argv)
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
     with cli.ending() as ended:
+        cli.import_tensorflow_quietly()
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
         except SystemExit as exit_:
             text = exit_.code if isinstance(exit_.code, str) else ""
             print(end=text and f"{text}\n", file=sys.stderr)
             ended.code = 1 if text else int(exit_.code or 0)
+            if ended.code:
+                sys.last_value = exit_
+        except BaseException as error:
+            sys.last_value = error  # as Python sets it; `fit.workers` says it to the other workers at exit
+            raise
     return ended.code
 
 

@@ -227,6 +227,16 @@ class Plan:
         """The same if everything were trained and summed in its own dtype."""
         return exact_number(nic_bytes("sum", Fraction(self.full_wire_bytes), self.workers))
 
+    def among(self, topology: Any, two_levels: bool) -> "Plan":
+        """The same plan for the replicas that there are, or, of one process, for replicas on hosts of their own.
+
+        Args:
+            topology: from `distributed.per_replica`.
+            two_levels: whether those of a worker are summed before anything crosses the workers.
+        """
+        workers = topology.workers if topology.workers > 1 else topology.local
+        return dataclasses.replace(self, workers=max(2, workers), local=topology.local if two_levels else 1)
+
     def divided(self, units: Sequence[tuple[str, Sequence[str]]]) -> "Plan":
         """The same plan in units, each a name and paths, that `only` can switch."""
         names = {path: name for name, paths in units for path in paths}

@@ -8,7 +8,6 @@ import keras
 import tensorflow as tf
 
 from dist_partial.distributed.collectives import Collectives, run_rounds
-from dist_partial.distributed.per_replica import topology
 from dist_partial.reductions.base import total
 from dist_partial.step.gradients import local_sum, model_outputs, own_part
 from dist_partial.step.objective import Batch, Objective
@@ -43,7 +42,7 @@ def evaluation_steps(spec: EvaluationSpec, iterator: Any, steps: tf.Tensor, exam
         float64 [1 + numbers of the metrics], this worker's sums: of the batches' losses, and of what they add to the
         metrics.
     """
-    replicas = topology(spec.strategy, spec.collectives.backend)
+    replicas = spec.collectives.backend.topology(spec.strategy)
     room = -(-examples // replicas.replicas) * replicas.local
 
     def one_step(i: tf.Tensor, sums: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

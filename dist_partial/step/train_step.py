@@ -13,7 +13,6 @@ import keras
 import tensorflow as tf
 
 from dist_partial.distributed.collectives import BETWEEN, INSIDE, Collectives, run_rounds
-from dist_partial.distributed.per_replica import topology
 from dist_partial.errors import calling
 from dist_partial.reductions.base import total as total_over_replicas
 from dist_partial.reductions.reduce_gradients import reduce_gradients
@@ -96,7 +95,7 @@ class StepSpec:
     @property
     def replicas(self) -> int:
         """How many there are in all."""
-        return topology(self.strategy, self.collectives.backend).replicas
+        return self.collectives.backend.topology(self.strategy).replicas
 
     @property
     def statistics(self) -> Sequence[Any]:

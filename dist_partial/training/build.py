@@ -157,10 +157,8 @@ def _plan(settings: Settings, model: keras.Model, replicas: Replicas) -> selecti
     adapters = lora.enable(settings.rules, model, settings.seed)
     plan = selection.resolve(settings.rules, model, settings.reduction, adapters, settings.between_hosts)
     check_levels(plan, replicas)
-    workers, local = replicas.topology.workers, replicas.topology.local
-    # Of one process what would be sent is that of replicas on hosts of their own; TensorFlow's collectives know none.
-    hosts = replicas.collectives.backend is not None
-    return dataclasses.replace(plan, workers=max(2, workers if workers > 1 else local), local=local if hosts else 1)
+    # TensorFlow's collectives know replicas alone.
+    return plan.among(replicas.topology, two_levels=replicas.collectives.backend.two_levels)
 
 
 def _build(settings: Settings, replicas: Replicas) -> Trainer:

@@ -155,7 +155,7 @@ def check_division(settings: Settings, replicas: int) -> None:
 
 def check_levels(plan: Plan, replicas: Replicas) -> None:
     """Raises UserError if a reduction between hosts is asked of TensorFlow's collectives, which know replicas only."""
-    if replicas.workers > 1 and replicas.collectives.backend is None:
+    if replicas.workers > 1 and not replicas.collectives.backend.two_levels:
         for entry in plan.trained:
             if entry.inside is not None:
                 raise UserError(

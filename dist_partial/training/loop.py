@@ -18,7 +18,7 @@ from dist_partial.config.settings import Settings
 from dist_partial.data import reading
 from dist_partial.distributed import traffic
 from dist_partial.distributed.replicas import Replicas
-from dist_partial.errors import Ending
+from dist_partial.errors import Ending, UserError, calling
 from dist_partial.selection.table import plan_summary
 from dist_partial.session import put_back
 from dist_partial.step.optimizers import finalize
@@ -30,6 +30,7 @@ from dist_partial.training.metric_writer import MetricWriter
 from dist_partial.training.progress import Progress
 from dist_partial.training.schedule_runner import ScheduleRunner
 from dist_partial.training.state import TrainState
+from dist_partial.validation import shown
 
 
 @failures.released()
@@ -55,7 +56,7 @@ def run(
         UserError, Fault, Raised: see `errors`; on every worker, whichever of them it happened on.
         Interrupted: Ctrl-C or SIGTERM on any of the workers; the state is saved.
     """
-    folder, replicas = Path(folder), settings.replicas()
+    folder, replicas = Path(folder), _replicas(settings)
     data_readers = reading(settings.readers, settings.reader_processes)
     with put_back(), failures.ended_together(replicas), data_readers, Progress(replicas.is_chief) as progress:
         trainer = _built(settings, replicas, bindings or {}, progress)
@@ -92,6 +93,16 @@ def run(
         if stop.interrupted and state.step < settings.steps:
             stop(state, folder)
     return trainer
+
+
+def _replicas(settings: Settings) -> Replicas:
+    with calling("run.replicas"):
+        made = settings.replicas()
+    if not isinstance(made, Replicas):
+        raise UserError(
+            f"run.replicas made {shown(made)}: return Replicas, as dist_partial.distributed.replicas.over(backend) does"
+        )
+    return made
 
 
 def _built(settings: Settings, replicas: Replicas, bindings: Mapping[str, str], progress: Progress) -> Trainer:

@@ -359,7 +359,7 @@ class ScheduleRunner:
         plan = plan.traced(train.without_gradient, reductions.averages(plan, averaged))
         if trainer.replicas.topology.replicas > 1:  # or else nothing is sent
             plan = plan.traced(
-                train.without_gradient, traffic.beyond(plan, sent, exchanges, collectives.backend is not None)
+                train.without_gradient, traffic.beyond(plan, sent, exchanges, collectives.backend.two_levels)
             )
         if isinstance(trainer.schedule, ByteBudget) and plan.nic_bytes > trainer.schedule.bytes:
             raise UserError(

@@ -90,6 +90,13 @@ def finetune(found: Mapping[str, Any]) -> Tables:
     return {"": markdown([*header, "peak GB", "checkpoint, MB"], lines)}
 
 
+def fit(found: Mapping[str, Any]) -> Tables:
+    header = ["trained", "the loop, ms a step", "fit, ms a step", "ratio", "a call of fit besides, ms"]
+    names = ("loop ms", "fit ms", "ratio", "call ms")
+    lines = [[_TRAINED_OF_FOUR[row["selected"]], *(row[name] for name in names)] for row in found["rows"]]
+    return {"`model.fit` on two workers": markdown(header, lines)}
+
+
 def plan(found: Mapping[str, Any]) -> Tables:
     header = ["what is trained", "rate", "hosts", "predicted, ms", "measured, ms", "error"]
     names = ("config", "rate", "hosts", "predicted_ms", "measured_ms")
@@ -175,13 +182,18 @@ def waits(found: Mapping[str, Any]) -> Tables:
 
 
 def wire(found: Mapping[str, Any]) -> Tables:
-    """Milliseconds a step, a line a setting; the ratio to DDP's in brackets."""
+    """Milliseconds a step, and of them CPU; a line a setting, with the ratio to DDP's in brackets."""
     settings: dict[tuple[Any, ...], dict[tuple[str, str], Mapping[str, Any]]] = {}
     for row in found["rows"]:
         place = settings.setdefault((row["hosts"], row["rate"], row["selected"]), {})
         place[row["system"], row["dtype"]] = row
-    lines = [[*key, *(_cell(place.get(column)) for column in _WIRE.values())] for key, place in settings.items()]
-    return {"": markdown(["hosts", "link", "trained", *_WIRE], lines, words=3)}
+    times = [[*key, *(_cell(place.get(column)) for column in _WIRE.values())] for key, place in settings.items()]
+    systems = {name: column for name, column in _WIRE.items() if column[0] != "limit"}
+    cpu = [[*key, *(_cpu(place, column) for column in systems.values())] for key, place in settings.items()]
+    return {
+        "Time of a step": markdown(["hosts", "link", "trained", *_WIRE], times, words=3),
+        "CPU of a step": markdown(["hosts", "link", "trained", *systems], cpu, words=3),
+    }
 
 
 def _without(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -196,6 +208,14 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     took = f"{row['step_ms']:.0f}" if row["step_ms"] >= 100 else f"{row['step_ms']:.1f}"
     compared = row["system"] in ("tensorflow", "dist_partial") and row["of_ddp"]
     return took + (f" ({row['of_ddp']:.2f})" if compared else "") + (" failed" if "failed" in row else "")
+
+
+def _cpu(place: Mapping[tuple[str, str], Mapping[str, Any]], column: tuple[str, str]) -> str:
+    own, other = (place.get(key, {}).get("cpu_ms") for key in (column, _WIRE["DDP, float32"]))
+    if own is None:
+        return ""
+    took = f"{own:.0f}" if own >= 100 else f"{own:.1f}"
+    return took + (f" ({own / other:.2f})" if other and column[0] != "ddp" else "")
 
 
 def _losses(rows: Rows, seconds: bool = False) -> str:
@@ -223,6 +243,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], Tables]] = {
         collectives,
         faults,
         finetune,
+        fit,
         plan,
         quality,
         records,

@@ -3,12 +3,14 @@
 python -m tests.benchmarks.wire --python_torch=PYTHON_WITH_TORCH
 
 Hosts are network namespaces, so this needs root and iproute2. Each system runs in processes of its own, one a host; in
-another round they are started in reverse order. `--smoke` only shows that everything runs.
+another round they are started in reverse order. A cell of the table is written as soon as it is measured: the same
+command with `--resume` measures those that are missing, or have failed. `--smoke` only shows that everything runs.
 """
 
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -180,17 +182,32 @@ def compare(setting: Setting, rows: list[dict[str, Any]]) -> None:
             values.setdefault("failed", []).append(f"trains something else: losses {own}, not {losses[0]}")
 
 
-def write(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    content = {
+def about(options: argparse.Namespace) -> dict[str, Any]:
+    """What all cells of one file have in common."""
+    return {
         "command": COMMAND,
         "model": MODEL,
         "cores": os.cpu_count(),
         "rounds": options.rounds,
         "blocks_a_round": options.repeats,
-        "rows": rows,
     }
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def measured(options: argparse.Namespace) -> dict[Setting, list[dict[str, Any]]]:
+    """The rows of cells that are in the results, without those in which something has failed."""
+    content = json.loads(RESULTS.read_text())
+    rows = content.pop("rows")
+    if content != about(options):
+        sys.exit(f"error: {RESULTS} was measured otherwise: {content}; leave out --resume")
+    found: dict[Setting, list[dict[str, Any]]] = {}
+    for values in rows:
+        found.setdefault(Setting(values["hosts"], values["rate"], values["selected"]), []).append(values)
+    return {setting: cell for setting, cell in found.items() if not any("failed" in values for values in cell)}
+
+
+def write(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(about(options) | {"rows": rows}, indent=1) + "\n")
 
 
 def names(known: Sequence[str]) -> Any:
@@ -207,17 +224,21 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=COMMAND)
     torch_here = sys.executable if importlib.util.find_spec("torch") else None
     parser.add_argument("--python_torch", default=torch_here, help="the Python that has PyTorch; without it, no DDP")
-    parser.add_argument("--hosts", type=lambda text: [int(count) for count in text.split(",")], default=[2, 4])
+    parser.add_argument("--hosts", type=lambda text: [int(count) for count in text.split(",")], default=None)
     parser.add_argument("--rates", type=names(list(RATES)), default=list(RATES))
     parser.add_argument("--selected", type=names(list(SELECTIONS)), default=list(SELECTIONS))
     parser.add_argument("--systems", type=names(list(SYSTEMS)), default=list(SYSTEMS))
     parser.add_argument("--rounds", type=int, default=2, help="times that each system is started")
     parser.add_argument("--repeats", type=int, default=3, help="timed blocks in each round")
     parser.add_argument("--steps", type=int, help="steps a block; left out, as many as take about 1.5 s")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what is in the results, and measure the cells that are not"
+    )
     parser.add_argument("--smoke", action="store_true", help="a short run that writes no results")
     options = parser.parse_args()
+    options.hosts = options.hosts or ([2] if options.smoke else [2, 4, 8])
     if options.smoke:
-        options.hosts, options.rates, options.selected = [2], ["unshaped"], ["part"]
+        options.rates, options.selected = ["unshaped"], ["part"]
         options.rounds, options.repeats, options.steps = 1, 2, 2
     return options
 
@@ -232,19 +253,24 @@ def main() -> None:
         print("no --python_torch: DDP is left out", file=sys.stderr)
     # So that workers are ended and hosts removed as well when this is ended from outside.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    known = measured(options) if options.resume and not options.smoke else {}
     rows: list[dict[str, Any]] = []
-    for count in options.hosts:
-        for rate in options.rates:
-            with hosts.hosts(count, None if rate == "unshaped" else rate):
-                for selected in options.selected:
-                    setting = Setting(count, rate, selected)
-                    found = limits(setting) + measure(setting, order, options)
-                    compare(setting, found)
-                    rows += found
-                    order = order[1:] + order[:1]
-                    if not options.smoke:
-                        write(rows, options)
+    for number, values in enumerate(itertools.product(options.hosts, options.rates, options.selected)):
+        setting = Setting(*values)
+        found = known.pop(setting, None)
+        if found is None:
+            first = number % len(order)
+            with hosts.hosts(setting.hosts, None if setting.rate == "unshaped" else setting.rate):
+                found = limits(setting) + measure(setting, order[first:] + order[:first], options)
+            compare(setting, found)
+        rows += found
+        if not options.smoke:
+            write([*rows, *itertools.chain(*known.values())], options)
     print(f"{MODEL}; ms a step, the ratio to DDP in brackets\n\n{tables.text('wire', {'rows': rows})}")
+    slower = [values for values in rows if values["system"] == "dist_partial" and (values["of_ddp"] or 0) > 1.05]
+    for values in slower:
+        setting = Setting(values["hosts"], values["rate"], values["selected"])
+        print(f"{setting}, {values['dtype']}: {values['of_ddp']} of DDP's time")
 
 
 if __name__ == "__main__":

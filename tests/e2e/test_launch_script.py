@@ -86,3 +86,18 @@ def test_a_script_ends_as_a_command_does(line, code, said, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     assert script.main([str(path), "argument"]) == code
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [("1 / 0", ZeroDivisionError), ("raise SystemExit('no data')", SystemExit), ("exit()", type(None))],
+)
+def test_what_runs_at_exit_finds_the_exception(line, found, tmp_path, monkeypatch):
+    """As `dist_partial.fit` does, which says it to the other workers."""
+    path = tmp_path / "mine.py"
+    path.write_text(f"{line}\n")
+    monkeypatch.setattr(sys, "argv", ["script"])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setattr(sys, "last_value", None, raising=False)
+    script.main([str(path)])
+    assert isinstance(sys.last_value, found)

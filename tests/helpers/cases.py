@@ -10,8 +10,10 @@ import tensorflow as tf
 
 from dist_partial import reductions, selection
 from dist_partial.data import ArraySource, Dataset, fingerprint
-from dist_partial.distributed import per_replica, traffic
+from dist_partial.distributed import traffic
+from dist_partial.distributed.backend import Backend
 from dist_partial.distributed.collectives import Collectives
+from dist_partial.distributed.tensorflow_backend import TensorFlowBackend
 from dist_partial.models import byte_transformer, two_dense
 from dist_partial.reductions.reduce_gradients import make_states
 from dist_partial.step import batch_norm, losses, optimizers
@@ -305,7 +307,7 @@ def train(
     )
     compiled = train_step(spec)
 
-    iterator = worker_iterator(strategy, data, collectives.backend if collectives else None)
+    iterator = worker_iterator(strategy, data, spec.collectives.backend)
     traced = compiled.function.get_concrete_function(iterator, tf.constant(1))
     losses = []
     for done in range(0, len(data), steps_per_call):
@@ -326,10 +328,12 @@ def train(
 
 
 def worker_iterator(
-    strategy: tf.distribute.Strategy, data: list[tuple[np.ndarray, np.ndarray]], backend: Any = None
+    strategy: tf.distribute.Strategy,
+    data: list[tuple[np.ndarray, np.ndarray]],
+    backend: Backend = TensorFlowBackend(),  # noqa: B008 (it has no state)
 ) -> Any:
     """This worker's part of each batch, over and over."""
-    context = per_replica.topology(strategy, backend).input_context
+    context = backend.topology(strategy).input_context
     parts = [[np.split(column, context.num_input_pipelines)[context.input_pipeline_id] for column in b] for b in data]
     return iter(tf.data.Dataset.from_tensor_slices(tuple(np.stack(c) for c in zip(*parts, strict=True))).repeat())
 

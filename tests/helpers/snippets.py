@@ -12,6 +12,7 @@ whatever trains takes few steps. A `gin` block loads over gin_configs/quickstart
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import textwrap
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tests import ROOT
@@ -88,6 +90,25 @@ def blocks(page: Path) -> list[Block]:
         line = text.count("\n", 0, match.start("code")) + 1
         found.append(Block(page, line, match["language"].strip(), textwrap.dedent(match["code"]), notes))
     return found
+
+
+def page_module(page: str, name: str, folder: Path) -> ModuleType:
+    """The module that a page has its reader save as `name`.py, saved in the folder and imported.
+
+    Args:
+        page: its path below docs/.
+        name: of the module.
+        folder: where it is saved.
+    """
+    code = "".join(block.code for block in blocks(ROOT / "docs" / page))
+    [text] = re.findall(rf"^cat > {name}\.py <<'END'\n(.*?)^END$", code, re.M | re.S)
+    path = folder / f"{name}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def headings(block: Block) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """One worker of tests/integration/test_two_levels.py: trains by every reduction, and saves where it ends."""
 
+import functools
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -74,7 +76,11 @@ def train(made: replicas.Replicas, name: str, steps: int = STEPS) -> dict[str, n
 
 
 if __name__ == "__main__":
-    connected = replicas.create("multi_worker", cpu=int(sys.argv[1]))
+    make = functools.partial(replicas.create, "multi_worker")
+    if len(sys.argv) > 3:  # a module that has a backend of its own
+        os.chdir(sys.argv[2])
+        make = importlib.import_module(sys.argv[3]).replicas
+    connected = make(cpu=int(sys.argv[1]))
     for each in REDUCTIONS:
         np.savez(Path(sys.argv[2]) / f"{each}-{connected.backend.rank}.npz", **train(connected, each))
     connected.sum(np.zeros(1))  # none leaves before the others

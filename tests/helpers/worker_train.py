@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
+from tensorflow.python.distribute import collective_all_reduce_strategy
 
 from dist_partial.distributed import replicas
 from tests.helpers import cases
@@ -28,7 +29,21 @@ def main(made: replicas.Replicas, folder: Path, dtype: str) -> None:
     made.sum(np.zeros(1))  # none leaves before the others
 
 
+def several_cpus(count: int) -> None:
+    """Has TensorFlow's multi-worker strategy take several devices where there is no GPU, as it takes all GPUs."""
+    replicas.simulated(count)
+    extended = collective_all_reduce_strategy.CollectiveAllReduceExtended
+    extended._initialize_local_devices = lambda self, resolver, worker: (
+        tuple(f"{worker}/device:CPU:{i}" for i in range(count)),
+        "CPU",
+    )
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "tensorflow":
+        several_cpus(int(sys.argv[2]))
     connected = replicas.create("multi_worker", transport=sys.argv[1], cpu=int(sys.argv[2]))
+    assert connected.strategy.num_replicas_in_sync == int(sys.argv[2]) * (2 if sys.argv[1] == "tensorflow" else 1)
+    assert connected.topology.replicas == 2 * int(sys.argv[2])
     for precision in sys.argv[4:]:
         main(connected, Path(sys.argv[3]), precision)

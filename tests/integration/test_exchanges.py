@@ -231,7 +231,7 @@ def noisy() -> keras.Model:
 def _train_worker(transport: str, folder: Path) -> None:
     """One of two workers: two runs; that in float64 by TensorFlow's collectives is made in pieces."""
     made = replicas.create("multi_worker", transport=transport)
-    assert (made.collectives.backend is not None) == (transport == "sockets")
+    assert made.collectives.backend.two_levels == (transport == "sockets")
     made.backend.close = lambda reason=None: None  # which a run calls at its end; the next one here goes on with it
     stops = (STEPS,) if transport == "sockets" else (4, STEPS)
     for precision, steps in (*(("float64", steps) for steps in stops), ("float32", STEPS)):

@@ -11,7 +11,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("transport", "cpu", "dtypes"),
-    [("sockets", 1, ["float64", "float32"]), ("sockets", 2, ["float64"]), ("tensorflow", 1, ["float64"])],
+    [
+        ("sockets", 1, ["float64", "float32"]),
+        ("sockets", 2, ["float64"]),
+        ("tensorflow", 1, ["float64"]),
+        ("tensorflow", 2, ["float64"]),
+    ],
 )
 def test_two_workers_equal_one_device(transport, cpu, dtypes, tmp_path):
     command = ["-m", "tests.helpers.worker_train", transport, str(cpu), str(tmp_path), *dtypes]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tests.helpers.snippets import page_module
 from tests.helpers.worker_levels import BATCH, FIRST, RATE, REDUCTIONS, STEPS, X, Y
 from tests.helpers.workers import run_workers
 
@@ -39,6 +40,20 @@ def test_a_worker_of_two_replicas_is_as_one_of_one(found, name):
 def test_both_workers_end_alike(found, name):
     for key, value in found[2, name, 0].items():
         assert value.tobytes() == found[2, name, 1][key].tobytes(), key
+
+
+def test_a_backend_of_ones_own(found, tmp_path):
+    """That of the documentation ends with the bits of the connections."""
+    page_module("explanation/collectives.md", "shared_folder", tmp_path)
+    command = ["-m", "tests.helpers.worker_levels", "2", str(tmp_path), "shared_folder"]
+    for code, output in run_workers(command, workers=2, timeout=300, pythonpath=tmp_path):
+        assert code == 0, output[-3000:]
+    for name in REDUCTIONS:
+        for worker in (0, 1):
+            ends = dict(np.load(tmp_path / f"{name}-{worker}.npz"))
+            assert ends.keys() == found[2, name, worker].keys()
+            for key, value in found[2, name, worker].items():
+                assert value.tobytes() == ends[key].tobytes(), (name, key)
 
 
 def descended(kernel, rows):

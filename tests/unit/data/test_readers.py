@@ -241,9 +241,10 @@ def test_arrays_are_in_memory_once():
 
 
 UNGUARDED = """
+from dist_partial.data.readers import started
 from tests.unit.data.test_readers import Remote, X, Y, batches, reading
 with reading(processes=1):
-    next(iter(batches(Remote(X, Y))))
+    next(started(batches(Remote(X, Y))))
 """
 
 
@@ -264,12 +265,12 @@ SCRIPT = """
 import os, sys, threading, time
 import numpy as np
 from dist_partial.data import reading
-from dist_partial.data.readers import readers
+from dist_partial.data.readers import readers, started
 from tests.unit.data.test_readers import Remote, X, Y, batches
 
 if __name__ == "__main__":
     with reading(processes=2):
-        found = iter(batches(Remote(X, Y)))
+        found = started(batches(Remote(X, Y)))
         pids = {int(next(found)[0][0, 0]) for _ in range(8)}
         source = Remote(X[:24], Y[:24])
         read = readers().reader(source)

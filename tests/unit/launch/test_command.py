@@ -114,7 +114,7 @@ def test_pods_that_are_not_to_be_replaced(monkeypatch, tmp_path, capsys):
     )
     assert [pod(75, step) for step in (1, 2, 3, 4)] == [75] * 4
     assert pod(1) == 2
-    assert "an exception before the first step would come again" in capsys.readouterr().err
+    assert "an exception before any step is on record would come again" in capsys.readouterr().err
     assert [pod(code) for code in (75, 75, 0, 75, 75, 2, 75, 75, 130)] == [75, 75, 0, 75, 75, 2, 75, 75, 130]
 
 

@@ -1,0 +1,133 @@
+"""Backends that join workers, each of which has a strategy of its own: its replicas add up before anything leaves."""
+
+import abc
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from dist_partial.distributed.backend import ALL, BETWEEN, HOST, INSIDE, Exchanged, inside, joined
+from dist_partial.distributed.per_replica import Topology
+from dist_partial.distributed.tcp_arrays import add_up
+from dist_partial.errors import Ending, UserError
+from dist_partial.validation import counted
+
+# Names of the graph ops that hand a tensor over; `traffic` counts bytes by them.
+SUM_OP = "dist_partial_sum"
+GATHER_OP = "dist_partial_gather"
+
+
+class WorkerBackend(abc.ABC):
+    """Joins workers: a `Backend`, and what a run says and compares outside of functions.
+
+    A subclass sets the attributes and has a `gather`; all else follows from it. `sum` and `exchange` are there to be
+    replaced by what sends less, or sooner.
+
+    Attributes:
+        rank: which of the workers this is, from 0; the first one writes the run folder.
+        size: how many there are.
+        workers: what messages call each, such as its 'host:port'.
+
+    Examples:
+        >>> class Alone(WorkerBackend):
+        ...     rank, size, workers = 0, 1, ["this one"]
+        ...     def gather(self, data):
+        ...         return [data]
+        >>> Alone().sum(np.float32([1, 2])).tolist()
+        [1.0, 2.0]
+        >>> sums, gathered = Alone().over_replicas([tf.constant([1.0])], [tf.constant([2])])
+        >>> sums[0].numpy().tolist(), gathered[0].numpy().tolist()
+        ([1.0], [[2]])
+    """
+
+    rank: int
+    size: int
+    workers: Sequence[str]
+    two_levels = True
+
+    @abc.abstractmethod
+    def gather(self, data: bytes) -> list[bytes]:
+        """Every worker's bytes, of any length each, in rank order; all call it at the same point.
+
+        It may run in any thread, one call after the other. Where a worker is lost it raises `errors.Fault`, after which
+        launchers start all again.
+        """
+
+    def sum(self, array: np.ndarray) -> np.ndarray:
+        """The sum of an array [n] over the workers, added in rank order: the same bits on all; called as `gather`."""
+        total = np.empty(array.size, array.dtype)
+        add_up(self._rows(array), total)
+        return total
+
+    def exchange(self, sums: Sequence[tf.Tensor], gathers: Sequence[tf.Tensor]) -> Exchanged:
+        """Sums and gathers tensors over the workers; called by all in the same order, mostly while one is traced.
+
+        Args:
+            sums: [n] each, of static size; floats or integers.
+            gathers: [n] each, of static size and any fixed-size dtype.
+
+        Returns:
+            The sums [n], the same bits on all workers, and the gathered [size, n], in rank order.
+        """
+
+        def called(function: Callable[[np.ndarray], np.ndarray], tensor: tf.Tensor, shape: Any, name: str) -> tf.Tensor:
+            # TensorFlow runs what has side effects in the order in which it was traced: the same on all workers.
+            result = tf.numpy_function(function, [tensor], tensor.dtype, name=name)
+            # Not by an ensure_shape, with which TensorFlow rewrites what follows, so that it rounds in another way.
+            result.set_shape(shape)
+            return result
+
+        return (
+            [called(self.sum, tensor, tensor.shape, SUM_OP) for tensor in sums],
+            [called(self._stacked, tensor, [self.size, *tensor.shape], GATHER_OP) for tensor in gathers],
+        )
+
+    def finish(self) -> None:
+        """Waits until all workers call it: none takes one that has ended before for lost."""
+        self.sum(np.zeros(1, np.float32))
+
+    def lost(self) -> Ending | None:
+        """What has become of a worker that is gone, where that is known before anything waits for it, or None."""
+        return None
+
+    def close(self, reason: Ending | None = None) -> None:  # noqa: B027 (there may be nothing to close)
+        """Ends this worker's part.
+
+        Args:
+            reason: why it ends before the others, who should hear of it.
+        """
+
+    def topology(self, strategy: tf.distribute.Strategy) -> Topology:
+        """How many replicas all workers have, and which are this one's, whose strategy is given."""
+        return Topology(strategy, self.size, self.rank)
+
+    def over_replicas(self, sums: Sequence[tf.Tensor], gathers: Sequence[tf.Tensor], level: str = ALL) -> Exchanged:
+        """Sums and gathers over the replicas of this worker by TensorFlow, and over the workers by `exchange`."""
+        context: Any = tf.distribute.get_replica_context()
+        if level == INSIDE:
+            return inside(sums, gathers)
+        if context.num_replicas_in_sync == 1:
+            with tf.device(HOST):
+                return self.exchange(sums, gathers)
+        return context.merge_call(functools.partial(self._across, len(sums), level == BETWEEN), args=[*sums, *gathers])
+
+    def _across(self, sums: int, alike: bool, strategy: tf.distribute.Strategy, *values: Any) -> Exchanged:
+        with tf.device(HOST):
+            totals, stacked = joined(sums, alike, strategy, *values)
+            summed, gathered = self.exchange(totals, [tf.reshape(each, [-1]) for each in stacked])
+            return summed, [tf.reshape(each, [-1, own.shape[-1]]) for each, own in zip(gathered, stacked, strict=True)]
+
+    def _stacked(self, array: np.ndarray) -> np.ndarray:
+        """Every worker's array [n]: [size, n]."""
+        return np.stack(self._rows(array))
+
+    def _rows(self, array: np.ndarray) -> list[np.ndarray]:
+        rows = self.gather(array.tobytes())
+        if (lengths := [len(row) for row in rows]) != [array.nbytes] * self.size:
+            raise UserError(
+                f"{type(self).__name__}.gather returned rows of {lengths} bytes, where each of "
+                f"{counted(self.size, 'worker')} sends {array.nbytes}: return the bytes of all, in rank order"
+            )
+        return [np.frombuffer(row, array.dtype) for row in rows]
