@@ -79,8 +79,9 @@ class Replicas:
             say(line)
 
     def sum(self, value: Any) -> np.ndarray:
-        """The sum of a vector over the workers; all call it at the same point."""
-        return np.asarray(value) if self.backend is None else self.backend.sum(np.asarray(value))
+        """The sum of an array, or a number, over the workers; all call it at the same point."""
+        array = np.asarray(value)
+        return array if self.backend is None else self.backend.sum(array.ravel()).reshape(array.shape)
 
     def gather(self, data: bytes) -> list[bytes]:
         """Every worker's bytes, in rank order; all call it at the same point."""

@@ -262,7 +262,7 @@ class TCPBackend(WorkerBackend):
                 return UserError(
                     f"worker {rank} ({self.workers[rank]}) has gone on where worker {self.rank} "
                     f"({self.workers[self.rank]}) waits for its part: all workers must take the same number of steps, "
-                    "and evaluate and read metrics at the same points"
+                    "of batches of the same shapes, and evaluate and read metrics at the same points"
                 )
         return None
 

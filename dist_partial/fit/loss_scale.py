@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from dist_partial import compat
 from dist_partial.fit.optimizer import Partial
 from dist_partial.selection.plan import Plan
 
@@ -66,21 +67,54 @@ def of(model: keras.Model) -> Partial | None:
         >>> print(of(model))
         None
     """
-    return _inner(getattr(model, "optimizer", None))
+    return unwrapped(getattr(model, "optimizer", None))
 
 
-def all_of(model: keras.Model) -> list[Partial]:
-    """Lists the optimizers from `partial` that a model holds; one with a `train_step` of its own may have several.
+def all_of(model: keras.Model) -> list[Any]:
+    """Lists the optimizers from `partial` that a model, or a model in it, holds: a `train_step` may use several.
 
     Examples:
         >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
         >>> all_of(model)
         []
     """
-    held = [each if isinstance(each, (list, tuple)) else [each] for each in vars(model).values()]
-    return [inner for several in held for each in several if (inner := _inner(each)) is not None]
+    return [each for each in _optimizers(model) if unwrapped(each) is not None]
 
 
-def _inner(optimizer: Any) -> Partial | None:
+def others_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
+    """Lists the optimizers of a model's own `train_step` that are not from `partial`.
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+        >>> model.of_the_judge = keras.optimizers.SGD()
+        >>> [type(each).__name__ for each in others_of(model)]
+        ['SGD']
+    """
+    # `compile` without an optimizer makes one that nobody uses where the model has others.
+    held = [each for each in _optimizers(model) if each is not getattr(model, "optimizer", None)]
+    inner = {id(each.inner_optimizer) for each in held if isinstance(each, keras.optimizers.LossScaleOptimizer)}
+    return [each for each in held if unwrapped(each) is None and id(each) not in inner]
+
+
+def _optimizers(model: keras.Model) -> list[Any]:
+    """Those in attributes of the model, and in lists and dicts of it, and those with which models in it are compiled."""
+    waiting = [*vars(model).values(), *(getattr(layer, "optimizer", None) for layer in compat.layers(model))]
+    seen: dict[int, Any] = {}
+    while waiting:
+        value = waiting.pop(0)
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [each for each in seen.values() if isinstance(each, keras.optimizers.Optimizer)]
+
+
+def unwrapped(optimizer: Any) -> Partial | None:
+    """Takes the loss scale off an optimizer from `partial`; None of one that is not from it.
+
+    Examples:
+        >>> print(unwrapped(keras.optimizers.SGD()))
+        None
+    """
     inner = optimizer.inner_optimizer if isinstance(optimizer, PartialLossScale) else optimizer
     return inner if isinstance(inner, Partial) else None

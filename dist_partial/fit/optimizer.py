@@ -276,7 +276,15 @@ class Partial(keras.optimizers.Optimizer):
                 for copy, value in zip(copies, store[name], strict=True):
                     copy.assign(value)
             elif name.endswith("_accumulated"):
-                self._done.assign(0)
+                self.begin_sums()
+
+    def begin_sums(self) -> None:
+        """Leaves out what each replica has added up so far; called in the cross-replica context."""
+        if self.built and self.options.accumulate > 1:
+            self._done.assign(0)
+            for own in self._sums:
+                for copy in compat.strategy_of(self).experimental_local_results(own):
+                    copy.assign(tf.zeros_like(copy))
 
     def _counters(self) -> dict[str, Any]:
         names = [("squares", self.options.norms), ("_done", self.options.accumulate > 1)]

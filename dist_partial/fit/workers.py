@@ -30,13 +30,14 @@ from dist_partial.distributed.replicas import ReplicaOptions, Replicas, collecti
 from dist_partial.distributed.worker_backend import WorkerBackend
 from dist_partial.errors import Ending, UserError, raised
 from dist_partial.fit.alike import broadcast, check_alike, differing, name_losses, send, together
-from dist_partial.fit.loss_scale import all_of
+from dist_partial.fit.loss_scale import all_of, others_of, unwrapped
 from dist_partial.validation import nearest, shown
 
 _SAVING = (
     keras.callbacks.BackupAndRestore,
     keras.callbacks.CSVLogger,
     keras.callbacks.ModelCheckpoint,
+    keras.callbacks.OrbaxCheckpoint,
     keras.callbacks.RemoteMonitor,
     keras.callbacks.TensorBoard,
 )
@@ -66,11 +67,14 @@ def connect(**options: Any) -> Replicas:
     for name in options:
         if name not in names:
             raise UserError(f"connect has no argument {name!r}{nearest(name, names, always=True)}")
+    if options.get("transport") == "tensorflow":
+        raise UserError("connect(transport='tensorflow'): Keras's fit fails under its strategy; leave out transport")
     with spoken():
         workers = ReplicaOptions(**options).connect()
+        if workers.backend is not None:
+            # The last exchange is the first as well: who comes to it before all others is known for that.
+            workers.backend.sum(np.zeros(1, np.float32))
     if workers.backend is not None:
-        # The last exchange is the first as well: who comes to it before all others is known for that.
-        workers.backend.sum(np.zeros(1, np.float32))
         atexit.register(_leave, workers.backend)
     return workers
 
@@ -90,9 +94,10 @@ def on_workers(callbacks: Sequence[keras.callbacks.Callback], workers: Replicas)
     All workers have the same number of batches in an epoch, or none begins it. They begin with the weights, the
     optimizer and the epoch of the first, after its callbacks may have restored them. At the end of an epoch callbacks
     read the metrics of all examples of all workers, and the mean of what a `train_step` of one's own returns; what
-    BatchNorm layers keep is averaged before it is evaluated or saved. Training stops on all if it stops on one.
-    Callbacks of Keras's that write (`ModelCheckpoint`, `BackupAndRestore`, `TensorBoard`, `CSVLogger`,
-    `RemoteMonitor`) are the first worker's alone.
+    BatchNorm layers keep is averaged before it is evaluated or saved. Training stops on all if it stops on one, at the
+    end of the epoch.
+    Callbacks of Keras's that write (`ModelCheckpoint`, `OrbaxCheckpoint`, `BackupAndRestore`, `TensorBoard`,
+    `CSVLogger`, `RemoteMonitor`) are the first worker's alone.
 
     Args:
         callbacks: those of one device.
@@ -123,6 +128,7 @@ class _First(keras.callbacks.Callback):
     def __init__(self, backend: WorkerBackend) -> None:
         super().__init__()
         self._backend = backend
+        self._logs: dict[str, Any] = {}  # of the last epoch
         self._trained: dict[str, Any] | None = {}  # metrics of the epoch's batches; None while they run
 
     @spoken()
@@ -132,6 +138,12 @@ class _First(keras.callbacks.Callback):
             raise UserError(
                 f"model {self.model.name!r} is compiled with {name}, which knows nothing of the other workers: "
                 "compile it with dist_partial.partial(optimizer, [('train', '.*')], model)"
+            )
+        if others := others_of(self.model):
+            name = type(others[0]).__name__
+            raise UserError(
+                f"model {self.model.name!r} has an optimizer {name}, whose gradients would be summed over the workers "
+                "and not averaged: wrap it by dist_partial.partial as well"
             )
         if collectives_of(self.model.distribute_strategy).backend is not self._backend:
             raise UserError(
@@ -176,6 +188,10 @@ class _First(keras.callbacks.Callback):
             everyone = [json.loads(each) for each in self._backend.gather(json.dumps(own).encode())]
             logs |= {name: float(np.mean([each.get(name, np.nan) for each in everyone])) for name in own}
         logs |= {name: value for name, value in exact.items() if name in logs}
+        self._logs = dict(logs)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        (logs or {}).update(self._logs)
 
     def _end_of_batches(self) -> dict[str, Any]:
         _average_layers(self._backend, self.model)
@@ -188,15 +204,28 @@ class _Last(keras.callbacks.Callback):
     def __init__(self, backend: WorkerBackend) -> None:
         super().__init__()
         self._backend = backend
+        self._stops = False  # whether a callback has wished so amid an epoch
 
     @spoken()
     def on_train_begin(self, logs: Any = None) -> None:
-        send(self._backend, [*self.model.weights, *(v for each in all_of(self.model) for v in each.variables)])
+        optimizers = all_of(self.model)
+        inner = [found for each in optimizers if (found := unwrapped(each))]
+        if send(self._backend, [*self.model.weights, *(v for each in optimizers for v in each.variables)]):
+            for each in inner:
+                each.begin_sums()
+        for each in inner:
+            each.schedule_state = json.loads(self._backend.gather(json.dumps(each.schedule_state).encode())[0])
         epoch = np.array([compat.initial_epoch(self.model)])
         compat.set_initial_epoch(self.model, int(broadcast(self._backend, epoch)[0]))
 
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        # The others go on to the end of the epoch, and this one with them.
+        self._stops |= self.model.stop_training
+        self.model.stop_training = False
+
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self.model.stop_training = any(consistency.everyone(self._backend, int(self.model.stop_training)))
+        stops = self._stops or self.model.stop_training
+        self._stops, self.model.stop_training = False, any(consistency.everyone(self._backend, int(stops)))
 
 
 def metrics(workers: Replicas, model: keras.Model) -> dict[str, Any]:
@@ -221,6 +250,8 @@ def _metrics(backend: WorkerBackend | None, model: keras.Model) -> dict[str, Any
     found: dict[str, Any] = {}
     for metric in model.metrics:
         own = [values[id(variable)] for variable in metric.variables]
+        if own and not any(np.any(value) for value in own):
+            continue  # a `train_step` of the model's own leaves it out: nobody has counted an example
         result = metric.stateless_result(own) if own else metric.result()
         for name, value in (result if isinstance(result, dict) else {metric.name: result}).items():
             found |= value if isinstance(value, dict) else {name: value}  # as Keras has it in logs

@@ -1,5 +1,6 @@
 """Scenarios of tests/helpers/fit_workers.py: kinds of data, layers that keep something, precision, and saved models."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -169,6 +170,73 @@ def half(workers):
         keras.mixed_precision.set_dtype_policy(kept)
 
 
+def restored(workers):
+    """The first worker alone has another loss scale, and a schedule that is further: all begin with both."""
+    if workers.workers == 1:
+        return {}
+    made = model()
+    schedule = Phases([(0, "head/.*"), (4, ".*")])
+    optimizer = dist_partial.partial("sgd", [("train", ".*")], made, schedule=schedule, accumulate=2)
+    made.compile(fit.PartialLossScale(optimizer, initial_scale=16.0 if workers.is_chief else 64.0), loss="mse")
+    made.optimizer.build(made.trainable_variables)
+    optimizer.schedule_state = json.dumps({"at": 1, "active": ["head"], "state": None}) if workers.is_chief else None
+    optimizer._sums[0].assign(tf.ones_like(optimizer._sums[0]))  # what was added up before it was restored
+    run(workers, made, X[:4], Y[:4], epochs=0)
+    return {
+        "scale": keras.ops.convert_to_numpy(made.optimizer.dynamic_scale),
+        "at": np.array(json.loads(optimizer.schedule_state)["at"]),
+        "sums": optimizer._sums[0].numpy(),
+    }
+
+
+class OwnStep(keras.Model):
+    """Returns a loss of its own beside another number, which Keras's tracker of the loss knows nothing of."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = model()
+        self.rest = {"judge": None}
+
+    def call(self, x):
+        return self.inner(x)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self.inner(x) - y))
+        variables = self.inner.trainable_variables
+        self.rest["judge"].apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        return {"loss": loss, "mean_of_x": tf.reduce_mean(x)}
+
+
+def own_step(workers):
+    """Its optimizer is in a dict; of what it returns callbacks read the mean over the workers."""
+    made = OwnStep()
+    optimizer = keras.optimizers.SGD(0.05)
+    if workers.workers > 1:
+        optimizer = dist_partial.partial(optimizer, [("train", ".*")], made.inner)
+    made.rest["judge"] = optimizer
+    made.compile()
+    ended = []
+    callbacks = fit.on_workers([keras.callbacks.LambdaCallback(on_train_end=lambda logs: ended.append(logs))], workers)
+    data = {"batch_size": BATCH // workers.workers, "epochs": 2, "shuffle": False, "callbacks": callbacks}
+    history = made.fit(*part(workers, (X[:48], Y[:48])), verbose=0, **data)
+    assert ended[0]["loss"] == history.history["loss"][-1] != 0
+    return ends(made.inner) | logged(history)
+
+
+def stopped_amid(workers):
+    """The last worker's callback wants to stop after the first batch: all go on to the end of that epoch."""
+
+    class Stops(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if workers.rank == workers.workers - 1:
+                self.model.stop_training = True
+
+    made = compiled(workers, model(), keras.optimizers.Adam(0.05))
+    return fitted(workers, made, epochs=1) if workers.workers == 1 else fitted(workers, made, callbacks=[Stops()])
+
+
 def loaded(workers):
     """A saved model goes on, on all workers."""
     path = Path(sys.argv[1]) / f"saved-{workers.workers}.keras"
@@ -196,6 +264,9 @@ SCENARIOS = {
         dropout,
         scheduled,
         half,
+        restored,
+        own_step,
+        stopped_amid,
         loaded,
     )
 }

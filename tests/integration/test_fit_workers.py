@@ -56,7 +56,7 @@ def test_workers_end_where_one_device_does(one, several, count, name):
     """The weights, and what every metric and callback has read."""
     tolerance, ends = TOLERANCES.get(name, 1e-9), several(count)[name]
     for rank, found in enumerate(ends):
-        assert found.keys() >= {key for key in one[name] if not key.startswith("saved_")} - {"learning_rate"}
+        assert found.keys() >= {key for key in one[name] if not key.startswith("saved_")}
         for key, value in found.items():
             where = f"{key} of {rank}"
             if key in one[name]:
@@ -73,6 +73,12 @@ def test_one_worker_saves(several, count):
 def test_a_step_that_overflows_on_one_worker_is_skipped_by_all(several):
     for found in several(2)["half"]:
         assert (found["scale_1"], found["scale_2"]) == (2.0**13, 2)  # two of four steps
+
+
+def test_the_state_of_the_optimizer_is_the_first_workers(several):
+    for found in several(2)["restored"]:
+        assert (found["scale"], found["at"]) == (16, 1)
+        assert not found["sums"].any()  # which no worker has saved
 
 
 @COUNTS
