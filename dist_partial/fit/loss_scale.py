@@ -97,7 +97,7 @@ def others_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
 
 
 def _optimizers(model: keras.Model) -> list[Any]:
-    """Those in attributes of the model, and in lists and dicts of it, and those with which models in it are compiled."""
+    """Those in attributes of the model, in lists and dicts of it, and with which models in it are compiled."""
     waiting = [*vars(model).values(), *(getattr(layer, "optimizer", None) for layer in compat.layers(model))]
     seen: dict[int, Any] = {}
     while waiting:
