@@ -180,12 +180,13 @@ def restored(workers):
     made.compile(fit.PartialLossScale(optimizer, initial_scale=16.0 if workers.is_chief else 64.0), loss="mse")
     made.optimizer.build(made.trainable_variables)
     optimizer.schedule_state = json.dumps({"at": 1, "active": ["head"], "state": None}) if workers.is_chief else None
-    optimizer._sums[0].assign(tf.ones_like(optimizer._sums[0]))  # what was added up before it was restored
+    (added,) = workers.strategy.experimental_local_results(optimizer._sums[0])
+    added.assign(tf.ones_like(added))  # before it was restored
     run(workers, made, X[:4], Y[:4], epochs=0)
     return {
         "scale": keras.ops.convert_to_numpy(made.optimizer.dynamic_scale),
         "at": np.array(json.loads(optimizer.schedule_state)["at"]),
-        "sums": optimizer._sums[0].numpy(),
+        "sums": added.numpy(),
     }
 
 
