@@ -4,6 +4,7 @@ Runs a Python script as Python does, as one of several workers: what ends `dist_
 exit code that a launcher knows.
 """
 
+import atexit
 import os
 import runpy
 import sys
@@ -33,4 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code:
+        # Python would destroy what the exception refers to while it shuts down, and an iterator of tf.data that reads
+        # by Python code would wait for that code without end (TensorFlow 2.21).
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

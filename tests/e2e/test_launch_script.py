@@ -50,6 +50,45 @@ def test_a_script_on_two_workers_trains_as_one_process(tmp_path):
     assert (tmp_path / "two.logs" / "attempt-1" / "worker-1.log").exists()
 
 
+ENDLESS = """
+import time
+
+import keras
+import numpy as np
+
+
+def batches():
+    while True:
+        time.sleep(0.05)
+        yield np.ones([4, 3]), np.ones([4, 1])
+
+
+class Breaks(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        raise ValueError("no such luck")
+
+
+model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1)])
+model.compile("sgd", "mse")
+model.fit(batches(), steps_per_epoch=10, callbacks=[Breaks()], verbose=0)
+"""
+
+
+@pytest.mark.slow
+def test_a_script_that_fails_ends_though_python_code_reads_ahead_for_it(tmp_path):
+    (tmp_path / "mine.py").write_text(ENDLESS)
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_partial.launch.script", "mine.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "error: ValueError: no such luck" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
