@@ -809,6 +809,13 @@ MUTANTS = [
         "unit/distributed/test_tls.py::test_a_certificate_for_another_host_is_refused_by_who_calls",
     ),
     changed(
+        "proofs that hold for any connection in TLS",
+        "distributed/handshake.py",
+        "transcript=talk.transcript + channel.binding",
+        "transcript=talk.transcript",
+        "unit/distributed/test_tls.py::test_who_passes_everything_on_gets_no_proof_though_its_certificate_is_good",
+    ),
+    changed(
         "TLS where only one of two workers has it",
         "distributed/handshake.py",
         "if not tls or talk.mine.tls != talk.theirs.tls:",

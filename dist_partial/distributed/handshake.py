@@ -18,7 +18,8 @@ want records sealed, or TLS, there follow on a loopback connection the caller's 
 of address, port, address, port. The verdict is 1 before the proof. Before 32 zeros it is 0, the caller's proof is
 wrong, or 2, it has called another worker than it meant; then the listener closes.
 
-If both hellos want TLS of one kind, it begins after them, the caller as its client, and all else travels inside it.
+If both hellos want TLS of one kind, it begins after them, the caller as its client, and all else travels inside it;
+the client's Finished message (RFC 8446, 4.4.4), which holds for this TLS connection alone, ends the transcript.
 Somebody in between can change a hello to keep TLS away; then the proofs do not fit, and nothing else is sent. Workers
 that do differ prove it to each other, and end.
 
@@ -126,14 +127,14 @@ def call(connection: socket.socket, own: Worker, other: int) -> Link:
     channel.sendall(mine)
     theirs = _receive(channel, HELLO_BYTES, deadline)
     talk = _Talk.of(channel, own, CALLER, mine, theirs)
-    with _protected(talk, other, deadline) as channel:
-        channel.sendall(talk.proof(CALLER))
-        verdict, proof = _VERDICT.unpack(_receive(channel, _VERDICT.size, deadline))
+    with _protected(talk, other, deadline) as talk:
+        talk.channel.sendall(talk.proof(CALLER))
+        verdict, proof = _VERDICT.unpack(_receive(talk.channel, _VERDICT.size, deadline))
     if verdict == _ASTRAY:
         raise Unproven(other, f"says that it is worker {talk.theirs.rank}: see the addresses in TF_CONFIG")
     if verdict != _PROVED or not hmac.compare_digest(proof, talk.proof(LISTENER)):
         raise Unproven(other, talk.doubt())
-    return _agree(talk, channel, deadline)
+    return _agree(talk, deadline)
 
 
 def answer(connection: socket.socket, own: Worker) -> Link:
@@ -154,16 +155,16 @@ def answer(connection: socket.socket, own: Worker) -> Link:
     mine = own.hello(LISTENER, caller.rank)
     channel.sendall(mine)
     talk = _Talk.of(channel, own, LISTENER, theirs, mine)
-    with _protected(talk, caller.rank, deadline) as channel:
-        proof = _receive(channel, hashlib.sha256().digest_size, deadline)
+    with _protected(talk, caller.rank, deadline) as talk:
+        proof = _receive(talk.channel, hashlib.sha256().digest_size, deadline)
     if caller.digest == talk.mine.digest and not caller.other == own.rank < caller.rank < len(own.workers):
-        channel.sendall(_VERDICT.pack(_ASTRAY, b""))
+        talk.channel.sendall(_VERDICT.pack(_ASTRAY, b""))
         raise ValueError("it means to call another worker")
     if not hmac.compare_digest(proof, talk.proof(CALLER)):
-        channel.sendall(_VERDICT.pack(_UNKNOWN, b""))
+        talk.channel.sendall(_VERDICT.pack(_UNKNOWN, b""))
         raise Unproven(caller.rank, talk.doubt())
-    channel.sendall(_VERDICT.pack(_PROVED, talk.proof(LISTENER)))
-    return _agree(talk, channel, deadline)
+    talk.channel.sendall(_VERDICT.pack(_PROVED, talk.proof(LISTENER)))
+    return _agree(talk, deadline)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,11 +209,14 @@ class _Talk:
 
 
 @contextlib.contextmanager
-def _protected(talk: _Talk, other: int, deadline: float) -> Iterator[Channel]:
-    """The channel for all that follows the hellos: in TLS, if both want it; who cannot speak it is named."""
+def _protected(talk: _Talk, other: int, deadline: float) -> Iterator[_Talk]:
+    """Goes on in TLS, if both want it; who cannot speak it is named.
+
+    What is proved then is of this TLS connection: somebody in between, who has one with each side, passes on no proof.
+    """
     tls = talk.own.tls
     if not tls or talk.mine.tls != talk.theirs.tls:
-        yield talk.channel
+        yield talk
         return
     calls = talk.mine.role == CALLER
     channel = Encrypted(talk.channel.socket, tls, calls, split(talk.own.workers[other])[0] if calls else "")
@@ -220,14 +224,14 @@ def _protected(talk: _Talk, other: int, deadline: float) -> Iterator[Channel]:
         while not channel.shake():
             _wait(channel, deadline)
             channel.read()
-        yield channel
+        yield dataclasses.replace(talk, channel=channel, transcript=talk.transcript + channel.binding)
     except ssl.SSLError as error:
         raise Unproven(other, tls.doubt(error)) from None
 
 
-def _agree(talk: _Talk, channel: Channel, deadline: float) -> Link:
+def _agree(talk: _Talk, deadline: float) -> Link:
     """Both have proved: compares what they were started with."""
-    own, mine, theirs = talk.own, talk.mine, talk.theirs
+    channel, own, mine, theirs = talk.channel, talk.own, talk.mine, talk.theirs
     if mine.digest != theirs.digest:
         channel.sendall(_LENGTH.pack(len(own.addresses)) + own.addresses)
         (length,) = _LENGTH.unpack(_receive(channel, _LENGTH.size, deadline))

@@ -334,7 +334,7 @@ def _connect(options: ReplicaOptions, rank: int, workers: list[str]) -> dict[int
         if not (loopback or options.allow_no_secret):
             raise UserError(f"{what}, or bind replicas.allow_no_secret = True")
         say(f"warning: {what}", sys.stderr)
-    credentials = tls.credentials(options.tls, secret, split(workers[rank])[0])
+    credentials = tls.credentials(options.tls, secret, split(workers[rank])[0]) if len(workers) > 1 else None
     seal = bool(secret) and not (loopback or credentials) if options.seal is None else options.seal
     return rendezvous.connect(rank, workers, options.start_seconds, secret, options.congestion, seal, credentials)
 

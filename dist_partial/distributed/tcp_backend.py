@@ -157,11 +157,7 @@ class TCPBackend(WorkerBackend):
 
     def sum(self, array: np.ndarray) -> np.ndarray:
         """The sum of an array [n] over the workers, outside of any function; all call it at the same point."""
-        if array.nbytes >= self.size * _SMALLEST:
-            return self._once(False, array)
-        total = np.empty_like(array)  # of what all send to all, so that a worker that leaves it out is known
-        add_up(list(self._once(True, array)), total)
-        return total
+        return self._once(False, array)
 
     def gather(self, data: bytes) -> list[bytes]:
         """Every worker's bytes, of any length each, in rank order; called as `sum` is."""
@@ -170,10 +166,15 @@ class TCPBackend(WorkerBackend):
         rows = self._once(True, np.frombuffer(data.ljust(int(lengths.max()), b"\0"), np.uint8))
         return [row[:count].tobytes() for row, count in zip(rows, lengths, strict=True)]
 
+    def barrier(self) -> None:
+        """Waits until all workers call it."""
+        # An op of its own: no other exchange is taken for it.
+        self._once(True, np.zeros(1, np.float32))
+
     def finish(self) -> None:
         """Waits until all workers call it; from then on one that is gone is not reported to `on_loss`."""
         self._on_loss = lambda reason: None  # on all of them, before any can end
-        self.sum(np.zeros(1, np.float32))
+        self.barrier()
 
     def lost(self) -> Ending | None:
         """What has become of a worker that is gone, whether it was waited for or not, or None."""

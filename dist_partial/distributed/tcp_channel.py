@@ -97,6 +97,14 @@ class Encrypted:
         finally:
             self._flush()  # why it has failed, too
 
+    @property
+    def binding(self) -> bytes:
+        """What both ends of this TLS connection know, and of another one differs: the client's Finished message."""
+        found = self._tls.get_channel_binding("tls-unique")
+        if not found:
+            raise ssl.SSLError("the handshake of TLS is not over")
+        return found
+
     def sendall(self, data: bytes) -> None:
         """Sends bytes, and waits."""
         self._tls.write(data)

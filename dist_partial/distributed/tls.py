@@ -18,9 +18,7 @@ import dataclasses
 import datetime
 import hashlib
 import os
-import secrets
 import ssl
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,9 +58,10 @@ class Credentials:
 
     def doubt(self, error: ssl.SSLError) -> str:
         """What is said of a worker with which TLS has failed, after who it is."""
-        if not self.from_files:
+        refused = isinstance(error, ssl.SSLCertVerificationError)
+        if not self.from_files and (refused or "UNKNOWN_CA" in (error.reason or "")):
             return "does not know this DIST_PARTIAL_SECRET: give all workers the same"
-        if isinstance(error, ssl.SSLCertVerificationError):
+        if refused:
             return f"shows a certificate that is refused here ({_reason(error)}): see replicas.tls"
         return f"does not get through TLS ({_reason(error)}): see replicas.tls on both"
 
@@ -95,17 +94,15 @@ def from_secret(secret: str) -> Credentials:
             f"replicas.tls = True: a DIST_PARTIAL_SECRET of {len(secret)} characters can be guessed; give all workers "
             f"one of at least {_SHORTEST}, such as `openssl rand -hex 32` draws"
         )
-    password = secrets.token_hex(16)
-    certificate, key = _derived(secret, password)
+    certificate, key = _derived(secret)
 
     def load(context: ssl.SSLContext) -> None:
         context.load_verify_locations(cadata=certificate.decode())
-        # Python takes keys from files alone. What this one holds is of no use without the password.
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "pair")
-            path.touch(0o600)
-            path.write_bytes(certificate + key)
-            context.load_cert_chain(path, password=password)
+        # Python takes keys from files alone: this one is in memory, and has no name.
+        with os.fdopen(os.memfd_create("dist_partial certificate"), "wb") as file:
+            file.write(certificate + key)
+            file.flush()
+            context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
 
     return Credentials(*_contexts(load, names=False), from_files=False)
 
@@ -157,8 +154,8 @@ def from_files(folder: str, host: str) -> Credentials:
     return credentials
 
 
-def _derived(secret: str, password: str) -> tuple[bytes, bytes]:
-    """The certificate, and its key under a password, as PEM."""
+def _derived(secret: str) -> tuple[bytes, bytes]:
+    """The certificate, and its key, as PEM."""
     try:
         from cryptography import x509
         from cryptography.hazmat.primitives import serialization
@@ -175,15 +172,15 @@ def _derived(secret: str, password: str) -> tuple[bytes, bytes]:
     years = datetime.datetime(1970, 1, 1), datetime.datetime(9999, 12, 31)
     # Ed25519 draws nothing: all workers come to the same bytes.
     certificate = x509.CertificateBuilder(name, name, key.public_key(), 1, *years).sign(key, None)
-    encryption = serialization.BestAvailableEncryption(password.encode())
-    pem = serialization.Encoding.PEM
-    return certificate.public_bytes(pem), key.private_bytes(pem, serialization.PrivateFormat.PKCS8, encryption)
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    return certificate.public_bytes(pem), key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
 
 
 def _contexts(load: Callable[[ssl.SSLContext], None], names: bool) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     """Those of the calling and of the called side; `names` is whether a name is compared, by the side that calls."""
     calling, called = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     calling.check_hostname = names
+    calling.hostname_checks_common_name = False
     called.num_tickets = 0  # for a connection is never resumed
     for context in (calling, called):
         context.minimum_version = ssl.TLSVersion.TLSv1_3

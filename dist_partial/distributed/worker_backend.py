@@ -84,9 +84,13 @@ class WorkerBackend(abc.ABC):
             [called(self._stacked, tensor, [self.size, *tensor.shape], GATHER_OP) for tensor in gathers],
         )
 
+    def barrier(self) -> None:
+        """Waits until all workers call it."""
+        self.gather(b"")
+
     def finish(self) -> None:
         """Waits until all workers call it: none takes one that has ended before for lost."""
-        self.sum(np.zeros(1, np.float32))
+        self.barrier()
 
     def lost(self) -> Ending | None:
         """What has become of a worker that is gone, where that is known before anything waits for it, or None."""
@@ -128,6 +132,7 @@ class WorkerBackend(abc.ABC):
         if (lengths := [len(row) for row in rows]) != [array.nbytes] * self.size:
             raise UserError(
                 f"{type(self).__name__}.gather returned rows of {lengths} bytes, where each of "
-                f"{counted(self.size, 'worker')} sends {array.nbytes}: return the bytes of all, in rank order"
+                f"{counted(self.size, 'worker')} sends {array.nbytes}: it must return the bytes of all, in rank order, "
+                "and all workers must run the same program and settings"
             )
         return [np.frombuffer(row, array.dtype) for row in rows]

@@ -12,7 +12,7 @@ import tensorflow as tf
 from dist_partial.checkpoints.fingerprints import digest, variables
 from dist_partial.distributed import consistency
 from dist_partial.distributed.worker_backend import WorkerBackend
-from dist_partial.errors import Ending, raised
+from dist_partial.errors import Ending, of_graph, raised
 
 _PACK_BYTES = 2**24  # of one message, a larger variable aside
 
@@ -60,8 +60,9 @@ def differing(backend: WorkerBackend | None, arrays: Sequence[np.ndarray]) -> li
         >>> differing(None, [np.zeros(3)])  # without other workers
         []
     """
-    if backend is None or not arrays:
+    if backend is None:
         return []
+    # Without any as well: what all send to all shows where a worker has left something out.
     everyone = [text.decode().split() for text in backend.gather(" ".join(map(digest, arrays)).encode())]
     return [i for i, prints in enumerate(zip(*everyone, strict=True)) if len(set(prints)) > 1]
 
@@ -161,8 +162,8 @@ def _named(backend: WorkerBackend, function: Callable[..., Any], *args: Any) -> 
     try:
         return function(*args)
     except tf.errors.OpError as error:
-        if lost := backend.lost():
-            raise lost from error
+        if ending := backend.lost() or of_graph(error.message):
+            raise ending from error
         raise
     except RuntimeError as error:  # what TensorFlow makes of Ctrl-C in a function that waits for the others
         if KeyboardInterrupt.__name__ in str(error):

@@ -12,7 +12,6 @@ what layers such as BatchNorm keep, at the end of an epoch, which all workers mu
 """
 
 import atexit
-import contextlib
 import dataclasses
 import json
 import sys
@@ -73,7 +72,7 @@ def connect(**options: Any) -> Replicas:
         workers = ReplicaOptions(**options).connect()
         if workers.backend is not None:
             # The last exchange is the first as well: who comes to it before all others is known for that.
-            workers.backend.sum(np.zeros(1, np.float32))
+            workers.backend.barrier()
     if workers.backend is not None:
         atexit.register(_leave, workers.backend)
     return workers
@@ -83,8 +82,10 @@ def _leave(backend: WorkerBackend) -> None:
     """Waits for the others, whose last words may still be on their way; after an exception they hear of it."""
     error = getattr(sys, "last_value", None)
     if error is None:
-        with contextlib.suppress(Ending):
+        try:
             backend.finish()
+        except Ending as ending:  # which says to the others what they may not see
+            error = ending
     backend.close(error if error is None or isinstance(error, Ending) else raised("", error))
 
 
@@ -239,6 +240,7 @@ def metrics(workers: Replicas, model: keras.Model) -> dict[str, Any]:
         >>> metrics(connect(), model)
         {'loss': 1.0}
     """
+    consistency.everyone(workers.backend, 0)  # so that who does not come is named
     return _metrics(workers.backend, model)
 
 

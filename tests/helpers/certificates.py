@@ -34,7 +34,13 @@ class Authority:
         self.certificate = self.certificate.sign(self.key, hashes.SHA256())
 
     def issue(
-        self, folder: Path, host: str, days: int = 10, only: x509.ObjectIdentifier | None = None, password: bytes = b""
+        self,
+        folder: Path,
+        host: str,
+        days: int = 10,
+        only: x509.ObjectIdentifier | None = None,
+        password: bytes = b"",
+        alternative: bool = True,
     ) -> Path:
         """Fills a folder for one worker.
 
@@ -44,6 +50,7 @@ class Authority:
             days: until it expires; below 0 it has expired.
             only: what it may be used for alone.
             password: under which the key is stored.
+            alternative: whether the host is its SubjectAltName; otherwise its common name alone.
         """
         folder.mkdir(parents=True)
         key = ec.generate_private_key(ec.SECP256R1())
@@ -51,8 +58,9 @@ class Authority:
             name: x509.GeneralName = x509.IPAddress(ipaddress.ip_address(host))
         except ValueError:
             name = x509.DNSName(host)
-        built = _built(_named(f"of {host}"), self.name, key, days)
-        built = built.add_extension(x509.SubjectAlternativeName([name]), critical=False)
+        built = _built(_named(f"of {host}" if alternative else host), self.name, key, days)
+        if alternative:
+            built = built.add_extension(x509.SubjectAlternativeName([name]), critical=False)
         if only:
             built = built.add_extension(x509.ExtendedKeyUsage([only]), critical=False)
         (folder / "tls.crt").write_bytes(built.sign(self.key, hashes.SHA256()).public_bytes(PEM))

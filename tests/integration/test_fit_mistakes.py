@@ -59,7 +59,7 @@ def test_a_mistake_on_one_worker_ends_all_and_is_named_by_all(kind, words, tmp_p
 @pytest.mark.parametrize(
     ("kind", "words", "code"),
     [
-        ("alone", r"UserError: worker 1 \(\S+\) has gone on where worker 0 \(\S+\) waits for its part", 0),
+        ("alone", r"UserError: .*worker \d \(\S+\) has gone on where worker \d \(\S+\) waits for its part", 0),
         ("killed", r"Fault: worker 1 \(\S+\) is gone", -9),
     ],
     ids=["alone", "killed"],

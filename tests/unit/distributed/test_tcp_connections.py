@@ -198,7 +198,8 @@ def test_what_comes_with_the_last_of_the_handshake_is_read(guard):
     channel.sendall(mine)
     if options:
         channel = options["tls"].called.wrap_socket(channel, server_side=True)
-    transcript = theirs + mine + (b"" if options else strangers.ends(channel, False))
+    bound = channel.get_channel_binding("tls-unique") if options else strangers.ends(channel, False)
+    transcript = theirs + mine + bound
     assert strangers.exactly(channel, strangers.PROOF) == strangers.proof(b"secret", b"C", transcript)
     proof = strangers.proof(b"secret", b"L", transcript)
     channel.sendall(b"\x01" + proof + b"".join(spoken(b"the disk is full")))

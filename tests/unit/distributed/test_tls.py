@@ -3,8 +3,8 @@
 import functools
 import itertools
 import os
+import socket
 import ssl
-import stat
 import sys
 import tempfile
 import threading
@@ -15,7 +15,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
-from dist_partial.distributed import rendezvous, tls
+from dist_partial.distributed import handshake, rendezvous, tls
+from dist_partial.distributed.hello import Worker
 from dist_partial.errors import Fault, UserError
 from tests import strangers
 from tests.helpers.certificates import Authority
@@ -66,19 +67,25 @@ def test_the_key_is_what_the_secret_makes_of_it():
     close(found)
 
 
-def test_the_key_is_nowhere_to_be_read(monkeypatch, tmp_path):
-    """Not even in the file by which Python is given it."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_the_key_is_on_no_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     seen, load = [], ssl.SSLContext.load_cert_chain
 
     def watched(context, path, **options):
-        seen.append((stat.S_IMODE(os.stat(path).st_mode), stat.S_IMODE(path.parent.stat().st_mode)))
-        assert b"ENCRYPTED PRIVATE KEY" in path.read_bytes()
+        seen.append(os.readlink(path))
         load(context, path, **options)
 
     monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", watched)
     tls.from_secret(SECRET)
-    assert seen == [(0o600, 0o700)] * 2 and not list(tmp_path.iterdir())
+    assert seen == ["/memfd:dist_partial certificate (deleted)"] * 2
+    assert not [path for path in os.listdir("/proc/self/fd") if "certificate" in target(path)]
+
+
+def target(number):
+    try:
+        return os.readlink(f"/proc/self/fd/{number}")
+    except OSError:  # that of the listing itself
+        return ""
 
 
 @pytest.mark.parametrize("secret", ["", "hunter2", SECRET[1:]])
@@ -125,6 +132,9 @@ def test_mistakes_in_the_files_are_named_before_anybody_is_called(tmp_path):
         ours.issue(tmp_path / "for clients", HOST, only=client): f"{refused} (unsuitable certificate purpose)",
         ours.issue(tmp_path / "elsewhere", "10.0.0.9"): f"{refused} (IP address mismatch",
     }
+    by_common_name = ours.issue(tmp_path / "by common name", "a.worker", alternative=False)
+    with pytest.raises(UserError, match=r"refuse tls\.crt \(Hostname mismatch"):
+        tls.from_files(str(by_common_name), "a.worker")
     for folder, words in expected.items():
         with pytest.raises(UserError) as error:
             tls.from_files(str(folder), HOST)
@@ -202,6 +212,42 @@ def test_a_certificate_for_another_host_is_refused_by_who_calls(tmp_path):
     assert f"refused here (IP address mismatch, certificate is not valid for '{HOST}')" in str(found[1])
 
 
+def test_who_passes_everything_on_gets_no_proof_though_its_certificate_is_good(tmp_path):
+    """It has TLS with each side, by a certificate of their authority for the host, and does not know the secret."""
+    ours, workers = Authority(), [f"{HOST}:1", f"{HOST}:2"]
+    own = [Worker(rank, workers, SECRET, False, from_files(ours, tmp_path / str(rank))) for rank in (0, 1)]
+    pair = ours.issue(tmp_path / "theirs", HOST)
+    with socket.create_server((HOST, 0)) as real, socket.create_server((HOST, 0)) as between:
+        found = []
+        threads = [
+            threading.Thread(target=lambda: found.append(outcome(lambda: handshake.answer(real.accept()[0], own[0])))),
+            threading.Thread(
+                target=lambda: found.append(
+                    outcome(lambda: handshake.call(socket.create_connection(between.getsockname()), own[1], 0))
+                )
+            ),
+        ]
+        for thread in threads:
+            thread.start()
+        caller, listener = between.accept()[0], socket.create_connection(real.getsockname())
+        listener.sendall(strangers.exactly(caller, strangers.HELLO))
+        caller.sendall(strangers.exactly(listener, strangers.HELLO))
+        sides = []
+        for role, connection in ((ssl.PROTOCOL_TLS_SERVER, caller), (ssl.PROTOCOL_TLS_CLIENT, listener)):
+            context = ssl.SSLContext(role)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            context.load_cert_chain(pair / "tls.crt", pair / "tls.key")
+            sides.append(context.wrap_socket(connection, server_side=role == ssl.PROTOCOL_TLS_SERVER))
+        caller, listener = sides
+        listener.sendall(strangers.exactly(caller, 32))
+        caller.sendall(strangers.exactly(listener, 33))
+        for thread in threads:
+            thread.join(10)
+        caller.close()
+        listener.close()
+    assert [type(each) for each in found] == [handshake.Unproven] * 2
+
+
 @pytest.mark.parametrize(("side", "certified"), [("caller", True), ("caller", False), ("listener", True)])
 def test_a_stranger_gets_no_proof(side, certified, tmp_path, capsys):
     """It says the right hello, and then speaks TLS by Python's own sockets, trusting anybody."""
@@ -232,7 +278,8 @@ def test_a_stranger_gets_no_proof(side, certified, tmp_path, capsys):
         channel = context.wrap_socket(connection, server_side=side == "listener")
         strangers.exactly(channel, 1)
     thread.join(10)
-    assert isinstance(found[0], Fault) and "does not know this DIST_PARTIAL_SECRET" in capsys.readouterr().err
+    why = "does not know this DIST_PARTIAL_SECRET" if certified else "(peer did not return a certificate)"
+    assert isinstance(found[0], Fault) and why in capsys.readouterr().err
 
 
 def test_nothing_below_tls_1_3_is_spoken(tmp_path):
