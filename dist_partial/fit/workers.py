@@ -240,11 +240,12 @@ def metrics(workers: Replicas, model: keras.Model) -> dict[str, Any]:
         >>> metrics(connect(), model)
         {'loss': 1.0}
     """
-    consistency.everyone(workers.backend, 0)  # so that who does not come is named
     return _metrics(workers.backend, model)
 
 
 def _metrics(backend: WorkerBackend | None, model: keras.Model) -> dict[str, Any]:
+    if backend is not None:
+        backend.barrier()  # at which one that does not come is named: of a sum, who adds up sends nothing before
     used = [variable for metric in model.metrics for variable in metric.variables]
     values = {id(variable): keras.ops.convert_to_numpy(variable) for variable in used}
     summed = [key for variable in used if variable.aggregation == "sum" for key in [id(variable)]]

@@ -103,7 +103,7 @@ def test_random_seeds_stay_each_workers_own(several, count):
 @COUNTS
 def test_an_epoch_waits_for_few_messages(several, count):
     """With validation, several metrics and BatchNorm."""
-    assert several(count)["batch_norm"][0]["messages"].tolist() == [8, 8]
+    assert several(count)["batch_norm"][0]["messages"].tolist() == [10, 10]
 
 
 @COUNTS
