@@ -52,11 +52,10 @@ def garbage():
     global _alive, _new
     yield
     _new += gc.get_count()[0]
-    if _new > max(500_000, _alive // 4):  # as Python itself does it: all in all, each object is looked at a few times
+    _new -= gc.collect(0)
+    if _new > max(700_000, _alive // 4):  # as Python itself does it: all in all, each object is looked at a few times
         gc.collect()
         _alive, _new = len(gc.get_objects()), 0
-    else:
-        gc.collect(0)
 
 
 @pytest.fixture(autouse=True)
