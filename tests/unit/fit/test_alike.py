@@ -51,9 +51,7 @@ def test_what_differs_is_found_in_one_gather(backends):
     own = [[np.zeros(4), np.full(2, rank // 2), np.arange(3.0), np.full([], rank)] for rank in range(WORKERS)]
     assert on_all(alike.differing, backends, own) == [[1, 3]] * WORKERS
     assert messages(backends[0]) == 2  # the lengths, and what has them
-    assert (
-        on_all(alike.differing, backends, [[]] * WORKERS) == [[]] * WORKERS
-    )  # all hear of each other without any, too
+    assert on_all(alike.differing, backends, [[]] * WORKERS) == [[]] * WORKERS  # which all hear
 
 
 @pytest.mark.parametrize("size", [2**24, 30], ids=["one message", "three messages"])
