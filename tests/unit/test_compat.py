@@ -53,7 +53,7 @@ def of_keras_or_tensorflow(path, text=None):
             yield from ((node.lineno, each) for each in names if {"src", "python"} & set(each.split(".")[1:2]))
         if name is None or not name.startswith("_") or name.startswith("__") or name in own:
             continue
-        if (isinstance(base, ast.Name) and base.id in imported) or ast.unparse(base) == "gin.config":
+        if (isinstance(base, ast.Name) and base.id in imported) or ast.unparse(base) in ("gin.config", "atexit", "os"):
             continue
         yield node.lineno, name
 

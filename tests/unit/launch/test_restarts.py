@@ -13,8 +13,8 @@ HISTORIES = {
     "Ctrl-C": [(130, "", 10, 12, "same way")],
     "no Python": [(127, "", 0, 0, "same way")],
     "a shell that cannot run it": [(126, "", 0, 0, "same way")],
-    "an exception before the first step": [(1, "error: NameError", 0, 0, "before the first step")],
-    "the same of a run that goes on": [(1, "error: NameError", 40, 0, "before the first step")],
+    "an exception before the first step": [(1, "error: NameError", 0, 0, "before any step")],
+    "the same of a run that goes on": [(1, "error: NameError", 40, 0, "before any step")],
     "an exception that comes again": [(1, "error: a", 0, 60, 1), (1, "error: a", 0, 60, "same failure")],
     "and before the step where it came": [(1, "error: a", 0, 60, 1), (1, "error: a", 0, 20, "same failure")],
     "at another address": [(1, "error: at 0x7f3a", 0, 6, 1), (1, "error: at 0x7e21", 0, 6, "same failure")],
@@ -107,7 +107,7 @@ def test_a_count_that_outlives_the_process(tmp_path):
     assert "limit of 2" in attempt(143)[0]
     assert attempt(1, step=13) == ("", 1, (10, 13))  # somebody has started it again
     assert "same failure" in attempt(1, step=13)[0]
-    assert "before the first step" in attempt(1)[0]
+    assert "before any step" in attempt(1)[0]
 
 
 def test_a_count_that_cannot_be_written(tmp_path):
