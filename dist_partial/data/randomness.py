@@ -4,6 +4,7 @@ import pickle
 import random
 import re
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import keras
@@ -17,6 +18,7 @@ _BY_ITSELF = re.compile(
     r"Random(?!IndexShuffle)|Stateful(?!PartitionedCall)|Rng|TruncatedNormal|Multinomial|SampleDistorted|Assign"
     r"|\w*CandidateSampler|Timestamp"
 )
+_FUNCTIONS = attrgetter("library.function")  # of a graph's definition: those that it calls
 _TRIES = 16  # of what has drawn from global generators, which may decide one thing or another
 
 
@@ -77,7 +79,7 @@ def calls_python(graph: Any) -> bool:
 
 def _nodes(graph: Any) -> list[Any]:
     definition = graph.graph.as_graph_def()
-    return [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
+    return [*definition.node, *(node for function in _FUNCTIONS(definition) for node in function.node_def)]
 
 
 def varies(call: Callable[[], Any]) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from dist_partial.distributed.backend import Exchanged
 from dist_partial.distributed.handshake import Link
 from dist_partial.distributed.tcp_arrays import add_up, aligned
 from dist_partial.distributed.tcp_connections import Connections, Message
@@ -112,9 +113,7 @@ class TCPBackend(WorkerBackend):
         self._changed = threading.Condition()
         self._connections = Connections(workers, links, patience_seconds, self._target, self._lost)
 
-    def exchange(
-        self, sums: Sequence[tf.Tensor], gathers: Sequence[tf.Tensor]
-    ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    def exchange(self, sums: Sequence[tf.Tensor], gathers: Sequence[tf.Tensor]) -> Exchanged:
         """Sums and gathers tensors over the workers.
 
         Called while a tf.function is traced, by all workers in the same order. A tensor travels as soon as it is

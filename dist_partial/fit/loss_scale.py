@@ -92,8 +92,7 @@ def others_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
     """
     # `compile` without an optimizer makes one that nobody uses where the model has others.
     held = [each for each in _optimizers(model) if each is not getattr(model, "optimizer", None)]
-    inner = {id(each.inner_optimizer) for each in held if isinstance(each, keras.optimizers.LossScaleOptimizer)}
-    return [each for each in held if unwrapped(each) is None and id(each) not in inner]
+    return [each for each in held if unwrapped(each) is None]
 
 
 def _optimizers(model: keras.Model) -> list[Any]:

@@ -96,9 +96,8 @@ def on_workers(callbacks: Sequence[keras.callbacks.Callback], workers: Replicas)
     optimizer and the epoch of the first, after its callbacks may have restored them. At the end of an epoch callbacks
     read the metrics of all examples of all workers, and the mean of what a `train_step` of one's own returns; what
     BatchNorm layers keep is averaged before it is evaluated or saved. Training stops on all if it stops on one, at the
-    end of the epoch.
-    Callbacks of Keras's that write (`ModelCheckpoint`, `OrbaxCheckpoint`, `BackupAndRestore`, `TensorBoard`,
-    `CSVLogger`, `RemoteMonitor`) are the first worker's alone.
+    end of the epoch. Callbacks of Keras's that write (`ModelCheckpoint`, `OrbaxCheckpoint`, `BackupAndRestore`,
+    `TensorBoard`, `CSVLogger`, `RemoteMonitor`) are the first worker's alone.
 
     Args:
         callbacks: those of one device.
@@ -111,16 +110,13 @@ def on_workers(callbacks: Sequence[keras.callbacks.Callback], workers: Replicas)
     """
     if not isinstance(workers, Replicas):
         raise UserError(f"on_workers was given {shown(workers)}: give what dist_partial.connect() has returned")
-    if not all(isinstance(each, keras.callbacks.Callback) for each in _listed(callbacks)):
+    listed = isinstance(callbacks, (list, tuple))
+    if not listed or not all(isinstance(each, keras.callbacks.Callback) for each in callbacks):
         raise UserError(f"on_workers was given {shown(callbacks)}: give a list of Keras callbacks")
     if workers.backend is None:
         return list(callbacks)
     own = [each for each in callbacks if workers.is_chief or not isinstance(each, _SAVING)]
     return [_First(workers.backend), *own, _Last(workers.backend)]
-
-
-def _listed(callbacks: Any) -> Sequence[Any]:
-    return callbacks if isinstance(callbacks, (list, tuple)) else [None]
 
 
 class _First(keras.callbacks.Callback):

@@ -18,6 +18,7 @@ from dist_partial.distributed import traffic
 PACKAGE = pathlib.Path(dist_partial.__file__).parent
 # The package that imports gin uses private names of gin's, and no other module can (import-linter).
 EXEMPT = {"compat.py": "it is where they belong"}
+PYTHONS = {"os._exit", "atexit._run_exitfuncs"}  # that `launch.script` ends a process by
 NAMEDTUPLE = {"_replace", "_asdict", "_fields", "_make"}
 
 
@@ -53,7 +54,9 @@ def of_keras_or_tensorflow(path, text=None):
             yield from ((node.lineno, each) for each in names if {"src", "python"} & set(each.split(".")[1:2]))
         if name is None or not name.startswith("_") or name.startswith("__") or name in own:
             continue
-        if (isinstance(base, ast.Name) and base.id in imported) or ast.unparse(base) in ("gin.config", "atexit", "os"):
+        if (isinstance(base, ast.Name) and base.id in imported) or ast.unparse(base) == "gin.config":
+            continue
+        if f"{ast.unparse(base)}.{name}" in PYTHONS:
             continue
         yield node.lineno, name
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import keras
@@ -356,7 +357,7 @@ def test_serving_needs_no_op_of_xla(runs):
     graph = saved.meta_graphs[0].graph_def
     ops = {
         node.op
-        for part in (graph, *(graph.library.function))
+        for part in (graph, *attrgetter("library.function")(graph))
         for node in (part.node if part is graph else part.node_def)
     }
     assert "TensorStridedSliceUpdate" in ops and not [op for op in ops if op.startswith("Xla")]
