@@ -148,6 +148,7 @@ def test_one_worker_may_call_again_though_its_first_connection_seems_to_stand():
     with strangers.await_call(workers[0]) as first, strangers.call(workers[0]) as second:
         for connection in (first, second):
             enter(connection, [*workers, "127.0.0.1:1"], b"secret", process=process)
+            time.sleep(0.2)  # each has a thread of its own there: the first is to be taken in before the second
         assert first.recv(1) == b""
         thread.join(10)
     assert isinstance(found[0], Fault) and "worker 2" in str(found[0]) and "worker 1" not in str(found[0])
