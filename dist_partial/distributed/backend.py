@@ -15,7 +15,7 @@ from dist_partial.distributed.per_replica import Topology
 ALL, INSIDE, BETWEEN = "all", "inside", "between"  # levels
 HOST = "CPU:0"  # where the bytes are that cross hosts, and bytes are counted by device
 _NCCL = tf.distribute.NcclAllReduce()
-Exchanged = tuple[list[tf.Tensor], list[tf.Tensor]]  # the sums, and the gathered
+Exchanged = tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]  # the sums, the gathered, and the swapped
 
 
 class Backend(Protocol):
@@ -23,14 +23,15 @@ class Backend(Protocol):
 
     Attributes:
         two_levels: whether what crosses the workers may be reduced in another way than what their own replicas sum.
+        has_all_to_all: whether a replica can send each other one something of its own, at the cost of that alone.
 
     Examples:
         >>> class Alone:  # of one replica
-        ...     two_levels = False
+        ...     two_levels = has_all_to_all = False
         ...     def topology(self, strategy):
         ...         return Topology(strategy)
-        ...     def over_replicas(self, sums, gathers, level=ALL):
-        ...         return sums, [words[tf.newaxis] for words in gathers]
+        ...     def over_replicas(self, sums, gathers, swaps, level=ALL):
+        ...         return sums, [words[tf.newaxis] for words in gathers], swaps
         >>> from dist_partial.distributed.collectives import AllReduceRequest, Collectives
         >>> Collectives(Alone()).exchange([AllReduceRequest(tf.constant([2.0]))])[0].numpy().tolist()
         [2.0]
@@ -39,11 +40,20 @@ class Backend(Protocol):
     @property
     def two_levels(self) -> bool: ...
 
+    @property
+    def has_all_to_all(self) -> bool: ...
+
     def topology(self, strategy: tf.distribute.Strategy) -> Topology:
         """Says how many replicas there are in all, and which are this worker's, whose strategy is given."""
 
-    def over_replicas(self, sums: Sequence[tf.Tensor], gathers: Sequence[tf.Tensor], level: str = ALL) -> Exchanged:
-        """Sums and gathers tensors over the replicas of a level.
+    def over_replicas(
+        self,
+        sums: Sequence[tf.Tensor],
+        gathers: Sequence[tf.Tensor],
+        swaps: Sequence[tf.Tensor] = (),
+        level: str = ALL,
+    ) -> Exchanged:
+        """Sums, gathers and swaps tensors over the replicas of a level.
 
         Called in the context of each replica, in the same order on all, mostly while a function is traced. Where a
         worker is lost, running the function raises a TensorFlow error: it neither waits without end nor goes on.
@@ -51,12 +61,13 @@ class Backend(Protocol):
         Args:
             sums: [n] each, of static size: floats or integers.
             gathers: int32 [n] each, of static size, not 0: words of four bytes.
+            swaps: int32 [replicas or workers, n] each, likewise; row j is for the j-th of them.
             level: over `ALL` replicas, those `INSIDE` this worker, or `BETWEEN` workers, where the replicas of each
                 have the same.
 
         Returns:
-            The sums [n], the same bits on all, and the gathered [replicas or workers, n], in the order of workers and,
-            of a worker, of its replicas.
+            The sums [n], the same bits on all, the gathered [replicas or workers, n], in the order of workers and, of a
+            worker, of its replicas, and of each swap what they have sent to this one [replicas or workers, n].
         """
 
 

@@ -4,6 +4,7 @@ The only place that talks to other replicas about gradients, by whichever `backe
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,6 +55,26 @@ class AllGatherRequest:
     message: tf.Tensor
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class AllToAllRequest:
+    """Sends each replica something of its own: uint8 [replicas, n], n a multiple of 4; row j is for replica j.
+
+    The answer, [replicas, n], has in row i what replica i has sent to this one.
+
+    Examples:
+        >>> from dist_partial.distributed.replicas import create
+        >>> strategy = create("mirrored", cpu=2).strategy
+        >>> def send():
+        ...     rank = tf.distribute.get_replica_context().replica_id_in_sync_group
+        ...     return Collectives().exchange([AllToAllRequest(tf.cast([[rank] * 4, [rank + 10] * 4], tf.uint8))])[0]
+        >>> received = tf.function(lambda: strategy.run(send))()
+        >>> [each.numpy()[:, 0].tolist() for each in strategy.experimental_local_results(received)]
+        [[0, 1], [10, 11]]
+    """
+
+    messages: tf.Tensor
+
+
 class ReplicaCount:
     """Asks how many replicas exchange; answered at once, without a round.
 
@@ -64,6 +85,9 @@ class ReplicaCount:
         >>> run_rounds(Collectives(), [own()])
         [1]
     """
+
+
+Request = AllReduceRequest | AllGatherRequest | AllToAllRequest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,7 +122,7 @@ class Collectives:
         """The same for a level."""
         return dataclasses.replace(self, level=level)
 
-    def exchange(self, requests: Sequence[AllReduceRequest | AllGatherRequest]) -> list[tf.Tensor]:
+    def exchange(self, requests: Sequence[Request]) -> list[tf.Tensor]:
         """Answers all requests in one round; called in a replica context, in the same order on every replica.
 
         Gradients come in the order in which backprop produces them, so that the first packs travel while the rest
@@ -107,26 +131,23 @@ class Collectives:
         Returns:
             An answer a request: for `Sum` the same bits, shape and dtype on every replica.
         """
-        sums = [i for i, request in enumerate(requests) if isinstance(request, AllReduceRequest)]
-        gathers = [i for i, request in enumerate(requests) if isinstance(request, AllGatherRequest)]
-        flat = [
-            tf.reshape(request.tensor if isinstance(request, AllReduceRequest) else request.message, [-1])
+        sent = [
+            tf.reshape(request.tensor, [-1])
+            if isinstance(request, AllReduceRequest)
+            else _words(request.message if isinstance(request, AllGatherRequest) else request.messages)
             for request in requests
         ]
-        packs = [_packs(members, flat, self.pack_bytes) for members in (sums, gathers)]
-        summed, gathered = self.backend.over_replicas(
-            [_joined([flat[i] for i in pack]) for pack in packs[0]],
-            # TensorFlow gathers no bytes, but whole words of them.
-            [tf.bitcast(tf.reshape(_joined([flat[i] for i in pack]), [-1, 4]), tf.int32) for pack in packs[1]],
-            self.level,
-        )
-        gathered = [tf.reshape(tf.bitcast(words, tf.uint8), [words.shape[0], -1]) for words in gathered]
+        packs = [
+            _packs([i for i, request in enumerate(requests) if isinstance(request, kind)], sent, self.pack_bytes)
+            for kind in (AllReduceRequest, AllGatherRequest, AllToAllRequest)
+        ]
+        found = self.backend.over_replicas(*[[_joined([sent[i] for i in p]) for p in each] for each in packs], self.level)
         answers: list[Any] = [None] * len(requests)
-        for pack, whole in zip([*packs[0], *packs[1]], [*summed, *gathered], strict=True):
-            sizes = [flat[i].shape[0] for i in pack]
+        for pack, whole in zip(itertools.chain(*packs), itertools.chain(*found), strict=True):
+            sizes = [sent[i].shape[-1] for i in pack]
             for i, part in zip(pack, tf.split(whole, sizes, axis=-1) if len(pack) > 1 else [whole], strict=True):
                 request = requests[i]
-                answers[i] = tf.reshape(part, request.tensor.shape) if isinstance(request, AllReduceRequest) else part
+                answers[i] = tf.reshape(part, request.tensor.shape) if isinstance(request, AllReduceRequest) else _bytes(part)
         return answers
 
 
@@ -163,8 +184,17 @@ def run_rounds(collectives: Collectives, exchanges: Sequence[Any]) -> list[Any]:
     return results
 
 
+def _words(message: tf.Tensor) -> tf.Tensor:
+    """Views uint8 [..., n] as int32 [..., n / 4]: TensorFlow gathers no bytes, but whole words of them."""
+    return tf.bitcast(tf.reshape(message, [*message.shape[:-1], message.shape[-1] // 4, 4]), tf.int32)
+
+
+def _bytes(words: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(tf.bitcast(words, tf.uint8), [*words.shape[:-1], 4 * words.shape[-1]])
+
+
 def _joined(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-    return tf.concat(tensors, axis=0) if len(tensors) > 1 else tensors[0]
+    return tf.concat(tensors, axis=-1) if len(tensors) > 1 else tensors[0]
 
 
 def _packs(members: Sequence[int], tensors: Sequence[tf.Tensor], limit: int) -> list[list[int]]:

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Protocol
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.distributed.collectives import AllGatherRequest, AllReduceRequest, ReplicaCount
-from dist_partial.selection.payload import Payload
+from dist_partial.distributed.collectives import AllReduceRequest, ReplicaCount, Request
+from dist_partial.selection.payload import Payload, Peers
 from dist_partial.validation import OneOf
 
-Exchange = Generator[AllReduceRequest | AllGatherRequest | ReplicaCount, Any, tf.Tensor]
+Exchange = Generator[Request | ReplicaCount, Any, tf.Tensor]
 # In which gradients can travel; None is their own.
 Dtype = Annotated[str | None, OneOf("float64", "float32", "bfloat16", "float16", None)]
 
@@ -29,9 +29,9 @@ class Reduction(Protocol):
         >>> from dist_partial.distributed.collectives import Collectives, run_rounds
         >>> class Signs:
         ...     shared = True
-        ...     def payloads(self, shape, dtype):
+        ...     def payloads(self, shape, dtype, peers):
         ...         return (Payload("sum", 4 * int(np.prod(shape))),)
-        ...     def state(self, path, shape, dtype):
+        ...     def state(self, path, shape, dtype, peers):
         ...         return {}
         ...     def reduce(self, value, state):
         ...         return (yield AllReduceRequest(tf.sign(value)))
@@ -42,10 +42,10 @@ class Reduction(Protocol):
     @property
     def shared(self) -> bool: ...
 
-    def payloads(self, shape: Sequence[int], dtype: str) -> tuple[Payload, ...]:
-        """What one replica sends for one gradient of `shape` and `dtype`."""
+    def payloads(self, shape: Sequence[int], dtype: str, peers: Peers) -> tuple[Payload, ...]:
+        """What one replica sends to `peers` for one gradient of `shape` and `dtype`."""
 
-    def state(self, path: str, shape: Sequence[int], dtype: str) -> dict[str, np.ndarray]:
+    def state(self, path: str, shape: Sequence[int], dtype: str, peers: Peers) -> dict[str, np.ndarray]:
         """First values of what each replica keeps for one gradient, by name."""
 
     def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:

@@ -15,7 +15,7 @@ OUTERMOST = {2: 1.872, 1.6: 1.534, 1: 1.0}
 
 
 def encode_values(values: tf.Tensor, bits: float) -> tf.Tensor:
-    """Encodes flat floating [n] as uint8 [`value_bytes(n, bits)`].
+    """Encodes rows of floating [..., n] as uint8 [..., `value_bytes(n, bits)`].
 
     Examples:
         >>> encode_values(tf.constant([1.0, -1.0, 1.0, 1.0]), bits=1).numpy().tolist()  # the scale 1, then 0b1101
@@ -23,42 +23,44 @@ def encode_values(values: tf.Tensor, bits: float) -> tf.Tensor:
     """
     if bits in FLOATS:
         return bytes_of(tf.cast(values, FLOATS[int(bits)]))
-    count, top, in_byte = values.shape[0], LEVELS[bits] - 1, int(8 / bits)
+    rows, count = values.shape[:-1].as_list(), values.shape[-1]
+    top, in_byte = LEVELS[bits] - 1, int(8 / bits)
     groups = ceil(count, SCALED)
-    cut = tf.reshape(tf.pad(values, [[0, groups * SCALED - count]]), [groups, SCALED])
+    cut = tf.reshape(_filled(values, groups * SCALED), [*rows, groups, SCALED])
     if bits in OUTERMOST:
         members = np.minimum(SCALED, count - SCALED * np.arange(groups))
-        outermost = tf.reduce_sum(tf.abs(cut), axis=1) * (OUTERMOST[bits] / members)
+        outermost = tf.reduce_sum(tf.abs(cut), axis=-1) * (OUTERMOST[bits] / members)
     else:
-        outermost = tf.reduce_max(tf.abs(cut), axis=1)
+        outermost = tf.reduce_max(tf.abs(cut), axis=-1)
     scales = tf.cast(outermost, tf.bfloat16)
-    scale = tf.cast(scales, values.dtype)[:, tf.newaxis]
+    scale = tf.cast(scales, values.dtype)[..., tf.newaxis]
     level = tf.clip_by_value(tf.round((tf.math.divide_no_nan(cut, scale) + 1) * (top / 2)), 0, top)
     size = ceil(count, in_byte)
-    levels = tf.reshape(tf.cast(level, tf.int32), [-1])[:count]
+    levels = tf.reshape(tf.cast(level, tf.int32), [*rows, -1])[..., :count]
     # Several values share a byte, the first as its lowest digit.
-    digits = tf.reshape(tf.pad(levels, [[0, size * in_byte - count]]), [size, in_byte])
-    packed = tf.reduce_sum(digits * [[LEVELS[bits] ** i for i in range(in_byte)]], axis=1)
-    return tf.concat([bytes_of(scales), tf.cast(packed, tf.uint8)], axis=0)
+    digits = tf.reshape(_filled(levels, size * in_byte), [*rows, size, in_byte])
+    packed = tf.reduce_sum(digits * [LEVELS[bits] ** i for i in range(in_byte)], axis=-1)
+    return tf.concat([bytes_of(scales), tf.cast(packed, tf.uint8)], axis=-1)
 
 
 def decode_values(message: tf.Tensor, count: int, bits: float, dtype: tf.DType) -> tf.Tensor:
-    """Inverts `encode_values`; bytes beyond those of `count` values are ignored.
+    """Inverts `encode_values`: uint8 [..., bytes] -> [..., count]; bytes beyond those of `count` values are ignored.
 
     Examples:
         >>> message = encode_values(tf.constant([0.5, -0.5, 0.5]), bits=1)
         >>> decode_values(message, 3, 1, tf.float32).numpy().tolist()
         [0.5, -0.5, 0.5]
     """
+    rows = message.shape[:-1].as_list()
     if bits in FLOATS:
         kind = FLOATS[int(bits)]
-        return tf.cast(tf.bitcast(tf.reshape(message[: count * kind.size], [count, kind.size]), kind), dtype)
+        return tf.cast(tf.bitcast(tf.reshape(message[..., : count * kind.size], [*rows, count, kind.size]), kind), dtype)
     groups, top, in_byte = ceil(count, SCALED), LEVELS[bits] - 1, int(8 / bits)
-    scales = tf.cast(tf.bitcast(tf.reshape(message[: 2 * groups], [groups, 2]), tf.bfloat16), dtype)
-    packed = tf.cast(message[2 * groups : value_bytes(count, bits)], tf.int32)
-    levels = packed[:, tf.newaxis] // [[LEVELS[bits] ** i for i in range(in_byte)]] % LEVELS[bits]
-    unit = tf.cast(2 * tf.reshape(levels, [-1])[:count] - top, dtype) / top
-    return unit * tf.repeat(scales, SCALED)[:count]
+    scales = tf.cast(tf.bitcast(tf.reshape(message[..., : 2 * groups], [*rows, groups, 2]), tf.bfloat16), dtype)
+    packed = tf.cast(message[..., 2 * groups : value_bytes(count, bits)], tf.int32)
+    levels = packed[..., tf.newaxis] // [LEVELS[bits] ** i for i in range(in_byte)] % LEVELS[bits]
+    unit = tf.cast(2 * tf.reshape(levels, [*rows, -1])[..., :count] - top, dtype) / top
+    return unit * tf.repeat(scales, SCALED, axis=-1)[..., :count]
 
 
 def value_bytes(count: int, bits: float) -> int:
@@ -74,33 +76,77 @@ def value_bytes(count: int, bits: float) -> int:
 
 
 def bytes_of(tensor: tf.Tensor) -> tf.Tensor:
-    """Views a tensor as flat uint8.
+    """Views rows [..., n] as uint8 [..., bytes].
 
     Examples:
         >>> bytes_of(tf.constant([[1], [256]], tf.int32)).numpy().tolist()
-        [1, 0, 0, 0, 0, 1, 0, 0]
+        [[1, 0, 0, 0], [0, 1, 0, 0]]
     """
-    return tf.reshape(tensor if tensor.dtype == tf.uint8 else tf.bitcast(tensor, tf.uint8), [-1])
+    return tf.reshape(tf.bitcast(tensor, tf.uint8), [*tensor.shape[:-1], tensor.shape[-1] * tensor.dtype.size])
 
 
-def index_dtype(block: int) -> tf.DType:
-    """Chooses the smallest dtype that indexes a block.
+def encode_places(places: tf.Tensor, bits: int) -> tf.Tensor:
+    """Encodes rows of integers below 2**bits, [..., n], as uint8 [..., `place_bytes(n, bits)`].
 
     Examples:
-        >>> index_dtype(256), index_dtype(257)
-        (tf.uint8, tf.uint16)
+        >>> encode_places(tf.constant([1, 2, 3]), bits=4).numpy().tolist()  # the first as the lowest bits
+        [33, 3]
     """
-    return tf.uint8 if block <= 256 else tf.uint16 if block <= 65536 else tf.int32
+    if bits in (8, 16):
+        return bytes_of(tf.cast(places, {8: tf.uint8, 16: tf.uint16}[bits]))
+    rows, count = places.shape[:-1].as_list(), places.shape[-1]
+    each = tf.bitwise.right_shift(places[..., tf.newaxis], tf.range(bits)) % 2
+    size = place_bytes(count, bits)
+    digits = tf.reshape(_filled(tf.reshape(each, [*rows, count * bits]), 8 * size), [*rows, size, 8])
+    return tf.cast(tf.reduce_sum(digits * [2**i for i in range(8)], axis=-1), tf.uint8)
+
+
+def decode_places(message: tf.Tensor, count: int, bits: int) -> tf.Tensor:
+    """Inverts `encode_places`: uint8 [..., bytes] -> int32 [..., count].
+
+    Examples:
+        >>> decode_places(tf.constant([33, 3], tf.uint8), count=3, bits=4).numpy().tolist()
+        [1, 2, 3]
+    """
+    rows = message.shape[:-1].as_list()
+    if bits == 16:
+        return tf.cast(tf.bitcast(tf.reshape(message, [*rows, count, 2]), tf.uint16), tf.int32)
+    found = tf.cast(message, tf.int32)
+    if bits == 8:
+        return found
+    each = tf.bitwise.right_shift(found[..., tf.newaxis], tf.range(8)) % 2
+    digits = tf.reshape(tf.reshape(each, [*rows, -1])[..., : count * bits], [*rows, count, bits])
+    return tf.reduce_sum(digits * [2**i for i in range(bits)], axis=-1)
+
+
+def place_bits(block: int) -> int:
+    """Counts the bits that tell the places of a block apart.
+
+    Examples:
+        >>> place_bits(256), place_bits(257), place_bits(1)
+        (8, 9, 1)
+    """
+    return max(1, (block - 1).bit_length())
+
+
+def place_bytes(count: int, bits: int) -> int:
+    """Counts the bytes that `encode_places` makes of `count` places.
+
+    Examples:
+        >>> place_bytes(3, bits=4)
+        2
+    """
+    return ceil(count * bits, 8)
 
 
 def padded(message: tf.Tensor) -> tf.Tensor:
-    """Pads flat uint8 to whole words of 4 bytes.
+    """Pads rows of uint8 to whole words of 4 bytes.
 
     Examples:
         >>> padded(tf.constant([1, 2, 3, 4, 5], tf.uint8)).numpy().tolist()
         [1, 2, 3, 4, 5, 0, 0, 0]
     """
-    return tf.pad(message, [[0, words(message.shape[0]) - message.shape[0]]])
+    return _filled(message, words(message.shape[-1]))
 
 
 def words(size: int) -> int:
@@ -141,3 +187,8 @@ def numpy_dtype(dtype: str) -> Any:
         2
     """
     return tf.as_dtype(dtype).as_numpy_dtype
+
+
+def _filled(rows: tf.Tensor, length: int) -> tf.Tensor:
+    """Fills rows [..., n] with zeros up to a length."""
+    return tf.pad(rows, [[0, 0]] * (rows.shape.rank - 1) + [[0, length - rows.shape[-1]]])

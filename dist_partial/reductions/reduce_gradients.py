@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from dist_partial.distributed.collectives import BETWEEN, INSIDE, Collectives, run_rounds
 from dist_partial.reductions.base import mean
+from dist_partial.selection.payload import Peers
 from dist_partial.selection.plan import Plan, VariablePlan
 
 OF_INSIDE = "inside_"  # names what a reduction keeps over the replicas of one worker
@@ -90,17 +91,17 @@ def make_states(plan: Plan) -> list[dict[str, tf.Variable]]:
                 synchronization=tf.VariableSynchronization.ON_READ,
                 aggregation=tf.VariableAggregation.NONE,
             )
-            for name, value in _first_values(entry).items()
+            for name, value in _first_values(plan, entry).items()
         }
         for entry in plan.trained
     ]
 
 
-def _first_values(entry: VariablePlan) -> dict[str, Any]:
-    found = entry.reduction.state(entry.path, entry.trained_shape, entry.dtype)
+def _first_values(plan: Plan, entry: VariablePlan) -> dict[str, Any]:
+    found = entry.reduction.state(entry.path, entry.trained_shape, entry.dtype, plan.peers(entry))
     if entry.inside is None:
         return found
-    of_inside = entry.inside.state(entry.path, entry.trained_shape, entry.dtype)
+    of_inside = entry.inside.state(entry.path, entry.trained_shape, entry.dtype, Peers(plan.local))
     return found | {f"{OF_INSIDE}{name}": value for name, value in of_inside.items()}
 
 

@@ -1,44 +1,46 @@
 """Sends the largest values and their places, with error feedback."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.distributed.collectives import AllGatherRequest
-from dist_partial.reductions.all_reduce import AllReduce
+from dist_partial.reductions import encoded_sum
 from dist_partial.reductions.base import Exchange
 from dist_partial.reductions.encoding import (
     FLOATS,
     LEVELS,
-    bytes_of,
+    ceil,
+    decode_places,
     decode_values,
+    encode_places,
     encode_values,
-    index_dtype,
     padded,
+    place_bits,
+    place_bytes,
     value_bytes,
     words,
-    zeros,
 )
-from dist_partial.selection.payload import Payload, itemsize
+from dist_partial.selection.payload import Payload, Peers
 from dist_partial.validation import Above, AtLeast, AtMost, OneOf, check
 
 
 @dataclasses.dataclass(frozen=True)
 class TopK:
-    """Sends the largest values of each gradient and their places, with error feedback, by gather.
+    """Sends the largest values of each gradient and their places, with error feedback.
 
     Lin et al. 2018, "Deep Gradient Compression". The tensor is cut into blocks, of each of which the same share is
-    sent, so that a place takes one byte and no sort spans the tensor; `block=None` takes the largest of all. Among N
-    workers a gather costs N/2 times what a sum of as many bytes would.
+    sent, so that a place takes one byte and no sort spans the tensor; `block=None` takes the largest of all. From three
+    replicas on blocks are summed in two hops: of the sum as well its largest values are sent, and the rest waits for
+    the next one (see `encoded_sum`).
 
     Attributes:
         density: share of the values that is sent; at least one of each block is.
-        block: values a block, or None.
+        block: values a block, or None; a place takes as many bits as tell so many apart.
         bits: of each value as it is sent: 32 (float32), 16 (bfloat16), or as in `Quantized`.
+        decay: how much of what was left out is added to the next gradient, as in `Quantized`.
 
     Examples:
         >>> TopK(density=1 / 64).payloads([256, 64], "float32")  # instead of 65,536 bytes
@@ -48,6 +50,7 @@ class TopK:
     density: Annotated[float, Above(0), AtMost(1)] = 1 / 64
     block: Annotated[int | None, AtLeast(1), "write how many values a block has, such as 256, or None"] = 256
     bits: Annotated[float, OneOf(*FLOATS, *LEVELS)] = 16
+    decay: Annotated[float, Above(0), AtMost(1)] = 1.0
 
     def __post_init__(self) -> None:
         check(self, "top_k")
@@ -56,53 +59,47 @@ class TopK:
     def shared(self) -> bool:
         return True
 
-    def blocks(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """How many blocks, how many values each has, and how many of them are sent."""
-        size = math.prod(shape)
-        block = min(self.block or size, size)
-        return -(-size // block), block, max(1, round(self.density * block))
+    def payloads(self, shape: Sequence[int], dtype: str, peers: Peers = Peers()) -> tuple[Payload, ...]:
+        return encoded_sum.payloads(self, shape, dtype, peers)
 
-    def payloads(self, shape: Sequence[int], dtype: str) -> tuple[Payload, ...]:
-        if not self._gains(shape, dtype):
-            return AllReduce().payloads(shape, dtype)
-        return (Payload("gather", self._bytes(shape)),)
-
-    def _bytes(self, shape: Sequence[int]) -> int:
-        blocks, block, k = self.blocks(shape)
-        return words(blocks * k * index_dtype(block).size + value_bytes(blocks * k, self.bits))
-
-    def _gains(self, shape: Sequence[int], dtype: str) -> bool:
-        return self._bytes(shape) < math.prod(shape) * itemsize(dtype)
-
-    def state(self, path: str, shape: Sequence[int], dtype: str) -> dict[str, np.ndarray]:
-        return {"residual": zeros(shape, dtype)} if self._gains(shape, dtype) else {}
+    def state(self, path: str, shape: Sequence[int], dtype: str, peers: Peers = Peers()) -> dict[str, np.ndarray]:
+        return encoded_sum.state(self, shape, dtype, peers)
 
     def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
-        if not self._gains(value.shape, value.dtype.name):
-            return (yield from AllReduce().reduce(value, state))
-        blocks, block, k = self.blocks(value.shape)
-        size = math.prod(value.shape)
-        whole = tf.reshape(value + state["residual"], [-1])
-        cut = tf.reshape(tf.pad(whole, [[0, blocks * block - size]]), [blocks, block])
+        return (yield from encoded_sum.reduce(self, value, state))
+
+    def rounded(self, count: int, size: int) -> int:
+        block = min(self.block or size, size)
+        return ceil(count, block) * block
+
+    def message_bytes(self, count: int) -> int:
+        blocks, block, k = self._blocks(count)
+        return words(place_bytes(blocks * k, place_bits(block)) + value_bytes(blocks * k, self.bits))
+
+    def encode(self, chunks: tf.Tensor) -> tf.Tensor:
+        parts, count = chunks.shape
+        blocks, block, k = self._blocks(count)
+        cut = tf.reshape(chunks, [parts, blocks, block])
         _, places = tf.math.top_k(tf.abs(cut), k, sorted=False)
-        values = tf.reshape(tf.gather(cut, places, batch_dims=1), [-1])
-        kind = index_dtype(block)
-        message = tf.concat([bytes_of(tf.cast(places, kind)), encode_values(values, self.bits)], axis=0)
-        index_bytes = blocks * k * kind.size
-        starts = tf.range(blocks)[:, tf.newaxis] * block
+        values = tf.reshape(tf.gather(cut, places, batch_dims=2), [parts, blocks * k])
+        places = encode_places(tf.reshape(places, [parts, blocks * k]), place_bits(block))
+        return padded(tf.concat([places, encode_values(values, self.bits)], axis=1))
 
-        def add(dense: tf.Tensor, message: tf.Tensor) -> tf.Tensor:
-            found = tf.reshape(message[:index_bytes], [blocks, k, kind.size] if kind.size > 1 else [blocks, k])
-            places = tf.cast(tf.bitcast(found, kind) if kind != tf.uint8 else found, tf.int32)
-            sent = decode_values(message[index_bytes:], blocks * k, self.bits, value.dtype)
-            return tf.tensor_scatter_nd_add(dense, tf.reshape(starts + places, [-1, 1]), sent)
+    def decode(self, messages: tf.Tensor, count: int, dtype: tf.DType) -> tf.Tensor:
+        parts = messages.shape[0]
+        blocks, block, k = self._blocks(count)
+        size = place_bytes(blocks * k, place_bits(block))
+        places = decode_places(messages[:, :size], blocks * k, place_bits(block))
+        values = decode_values(messages[:, size:], blocks * k, self.bits, dtype)
+        starts = tf.range(parts)[:, tf.newaxis] * count + tf.repeat(tf.range(blocks) * block, k)
+        where = tf.reshape(starts + places, [-1, 1])
+        return tf.reshape(tf.scatter_nd(where, tf.reshape(values, [-1]), [parts * count]), [parts, count])
 
-        empty = tf.zeros([blocks * block], value.dtype)
-        state["residual"].assign(tf.reshape((tf.reshape(cut, [-1]) - add(empty, message))[:size], value.shape))
-        total = empty
-        for each in tf.unstack((yield AllGatherRequest(padded(message)))):  # in replica order: the same bits everywhere
-            total = add(total, each)
-        return tf.reshape(total[:size], value.shape)
+    def _blocks(self, count: int) -> tuple[int, int, int]:
+        """How many blocks there are of `count` values, how many each has, and how many of them are sent."""
+        block = min(self.block or count, count)
+        return count // block, block, max(1, round(self.density * block))
 
     def __str__(self) -> str:
-        return f"top {self.density!r} in {self.bits} bits" + (f", blocks of {self.block}" if self.block else "")
+        blocks = f", blocks of {self.block}" if self.block else ""
+        return f"top {self.density!r} in {self.bits} bits{blocks}" + encoded_sum.decay_text(self)

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 
 class Payload(NamedTuple):
-    """Describes what one replica hands over to a 'sum' or 'gather' after the steps s, s % every == offset % every.
+    """Describes what one replica hands over after the steps s with s % every == offset % every.
+
+    Its kind is 'sum', 'gather', or 'all-to-all': of its bytes every replica gets an equal part.
 
     Examples:
         >>> Payload("sum", bytes=100, every=10).times(first=0, last=25)
@@ -24,23 +26,36 @@ class Payload(NamedTuple):
         return (last - self.offset) // self.every - (first - self.offset) // self.every
 
 
+class Peers(NamedTuple):
+    """Says who exchange gradients: how many replicas, and whether each can send every other something of its own.
+
+    Examples:
+        >>> Peers(replicas=4)
+        Peers(replicas=4, all_to_all=True)
+    """
+
+    replicas: int = 2
+    all_to_all: bool = True
+
+
 def nic_bytes(kind: str, payload: int | fractions.Fraction, workers: int) -> fractions.Fraction:
     """Counts the bytes that leave the network interface of each of N workers when each hands over a payload.
 
     Of a sum 2 (N-1)/N of the payload, by a ring or by our own connections (Patarasuk & Yuan 2009, "Bandwidth optimal
-    all-reduce algorithms"); of a gather N-1 times the payload, which is N/2 times what a sum costs.
+    all-reduce algorithms"); of a gather N-1 times the payload, which is N/2 times what a sum costs; all of what is
+    handed over for all but the worker's own part.
 
     Args:
-        kind: 'sum' or 'gather'.
+        kind: 'sum', 'gather' or 'all-to-all'.
         payload: bytes that one worker hands over.
         workers: how many there are, with one replica each.
 
     Examples:
-        >>> [int(nic_bytes(kind, 100, workers=4)) for kind in ("sum", "gather")]
-        [150, 300]
+        >>> [int(nic_bytes(kind, 100, workers=4)) for kind in ("sum", "gather", "all-to-all")]
+        [150, 300, 75]
     """
-    factors = {"sum": fractions.Fraction(2 * (workers - 1), workers), "gather": fractions.Fraction(workers - 1)}
-    return factors[kind] * payload
+    factors = {"sum": fractions.Fraction(2, workers), "gather": 1, "all-to-all": fractions.Fraction(1, workers)}
+    return (workers - 1) * factors[kind] * fractions.Fraction(payload)
 
 
 def average_bytes(payloads: Sequence[Any], workers: int | None = None) -> int | float:

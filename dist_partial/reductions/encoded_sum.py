@@ -1,0 +1,106 @@
+"""Sums what travels in few bits: by a gather, or in two hops, of which each replica adds up a part.
+
+A gather hands every replica's message to every other, so that what each sends grows with their number. In two hops the
+tensor is cut into one chunk a replica: replica j is sent every chunk j, decodes and adds them in rank order, and sends
+the sum to all, encoded as well. What leaves each is then the same share at any number (the scheme of 1-bit Adam, Tang
+et al. 2021, and of qgZ in Wang et al. 2023, "ZeRO++"). Both hops have error feedback: what the first leaves out is each
+replica's `residual`, and what the second leaves out of chunk j is the `sum_residual` of replica j.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from dist_partial.distributed.collectives import AllGatherRequest, AllReduceRequest, AllToAllRequest, ReplicaCount
+from dist_partial.reductions.base import Exchange
+from dist_partial.reductions.encoding import ceil, words, zeros
+from dist_partial.selection.payload import Payload, Peers, average_bytes, itemsize
+
+
+class Codec(Protocol):
+    """Encodes chunks of values in few bits: what `Quantized` and `TopK` differ in."""
+
+    @property
+    def decay(self) -> float:
+        """How much of a residual is added to the next gradient."""
+
+    def rounded(self, count: int, size: int) -> int:
+        """How many values a chunk of at least `count` of a tensor's `size` has."""
+
+    def message_bytes(self, count: int) -> int:
+        """How many bytes are made of `count` values: a multiple of 4."""
+
+    def encode(self, chunks: tf.Tensor) -> tf.Tensor:
+        """[chunks, count] floating -> [chunks, message_bytes(count)] uint8."""
+
+    def decode(self, messages: tf.Tensor, count: int, dtype: tf.DType) -> tf.Tensor:
+        """[chunks, message_bytes(count)] uint8 -> [chunks, count] of `dtype`."""
+
+
+def payloads(codec: Codec, shape: Sequence[int], dtype: str, peers: Peers) -> tuple[Payload, ...]:
+    """What one replica sends for a gradient: of a sum as it is, a gather, and two hops, that which costs least."""
+    size = math.prod(shape)
+    whole, count = codec.message_bytes(codec.rounded(size, size)), chunk(codec, size, peers)
+    ways = [(Payload("sum", size * itemsize(dtype)),), (Payload("gather", whole),)]
+    if peers.all_to_all:
+        part = codec.message_bytes(count)
+        ways.append((Payload("all-to-all", peers.replicas * part), Payload("gather", part)))
+    # Two is the least of which anything leaves a machine.
+    return min(ways, key=lambda way: average_bytes(way, max(2, peers.replicas)))
+
+
+def chunk(codec: Codec, size: int, peers: Peers) -> int:
+    """How many values each replica adds up in two hops; the last ones may have fewer, or none."""
+    return codec.rounded(ceil(size, peers.replicas), size)
+
+
+def state(codec: Codec, shape: Sequence[int], dtype: str, peers: Peers) -> dict[str, np.ndarray]:
+    """First values of the residuals: none where even two replicas send the gradient as it is."""
+    if payloads(codec, shape, dtype, Peers(2))[0].kind == "sum":
+        return {}
+    found = {"residual": zeros(shape, dtype)}
+    if payloads(codec, shape, dtype, peers)[0].kind == "all-to-all":
+        found["sum_residual"] = zeros([chunk(codec, math.prod(shape), peers)], dtype)
+    return found
+
+
+def reduce(codec: Codec, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
+    """Sums a gradient over the replicas in the way that its state was made for."""
+    if "residual" not in state:
+        return (yield AllReduceRequest(value))
+    replicas, size = (yield ReplicaCount()), math.prod(value.shape)
+    with_residual = value + codec.decay * state["residual"]
+    in_two_hops = "sum_residual" in state
+    if not in_two_hops and payloads(codec, value.shape, value.dtype.name, Peers(replicas, False))[0].kind == "sum":
+        state["residual"].assign(tf.zeros_like(value))
+        return (yield AllReduceRequest(with_residual))
+    parts = replicas if in_two_hops else 1
+    count = codec.rounded(ceil(size, parts), size)
+    padded = tf.pad(tf.reshape(with_residual, [-1]), [[0, parts * count - size]])
+    chunks = tf.reshape(padded, [parts, count])
+    messages = codec.encode(chunks)
+    left = chunks - codec.decode(messages, count, value.dtype)
+    state["residual"].assign(tf.reshape(tf.reshape(left, [-1])[:size], value.shape))
+    if not in_two_hops:
+        received = yield AllGatherRequest(messages[0])
+        total = _added(codec.decode(received, count, value.dtype))
+        return tf.reshape(total[:size], value.shape)
+    received = yield AllToAllRequest(messages)
+    own = _added(codec.decode(received, count, value.dtype)) + codec.decay * state["sum_residual"]
+    message = codec.encode(own[tf.newaxis])
+    state["sum_residual"].assign(own - codec.decode(message, count, value.dtype)[0])
+    totals = codec.decode((yield AllGatherRequest(message[0])), count, value.dtype)
+    return tf.reshape(tf.reshape(totals, [-1])[:size], value.shape)
+
+
+def _added(rows: tf.Tensor) -> tf.Tensor:
+    """The sum of rows [replicas, n], one after the other: where all add the same they get the same bits."""
+    return tf.add_n(tf.unstack(rows))
+
+
+def decay_text(codec: Codec) -> str:
+    """What the text of a reduction says of its decay."""
+    return f", decay {codec.decay:g}" if codec.decay != 1 else ""
