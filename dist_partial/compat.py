@@ -733,6 +733,36 @@ def gather(strategy: Any, value: Any, options: Any) -> Any:
     return distribute_utils.regroup(tuple(found), always_wrap=True)
 
 
+def all_to_all(strategy: Any, value: Any, options: Any) -> Any:
+    """Sends row j of each replica's [replicas, n] to replica j, which gets [replicas, n]; in a cross-replica context.
+
+    TensorFlow 2.21: its strategies have no such method, and the op wants the keys by which their launchers number
+    collectives.
+    Unnecessary with an all-to-all of a strategy.
+    """
+    from tensorflow.python.distribute import distribute_utils
+    from tensorflow.python.ops import collective_ops
+
+    import tensorflow as tf
+
+    found = []
+    copies = strategy.experimental_local_results(value)
+    for launcher, copy in zip(strategy.extended._cross_device_ops._launchers, copies, strict=True):
+        own = launcher._options.merge(options)
+        with tf.device(launcher._device):
+            swapped = collective_ops.all_to_all_v2(
+                copy,
+                launcher._group_size,
+                launcher._group_key,
+                launcher._next_instance_key(),
+                communication_hint=own.implementation.value,
+                timeout=own.timeout_seconds or 0,
+                ordering_token=launcher._get_ordering_token(),
+            )
+        found.append(tf.ensure_shape(swapped, copy.shape))
+    return distribute_utils.regroup(tuple(found), always_wrap=True)
+
+
 def abort_collectives(reason: str) -> None:
     """Ends the collectives that wait, and all later ones, with an UnavailableError.
 

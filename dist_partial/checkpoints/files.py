@@ -200,8 +200,7 @@ def restore(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
     for name, variable in state.items():
         found, wanted = checkpoint.arrays[name].shape, tuple(variable.shape)
         # Another number of replicas may go on with what was kept for each.
-        skip = 1 if isinstance(variable, PerReplica) and found else 0
-        if found[skip:] != wanted[skip:]:
+        if found != wanted and not (isinstance(variable, PerReplica) and variable.takes(found)):
             raise UserError(f"{checkpoint.path}: {name} has shape {found}, not {wanted}")
     for name, variable in state.items():
         variable.assign(checkpoint.arrays[name])

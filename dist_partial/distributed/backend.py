@@ -71,40 +71,54 @@ class Backend(Protocol):
         """
 
 
-def inside(sums: Sequence[tf.Tensor], gathers: Sequence[tf.Tensor]) -> Exchanged:
-    """Sums and gathers over the replicas of this worker; called in the context of each.
+def alone(sums: Sequence[tf.Tensor], gathers: Sequence[tf.Tensor], swaps: Sequence[tf.Tensor]) -> Exchanged:
+    """What one replica exchanges with itself.
 
     Examples:
-        >>> sums, gathered = inside([tf.constant([1.0])], [tf.constant([2])])
+        >>> [[each.numpy().tolist() for each in found] for found in alone([], [tf.constant([2])], [tf.constant([[3]])])]
+        [[], [[[2]]], [[[3]]]]
+    """
+    return list(sums), [words[tf.newaxis] for words in gathers], list(swaps)
+
+
+def inside(sums: Sequence[tf.Tensor], gathers: Sequence[tf.Tensor], swaps: Sequence[tf.Tensor] = ()) -> Exchanged:
+    """Sums, gathers and swaps over the replicas of this worker; called in the context of each.
+
+    Examples:
+        >>> sums, gathered, _ = inside([tf.constant([1.0])], [tf.constant([2])])
         >>> sums[0].numpy().tolist(), gathered[0].numpy().tolist()  # of one replica
         ([1.0], [[2]])
     """
     context: Any = tf.distribute.get_replica_context()
     if context.num_replicas_in_sync == 1:
-        return list(sums), [words[tf.newaxis] for words in gathers]
-    return context.merge_call(functools.partial(joined, len(sums), False), args=[*sums, *gathers])
+        return alone(sums, gathers, swaps)
+    counts = len(sums), len(gathers)
+    totals, stacked, swapped = context.merge_call(functools.partial(joined, counts, False), args=[*sums, *gathers, *swaps])
+    return totals, stacked, [each[:, context.replica_id_in_sync_group] for each in swapped]
 
 
-def joined(sums: int, alike: bool, strategy: tf.distribute.Strategy, *values: Any) -> Exchanged:
+def joined(counts: tuple[int, int], alike: bool, strategy: tf.distribute.Strategy, *values: Any) -> Exchanged:
     """Sums and gathers what the replicas of this worker have, on its host; called in the cross-replica context.
 
     Args:
-        sums: how many of the values are to be summed; the others are gathered.
+        counts: how many of the values are to be summed, and how many of the others gathered; the rest is swapped.
         alike: whether all replicas have the same, so that one will do.
         strategy: the replicas.
-        values: [n] each, of each replica.
+        values: [n] each, of each replica; [receivers, n] of a swap.
 
     Returns:
-        The sums [n], and the gathered [replicas, n]: plain tensors, which every replica can read.
+        The sums [n], the gathered [replicas, n], and the swapped [replicas, receivers, n]: plain tensors, which every
+        replica can read.
 
     Examples:
-        >>> joined(1, False, tf.distribute.get_strategy(), tf.constant([1.0]))[0][0].numpy().tolist()
+        >>> joined((1, 0), False, tf.distribute.get_strategy(), tf.constant([1.0]))[0][0].numpy().tolist()
         [1.0]
     """
-    local = strategy.experimental_local_results
+    local, (sums, gathers) = strategy.experimental_local_results, counts
     with tf.device(HOST):
         totals = [host_sum(strategy, value, alike) for value in values[:sums]]
-        return totals, [tf.stack(local(value)[: 1 if alike else None]) for value in values[sums:]]
+        stacked = [tf.stack(local(value)[: 1 if alike else None]) for value in values[sums:]]
+        return totals, stacked[:gathers], stacked[gathers:]
 
 
 def host_sum(strategy: tf.distribute.Strategy, value: Any, alike: bool = False) -> tf.Tensor:

@@ -37,7 +37,7 @@ class HostBridge(tf.distribute.CrossDeviceOps):
         count = self._backend.size * strategy.num_replicas_in_sync
         with tf.device(HOST):
             own = [host_sum(strategy, value) for value, _ in value_destination_pairs]
-            sums, _ = self._backend.exchange([tf.reshape(each, [-1]) for each in own], [])
+            sums, *_ = self._backend.exchange([tf.reshape(each, [-1]) for each in own], [])
             sums = [tf.reshape(total, each.shape) for total, each in zip(sums, own, strict=True)]
             if reduce_op in (tf.distribute.ReduceOp.MEAN, "MEAN"):
                 sums = [total / count for total in sums]

@@ -1,6 +1,7 @@
 """Variables of which each replica has a value of its own, and which replicas are this worker's."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,7 +88,8 @@ class PerReplica:
         topology: the replicas.
         variable: a mirrored variable, or one that is synchronised on read.
         when_fewer: what becomes of the values on another number of replicas: 'sum' keeps their sum and divides it
-            evenly, 'mean' gives each replica their mean, 'own' deals them out.
+            evenly, 'mean' gives each replica their mean, 'own' deals them out, 'chunks' cuts what they are together,
+            one after the other, into as many chunks as there are replicas.
         constraint: of the variable, which the mean must satisfy as the values do; or None.
 
     Examples:
@@ -112,6 +114,10 @@ class PerReplica:
     def dtype(self) -> Any:
         return np.dtype(self.variable.dtype.as_numpy_dtype)
 
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether `assign` takes an array of this shape: of any number of replicas."""
+        return len(shape) == len(self.shape) and (self.when_fewer == "chunks" or shape[1:] == self.shape[1:])
+
     def assign(self, array: np.ndarray) -> None:
         """Gives this worker's replicas their values; called in the cross-replica context.
 
@@ -121,6 +127,8 @@ class PerReplica:
         count = self.topology.replicas
         if len(array) == count:
             mine = array
+        elif self.when_fewer == "chunks":
+            mine = np.resize(np.concatenate([array.ravel(), np.zeros(math.prod(self.shape), self.dtype)]), self.shape)
         elif self.when_fewer == "own":
             mine = array[np.arange(count) % len(array)]
         else:

@@ -1,4 +1,4 @@
-"""Sums and gathers over TCP connections between all workers.
+"""Sums, gathers and all-to-alls over TCP connections between all workers.
 
 TensorFlow's own collectives on the CPU send over gRPC, tensor by tensor. Here every worker has a connection to every
 other (`rendezvous`), over which messages travel (`tcp_connections`). A tensor to be summed is cut into one chunk a
@@ -21,7 +21,7 @@ from dist_partial.distributed.backend import Exchanged
 from dist_partial.distributed.handshake import Link
 from dist_partial.distributed.tcp_arrays import add_up, aligned
 from dist_partial.distributed.tcp_connections import Connections, Message
-from dist_partial.distributed.worker_backend import GATHER_OP, SUM_OP, WorkerBackend
+from dist_partial.distributed.worker_backend import ALL_TO_ALL_OP, GATHER_OP, SUM_OP, WorkerBackend
 from dist_partial.errors import Ending, Fault, UserError
 
 _PART, _FINAL = 0, 1  # a chunk yet to be summed; bytes of the result. In this order: what a sum waits for first
@@ -32,7 +32,7 @@ _SMALLEST, _LARGEST = 2**12, 2**19  # bytes of a chunk; the next piece of a tens
 class _Tensor:
     """One tensor of the graph, exchanged piece by piece."""
 
-    gathers: bool
+    kind: str  # the name of its op
     dtype: np.dtype
     size: int  # of its result
     outside: bool = False  # of functions
@@ -103,7 +103,7 @@ class TCPBackend(WorkerBackend):
         self._on_loss = on_loss
         self._closed = False
         self._ops: list[_Op] = []
-        self._outside: dict[tuple[bool, np.dtype, int], _Tensor] = {}  # of what is exchanged outside of functions
+        self._outside: dict[tuple[str, np.dtype, int], _Tensor] = {}  # of what is exchanged outside of functions
         # By worker: the run outside of functions that was last heard of, and the op that is not known here yet.
         self._ahead: dict[int, _Run] = {}
         self._unknown: dict[int, int] = {}
@@ -113,8 +113,12 @@ class TCPBackend(WorkerBackend):
         self._changed = threading.Condition()
         self._connections = Connections(workers, links, patience_seconds, self._target, self._lost)
 
-    def exchange(self, sums: Sequence[tf.Tensor], gathers: Sequence[tf.Tensor]) -> Exchanged:
-        """Sums and gathers tensors over the workers.
+    has_all_to_all = True
+
+    def exchange(
+        self, sums: Sequence[tf.Tensor], gathers: Sequence[tf.Tensor], swaps: Sequence[tf.Tensor] = ()
+    ) -> Exchanged:
+        """Exchanges tensors between the workers.
 
         Called while a tf.function is traced, by all workers in the same order. A tensor travels as soon as it is
         computed. Running it raises a TensorFlow error with the text of `failure` if a worker is lost. Called outside
@@ -124,23 +128,28 @@ class TCPBackend(WorkerBackend):
             sums: [n] each, of static size; float32, float64, bfloat16, float16 or integers. Half precision is added in
                 float32 and rounded once.
             gathers: [n] each, of static size and any fixed-size dtype.
+            swaps: [size, n] each, likewise; row j is for worker j.
 
         Returns:
-            The sums [n], the same bits on all workers, and the gathered [size, n], in rank order.
+            The sums [n], the same bits on all workers, the gathered [size, n], in rank order, and of each swap what the
+            workers have sent to this one [size, n].
         """
-        tensors = [*sums, *gathers]
-        if not tensors:
-            return [], []
+        tensors = [*sums, *gathers, *swaps]
+        kinds = [SUM_OP] * len(sums) + [GATHER_OP] * len(gathers) + [ALL_TO_ALL_OP] * len(swaps)
+
+        def sorted_out(results: list[Any]) -> Exchanged:
+            ends = len(sums), len(sums) + len(gathers)
+            return results[: ends[0]], results[ends[0] : ends[1]], results[ends[1] :]
+
         if tf.executing_eagerly():
-            summed = [tf.constant(self.sum(t.numpy()), t.dtype) for t in sums]
-            return summed, [tf.constant(self._once(True, t.numpy()), t.dtype) for t in gathers]
+            found = [self._once(kind, t.numpy()) for kind, t in zip(kinds, tensors, strict=True)]
+            return sorted_out([tf.constant(each, t.dtype) for each, t in zip(found, tensors, strict=True)])
         added = [
-            self._add(i >= len(sums), t.dtype.as_numpy_dtype, t.shape.num_elements()) for i, t in enumerate(tensors)
+            self._add(kind, t.dtype.as_numpy_dtype, t.shape.num_elements())
+            for kind, t in zip(kinds, tensors, strict=True)
         ]
         tickets = [
-            tf.numpy_function(
-                functools.partial(self._begin, own), [t], tf.int64, name=GATHER_OP if own.gathers else SUM_OP
-            )
+            tf.numpy_function(functools.partial(self._begin, own), [t], tf.int64, name=own.kind)
             for own, t in zip(added, tensors, strict=True)
         ]
         # Only one of them waits at a time, and none before all tensors are on their way: TensorFlow may have few
@@ -150,25 +159,29 @@ class TCPBackend(WorkerBackend):
             end = functools.partial(self._end, own)
             with tf.control_dependencies([*tickets, *results[-1:]]):
                 result = tf.numpy_function(end, [ticket], t.dtype, name="dist_partial_end")
-            result.set_shape([self.size, *t.shape] if own.gathers else t.shape)
+            result.set_shape([self.size, *t.shape] if own.kind == GATHER_OP else t.shape)
             results.append(result)
-        return results[: len(sums)], results[len(sums) :]
+        return sorted_out(results)
 
     def sum(self, array: np.ndarray) -> np.ndarray:
         """The sum of an array [n] over the workers, outside of any function; all call it at the same point."""
-        return self._once(False, array)
+        return self._once(SUM_OP, array)
+
+    def all_to_all(self, array: np.ndarray) -> np.ndarray:
+        """Sends row j of an array [size, n] to worker j; [size, n], of which worker i has sent row i; called as `sum`."""
+        return self._once(ALL_TO_ALL_OP, array)
 
     def gather(self, data: bytes) -> list[bytes]:
         """Every worker's bytes, of any length each, in rank order; called as `sum` is."""
         length = np.array([len(data)], np.int64)
-        lengths = self._once(True, length)[:, 0]
-        rows = self._once(True, np.frombuffer(data.ljust(int(lengths.max()), b"\0"), np.uint8))
+        lengths = self._once(GATHER_OP, length)[:, 0]
+        rows = self._once(GATHER_OP, np.frombuffer(data.ljust(int(lengths.max()), b"\0"), np.uint8))
         return [row[:count].tobytes() for row, count in zip(rows, lengths, strict=True)]
 
     def barrier(self) -> None:
         """Waits until all workers call it."""
         # An op of its own: no other exchange is taken for it.
-        self._once(True, np.zeros(1, np.float32))
+        self._once(GATHER_OP, np.zeros(1, np.float32))
 
     def finish(self) -> None:
         """Waits until all workers call it; from then on one that is gone is not reported to `on_loss`."""
@@ -194,24 +207,24 @@ class TCPBackend(WorkerBackend):
             self._changed.notify_all()
         self._connections.close(reason)
 
-    def _once(self, gathers: bool, array: np.ndarray) -> np.ndarray:
+    def _once(self, kind: str, array: np.ndarray) -> np.ndarray:
         # One op serves all exchanges of a kind and size, or a long run would make one a step.
-        key = gathers, array.dtype, array.size
+        key = kind, array.dtype, array.size
         if key not in self._outside:
-            self._outside[key] = self._add(gathers, array.dtype, array.size, outside=True)
+            self._outside[key] = self._add(kind, array.dtype, array.size, outside=True)
         tensor = self._outside[key]
         return self._end(tensor, self._begin(tensor, np.ascontiguousarray(array)))
 
-    def _add(self, gathers: bool, dtype: Any, count: int, outside: bool = False) -> _Tensor:
-        dtype = np.dtype(dtype)
-        tensor = _Tensor(gathers, dtype, self.size * count if gathers else count, outside)
-        piece = tensor.size if gathers else self.size * _LARGEST // dtype.itemsize
+    def _add(self, kind: str, dtype: Any, count: int, outside: bool = False) -> _Tensor:
+        dtype, sums = np.dtype(dtype), kind == SUM_OP
+        tensor = _Tensor(kind, dtype, self.size * count if kind == GATHER_OP else count, outside)
+        piece = self.size * _LARGEST // dtype.itemsize if sums else tensor.size
         with self._changed:
             for start in range(0, max(1, tensor.size), max(1, piece)):
                 number, length = len(self._ops), min(piece, tensor.size - start)
-                share = self.size if gathers else min(self.size, max(1, length * dtype.itemsize // _SMALLEST))
+                share = min(self.size, max(1, length * dtype.itemsize // _SMALLEST)) if sums else self.size
                 bounds = [start + i * length // share for i in range(share + 1)]
-                first = 0 if gathers else number
+                first = number if sums else 0
                 places = {(first + i) % self.size: slice(bounds[i], bounds[i + 1]) for i in range(share)}
                 tensor.ops.append(_Op(number, tensor, places))
                 self._ops.append(tensor.ops[-1])
@@ -225,7 +238,7 @@ class TCPBackend(WorkerBackend):
             with self._changed:
                 run = self._run(op, op.begun)
                 op.begun += 1
-            if tensor.gathers:
+            if tensor.kind != SUM_OP:
                 self._finish(run, array)
                 break
             for rank, place in op.places.items():
@@ -249,7 +262,7 @@ class TCPBackend(WorkerBackend):
                     self._changed.wait()
                 del op.runs[run.number]
             result = tensor.results.pop(int(number))
-        return result.reshape(self.size, -1) if tensor.gathers else result
+        return result if tensor.kind == SUM_OP else result.reshape(self.size, -1)
 
     def _gone_on(self, late: Sequence[int]) -> Ending | None:
         """What to say if one of those that are waited for has left out what is waited for, and goes on beyond it.
@@ -275,7 +288,7 @@ class TCPBackend(WorkerBackend):
             if number not in tensor.results:
                 tensor.results[number] = aligned(tensor.size, tensor.dtype)
             waiting = {(_FINAL, rank) for rank in op.places}
-            if self.rank in op.places and not tensor.gathers:
+            if self.rank in op.places and tensor.kind == SUM_OP:
                 waiting |= {(_PART, rank) for rank in range(self.size)}
             op.runs[number] = _Run(op, number, tensor.results[number], waiting)
         return op.runs[number]
@@ -317,11 +330,12 @@ class TCPBackend(WorkerBackend):
             self._changed.notify_all()
 
     def _finish(self, run: _Run, array: np.ndarray) -> None:
-        """Sends this worker's place of the result to all, and fills it here."""
+        """Sends this worker's place of the result to all, and fills it here; of an all-to-all, each its own row."""
+        kind = run.op.tensor.kind
         for rank in self._others:
-            self._put(rank, run, _FINAL, array)
-        if run.op.tensor.gathers:
-            run.result[run.op.places[self.rank]] = array
+            self._put(rank, run, _FINAL, array[rank] if kind == ALL_TO_ALL_OP else array)
+        if kind != SUM_OP:
+            run.result[run.op.places[self.rank]] = array[self.rank] if kind == ALL_TO_ALL_OP else array
         self._arrived(run, _FINAL, self.rank, array)
 
     def _target(self, rank: int, message: Message) -> tuple[np.ndarray, Callable[[], None]] | None:

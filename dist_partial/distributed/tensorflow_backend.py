@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from dist_partial import compat
-from dist_partial.distributed.backend import ALL, BETWEEN, INSIDE, Exchanged, inside
+from dist_partial.distributed.backend import ALL, BETWEEN, INSIDE, Exchanged, alone, inside
 from dist_partial.distributed.cluster import split
 from dist_partial.distributed.per_replica import Topology, topology
 
@@ -24,26 +24,34 @@ class TensorFlowBackend:
     Workers of a MultiWorkerMirroredStrategy are one level: TensorFlow sums over all their replicas at once.
 
     Examples:
-        >>> sums, gathered = TensorFlowBackend().over_replicas([tf.constant([1.0])], [tf.constant([2])])
+        >>> sums, gathered, _ = TensorFlowBackend().over_replicas([tf.constant([1.0])], [tf.constant([2])])
         >>> sums[0].numpy().tolist(), gathered[0].numpy().tolist()  # of one replica
         ([1.0], [[2]])
     """
 
     two_levels = False
+    has_all_to_all = True
 
     def topology(self, strategy: tf.distribute.Strategy) -> Topology:
         """How many replicas the strategy has, and which are this worker's."""
         return topology(strategy)
 
-    def over_replicas(self, sums: Sequence[tf.Tensor], gathers: Sequence[tf.Tensor], level: str = ALL) -> Exchanged:
-        """Sums and gathers over the strategy's replicas; `BETWEEN` there is only this process."""
+    def over_replicas(
+        self,
+        sums: Sequence[tf.Tensor],
+        gathers: Sequence[tf.Tensor],
+        swaps: Sequence[tf.Tensor] = (),
+        level: str = ALL,
+    ) -> Exchanged:
+        """Sums, gathers and swaps over the strategy's replicas; `BETWEEN` there is only this process."""
         context: Any = tf.distribute.get_replica_context()
         if context.num_replicas_in_sync == 1 or level == BETWEEN:
-            return list(sums), [words[tf.newaxis] for words in gathers]
+            return alone(sums, gathers, swaps)
         if level == INSIDE:
-            return inside(sums, gathers)
+            return inside(sums, gathers, swaps)
         summed = context.merge_call(_sum, args=sums) if sums else []
-        return list(summed), [context.merge_call(_gather, args=(words,)) for words in gathers]
+        gathered = [context.merge_call(_gather, args=(words,)) for words in gathers]
+        return list(summed), gathered, [context.merge_call(_swap, args=(words,)) for words in swaps]
 
 
 def workers_strategy(patience_seconds: float) -> tf.distribute.Strategy:
@@ -82,3 +90,7 @@ def _sum(strategy: Any, *values: Any) -> Any:
 def _gather(strategy: Any, value: Any) -> Any:
     # All payloads have the same shape on every replica.
     return compat.gather(strategy, value, tf.distribute.experimental.CommunicationOptions())
+
+
+def _swap(strategy: Any, value: Any) -> Any:
+    return compat.all_to_all(strategy, value, tf.distribute.experimental.CommunicationOptions())

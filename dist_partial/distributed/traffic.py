@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial import compat
-from dist_partial.distributed.worker_backend import GATHER_OP, SUM_OP
+from dist_partial.distributed.worker_backend import GATHER_OP, SUM_OP, ALL_TO_ALL_OP
 from dist_partial.selection.payload import Payload, nic_bytes
 from dist_partial.selection.plan import Plan
 
@@ -23,6 +23,7 @@ _KINDS = {
     "CollectiveBcast": "broadcast",
     "CollectiveAllToAll": "all-to-all",
 }
+_OURS = {SUM_OP: "sum", GATHER_OP: "gather", ALL_TO_ALL_OP: "all-to-all"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _walk(graph: Any, in_loop: bool) -> Iterator[Collective]:
 def _kind(op: tf.Operation) -> str | None:
     if op.type == "PyFunc":
         name = op.name.split("/")[-1]
-        return "sum" if name.startswith(SUM_OP) else "gather" if name.startswith(GATHER_OP) else None
+        return next((kind for prefix, kind in _OURS.items() if name.startswith(prefix)), None)
     return next((kind for prefix, kind in _KINDS.items() if op.type.startswith(prefix)), None)
 
 

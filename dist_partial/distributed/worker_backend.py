@@ -17,13 +17,14 @@ from dist_partial.validation import counted
 # Names of the graph ops that hand a tensor over; `traffic` counts bytes by them.
 SUM_OP = "dist_partial_sum"
 GATHER_OP = "dist_partial_gather"
+ALL_TO_ALL_OP = "dist_partial_all_to_all"
 
 
 class WorkerBackend(abc.ABC):
     """Joins workers: a `Backend`, and what a run says and compares outside of functions.
 
     A subclass sets the attributes and has a `gather`; all else follows from it. `sum` and `exchange` are there to be
-    replaced by what sends less, or sooner.
+    replaced by what sends less, or sooner, and `all_to_all` as well, with `has_all_to_all`.
 
     Attributes:
         rank: which of the workers this is, from 0; the first one writes the run folder.
@@ -37,7 +38,7 @@ class WorkerBackend(abc.ABC):
         ...         return [data]
         >>> Alone().sum(np.float32([1, 2])).tolist()
         [1.0, 2.0]
-        >>> sums, gathered = Alone().over_replicas([tf.constant([1.0])], [tf.constant([2])])
+        >>> sums, gathered, _ = Alone().over_replicas([tf.constant([1.0])], [tf.constant([2])])
         >>> sums[0].numpy().tolist(), gathered[0].numpy().tolist()
         ([1.0], [[2]])
     """
@@ -46,6 +47,7 @@ class WorkerBackend(abc.ABC):
     size: int
     workers: Sequence[str]
     two_levels = True
+    has_all_to_all = False
 
     @abc.abstractmethod
     def gather(self, data: bytes) -> list[bytes]:
@@ -61,15 +63,26 @@ class WorkerBackend(abc.ABC):
         add_up(self._rows(array), total)
         return total
 
-    def exchange(self, sums: Sequence[tf.Tensor], gathers: Sequence[tf.Tensor]) -> Exchanged:
-        """Sums and gathers tensors over the workers; called by all in the same order, mostly while one is traced.
+    def all_to_all(self, array: np.ndarray) -> np.ndarray:
+        """Of an array [size, n] row j goes to worker j: [size, n], where row i comes from worker i; called as `gather`.
+
+        Here all rows go to all, which sends more than a gather of what each worker needs.
+        """
+        return self._stacked(array.reshape(-1)).reshape(self.size, self.size, -1)[:, self.rank]
+
+    def exchange(
+        self, sums: Sequence[tf.Tensor], gathers: Sequence[tf.Tensor], swaps: Sequence[tf.Tensor] = ()
+    ) -> Exchanged:
+        """Exchanges tensors between the workers; called by all in the same order, mostly while one is traced.
 
         Args:
             sums: [n] each, of static size; floats or integers.
             gathers: [n] each, of static size and any fixed-size dtype.
+            swaps: [size, n] each, likewise; row j is for worker j.
 
         Returns:
-            The sums [n], the same bits on all workers, and the gathered [size, n], in rank order.
+            The sums [n], the same bits on all workers, the gathered [size, n], in rank order, and of each swap what the
+            workers have sent to this one [size, n].
         """
 
         def called(function: Callable[[np.ndarray], np.ndarray], tensor: tf.Tensor, shape: Any, name: str) -> tf.Tensor:
@@ -82,6 +95,7 @@ class WorkerBackend(abc.ABC):
         return (
             [called(self.sum, tensor, tensor.shape, SUM_OP) for tensor in sums],
             [called(self._stacked, tensor, [self.size, *tensor.shape], GATHER_OP) for tensor in gathers],
+            [called(self.all_to_all, tensor, tensor.shape, ALL_TO_ALL_OP if self.has_all_to_all else GATHER_OP) for tensor in swaps],
         )
 
     def barrier(self) -> None:
@@ -107,21 +121,43 @@ class WorkerBackend(abc.ABC):
         """How many replicas all workers have, and which are this one's, whose strategy is given."""
         return Topology(strategy, self.size, self.rank)
 
-    def over_replicas(self, sums: Sequence[tf.Tensor], gathers: Sequence[tf.Tensor], level: str = ALL) -> Exchanged:
-        """Sums and gathers over the replicas of this worker by TensorFlow, and over the workers by `exchange`."""
+    def over_replicas(
+        self,
+        sums: Sequence[tf.Tensor],
+        gathers: Sequence[tf.Tensor],
+        swaps: Sequence[tf.Tensor] = (),
+        level: str = ALL,
+    ) -> Exchanged:
+        """Exchanges what the replicas of this worker have by TensorFlow, and what workers have by `exchange`."""
         context: Any = tf.distribute.get_replica_context()
         if level == INSIDE:
-            return inside(sums, gathers)
+            return inside(sums, gathers, swaps)
         if context.num_replicas_in_sync == 1:
             with tf.device(HOST):
-                return self.exchange(sums, gathers)
-        return context.merge_call(functools.partial(self._across, len(sums), level == BETWEEN), args=[*sums, *gathers])
+                return self.exchange(sums, gathers, swaps)
+        counts, alike = (len(sums), len(gathers)), level == BETWEEN
+        summed, gathered, swapped = context.merge_call(
+            functools.partial(self._across, counts, alike), args=[*sums, *gathers, *swaps]
+        )
+        own = 0 if alike else context.replica_id_in_sync_group
+        mine = [tf.reshape(each[:, :, own], own_.shape) for each, own_ in zip(swapped, swaps, strict=True)]
+        return summed, gathered, mine
 
-    def _across(self, sums: int, alike: bool, strategy: tf.distribute.Strategy, *values: Any) -> Exchanged:
+    def _across(
+        self, counts: tuple[int, int], alike: bool, strategy: tf.distribute.Strategy, *values: Any
+    ) -> Exchanged:
+        """The swapped as [workers, their replicas that have sent, replicas of this worker, n]."""
         with tf.device(HOST):
-            totals, stacked = joined(sums, alike, strategy, *values)
-            summed, gathered = self.exchange(totals, [tf.reshape(each, [-1]) for each in stacked])
-            return summed, [tf.reshape(each, [-1, own.shape[-1]]) for each, own in zip(gathered, stacked, strict=True)]
+            totals, stacked, apart = joined(counts, alike, strategy, *values)
+            # [senders, workers * receivers, n] -> a row a worker, of what all replicas here send to all of its own.
+            blocks = [tf.reshape(each, [each.shape[0], self.size, -1, each.shape[-1]]) for each in apart]
+            rows = [tf.reshape(tf.transpose(each, [1, 0, 2, 3]), [self.size, -1]) for each in blocks]
+            summed, gathered, swapped = self.exchange(totals, [tf.reshape(each, [-1]) for each in stacked], rows)
+            return (
+                summed,
+                [tf.reshape(each, [-1, own.shape[-1]]) for each, own in zip(gathered, stacked, strict=True)],
+                [tf.reshape(each, [self.size, *own.shape[:1], *own.shape[2:]]) for each, own in zip(swapped, blocks, strict=True)],
+            )
 
     def _stacked(self, array: np.ndarray) -> np.ndarray:
         """Every worker's array [n]: [size, n]."""

@@ -32,6 +32,7 @@ from dist_partial.fit.scheduler import SelectionScheduler, units_of
 from dist_partial.fit.workers import connect, metrics, on_workers
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.schedules.fixed import Constant
+from dist_partial.selection.payload import Peers
 from dist_partial.selection.plan import Plan, VariablePlan
 from dist_partial.selection.resolve import resolve
 from dist_partial.step import batch_norm, optimizers
@@ -229,7 +230,7 @@ def _resolve(
         plan = resolve(rules, model, levels[0], between_hosts=levels[1])
         strategy = tf.distribute.get_strategy()
         backend = collectives_of(strategy).backend
-        plan = plan.among(backend.topology(strategy), two_levels=backend.two_levels)
+        plan = plan.among(backend.topology(strategy), backend)
         for entry in plan.trained:
             _check_reduction(entry, model.dtype_policy.name)
         if schedule.statistics == "probe":
@@ -275,7 +276,7 @@ def _check_reduction(entry: VariablePlan, policy: str) -> None:
                 f"{where}model.fit cannot reduce by {type(how).__name__} ({how}): take one of {', '.join(names)}, or "
                 "train with dist_partial.train"
             )
-        if how is not None and policy == "mixed_float16" and how.state(entry.path, entry.trained_shape, entry.dtype):
+        if how is not None and policy == "mixed_float16" and how.state(entry.path, entry.trained_shape, entry.dtype, Peers()):
             raise UserError(
                 f"{where}under mixed_float16 a step that overflows is skipped, which {type(how).__name__} ({how}) "
                 "cannot: take AllReduce, or the policy mixed_bfloat16"

@@ -203,6 +203,6 @@ def units_of(schedule: Schedule, plan: Plan) -> list[Unit]:
     units = []
     for name, paths in schedule.partition(list(trained)):
         entries = [trained[path] for path in paths]
-        sent = average_bytes([payload for entry in entries for payload in entry.payloads], plan.workers)
+        sent = average_bytes([payload for entry in entries for payload in plan.handed_over(entry)], plan.workers)
         units.append(Unit(name, tuple(paths), math.ceil(sent), sum(entry.trained_parameters for entry in entries)))
     return units

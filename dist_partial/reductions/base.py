@@ -18,6 +18,9 @@ Exchange = Generator[Request | ReplicaCount, Any, tf.Tensor]
 # In which gradients can travel; None is their own.
 Dtype = Annotated[str | None, OneOf("float64", "float32", "bfloat16", "float16", None)]
 
+# What becomes of what a reduction keeps, by its name, on another number of replicas: see `PerReplica`.
+WHEN_FEWER = {"residual": "sum", "sum_residual": "chunks"}
+
 
 class Reduction(Protocol):
     """Carries the gradients of one rule across the replicas: what a `reduction` has to offer.

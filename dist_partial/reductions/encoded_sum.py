@@ -73,7 +73,8 @@ def reduce(codec: Codec, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
         return (yield AllReduceRequest(value))
     replicas, size = (yield ReplicaCount()), math.prod(value.shape)
     with_residual = value + codec.decay * state["residual"]
-    in_two_hops = "sum_residual" in state
+    own = state.get("sum_residual")
+    in_two_hops = own is not None and own.shape[0] == chunk(codec, size, Peers(replicas))
     if not in_two_hops and payloads(codec, value.shape, value.dtype.name, Peers(replicas, False))[0].kind == "sum":
         state["residual"].assign(tf.zeros_like(value))
         return (yield AllReduceRequest(with_residual))
@@ -89,9 +90,9 @@ def reduce(codec: Codec, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
         total = _added(codec.decode(received, count, value.dtype))
         return tf.reshape(total[:size], value.shape)
     received = yield AllToAllRequest(messages)
-    own = _added(codec.decode(received, count, value.dtype)) + codec.decay * state["sum_residual"]
-    message = codec.encode(own[tf.newaxis])
-    state["sum_residual"].assign(own - codec.decode(message, count, value.dtype)[0])
+    summed = _added(codec.decode(received, count, value.dtype)) + codec.decay * own
+    message = codec.encode(summed[tf.newaxis])
+    own.assign(summed - codec.decode(message, count, value.dtype)[0])
     totals = codec.decode((yield AllGatherRequest(message[0])), count, value.dtype)
     return tf.reshape(tf.reshape(totals, [-1])[:size], value.shape)
 

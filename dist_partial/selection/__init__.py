@@ -1,7 +1,7 @@
 """Selects variables by a table of rules: pure, without TensorFlow."""
 
 from dist_partial.selection.paths import own_names, paths_of, variable_paths
-from dist_partial.selection.payload import Payload, average_bytes, itemsize, nic_bytes
+from dist_partial.selection.payload import Payload, Peers, average_bytes, itemsize, nic_bytes
 from dist_partial.selection.plan import Adapter, Group, Plan, VariablePlan
 from dist_partial.selection.resolve import resolve
 from dist_partial.selection.rules import Rule, first_match, matches, parse_rules
@@ -10,6 +10,7 @@ __all__ = [
     "Adapter",
     "Group",
     "Payload",
+    "Peers",
     "Plan",
     "Rule",
     "VariablePlan",

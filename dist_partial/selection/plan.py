@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
 from typing import Any
 
-from dist_partial.selection.payload import average_bytes, exact_number, itemsize, nic_bytes
+from dist_partial.selection.payload import Peers, average_bytes, exact_number, itemsize, nic_bytes
 from dist_partial.selection.rules import Rule
 
 
@@ -37,7 +37,7 @@ class VariablePlan:
     Examples:
         >>> from dist_partial.reductions import AllReduce
         >>> kernel = VariablePlan("head/kernel", (8, 2), "float32", None, Rule("head/.*"), AllReduce("bfloat16"))
-        >>> kernel.trained_parameters, kernel.wire_bytes, kernel.full_bytes
+        >>> kernel.trained_parameters, kernel.payloads(Peers())[0].bytes, kernel.full_bytes
         (16, 32, 64)
     """
 
@@ -80,15 +80,9 @@ class VariablePlan:
         """How the gradient travels, in words."""
         return f"{self.inside}; between hosts {self.reduction}" if self.inside else str(self.reduction)
 
-    @property
-    def payloads(self) -> tuple[Any, ...]:
-        """What one replica hands over for this variable: (kind, bytes, every so many steps)."""
-        return self.reduction.payloads(self.trained_shape, self.dtype) if self.trained and self.sent else ()
-
-    @property
-    def wire_bytes(self) -> int | float:
-        """Bytes that one replica hands over in a step, on average."""
-        return average_bytes(self.payloads)
+    def payloads(self, peers: Peers) -> tuple[Any, ...]:
+        """What one replica hands over to its peers for this variable: (kind, bytes, every so many steps)."""
+        return self.reduction.payloads(self.trained_shape, self.dtype, peers) if self.trained and self.sent else ()
 
     @property
     def full_bytes(self) -> int:
@@ -153,6 +147,7 @@ class Plan:
     statistics: tuple[Any, ...] = ()  # what BatchNorm layers in training mode send; all of it once the step is traced
     workers: int = 2  # among which bytes at the network interface are counted
     local: int = 1  # replicas of each worker
+    all_to_all: bool = True  # whether they can send each other one something of its own
 
     def __repr__(self) -> str:
         trained = sum(entry.trained_parameters for entry in self.entries)
@@ -198,14 +193,19 @@ class Plan:
         """All that one worker hands over."""
         return tuple(payload for entry in self.entries for payload in self.handed_over(entry)) + self.statistics
 
-    def handed_over(self, entry: VariablePlan) -> tuple[Any, ...]:
-        """What one worker hands over for a variable: of a sum its own total, of a gather what each replica gives."""
-        several = 1 if entry.inside else self.local
-        return tuple(m._replace(bytes=m.bytes * several) if m.kind == "gather" else m for m in entry.payloads)
+    def peers(self, entry: VariablePlan) -> Peers:
+        """Who exchange the gradient of a variable: all replicas, or the workers where those of each are summed before."""
+        return Peers(self.workers if entry.inside else self.workers * self.local, self.all_to_all)
 
-    def bytes_of(self, entry: VariablePlan) -> int | float:
-        """Counts the bytes that one worker hands over for a variable in a step, on average."""
-        return average_bytes(self.handed_over(entry))
+    def handed_over(self, entry: VariablePlan) -> tuple[Any, ...]:
+        """What one worker hands over for a variable: of a sum its own total, else what each of its replicas gives."""
+        several = 1 if entry.inside else self.local
+        found = entry.payloads(self.peers(entry))
+        return tuple(m if m.kind == "sum" else m._replace(bytes=m.bytes * several) for m in found)
+
+    def bytes_of(self, entry: VariablePlan, at_interface: bool = False) -> int | float:
+        """Counts the bytes that one worker hands over, or sends, for a variable in a step, on average."""
+        return average_bytes(self.handed_over(entry), self.workers if at_interface else None)
 
     @property
     def wire_bytes(self) -> int | float:
@@ -227,15 +227,20 @@ class Plan:
         """The same if everything were trained and summed in its own dtype."""
         return exact_number(nic_bytes("sum", Fraction(self.full_wire_bytes), self.workers))
 
-    def among(self, topology: Any, two_levels: bool) -> "Plan":
+    def among(self, topology: Any, backend: Any) -> "Plan":
         """The same plan for the replicas that there are, or, of one process, for replicas on hosts of their own.
 
         Args:
             topology: from `distributed.per_replica`.
-            two_levels: whether those of a worker are summed before anything crosses the workers.
+            backend: the `distributed.backend` by which they exchange.
         """
-        workers = topology.workers if topology.workers > 1 else topology.local
-        return dataclasses.replace(self, workers=max(2, workers), local=topology.local if two_levels else 1)
+        workers, local = topology.workers if topology.workers > 1 else topology.local, topology.local
+        return dataclasses.replace(
+            self,
+            workers=max(2, workers),
+            local=local if backend.two_levels else 1,
+            all_to_all=backend.has_all_to_all,
+        )
 
     def divided(self, units: Sequence[tuple[str, Sequence[str]]]) -> "Plan":
         """The same plan in units, each a name and paths, that `only` can switch."""
@@ -280,6 +285,7 @@ class Plan:
                     "rows": list(e.rule.rows) if e.trained and e.rule.rows else None,
                     "reduction": e.travels if e.trained and e.sent else None,
                     "wire_bytes_per_step": self.bytes_of(e),
+                    "nic_bytes_per_step": self.bytes_of(e, at_interface=True),
                 }
                 for e in self.entries
             ],

@@ -32,7 +32,7 @@ def plan_table(plan: Plan, hosts: int) -> str:
     """
     header = ("path", "shape", "trained", "rule", "reduction", "bytes a step")
     lines = [
-        (entry.path, "x".join(map(str, entry.shape)) or "scalar", *_treatment(entry), grouped(plan.bytes_of(entry)))
+        (entry.path, "x".join(map(str, entry.shape)) or "scalar", *_treatment(entry), grouped(plan.bytes_of(entry, at_interface=True)))
         for entry in plan.entries
     ]
     lines += [("(statistics)", "", "", "", often, size) for often, size in _statistics(plan)]
@@ -70,7 +70,7 @@ def plan_summary(plan: Plan, hosts: int) -> str:
             f"{sum(entry.parameters for entry in group):,}",
             _trained_word(group[0]),
             str(numbers[group[0].rule.match]),
-            grouped(sum(plan.bytes_of(entry) for entry in group)),
+            grouped(sum(plan.bytes_of(entry, at_interface=True) for entry in group)),
         )
         for group in _groups(plan.entries)
     ]
@@ -159,7 +159,7 @@ def _treatment(entry: VariablePlan) -> tuple[str, str, str]:
 
 def _statistics(plan: Plan) -> list[tuple[str, str]]:
     return [
-        (f"every {payload.every} steps" if payload.every > 1 else "every step", grouped(average_bytes([payload])))
+        (f"every {payload.every} steps" if payload.every > 1 else "every step", grouped(average_bytes([payload], plan.workers)))
         for payload in plan.statistics
     ]
 

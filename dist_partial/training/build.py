@@ -157,8 +157,7 @@ def _plan(settings: Settings, model: keras.Model, replicas: Replicas) -> selecti
     adapters = lora.enable(settings.rules, model, settings.seed)
     plan = selection.resolve(settings.rules, model, settings.reduction, adapters, settings.between_hosts)
     check_levels(plan, replicas)
-    # TensorFlow's collectives know replicas alone.
-    return plan.among(replicas.topology, two_levels=replicas.collectives.backend.two_levels)
+    return plan.among(replicas.topology, replicas.collectives.backend)
 
 
 def _build(settings: Settings, replicas: Replicas) -> Trainer:
@@ -234,7 +233,7 @@ def _divided(
     notes = schedule.check(units, settings.steps)
     if not isinstance(schedule, Constant):
         for entry in trained.values():
-            if any(payload.every > 1 for payload in entry.payloads) or not entry.reduction.shared:
+            if any(payload.every > 1 for payload in plan.handed_over(entry)) or not entry.reduction.shared:
                 raise UserError(
                     "run.schedule switches what is reduced in every step, and "
                     f"{type(entry.reduction).__name__} ({entry.reduction}) of rule {entry.rule.match!r} is not: give "

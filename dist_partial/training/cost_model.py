@@ -94,7 +94,7 @@ def estimate(settings: Settings, machine: Machine) -> Cost:
     plan = dataclasses.replace(plan, workers=max(2, machine.workers))
     cores = os.cpu_count() or 1
     shared = [entry for entry in plan.trained if entry.reduction.shared]
-    all_reduce = [payload for entry in shared for payload in entry.payloads]
+    all_reduce = [payload for entry in shared for payload in plan.handed_over(entry)]
     all_reduce += [payload for payload in plan.statistics if payload.every == 1]
     sending = average_bytes(all_reduce, machine.workers)
     periodic = average_bytes(plan.payloads, machine.workers) - sending
@@ -110,7 +110,7 @@ def estimate(settings: Settings, machine: Machine) -> Cost:
     step += exchanges * slower + periodic / rate
     if machine.workers > 1:
         apart = [group.entries for group in plan.groups if not group.reduction.shared]
-        step += machine.latency * (_hops(shared) + sum(map(_hops, apart)) + computation.sums)
+        step += machine.latency * (_hops(plan, shared) + sum(_hops(plan, each) for each in apart) + computation.sums)
         step = max(step, (computation.cpu + transport) * crowded)
     return Cost(plan, plan.wire_bytes, sending + periodic, memory, compute, wire, step)
 
@@ -126,9 +126,9 @@ def _travel(payload: float, wire: float, forward: float, computed: float) -> flo
     return max(arrived, computed)
 
 
-def _hops(entries: Sequence[Any]) -> float:
-    """Messages a step that wait for each other: a sum takes two hops, a gather one."""
-    return max((sum((2 if m.kind == "sum" else 1) / m.every for m in e.payloads) for e in entries), default=0.0)
+def _hops(plan: Plan, entries: Sequence[Any]) -> float:
+    """Messages a step that wait for each other: a sum takes two hops, a gather or an all-to-all one."""
+    return max((sum((2 if m.kind == "sum" else 1) / m.every for m in plan.handed_over(e)) for e in entries), default=0.0)
 
 
 def _measure(settings: Settings, batch: int) -> tuple[Plan, Computation, float, int]:

@@ -12,6 +12,7 @@ from dist_partial import checkpoints
 from dist_partial.compat import is_generator
 from dist_partial.distributed import traffic
 from dist_partial.distributed.per_replica import PerReplica, Topology
+from dist_partial.reductions.base import WHEN_FEWER
 from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.reductions.reduce_gradients import OF_INSIDE
@@ -106,7 +107,7 @@ class TrainState:
             found |= {f"outer/{name}": variable for name, variable in fragment.outer.state.items()}
         for entry, own in zip(self.plan.trained, self.reduction_states, strict=True):
             for name, variable in own.items():
-                when_fewer = "sum" if name.endswith("residual") else "own"
+                when_fewer = WHEN_FEWER.get(name.removeprefix(OF_INSIDE), "own")
                 own_level = None if name.startswith(OF_INSIDE) else entry.inside
                 found[f"reductions/{entry.path}/{name}"] = PerReplica(self._of(own_level), variable, when_fewer)
         # Keras numbers generators through the whole process (`seed_generator_7`), so they go by their order here.
@@ -150,7 +151,9 @@ class TrainState:
         Raises:
             UserError: a name or a shape differs; then nothing has been assigned.
         """
-        checkpoints.restore(checkpoint, self.variables)
+        wanted = self.variables
+        checkpoint = dataclasses.replace(checkpoint, arrays=_with_chunks(checkpoint.arrays, wanted))
+        checkpoints.restore(checkpoint, wanted)
         return dataclasses.replace(
             self,
             step=checkpoint.step,
@@ -160,3 +163,20 @@ class TrainState:
             judged=checkpoint.metadata.get("judged"),
             checkpoint=checkpoint.path,
         )
+
+
+def _with_chunks(arrays: dict[str, np.ndarray], wanted: dict[str, Any]) -> dict[str, np.ndarray]:
+    """A checkpoint's arrays for another number of replicas, which may keep residuals of sums where it does not.
+
+    What was left out of a sum is then left out by the first replica, so that nothing is lost.
+    """
+    found = dict(arrays)
+    for name in arrays:
+        if name.endswith("sum_residual") and name not in wanted:
+            whole = found[residual := name.removesuffix("sum_residual") + "residual"].copy()
+            whole[0] += found.pop(name).ravel()[: whole[0].size].reshape(whole[0].shape)
+            found[residual] = whole
+    for name, variable in wanted.items():
+        if name.endswith("sum_residual") and name not in found and name.replace("sum_residual", "residual") in found:
+            found[name] = np.zeros(variable.shape, variable.dtype)
+    return found

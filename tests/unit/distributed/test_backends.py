@@ -110,8 +110,8 @@ def test_rounds_that_do_not_wait_for_each_other(joined, kind):
         def step(i, total, gathered):
             mine = [tf.fill([4], tf.cast(rank + i, tf.float32)), tf.fill([4], rank + i)]
             mine[rank] = tf.ensure_shape(tf.numpy_function(late, [mine[rank]], mine[rank].dtype, stateful=False), [4])
-            sums, _ = backend.over_replicas([mine[0]], [])
-            _, rows = backend.over_replicas([], [mine[1]])
+            sums, *_ = backend.over_replicas([mine[0]], [])
+            _, rows, _ = backend.over_replicas([], [mine[1]])
             return i + 1, total + sums[0], gathered + rows[0]
 
         start = (tf.constant(0), tf.zeros([4]), tf.zeros([2, 4], tf.int32))
@@ -120,6 +120,22 @@ def test_rounds_that_do_not_wait_for_each_other(joined, kind):
     found = joined(kind, 2)(work)
     for total, gathered in found:
         assert total.tolist() == [9] * 4 and gathered.tolist() == [[3] * 4, [6] * 4]
+
+
+@pytest.mark.parametrize(("kind", "count"), [("tensorflow", 3), ("tcp", 2), ("tcp", 3), ("folder", 3)])
+def test_all_to_all(joined, kind, count):
+    """Row j of worker i comes to worker j as row i; twice, with a sum in between."""
+
+    def work(backend, rank):
+        rows = tf.reshape(100 * tf.cast(rank, tf.int32) + tf.range(count * 5), [count, 5])
+        _, _, first = backend.over_replicas([], [], [rows])
+        sums, _, second = backend.over_replicas([tf.ones([3])], [], [rows + 7, first[0]])
+        return first[0], *second, sums[0]
+
+    for rank, (first, second, back, total) in enumerate(joined(kind, count)(work)):
+        expected = [[100 * k + 5 * rank + i for i in range(5)] for k in range(count)]
+        assert first.tolist() == expected and (second - 7).tolist() == expected
+        assert back.ravel().tolist() == [100 * rank + i for i in range(5 * count)] and total.tolist() == [count] * 3
 
 
 class Twins(WorkerBackend):
@@ -138,14 +154,24 @@ def test_levels():
     def replica(level):
         rank = tf.distribute.get_replica_context().replica_id_in_sync_group
         like = 7 if level == BETWEEN else rank  # there the replicas of a worker have the same
-        sums, gathered = made.collectives.backend.over_replicas(
-            [tf.fill([2], tf.cast(like, tf.float32) + 1)], [tf.fill([1], tf.cast(like, tf.int32))], level
+        sums, gathered, swapped = made.collectives.backend.over_replicas(
+            [tf.fill([2], tf.cast(like, tf.float32) + 1)],
+            [tf.fill([1], tf.cast(like, tf.int32))],
+            [tf.reshape(100 * tf.cast(like, tf.int32) + tf.range(2 if level != ALL else 4), [-1, 1])],
+            level,
         )
-        return sums[0], gathered[0]
+        return sums[0], gathered[0], swapped[0]
 
-    for level, total, rows in ((ALL, 6, [0, 1, 0, 1]), (INSIDE, 3, [0, 1]), (BETWEEN, 16, [7, 7])):
+    # What is swapped is 100 times who sends it, and for whom: the twin, too, gives this worker what is for it.
+    for level, total, rows, received in (
+        (ALL, 6, [0, 1, 0, 1], [[0, 100, 0, 100], [1, 101, 1, 101]]),
+        (INSIDE, 3, [0, 1], [[0, 100], [1, 101]]),
+        (BETWEEN, 16, [7, 7], [[700, 700], [700, 700]]),
+    ):
         function = tf.function(lambda level=level: made.strategy.run(replica, args=(level,)), autograph=False)
-        sums, gathered = function()
+        sums, gathered, swapped = function()
+        local = made.strategy.experimental_local_results
+        assert [each.numpy()[:, 0].tolist() for each in local(swapped)] == received, level
         for each in made.strategy.experimental_local_results(sums):
             assert each.numpy().tolist() == [total] * 2, level
         for each in made.strategy.experimental_local_results(gathered):
@@ -162,11 +188,16 @@ def test_ops_in_the_graph_are_counted_and_run_in_order():
 
     @tf.function(autograph=False)
     def two(x):
-        first = backend.over_replicas([x], [tf.ones([5], tf.int32)])
+        first = backend.over_replicas([x], [tf.ones([5], tf.int32)], [tf.ones([2, 3], tf.int32)])
         return first, backend.over_replicas([tf.ones([3], tf.float16)], [])
 
     traced = two.get_concrete_function(tf.TensorSpec([10], tf.float32))
-    assert [(each.kind, each.bytes) for each in traffic.in_call(traced)] == [("sum", 40), ("gather", 20), ("sum", 6)]
+    assert [(each.kind, each.bytes) for each in traffic.in_call(traced)] == [
+        ("sum", 40),
+        ("gather", 20),
+        ("gather", 24),  # of which a gather makes an all-to-all
+        ("sum", 6),
+    ]
     ops = [op for op in traced.graph.get_operations() if op.type == "PyFunc"]
     for before, after in itertools.pairwise(ops):
         assert before in after.control_inputs

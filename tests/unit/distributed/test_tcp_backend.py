@@ -12,6 +12,7 @@ import tensorflow as tf
 from dist_partial.distributed import rendezvous, tcp_backend, tcp_connections, traffic
 from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.distributed.tcp_connections import Message
+from dist_partial.distributed.worker_backend import GATHER_OP, SUM_OP
 from dist_partial.errors import Fault, UserError
 from tests.helpers.certificates import GUARDS
 from tests.helpers.files import same_bits
@@ -42,7 +43,7 @@ def connected():
 def exchange(backend, sums, gathers=(), order=None):
     """One exchange of NumPy arrays, whose tensors become ready in `order`."""
     arrays = [*sums, *gathers]
-    ops = [backend._add(i >= len(sums), a.dtype, a.size) for i, a in enumerate(arrays)]
+    ops = [backend._add(GATHER_OP if i >= len(sums) else SUM_OP, a.dtype, a.size) for i, a in enumerate(arrays)]
     return run(backend, ops, arrays, order)
 
 
@@ -118,7 +119,7 @@ def test_tensors_become_ready_in_another_order_on_each_worker(connected):
 
     def work(backend):
         shuffled = np.random.default_rng(backend.rank)
-        ops = [backend._add(i == 0, np.float32, 1000 + i) for i in range(tensors)]
+        ops = [backend._add(SUM_OP if i else GATHER_OP, np.float32, 1000 + i) for i in range(tensors)]
         history = []
         for step in range(runs):
             arrays = [draw(1000 * step + 10 * i + backend.rank, 1000 + i, np.float32) for i in range(tensors)]
@@ -153,7 +154,7 @@ def test_in_a_loop_of_a_traced_function(connected):
         @tf.function(autograph=False)
         def loop(x, y):
             def body(i, x, y):
-                (total, half), (rows, twin) = backend.exchange([x, tf.cast(x, tf.bfloat16)], [y, y])
+                (total, half), (rows, twin), _ = backend.exchange([x, tf.cast(x, tf.bfloat16)], [y, y])
                 return i + 1, total + tf.cast(half, tf.float32), tf.reduce_sum(rows + twin, axis=0)
 
             return tf.while_loop(lambda i, *_: i < 3, body, [0, x, y], parallel_iterations=1)
@@ -199,7 +200,7 @@ def test_results_may_be_overwritten_at_once(connected):
     backends = connected(3)
 
     def work(backend):
-        op = backend._add(False, np.float32, 3 * 10**6)
+        op = backend._add(SUM_OP, np.float32, 3 * 10**6)
         totals = []
         for step in range(5):
             (result,) = run(backend, [op], [np.full(3 * 10**6, step + backend.rank, np.float32)])

@@ -436,7 +436,7 @@ def test_rows_are_exchanged_alone(mirrored):
         for member in (*local.fragments[0].members, *local.fragments[0].outer.members):
             assert tuple(member.variable.shape) == (7, 6)
         assert same_bits(local.own()["head/kernel"])
-    assert entry.payloads == (selection.Payload("sum", 7 * 6 * 8, every=3),)
+    assert entry.payloads(selection.Peers()) == (selection.Payload("sum", 7 * 6 * 8, every=3),)
     anchor = local.anchors()[entry.path][0]
     own = local.own()[entry.path]
     with outer_step.agreed(local.strategy, local.fragments):
@@ -506,7 +506,7 @@ def test_nothing_is_sent_in_a_step(rules, mirrored):
     groups = [group for group in local.plan.groups if isinstance(group.reduction, LocalSGD)]
     for group, exchange in zip(groups, local.exchanges, strict=True):
         found = traffic.in_call(exchange.get_concrete_function())
-        payloads = [m for entry in group.entries for m in entry.payloads]
+        payloads = [m for entry in group.entries for m in entry.payloads(selection.Peers())]
         assert traffic.total(found) == traffic.total(payloads) > 0
         assert {c.kind for c in found} == {m.kind for m in payloads}
         assert {m.every for m in payloads} == {group.reduction.sync_every}
