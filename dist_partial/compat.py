@@ -740,10 +740,9 @@ def all_to_all(strategy: Any, value: Any, options: Any) -> Any:
     collectives.
     Unnecessary with an all-to-all of a strategy.
     """
+    import tensorflow as tf
     from tensorflow.python.distribute import distribute_utils
     from tensorflow.python.ops import collective_ops
-
-    import tensorflow as tf
 
     found = []
     copies = strategy.experimental_local_results(value)

@@ -51,7 +51,9 @@ def report(cost: "Cost", full: "Cost", machine: "Machine") -> str:
     lines = [f"{'':28}{'this plan':>16}{'all, float32':>16}"]
     lines += [f"{name:28}{one:>16}{other:>16}" for name, one, other in rows]
     lines += ["", "rules by what they make each worker send:"]
-    sent = [(f"{g.rule}: {g.reduction}", [m for e in g.entries for m in cost.plan.handed_over(e)]) for g in cost.plan.groups]
+    sent = [
+        (f"{g.rule}: {g.reduction}", [m for e in g.entries for m in cost.plan.handed_over(e)]) for g in cost.plan.groups
+    ]
     sent += [("statistics of layers", list(cost.plan.statistics))] if cost.plan.statistics else []
     sizes = [(average_bytes(payloads, machine.workers), name) for name, payloads in sent]
     for size, name in sorted(sizes, key=lambda item: -item[0]):

@@ -93,7 +93,9 @@ def inside(sums: Sequence[tf.Tensor], gathers: Sequence[tf.Tensor], swaps: Seque
     if context.num_replicas_in_sync == 1:
         return alone(sums, gathers, swaps)
     counts = len(sums), len(gathers)
-    totals, stacked, swapped = context.merge_call(functools.partial(joined, counts, False), args=[*sums, *gathers, *swaps])
+    totals, stacked, swapped = context.merge_call(
+        functools.partial(joined, counts, False), args=[*sums, *gathers, *swaps]
+    )
     return totals, stacked, [each[:, context.replica_id_in_sync_group] for each in swapped]
 
 

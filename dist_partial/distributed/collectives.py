@@ -141,13 +141,16 @@ class Collectives:
             _packs([i for i, request in enumerate(requests) if isinstance(request, kind)], sent, self.pack_bytes)
             for kind in (AllReduceRequest, AllGatherRequest, AllToAllRequest)
         ]
-        found = self.backend.over_replicas(*[[_joined([sent[i] for i in p]) for p in each] for each in packs], self.level)
+        sums, gathers, swaps = [[_joined([sent[i] for i in pack]) for pack in each] for each in packs]
+        found = self.backend.over_replicas(sums, gathers, swaps, self.level)
         answers: list[Any] = [None] * len(requests)
         for pack, whole in zip(itertools.chain(*packs), itertools.chain(*found), strict=True):
             sizes = [sent[i].shape[-1] for i in pack]
             for i, part in zip(pack, tf.split(whole, sizes, axis=-1) if len(pack) > 1 else [whole], strict=True):
                 request = requests[i]
-                answers[i] = tf.reshape(part, request.tensor.shape) if isinstance(request, AllReduceRequest) else _bytes(part)
+                answers[i] = (
+                    tf.reshape(part, request.tensor.shape) if isinstance(request, AllReduceRequest) else _bytes(part)
+                )
         return answers
 
 

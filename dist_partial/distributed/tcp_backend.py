@@ -168,7 +168,7 @@ class TCPBackend(WorkerBackend):
         return self._once(SUM_OP, array)
 
     def all_to_all(self, array: np.ndarray) -> np.ndarray:
-        """Sends row j of an array [size, n] to worker j; [size, n], of which worker i has sent row i; called as `sum`."""
+        """Sends row j of an array [size, n] to worker j: [size, n], where row i comes from worker i; called as `sum`."""
         return self._once(ALL_TO_ALL_OP, array)
 
     def gather(self, data: bytes) -> list[bytes]:

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial import compat
-from dist_partial.distributed.worker_backend import GATHER_OP, SUM_OP, ALL_TO_ALL_OP
+from dist_partial.distributed.worker_backend import ALL_TO_ALL_OP, GATHER_OP, SUM_OP
 from dist_partial.selection.payload import Payload, nic_bytes
 from dist_partial.selection.plan import Plan
 

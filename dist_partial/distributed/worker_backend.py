@@ -95,7 +95,10 @@ class WorkerBackend(abc.ABC):
         return (
             [called(self.sum, tensor, tensor.shape, SUM_OP) for tensor in sums],
             [called(self._stacked, tensor, [self.size, *tensor.shape], GATHER_OP) for tensor in gathers],
-            [called(self.all_to_all, tensor, tensor.shape, ALL_TO_ALL_OP if self.has_all_to_all else GATHER_OP) for tensor in swaps],
+            [
+                called(self.all_to_all, tensor, tensor.shape, ALL_TO_ALL_OP if self.has_all_to_all else GATHER_OP)
+                for tensor in swaps
+            ],
         )
 
     def barrier(self) -> None:
@@ -156,7 +159,10 @@ class WorkerBackend(abc.ABC):
             return (
                 summed,
                 [tf.reshape(each, [-1, own.shape[-1]]) for each, own in zip(gathered, stacked, strict=True)],
-                [tf.reshape(each, [self.size, *own.shape[:1], *own.shape[2:]]) for each, own in zip(swapped, blocks, strict=True)],
+                [
+                    tf.reshape(each, [self.size, *own.shape[:1], *own.shape[2:]])
+                    for each, own in zip(swapped, blocks, strict=True)
+                ],
             )
 
     def _stacked(self, array: np.ndarray) -> np.ndarray:

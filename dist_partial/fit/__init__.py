@@ -276,7 +276,11 @@ def _check_reduction(entry: VariablePlan, policy: str) -> None:
                 f"{where}model.fit cannot reduce by {type(how).__name__} ({how}): take one of {', '.join(names)}, or "
                 "train with dist_partial.train"
             )
-        if how is not None and policy == "mixed_float16" and how.state(entry.path, entry.trained_shape, entry.dtype, Peers()):
+        if (
+            how is not None
+            and policy == "mixed_float16"
+            and how.state(entry.path, entry.trained_shape, entry.dtype, Peers())
+        ):
             raise UserError(
                 f"{where}under mixed_float16 a step that overflows is skipped, which {type(how).__name__} ({how}) "
                 "cannot: take AllReduce, or the policy mixed_bfloat16"

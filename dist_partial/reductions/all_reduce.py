@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from dist_partial.distributed.collectives import AllReduceRequest
 from dist_partial.reductions.base import Dtype, Exchange
-from dist_partial.selection.payload import Payload, Peers, itemsize
+from dist_partial.selection.payload import PAIR, Payload, Peers, itemsize
 from dist_partial.validation import check
 
 
@@ -37,10 +37,10 @@ class AllReduce:
     def shared(self) -> bool:
         return True
 
-    def payloads(self, shape: Sequence[int], dtype: str, peers: Peers = Peers()) -> tuple[Payload, ...]:
+    def payloads(self, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> tuple[Payload, ...]:
         return (Payload("sum", math.prod(shape) * itemsize(self.dtype or dtype)),)
 
-    def state(self, path: str, shape: Sequence[int], dtype: str, peers: Peers = Peers()) -> dict[str, np.ndarray]:
+    def state(self, path: str, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> dict[str, np.ndarray]:
         return {}
 
     def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:

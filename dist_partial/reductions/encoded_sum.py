@@ -16,8 +16,8 @@ import tensorflow as tf
 
 from dist_partial.distributed.collectives import AllGatherRequest, AllReduceRequest, AllToAllRequest, ReplicaCount
 from dist_partial.reductions.base import Exchange
-from dist_partial.reductions.encoding import ceil, words, zeros
-from dist_partial.selection.payload import Payload, Peers, average_bytes, itemsize
+from dist_partial.reductions.encoding import ceil, zeros
+from dist_partial.selection.payload import PAIR, Payload, Peers, average_bytes, itemsize
 
 
 class Codec(Protocol):
@@ -41,60 +41,68 @@ class Codec(Protocol):
 
 
 def payloads(codec: Codec, shape: Sequence[int], dtype: str, peers: Peers) -> tuple[Payload, ...]:
-    """What one replica sends for a gradient: of a sum as it is, a gather, and two hops, that which costs least."""
+    """What one replica sends for a gradient: a sum of it as it is, a gather, or two hops, whichever costs least."""
     size = math.prod(shape)
-    whole, count = codec.message_bytes(codec.rounded(size, size)), chunk(codec, size, peers)
-    ways = [(Payload("sum", size * itemsize(dtype)),), (Payload("gather", whole),)]
+    whole = codec.message_bytes(codec.rounded(size, size))
+    ways: list[tuple[Payload, ...]] = [(Payload("sum", size * itemsize(dtype)),), (Payload("gather", whole),)]
     if peers.all_to_all:
-        part = codec.message_bytes(count)
+        part = codec.message_bytes(chunk(codec, size, peers.replicas))
         ways.append((Payload("all-to-all", peers.replicas * part), Payload("gather", part)))
-    # Two is the least of which anything leaves a machine.
+    # Two are the fewest of which anything leaves a machine.
     return min(ways, key=lambda way: average_bytes(way, max(2, peers.replicas)))
 
 
-def chunk(codec: Codec, size: int, peers: Peers) -> int:
+def chunk(codec: Codec, size: int, replicas: int) -> int:
     """How many values each replica adds up in two hops; the last ones may have fewer, or none."""
-    return codec.rounded(ceil(size, peers.replicas), size)
+    return codec.rounded(ceil(size, replicas), size)
 
 
 def state(codec: Codec, shape: Sequence[int], dtype: str, peers: Peers) -> dict[str, np.ndarray]:
     """First values of the residuals: none where even two replicas send the gradient as it is."""
-    if payloads(codec, shape, dtype, Peers(2))[0].kind == "sum":
+    if payloads(codec, shape, dtype, PAIR)[0].kind == "sum":
         return {}
     found = {"residual": zeros(shape, dtype)}
     if payloads(codec, shape, dtype, peers)[0].kind == "all-to-all":
-        found["sum_residual"] = zeros([chunk(codec, math.prod(shape), peers)], dtype)
+        found["sum_residual"] = zeros([chunk(codec, math.prod(shape), peers.replicas)], dtype)
     return found
 
 
 def reduce(codec: Codec, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
-    """Sums a gradient over the replicas in the way that its state was made for."""
+    """Sums a gradient over the replicas in the way for which its state was made."""
     if "residual" not in state:
         return (yield AllReduceRequest(value))
     replicas, size = (yield ReplicaCount()), math.prod(value.shape)
-    with_residual = value + codec.decay * state["residual"]
-    own = state.get("sum_residual")
-    in_two_hops = own is not None and own.shape[0] == chunk(codec, size, Peers(replicas))
-    if not in_two_hops and payloads(codec, value.shape, value.dtype.name, Peers(replicas, False))[0].kind == "sum":
+    value = value + codec.decay * state["residual"]
+    if "sum_residual" in state and state["sum_residual"].shape[0] == chunk(codec, size, replicas):
+        return (yield from _in_two_hops(codec, value, state, replicas))
+    if payloads(codec, value.shape, value.dtype.name, Peers(replicas, all_to_all=False))[0].kind == "sum":
         state["residual"].assign(tf.zeros_like(value))
-        return (yield AllReduceRequest(with_residual))
-    parts = replicas if in_two_hops else 1
-    count = codec.rounded(ceil(size, parts), size)
-    padded = tf.pad(tf.reshape(with_residual, [-1]), [[0, parts * count - size]])
-    chunks = tf.reshape(padded, [parts, count])
+        return (yield AllReduceRequest(value))
+    (message,) = _encoded(codec, value, state, parts=1)
+    received = codec.decode((yield AllGatherRequest(message)), codec.rounded(size, size), value.dtype)
+    return tf.reshape(_added(received)[:size], value.shape)
+
+
+def _in_two_hops(codec: Codec, value: tf.Tensor, state: dict[str, Any], replicas: int) -> Exchange:
+    size, own, dtype = math.prod(value.shape), state["sum_residual"], value.dtype
+    count = own.shape[0]
+    received = yield AllToAllRequest(_encoded(codec, value, state, parts=replicas))
+    total = _added(codec.decode(received, count, dtype)) + codec.decay * own
+    message = codec.encode(total[tf.newaxis])
+    own.assign(total - codec.decode(message, count, dtype)[0])
+    totals = codec.decode((yield AllGatherRequest(message[0])), count, dtype)
+    return tf.reshape(tf.reshape(totals, [-1])[:size], value.shape)
+
+
+def _encoded(codec: Codec, value: tf.Tensor, state: dict[str, Any], parts: int) -> tf.Tensor:
+    """The messages of a value in so many chunks, [parts, bytes]; what they leave out becomes the residual."""
+    size = math.prod(value.shape)
+    count = chunk(codec, size, parts)
+    chunks = tf.reshape(tf.pad(tf.reshape(value, [-1]), [[0, parts * count - size]]), [parts, count])
     messages = codec.encode(chunks)
     left = chunks - codec.decode(messages, count, value.dtype)
     state["residual"].assign(tf.reshape(tf.reshape(left, [-1])[:size], value.shape))
-    if not in_two_hops:
-        received = yield AllGatherRequest(messages[0])
-        total = _added(codec.decode(received, count, value.dtype))
-        return tf.reshape(total[:size], value.shape)
-    received = yield AllToAllRequest(messages)
-    summed = _added(codec.decode(received, count, value.dtype)) + codec.decay * own
-    message = codec.encode(summed[tf.newaxis])
-    own.assign(summed - codec.decode(message, count, value.dtype)[0])
-    totals = codec.decode((yield AllGatherRequest(message[0])), count, value.dtype)
-    return tf.reshape(tf.reshape(totals, [-1])[:size], value.shape)
+    return messages
 
 
 def _added(rows: tf.Tensor) -> tf.Tensor:

@@ -54,7 +54,9 @@ def decode_values(message: tf.Tensor, count: int, bits: float, dtype: tf.DType) 
     rows = message.shape[:-1].as_list()
     if bits in FLOATS:
         kind = FLOATS[int(bits)]
-        return tf.cast(tf.bitcast(tf.reshape(message[..., : count * kind.size], [*rows, count, kind.size]), kind), dtype)
+        return tf.cast(
+            tf.bitcast(tf.reshape(message[..., : count * kind.size], [*rows, count, kind.size]), kind), dtype
+        )
     groups, top, in_byte = ceil(count, SCALED), LEVELS[bits] - 1, int(8 / bits)
     scales = tf.cast(tf.bitcast(tf.reshape(message[..., : 2 * groups], [*rows, groups, 2]), tf.bfloat16), dtype)
     packed = tf.cast(message[..., 2 * groups : value_bytes(count, bits)], tf.int32)

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from dist_partial.distributed.collectives import ReplicaCount
 from dist_partial.reductions.base import Exchange
-from dist_partial.selection.payload import Payload, Peers
+from dist_partial.selection.payload import PAIR, Payload, Peers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,10 @@ class LocalOnly:
     def shared(self) -> bool:
         return False
 
-    def payloads(self, shape: Sequence[int], dtype: str, peers: Peers = Peers()) -> tuple[Payload, ...]:
+    def payloads(self, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> tuple[Payload, ...]:
         return ()
 
-    def state(self, path: str, shape: Sequence[int], dtype: str, peers: Peers = Peers()) -> dict[str, np.ndarray]:
+    def state(self, path: str, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> dict[str, np.ndarray]:
         return {}
 
     def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:

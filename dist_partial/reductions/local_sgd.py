@@ -13,7 +13,7 @@ from dist_partial.errors import UserError
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.reductions.base import Exchange
 from dist_partial.reductions.local_only import own_part
-from dist_partial.selection.payload import Payload, Peers, itemsize
+from dist_partial.selection.payload import PAIR, Payload, Peers, itemsize
 from dist_partial.selection.plan import Plan
 from dist_partial.validation import AtLeast, Factory, check, shown
 
@@ -75,10 +75,12 @@ class LocalSGD:
         """The first step after `done` that an exchange follows."""
         return done + 1 + (self.offset - done - 1) % self.sync_every
 
-    def payloads(self, shape: Sequence[int], dtype: str, peers: Peers = Peers()) -> tuple[Payload, ...]:
-        return tuple(m._replace(every=self.sync_every, offset=self.offset) for m in self.window.payloads(shape, dtype, peers))
+    def payloads(self, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> tuple[Payload, ...]:
+        return tuple(
+            m._replace(every=self.sync_every, offset=self.offset) for m in self.window.payloads(shape, dtype, peers)
+        )
 
-    def state(self, path: str, shape: Sequence[int], dtype: str, peers: Peers = Peers()) -> dict[str, np.ndarray]:
+    def state(self, path: str, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> dict[str, np.ndarray]:
         return self.window.state(path, shape, dtype, peers)
 
     def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:

@@ -13,7 +13,7 @@ from dist_partial.distributed.collectives import AllReduceRequest
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.reductions.base import Dtype, Exchange
 from dist_partial.reductions.encoding import numpy_dtype, zeros
-from dist_partial.selection.payload import Payload, Peers, itemsize
+from dist_partial.selection.payload import PAIR, Payload, Peers, itemsize
 from dist_partial.validation import AtLeast, check
 
 
@@ -53,13 +53,13 @@ class PowerSGD:
         best = min(folds, key=sum, default=(0, 0))
         return best if self.rank * sum(best) < math.prod(best) else None
 
-    def payloads(self, shape: Sequence[int], dtype: str, peers: Peers = Peers()) -> tuple[Payload, ...]:
+    def payloads(self, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> tuple[Payload, ...]:
         matrix = self.matrix(shape)
         if matrix is None:
             return AllReduce(self.dtype).payloads(shape, dtype)
         return tuple(Payload("sum", self.rank * side * itemsize(self.dtype or dtype)) for side in matrix)
 
-    def state(self, path: str, shape: Sequence[int], dtype: str, peers: Peers = Peers()) -> dict[str, np.ndarray]:
+    def state(self, path: str, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> dict[str, np.ndarray]:
         matrix = self.matrix(shape)
         if matrix is None:
             return {}

@@ -10,7 +10,7 @@ import tensorflow as tf
 from dist_partial.reductions import encoded_sum
 from dist_partial.reductions.base import Exchange
 from dist_partial.reductions.encoding import LEVELS, decode_values, encode_values, padded, value_bytes, words
-from dist_partial.selection.payload import Payload, Peers
+from dist_partial.selection.payload import PAIR, Payload, Peers
 from dist_partial.validation import Above, AtMost, OneOf, check
 
 
@@ -28,8 +28,8 @@ class Quantized:
     Examples:
         >>> [Quantized(bits).payloads([256, 16], "float32")[0].bytes for bits in (8, 4, 2, 1.6, 1)]
         [4128, 2080, 1056, 852, 544]
-        >>> Quantized(4).payloads([256, 16], "float32", Peers(16))  # a message of 132 bytes to each, then one to all
-        (Payload(kind='all-to-all', bytes=2112, every=1, offset=0), Payload(kind='gather', bytes=132, every=1, offset=0))
+        >>> [(each.kind, each.bytes) for each in Quantized(4).payloads([256, 16], "float32", Peers(16))]
+        [('all-to-all', 2112), ('gather', 132)]
     """
 
     bits: Annotated[float, OneOf(*LEVELS)] = 8
@@ -42,10 +42,10 @@ class Quantized:
     def shared(self) -> bool:
         return True
 
-    def payloads(self, shape: Sequence[int], dtype: str, peers: Peers = Peers()) -> tuple[Payload, ...]:
+    def payloads(self, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> tuple[Payload, ...]:
         return encoded_sum.payloads(self, shape, dtype, peers)
 
-    def state(self, path: str, shape: Sequence[int], dtype: str, peers: Peers = Peers()) -> dict[str, np.ndarray]:
+    def state(self, path: str, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> dict[str, np.ndarray]:
         return encoded_sum.state(self, shape, dtype, peers)
 
     def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:

@@ -23,7 +23,7 @@ from dist_partial.reductions.encoding import (
     value_bytes,
     words,
 )
-from dist_partial.selection.payload import Payload, Peers
+from dist_partial.selection.payload import PAIR, Payload, Peers
 from dist_partial.validation import Above, AtLeast, AtMost, OneOf, check
 
 
@@ -59,10 +59,10 @@ class TopK:
     def shared(self) -> bool:
         return True
 
-    def payloads(self, shape: Sequence[int], dtype: str, peers: Peers = Peers()) -> tuple[Payload, ...]:
+    def payloads(self, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> tuple[Payload, ...]:
         return encoded_sum.payloads(self, shape, dtype, peers)
 
-    def state(self, path: str, shape: Sequence[int], dtype: str, peers: Peers = Peers()) -> dict[str, np.ndarray]:
+    def state(self, path: str, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> dict[str, np.ndarray]:
         return encoded_sum.state(self, shape, dtype, peers)
 
     def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:

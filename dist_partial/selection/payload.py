@@ -38,6 +38,9 @@ class Peers(NamedTuple):
     all_to_all: bool = True
 
 
+PAIR = Peers()
+
+
 def nic_bytes(kind: str, payload: int | fractions.Fraction, workers: int) -> fractions.Fraction:
     """Counts the bytes that leave the network interface of each of N workers when each hands over a payload.
 
@@ -55,7 +58,7 @@ def nic_bytes(kind: str, payload: int | fractions.Fraction, workers: int) -> fra
         [150, 300, 75]
     """
     factors = {"sum": fractions.Fraction(2, workers), "gather": 1, "all-to-all": fractions.Fraction(1, workers)}
-    return (workers - 1) * factors[kind] * fractions.Fraction(payload)
+    return fractions.Fraction(payload) * factors[kind] * (workers - 1)
 
 
 def average_bytes(payloads: Sequence[Any], workers: int | None = None) -> int | float:

@@ -194,7 +194,7 @@ class Plan:
         return tuple(payload for entry in self.entries for payload in self.handed_over(entry)) + self.statistics
 
     def peers(self, entry: VariablePlan) -> Peers:
-        """Who exchange the gradient of a variable: all replicas, or the workers where those of each are summed before."""
+        """Who exchange the gradient of a variable: all replicas, or the workers, where those of each are summed."""
         return Peers(self.workers if entry.inside else self.workers * self.local, self.all_to_all)
 
     def handed_over(self, entry: VariablePlan) -> tuple[Any, ...]:

@@ -32,7 +32,12 @@ def plan_table(plan: Plan, hosts: int) -> str:
     """
     header = ("path", "shape", "trained", "rule", "reduction", "bytes a step")
     lines = [
-        (entry.path, "x".join(map(str, entry.shape)) or "scalar", *_treatment(entry), grouped(plan.bytes_of(entry, at_interface=True)))
+        (
+            entry.path,
+            "x".join(map(str, entry.shape)) or "scalar",
+            *_treatment(entry),
+            grouped(plan.bytes_of(entry, at_interface=True)),
+        )
         for entry in plan.entries
     ]
     lines += [("(statistics)", "", "", "", often, size) for often, size in _statistics(plan)]
@@ -159,7 +164,10 @@ def _treatment(entry: VariablePlan) -> tuple[str, str, str]:
 
 def _statistics(plan: Plan) -> list[tuple[str, str]]:
     return [
-        (f"every {payload.every} steps" if payload.every > 1 else "every step", grouped(average_bytes([payload], plan.workers)))
+        (
+            f"every {payload.every} steps" if payload.every > 1 else "every step",
+            grouped(average_bytes([payload], plan.workers)),
+        )
         for payload in plan.statistics
     ]
 

@@ -128,7 +128,9 @@ def _travel(payload: float, wire: float, forward: float, computed: float) -> flo
 
 def _hops(plan: Plan, entries: Sequence[Any]) -> float:
     """Messages a step that wait for each other: a sum takes two hops, a gather or an all-to-all one."""
-    return max((sum((2 if m.kind == "sum" else 1) / m.every for m in plan.handed_over(e)) for e in entries), default=0.0)
+    return max(
+        (sum((2 if m.kind == "sum" else 1) / m.every for m in plan.handed_over(e)) for e in entries), default=0.0
+    )
 
 
 def _measure(settings: Settings, batch: int) -> tuple[Plan, Computation, float, int]:

@@ -295,7 +295,7 @@ def test_a_residual_that_decays(mirrored):
 
 @pytest.mark.parametrize("workers", [2, 3, 4, 8, 16, 64])
 def test_bytes_of_the_cheapest_way(workers):
-    """Of a sum of float32, a gather and two hops; 4 bits of a large tensor are 1/7.5 of float32 or less at any number."""
+    """Of a sum of float32, a gather and two hops; 4 bits of a large tensor are at most 1/7.5 of float32."""
     peers = Peers(workers)
     large = Quantized(4).payloads([1024, 1024], "float32", peers)
     dense = AllReduce().payloads([1024, 1024], "float32", peers)
