@@ -24,10 +24,11 @@ class Backend(Protocol):
     Attributes:
         two_levels: whether what crosses the workers may be reduced in another way than what their own replicas sum.
         has_all_to_all: whether a replica can send each other one something of its own, at the cost of that alone.
+        concurrent: whether functions that exchange may run in several threads at once.
 
     Examples:
         >>> class Alone:  # of one replica
-        ...     two_levels = has_all_to_all = False
+        ...     two_levels = has_all_to_all = concurrent = False
         ...     def topology(self, strategy):
         ...         return Topology(strategy)
         ...     def over_replicas(self, sums, gathers, swaps, level=ALL):
@@ -42,6 +43,9 @@ class Backend(Protocol):
 
     @property
     def has_all_to_all(self) -> bool: ...
+
+    @property
+    def concurrent(self) -> bool: ...
 
     def topology(self, strategy: tf.distribute.Strategy) -> Topology:
         """Says how many replicas there are in all, and which are this worker's, whose strategy is given."""

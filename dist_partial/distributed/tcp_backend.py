@@ -8,10 +8,11 @@ bytes is summed by fewer workers, by others for each tensor.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ class _Tensor:
     dtype: np.dtype
     size: int  # of its result
     outside: bool = False  # of functions
+    apart: bool = False  # in a function that runs beside others
     ops: list["_Op"] = dataclasses.field(default_factory=list)
     results: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # by run
 
@@ -103,6 +105,7 @@ class TCPBackend(WorkerBackend):
         self._on_loss = on_loss
         self._closed = False
         self._ops: list[_Op] = []
+        self._apart = False
         self._outside: dict[tuple[str, np.dtype, int], _Tensor] = {}  # of what is exchanged outside of functions
         # By worker: the run outside of functions that was last heard of, and the op that is not known here yet.
         self._ahead: dict[int, _Run] = {}
@@ -113,7 +116,7 @@ class TCPBackend(WorkerBackend):
         self._changed = threading.Condition()
         self._connections = Connections(workers, links, patience_seconds, self._target, self._lost)
 
-    has_all_to_all = True
+    has_all_to_all = concurrent = True
 
     def exchange(
         self, sums: Sequence[tf.Tensor], gathers: Sequence[tf.Tensor], swaps: Sequence[tf.Tensor] = ()
@@ -163,12 +166,21 @@ class TCPBackend(WorkerBackend):
             results.append(result)
         return sorted_out(results)
 
+    @contextlib.contextmanager
+    def traced_apart(self) -> Iterator[None]:
+        """What is traced within runs beside other functions: where it waits, others may well have gone on."""
+        self._apart = True
+        try:
+            yield
+        finally:
+            self._apart = False
+
     def sum(self, array: np.ndarray) -> np.ndarray:
         """The sum of an array [n] over the workers, outside of any function; all call it at the same point."""
         return self._once(SUM_OP, array)
 
     def all_to_all(self, array: np.ndarray) -> np.ndarray:
-        """Sends row j of an array [size, n] to worker j: [size, n], where row i comes from worker i; called as `sum`."""
+        """Sends row j of an array [size, n] to worker j; row i of the result comes from worker i; called as `sum`."""
         return self._once(ALL_TO_ALL_OP, array)
 
     def gather(self, data: bytes) -> list[bytes]:
@@ -217,7 +229,7 @@ class TCPBackend(WorkerBackend):
 
     def _add(self, kind: str, dtype: Any, count: int, outside: bool = False) -> _Tensor:
         dtype, sums = np.dtype(dtype), kind == SUM_OP
-        tensor = _Tensor(kind, dtype, self.size * count if kind == GATHER_OP else count, outside)
+        tensor = _Tensor(kind, dtype, self.size * count if kind == GATHER_OP else count, outside, self._apart)
         piece = self.size * _LARGEST // dtype.itemsize if sums else tensor.size
         with self._changed:
             for start in range(0, max(1, tensor.size), max(1, piece)):
@@ -256,7 +268,8 @@ class TCPBackend(WorkerBackend):
                 while not run.done():
                     # Whoever is not waited for may have ended as it should, after its last part.
                     late = [rank for _, rank in sorted(run.waiting) if rank != self.rank]
-                    self.failure = self.failure or self._connections.lost(late) or self._gone_on(late)
+                    self.failure = self.failure or self._connections.lost(late)
+                    self.failure = self.failure or (None if tensor.apart else self._gone_on(late))
                     if self.failure:
                         raise self.failure
                     self._changed.wait()

@@ -31,6 +31,7 @@ class TensorFlowBackend:
 
     two_levels = False
     has_all_to_all = True
+    concurrent = False
 
     def topology(self, strategy: tf.distribute.Strategy) -> Topology:
         """How many replicas the strategy has, and which are this worker's."""

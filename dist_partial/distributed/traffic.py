@@ -143,7 +143,7 @@ def beyond(
         >>> model = keras.Sequential([keras.Input([10]), keras.layers.Dense(10, use_bias=False, name="head")])
         >>> plan = resolve([("train", ".*")], model, AllReduce())
         >>> beyond(plan, [Collective("CollectiveReduceV2", "sum", "CPU:0", 432, in_loop=True)], exchanges=[])
-        [Payload(kind='sum', bytes=32, every=1, offset=0)]
+        [Payload(kind='sum', bytes=32, every=1, offset=0, warm_up=0)]
     """
     crossing = [entry for entry in plan.trained if hosts or entry.inside is None]
     more = _difference(sent_in_step, [m for e in crossing if e.reduction.shared for m in plan.handed_over(e)])
@@ -151,7 +151,9 @@ def beyond(
         planned = [m for e in exchange.fragment.entries(plan) if e in crossing for m in plan.handed_over(e)]
         reduction = exchange.fragment.reduction
         for payload in _difference(exchange.sent, planned):
-            more.append(payload._replace(every=reduction.sync_every, offset=reduction.offset))
+            more.append(
+                payload._replace(every=reduction.sync_every, offset=reduction.offset, warm_up=reduction.warm_up)
+            )
     return more
 
 

@@ -1,8 +1,9 @@
 """Backends that join workers, each of which has a strategy of its own: its replicas add up before anything leaves."""
 
 import abc
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ class WorkerBackend(abc.ABC):
     workers: Sequence[str]
     two_levels = True
     has_all_to_all = False
+    concurrent = False
 
     @abc.abstractmethod
     def gather(self, data: bytes) -> list[bytes]:
@@ -100,6 +102,11 @@ class WorkerBackend(abc.ABC):
                 for tensor in swaps
             ],
         )
+
+    @contextlib.contextmanager
+    def traced_apart(self) -> Iterator[None]:
+        """What is traced within runs beside other functions, where the backend is `concurrent`."""
+        yield
 
     def barrier(self) -> None:
         """Waits until all workers call it."""

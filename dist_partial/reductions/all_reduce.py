@@ -25,7 +25,7 @@ class AllReduce:
 
     Examples:
         >>> str(AllReduce()), AllReduce("bfloat16").payloads([8, 2], "float32")
-        ('all-reduce', (Payload(kind='sum', bytes=32, every=1, offset=0),))
+        ('all-reduce', (Payload(kind='sum', bytes=32, every=1, offset=0, warm_up=0),))
     """
 
     dtype: Dtype = None

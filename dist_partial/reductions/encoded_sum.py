@@ -78,7 +78,7 @@ def reduce(codec: Codec, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
     if payloads(codec, value.shape, value.dtype.name, Peers(replicas, all_to_all=False))[0].kind == "sum":
         state["residual"].assign(tf.zeros_like(value))
         return (yield AllReduceRequest(value))
-    (message,) = _encoded(codec, value, state, parts=1)
+    message = _encoded(codec, value, state, parts=1)[0]
     received = codec.decode((yield AllGatherRequest(message)), codec.rounded(size, size), value.dtype)
     return tf.reshape(_added(received)[:size], value.shape)
 

@@ -15,7 +15,7 @@ from dist_partial.reductions.base import Exchange
 from dist_partial.reductions.local_only import own_part
 from dist_partial.selection.payload import PAIR, Payload, Peers, itemsize
 from dist_partial.selection.plan import Plan
-from dist_partial.validation import AtLeast, Factory, check, shown
+from dist_partial.validation import Above, AtLeast, AtMost, Factory, check, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +35,17 @@ class LocalSGD:
         compressor: a reduction of every step, by which the movements are summed; None sends them as they are.
         keep_residual_local: what the exchange leaves out stays in the replica's own variables, from which training
             goes on, instead of waiting in a residual for the next exchange (the better choice with `top_k`).
+        delay: steps that are made while an exchange travels: what it brings is applied so many steps after it began.
+        mix: how much of the anchors the variables take when an exchange has arrived; 1 is all, 0.5 the middle between
+            where the replica is by then and the anchors, as in Streaming DiLoCo.
+        warm_up: steps at the beginning, after each of which there is an exchange, without a delay.
+        clip_norm: to which global norm the mean movements of a group are clipped before the outer optimizer; or None.
 
     Examples:
         >>> from dist_partial.reductions import Quantized
         >>> diloco = LocalSGD(sync_every=50, outer_optimizer=nesterov, compressor=Quantized(4))
         >>> diloco.next_due(done=60), diloco.payloads([256, 16], "float32")
-        (100, (Payload(kind='gather', bytes=2080, every=50, offset=0),))
+        (100, (Payload(kind='gather', bytes=2080, every=50, offset=0, warm_up=0),))
     """
 
     sync_every: Annotated[int, AtLeast(1)]
@@ -48,9 +53,18 @@ class LocalSGD:
     outer_optimizer: Annotated[Callable[..., Any] | None, Factory("@nesterov", (keras.optimizers.Optimizer,))] = None
     compressor: Any = None
     keep_residual_local: bool = False
+    delay: Annotated[int, AtLeast(0)] = 0
+    mix: Annotated[float, Above(0), AtMost(1)] = 1.0
+    warm_up: Annotated[int, AtLeast(0)] = 0
+    clip_norm: Annotated[float | None, Above(0)] = None
 
     def __post_init__(self) -> None:
         check(self, "local_sgd")
+        if self.delay > self.sync_every:
+            raise UserError(
+                f"local_sgd.delay is {self.delay}: an exchange must have arrived when the next one begins, after "
+                f"local_sgd.sync_every = {self.sync_every} steps; give at most that"
+            )
         # Of a class, not made by (), `shared` would be the property itself.
         if self.compressor is not None and getattr(self.compressor, "shared", False) is not True:
             raise UserError(
@@ -68,17 +82,38 @@ class LocalSGD:
         return self.compressor or AllReduce()
 
     def due(self, step: int) -> bool:
-        """Whether an exchange follows `step`, counted from 1."""
-        return step % self.sync_every == self.offset % self.sync_every
+        """Whether an exchange begins after `step`, counted from 1."""
+        return step <= self.warm_up or step % self.sync_every == self.offset % self.sync_every
 
     def next_due(self, done: int) -> int:
-        """The first step after `done` that an exchange follows."""
+        """The first step after `done` after which an exchange begins."""
+        return done + 1 if done < self.warm_up else self._next_regular(done)
+
+    def _next_regular(self, done: int) -> int:
         return done + 1 + (self.offset - done - 1) % self.sync_every
 
+    def delayed(self, step: int) -> bool:
+        """Whether what begins after `step` is applied later."""
+        return self.delay > 0 and step > self.warm_up
+
+    def arrives(self, step: int) -> bool:
+        """Whether an exchange that has travelled for `delay` steps is applied after `step`."""
+        begun = step - self.delay
+        return begun > 0 and self.delayed(begun) and self.due(begun)
+
+    def next_arrival(self, done: int) -> int | None:
+        """The first step after `done` after which such an exchange is applied; None without a delay."""
+        return self._next_regular(max(done - self.delay, self.warm_up)) + self.delay if self.delay else None
+
+    def last_applied(self, steps: int) -> int:
+        """After which step the last exchange begins that is applied within so many steps; 0 if there is none."""
+        if steps <= self.warm_up:
+            return steps
+        return max(self.warm_up, self._next_regular(steps - self.delay) - self.sync_every)
+
     def payloads(self, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> tuple[Payload, ...]:
-        return tuple(
-            m._replace(every=self.sync_every, offset=self.offset) for m in self.window.payloads(shape, dtype, peers)
-        )
+        found = self.window.payloads(shape, dtype, peers)
+        return tuple(m._replace(every=self.sync_every, offset=self.offset, warm_up=self.warm_up) for m in found)
 
     def state(self, path: str, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> dict[str, np.ndarray]:
         return self.window.state(path, shape, dtype, peers)
@@ -97,6 +132,10 @@ class LocalSGD:
         )
         parts += [str(self.compressor)] if self.compressor else []
         parts += ["residuals stay local"] if self.keep_residual_local else []
+        parts += [f"applied {self.delay} steps later"] if self.delay else []
+        parts += [f"mixed by {self.mix:g}"] if self.mix != 1 else []
+        parts += [f"every step until {self.warm_up}"] if self.warm_up else []
+        parts += [f"clipped to {self.clip_norm:g}"] if self.clip_norm is not None else []
         return ", ".join(parts)
 
 
@@ -129,10 +168,12 @@ def averages(plan: Plan, variables: Sequence[Any]) -> tuple[Payload, ...]:
         >>> layer = keras.layers.BatchNormalization()
         >>> plan = resolve([("train", ".*")], keras.Sequential([keras.Input([4]), layer]), LocalSGD(sync_every=10))
         >>> averages(plan, [layer.moving_mean, layer.moving_variance])
-        (Payload(kind='sum', bytes=32, every=10, offset=0),)
+        (Payload(kind='sum', bytes=32, every=10, offset=0, warm_up=0),)
     """
     size = sum(math.prod(variable.shape) * itemsize(variable.dtype) for variable in variables)
     local = [group.reduction for group in plan.groups if isinstance(group.reduction, LocalSGD)]
     if size and any(group.reduction.shared for group in plan.groups):
         return (Payload("sum", size),)
-    return (Payload("sum", size, local[0].sync_every, local[0].offset),) if size and local else ()
+    if not (size and local):
+        return ()
+    return (Payload("sum", size, local[0].sync_every, local[0].offset, local[0].warm_up),)

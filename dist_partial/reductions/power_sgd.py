@@ -33,8 +33,8 @@ class PowerSGD:
     be smaller than itself is sent whole.
 
     Examples:
-        >>> PowerSGD(rank=4).payloads([256, 64], "float32")  # instead of 65,536 bytes
-        (Payload(kind='sum', bytes=4096, every=1, offset=0), Payload(kind='sum', bytes=1024, every=1, offset=0))
+        >>> [each.bytes for each in PowerSGD(rank=4).payloads([256, 64], "float32")]  # instead of 65,536
+        [4096, 1024]
     """
 
     rank: Annotated[int, AtLeast(1)] = 4

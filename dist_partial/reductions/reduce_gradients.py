@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from dist_partial.distributed.collectives import BETWEEN, INSIDE, Collectives, run_rounds
@@ -83,18 +84,25 @@ def make_states(plan: Plan) -> list[dict[str, tf.Variable]]:
         [['residual'], []]
     """
     return [
-        {
-            name: tf.Variable(
-                value,
-                trainable=False,
-                name=name,
-                synchronization=tf.VariableSynchronization.ON_READ,
-                aggregation=tf.VariableAggregation.NONE,
-            )
-            for name, value in _first_values(plan, entry).items()
-        }
+        {name: own_variable(name, value) for name, value in _first_values(plan, entry).items()}
         for entry in plan.trained
     ]
+
+
+def own_variable(name: str, value: np.ndarray) -> tf.Variable:
+    """Makes a variable of which each replica has its own; called in the scope.
+
+    Examples:
+        >>> own_variable("residual", np.zeros(3)).numpy().tolist()
+        [0.0, 0.0, 0.0]
+    """
+    return tf.Variable(
+        value,
+        trainable=False,
+        name=name,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.NONE,
+    )
 
 
 def _first_values(plan: Plan, entry: VariablePlan) -> dict[str, Any]:

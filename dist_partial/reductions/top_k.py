@@ -44,7 +44,7 @@ class TopK:
 
     Examples:
         >>> TopK(density=1 / 64).payloads([256, 64], "float32")  # instead of 65,536 bytes
-        (Payload(kind='gather', bytes=768, every=1, offset=0),)
+        (Payload(kind='gather', bytes=768, every=1, offset=0, warm_up=0),)
     """
 
     density: Annotated[float, Above(0), AtMost(1)] = 1 / 64

@@ -20,10 +20,13 @@ class Payload(NamedTuple):
     bytes: int
     every: int = 1
     offset: int = 0
+    warm_up: int = 0  # steps at the beginning, after each of which it travels
 
     def times(self, first: int, last: int) -> int:
         """How often it travels after the steps first + 1 to last."""
-        return (last - self.offset) // self.every - (first - self.offset) // self.every
+        warm = min(last, self.warm_up) - min(first, self.warm_up)
+        first, last = max(first, self.warm_up), max(last, self.warm_up)
+        return warm + (last - self.offset) // self.every - (first - self.offset) // self.every
 
 
 class Peers(NamedTuple):
@@ -57,8 +60,8 @@ def nic_bytes(kind: str, payload: int | fractions.Fraction, workers: int) -> fra
         >>> [int(nic_bytes(kind, 100, workers=4)) for kind in ("sum", "gather", "all-to-all")]
         [150, 300, 75]
     """
-    factors = {"sum": fractions.Fraction(2, workers), "gather": 1, "all-to-all": fractions.Fraction(1, workers)}
-    return fractions.Fraction(payload) * factors[kind] * (workers - 1)
+    parts_of_each = {"sum": 2, "gather": workers, "all-to-all": 1}  # of a payload cut into one part a worker
+    return fractions.Fraction(parts_of_each[kind] * (workers - 1), workers) * payload
 
 
 def average_bytes(payloads: Sequence[Any], workers: int | None = None) -> int | float:

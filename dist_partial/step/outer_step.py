@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from dist_partial.distributed import traffic
 from dist_partial.distributed.collectives import BETWEEN, Collectives, run_rounds
 from dist_partial.reductions.base import mean
+from dist_partial.reductions.encoding import numpy_dtype
 from dist_partial.reductions.local_sgd import LocalSGD
+from dist_partial.reductions.reduce_gradients import own_variable
 from dist_partial.selection.plan import Plan, VariablePlan
 from dist_partial.step import optimizers
 from dist_partial.step.layer_state import untouched
@@ -28,12 +30,14 @@ class Fragment:
         members: the group's variables, of which each replica trains its own copy.
         outer: the outer optimizer; its members are the anchors, the same on all replicas.
         states: what the reduction of the movements keeps, a dictionary a member.
+        moving: with a delay, what travels of each member: its movement, and once it has arrived the mean of all.
     """
 
     reduction: LocalSGD
     members: tuple[OptimizerVariable, ...]
     outer: GroupOptimizer
     states: tuple[dict[str, tf.Variable], ...]
+    moving: tuple[tf.Variable, ...] = ()
 
     def over(self, collectives: Collectives) -> Collectives:
         """How those reach each other that exchange: all replicas, or, of each worker, one for all."""
@@ -62,29 +66,6 @@ class ExchangeSpec:
     fragment: Fragment
     moved: Sequence[int]
     statistics: Sequence[Any] = ()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Exchange:
-    """Holds the compiled exchange of one fragment, and knows when it is due.
-
-    Attributes:
-        fragment: what is exchanged.
-        function: makes one exchange, after which all replicas have the same bits of it.
-        sent: what one replica hands over each time.
-    """
-
-    fragment: Fragment
-    function: Any
-    sent: list[traffic.Collective]
-
-    def due(self, step: int) -> bool:
-        """Tells whether an exchange follows `step`, counted from 1."""
-        return self.fragment.reduction.due(step)
-
-    def next_due(self, step: int) -> int:
-        """Gives the first step after `step` that an exchange follows."""
-        return self.fragment.reduction.next_due(step)
 
 
 def build(
@@ -125,49 +106,12 @@ def build(
                 f"local_sgd.outer_optimizer of rule {group.rule.match!r}", factory, anchors, number
             )
             outer.allocate()
-            fragments.append(Fragment(group.reduction, inner.members, outer, own_states))
+            moving = [
+                own_variable("moving", np.zeros(anchor.variable.shape, numpy_dtype(anchor.entry.dtype)))
+                for anchor in (anchors if group.reduction.delay else ())
+            ]
+            fragments.append(Fragment(group.reduction, inner.members, outer, own_states, tuple(moving)))
     return tuple(fragments)
-
-
-def exchanges(
-    strategy: tf.distribute.Strategy,
-    collectives: Collectives,
-    plan: Plan,
-    fragments: Sequence[Fragment],
-    without_gradient: Sequence[str],
-    statistics: Sequence[Any],
-) -> list[Exchange]:
-    """Compiles the exchanges of all fragments.
-
-    Args:
-        strategy: the replicas.
-        collectives: how they reach each other.
-        plan: the plan.
-        fragments: from `build`.
-        without_gradient: paths on which the loss does not depend: they do not move.
-        statistics: variables that are to be averaged; where no group is shared in every step, which would take them
-            along, the first fragment does.
-
-    Examples:
-        >>> from dist_partial.reductions.reduce_gradients import make_states
-        >>> from dist_partial.selection import resolve
-        >>> model = keras.Sequential([keras.Input([1]), keras.layers.Dense(2)])
-        >>> plan = resolve([("train", ".*/bias"), ("freeze", ".*")], model, LocalSGD(sync_every=10))
-        >>> fragments = build(plan, optimizers.build(plan, keras.optimizers.SGD), make_states(plan))
-        >>> [each] = exchanges(tf.distribute.get_strategy(), Collectives(), plan, fragments, [], [])
-        >>> _ = model.layers[0].bias.assign([1.0, 2.0])
-        >>> each.function()
-        >>> fragments[0].outer.members[0].variable.numpy().tolist(), each.next_due(10)
-        ([1.0, 2.0], 20)
-    """
-    shared = any(group.reduction.shared for group in plan.groups)
-    found = []
-    for i, fragment in enumerate(fragments):
-        moved = [n for n, member in enumerate(fragment.members) if member.entry.path not in without_gradient]
-        spec = ExchangeSpec(strategy, collectives, fragment, moved, [] if shared or i else statistics)
-        function = tf.function(functools.partial(exchange, spec), autograph=False)
-        found.append(Exchange(fragment, function, traffic.in_call(function.get_concrete_function())))
-    return found
 
 
 def exchange(spec: ExchangeSpec) -> None:
@@ -175,22 +119,59 @@ def exchange(spec: ExchangeSpec) -> None:
     if not spec.moved and not spec.statistics:
         return
     means, statistics = spec.strategy.run(replica_means, args=(spec,))
+    _apply(spec, means, statistics)
+
+
+def begin(spec: ExchangeSpec) -> None:
+    """Notes how far each replica's members have moved, and averages the statistics; what `travel` sends."""
+    spec.strategy.run(replica_begin, args=(spec,))
+
+
+def travel(spec: ExchangeSpec) -> None:
+    """Puts the mean of all replicas in the place of each movement; touches nothing that steps touch."""
+    spec.strategy.run(replica_travel, args=(spec,))
+
+
+def arrive(spec: ExchangeSpec) -> None:
+    """Applies what has travelled."""
+    means = spec.strategy.run(replica_arrived, args=(spec,))
+    _apply(dataclasses.replace(spec, statistics=()), means, [])
+
+
+def _apply(spec: ExchangeSpec, means: list[tf.Tensor], statistics: list[tf.Tensor]) -> None:
     spec.strategy.run(replica_update, args=(spec, means, statistics))
     local = spec.fragment.reduction.keep_residual_local
     starts = spec.strategy.run(replica_starts, args=(spec,)) if local else _anchors(spec.fragment)
-    _go_to(spec.strategy, spec.fragment, starts)
+    _go_to(spec.strategy, spec.fragment, starts, spec.fragment.reduction.mix)
+
+
+def replica_begin(spec: ExchangeSpec) -> None:
+    """Notes this replica's movements; called in a replica context."""
+    for i in spec.moved:
+        spec.fragment.moving[i].assign(_movement(spec.fragment, i))
+    _assign(spec.statistics, run_rounds(spec.collectives, _means(spec.statistics)))
+
+
+def replica_travel(spec: ExchangeSpec) -> None:
+    """Averages the noted movements over the replicas; called in a replica context."""
+    fragment, collectives = spec.fragment, spec.fragment.over(spec.collectives)
+    noted = {i: tf.convert_to_tensor(fragment.moving[i]) for i in reversed(spec.moved)}
+    found = run_rounds(collectives, [_mean_movement(fragment, collectives, i, own) for i, own in noted.items()])
+    _assign([fragment.moving[i] for i in noted], found)
+
+
+def replica_arrived(spec: ExchangeSpec) -> list[tf.Tensor]:
+    """Reads the means that have arrived; called in a replica context."""
+    return [tf.convert_to_tensor(spec.fragment.moving[i]) for i in spec.moved]
 
 
 def replica_means(spec: ExchangeSpec) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
     """Averages the movements of the members, and the statistics, over the replicas; called in a replica context."""
     collectives = spec.fragment.over(spec.collectives)
-    movements = []
-    for i in reversed(spec.moved):
-        anchor, own = spec.fragment.outer.members[i].variable.value, spec.fragment.members[i].variable.value
-        movement = tf.convert_to_tensor(anchor) - tf.convert_to_tensor(own)
-        count = collectives.topology.replicas
-        movements.append(spec.fragment.reduction.window.reduce(movement / count, spec.fragment.states[i]))
-    statistics = [mean(tf.convert_to_tensor(variable.value)) for variable in spec.statistics]
+    movements = [
+        _mean_movement(spec.fragment, collectives, i, _movement(spec.fragment, i)) for i in reversed(spec.moved)
+    ]
+    statistics = _means(spec.statistics)
     if collectives is spec.collectives:
         means = run_rounds(collectives, [*movements, *statistics])
         return means[: len(spec.moved)][::-1], means[len(spec.moved) :]
@@ -199,12 +180,31 @@ def replica_means(spec: ExchangeSpec) -> tuple[list[tf.Tensor], list[tf.Tensor]]
         return means, run_rounds(spec.collectives, statistics)
 
 
+def _movement(fragment: Fragment, i: int) -> tf.Tensor:
+    anchor, own = fragment.outer.members[i].variable.value, fragment.members[i].variable.value
+    return tf.convert_to_tensor(anchor) - tf.convert_to_tensor(own)
+
+
+def _mean_movement(fragment: Fragment, collectives: Collectives, i: int, movement: tf.Tensor) -> Any:
+    return fragment.reduction.window.reduce(movement / collectives.topology.replicas, fragment.states[i])
+
+
+def _means(variables: Sequence[Any]) -> list[Any]:
+    return [mean(tf.convert_to_tensor(variable.value)) for variable in variables]
+
+
+def _assign(variables: Sequence[Any], values: Sequence[tf.Tensor]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
 def replica_update(spec: ExchangeSpec, means: list[tf.Tensor], statistics: list[tf.Tensor]) -> None:
     """Moves the anchors by the outer optimizer, and assigns the statistics; called in a replica context."""
     if spec.moved:
+        if spec.fragment.reduction.clip_norm is not None:
+            means, _ = tf.clip_by_global_norm(means, spec.fragment.reduction.clip_norm)
         spec.fragment.outer.optimizer.apply(means, [spec.fragment.outer.members[i].variable for i in spec.moved])
-    for variable, average in zip(spec.statistics, statistics, strict=True):
-        variable.assign(average)
+    _assign(spec.statistics, statistics)
 
 
 def replica_starts(spec: ExchangeSpec) -> list[tf.Tensor]:
@@ -236,9 +236,7 @@ def _average(strategy: tf.distribute.Strategy, collectives: Collectives, variabl
 
 def replica_average(collectives: Collectives, variables: Sequence[Any]) -> None:
     """Averages variables over the replicas; called in a replica context."""
-    means = run_rounds(collectives, [mean(tf.convert_to_tensor(variable.value)) for variable in variables])
-    for variable, average in zip(variables, means, strict=True):
-        variable.assign(average)
+    _assign(variables, run_rounds(collectives, _means(variables)))
 
 
 @contextlib.contextmanager
@@ -272,7 +270,14 @@ def _anchors(fragment: Fragment) -> list[Any]:
     return [member.variable.value for member in fragment.outer.members]
 
 
-def _go_to(strategy: tf.distribute.Strategy, fragment: Fragment, values: Sequence[Any]) -> None:
+def _go_to(strategy: tf.distribute.Strategy, fragment: Fragment, values: Sequence[Any], mix: float = 1.0) -> None:
     for member, value in zip(fragment.members, values, strict=True):
-        strategy.extended.update(member.variable.value, lambda own, value: own.assign(value), args=(value,))
+
+        def go(own: Any, value: Any, constraint: Any = member.variable.constraint) -> Any:
+            if mix == 1:
+                return own.assign(value)
+            mixed = own + mix * (tf.convert_to_tensor(value) - own)
+            return own.assign(mixed if constraint is None else constraint(mixed))
+
+        strategy.extended.update(member.variable.value, go, args=(value,))
     optimizers.write_rows(strategy, fragment.members)

@@ -19,8 +19,8 @@ from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.payload import Payload, average_bytes, itemsize
 from dist_partial.selection.plan import Plan
 from dist_partial.session import put_back
-from dist_partial.step import outer_step
 from dist_partial.step.evaluation_step import EvaluationSpec, evaluation_step
+from dist_partial.step.exchanges import compiled_exchanges
 from dist_partial.training.build import batches, build, compiled_step
 
 # Of the bits on a wire, those that are payload: a frame of 1514 bytes carries 1448, and a few are acknowledgements.
@@ -149,7 +149,7 @@ def _measure(settings: Settings, batch: int) -> tuple[Plan, Computation, float, 
     averages = reductions.averages(trainer.plan, trainer.averaged)
     step_time, cpu = _time(lambda n: train.function(inputs, tf.constant(n))["loss"].numpy())
     exchanges = 0.0
-    for exchange in outer_step.exchanges(strategy, wire, trainer.plan, trainer.fragments, train.without_gradient, []):
+    for exchange in compiled_exchanges(strategy, wire, trainer.plan, trainer.fragments, train.without_gradient, []):
         once, _ = _time(lambda n, exchange=exchange: [exchange.function() for _ in range(n)])
         exchanges += once / exchange.fragment.reduction.sync_every
     memory = sum(

@@ -86,7 +86,7 @@ def run(
                 writer.configuration(operative, unused)
                 if evaluate.due(state.step):
                     waits.report(writer.say)
-                _after_steps(state, writer, evaluate, save, stop, judge)
+                _after_steps(runner, state, writer, evaluate, (save, stop, judge))
                 if not (stop.due(state.step) or judge.reason):
                     _enter(runner, state.step)
         replicas.finish()  # none ends before the last checkpoint is written
@@ -161,8 +161,10 @@ def _advance(
     each = traffic.sent_each(phase.sent, phase.plan, steps=1)
     sent = state.sent + each * np.arange(1, count + 1)[:, np.newaxis]
     for exchange in phase.exchanges:
+        exchange.apply(done)
+    for exchange in phase.exchanges:
         if exchange.due(done):
-            exchange.function()
+            exchange.begin(done)
             sent[-1] += traffic.sent_each(exchange.sent, phase.plan)
     # All workers stop after the same call, whichever of them got the signal, and all hear of a norm that is not finite
     # on one of them alone, which trains by itself.
@@ -189,19 +191,22 @@ def _advance(
 
 
 def _after_steps(
+    runner: ScheduleRunner,
     state: TrainState,
     writer: MetricWriter,
     evaluate: evaluation.Evaluation,
-    save: events.Saving,
-    stop: events.Stopping,
-    judge: Judge,
+    followers: tuple[events.Saving, events.Stopping, Judge],
 ) -> None:
     """Evaluates and saves where that is due; a failed evaluation costs no training.
 
     The checkpoint then says that the evaluation is owed, and the next run in the folder makes it up: see `make_up`.
     """
+    save, stop, judge = followers
     to_save = save.due(state.step) or stop.due(state.step)
-    trainer = evaluate.trainer
+    trainer = runner.trainer
+    if to_save or evaluate.due(state.step) or judge.reason:
+        for exchange in runner.phase.exchanges:
+            exchange.join()  # a checkpoint holds what has travelled, whether or not it is applied by then
     if state.step >= trainer.settings.steps:
         finalize(trainer.replicas.strategy, trainer.optimizers)
     judged = judge.to_json()

@@ -21,7 +21,8 @@ from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.payload import average_bytes
 from dist_partial.selection.plan import Plan
 from dist_partial.selection.table import trained_layers
-from dist_partial.step import batch_norm, outer_step
+from dist_partial.step import batch_norm
+from dist_partial.step.exchanges import Exchange, compiled_exchanges
 from dist_partial.step.layer_state import untouched
 from dist_partial.step.objective import Batch
 from dist_partial.step.probe import ProbeSpec, probe
@@ -51,7 +52,7 @@ class CompiledPhase:
     plan: Plan
     train: TrainStep
     sent: list[traffic.Collective]
-    exchanges: list[outer_step.Exchange]
+    exchanges: list[Exchange]
     activations: activation_cache.Activations | None
 
     @property
@@ -191,11 +192,11 @@ class ScheduleRunner:
             yield f"selected, but the loss does not depend on it: {', '.join(self.phase.train.without_gradient)}"
         for exchange in self.phase.exchanges:
             local = exchange.fragment.reduction
-            last = local.next_due(steps) - local.sync_every
+            last = local.last_applied(steps)
             if last != steps:
                 yield (
-                    f"{local}: the last exchange follows step {last} of {steps}; what replicas train after it "
-                    "is not in the weights on which they agree"
+                    f"{local}: the last exchange that is applied follows step {last} of {steps}; what replicas "
+                    "train after it is not in the weights on which they agree"
                     if last > 0
                     else f"{local}: run.steps = {steps} ends before the first exchange"
                 )
@@ -353,9 +354,7 @@ class ScheduleRunner:
         yield train, inputs
         sent = traffic.in_step(train.function.get_concrete_function(inputs, tf.constant(1)), loop)
         averaged = trainer.averaged
-        exchanges = outer_step.exchanges(
-            strategy, collectives, plan, trainer.fragments, train.without_gradient, averaged
-        )
+        exchanges = compiled_exchanges(strategy, collectives, plan, trainer.fragments, train.without_gradient, averaged)
         plan = plan.traced(train.without_gradient, reductions.averages(plan, averaged))
         if trainer.replicas.topology.replicas > 1:  # or else nothing is sent
             plan = plan.traced(

@@ -17,7 +17,7 @@ from dist_partial.data import dataset
 from dist_partial.distributed import replicas, traffic
 from dist_partial.distributed.per_replica import PerReplica, values
 from dist_partial.reductions import AllReduce, LocalSGD, PowerSGD, Quantized, TopK, nesterov
-from dist_partial.step import outer_step
+from dist_partial.step.exchanges import compiled_exchanges
 from dist_partial.training.build import batches, build, compiled_step
 
 STEPS, BATCH, RATE = 8, 16, 0.05
@@ -58,7 +58,7 @@ def train(made: replicas.Replicas, name: str, steps: int = STEPS) -> dict[str, n
     trainer = build(settings, made)
     step, inputs = compiled_step(trainer, trainer.plan), batches(trainer, 0, BATCH)
     sent = traffic.total(traffic.in_step(step.function.get_concrete_function(inputs, tf.constant(1))))
-    exchanges = outer_step.exchanges(
+    exchanges = compiled_exchanges(
         made.strategy, made.collectives, trainer.plan, trainer.fragments, step.without_gradient, []
     )
     for number in range(1, steps + 1):

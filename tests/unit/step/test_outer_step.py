@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import keras
 import numpy as np
@@ -23,6 +24,7 @@ from dist_partial.reductions.reduce_gradients import make_states
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
 from dist_partial.step import batch_norm, optimizers, outer_step
+from dist_partial.step.exchanges import compiled_exchanges
 from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 from dist_partial.training.build import build
 from dist_partial.training.state import TrainState
@@ -52,8 +54,8 @@ class Local:
         options = StepOptions(clip_norm)
         spec = StepSpec(strategy, Collectives(), self.model, objective, self.plan, self.groups, self.states, options)
         self.train = train_step(spec).function
-        compiled = outer_step.exchanges(strategy, Collectives(), self.plan, self.fragments, [], [])
-        self.exchanges = [each.function for each in compiled]
+        self.compiled = compiled_exchanges(strategy, Collectives(), self.plan, self.fragments, [], [])
+        self.exchanges = [each.function for each in self.compiled]
         self.iterator = cases.worker_iterator(strategy, self.data)
         self.done = 0
 
@@ -65,8 +67,11 @@ class Local:
 
     def go(self, steps):
         for _ in range(steps):
-            for i in self.step():
-                self.exchanges[i]()
+            due = self.step()
+            for each in self.compiled:
+                each.apply(self.done)
+            for i in due:
+                self.compiled[i].begin(self.done)
 
     def own(self):
         """Every replica's value of every trained variable, by path."""
@@ -140,6 +145,7 @@ class Reference:
         local = [path for path, kind in self.kinds.items() if isinstance(kind, LocalSGD)]
         self.anchors = {path: self.variables[0][path].numpy() for path in local}
         self.outers = {path: OUTERS[outer]() for path in local}
+        self.flying = {}  # by path: when it arrives, and the movement
         self.data = cases.batches(case, dtype, STEPS)
         self.gradient_functions = [self._gradients(m, v) for m, v in zip(self.models, self.variables, strict=True)]
 
@@ -179,15 +185,32 @@ class Reference:
             own = mean | self._clipped({path: g for path, g in own.items() if path not in shared})
             each.apply([tf.constant(own[path]) for path in chosen], list(chosen.values()))
         self.done += 1
+        self._arrive()
         for path, kind in self.kinds.items():
             # The exchanges follow offset, offset + steps, ... and, where the offset is larger than `steps`, as if it
             # were the rest of the division.
-            if isinstance(kind, LocalSGD) and (self.done - kind.offset) % kind.sync_every == 0:
+            if not isinstance(kind, LocalSGD):
+                continue
+            warm = self.done <= kind.warm_up
+            if warm or (self.done - kind.offset) % kind.sync_every == 0:
                 movement = self.anchors[path] - np.mean([chosen[path].numpy() for chosen in self.variables], axis=0)
-                anchor = self.outers[path].step(self.anchors[path], movement)
-                self.anchors[path] = self.projections.get(path, lambda value: value)(anchor)
-                for chosen in self.variables:
-                    chosen[path].assign(self.anchors[path])
+                self.flying[path] = self.done + (0 if warm else kind.delay), movement
+        self._arrive()
+
+    def _arrive(self):
+        arrived = {path: movement for path, (when, movement) in self.flying.items() if when == self.done}
+        for path, movement in arrived.items():
+            kind = self.kinds[path]
+            del self.flying[path]
+            if kind.clip_norm is not None:
+                of_group = [each for other, each in arrived.items() if self.kinds[other] is kind]
+                norm = np.sqrt(sum((each**2).sum() for each in of_group))
+                movement = movement * min(1.0, kind.clip_norm / norm)
+            anchor = self.outers[path].step(self.anchors[path], movement)
+            self.anchors[path] = self.projections.get(path, lambda value: value)(anchor)
+            for chosen in self.variables:
+                own = chosen[path].numpy()
+                chosen[path].assign((1 - kind.mix) * own + kind.mix * self.anchors[path])
 
     def own(self):
         return {path: [chosen[path].numpy() for chosen in self.variables] for path in self.kinds}
@@ -240,6 +263,53 @@ def test_replicas_train_by_themselves_and_move_on_together(replicas, inner, oute
     for each in local.fragments:
         for variable in each.outer.optimizer.variables:
             assert same_bits(copies(local.strategy, variable)), variable.path
+
+
+@pytest.mark.parametrize(
+    ("replicas", "outer", "options", "other"),
+    [
+        (2, None, {"delay": 2}, {"delay": 4, "mix": 0.5}),  # as long as until the next one begins
+        (3, "nesterov", {"delay": 1, "mix": 0.5, "clip_norm": 0.02}, {"warm_up": 3, "delay": 3}),
+        (2, "nesterov", {"mix": 0.25}, {"warm_up": 5, "clip_norm": 0.01}),
+        (4, None, {"warm_up": 12, "delay": 2}, {"delay": 2, "offset": 1}),
+    ],
+)
+def test_exchanges_that_travel_while_steps_are_made(replicas, outer, options, other, mirrored):
+    """Two fragments, after the steps 3, 6, ... and 4, 8, ..., against NumPy that keeps what travels."""
+    cases.set_precision("float64")
+    rules = [
+        Rule("dense1/.*", reduction=LocalSGD(3, outer_optimizer=FACTORIES[outer], **options)),
+        Rule("dense2/.*", reduction=LocalSGD(4, outer_optimizer=FACTORIES[outer], **other)),
+    ]
+    case = _with(rules)
+    local, reference = Local(mirrored(replicas), case, "momentum"), Reference(replicas, case, "momentum", outer)
+    flights = 0
+    for _ in range(STEPS):
+        local.go(1)
+        reference.go(1)
+        flights += len(reference.flying)
+        assert_close(local, reference)
+    assert (flights > 0) == any("delay" in each and each.get("warm_up") != STEPS for each in (options, other))
+
+
+def test_when_exchanges_begin_and_are_applied():
+    """Counted out step by step."""
+    for every, offset, delay, warm_up in itertools.product((1, 3, 4), (0, 1, 5), (0, 1, 3), (0, 2, 5)):
+        if delay > every:
+            continue
+        each = LocalSGD(every, offset, delay=delay, warm_up=warm_up)
+        begins = [s for s in range(1, 40) if s <= warm_up or (s - offset) % every == 0]
+        applied = {s: s + (delay if s > warm_up else 0) for s in begins}
+        for step in range(30):
+            assert each.due(step + 1) == (step + 1 in begins)
+            assert each.next_due(step) == min(s for s in begins if s > step)
+            assert each.arrives(step) == any(s + delay == step for s in begins if s > warm_up and delay)
+            later = [a for s, a in applied.items() if s > warm_up and a > step]
+            assert each.next_arrival(step) == (min(later) if delay else None)
+            assert each.last_applied(step) == max([s for s, a in applied.items() if a <= step], default=0)
+        payload = selection.Payload("sum", 1, every, offset, warm_up)
+        for first, last in itertools.combinations(range(0, 30, 3), 2):
+            assert payload.times(first, last) == len([s for s in begins if first < s <= last])
 
 
 def constrained():
@@ -549,7 +619,7 @@ def test_statistics_travel_with_the_first_exchange(mirrored):
     iterator = cases.worker_iterator(strategy, [(x, y)])
     assert traffic.collectives(train.get_concrete_function(iterator, tf.constant(1))) == []
     statistics = batch_norm.local_statistics(built.model)
-    exchanges = outer_step.exchanges(strategy, Collectives(), built.plan, built.fragments, [], statistics)
+    exchanges = compiled_exchanges(strategy, Collectives(), built.plan, built.fragments, [], statistics)
     first, second = exchanges
     train(iterator, tf.constant(3))
     assert len(statistics) == 2

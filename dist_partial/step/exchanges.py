@@ -1,0 +1,152 @@
+"""The compiled exchanges of groups that train by themselves for some steps, and those that travel meanwhile."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from dist_partial.distributed import traffic
+from dist_partial.distributed.collectives import Collectives
+from dist_partial.distributed.worker_backend import WorkerBackend
+from dist_partial.selection.plan import Plan
+from dist_partial.step import outer_step
+from dist_partial.step.outer_step import ExchangeSpec, Fragment
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Flight:
+    """Holds the three functions of an exchange that travels while steps are made.
+
+    Attributes:
+        begin: notes what is sent.
+        travel: sends it, in a thread where there is one.
+        arrive: applies what has come.
+        thread: runs one flight after the other, in the order in which they begin, which is that of all workers; None
+            where functions that exchange must not run beside each other: then it travels as soon as it begins.
+    """
+
+    begin: Callable[[], None]
+    travel: Callable[[], None]
+    arrive: Callable[[], None]
+    thread: concurrent.futures.Executor | None
+
+
+@dataclasses.dataclass(eq=False)
+class Exchange:
+    """Holds the compiled exchange of one fragment, and knows when it is due.
+
+    Attributes:
+        fragment: what is exchanged.
+        function: makes one exchange at once, after which all replicas have the same bits of it.
+        sent: what one replica hands over each time.
+        flight: for a fragment with a delay.
+    """
+
+    fragment: Fragment
+    function: Callable[[], None]
+    sent: list[traffic.Collective]
+    flight: Flight | None = None
+    _travelling: concurrent.futures.Future[None] | None = None
+
+    def due(self, step: int) -> bool:
+        """Tells whether an exchange begins after `step`, counted from 1."""
+        return self.fragment.reduction.due(step)
+
+    def next_due(self, step: int) -> int:
+        """Gives the first step after `step` after which an exchange begins, or one that has travelled is applied."""
+        reduction = self.fragment.reduction
+        return min(reduction.next_due(step), reduction.next_arrival(step) or reduction.next_due(step))
+
+    def apply(self, step: int) -> None:
+        """Applies after `step` what has travelled until then, if an exchange has; waits until it is there."""
+        if self.flight is not None and self.fragment.reduction.arrives(step):
+            self.join()
+            self.flight.arrive()
+
+    def begin(self, step: int) -> None:
+        """Begins the exchange that is due after `step`; without a delay it is made at once."""
+        if self.flight is None or not self.fragment.reduction.delayed(step):
+            self.function()
+            return
+        self.flight.begin()
+        if self.flight.thread is None:
+            self.flight.travel()
+        else:
+            self._travelling = self.flight.thread.submit(self.flight.travel)
+
+    def join(self) -> None:
+        """Waits until nothing travels: what is kept for the next steps is then complete."""
+        if self._travelling is not None:
+            self._travelling.result()
+            self._travelling = None
+
+
+def compiled_exchanges(
+    strategy: tf.distribute.Strategy,
+    collectives: Collectives,
+    plan: Plan,
+    fragments: Sequence[Fragment],
+    without_gradient: Sequence[str],
+    statistics: Sequence[Any],
+) -> list[Exchange]:
+    """Compiles the exchanges of all fragments.
+
+    Args:
+        strategy: the replicas.
+        collectives: how they reach each other.
+        plan: the plan.
+        fragments: from `build`.
+        without_gradient: paths on which the loss does not depend: they do not move.
+        statistics: variables that are to be averaged; where no group is shared in every step, which would take them
+            along, the first fragment does.
+
+    Examples:
+        >>> import keras
+        >>> from dist_partial.reductions import LocalSGD
+        >>> from dist_partial.reductions.reduce_gradients import make_states
+        >>> from dist_partial.selection import resolve
+        >>> from dist_partial.step import optimizers
+        >>> model = keras.Sequential([keras.Input([1]), keras.layers.Dense(2)])
+        >>> plan = resolve([("train", ".*/bias"), ("freeze", ".*")], model, LocalSGD(sync_every=10))
+        >>> fragments = outer_step.build(plan, optimizers.build(plan, keras.optimizers.SGD), make_states(plan))
+        >>> [each] = compiled_exchanges(tf.distribute.get_strategy(), Collectives(), plan, fragments, [], [])
+        >>> _ = model.layers[0].bias.assign([1.0, 2.0])
+        >>> each.function()
+        >>> fragments[0].outer.members[0].variable.numpy().tolist(), each.next_due(10)
+        ([1.0, 2.0], 20)
+    """
+    shared = any(group.reduction.shared for group in plan.groups)
+    thread = None
+    if collectives.backend.concurrent and (os.cpu_count() or 1) > 1:  # TensorFlow has as many threads
+        thread = concurrent.futures.ThreadPoolExecutor(1, "exchange")
+    found = []
+    for i, fragment in enumerate(fragments):
+        moved = [n for n, member in enumerate(fragment.members) if member.entry.path not in without_gradient]
+        spec = ExchangeSpec(strategy, collectives, fragment, moved, [] if shared or i else statistics)
+        function = _compiled(outer_step.exchange, spec)
+        if fragment.reduction.delay == 0:
+            found.append(Exchange(fragment, function, traffic.in_call(function.get_concrete_function())))
+            continue
+        if fragment.reduction.warm_up:
+            function.get_concrete_function()  # on all workers in the same order
+        flight = _flight(spec, thread)
+        sent = [call for each in (flight.begin, flight.travel) for call in traffic.in_call(each)]
+        found.append(Exchange(fragment, function, sent, flight))
+    return found
+
+
+def _compiled(what: Callable[[ExchangeSpec], None], spec: ExchangeSpec) -> Any:
+    return tf.function(functools.partial(what, spec), autograph=False)
+
+
+def _flight(spec: ExchangeSpec, thread: concurrent.futures.Executor | None) -> Flight:
+    begin = _compiled(outer_step.begin, spec).get_concrete_function()
+    backend = spec.collectives.backend
+    with backend.traced_apart() if isinstance(backend, WorkerBackend) else contextlib.nullcontext():
+        travel = _compiled(outer_step.travel, spec).get_concrete_function()
+    return Flight(begin, travel, _compiled(outer_step.arrive, spec).get_concrete_function(), thread)
