@@ -28,6 +28,7 @@ class Meter:
         metrics: bytes of losses and norms that were summed over the workers, besides.
         read: bytes that the interface has sent meanwhile.
         step_ms: time of the steps of each call, in milliseconds; the first call, which is still warming up, left out.
+        seconds: of all these calls together, and steps that they made.
 
     Examples:
         >>> import keras
@@ -51,6 +52,8 @@ class Meter:
     metrics: int = 0
     read: int = 0
     step_ms: list[float] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    steps: int = 0
     _start: tuple[float, int] | None = None
     _calls: int = 0
 
@@ -76,7 +79,9 @@ class Meter:
         assert self._start is not None
         began, before = self._start
         if self._calls:
-            self.step_ms.append((time.perf_counter() - began) * 1e3 / steps)
+            took = time.perf_counter() - began
+            self.step_ms.append(took * 1e3 / steps)
+            self.seconds, self.steps = self.seconds + took, self.steps + steps
         self._calls += 1
         self.read += sent(self.interface) - before if self.interface else 0
         self.counted += counted
@@ -96,6 +101,7 @@ class Meter:
             "nic_bytes": self.read if self.interface else None,
             "nic": self.interface,
             "step_ms": round(statistics.median(self.step_ms), 3) if self.step_ms else None,
+            "mean_step_ms": round(self.seconds * 1e3 / self.steps, 3) if self.steps else None,
         }
 
 

@@ -91,6 +91,12 @@ def _policies() -> list[Policy]:
     }
     found = [Policy(name, make) for name, make in both.items()]
     found.append(Policy("in turns every 12 steps, 4 bits", lambda m: m.AllReduce(), rules=_in_turns))
+    smaller |= {
+        f"batch 8, every 24 steps, 1.6 bits, applied {delay} steps later{', mixed by half' if mix < 1 else ''}": (
+            lambda m, delay=delay, mix=mix: m.LocalSGD(24, compressor=m.Quantized(1.6), delay=delay, mix=mix)
+        )
+        for delay, mix in ((6, 1.0), (12, 1.0), (6, 0.5), (12, 0.5))
+    }
     found += [Policy(name, make, 8, 6e-3) for name, make in smaller.items()]
     found += [Policy(f"selection: {name}", make, rules=PART) for name, make in both.items()]
     found.append(

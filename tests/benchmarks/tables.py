@@ -71,6 +71,22 @@ def faults(found: Mapping[str, Any]) -> Tables:
     return {"": markdown(list(names.values()), [[row[name] for name in names] for row in found["rows"]])}
 
 
+def few_bits(found: Mapping[str, Any]) -> Tables:
+    """Bytes a step in kB, and step times."""
+    titles = {"payload": "payload, kB", "expected": "plan, kB", "read": "interface, kB"}
+    header = ["workers", "reduction", *titles.values(), "interface / plan", "fewer than float32"]
+    lines = [
+        [row["workers"], row["reduction"], *(f"{row[name] / 1e3:,.1f}" for name in titles)]
+        + [f"{row['read'] / row['expected']:.3f}", f"{row['fewer']:.1f}x"]
+        for row in found.get("bytes", [])
+    ]
+    times = [[row["way"], f"{row['step_ms']:.1f}", f"{row['of_alone']:.3f}"] for row in found.get("delay", [])]
+    return {
+        "Bytes that a worker sends in a step": markdown(header, lines, words=2),
+        f"{found['hosts']} hosts at {found['rate']}": markdown(["what travels", "a step, ms", "ratio"], times),
+    }
+
+
 def finetune(found: Mapping[str, Any]) -> Tables:
     whole = found["rows"][0]
     header = ("what is trained", "parameters", "MB a step", "held-out loss", "ms a step", "relative time")
@@ -242,6 +258,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], Tables]] = {
         cache,
         collectives,
         faults,
+        few_bits,
         finetune,
         fit,
         plan,

@@ -61,9 +61,13 @@ PLANS = {
     ],
     "never": [Rule(".*", reduction=LocalOnly())],
     "mixed": MIXED,
+    "delayed": [
+        Rule("dense1/.*", reduction=LocalSGD(4, 1, nesterov, PowerSGD(1), delay=3, mix=0.5)),
+        Rule("dense2/.*", reduction=LocalSGD(3, 0, None, Quantized(4), delay=2, warm_up=1, clip_norm=0.05)),
+    ],
 }
-# Not one of them follows an exchange.
-STOPS = {"mixed": (3,)}
+# Not one of them follows an exchange; what is delayed travels meanwhile.
+STOPS = {"mixed": (3,), "delayed": (2, 6)}
 
 
 def settings(plan, made, steps=STEPS, precision="float32", **more) -> Settings:
@@ -104,13 +108,14 @@ def sent_after(step: int, rules) -> int:
         each = next(rule.reduction for rule in rules if re.fullmatch(rule.match, path))
         times = step
         if isinstance(each, LocalSGD):
-            times = len([s for s in range(1, step + 1) if (s - each.offset) % each.sync_every == 0])
+            begun = range(1, step + 1)
+            times = len([s for s in begun if s <= each.warm_up or (s - each.offset) % each.sync_every == 0])
             each = each.compressor or AllReduce()
         total += times * sum(payload.bytes for payload in each.payloads(shape, "float32"))
     return total
 
 
-@pytest.mark.parametrize("name", quick(PLANS, "mixed"))
+@pytest.mark.parametrize("name", quick(PLANS, "mixed", "delayed"))
 def test_a_run_in_pieces_is_the_run_at_once(name, tmp_path):
     """Residuals, factors, anchors, outer slots and each replica's own come back to the bit."""
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
@@ -130,7 +135,8 @@ def test_a_run_in_pieces_is_the_run_at_once(name, tmp_path):
     assert plan["statistics_wire_bytes_per_step"] == 0
     kept = {path.split("/")[0] for path in state(whole, STEPS)}
     expected = {"variables", "slots"}
-    expected |= {"own", "outer"} if name in ("local_sgd", "mixed") else set()
+    expected |= {"own", "outer"} if name in ("local_sgd", "mixed", "delayed") else set()
+    expected |= {"moving"} if name == "delayed" else set()
     assert kept == expected | ({"reductions"} if name != "never" else set())
 
 
@@ -226,7 +232,8 @@ def test_bytes_at_the_network_interface(tmp_path):
 WORKER_RULES = [
     Rule("dense1/kernel", reduction=TopK(1 / 16, 64, 32)),
     Rule("dense1/bias", reduction=AllReduce()),
-    Rule("dense2/kernel", reduction=LocalSGD(3, 0, nesterov)),
+    # What begins after step 3 is under way when the run is stopped, after 4, and applied after 5.
+    Rule("dense2/kernel", reduction=LocalSGD(3, 0, nesterov, PowerSGD(2), delay=2, mix=0.5)),
     Rule("dense2/bias", reduction=PowerSGD(1)),  # sent whole
 ]
 
@@ -236,6 +243,38 @@ def noisy() -> keras.Model:
     plain = two_dense(hidden=12)
     dropped = keras.layers.Dropout(0.2, name="dropout")(plain.get_layer("dense1").output)
     return keras.Model(plain.inputs, plain.get_layer("dense2")(dropped))
+
+
+FEW_BITS = [
+    Rule("dense1/kernel", reduction=Quantized(4)),
+    Rule("dense1/bias", reduction=Quantized(1.6)),
+    Rule("dense2/.*", reduction=TopK(1 / 16, 16, 8, decay=0.9)),
+]
+
+
+def _train_in_few_bits(folder: Path) -> None:
+    """One of three workers."""
+    made = replicas.create("multi_worker")
+    loop.run(settings(FEW_BITS, made, precision="float64"), folder / "three")
+
+
+@pytest.mark.slow
+def test_three_workers_in_two_hops(tmp_path):
+    """Three processes over TCP, and one process with three replicas, which goes on with what they have saved."""
+    from tests.helpers.workers import run_workers
+
+    command = ["-m", "tests.integration.test_exchanges", "few_bits", str(tmp_path)]
+    for code, output in run_workers(command, workers=3, timeout=120):
+        assert code == 0, output[-3000:]
+    keras.utils.clear_session(free_memory=False)
+    made = in_process(3)
+    loop.run(settings(FEW_BITS, made, precision="float64"), tmp_path / "simulated")
+    left, right = (state(tmp_path / name, STEPS) for name in ("three", "simulated"))
+    assert left["reductions/dense1/kernel/sum_residual"].shape == (3, 640)
+    assert left.keys() == right.keys()
+    cases.assert_equal(left, right, 1e-10)
+    keras.utils.clear_session(free_memory=False)
+    loop.run(settings(FEW_BITS, made, STEPS + 2, precision="float64"), tmp_path / "three")
 
 
 def _train_worker(transport: str, folder: Path) -> None:
@@ -381,4 +420,7 @@ def test_outer_factory_of_nothing():
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    _train_worker(sys.argv[1], Path(sys.argv[2]))
+    if sys.argv[1] == "few_bits":
+        _train_in_few_bits(Path(sys.argv[2]))
+    else:
+        _train_worker(sys.argv[1], Path(sys.argv[2]))
