@@ -94,15 +94,11 @@ def delays() -> list[dict[str, Any]]:
         for name in list(WAYS)[:: -1 if number % 2 else 1]:
             found[name].append(run(DEEP + WAYS[name], HOSTS, RATE)["mean_step_ms"])
             print(name, found[name], file=sys.stderr, flush=True)
-    alone = statistics.median(found["nothing travels"])
+    medians = {name: statistics.median(times) for name, times in found.items()}
+    alone = medians["nothing travels"]
     return [
-        {
-            "way": name,
-            "step_ms": statistics.median(times),
-            "of_alone": statistics.median(times) / alone,
-            "rounds": times,
-        }
-        for name, times in found.items()
+        {"way": name, "step_ms": step, "of_alone": step / alone, "rounds": found[name]}
+        for name, step in medians.items()
     ]
 
 

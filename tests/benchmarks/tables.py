@@ -76,8 +76,13 @@ def few_bits(found: Mapping[str, Any]) -> Tables:
     titles = {"payload": "payload, kB", "expected": "plan, kB", "read": "interface, kB"}
     header = ["workers", "reduction", *titles.values(), "interface / plan", "fewer than float32"]
     lines = [
-        [row["workers"], row["reduction"], *(f"{row[name] / 1e3:,.1f}" for name in titles)]
-        + [f"{row['read'] / row['expected']:.3f}", f"{row['fewer']:.1f}x"]
+        [
+            row["workers"],
+            row["reduction"],
+            *(f"{row[name] / 1e3:,.1f}" for name in titles),
+            f"{row['read'] / row['expected']:.3f}",
+            f"{row['fewer']:.1f}x",
+        ]
         for row in found.get("bytes", [])
     ]
     times = [[row["way"], f"{row['step_ms']:.1f}", f"{row['of_alone']:.3f}"] for row in found.get("delay", [])]
