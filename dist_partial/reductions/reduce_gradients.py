@@ -28,7 +28,8 @@ def reduce_gradients(
     Args:
         collectives: how replicas reach each other.
         plan: what travels, and how.
-        gradients: in the order of `plan.trained`, divided by the global batch; None stays None and sends nothing.
+        gradients: in the order of `plan.trained`, divided by the global batch; None stays None and sends nothing; what
+            is an IndexedSlices has a reduction that takes it.
         states: what each reduction keeps, in the same order; from `make_states`.
         statistics: tensors to be averaged, which travel in the same packs.
 
@@ -56,7 +57,12 @@ def reduce_gradients(
         """Reduces some of them over a level, with other exchanges, whose results it returns."""
         how = [trained[i].inside if level == INSIDE else trained[i].reduction for i in chosen]
         own = [_of_level(states[i], level == INSIDE) for i in chosen]
-        exchanges = [each.reduce(reduced[i], state) for each, i, state in zip(how, chosen, own, strict=True)]
+        exchanges = [
+            each.reduce_lookups(reduced[i], trained[i].shape)
+            if isinstance(reduced[i], tf.IndexedSlices)
+            else each.reduce(reduced[i], state)
+            for each, i, state in zip(how, chosen, own, strict=True)
+        ]
         results = run_rounds(collectives.at(level), [*exchanges, *more])
         for i, result in zip(chosen, results, strict=False):
             reduced[i] = result

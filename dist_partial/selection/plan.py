@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -51,6 +51,7 @@ class VariablePlan:
     sent: bool = True  # False once tracing has shown that the loss does not depend on the variable
     unit: str = ""  # what a schedule switches as one
     active: bool = True  # False while the schedule leaves its unit out
+    ids: int | None = None  # rows of an embedding that a replica looks up in a step, as tracing has shown
 
     def __repr__(self) -> str:
         return f"<VariablePlan {self.path} {list(self.shape)}: {self.rule}>"
@@ -75,14 +76,20 @@ class VariablePlan:
     def trained_parameters(self) -> int:
         return math.prod(self.trained_shape) if self.trained else 0
 
-    @property
-    def travels(self) -> str:
+    def travels(self, peers: Peers) -> str:
         """How the gradient travels, in words."""
-        return f"{self.inside}; between hosts {self.reduction}" if self.inside else str(self.reduction)
+        if self.inside:
+            return f"{self.inside}; between hosts {self.reduction}"
+        return f"{self.reduction} of {self.ids} rows" if self._lookups(peers) else str(self.reduction)
 
     def payloads(self, peers: Peers) -> tuple[Any, ...]:
         """What one replica hands over to its peers for this variable: (kind, bytes, every so many steps)."""
-        return self.reduction.payloads(self.trained_shape, self.dtype, peers) if self.trained and self.sent else ()
+        if not (self.trained and self.sent):
+            return ()
+        return self._lookups(peers) or self.reduction.payloads(self.trained_shape, self.dtype, peers)
+
+    def _lookups(self, peers: Peers) -> tuple[Any, ...] | None:
+        return self.reduction.lookup_payloads(self.ids, self.shape, self.dtype, peers) if self.ids else None
 
     @property
     def full_bytes(self) -> int:
@@ -255,14 +262,22 @@ class Plan:
         entries = tuple(dataclasses.replace(entry, **change(entry)) for entry in self.entries)
         return dataclasses.replace(self, entries=entries)
 
-    def traced(self, without_gradient: Sequence[str], statistics: Sequence[Any]) -> "Plan":
+    def traced(
+        self, without_gradient: Sequence[str], statistics: Sequence[Any], looked_up: Mapping[str, int] | None = None
+    ) -> "Plan":
         """The same plan, with what tracing the step has shown.
 
         Args:
             without_gradient: paths of selected variables on which the loss does not depend: nothing is sent.
             statistics: messages beyond those of the gradients.
+            looked_up: by path of an embedding, rows that a replica looks up in a step.
         """
-        plan = self._replaced(lambda entry: {"sent": entry.path not in without_gradient})
+        plan = self._replaced(
+            lambda entry: {
+                "sent": entry.path not in without_gradient,
+                "ids": (looked_up or {}).get(entry.path, entry.ids),
+            }
+        )
         return dataclasses.replace(plan, statistics=tuple(statistics))
 
     def to_json(self) -> dict[str, Any]:
@@ -283,7 +298,7 @@ class Plan:
                     "rule": str(e.rule),
                     "unit": e.unit or None,
                     "rows": list(e.rule.rows) if e.trained and e.rule.rows else None,
-                    "reduction": e.travels if e.trained and e.sent else None,
+                    "reduction": e.travels(self.peers(e)) if e.trained and e.sent else None,
                     "wire_bytes_per_step": self.bytes_of(e),
                     "nic_bytes_per_step": self.bytes_of(e, at_interface=True),
                 }

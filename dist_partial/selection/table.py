@@ -35,7 +35,7 @@ def plan_table(plan: Plan, hosts: int) -> str:
         (
             entry.path,
             "x".join(map(str, entry.shape)) or "scalar",
-            *_treatment(entry),
+            *_treatment(plan, entry),
             grouped(plan.bytes_of(entry, at_interface=True)),
         )
         for entry in plan.entries
@@ -77,12 +77,12 @@ def plan_summary(plan: Plan, hosts: int) -> str:
             str(numbers[group[0].rule.match]),
             grouped(sum(plan.bytes_of(entry, at_interface=True) for entry in group)),
         )
-        for group in _groups(plan.entries)
+        for group in _groups(plan)
     ]
     lines += [("(statistics)", "", "", often, "", size) for often, size in _statistics(plan)]
     most = _WIDTH - len(columns(header, [("", *line[1:]) for line in lines])[1]) + len(header[0])
     lines = [(_cut(line[0], most), *line[1:]) for line in lines]
-    travel = {entry.rule.match: f": {entry.travels}" for entry in plan.trained}
+    travel = {entry.rule.match: f": {entry.travels(plan.peers(entry))}" for entry in plan.trained}
     ends = [travel.get(rule.match, "") for rule in plan.rules]
     rules = [f"rule {number}: {rule}" for number, rule in enumerate(plan.rules, 1)]
     rules = [f"{_cut(rule, _WIDTH - len(end))}{end}" for rule, end in zip(rules, ends, strict=True)]
@@ -117,15 +117,15 @@ def trained_layers(plan: Plan) -> str:
     return f"{', '.join(names[:few])} and {len(names) - few} more of {len(layers)} layers"
 
 
-def _groups(entries: Sequence[VariablePlan]) -> list[list[VariablePlan]]:
+def _groups(plan: Plan) -> list[list[VariablePlan]]:
     """Entries that begin alike and are treated alike, in as many groups as a summary is to have rows."""
     # Models without layers inside layers number their blocks in the names of the layers: conv2_block1_1_conv.
-    words = [[*re.findall("_?[^_]+", top), *rest] for top, *rest in (entry.path.split("/") for entry in entries)]
+    words = [[*re.findall("_?[^_]+", top), *rest] for top, *rest in (entry.path.split("/") for entry in plan.entries)]
     groups: dict[Any, list[VariablePlan]] = {}
     for depth in range(_shared(words), max(map(len, words)) + 1):
         finer: dict[Any, list[VariablePlan]] = {}
-        for entry, each in zip(entries, words, strict=True):
-            finer.setdefault((*each[:depth], "", *_treatment(entry)), []).append(entry)
+        for entry, each in zip(plan.entries, words, strict=True):
+            finer.setdefault((*each[:depth], "", *_treatment(plan, entry)), []).append(entry)
         if groups and len(finer) > _MOST:
             break
         groups = finer
@@ -157,9 +157,10 @@ def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-def _treatment(entry: VariablePlan) -> tuple[str, str, str]:
+def _treatment(plan: Plan, entry: VariablePlan) -> tuple[str, str, str]:
     """What is done with a variable: whether it is trained, by which rule, and how its gradient travels."""
-    return _trained_word(entry), str(entry.rule), entry.travels if entry.trained and entry.sent else "-"
+    travels = entry.travels(plan.peers(entry)) if entry.trained and entry.sent else "-"
+    return _trained_word(entry), str(entry.rule), travels
 
 
 def _statistics(plan: Plan) -> list[tuple[str, str]]:

@@ -14,9 +14,10 @@ import tensorflow as tf
 
 from dist_partial.distributed.collectives import BETWEEN, INSIDE, Collectives, run_rounds
 from dist_partial.errors import calling
+from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.reductions.base import total as total_over_replicas
 from dist_partial.reductions.reduce_gradients import reduce_gradients
-from dist_partial.selection.plan import Plan
+from dist_partial.selection.plan import Plan, VariablePlan
 from dist_partial.step import optimizers as optimizers_lib
 from dist_partial.step.batch_norm import local_statistics
 from dist_partial.step.gradients import (
@@ -77,6 +78,7 @@ class StepSpec:
             the model.
         averaged: variables that layers change in the step and replicas average, besides BatchNorm's statistics.
         without_gradient: paths of selected variables on which the loss does not depend; tracing fills it.
+        looked_up: by path of an embedding, rows that a replica looks up in a step; tracing fills it.
     """
 
     strategy: tf.distribute.Strategy
@@ -91,6 +93,7 @@ class StepSpec:
     outputs: Callable[[tf.Tensor, bool], tf.Tensor] | None = None
     averaged: Sequence[Any] = ()
     without_gradient: list[str] = dataclasses.field(default_factory=list)
+    looked_up: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def replicas(self) -> int:
@@ -114,16 +117,19 @@ class TrainStep:
     Attributes:
         function: (iterator of this worker's batches, number of steps, an int32 scalar) -> what `train_steps` returns.
         without_gradient: paths of selected variables on which the loss does not depend; tracing fills it.
+        looked_up: by path of an embedding, rows that a replica looks up in a step; tracing fills it.
     """
 
     function: Any
     without_gradient: list[str]
+    looked_up: dict[str, int]
 
 
 def train_step(spec: StepSpec) -> TrainStep:
     """Compiles the function that makes several steps of one plan in a call; its first call traces it."""
     # Without autograph, as in Keras's own `fit`: a model's Python code runs as written, and tracing takes less time.
-    return TrainStep(tf.function(functools.partial(train_steps, spec), autograph=False), spec.without_gradient)
+    function = tf.function(functools.partial(train_steps, spec), autograph=False)
+    return TrainStep(function, spec.without_gradient, spec.looked_up)
 
 
 def train_steps(spec: StepSpec, iterator: Any, steps: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -268,7 +274,18 @@ def backprop(
     spec.objective.assign(changed)
     gradients = tape.gradient(scaled, values)
     metrics = spec.objective.added(batch, outputs, True, changed, share, whole)
-    return loss, metrics, [selected_rows(g, e.rule.rows) for g, e in zip(gradients, trained, strict=True)]
+    return loss, metrics, [_as_sent(spec, g, e) for g, e in zip(gradients, trained, strict=True)]
+
+
+def _as_sent(spec: StepSpec, gradient: Any, entry: VariablePlan) -> Any:
+    """A gradient of the selected rows; that of an embedding as it is, where its lookups are sent."""
+    lookups = isinstance(gradient, tf.IndexedSlices) and gradient.indices.shape.is_fully_defined()
+    several = spec.options.accumulate > 1 or spec.options.jit_compile
+    if not lookups or several or entry.inside or entry.rule.rows or not isinstance(entry.reduction, AllReduce):
+        return selected_rows(gradient, entry.rule.rows)
+    ids = spec.looked_up[entry.path] = gradient.indices.shape[0]
+    sent = entry.reduction.lookup_payloads(ids, entry.shape, entry.dtype, spec.plan.peers(entry))
+    return gradient if sent and spec.replicas > 1 else selected_rows(gradient, None)
 
 
 def replica_statistics(spec: StepSpec, means: list[tf.Tensor]) -> None:

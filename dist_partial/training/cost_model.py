@@ -156,7 +156,7 @@ def _measure(settings: Settings, batch: int) -> tuple[Plan, Computation, float, 
         _bytes(v) for k, v in trainer.state().variables.items() if k.startswith(("slots/", "outer/", "reductions/"))
     )
     memory += sum(_bytes(anchor.variable) for fragment in trainer.fragments for anchor in fragment.outer.members)
-    plan = trainer.plan.traced(train.without_gradient, [*averages, *sums])
+    plan = trainer.plan.traced(train.without_gradient, [*averages, *sums], train.looked_up)
     return plan, Computation(forward_time, step_time, cpu, len(sums)), exchanges, memory
 
 

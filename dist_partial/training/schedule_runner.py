@@ -58,7 +58,7 @@ class CompiledPhase:
     @property
     def digest(self) -> str:
         """Tells selections apart: SHA-256 of what is trained and how it travels, the first 16 hex digits."""
-        what = [(entry.path, entry.travels) for entry in self.plan.trained]
+        what = [(entry.path, entry.travels(self.plan.peers(entry))) for entry in self.plan.trained]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
@@ -355,7 +355,7 @@ class ScheduleRunner:
         sent = traffic.in_step(train.function.get_concrete_function(inputs, tf.constant(1)), loop)
         averaged = trainer.averaged
         exchanges = compiled_exchanges(strategy, collectives, plan, trainer.fragments, train.without_gradient, averaged)
-        plan = plan.traced(train.without_gradient, reductions.averages(plan, averaged))
+        plan = plan.traced(train.without_gradient, reductions.averages(plan, averaged), train.looked_up)
         if trainer.replicas.topology.replicas > 1:  # or else nothing is sent
             plan = plan.traced(
                 train.without_gradient, traffic.beyond(plan, sent, exchanges, collectives.backend.two_levels)
