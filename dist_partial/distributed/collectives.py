@@ -13,6 +13,7 @@ import tensorflow as tf
 from dist_partial.distributed.backend import ALL, BETWEEN, INSIDE, Backend
 from dist_partial.distributed.per_replica import Topology
 from dist_partial.distributed.tensorflow_backend import TensorFlowBackend
+from dist_partial.selection.payload import Peers
 
 # Large enough to cost little each, small enough to be under way while later gradients are still being computed. Packs
 # of 0.5 to 2 MiB took the same time within the noise, at 200 Mbit, 1 Gbit and unshaped.
@@ -75,6 +76,18 @@ class AllToAllRequest:
     messages: tf.Tensor
 
 
+class PeersRequest:
+    """Asks who exchange, and which of them this is; answered at once with (`Peers`, rank), without a round.
+
+    Examples:
+        >>> def own():
+        ...     peers, rank = yield PeersRequest()
+        ...     return peers.replicas, rank
+        >>> run_rounds(Collectives(), [own()])
+        [(1, 0)]
+    """
+
+
 class ReplicaCount:
     """Asks how many replicas exchange; answered at once, without a round.
 
@@ -117,6 +130,14 @@ class Collectives:
         if self.level == INSIDE:
             return Topology(found.strategy)
         return found.hosts if self.level == BETWEEN else found
+
+    @property
+    def peers(self) -> Peers:
+        """Who exchange: what a step decides by, and a plan foretells."""
+        found = self.topology
+        # One process stands for as many workers as it has devices. Inside a worker there is nothing to gain.
+        local = found.local if found.workers > 1 else 1
+        return Peers(found.replicas, local, self.backend.has_all_to_all and self.level != INSIDE)
 
     def at(self, level: str) -> "Collectives":
         """The same for a level."""
@@ -178,8 +199,11 @@ def run_rounds(collectives: Collectives, exchanges: Sequence[Any]) -> list[Any]:
         for i, answer in answers.items():
             try:
                 request = exchanges[i].send(answer)
-                while isinstance(request, ReplicaCount):
-                    request = exchanges[i].send(collectives.topology.replicas)
+                while isinstance(request, ReplicaCount | PeersRequest):
+                    known: Any = collectives.topology.replicas
+                    if isinstance(request, PeersRequest):
+                        known = collectives.peers, collectives.topology.rank
+                    request = exchanges[i].send(known)
                 requests[i] = request
             except StopIteration as stop:
                 results[i] = stop.value

@@ -92,6 +92,9 @@ class Partial(keras.optimizers.Optimizer):
         with compat.strategy_of(self).scope():
             if any(entry.variable is None for entry in self.plan.trained):
                 self.plan = saved_plan.bound(self.plan, variables)
+            strategy = tf.distribute.get_strategy()
+            backend = collectives_of(strategy).backend
+            self.plan = self.plan.among(backend.topology(strategy), backend)  # not those of whoever has saved it
             self._groups = groups.build(self.plan, self._excluded)
             self._states = make_states(self.plan)
             if self.options.norms:
@@ -272,7 +275,8 @@ class Partial(keras.optimizers.Optimizer):
         self.schedule_state = np.asarray(store["schedule"]).tobytes().decode() if "schedule" in found else None
         for name, copies in self._kept().items():
             # With another number of replicas, what they had left out, or added up, so far is left out for good.
-            if name in found and len(store[name]) == len(copies) and not self._among_workers:
+            alike = name in found and store[name].shape == (len(copies), *copies[0].shape)
+            if alike and not self._among_workers:
                 for copy, value in zip(copies, store[name], strict=True):
                     copy.assign(value)
             elif name.endswith("_accumulated"):

@@ -11,7 +11,7 @@ import tensorflow as tf
 from dist_partial.distributed.collectives import AllGatherRequest, AllReduceRequest
 from dist_partial.reductions.base import Dtype, Exchange
 from dist_partial.reductions.encoding import bytes_of, padded, words
-from dist_partial.selection.payload import PAIR, Payload, Peers, average_bytes, itemsize
+from dist_partial.selection.payload import PAIR, Payload, Peers, itemsize
 from dist_partial.validation import check
 
 _ID = tf.int32  # of a row that was looked up
@@ -56,8 +56,7 @@ class AllReduce:
         """
         size = itemsize(self.dtype or dtype) * math.prod(shape[1:])
         found = (Payload("gather", words(ids * (_ID.size + size))),)
-        cost, whole = (average_bytes(each, peers.replicas) for each in (found, self.payloads(shape, dtype, peers)))
-        return found if cost < whole else None
+        return found if peers.cost(found) < peers.cost(self.payloads(shape, dtype, peers)) else None
 
     def state(self, path: str, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> dict[str, np.ndarray]:
         return {}

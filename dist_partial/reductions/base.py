@@ -10,11 +10,11 @@ from typing import Annotated, Any, Protocol
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.distributed.collectives import AllReduceRequest, ReplicaCount, Request
+from dist_partial.distributed.collectives import AllReduceRequest, PeersRequest, ReplicaCount, Request
 from dist_partial.selection.payload import Payload, Peers
 from dist_partial.validation import OneOf
 
-Exchange = Generator[Request | ReplicaCount, Any, tf.Tensor]
+Exchange = Generator[Request | ReplicaCount | PeersRequest, Any, tf.Tensor]
 # In which gradients can travel; None is their own.
 Dtype = Annotated[str | None, OneOf("float64", "float32", "bfloat16", "float16", None)]
 

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.distributed.collectives import AllGatherRequest, AllReduceRequest, AllToAllRequest, ReplicaCount
+from dist_partial.distributed.collectives import AllGatherRequest, AllReduceRequest, AllToAllRequest, PeersRequest
 from dist_partial.reductions.base import Exchange
 from dist_partial.reductions.encoding import ceil, zeros
-from dist_partial.selection.payload import PAIR, Payload, Peers, average_bytes, itemsize
+from dist_partial.selection.payload import PAIR, Payload, Peers, itemsize
 
 
 class Codec(Protocol):
@@ -33,11 +33,11 @@ class Codec(Protocol):
     def message_bytes(self, count: int) -> int:
         """How many bytes are made of `count` values: a multiple of 4."""
 
-    def encode(self, chunks: tf.Tensor) -> tf.Tensor:
-        """[chunks, count] floating -> [chunks, message_bytes(count)] uint8."""
+    def encode(self, chunks: tf.Tensor, filled: Sequence[int]) -> tf.Tensor:
+        """[chunks, count] floating -> [chunks, message_bytes(count)] uint8; beyond `filled` of each there are zeros."""
 
     def decode(self, messages: tf.Tensor, count: int, dtype: tf.DType) -> tf.Tensor:
-        """[chunks, message_bytes(count)] uint8 -> [chunks, count] of `dtype`."""
+        """[chunks, message_bytes(count)] uint8 -> [chunks, count] of `dtype`; beyond what was filled, anything."""
 
 
 def payloads(codec: Codec, shape: Sequence[int], dtype: str, peers: Peers) -> tuple[Payload, ...]:
@@ -48,8 +48,7 @@ def payloads(codec: Codec, shape: Sequence[int], dtype: str, peers: Peers) -> tu
     if peers.all_to_all:
         part = codec.message_bytes(chunk(codec, size, peers.replicas))
         ways.append((Payload("all-to-all", peers.replicas * part), Payload("gather", part)))
-    # Two are the fewest of which anything leaves a machine.
-    return min(ways, key=lambda way: average_bytes(way, max(2, peers.replicas)))
+    return min(ways, key=peers.cost)
 
 
 def chunk(codec: Codec, size: int, replicas: int) -> int:
@@ -68,38 +67,44 @@ def state(codec: Codec, shape: Sequence[int], dtype: str, peers: Peers) -> dict[
 
 
 def reduce(codec: Codec, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
-    """Sums a gradient over the replicas in the way for which its state was made."""
+    """Sums a gradient over the replicas in the cheapest way, for which its state was made."""
     if "residual" not in state:
         return (yield AllReduceRequest(value))
-    replicas, size = (yield ReplicaCount()), math.prod(value.shape)
+    peers, rank = yield PeersRequest()
+    way = payloads(codec, value.shape, value.dtype.name, peers)[0].kind
+    assert (way == "all-to-all") == ("sum_residual" in state), (way, peers, list(state))
     value = value + codec.decay * state["residual"]
-    if "sum_residual" in state and state["sum_residual"].shape[0] == chunk(codec, size, replicas):
-        return (yield from _in_two_hops(codec, value, state, replicas))
-    if payloads(codec, value.shape, value.dtype.name, Peers(replicas, all_to_all=False))[0].kind == "sum":
+    if way == "all-to-all":
+        return (yield from _in_two_hops(codec, value, state, peers.replicas, rank))
+    if way == "sum":
         state["residual"].assign(tf.zeros_like(value))
         return (yield AllReduceRequest(value))
-    message = _encoded(codec, value, state, parts=1)[0]
+    size = math.prod(value.shape)
+    message = _encoded(codec, value, state, [size])[0]
     received = codec.decode((yield AllGatherRequest(message)), codec.rounded(size, size), value.dtype)
     return tf.reshape(_added(received)[:size], value.shape)
 
 
-def _in_two_hops(codec: Codec, value: tf.Tensor, state: dict[str, Any], replicas: int) -> Exchange:
+def _in_two_hops(codec: Codec, value: tf.Tensor, state: dict[str, Any], replicas: int, rank: int) -> Exchange:
     size, own, dtype = math.prod(value.shape), state["sum_residual"], value.dtype
     count = own.shape[0]
-    received = yield AllToAllRequest(_encoded(codec, value, state, parts=replicas))
+    filled = [min(max(size - i * count, 0), count) for i in range(replicas)]
+    received = yield AllToAllRequest(_encoded(codec, value, state, filled))
     total = _added(codec.decode(received, count, dtype)) + codec.decay * own
-    message = codec.encode(total[tf.newaxis])
-    own.assign(total - codec.decode(message, count, dtype)[0])
+    # What fills the last chunks up is no value: its zeros would decode to others, and add up.
+    total = tf.where(tf.range(count) < filled[rank], total, 0)
+    message = codec.encode(total[tf.newaxis], [filled[rank]])
+    own.assign(tf.where(tf.range(count) < filled[rank], total - codec.decode(message, count, dtype)[0], 0))
     totals = codec.decode((yield AllGatherRequest(message[0])), count, dtype)
     return tf.reshape(tf.reshape(totals, [-1])[:size], value.shape)
 
 
-def _encoded(codec: Codec, value: tf.Tensor, state: dict[str, Any], parts: int) -> tf.Tensor:
-    """The messages of a value in so many chunks, [parts, bytes]; what they leave out becomes the residual."""
-    size = math.prod(value.shape)
+def _encoded(codec: Codec, value: tf.Tensor, state: dict[str, Any], filled: Sequence[int]) -> tf.Tensor:
+    """The messages of a value in chunks, [chunks, bytes]; what they leave out becomes the residual."""
+    size, parts = math.prod(value.shape), len(filled)
     count = chunk(codec, size, parts)
     chunks = tf.reshape(tf.pad(tf.reshape(value, [-1]), [[0, parts * count - size]]), [parts, count])
-    messages = codec.encode(chunks)
+    messages = codec.encode(chunks, filled)
     left = chunks - codec.decode(messages, count, value.dtype)
     state["residual"].assign(tf.reshape(tf.reshape(left, [-1])[:size], value.shape))
     return messages

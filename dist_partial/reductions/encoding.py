@@ -14,8 +14,13 @@ LEVELS = {8: 256, 4: 16, 2: 4, 1.6: 3, 1: 2}  # by bits: how many there are
 OUTERMOST = {2: 1.872, 1.6: 1.534, 1: 1.0}
 
 
-def encode_values(values: tf.Tensor, bits: float) -> tf.Tensor:
+def encode_values(values: tf.Tensor, bits: float, filled: Sequence[int] | None = None) -> tf.Tensor:
     """Encodes rows of floating [..., n] as uint8 [..., `value_bytes(n, bits)`].
+
+    Args:
+        values: the rows.
+        bits: of each value.
+        filled: of rows [rows, n], how many values each has before zeros that are none; None is all.
 
     Examples:
         >>> encode_values(tf.constant([1.0, -1.0, 1.0, 1.0]), bits=1).numpy().tolist()  # the scale 1, then 0b1101
@@ -28,7 +33,8 @@ def encode_values(values: tf.Tensor, bits: float) -> tf.Tensor:
     groups = ceil(count, SCALED)
     cut = tf.reshape(_filled(values, groups * SCALED), [*rows, groups, SCALED])
     if bits in OUTERMOST:
-        members = np.minimum(SCALED, count - SCALED * np.arange(groups))
+        whole = np.array(count if filled is None else filled)[..., np.newaxis]
+        members = np.clip(whole - SCALED * np.arange(groups), 1, SCALED)
         outermost = tf.reduce_sum(tf.abs(cut), axis=-1) * (OUTERMOST[bits] / members)
     else:
         outermost = tf.reduce_max(tf.abs(cut), axis=-1)

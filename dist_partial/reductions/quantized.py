@@ -57,8 +57,8 @@ class Quantized:
     def message_bytes(self, count: int) -> int:
         return words(value_bytes(count, self.bits))
 
-    def encode(self, chunks: tf.Tensor) -> tf.Tensor:
-        return padded(encode_values(chunks, self.bits))
+    def encode(self, chunks: tf.Tensor, filled: Sequence[int]) -> tf.Tensor:
+        return padded(encode_values(chunks, self.bits, filled))
 
     def decode(self, messages: tf.Tensor, count: int, dtype: tf.DType) -> tf.Tensor:
         return decode_values(messages, count, self.bits, dtype)

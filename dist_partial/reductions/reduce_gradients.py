@@ -8,7 +8,6 @@ import tensorflow as tf
 
 from dist_partial.distributed.collectives import BETWEEN, INSIDE, Collectives, run_rounds
 from dist_partial.reductions.base import mean
-from dist_partial.selection.payload import Peers
 from dist_partial.selection.plan import Plan, VariablePlan
 
 OF_INSIDE = "inside_"  # names what a reduction keeps over the replicas of one worker
@@ -112,10 +111,10 @@ def own_variable(name: str, value: np.ndarray) -> tf.Variable:
 
 
 def _first_values(plan: Plan, entry: VariablePlan) -> dict[str, Any]:
-    found = entry.reduction.state(entry.path, entry.trained_shape, entry.dtype, plan.peers(entry))
+    found = entry.reduction.state(entry.path, entry.trained_shape, entry.dtype, plan.members(entry))
     if entry.inside is None:
         return found
-    of_inside = entry.inside.state(entry.path, entry.trained_shape, entry.dtype, Peers(plan.local))
+    of_inside = entry.inside.state(entry.path, entry.trained_shape, entry.dtype, plan.members(entry, inside=True))
     return found | {f"{OF_INSIDE}{name}": value for name, value in of_inside.items()}
 
 

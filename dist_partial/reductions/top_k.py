@@ -76,14 +76,15 @@ class TopK:
         blocks, block, k = self._blocks(count)
         return words(place_bytes(blocks * k, place_bits(block)) + value_bytes(blocks * k, self.bits))
 
-    def encode(self, chunks: tf.Tensor) -> tf.Tensor:
+    def encode(self, chunks: tf.Tensor, filled: Sequence[int]) -> tf.Tensor:
         parts, count = chunks.shape
         blocks, block, k = self._blocks(count)
         cut = tf.reshape(chunks, [parts, blocks, block])
         _, places = tf.math.top_k(tf.abs(cut), k, sorted=False)
         values = tf.reshape(tf.gather(cut, places, batch_dims=2), [parts, blocks * k])
+        sent = [ceil(each, block) * k for each in filled]
         places = encode_places(tf.reshape(places, [parts, blocks * k]), place_bits(block))
-        return padded(tf.concat([places, encode_values(values, self.bits)], axis=1))
+        return padded(tf.concat([places, encode_values(values, self.bits, sent)], axis=1))
 
     def decode(self, messages: tf.Tensor, count: int, dtype: tf.DType) -> tf.Tensor:
         parts = messages.shape[0]

@@ -22,6 +22,10 @@ class Payload(NamedTuple):
     offset: int = 0
     warm_up: int = 0  # steps at the beginning, after each of which it travels
 
+    def of_worker(self, local: int) -> "Payload":
+        """What a worker of so many replicas hands over: of a sum its own total, else what each of them gives."""
+        return self if self.kind == "sum" else self._replace(bytes=self.bytes * local)
+
     def times(self, first: int, last: int) -> int:
         """How often it travels after the steps first + 1 to last."""
         warm = min(last, self.warm_up) - min(first, self.warm_up)
@@ -30,15 +34,27 @@ class Payload(NamedTuple):
 
 
 class Peers(NamedTuple):
-    """Says who exchange gradients: how many replicas, and whether each can send every other something of its own.
+    """Says who exchange gradients.
+
+    Attributes:
+        replicas: how many.
+        local: how many of them share a network interface.
+        all_to_all: whether each can send every other something of its own.
 
     Examples:
-        >>> Peers(replicas=4)
-        Peers(replicas=4, all_to_all=True)
+        >>> several = Peers(replicas=4, local=2)  # two workers; each sends a sum once, and what is gathered twice
+        >>> several.cost([Payload("sum", 100)]), several.cost([Payload("gather", 100)])
+        (100, 200)
     """
 
     replicas: int = 2
+    local: int = 1
     all_to_all: bool = True
+
+    def cost(self, payloads: Sequence[Payload]) -> int | float:
+        """Counts the bytes that leave each worker when each of its replicas hands over these payloads."""
+        # Two workers are the fewest between which anything travels.
+        return average_bytes([each.of_worker(self.local) for each in payloads], max(2, self.replicas // self.local))
 
 
 PAIR = Peers()

@@ -155,6 +155,8 @@ class Plan:
     workers: int = 2  # among which bytes at the network interface are counted
     local: int = 1  # replicas of each worker
     all_to_all: bool = True  # whether they can send each other one something of its own
+    hosts: int | None = None  # how many workers there are, and devices of each; None where that is not known
+    devices: int = 1
 
     def __repr__(self) -> str:
         trained = sum(entry.trained_parameters for entry in self.entries)
@@ -202,13 +204,20 @@ class Plan:
 
     def peers(self, entry: VariablePlan) -> Peers:
         """Who exchange the gradient of a variable: all replicas, or the workers, where those of each are summed."""
-        return Peers(self.workers if entry.inside else self.workers * self.local, self.all_to_all)
+        # One process stands for as many workers as it has devices.
+        local = 1 if entry.inside or self.hosts == 1 else self.devices if self.hosts else self.local
+        return Peers(self.workers * local, local, self.all_to_all)
+
+    def members(self, entry: VariablePlan, inside: bool = False) -> Peers:
+        """Who there are at a level, for whom a reduction makes its state: see `Collectives.peers`."""
+        if inside:
+            return Peers(self.devices, all_to_all=False)
+        return Peers(1, all_to_all=self.all_to_all) if entry.inside and self.hosts == 1 else self.peers(entry)
 
     def handed_over(self, entry: VariablePlan) -> tuple[Any, ...]:
         """What one worker hands over for a variable: of a sum its own total, else what each of its replicas gives."""
         several = 1 if entry.inside else self.local
-        found = entry.payloads(self.peers(entry))
-        return tuple(m if m.kind == "sum" else m._replace(bytes=m.bytes * several) for m in found)
+        return tuple(payload.of_worker(several) for payload in entry.payloads(self.peers(entry)))
 
     def bytes_of(self, entry: VariablePlan, at_interface: bool = False) -> int | float:
         """Counts the bytes that one worker hands over, or sends, for a variable in a step, on average."""
@@ -245,8 +254,10 @@ class Plan:
         return dataclasses.replace(
             self,
             workers=max(2, workers),
-            local=local if backend.two_levels else 1,
+            local=local if backend.two_levels and topology.workers > 1 else 1,
             all_to_all=backend.has_all_to_all,
+            hosts=topology.workers,
+            devices=local,
         )
 
     def divided(self, units: Sequence[tuple[str, Sequence[str]]]) -> "Plan":

@@ -174,12 +174,15 @@ def _with_chunks(arrays: dict[str, np.ndarray], wanted: dict[str, Any]) -> dict[
     What was left out of a sum is then left out by the first replica, so that nothing is lost.
     """
     found = dict(arrays)
-    for name in arrays:
-        if name.endswith("sum_residual") and name not in wanted:
-            whole = found[residual := name.removesuffix("sum_residual") + "residual"].copy()
+    for name in [name for name in {*arrays, *wanted} if name.startswith("reductions/")]:
+        path, _, kept = name.rpartition("/")
+        residual = f"{path}/residual"
+        if kept != "sum_residual" or residual not in arrays:
+            continue
+        if name not in wanted:
+            whole = found[residual].copy()
             whole[0] += found.pop(name).ravel()[: whole[0].size].reshape(whole[0].shape)
             found[residual] = whole
-    for name, variable in wanted.items():
-        if name.endswith("sum_residual") and name not in found and name.replace("sum_residual", "residual") in found:
-            found[name] = np.zeros(variable.shape, variable.dtype)
+        elif name not in arrays:
+            found[name] = np.zeros(wanted[name].shape, wanted[name].dtype)
     return found
