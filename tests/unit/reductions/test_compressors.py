@@ -174,16 +174,22 @@ class TwoHopModel:
         self.sent, self.chunk, self.size = sent, chunk, int(np.prod(shape))
         self.error, self.sum_error = np.zeros((replicas, *shape)), np.zeros((replicas, chunk))
 
+    def _sent(self, chunks):
+        """What is received of each chunk; what fills the last ones up is none of it."""
+        filled = [min(max(self.size - i * self.chunk, 0), self.chunk) for i in range(len(chunks))]
+        parts = [self.sent(chunk[:count]) if count else chunk[:0] for chunk, count in zip(chunks, filled, strict=True)]
+        return np.stack([np.pad(part, (0, self.chunk - len(part))) for part in parts])
+
     def step(self, gradients, actual):
         """`actual` decides where a sum lies in the middle between two levels: then either is the nearest."""
         replicas, filled = len(gradients), len(gradients) * self.chunk - self.size
         assert filled >= 0
         flat = np.pad((gradients + self.error).reshape(replicas, -1), [(0, 0), (0, filled)])
         whole = flat.reshape(replicas, replicas, self.chunk)  # replica, chunk, value
-        sent = np.stack([[self.sent(chunk) for chunk in own] for own in whole])
+        sent = np.stack([self._sent(own) for own in whole])
         self.error = (whole - sent).reshape(replicas, -1)[:, : self.size].reshape(gradients.shape)
         totals = sent.sum(axis=0) + self.sum_error
-        found = np.stack([self.sent(total) for total in totals])
+        found = self._sent(totals)
         actual = np.pad(actual.ravel(), (0, filled)).reshape(found.shape)
         between = np.isclose(np.abs(totals - actual), np.abs(totals - found), rtol=1e-9, atol=0)
         found = np.where(between, actual, found)
