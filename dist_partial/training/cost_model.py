@@ -91,7 +91,9 @@ def estimate(settings: Settings, machine: Machine) -> Cost:
     """
     with put_back():
         plan, computation, exchanges, memory = _measure(settings, max(1, settings.global_batch // machine.workers))
+    own = plan
     plan = dataclasses.replace(plan, workers=max(2, machine.workers))
+    memory += _kept(plan) - _kept(own)  # residuals of sums are there from three workers on
     cores = os.cpu_count() or 1
     shared = [entry for entry in plan.trained if entry.reduction.shared]
     all_reduce = [payload for entry in shared for payload in plan.handed_over(entry)]
@@ -194,6 +196,12 @@ def _time(call: Any) -> tuple[float, float]:
         walls.append((time.perf_counter() - start) / steps)
         cpus.append((time.process_time() - cpu) / steps)
     return statistics.median(walls), statistics.median(cpus)
+
+
+def _kept(plan: Plan) -> int:
+    """Bytes of what the reductions keep on each replica."""
+    states = [e.reduction.state(e.path, e.trained_shape, e.dtype, plan.peers(e)) for e in plan.trained]
+    return sum(array.nbytes for state in states for array in state.values())
 
 
 def _bytes(variable: Any) -> int:
