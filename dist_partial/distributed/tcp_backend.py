@@ -311,7 +311,8 @@ class TCPBackend(WorkerBackend):
         with self._changed:
             run.unsent += 1
         message = Message(kind, run.op.number, run.number, len(data), run.op.tensor.bytes)
-        self._connections.send(rank, message, data, functools.partial(self._sent, run))
+        # What steps wait for overtakes what travels meanwhile.
+        self._connections.send(rank, message, data, functools.partial(self._sent, run), later=run.op.tensor.apart)
 
     def _sent(self, run: _Run) -> None:
         with self._changed:

@@ -88,9 +88,20 @@ class Connections:
         self._thread = threading.Thread(target=self._run, name="connections", daemon=True)
         self._thread.start()
 
-    def send(self, rank: int, message: Message, data: Any, sent: Callable[[], None] | None = None) -> None:
-        """Queues a message to a worker; never blocks. `sent` is called once its bytes are no longer needed."""
-        self._peers[rank].outbox.append((message.header(), data, sent))
+    def send(
+        self, rank: int, message: Message, data: Any, sent: Callable[[], None] | None = None, later: bool = False
+    ) -> None:
+        """Queues a message to a worker; never blocks.
+
+        Args:
+            rank: the worker's.
+            message: its header.
+            data: its bytes.
+            sent: called once the bytes are no longer needed.
+            later: whether all others leave before it.
+        """
+        peer = self._peers[rank]
+        (peer.later if later else peer.outbox).append((message.header(), data, sent))
         self._wake()
 
     def retry(self) -> None:

@@ -32,6 +32,7 @@ class Peer:
         heard: when a byte last came; infinite while it is not read.
         spoke: when a byte last left.
         outbox: messages that are to leave: header, data, and what to call once their bytes are no longer needed.
+        later: the same for those that leave only when there is nothing in the outbox.
         full: whether the system takes nothing more for now.
         incoming: reads what comes: yields what to fill, or None for nothing yet, and is sent how much of it is filled.
         wanted: what it has yielded.
@@ -43,6 +44,7 @@ class Peer:
         self.lost: Ending | None = None
         self.heard = self.spoke = time.monotonic()
         self.outbox: collections.deque[tuple[bytes, Any, _Sent]] = collections.deque()
+        self.later: collections.deque[tuple[bytes, Any, _Sent]] = collections.deque()
         self.full = False
         self.incoming: Generator[memoryview | None, Any, None]
         self.wanted: memoryview | None = None
@@ -56,7 +58,7 @@ class Peer:
 
     def busy(self) -> bool:
         """Whether anything is to leave."""
-        return bool(self._leaving or self._begun or self.outbox)
+        return bool(self._leaving or self._begun or self.outbox or self.later)
 
     def send(self) -> None:
         """Sends up to about a slice of what is in the outbox."""
@@ -93,10 +95,10 @@ class Peer:
         """What is to leave, with what to call then; None where the outbox is empty."""
         seal = self.link.sending
         while True:
-            if not self.outbox:
+            if not (self.outbox or self.later):
                 yield None
                 continue
-            header, data, sent = self.outbox.popleft()
+            header, data, sent = (self.outbox or self.later).popleft()
             records = [memoryview(each) for each in (header, data) if len(each)]
             for view in records:
                 last = sent if view is records[-1] else None

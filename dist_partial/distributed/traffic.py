@@ -133,7 +133,7 @@ def beyond(
     Args:
         plan: with what tracing has shown of it.
         sent_in_step: what the step hands over.
-        exchanges: from `local_sgd.exchanges`.
+        exchanges: from `exchanges.compiled_exchanges`.
         hosts: whether there are several, between which a reduction of its own sends something.
 
     Examples:

@@ -65,6 +65,11 @@ class LocalSGD:
                 f"local_sgd.delay is {self.delay}: an exchange must have arrived when the next one begins, after "
                 f"local_sgd.sync_every = {self.sync_every} steps; give at most that"
             )
+        if self.delay == self.sync_every and self.mix == 1:
+            raise UserError(
+                f"local_sgd.delay is {self.delay}, all of local_sgd.sync_every, and local_sgd.mix = 1 leaves nothing "
+                "of the steps made while an exchange travels: no step would count; give a smaller delay or mix"
+            )
         # Of a class, not made by (), `shared` would be the property itself.
         if self.compressor is not None and getattr(self.compressor, "shared", False) is not True:
             raise UserError(

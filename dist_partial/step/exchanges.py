@@ -8,9 +8,11 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from dist_partial.distributed import traffic
+from dist_partial.distributed.backend import Backend
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.distributed.worker_backend import WorkerBackend
 from dist_partial.selection.plan import Plan
@@ -121,9 +123,7 @@ def compiled_exchanges(
         ([1.0, 2.0], 20)
     """
     shared = any(group.reduction.shared for group in plan.groups)
-    thread = None
-    if collectives.backend.concurrent and (os.cpu_count() or 1) > 1:  # TensorFlow has as many threads
-        thread = concurrent.futures.ThreadPoolExecutor(1, "exchange")
+    thread = _thread(collectives.backend) if any(fragment.reduction.delay for fragment in fragments) else None
     found = []
     for i, fragment in enumerate(fragments):
         moved = [n for n, member in enumerate(fragment.members) if member.entry.path not in without_gradient]
@@ -138,6 +138,20 @@ def compiled_exchanges(
         sent = [call for each in (flight.begin, flight.travel) for call in traffic.in_call(each)]
         found.append(Exchange(fragment, function, sent, flight))
     return found
+
+
+def _thread(backend: Backend) -> concurrent.futures.Executor | None:
+    """What exchanges travel in, or None: on all workers alike, or they would wait for each other in different calls.
+
+    Of TensorFlow's threads one is taken by what waits there, so that it must have another one.
+    """
+    if not (backend.concurrent and isinstance(backend, WorkerBackend)):
+        return None
+    bound = tf.config.threading.get_inter_op_parallelism_threads() or int(os.environ.get("TF_NUM_INTEROP_THREADS", 0))
+    several = (bound or len(os.sched_getaffinity(0))) > 1
+    if int(backend.sum(np.array([several], np.int64))[0]) < backend.size:
+        return None
+    return concurrent.futures.ThreadPoolExecutor(1, "exchange")
 
 
 def _compiled(what: Callable[[ExchangeSpec], None], spec: ExchangeSpec) -> Any:

@@ -17,6 +17,7 @@ from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.reductions.reduce_gradients import own_variable
 from dist_partial.selection.plan import Plan, VariablePlan
 from dist_partial.step import optimizers
+from dist_partial.step.gradients import clip
 from dist_partial.step.layer_state import untouched
 from dist_partial.step.optimizers import GroupOptimizer, OptimizerVariable
 
@@ -202,7 +203,7 @@ def replica_update(spec: ExchangeSpec, means: list[tf.Tensor], statistics: list[
     """Moves the anchors by the outer optimizer, and assigns the statistics; called in a replica context."""
     if spec.moved:
         if spec.fragment.reduction.clip_norm is not None:
-            means, _ = tf.clip_by_global_norm(means, spec.fragment.reduction.clip_norm)
+            means, _ = clip(means, [True] * len(means), spec.fragment.reduction.clip_norm)
         spec.fragment.outer.optimizer.apply(means, [spec.fragment.outer.members[i].variable for i in spec.moved])
     _assign(spec.statistics, statistics)
 

@@ -155,7 +155,9 @@ def _measure(settings: Settings, batch: int) -> tuple[Plan, Computation, float, 
         once, _ = _time(lambda n, exchange=exchange: [exchange.function() for _ in range(n)])
         exchanges += once / exchange.fragment.reduction.sync_every
     memory = sum(
-        _bytes(v) for k, v in trainer.state().variables.items() if k.startswith(("slots/", "outer/", "reductions/"))
+        _bytes(v)
+        for k, v in trainer.state().variables.items()
+        if k.startswith(("slots/", "outer/", "reductions/", "moving/"))
     )
     memory += sum(_bytes(anchor.variable) for fragment in trainer.fragments for anchor in fragment.outer.members)
     plan = trainer.plan.traced(train.without_gradient, [*averages, *sums], train.looked_up)

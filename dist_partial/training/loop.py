@@ -82,7 +82,8 @@ def run(
                 runner.report(writer, state.step)
                 due = events.next_due(state.step, evaluate, save, runner, *runner.phase.exchanges)
                 count = min(settings.steps_per_loop, due - state.step)
-                state = _advance(runner, state, count, writer, (save, stop, judge, waits))
+                settle = any(each.due(state.step + count) for each in (evaluate, save, stop))
+                state = _advance(runner, state, count, writer, (save, stop, judge, waits), settle)
                 writer.configuration(operative, unused)
                 if evaluate.due(state.step):
                     waits.report(writer.say)
@@ -150,8 +151,12 @@ def _advance(
     count: int,
     writer: MetricWriter,
     followers: tuple[events.Saving, events.Stopping, Judge, events.DataWaits],
+    settle: bool,
 ) -> TrainState:
-    """Makes `count` steps and the exchanges that follow, and records them; returns the state after them."""
+    """Makes `count` steps and the exchanges that follow, and records them; returns the state after them.
+
+    With `settle` it waits until nothing travels: a checkpoint holds what has, whether or not it is applied by then.
+    """
     trainer, phase, done = runner.trainer, runner.phase, state.step + count
     save, stop, judge, waits = followers
     judge.begin_steps()
@@ -166,6 +171,8 @@ def _advance(
         if exchange.due(done):
             exchange.begin(done)
             sent[-1] += traffic.sent_each(exchange.sent, phase.plan)
+        if settle:
+            exchange.join()
     # All workers stop after the same call, whichever of them got the signal, and all hear of a norm that is not finite
     # on one of them alone, which trains by itself.
     votes = np.append(stop.votes(), [judge.wants_to_stop, np.sum(result["waited"])])
@@ -204,9 +211,8 @@ def _after_steps(
     save, stop, judge = followers
     to_save = save.due(state.step) or stop.due(state.step)
     trainer = runner.trainer
-    if to_save or evaluate.due(state.step) or judge.reason:
-        for exchange in runner.phase.exchanges:
-            exchange.join()  # a checkpoint holds what has travelled, whether or not it is applied by then
+    for exchange in runner.phase.exchanges if to_save or judge.reason else ():
+        exchange.join()
     if state.step >= trainer.settings.steps:
         finalize(trainer.replicas.strategy, trainer.optimizers)
     judged = judge.to_json()

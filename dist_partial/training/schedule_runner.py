@@ -198,7 +198,7 @@ class ScheduleRunner:
                     f"{local}: the last exchange that is applied follows step {last} of {steps}; what replicas "
                     "train after it is not in the weights on which they agree"
                     if last > 0
-                    else f"{local}: run.steps = {steps} ends before the first exchange"
+                    else f"{local}: run.steps = {steps} ends before the first exchange is applied"
                 )
         if self.plan.statistics:
             objective = self.trainer.objective

@@ -42,9 +42,9 @@ run.model = @byte_transformer
 run.data = @stdlib_corpus
 run.rules = [('train', '.*')]
 run.global_batch = 32
-run.steps = 120
+run.steps = 132
 run.steps_per_loop = 12
-run.eval_every = 120
+run.eval_every = 132
 run.eval_examples = 32
 sample.length = 1
 """

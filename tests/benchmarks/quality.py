@@ -93,7 +93,9 @@ def _policies() -> list[Policy]:
     found.append(Policy("in turns every 12 steps, 4 bits", lambda m: m.AllReduce(), rules=_in_turns))
     smaller |= {
         f"batch 8, every 24 steps, 1.6 bits, applied {delay} steps later{', mixed by half' if mix < 1 else ''}": (
-            lambda m, delay=delay, mix=mix: m.LocalSGD(24, compressor=m.Quantized(1.6), delay=delay, mix=mix)
+            lambda m, delay=delay, mix=mix: m.LocalSGD(
+                24, compressor=m.Quantized(1.6), keep_residual_local=mix < 1, delay=delay, mix=mix
+            )
         )
         for delay, mix in ((6, 1.0), (12, 1.0), (6, 0.5), (12, 0.5))
     }

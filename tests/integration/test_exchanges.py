@@ -327,6 +327,16 @@ BAD = {
         ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.offset = -1"],
         ["local_sgd.offset is -1"],
     ),
+    "delay": (
+        ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.delay = 3"],
+        ["local_sgd.delay is 3", "local_sgd.sync_every = 2"],
+    ),
+    "delay of all": (
+        ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.delay = 2"],
+        ["local_sgd.delay is 2", "no step would count"],
+    ),
+    "mix": (["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.mix = 0"], ["local_sgd.mix is 0"]),
+    "decay": (["run.reduction = @quantized()", "quantized.decay = 1.5"], ["quantized.decay is 1.5"]),
     "exchange is local": (
         [
             "run.reduction = @outside/local_sgd()",

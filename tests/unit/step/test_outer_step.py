@@ -297,7 +297,7 @@ def test_when_exchanges_begin_and_are_applied():
     for every, offset, delay, warm_up in itertools.product((1, 3, 4), (0, 1, 5), (0, 1, 3), (0, 2, 5)):
         if delay > every:
             continue
-        each = LocalSGD(every, offset, delay=delay, warm_up=warm_up)
+        each = LocalSGD(every, offset, delay=delay, mix=0.5, warm_up=warm_up)
         begins = [s for s in range(1, 40) if s <= warm_up or (s - offset) % every == 0]
         applied = {s: s + (delay if s > warm_up else 0) for s in begins}
         for step in range(30):
