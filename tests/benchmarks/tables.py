@@ -86,10 +86,8 @@ def few_bits(found: Mapping[str, Any]) -> Tables:
         for row in found.get("bytes", [])
     ]
     times = [[row["way"], f"{row['step_ms']:.1f}", f"{row['of_alone']:.3f}"] for row in found.get("delay", [])]
-    return {
-        "Bytes that a worker sends in a step": markdown(header, lines, words=2),
-        f"{found['hosts']} hosts at {found['rate']}": markdown(["what travels", "a step, ms", "ratio"], times),
-    }
+    delays = {f"{found['hosts']} hosts at {found['rate']}": markdown(["what travels", "a step, ms", "ratio"], times)}
+    return {"Bytes that a worker sends in a step": markdown(header, lines, words=2)} | (delays if times else {})
 
 
 def finetune(found: Mapping[str, Any]) -> Tables:
