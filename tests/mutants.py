@@ -236,14 +236,14 @@ MUTANTS = [
     changed(
         "place 256 of top-k in one byte",
         "reductions/encoding.py",
-        "tf.uint8 if block <= 256 else",
-        "tf.uint8 if block <= 257 else",
+        "(block - 1).bit_length()",
+        "(block - 2).bit_length()",
         "unit/reductions/test_compressors.py::test_a_block_of_more_than_a_byte_has_places_beyond_it",
     ),
     changed(
         "a mean over the padding",
         "reductions/encoding.py",
-        "np.minimum(SCALED, count - SCALED * np.arange(groups))",
+        "np.clip(whole - SCALED * np.arange(groups), 1, SCALED)",
         "np.full(groups, SCALED)",
         "unit/reductions/test_compressors.py::test_quantized_takes_the_nearest_level",
     ),
@@ -264,7 +264,7 @@ MUTANTS = [
     changed(
         "the outer step by the sum",
         "step/outer_step.py",
-        "window.reduce(movement / count,",
+        "window.reduce(movement / collectives.topology.replicas,",
         "window.reduce(movement,",
         "unit/step/test_outer_step.py::test_replicas_train_by_themselves_and_move_on_together",
     ),
@@ -292,8 +292,8 @@ MUTANTS = [
     changed(
         "a gather that costs its own worker",
         "selection/payload.py",
-        "fractions.Fraction(workers - 1)}",
-        "fractions.Fraction(workers)}",
+        '"gather": workers, "all-to-all"',
+        '"gather": workers + 1, "all-to-all"',
         "unit/selection/test_selection.py::test_bytes_at_the_network_interface",
     ),
     changed(
@@ -319,7 +319,7 @@ MUTANTS = [
     ),
     changed(
         "statistics in all exchanges",
-        "step/outer_step.py",
+        "step/exchanges.py",
         "[] if shared or i else statistics",
         "[] if shared else statistics",
         "unit/step/test_outer_step.py::test_statistics_travel_with_the_first_exchange",
@@ -846,8 +846,8 @@ MUTANTS = [
     changed(
         "between workers the copies of all replicas",
         "distributed/worker_backend.py",
-        "level == BETWEEN), args",
-        "False), args",
+        "(len(sums), len(gathers)), level == BETWEEN",
+        "(len(sums), len(gathers)), False",
         "unit/distributed/test_backends.py::test_levels",
     ),
     changed(

@@ -76,7 +76,7 @@ class Backend(Protocol):
 
 
 def alone(sums: Sequence[tf.Tensor], gathers: Sequence[tf.Tensor], swaps: Sequence[tf.Tensor]) -> Exchanged:
-    """What one replica exchanges with itself.
+    """Answers what one replica exchanges with itself.
 
     Examples:
         >>> [[each.numpy().tolist() for each in found] for found in alone([], [tf.constant([2])], [tf.constant([[3]])])]

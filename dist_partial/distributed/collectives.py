@@ -133,9 +133,9 @@ class Collectives:
 
     @property
     def peers(self) -> Peers:
-        """Who exchange: what a step decides by, and a plan foretells."""
+        """Who exchange: by which a step decides how, and a plan predicts it."""
         found = self.topology
-        # One process stands for as many workers as it has devices. Inside a worker there is nothing to gain.
+        # One process counts as so many workers as it has devices. Inside a worker there is nothing to gain.
         local = found.local if found.workers > 1 else 1
         return Peers(found.replicas, local, self.backend.has_all_to_all and self.level != INSIDE)
 

@@ -41,7 +41,7 @@ class Codec(Protocol):
 
 
 def payloads(codec: Codec, shape: Sequence[int], dtype: str, peers: Peers) -> tuple[Payload, ...]:
-    """What one replica sends for a gradient: a sum of it as it is, a gather, or two hops, whichever costs least."""
+    """Says what one replica sends for a gradient: itself in a sum, a gather, or two hops, whichever costs least."""
     size = math.prod(shape)
     whole = codec.message_bytes(codec.rounded(size, size))
     ways: list[tuple[Payload, ...]] = [(Payload("sum", size * itemsize(dtype)),), (Payload("gather", whole),)]
@@ -52,12 +52,12 @@ def payloads(codec: Codec, shape: Sequence[int], dtype: str, peers: Peers) -> tu
 
 
 def chunk(codec: Codec, size: int, replicas: int) -> int:
-    """How many values each replica adds up in two hops; the last ones may have fewer, or none."""
+    """Counts the values that each replica adds up in two hops; the last ones may have fewer, or none."""
     return codec.rounded(ceil(size, replicas), size)
 
 
 def state(codec: Codec, shape: Sequence[int], dtype: str, peers: Peers) -> dict[str, np.ndarray]:
-    """First values of the residuals: none where even two replicas send the gradient as it is."""
+    """Makes the first values of residuals: none where even two replicas send the gradient as it is."""
     if payloads(codec, shape, dtype, PAIR)[0].kind == "sum":
         return {}
     found = {"residual": zeros(shape, dtype)}
@@ -116,5 +116,5 @@ def _added(rows: tf.Tensor) -> tf.Tensor:
 
 
 def decay_text(codec: Codec) -> str:
-    """What the text of a reduction says of its decay."""
+    """Writes what the text of a reduction says of its decay."""
     return f", decay {codec.decay:g}" if codec.decay != 1 else ""

@@ -204,7 +204,7 @@ class Plan:
 
     def peers(self, entry: VariablePlan) -> Peers:
         """Who exchange the gradient of a variable: all replicas, or the workers, where those of each are summed."""
-        # One process stands for as many workers as it has devices.
+        # One process counts as so many workers as it has devices.
         local = 1 if entry.inside or self.hosts == 1 else self.devices if self.hosts else self.local
         return Peers(self.workers * local, local, self.all_to_all)
 

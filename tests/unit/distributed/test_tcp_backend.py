@@ -216,11 +216,11 @@ def test_a_result_is_not_given_before_a_slow_reader_has_it(connected, monkeypatc
     first, second, _ = backends = connected(3)
     opened, send = threading.Event(), first._connections.send
 
-    def late(rank, message, *more):
+    def late(rank, message, *more, **options):
         """Sends a result, kind 1, to the last only when it reads again."""
         if (rank, message.kind) != (2, 1):
-            return send(rank, message, *more)
-        threading.Thread(target=lambda: opened.wait(10) and send(rank, message, *more), daemon=True).start()
+            return send(rank, message, *more, **options)
+        threading.Thread(target=lambda: opened.wait(10) and send(rank, message, *more, **options), daemon=True).start()
 
     monkeypatch.setattr(first._connections, "send", late)
 
