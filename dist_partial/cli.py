@@ -160,7 +160,8 @@ def ending() -> Iterator[Ended]:
     except (Exception, SystemExit) as error:  # whose code would say what has not happened
         # To print it here and to go on lets go of what it holds, see `failures.released`.
         _say(error if isinstance(error, Raised) else raised("", error))
-        traceback.print_exception(error.__cause__ or error)
+        if error.__cause__ or not isinstance(error, Raised):  # or else another worker's, who prints its own
+            traceback.print_exception(error.__cause__ or error)
         ended.code = Raised.code
 
 

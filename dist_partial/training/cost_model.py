@@ -109,7 +109,7 @@ def estimate(settings: Settings, machine: Machine) -> Cost:
     rate = machine.bandwidth * EFFICIENCY
     forward = computation.forward * slower
     step = _travel(average_bytes(all_reduce), sending / rate, forward, computation.step * slower)
-    step += exchanges * slower + periodic / rate
+    step += exchanges * slower + periodic / rate - _hidden(plan, machine.workers, rate, step)
     if machine.workers > 1:
         apart = [group.entries for group in plan.groups if not group.reduction.shared]
         step += machine.latency * (_hops(plan, shared) + sum(_hops(plan, each) for each in apart) + computation.sums)
@@ -126,6 +126,16 @@ def _travel(payload: float, wire: float, forward: float, computed: float) -> flo
         ready = forward + (computed - forward) * filled / payload
         arrived = max(ready, arrived) + wire * pack / payload
     return max(arrived, computed)
+
+
+def _hidden(plan: Plan, workers: int, rate: float, step: float) -> float:
+    """Seconds a step, on average, in which exchanges travel while steps are made."""
+    found = 0.0
+    for group in plan.groups:
+        delay, every = getattr(group.reduction, "delay", 0), getattr(group.reduction, "sync_every", 1)
+        each = average_bytes([payload for entry in group.entries for payload in plan.handed_over(entry)], workers)
+        found += min(each * every / rate, delay * step) / every
+    return found
 
 
 def _hops(plan: Plan, entries: Sequence[Any]) -> float:

@@ -18,9 +18,10 @@ from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
+from dist_partial.selection.resolve import resolve
 from dist_partial.selection.rules import Rule
 from dist_partial.training import loop
-from dist_partial.training.cost_model import Machine, estimate
+from dist_partial.training.cost_model import Machine, _hidden, estimate
 from tests.helpers.cases import convolutional
 from tests.helpers.files import rows
 from tests.helpers.marks import quick
@@ -70,6 +71,14 @@ def test_a_slower_link_takes_longer_and_one_worker_sends_nothing(tiny):
     slow, alone = (estimate(settings, Machine(workers, 1e4)) for workers in (2, 1))
     assert slow.step > 0.9 * slow.nic_bytes / 1e4
     assert (alone.nic_bytes, alone.wire) == (0, 0)
+
+
+@pytest.mark.parametrize(("delay", "step", "hidden"), [(0, 0.1, 0.0), (3, 0.001, 0.003 / 4), (3, 0.1, 0.02048 / 4)])
+def test_what_travels_while_steps_are_made_takes_no_time(delay, step, hidden):
+    """As far as these steps last: an exchange of 20,480 bytes every 4 steps, at a megabyte a second."""
+    model = keras.Sequential([keras.Input((160,)), keras.layers.Dense(32, use_bias=False)])
+    found = resolve([("train", ".*")], model, LocalSGD(4, delay=delay))
+    assert _hidden(found, 2, 1e6, step) == pytest.approx(hidden)
 
 
 def test_the_command_prints_plan_comparison_and_rules(tiny, capsys):
