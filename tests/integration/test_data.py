@@ -172,6 +172,8 @@ def test_data_that_is_slower_than_the_steps_is_said(tmp_path, capsys):
 class Meeting(ArraySource):
     """Has each of 20 steps compute until so many later batches are being read, and these be read until then.
 
+    Batches have their place in the order of the examples: that in which threads begin to read them is another one.
+
     Attributes:
         readers: how many.
         late: who has waited in vain.
@@ -186,18 +188,19 @@ class Meeting(ArraySource):
     def meet(self, counted, met):
         with self.changed:
             self.__dict__[counted] += 1
-            number = self.__dict__[counted]
             self.changed.notify_all()
-            if not self.changed.wait_for(lambda: self.late or met(number), timeout=30):
-                self.late.append((counted, number))
+            if not self.changed.wait_for(lambda: self.late or met(), timeout=30):
+                self.late.append((counted, self.read, self.steps))
 
     def fetch(self, indices):
         if len(indices) == 12:  # else it is looked at before the run
-            self.meet("read", lambda number: self.steps >= min(number - self.readers, 20))
+            before = indices[0] // 12
+            self.meet("read", lambda: self.steps > before - self.readers)
         return super().fetch(indices)
 
     def step(self, x):
-        self.meet("steps", lambda number: self.read >= number + self.readers)
+        number = self.steps + 1
+        self.meet("steps", lambda: self.read >= min(number + self.readers, 20))
         return x
 
 
@@ -212,10 +215,10 @@ class Step(keras.layers.Layer):
 
 @pytest.mark.parametrize("readers", [1, 4])
 def test_batches_are_read_while_a_step_computes_and_neither_waits_for_more(readers, tmp_path):
-    source = Meeting(X, Y)
+    source = Meeting(np.tile(X, (6, 1)), np.tile(Y, 6))  # an epoch
     source.__dict__["readers"] = readers
     layers = [keras.Input([3]), keras.layers.Dense(4, name="body"), Step(source.step)]
-    data = Dataset("meeting", source, ArraySource(X, Y), "1")
+    data = Dataset("meeting", source, ArraySource(X, Y), "1").in_order()
     settings = {"steps": 20, "global_batch": 12, "readers": readers, "eval_every": 7}
     head = keras.layers.Dense(2, name="head")
     loop.run(Settings(RULES, lambda: keras.Sequential([*layers, head]), lambda: data, **settings), tmp_path / "run")
