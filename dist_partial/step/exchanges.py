@@ -123,7 +123,8 @@ def compiled_exchanges(
         ([1.0, 2.0], 20)
     """
     shared = any(group.reduction.shared for group in plan.groups)
-    thread = _thread(collectives.backend) if any(fragment.reduction.delay for fragment in fragments) else None
+    beside = _beside(collectives.backend) if any(fragment.reduction.delay for fragment in fragments) else None
+    thread = concurrent.futures.ThreadPoolExecutor(1, "exchange") if beside else None
     found = []
     for i, fragment in enumerate(fragments):
         moved = [n for n, member in enumerate(fragment.members) if member.entry.path not in without_gradient]
@@ -134,14 +135,14 @@ def compiled_exchanges(
             continue
         if fragment.reduction.warm_up:
             function.get_concrete_function()  # on all workers in the same order
-        flight = _flight(spec, thread)
+        flight = _flight(spec, beside, thread)
         sent = [call for each in (flight.begin, flight.travel) for call in traffic.in_call(each)]
         found.append(Exchange(fragment, function, sent, flight))
     return found
 
 
-def _thread(backend: Backend) -> concurrent.futures.Executor | None:
-    """What exchanges travel in, or None: on all workers alike, or they would wait for each other in different calls.
+def _beside(backend: Backend) -> WorkerBackend | None:
+    """The backend, if exchanges may travel beside steps: on all workers alike, or they would wait in different calls.
 
     Of TensorFlow's threads one is taken by what waits there, so that it must have another one.
     """
@@ -149,18 +150,16 @@ def _thread(backend: Backend) -> concurrent.futures.Executor | None:
         return None
     bound = tf.config.threading.get_inter_op_parallelism_threads() or int(os.environ.get("TF_NUM_INTEROP_THREADS", 0))
     several = (bound or len(os.sched_getaffinity(0))) > 1
-    if int(backend.sum(np.array([several], np.int64))[0]) < backend.size:
-        return None
-    return concurrent.futures.ThreadPoolExecutor(1, "exchange")
+    return backend if int(backend.sum(np.array([several], np.int64))[0]) == backend.size else None
 
 
 def _compiled(what: Callable[[ExchangeSpec], None], spec: ExchangeSpec) -> Any:
     return tf.function(functools.partial(what, spec), autograph=False)
 
 
-def _flight(spec: ExchangeSpec, thread: concurrent.futures.Executor | None) -> Flight:
+def _flight(spec: ExchangeSpec, beside: WorkerBackend | None, thread: concurrent.futures.Executor | None) -> Flight:
     begin = _compiled(outer_step.begin, spec).get_concrete_function()
-    backend = spec.collectives.backend
-    with backend.traced_apart() if isinstance(backend, WorkerBackend) else contextlib.nullcontext():
+    # Without a thread all wait where it travels, as in a step, and one that has gone on is named.
+    with beside.traced_apart() if beside else contextlib.nullcontext():
         travel = _compiled(outer_step.travel, spec).get_concrete_function()
     return Flight(begin, travel, _compiled(outer_step.arrive, spec).get_concrete_function(), thread)
