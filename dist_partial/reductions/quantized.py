@@ -2,20 +2,17 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import tensorflow as tf
 
-from dist_partial.reductions import encoded_sum
-from dist_partial.reductions.base import Exchange
+from dist_partial.reductions.encoded_sum import EncodedSum
 from dist_partial.reductions.encoding import LEVELS, decode_values, encode_values, padded, value_bytes, words
-from dist_partial.selection.payload import PAIR, Payload, Peers
 from dist_partial.validation import Above, AtMost, OneOf, check
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantized:
+class Quantized(EncodedSum):
     """Sends each gradient in few bits a value, with error feedback.
 
     Values lie on evenly spaced levels, symmetric to zero, whose scale 256 values share. From three replicas on they are
@@ -28,6 +25,7 @@ class Quantized:
     Examples:
         >>> [Quantized(bits).payloads([256, 16], "float32")[0].bytes for bits in (8, 4, 2, 1.6, 1)]
         [4128, 2080, 1056, 852, 544]
+        >>> from dist_partial.selection.payload import Peers
         >>> [(each.kind, each.bytes) for each in Quantized(4).payloads([256, 16], "float32", Peers(16))]
         [('all-to-all', 2112), ('gather', 132)]
     """
@@ -37,19 +35,6 @@ class Quantized:
 
     def __post_init__(self) -> None:
         check(self, "quantized")
-
-    @property
-    def shared(self) -> bool:
-        return True
-
-    def payloads(self, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> tuple[Payload, ...]:
-        return encoded_sum.payloads(self, shape, dtype, peers)
-
-    def state(self, path: str, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> dict[str, np.ndarray]:
-        return encoded_sum.state(self, shape, dtype, peers)
-
-    def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
-        return (yield from encoded_sum.reduce(self, value, state))
 
     def rounded(self, count: int, size: int) -> int:
         return count
@@ -64,4 +49,4 @@ class Quantized:
         return decode_values(messages, count, self.bits, dtype)
 
     def __str__(self) -> str:
-        return f"{self.bits} bits a value" + encoded_sum.decay_text(self)
+        return f"{self.bits} bits a value" + self._decay_text()

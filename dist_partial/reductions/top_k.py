@@ -2,13 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import tensorflow as tf
 
-from dist_partial.reductions import encoded_sum
-from dist_partial.reductions.base import Exchange
+from dist_partial.reductions.encoded_sum import EncodedSum
 from dist_partial.reductions.encoding import (
     FLOATS,
     LEVELS,
@@ -23,12 +21,11 @@ from dist_partial.reductions.encoding import (
     value_bytes,
     words,
 )
-from dist_partial.selection.payload import PAIR, Payload, Peers
 from dist_partial.validation import Above, AtLeast, AtMost, OneOf, check
 
 
 @dataclasses.dataclass(frozen=True)
-class TopK:
+class TopK(EncodedSum):
     """Sends the largest values of each gradient and their places, with error feedback.
 
     Lin et al. 2018, "Deep Gradient Compression". The tensor is cut into blocks, of each of which the same share is
@@ -54,19 +51,6 @@ class TopK:
 
     def __post_init__(self) -> None:
         check(self, "top_k")
-
-    @property
-    def shared(self) -> bool:
-        return True
-
-    def payloads(self, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> tuple[Payload, ...]:
-        return encoded_sum.payloads(self, shape, dtype, peers)
-
-    def state(self, path: str, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> dict[str, np.ndarray]:
-        return encoded_sum.state(self, shape, dtype, peers)
-
-    def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
-        return (yield from encoded_sum.reduce(self, value, state))
 
     def rounded(self, count: int, size: int) -> int:
         block = min(self.block or size, size)
@@ -103,4 +87,4 @@ class TopK:
 
     def __str__(self) -> str:
         blocks = f", blocks of {self.block}" if self.block else ""
-        return f"top {self.density!r} in {self.bits} bits{blocks}" + encoded_sum.decay_text(self)
+        return f"top {self.density!r} in {self.bits} bits{blocks}" + self._decay_text()
