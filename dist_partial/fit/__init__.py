@@ -32,7 +32,7 @@ from dist_partial.fit.scheduler import SelectionScheduler, units_of
 from dist_partial.fit.workers import connect, metrics, on_workers
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.schedules.fixed import Constant
-from dist_partial.selection.payload import Peers
+from dist_partial.selection.payload import PAIR
 from dist_partial.selection.plan import Plan, VariablePlan
 from dist_partial.selection.resolve import resolve
 from dist_partial.step import batch_norm, optimizers
@@ -228,9 +228,7 @@ def _resolve(
     release(model)
     try:
         plan = resolve(rules, model, levels[0], between_hosts=levels[1])
-        strategy = tf.distribute.get_strategy()
-        backend = collectives_of(strategy).backend
-        plan = plan.among(backend.topology(strategy), backend)
+        plan = plan.among(collectives_of(tf.distribute.get_strategy()))
         for entry in plan.trained:
             _check_reduction(entry, model.dtype_policy.name)
         if schedule.statistics == "probe":
@@ -279,7 +277,7 @@ def _check_reduction(entry: VariablePlan, policy: str) -> None:
         if (
             how is not None
             and policy == "mixed_float16"
-            and how.state(entry.path, entry.trained_shape, entry.dtype, Peers())
+            and how.state(entry.path, entry.trained_shape, entry.dtype, PAIR)
         ):
             raise UserError(
                 f"{where}under mixed_float16 a step that overflows is skipped, which {type(how).__name__} ({how}) "

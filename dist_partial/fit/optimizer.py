@@ -92,9 +92,8 @@ class Partial(keras.optimizers.Optimizer):
         with compat.strategy_of(self).scope():
             if any(entry.variable is None for entry in self.plan.trained):
                 self.plan = saved_plan.bound(self.plan, variables)
-            strategy = tf.distribute.get_strategy()
-            backend = collectives_of(strategy).backend
-            self.plan = self.plan.among(backend.topology(strategy), backend)  # not those of whoever has saved it
+            collectives = collectives_of(tf.distribute.get_strategy())
+            self.plan = self.plan.among(collectives)  # not those of whoever has saved it
             self._groups = groups.build(self.plan, self._excluded)
             self._states = make_states(self.plan)
             if self.options.norms:

@@ -243,13 +243,15 @@ class Plan:
         """The same if everything were trained and summed in its own dtype."""
         return exact_number(nic_bytes("sum", Fraction(self.full_wire_bytes), self.workers))
 
-    def among(self, topology: Any, backend: Any) -> "Plan":
+    def among(self, collectives: Any) -> "Plan":
         """The same plan for the replicas that there are, or, of one process, for replicas on hosts of their own.
 
+        Called in the scope of their strategy.
+
         Args:
-            topology: from `distributed.per_replica`.
-            backend: the `distributed.backend` by which they exchange.
+            collectives: how they reach each other, from `distributed.collectives`.
         """
+        topology, backend = collectives.topology, collectives.backend
         workers, local = topology.workers if topology.workers > 1 else topology.local, topology.local
         return dataclasses.replace(
             self,

@@ -157,7 +157,7 @@ def _plan(settings: Settings, model: keras.Model, replicas: Replicas) -> selecti
     adapters = lora.enable(settings.rules, model, settings.seed)
     plan = selection.resolve(settings.rules, model, settings.reduction, adapters, settings.between_hosts)
     check_levels(plan, replicas)
-    return plan.among(replicas.topology, replicas.collectives.backend)
+    return plan.among(replicas.collectives)
 
 
 def _build(settings: Settings, replicas: Replicas) -> Trainer:

@@ -43,9 +43,7 @@ def by_loop(workers: Replicas, rules: list[Any]) -> Callable[[], dict[str, float
     with workers.strategy.scope():
         keras.utils.set_random_seed(0)
         model = byte_transformer()
-        plan = selection.resolve(rules, model, reductions.AllReduce()).among(
-            workers.topology, workers.collectives.backend
-        )
+        plan = selection.resolve(rules, model, reductions.AllReduce()).among(workers.collectives)
         groups, states = optimizers.build(plan, keras.optimizers.Adam), make_states(plan)
         x, y = next(iter(dataset(BATCH)))
         objective = prepare(model, (x, y), model(x, training=False), {"loss": losses.made(cross_entropy)})
