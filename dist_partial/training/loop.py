@@ -171,7 +171,7 @@ def _advance(
         if exchange.due(done):
             exchange.begin(done)
             sent[-1] += traffic.sent_each(exchange.sent, phase.plan)
-        if settle:
+        if settle:  # before the votes, after which all workers have what the meter counts
             exchange.join()
     # All workers stop after the same call, whichever of them got the signal, and all hear of a norm that is not finite
     # on one of them alone, which trains by itself.
@@ -211,6 +211,7 @@ def _after_steps(
     save, stop, judge = followers
     to_save = save.due(state.step) or stop.due(state.step)
     trainer = runner.trainer
+    # That a signal or a callback ends the run here is known only since the votes, before which `_advance` settles.
     for exchange in runner.phase.exchanges if to_save or judge.reason else ():
         exchange.join()
     if state.step >= trainer.settings.steps:
