@@ -32,9 +32,9 @@ class Flight:
             where functions that exchange must not run beside each other: then it travels as soon as it begins.
     """
 
-    begin: Callable[[], None]
-    travel: Callable[[], None]
-    arrive: Callable[[], None]
+    begin: functools.partial[None]
+    travel: functools.partial[None]
+    arrive: functools.partial[None]
     thread: concurrent.futures.Executor | None
 
 
@@ -129,16 +129,16 @@ def compiled_exchanges(
     for i, fragment in enumerate(fragments):
         moved = [n for n, member in enumerate(fragment.members) if member.entry.path not in without_gradient]
         spec = ExchangeSpec(strategy, collectives, fragment, moved, [] if shared or i else statistics)
-        function = _compiled(outer_step.exchange, spec)
-        if fragment.reduction.delay == 0:
-            found.append(Exchange(fragment, function, traffic.in_call(function.get_concrete_function())))
-            continue
-        if fragment.reduction.warm_up:
-            function.get_concrete_function()  # on all workers in the same order
-        flight = _flight(spec, beside, thread)
-        sent = [call for each in (flight.begin, flight.travel) for call in traffic.in_call(each)]
-        found.append(Exchange(fragment, function, sent, flight))
+        flight = _flight(spec, beside, thread) if fragment.reduction.delay else None
+        parts = [flight.begin, flight.travel, flight.arrive] if flight else [_compiled(outer_step.exchange, spec)]
+        sent = [call for part in parts for call in traffic.in_call(part.func)]
+        found.append(Exchange(fragment, functools.partial(_one_after_the_other, parts), sent, flight))
     return found
+
+
+def _one_after_the_other(parts: Sequence[Callable[[], None]]) -> None:
+    for part in parts:
+        part()
 
 
 def _beside(backend: Backend) -> WorkerBackend | None:
@@ -153,13 +153,23 @@ def _beside(backend: Backend) -> WorkerBackend | None:
     return backend if int(backend.sum(np.array([several], np.int64))[0]) == backend.size else None
 
 
-def _compiled(what: Callable[[ExchangeSpec], None], spec: ExchangeSpec) -> Any:
-    return tf.function(functools.partial(what, spec), autograph=False)
+def _compiled(what: Callable[[ExchangeSpec], None], spec: ExchangeSpec) -> functools.partial[None]:
+    """Traces and optimizes now what is called first after many steps, which would otherwise wait for it.
+
+    TensorFlow optimizes a graph when it is first called; hence the branch that does nothing.
+    """
+
+    def either(makes: tf.Tensor) -> None:
+        tf.cond(makes, lambda: what(spec), lambda: None)
+
+    concrete = tf.function(either, autograph=False).get_concrete_function(tf.TensorSpec([], tf.bool))
+    concrete(tf.constant(False))
+    return functools.partial(concrete, tf.constant(True))
 
 
 def _flight(spec: ExchangeSpec, beside: WorkerBackend | None, thread: concurrent.futures.Executor | None) -> Flight:
-    begin = _compiled(outer_step.begin, spec).get_concrete_function()
+    begin = _compiled(outer_step.begin, spec)
     # Without a thread all wait where it travels, as in a step, and one that has gone on is named.
     with beside.traced_apart() if beside else contextlib.nullcontext():
-        travel = _compiled(outer_step.travel, spec).get_concrete_function()
-    return Flight(begin, travel, _compiled(outer_step.arrive, spec).get_concrete_function(), thread)
+        travel = _compiled(outer_step.travel, spec)
+    return Flight(begin, travel, _compiled(outer_step.arrive, spec), thread)

@@ -574,14 +574,14 @@ def test_nothing_is_sent_in_a_step(rules, mirrored):
     traced = local.train.get_concrete_function(local.iterator, tf.constant(1))
     assert traffic.collectives(traced) == []
     groups = [group for group in local.plan.groups if isinstance(group.reduction, LocalSGD)]
-    for group, exchange in zip(groups, local.exchanges, strict=True):
-        found = traffic.in_call(exchange.get_concrete_function())
+    for group, exchange in zip(groups, local.compiled, strict=True):
+        found = exchange.sent
         payloads = [m for entry in group.entries for m in entry.payloads(selection.Peers())]
         assert traffic.total(found) == traffic.total(payloads) > 0
         assert {c.kind for c in found} == {m.kind for m in payloads}
         assert {m.every for m in payloads} == {group.reduction.sync_every}
     if len(groups) == 2:  # 640 values in three scales and a half byte each, and 10 more of them in a message of words
-        assert traffic.total(traffic.in_call(local.exchanges[1].get_concrete_function())) == 6 + 320 + 2 + (2 + 5 + 1)
+        assert traffic.total(local.compiled[1].sent) == 6 + 320 + 2 + (2 + 5 + 1)
 
 
 def _points():
@@ -656,7 +656,7 @@ def test_one_replica_exchanges_with_itself(mirrored):
     local.go(STEPS)
     reference.go(STEPS)
     assert_close(local, reference)
-    assert traffic.collectives(local.exchanges[0].get_concrete_function()) == []
+    assert local.compiled[0].sent == []
 
 
 def test_what_an_exchange_leaves_out_is_trained_on_from(mirrored):
