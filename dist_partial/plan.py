@@ -1,15 +1,17 @@
-"""python -m dist_partial.plan --gin_file=F --workers=64 --bandwidth=10gbit [--latency_ms=0.1]
+"""python -m dist_partial.plan --gin_file=F --workers=64 --bandwidth=10gbit [--latency_ms=0.1] [--price_per_hour=2]
 
-Prints, without training, what each variable sends, which rules cost most, what optimizers hold, and how long a step
-will take, for this plan and for training everything in float32 every step. The computation is measured here.
+Prints, without training, what each variable sends, which rules cost most, what optimizers hold, and how long steps and
+the run will take, for this plan and for training everything in float32 every step. The computation is measured here;
+the workers, those that are slow or fail among them, are simulated.
 
 A gin file is a program: this imports the modules that it names, as training does. Read one that is not yours first.
 """
 
 import dataclasses
+import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from dist_partial.training.cost_model import Cost, Machine
 
 
-def bytes_per_second(rate: str) -> float:
+def bytes_per_second(rate: str, flag: str = "bandwidth") -> float:
     """Reads a rate as network tools write it, such as '200mbit' or '10gbit'.
 
     Raises:
@@ -33,23 +35,73 @@ def bytes_per_second(rate: str) -> float:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)(bit|bps)(?:/s)?", rate.strip().lower())
     if match is None or float(match[1]) == 0:
-        raise cli.UserError(f"--bandwidth is {rate!r}: write e.g. 200mbit or 10gbit, of each worker's link")
+        raise cli.UserError(f"--{flag} is {rate!r}: write e.g. 200mbit or 10gbit, of each worker's link")
     return float(match[1]) * {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}[match[2]] / 8
 
 
-def report(cost: "Cost", full: "Cost", machine: "Machine") -> str:
-    """Compares the plan with training everything, and lists the rules by what they cost."""
-    rows = [
-        ("trained parameters", *(f"{sum(e.trained_parameters for e in c.plan.entries):,}" for c in (cost, full))),
-        ("payload a step and replica", *(_size(c.payload) for c in (cost, full))),
-        (f"interface of each of {machine.workers}", *(_size(c.nic_bytes) for c in (cost, full))),
-        ("slots, residuals, anchors", *(_size(c.memory) for c in (cost, full))),
-        ("computation, measured here", *(_ms(c.compute) for c in (cost, full))),
-        ("wire, lower bound", *(_ms(c.wire) for c in (cost, full))),
-        ("expected step", *(_ms(c.step) for c in (cost, full))),
+def stragglers(text: Sequence[str], workers: int) -> list[tuple[int, float]]:
+    """Reads how many workers take how many times as long as the others, such as '3x1.5'.
+
+    Raises:
+        UserError: it cannot be read, or is more than there are.
+
+    Examples:
+        >>> stragglers(["3x1.5", "1x4"], workers=8)
+        [(3, 1.5), (1, 4.0)]
+    """
+    found = []
+    for each in text:
+        match = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)", each.strip().lower())
+        if match is None or float(match[2]) < 1:
+            raise cli.UserError(
+                f"--stragglers has {each!r}: write how many workers, x, and how many times as long they take: 3x1.5"
+            )
+        found.append((int(match[1]), float(match[2])))
+    if sum(count for count, _ in found) > workers:
+        raise cli.UserError(f"--stragglers names more workers than the {workers} that there are")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Prices:
+    """Holds what a worker costs an hour, and a gigabyte that leaves one; in any currency, 0 where it is not known."""
+
+    per_hour: float = 0.0
+    per_gb: float = 0.0
+
+    def of(self, cost: "Cost", workers: int) -> float:
+        """What a whole run costs, with all that faults make it do again."""
+        gigabytes = cost.nic_bytes * cost.run.made / 1e9
+        return workers * (cost.run.seconds / 3600 * self.per_hour + gigabytes * self.per_gb)
+
+
+def report(costs: Mapping[str, "Cost"], machine: "Machine", prices: Prices, steps: int) -> str:
+    """Compares plans, of which the first is the user's, and lists its rules by what they cost."""
+    cost = next(iter(costs.values()))
+    several = machine.devices > 1
+    rows: list[tuple[str, Callable[[Cost], str]]] = [
+        ("trained parameters", lambda c: f"{sum(e.trained_parameters for e in c.plan.entries):,}"),
+        (f"payload a step and {'worker' if several else 'replica'}", lambda c: _size(c.payload)),
+        (f"interface of each of {machine.workers}", lambda c: _size(c.nic_bytes)),
+        *([("each device, to its own host", lambda c: _size(c.inside_bytes))] if several else []),
+        ("slots, residuals, anchors", lambda c: _size(c.memory)),
+        ("computation, " + ("as given" if machine.step_seconds else "measured here"), lambda c: _ms(c.compute)),
+        ("wire, lower bound", lambda c: _ms(c.wire)),
+        ("expected step", lambda c: _ms(c.step)),
+        (f"{steps:,} steps take", lambda c: _time(c.run.seconds)),
+        *(
+            [("faults in that time", lambda c: f"{c.run.faults:,.1f}")]
+            if math.isfinite(machine.faults.mean_seconds)
+            else []
+        ),
+        ("goodput", lambda c: f"{c.run.goodput:.1%}"),
+        ("a worker sends a day", lambda c: _size(_a_day(c, c.nic_bytes))),
+        ("all workers send a day", lambda c: _size(_a_day(c, c.nic_bytes) * machine.workers)),
+        *([("a device sends a day, inside", lambda c: _size(_a_day(c, c.inside_bytes)))] if several else []),
+        *([("the run costs", lambda c: f"{prices.of(c, machine.workers):,.2f}")] if prices != Prices() else []),
     ]
-    lines = [f"{'':28}{'this plan':>16}{'all, float32':>16}"]
-    lines += [f"{name:28}{one:>16}{other:>16}" for name, one, other in rows]
+    lines = ["".join([" " * 28, *(f"{name:>18}" for name in costs)])]
+    lines += ["".join([f"{name:28}", *(f"{write(each):>18}" for each in costs.values())]) for name, write in rows]
     lines += ["", "rules by what they make each worker send:"]
     sent = [
         (f"{g.rule}: {g.reduction}", [m for e in g.entries for m in cost.plan.handed_over(e)]) for g in cost.plan.groups
@@ -62,8 +114,21 @@ def report(cost: "Cost", full: "Cost", machine: "Machine") -> str:
     return "\n".join(lines)
 
 
+def _a_day(cost: "Cost", size: float) -> float:
+    return size * cost.run.made / cost.run.seconds * 86400 if math.isfinite(cost.run.seconds) else 0.0
+
+
+def _time(seconds: float) -> str:
+    if seconds == math.inf:
+        return "never"
+    for unit, scale in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * scale:
+            return f"{seconds / scale:,.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
 def _size(size: float) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:.2f} {unit}"
     return f"{size:.0f} B"
@@ -73,36 +138,115 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms"
 
 
+def _define_flags(values: flags.FlagValues) -> None:
+    number, text, several = flags.DEFINE_float, flags.DEFINE_string, flags.DEFINE_list
+    flags.DEFINE_integer("workers", 2, "workers, with one replica each", flag_values=values)
+    flags.DEFINE_integer("hosts", None, "the same, with --devices replicas each", flag_values=values)
+    flags.DEFINE_integer("devices", 1, "replicas of each of --hosts", flag_values=values)
+    text("bandwidth", "1gbit", "of each worker's link, each way; of --devices, inside their host", flag_values=values)
+    text("between", None, "of each host's link to the others, each way, where devices have others", flag_values=values)
+    text("slowest_link", None, "of the worker whose link is the slowest", flag_values=values)
+    number("latency_ms", 0.1, "of a message between two workers", flag_values=values)
+    flags.DEFINE_integer("workers_per_host", 1, "workers that share the cores of one host", flag_values=values)
+    several("step_ms", [], "times of steps that were measured elsewhere, without communication", flag_values=values)
+    several("stragglers", [], "so many workers take so many times as long: 3x1.5", flag_values=values)
+    number("hours_between_faults", math.inf, "of one worker, on average", flag_values=values)
+    number("restart_seconds", 60.0, "from a fault until steps are made again", flag_values=values)
+    flags.DEFINE_bool("rejoin", False, "after a fault the others keep their steps", flag_values=values)
+    number("price_per_hour", 0.0, "of a worker", flag_values=values)
+    number("price_per_gb", 0.0, "that leaves a worker", flag_values=values)
+    number("max_loss", None, "of the cheapest reduction: held-out loss above float32's, percent", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of the simulation", flag_values=values)
+
+
+_LEAST = {"workers": 1, "devices": 1, "workers_per_host": 1, "latency_ms": 0, "restart_seconds": 0}
+_LEAST |= {"price_per_hour": 0, "price_per_gb": 0}
+
+
+def _machine(values: flags.FlagValues) -> "Machine":
+    """What the flags describe; raises UserError for what cannot be."""
+    from dist_partial.training.cost_model import Machine
+    from dist_partial.training.simulation import Faults
+
+    for name, least in {**_LEAST, "hosts": 1, "max_loss": 0}.items():
+        value = values[name].value
+        if value is not None and not float(value) >= least:
+            raise cli.UserError(f"--{name} is {value}: it must be at least {least}")
+    if not values.hours_between_faults > 0:
+        raise cli.UserError(f"--hours_between_faults is {values.hours_between_faults}: it must be more than 0")
+    if values.hosts is None and (values.devices > 1 or values.between):
+        raise cli.UserError("--devices and --between say something of hosts: give --hosts instead of --workers")
+    if values.hosts is not None and values["workers"].present:
+        raise cli.UserError("--hosts and --workers both say how many workers there are: give one of them")
+    bandwidth = bytes_per_second(values.bandwidth)
+    between = bytes_per_second(values.between, "between") if values.between else bandwidth
+    if values.slowest_link:
+        between = min(between, bytes_per_second(values.slowest_link, "slowest_link"))
+    try:
+        step_seconds = [float(each) / 1e3 for each in values.step_ms]
+    except ValueError:
+        step_seconds = [0.0]
+    if not all(each > 0 for each in step_seconds):
+        raise cli.UserError(
+            f"--step_ms is {','.join(values.step_ms)!r}: write times in milliseconds, as in 118,120,131"
+        )
+    workers = values.hosts or values.workers
+    return Machine(
+        workers,
+        between,
+        values.latency_ms / 1e3,
+        values.workers_per_host,
+        values.devices,
+        bandwidth if values.hosts else math.inf,
+        step_seconds,
+        stragglers(values.stragglers, workers),
+        Faults(values.hours_between_faults * 3600, values.restart_seconds, rejoin=values.rejoin),
+    )
+
+
+def _words(machine: "Machine", values: flags.FlagValues) -> str:
+    if values.hosts is None:
+        return f"{machine.workers} workers at {values.slowest_link or values.bandwidth}"
+    devices = f"with {machine.devices} devices each at {values.bandwidth}"
+    return (
+        f"{machine.workers} hosts {devices}, {values.slowest_link or values.between or values.bandwidth} between them"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, or 2 for a mistake of the user's."""
     values = flags.FlagValues()
     cli.define_gin_flags(values)
-    flags.DEFINE_integer("workers", 2, "workers, with one replica each", flag_values=values)
-    flags.DEFINE_string("bandwidth", "1gbit", "of each worker's link, each way", flag_values=values)
-    flags.DEFINE_float("latency_ms", 0.1, "of a message between two workers", flag_values=values)
-    flags.DEFINE_integer("workers_per_host", 1, "workers that share the cores of one host", flag_values=values)
+    _define_flags(values)
 
     def command() -> int:
         cli.check_gin_file(values)
-        for name, least in (("workers", 1), ("workers_per_host", 1), ("latency_ms", 0)):
-            if not float(values[name].value or 0) >= least:
-                raise cli.UserError(f"--{name} is {values[name].value}: it must be at least {least}")
-        bandwidth = bytes_per_second(values.bandwidth)
         cli.import_tensorflow_quietly()
+        machine, prices = _machine(values), Prices(values.price_per_hour, values.price_per_gb)
         from dist_partial.config import gin_files
         from dist_partial.reductions.all_reduce import AllReduce
         from dist_partial.selection.table import plan_table
-        from dist_partial.training.cost_model import Machine, estimate
+        from dist_partial.training.candidates import cheapest
+        from dist_partial.training.cost_model import estimate
 
-        machine = Machine(values.workers, bandwidth, values.latency_ms / 1e3, values.workers_per_host)
         settings = gin_files.load(values.gin_file, values.gin_param).settings
-        everything = dataclasses.replace(settings, rules=[("train", ".*")], reduction=AllReduce("float32"))
-        cost = estimate(settings, machine)
+        everything = dataclasses.replace(
+            settings, rules=[("train", ".*")], reduction=AllReduce("float32"), between_hosts=None
+        )
+        cost = estimate(settings, machine, values.seed)
         print(plan_table(cost.plan, machine.workers))
-        if settings.global_batch % machine.workers:
-            print(f"run.global_batch = {settings.global_batch} does not divide among {machine.workers} workers")
-        print(f"\n{machine.workers} workers at {values.bandwidth}\n")
-        print(report(cost, estimate(everything, machine), machine))
+        replicas = machine.workers * machine.devices
+        if settings.global_batch % replicas:
+            print(f"run.global_batch = {settings.global_batch} does not divide among {replicas} replicas")
+        costs = {"this plan": cost, "all, float32": estimate(everything, machine, values.seed)}
+        if values.max_loss is not None:
+            name, found = cheapest(
+                settings, machine, values.max_loss / 100, lambda c: prices.of(c, machine.workers), values.seed
+            )
+            print(f"cheapest within {values.max_loss:g} %: {name}")
+            costs["cheapest"] = found
+        print(f"\n{_words(machine, values)}\n")
+        print(report(costs, machine, prices, settings.steps))
         return 0
 
     return cli.call(__doc__, values, argv, command)

@@ -90,6 +90,7 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "records": ("TFRecords", ("records",), ()),
     "faults": ("Faults", ("faults",), ()),
     "plan": ("The plan's prediction", ("plan",), ()),
+    "simulation": ("The simulated run", ("simulation",), ()),
 }
 _REMOTE = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?((?:https?:)?//[^\"'\s>]+)")
 

@@ -252,14 +252,24 @@ class Plan:
             collectives: how they reach each other, from `distributed.collectives`.
         """
         topology, backend = collectives.topology, collectives.backend
-        workers, local = topology.workers if topology.workers > 1 else topology.local, topology.local
+        return self.on(topology.workers, topology.local, backend.two_levels, backend.has_all_to_all)
+
+    def on(self, hosts: int, devices: int = 1, two_levels: bool = True, all_to_all: bool = True) -> "Plan":
+        """The same plan for so many workers with so many replicas each; of one worker, its replicas count as workers.
+
+        Args:
+            hosts: how many workers.
+            devices: replicas of each.
+            two_levels: whether a worker's own replicas are summed before anything is sent.
+            all_to_all: whether each can send every other something of its own.
+        """
         return dataclasses.replace(
             self,
-            workers=max(2, workers),
-            local=local if backend.two_levels and topology.workers > 1 else 1,
-            all_to_all=backend.has_all_to_all,
-            hosts=topology.workers,
-            devices=local,
+            workers=max(2, hosts if hosts > 1 else devices),
+            local=devices if two_levels and hosts > 1 else 1,
+            all_to_all=all_to_all,
+            hosts=hosts,
+            devices=devices,
         )
 
     def divided(self, units: Sequence[tuple[str, Sequence[str]]]) -> "Plan":

@@ -1,4 +1,4 @@
-"""Predicts what a step will take: computation measured here, and the time on the wire."""
+"""Predicts what a run will take: computation measured here, time on the wire, and a simulation of the workers."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -17,18 +17,24 @@ from dist_partial.distributed import replicas
 from dist_partial.distributed.collectives import PACK_BYTES
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.payload import Payload, average_bytes, itemsize
-from dist_partial.selection.plan import Plan
+from dist_partial.selection.plan import Plan, VariablePlan
 from dist_partial.session import put_back
 from dist_partial.step.evaluation_step import EvaluationSpec, evaluation_step
 from dist_partial.step.exchanges import compiled_exchanges
-from dist_partial.training.build import batches, build, compiled_step
+from dist_partial.training.build import Trainer, batches, build, compiled_step
+from dist_partial.training.simulation import Exchange, Faults, Hosts, Outcome, Work, simulate
 
 # Of the bits on a wire, those that are payload: a frame of 1514 bytes carries 1448, and a few are acknowledgements.
 EFFICIENCY = 0.95
 # CPU time that a byte takes on its way through one worker's sockets and sums, in nanoseconds; measured by
 # tests/benchmarks/wire.py, unshaped.
 CPU_NS_PER_BYTE = 1.5
+# CPU time in seconds that a worker takes for a hop, and besides for each message of it that it sends and receives;
+# fitted to tests/benchmarks/simulation.py --table=many.
+CPU_SECONDS_PER_HOP = 6.5e-4
+CPU_SECONDS_PER_MESSAGE = 2.8e-5
 _REPEATS = 5
+_SINGLE = 40  # steps that are timed one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +42,27 @@ class Machine:
     """Describes what a plan will run on.
 
     Attributes:
-        workers: how many, with one replica each.
-        bandwidth: of each worker's link, each way, bytes a second.
+        workers: how many; each is a host of its own, but for `workers_per_host`.
+        bandwidth: of each worker's link, the slowest of them, each way, bytes a second.
         latency: of a message between two workers, seconds.
         workers_per_host: how many share the cores of one host.
+        devices: replicas of each worker.
+        inside: bytes a second of each device's link within its host, each way.
+        step_seconds: times of steps without communication, measured elsewhere, in which all that a replica computes is
+            included; else computation is measured here.
+        stragglers: so many workers take so many times as long as the others.
+        faults: of the workers; how often checkpoints are written is the run's to say.
     """
 
     workers: int
     bandwidth: float
     latency: float = 1e-4
     workers_per_host: int = 1
+    devices: int = 1
+    inside: float = math.inf
+    step_seconds: Sequence[float] = ()
+    stragglers: Sequence[tuple[int, float]] = ()
+    faults: Faults = dataclasses.field(default_factory=Faults)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,87 +71,160 @@ class Cost:
 
     Attributes:
         plan: the plan.
-        payload: bytes that the replica hands over.
+        payload: bytes that the worker hands over.
         nic_bytes: bytes that leave its network interface.
+        inside_bytes: bytes that leave each of its devices for others of the same host.
         memory: bytes of optimizer slots, and of what reductions keep.
         compute: the step without communication, measured, where the workers of a host share its cores.
         wire: the least time that the bytes at the interface take.
-        step: what is expected.
+        run: what the simulation of the whole run says, of all workers.
     """
 
     plan: Plan
     payload: float
     nic_bytes: float
+    inside_bytes: float
     memory: int
     compute: float
     wire: float
-    step: float
+    run: Outcome
+
+    @property
+    def step(self) -> float:
+        """The step that is expected where nothing fails."""
+        return self.run.step
 
 
 @dataclasses.dataclass(frozen=True)
-class Computation:
-    """Holds one worker's times without communication, in seconds: forward pass, whole step and its CPU time.
+class Measured:
+    """Holds one replica's times without communication, in seconds, of one build of a plan.
 
-    `sums` is how many sums over the workers its layers wait for, one after the other.
+    Attributes:
+        plan: as tracing has shown it.
+        forward: a forward pass.
+        step: a whole step.
+        cpu: its CPU time.
+        spread: times of single steps, divided by their median.
+        sums: how many sums over the workers its layers wait for, one after the other.
+        exchanges: of every group that trains by itself, the computation of an exchange.
+        memory: bytes.
     """
 
+    plan: Plan
     forward: float
     step: float
     cpu: float
+    spread: Sequence[float]
     sums: int
+    exchanges: Sequence[float]
+    memory: int
 
 
-def estimate(settings: Settings, machine: Machine) -> Cost:
-    """Builds the model, measures the computation of a few steps, and adds what the wire takes.
+def estimate(settings: Settings, machine: Machine, seed: int = 0) -> Cost:
+    """Builds the model, measures the computation of a few steps, and simulates the run.
 
-    The gradients of the last layers travel while those of the first are computed, pack by pack.
+    Examples:
+        >>> from dist_partial.data import stdlib_shapes
+        >>> from dist_partial.models import two_dense
+        >>> settings = Settings([("train", "dense2/.*"), ("freeze", ".*")], two_dense, stdlib_shapes)
+        >>> cost = estimate(settings, Machine(workers=4, bandwidth=25e6, latency=0.05))
+        >>> cost.payload, cost.nic_bytes, cost.step > 0.1  # a sum takes two messages, one after the other
+        (2600, 3900, True)
     """
+    return cost_of(measure(settings, machine), settings, machine, seed)
+
+
+def measure(settings: Settings, machine: Machine) -> Measured:
+    """Builds the model, and times what one replica of the machine computes, unless that is known."""
+    batch = max(1, settings.global_batch // (machine.workers * machine.devices))
+    # Of a schedule the costliest case: everything that it may train, at once.
+    if not isinstance(settings.schedule, Constant):
+        print("run.schedule trains a part of this at a time; what follows is of all that the rules train together")
     with put_back():
-        plan, computation, exchanges, memory = _measure(settings, max(1, settings.global_batch // machine.workers))
-    own = plan
-    plan = dataclasses.replace(plan, workers=max(2, machine.workers))
-    memory += _kept(plan) - _kept(own)  # residuals of sums are there from three workers on
-    cores = os.cpu_count() or 1
+        trainer = build(dataclasses.replace(settings, schedule=Constant()), replicas.create("default"))
+        return _measure(trainer, -(-batch // settings.accumulate) * settings.accumulate, machine.step_seconds)
+
+
+def cost_of(measured: Measured, settings: Settings, machine: Machine, seed: int = 0) -> Cost:
+    """Simulates the run of which one replica's computation is known."""
+    plan = measured.plan.on(machine.workers, machine.devices)
+    # Residuals of sums are there from three workers on.
+    memory = measured.memory + _kept(plan) - _kept(measured.plan)
+    work, slower = _work(plan, measured, machine)
+    hosts = Hosts(
+        machine.workers,
+        machine.devices,
+        measured.spread,
+        machine.stragglers,
+        dataclasses.replace(machine.faults, checkpoint_every=settings.save_every or settings.steps),
+    )
+    nic_bytes = average_bytes(plan.payloads, machine.workers)
+    inside = _inside(plan, plan.trained, exchanged=False) + _inside(plan, plan.trained, exchanged=True)
+    return Cost(
+        plan,
+        plan.wire_bytes,
+        nic_bytes,
+        average_bytes(inside, machine.devices),
+        memory,
+        compute=measured.step * slower + sum(each.compute / each.every for each in work.exchanges),
+        wire=nic_bytes / machine.bandwidth,
+        run=simulate(work, hosts, settings.steps, seed),
+    )
+
+
+def _work(plan: Plan, measured: Measured, machine: Machine) -> tuple[Work, float]:
+    """What the simulation is told, and how many times as long computation takes where workers share cores."""
+    workers, rate = machine.workers, machine.bandwidth * EFFICIENCY
     shared = [entry for entry in plan.trained if entry.reduction.shared]
-    all_reduce = [payload for entry in shared for payload in plan.handed_over(entry)]
-    all_reduce += [payload for payload in plan.statistics if payload.every == 1]
-    sending = average_bytes(all_reduce, machine.workers)
-    periodic = average_bytes(plan.payloads, machine.workers) - sending
+    every_step = [payload for entry in shared for payload in plan.handed_over(entry)]
+    every_step += [payload for payload in plan.statistics if payload.every == 1]
     # Workers that share a host's cores compute side by side until the cores are full; sockets want their share.
-    crowded = machine.workers_per_host / cores
-    transport = 2 * (sending + periodic) * CPU_NS_PER_BYTE * 1e-9
-    compute = max(computation.step, computation.cpu * crowded) + exchanges
-    slower = compute / (computation.step + exchanges)
-    wire = (sending + periodic) / machine.bandwidth
-    rate = machine.bandwidth * EFFICIENCY
-    forward = computation.forward * slower
-    step = _travel(average_bytes(all_reduce), sending / rate, forward, computation.step * slower)
-    step += exchanges * slower + periodic / rate - _hidden(plan, machine.workers, rate, step)
-    if machine.workers > 1:
-        apart = [group.entries for group in plan.groups if not group.reduction.shared]
-        step += machine.latency * (_hops(plan, shared) + sum(_hops(plan, each) for each in apart) + computation.sums)
-        step = max(step, (computation.cpu + transport) * crowded)
-    return Cost(plan, plan.wire_bytes, sending + periodic, memory, compute, wire, step)
+    crowded = machine.workers_per_host / (os.cpu_count() or 1)
+    slower = max(1.0, measured.cpu * crowded / measured.step)
+    handling = CPU_SECONDS_PER_HOP + CPU_SECONDS_PER_MESSAGE * (workers - 1)
+    message = machine.latency + handling * max(1.0, crowded)
+    exchanges = []
+    averaged = [payload for payload in plan.statistics if payload.every > 1]  # they travel with the first exchange
+    for group, compute in zip([g for g in plan.groups if _periodic(g.reduction)], measured.exchanges, strict=True):
+        reduction, sent = group.reduction, averaged + [m for e in group.entries for m in plan.handed_over(e)]
+        averaged = []
+        once = average_bytes(sent, workers) / rate
+        once += average_bytes(_inside(plan, group.entries, exchanged=True), machine.devices) / machine.inside
+        once += message * _hops(plan, group.entries) if workers > 1 else 0.0
+        wire = once * reduction.sync_every
+        exchanges.append(
+            Exchange(reduction.sync_every, reduction.offset, reduction.delay, reduction.warm_up, compute * slower, wire)
+        )
+    hops = _hops(plan, shared) + measured.sums
+    transport = 2 * average_bytes(plan.payloads, workers) * CPU_NS_PER_BYTE * 1e-9
+    transport += handling * hops
+    work = Work(
+        forward=measured.forward * slower,
+        step=measured.step * slower,
+        packs=max(1, math.ceil(average_bytes(every_step) / PACK_BYTES)),
+        inside=average_bytes(_inside(plan, plan.trained, exchanged=False), machine.devices) / machine.inside,
+        between=average_bytes(every_step, workers) / rate,
+        waits=message * hops if workers > 1 else 0.0,
+        least=(measured.cpu + transport) * crowded if workers > 1 else 0.0,
+        exchanges=tuple(exchanges),
+    )
+    return work, slower
 
 
-def _travel(payload: float, wire: float, forward: float, computed: float) -> float:
-    """When the last pack has arrived; gradients appear evenly through the backward pass, a pack leaves when full."""
-    arrived = filled = 0.0
-    while filled < payload:
-        pack = min(PACK_BYTES, payload - filled)
-        filled += pack
-        ready = forward + (computed - forward) * filled / payload
-        arrived = max(ready, arrived) + wire * pack / payload
-    return max(arrived, computed)
+def _periodic(reduction: Any) -> bool:
+    """Whether a group exchanges something, and not in every step."""
+    return getattr(reduction, "window", None) is not None
 
 
-def _hidden(plan: Plan, workers: int, rate: float, step: float) -> float:
-    """Seconds a step, on average, in which exchanges travel while steps are made."""
-    found = 0.0
-    for group in plan.groups:
-        delay, every = getattr(group.reduction, "delay", 0), getattr(group.reduction, "sync_every", 1)
-        each = average_bytes([payload for entry in group.entries for payload in plan.handed_over(entry)], workers)
-        found += min(each * every / rate, delay * step) / every
+def _inside(plan: Plan, entries: Sequence[VariablePlan], exchanged: bool) -> list[Payload]:
+    """What each device hands over to those of its host: in an exchange of every few steps, or else in every step."""
+    found = []
+    for entry in entries:
+        if entry.inside is not None and not exchanged:
+            found += entry.inside.payloads(entry.trained_shape, entry.dtype, plan.members(entry, inside=True))
+        elif entry.inside is None and exchanged != entry.reduction.shared:
+            # They add up what they have before one of them sends it.
+            found += [payload for payload in entry.payloads(plan.peers(entry)) if payload.kind == "sum"]
     return found
 
 
@@ -145,33 +235,43 @@ def _hops(plan: Plan, entries: Sequence[Any]) -> float:
     )
 
 
-def _measure(settings: Settings, batch: int) -> tuple[Plan, Computation, float, int]:
-    # Of a schedule the costliest case: everything that it may train, at once.
-    if not isinstance(settings.schedule, Constant):
-        print("run.schedule trains a part of this at a time; what follows is of all that the rules train together")
-    trainer = build(dataclasses.replace(settings, schedule=Constant()), replicas.create("default"))
+def _measure(trainer: Trainer, batch: int, step_seconds: Sequence[float]) -> Measured:
     strategy, wire = trainer.replicas.strategy, trainer.replicas.collectives
-    batch = -(-batch // settings.accumulate) * settings.accumulate
     train, inputs = compiled_step(trainer, trainer.plan), batches(trainer, 0, batch)
-    forward = evaluation_step(EvaluationSpec(strategy, wire, trainer.model, trainer.objective))
-    again = iter(tf.data.Dataset.from_tensors(next(inputs)).repeat())
-    forward_time, _ = _time(lambda n: forward(again, tf.constant(n), batch).numpy())
+    example = next(inputs)
     with _summed() as sums:
         train.function.get_concrete_function(inputs, tf.constant(1))
-    averages = reductions.averages(trainer.plan, trainer.averaged)
-    step_time, cpu = _time(lambda n: train.function(inputs, tf.constant(n))["loss"].numpy())
-    exchanges = 0.0
-    for exchange in compiled_exchanges(strategy, wire, trainer.plan, trainer.fragments, train.without_gradient, []):
-        once, _ = _time(lambda n, exchange=exchange: [exchange.function() for _ in range(n)])
-        exchanges += once / exchange.fragment.reduction.sync_every
+    plan = trainer.plan.traced(
+        train.without_gradient, [*reductions.averages(trainer.plan, trainer.averaged), *sums], train.looked_up
+    )
     memory = sum(
         _bytes(v)
         for k, v in trainer.state().variables.items()
         if k.startswith(("slots/", "outer/", "reductions/", "moving/"))
     )
     memory += sum(_bytes(anchor.variable) for fragment in trainer.fragments for anchor in fragment.outer.members)
-    plan = trainer.plan.traced(train.without_gradient, [*averages, *sums], train.looked_up)
-    return plan, Computation(forward_time, step_time, cpu, len(sums)), exchanges, memory
+    if step_seconds:  # as for a step of everything, whose backward pass computes twice as much
+        step = statistics.median(step_seconds)
+        spread, exchanges = [each / step for each in step_seconds], [0.0] * len(trainer.fragments)
+        return Measured(plan, step / 3, step, step, spread, len(sums), exchanges, memory)
+    forward = evaluation_step(EvaluationSpec(strategy, wire, trainer.model, trainer.objective))
+    again = iter(tf.data.Dataset.from_tensors(example).repeat())
+    forward_time, _ = _time(lambda n: forward(again, tf.constant(n), batch).numpy())
+    step_time, cpu = _time(make := lambda n: train.function(inputs, tf.constant(n))["loss"].numpy())
+    exchanges = []
+    for exchange in compiled_exchanges(strategy, wire, trainer.plan, trainer.fragments, train.without_gradient, []):
+        exchanges.append(_time(lambda n, exchange=exchange: [exchange.function() for _ in range(n)])[0])
+    return Measured(plan, forward_time, step_time, cpu, _spread(make), len(sums), exchanges, memory)
+
+
+def _spread(step: Callable[[int], Any]) -> list[float]:
+    """Times of single steps, divided by their median."""
+    times = []
+    for _ in range(_SINGLE):
+        start = time.perf_counter()
+        step(1)
+        times.append(time.perf_counter() - start)
+    return [each / statistics.median(times) for each in times]
 
 
 @contextlib.contextmanager
@@ -212,7 +312,7 @@ def _time(call: Any) -> tuple[float, float]:
 
 def _kept(plan: Plan) -> int:
     """Bytes of what the reductions keep on each replica."""
-    states = [e.reduction.state(e.path, e.trained_shape, e.dtype, plan.peers(e)) for e in plan.trained]
+    states = [e.reduction.state(e.path, e.trained_shape, e.dtype, plan.members(e)) for e in plan.trained]
     return sum(array.nbytes for state in states for array in state.values())
 
 

@@ -141,6 +141,38 @@ def records(found: Mapping[str, Any]) -> Tables:
     }
 
 
+def simulation(found: Mapping[str, Any]) -> Tables:
+    """Predicted and measured step times; runs that were killed; and, of each number of workers, the output."""
+    header = ["run", "rate", "workers", "predicted, ms", "measured, ms", "error"]
+    titles = {"runs": "Links", "many": "Messages", "straggler": "A straggler"}
+    made = {}
+    for name, title in titles.items():
+        lines = [
+            [
+                *(row[each] for each in ("run", "rate", "workers")),
+                *(f"{row[each]:,.1f}" for each in ("predicted_ms", "measured_ms")),
+                f"{row['error']:+.1%}",
+            ]
+            for row in found.get(name, [])
+        ]
+        made |= {title: markdown(header, lines, words=2)} if lines else {}
+    killed = [
+        [
+            row["round"],
+            row["kills"],
+            f"{row['restart_seconds']:.1f}",
+            *(f"{row[each]:,.1f}" for each in ("predicted_seconds", "measured_seconds")),
+            f"{row['error']:+.1%}",
+        ]
+        for row in found.get("kills", [])
+    ]
+    names = ["run", "kills", "a restart, s", "predicted, s", "measured, s", "error"]
+    made["Kills"] = markdown(names, killed, words=0)
+    for row in found.get("large", []):
+        made[f"{row['workers']:,} replicas, simulated"] = f"```text\n{row['output'].strip()}\n```"
+    return made
+
+
 def sampling(found: Mapping[str, Any]) -> Tables:
     header = ["bytes a text", "everything recomputed, tokens a second", "key-value cache, tokens a second", "ratio"]
     lines = []
@@ -269,6 +301,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], Tables]] = {
         records,
         sampling,
         schedules,
+        simulation,
         step,
         switch,
         tls,

@@ -1,15 +1,16 @@
 """What is predicted without training: bytes and memory exactly, times by their parts."""
 
+import dataclasses
 import json
 
 import keras
 import numpy as np
 import pytest
 
-from dist_partial import plan
+from dist_partial import models, plan
 from dist_partial.config import gin_files
 from dist_partial.config.settings import Settings
-from dist_partial.data import ArraySource, Dataset, fingerprint
+from dist_partial.data import ArraySource, Dataset, fingerprint, stdlib_shapes
 from dist_partial.distributed.collectives import Collectives
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.reductions.all_reduce import AllReduce
@@ -18,10 +19,9 @@ from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
-from dist_partial.selection.resolve import resolve
 from dist_partial.selection.rules import Rule
 from dist_partial.training import loop
-from dist_partial.training.cost_model import Machine, _hidden, estimate
+from dist_partial.training.cost_model import Machine, estimate
 from tests.helpers.cases import convolutional
 from tests.helpers.files import rows
 from tests.helpers.marks import quick
@@ -73,12 +73,28 @@ def test_a_slower_link_takes_longer_and_one_worker_sends_nothing(tiny):
     assert (alone.nic_bytes, alone.wire) == (0, 0)
 
 
-@pytest.mark.parametrize(("delay", "step", "hidden"), [(0, 0.1, 0.0), (3, 0.001, 0.003 / 4), (3, 0.1, 0.02048 / 4)])
-def test_what_travels_while_steps_are_made_takes_no_time(delay, step, hidden):
-    """As far as these steps last: an exchange of 20,480 bytes every 4 steps, at a megabyte a second."""
-    model = keras.Sequential([keras.Input((160,)), keras.layers.Dense(32, use_bias=False)])
-    found = resolve([("train", ".*")], model, LocalSGD(4, delay=delay))
-    assert _hidden(found, 2, 1e6, step) == pytest.approx(hidden)
+@pytest.mark.parametrize("delay", [0, 3])
+def test_what_travels_while_steps_are_made_takes_no_time(delay):
+    """An exchange of 20,480 bytes every 4 steps, at a megabyte a second, beside steps of 10 ms."""
+    rules = [("train", "dense1/kernel"), ("freeze", ".*")]
+    settings = Settings(
+        rules, lambda: models.two_dense(hidden=32), stdlib_shapes, reduction=LocalSGD(4, delay=delay), steps=2000
+    )
+    cost = estimate(settings, Machine(2, 1e6, latency=0.0, step_seconds=[0.01]))
+    wire = KERNEL1 * 4 / 1e6 / 0.95
+    assert cost.step == pytest.approx(0.01 if delay else 0.01 + wire / 4, rel=0.05)
+
+
+def test_devices_of_a_host_send_inside_it_and_the_host_once():
+    """4 hosts of 8 devices: a ring in each host, and between hosts what one worker sends."""
+    settings = Settings([("train", ".*")], lambda: models.two_dense(hidden=32), stdlib_shapes)
+    size = 4 * (160 * 32 + 32 + 32 * 10 + 10)
+    cost = estimate(settings, Machine(4, 1e6, devices=8, inside=1e5, step_seconds=[1e-3]))
+    assert (cost.nic_bytes, cost.inside_bytes) == (1.5 * size, 1.75 * size)
+    assert cost.step == pytest.approx(1.5 * size / 0.95e6 + 1.75 * size / 1e5, rel=0.05)
+    apart = dataclasses.replace(settings, between_hosts=LocalSGD(10))
+    cost = estimate(apart, Machine(4, 1e6, devices=8, inside=1e5, step_seconds=[1e-3]))
+    assert (cost.nic_bytes, cost.inside_bytes) == (0.15 * size, 1.75 * size)
 
 
 def test_the_command_prints_plan_comparison_and_rules(tiny, capsys):
@@ -91,6 +107,56 @@ def test_the_command_prints_plan_comparison_and_rules(tiny, capsys):
     rules = printed.split("rules by what they make each worker send:")[1].strip().splitlines()
     assert [line.split("train ")[1].split(":")[0] for line in rules] == [r"dense2/.*", "dense1/kernel"]
     assert "does not divide" not in printed
+
+
+MANY = ["--hosts=250", "--devices=4", "--bandwidth=1gbit", "--between=100mbit", "--step_ms=20,20,21,30"]
+FAILING = ["--hours_between_faults=500", "--restart_seconds=90", "--gin_param=run.save_every=100"]
+PRICES = ["--price_per_hour=2", "--price_per_gb=0.05", "--max_loss=1", "--gin_param=run.steps=500000"]
+
+
+def test_a_thousand_replicas_are_simulated_the_same_each_time(tiny, capsys):
+    flags = [f"--gin_file={tiny}", "--gin_param=run.global_batch=16000", *MANY, *FAILING, *PRICES]
+    outputs = []
+    for seed in (1, 1, 2):
+        assert plan.main([*flags, f"--seed={seed}"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert "250 hosts with 4 devices each at 1gbit, 100mbit between them" in outputs[0]
+    table = outputs[0].split("100mbit between them")[1].splitlines()
+    cells = {line[:28].strip(): line[28:].split("  ") for line in table if line}
+    cells = {name: [each.strip() for each in row if each.strip()] for name, row in cells.items()}
+    assert cells[""] == ["this plan", "all, float32", "cheapest"]
+    assert cells["computation, as given"] == ["20.5 ms"] * 3
+    faults = [float(each.replace(",", "")) for each in cells["faults in that time"]]
+    goodput = [float(each.rstrip("%")) for each in cells["goodput"]]
+    assert all(count > 0 for count in faults) and all(50 < each < 100 for each in goodput)
+    costs = [float(each.replace(",", "")) for each in cells["the run costs"]]
+    assert costs[2] == min(costs) > 0
+    day = cells["a worker sends a day"][0].split()[0], cells["all workers send a day"][0].split()[0]
+    assert all(float(each) > 0 for each in day)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--hosts=2", "--workers=3"], "both say how many"),
+        (["--devices=2"], "give --hosts instead of --workers"),
+        (["--between=1gbit"], "give --hosts instead of --workers"),
+        (["--hosts=2", "--between=fast"], "--between is 'fast'"),
+        (["--slowest_link=0mbit"], "--slowest_link is '0mbit'"),
+        (["--stragglers=3"], "--stragglers has '3'"),
+        (["--stragglers=3x0.5"], "--stragglers has '3x0.5'"),
+        (["--stragglers=3x2"], "more workers than the 2"),
+        (["--step_ms=ten"], "--step_ms is 'ten'"),
+        (["--step_ms=10,-1"], "--step_ms is '10,-1'"),
+        (["--hours_between_faults=0"], "must be more than 0"),
+        (["--price_per_gb=-1"], "must be at least 0"),
+        (["--max_loss=-1"], "must be at least 0"),
+    ],
+)
+def test_mistakes_in_the_flags_are_named(tiny, flags, words, capsys):
+    assert plan.main([f"--gin_file={tiny}", *flags]) == 2
+    assert words in capsys.readouterr().err
 
 
 KINDS = {
