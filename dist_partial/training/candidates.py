@@ -17,7 +17,7 @@ from dist_partial.training.cost_model import Cost, Machine, cost_of, estimate, m
 
 
 class Candidate(NamedTuple):
-    """A reduction, and how much higher than in float32 the held-out loss was, as a part of it."""
+    """Holds a reduction, and how much higher than in float32 the held-out loss was, as a part of it."""
 
     reduction: Any
     loss: float
