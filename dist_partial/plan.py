@@ -71,6 +71,8 @@ class Prices:
 
     def of(self, cost: "Cost", workers: int) -> float:
         """What a whole run costs, with all that faults make it do again."""
+        if cost.run.seconds == math.inf:
+            return math.inf
         gigabytes = cost.nic_bytes * cost.run.made / 1e9
         return workers * (cost.run.seconds / 3600 * self.per_hour + gigabytes * self.per_gb)
 
@@ -90,15 +92,19 @@ def report(costs: Mapping[str, "Cost"], machine: "Machine", prices: Prices, step
         ("expected step", lambda c: _ms(c.step)),
         (f"{steps:,} steps take", lambda c: _time(c.run.seconds)),
         *(
-            [("faults in that time", lambda c: f"{c.run.faults:,.1f}")]
+            [("faults in that time", lambda c: _ended(c, f"{c.run.faults:,.1f}"))]
             if math.isfinite(machine.faults.mean_seconds)
             else []
         ),
         ("goodput", lambda c: f"{c.run.goodput:.1%}"),
-        ("a worker sends a day", lambda c: _size(_a_day(c, c.nic_bytes))),
-        ("all workers send a day", lambda c: _size(_a_day(c, c.nic_bytes) * machine.workers)),
-        *([("a device sends a day, inside", lambda c: _size(_a_day(c, c.inside_bytes)))] if several else []),
-        *([("the run costs", lambda c: f"{prices.of(c, machine.workers):,.2f}")] if prices != Prices() else []),
+        ("a worker sends a day", lambda c: _ended(c, _size(_a_day(c, c.nic_bytes)))),
+        ("all workers send a day", lambda c: _ended(c, _size(_a_day(c, c.nic_bytes) * machine.workers))),
+        *([("a device sends a day, inside", lambda c: _ended(c, _size(_a_day(c, c.inside_bytes))))] if several else []),
+        *(
+            [("the run costs", lambda c: _ended(c, f"{prices.of(c, machine.workers):,.2f}"))]
+            if prices != Prices()
+            else []
+        ),
     ]
     lines = ["".join([" " * 28, *(f"{name:>18}" for name in costs)])]
     lines += ["".join([f"{name:28}", *(f"{write(each):>18}" for each in costs.values())]) for name, write in rows]
@@ -116,6 +122,11 @@ def report(costs: Mapping[str, "Cost"], machine: "Machine", prices: Prices, step
 
 def _a_day(cost: "Cost", size: float) -> float:
     return size * cost.run.made / cost.run.seconds * 86400 if math.isfinite(cost.run.seconds) else 0.0
+
+
+def _ended(cost: "Cost", text: str) -> str:
+    """What is said of a run that ends: of one that does not there is no sum."""
+    return text if math.isfinite(cost.run.seconds) else "-"
 
 
 def _time(seconds: float) -> str:
@@ -160,7 +171,7 @@ def _define_flags(values: flags.FlagValues) -> None:
 
 
 _LEAST = {"workers": 1, "devices": 1, "workers_per_host": 1, "latency_ms": 0, "restart_seconds": 0}
-_LEAST |= {"price_per_hour": 0, "price_per_gb": 0}
+_LEAST |= {"price_per_hour": 0, "price_per_gb": 0, "seed": 0}
 
 
 def _machine(values: flags.FlagValues) -> "Machine":
@@ -170,7 +181,7 @@ def _machine(values: flags.FlagValues) -> "Machine":
 
     for name, least in {**_LEAST, "hosts": 1, "max_loss": 0}.items():
         value = values[name].value
-        if value is not None and not float(value) >= least:
+        if value is not None and not least <= float(value) < math.inf:
             raise cli.UserError(f"--{name} is {value}: it must be at least {least}")
     if not values.hours_between_faults > 0:
         raise cli.UserError(f"--hours_between_faults is {values.hours_between_faults}: it must be more than 0")
@@ -181,12 +192,14 @@ def _machine(values: flags.FlagValues) -> "Machine":
     bandwidth = bytes_per_second(values.bandwidth)
     between = bytes_per_second(values.between, "between") if values.between else bandwidth
     if values.slowest_link:
-        between = min(between, bytes_per_second(values.slowest_link, "slowest_link"))
+        others, between = between, bytes_per_second(values.slowest_link, "slowest_link")
+        if between > others:
+            raise cli.UserError(f"--slowest_link is {values.slowest_link}: that is faster than the others")
     try:
         step_seconds = [float(each) / 1e3 for each in values.step_ms]
     except ValueError:
         step_seconds = [0.0]
-    if not all(each > 0 for each in step_seconds):
+    if not all(0 < each < math.inf for each in step_seconds):
         raise cli.UserError(
             f"--step_ms is {','.join(values.step_ms)!r}: write times in milliseconds, as in 118,120,131"
         )
@@ -225,11 +238,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         machine, prices = _machine(values), Prices(values.price_per_hour, values.price_per_gb)
         from dist_partial.config import gin_files
         from dist_partial.reductions.all_reduce import AllReduce
+        from dist_partial.schedules.fixed import Constant
         from dist_partial.selection.table import plan_table
         from dist_partial.training.candidates import cheapest
         from dist_partial.training.cost_model import estimate
 
         settings = gin_files.load(values.gin_file, values.gin_param).settings
+        if not isinstance(settings.schedule, Constant):  # the costliest case
+            print("run.schedule trains a part of this at a time; what follows is of all that the rules train together")
         everything = dataclasses.replace(
             settings, rules=[("train", ".*")], reduction=AllReduce("float32"), between_hosts=None
         )

@@ -66,8 +66,10 @@ def cheapest(
 
     def at_least(candidate: Candidate) -> tuple[float, float]:
         """What a run would cost that encodes in no time."""
+        lookups = hasattr(candidate.reduction, "lookup_payloads")
         entries = tuple(
-            dataclasses.replace(e, reduction=candidate.reduction, ids=None) for e in every_step.plan.entries
+            dataclasses.replace(e, reduction=candidate.reduction, ids=e.ids if lookups else None)
+            for e in every_step.plan.entries
         )
         plan = dataclasses.replace(every_step.plan, entries=entries)
         exchanges = [0.0 for group in plan.groups if not group.reduction.shared]

@@ -137,10 +137,7 @@ def estimate(settings: Settings, machine: Machine, seed: int = 0) -> Cost:
 def measure(settings: Settings, machine: Machine) -> Measured:
     """Builds the model, and times what one replica of the machine computes, unless that is known."""
     batch = max(1, settings.global_batch // (machine.workers * machine.devices))
-    # Of a schedule the costliest case: everything that it may train, at once.
-    if not isinstance(settings.schedule, Constant):
-        print("run.schedule trains a part of this at a time; what follows is of all that the rules train together")
-    with put_back():
+    with put_back():  # of a schedule the costliest case: everything that it may train, at once
         trainer = build(dataclasses.replace(settings, schedule=Constant()), replicas.create("default"))
         return _measure(trainer, -(-batch // settings.accumulate) * settings.accumulate, machine.step_seconds)
 
@@ -189,20 +186,23 @@ def _work(plan: Plan, measured: Measured, machine: Machine) -> tuple[Work, float
         reduction, sent = group.reduction, averaged + [m for e in group.entries for m in plan.handed_over(e)]
         averaged = []
         once = average_bytes(sent, workers) / rate
-        once += average_bytes(_inside(plan, group.entries, exchanged=True), machine.devices) / machine.inside
+        once += average_bytes(_inside(plan, group.entries, exchanged=True), machine.devices) / (
+            machine.inside * EFFICIENCY
+        )
         once += message * _hops(plan, group.entries) if workers > 1 else 0.0
         wire = once * reduction.sync_every
         exchanges.append(
             Exchange(reduction.sync_every, reduction.offset, reduction.delay, reduction.warm_up, compute * slower, wire)
         )
-    hops = _hops(plan, shared) + measured.sums
+    hops = _hops(plan, shared) + 2 * measured.sums
     transport = 2 * average_bytes(plan.payloads, workers) * CPU_NS_PER_BYTE * 1e-9
     transport += handling * hops
     work = Work(
         forward=measured.forward * slower,
         step=measured.step * slower,
         packs=max(1, math.ceil(average_bytes(every_step) / PACK_BYTES)),
-        inside=average_bytes(_inside(plan, plan.trained, exchanged=False), machine.devices) / machine.inside,
+        inside=average_bytes(_inside(plan, plan.trained, exchanged=False), machine.devices)
+        / (machine.inside * EFFICIENCY),
         between=average_bytes(every_step, workers) / rate,
         waits=message * hops if workers > 1 else 0.0,
         least=(measured.cpu + transport) * crowded if workers > 1 else 0.0,
@@ -224,7 +224,8 @@ def _inside(plan: Plan, entries: Sequence[VariablePlan], exchanged: bool) -> lis
             found += entry.inside.payloads(entry.trained_shape, entry.dtype, plan.members(entry, inside=True))
         elif entry.inside is None and exchanged != entry.reduction.shared:
             # They add up what they have before one of them sends it.
-            found += [payload for payload in entry.payloads(plan.peers(entry)) if payload.kind == "sum"]
+            payloads = entry.payloads(plan.peers(entry))
+            found += [payload for payload in payloads if payload.kind == "sum" or plan.hosts == 1]
     return found
 
 

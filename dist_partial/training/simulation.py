@@ -129,7 +129,7 @@ def simulate(work: Work, hosts: Hosts, steps: int = _STEPS, seed: int = 0) -> Ou
         (0.1, 0.97)
     """
     generator = np.random.default_rng(seed)
-    step = _step_seconds(work, hosts, steps, generator)
+    step = _mean_step(work, hosts, steps, generator)
     mean = hosts.faults.mean_seconds / hosts.count
     if mean == math.inf:
         return with_faults(step, steps, hosts.faults, iter(()))
@@ -173,11 +173,20 @@ def with_faults(step: float, steps: int, faults: Faults, gaps: Iterator[float]) 
     return Outcome(step, seconds * longer, made * longer, count * longer, done * step / seconds)
 
 
+def _mean_step(work: Work, hosts: Hosts, steps: int, generator: np.random.Generator) -> float:
+    """Seconds a step, on average over a run with its warm-up."""
+    warm = min(steps, max((each.warm_up for each in work.exchanges), default=0))
+    often = [dataclasses.replace(each, every=1, delay=0) if each.warm_up else each for each in work.exchanges]
+    parts = [(warm, dataclasses.replace(work, exchanges=tuple(often))), (steps - warm, work)]
+    return sum(count * _step_seconds(part, hosts, count, generator) for count, part in parts if count) / steps
+
+
 def _step_seconds(work: Work, hosts: Hosts, steps: int, generator: np.random.Generator) -> float:
-    """Seconds a step, on average over some of the run's steps."""
+    """Seconds a step, on average over some of so many."""
     shape = hosts.count, hosts.devices
-    rounds = 4 * max((each.every for each in work.exchanges), default=1)
-    steps = min(steps, max(rounds, min(_STEPS, _DRAWS // math.prod(shape))))
+    rarest = max((each.every for each in work.exchanges), default=1)
+    enough = max(4 * rarest, min(_STEPS, _DRAWS // math.prod(shape)))
+    steps = min(steps, math.ceil(enough / rarest) * rarest)
     slower, spread = _slower(hosts), np.asarray(hosts.spread, float)
     together = work.between > 0 or work.waits > 0
     tail = _Tail(work, float(spread.min()), float(spread.max() * slower.max()))
@@ -190,12 +199,10 @@ def _step_seconds(work: Work, hosts: Hosts, steps: int, generator: np.random.Gen
         elif work.inside:
             clocks = clocks.max(axis=1, keepdims=True) + tail(took.max(axis=1, keepdims=True))
         for number, exchange in enumerate(work.exchanges):
-            warm = step <= exchange.warm_up
-            if warm or step % exchange.every == exchange.offset % exchange.every:
-                delay = 0 if warm else exchange.delay
+            if step % exchange.every == exchange.offset % exchange.every:
                 clocks = clocks + exchange.compute * slower
-                free = max(free, clocks.max()) + exchange.wire * (_sharing(work) if delay else 1.0)
-                landings[step + delay, number] = free
+                free = max(free, clocks.max()) + exchange.wire * (_sharing(work) if exchange.delay else 1.0)
+                landings[step + exchange.delay, number] = free
             if (step, number) in landings:
                 clocks = np.maximum(clocks, landings.pop((step, number)))
     return max(float(clocks.max()) / steps, work.least)

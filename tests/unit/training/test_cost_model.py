@@ -91,7 +91,7 @@ def test_devices_of_a_host_send_inside_it_and_the_host_once():
     size = 4 * (160 * 32 + 32 + 32 * 10 + 10)
     cost = estimate(settings, Machine(4, 1e6, devices=8, inside=1e5, step_seconds=[1e-3]))
     assert (cost.nic_bytes, cost.inside_bytes) == (1.5 * size, 1.75 * size)
-    assert cost.step == pytest.approx(1.5 * size / 0.95e6 + 1.75 * size / 1e5, rel=0.05)
+    assert cost.step == pytest.approx(1.5 * size / 0.95e6 + 1.75 * size / 0.95e5, rel=0.05)
     apart = dataclasses.replace(settings, between_hosts=LocalSGD(10))
     cost = estimate(apart, Machine(4, 1e6, devices=8, inside=1e5, step_seconds=[1e-3]))
     assert (cost.nic_bytes, cost.inside_bytes) == (0.15 * size, 1.75 * size)
@@ -149,6 +149,9 @@ def test_a_thousand_replicas_are_simulated_the_same_each_time(tiny, capsys):
         (["--stragglers=3x2"], "more workers than the 2"),
         (["--step_ms=ten"], "--step_ms is 'ten'"),
         (["--step_ms=10,-1"], "--step_ms is '10,-1'"),
+        (["--step_ms=inf"], "--step_ms is 'inf'"),
+        (["--seed=-1"], "--seed is -1"),
+        (["--slowest_link=2gbit"], "faster than the others"),
         (["--hours_between_faults=0"], "must be more than 0"),
         (["--price_per_gb=-1"], "must be at least 0"),
         (["--max_loss=-1"], "must be at least 0"),

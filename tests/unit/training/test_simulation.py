@@ -65,6 +65,11 @@ def test_a_warm_up_exchanges_in_every_step():
     assert simulate(work, Hosts(2), steps=40).step == pytest.approx((40 + 20) / 40)
 
 
+def test_a_short_warm_up_of_a_long_run_weighs_little():
+    work = Work(0.0, 1.0, exchanges=(Exchange(334, warm_up=1000, wire=10.0),))
+    assert simulate(work, Hosts(2), steps=100_000).step == pytest.approx(1 + 0.01 * 10 + 0.99 * 10 / 334)
+
+
 def test_fragments_that_take_turns_share_the_links():
     one_after_the_other = [Exchange(4, offset, delay=4, wire=2.0) for offset in range(4)]
     work = Work(0.0, 1.0, exchanges=tuple(one_after_the_other))
