@@ -62,18 +62,18 @@ def cheapest(
         >>> name, str(cost.plan.trained[0].reduction)
         ('4 bits', '4 bits a value')
     """
-    every_step = measure(_with(settings, AllReduce("float32")), machine)
+    in_float32 = measure(_with(settings, AllReduce("float32")), machine)
 
     def at_least(candidate: Candidate) -> tuple[float, float]:
         """What a run would cost that encodes in no time."""
         lookups = hasattr(candidate.reduction, "lookup_payloads")
         entries = tuple(
             dataclasses.replace(e, reduction=candidate.reduction, ids=e.ids if lookups else None)
-            for e in every_step.plan.entries
+            for e in in_float32.plan.entries
         )
-        plan = dataclasses.replace(every_step.plan, entries=entries)
+        plan = dataclasses.replace(in_float32.plan, entries=entries)
         exchanges = [0.0 for group in plan.groups if not group.reduction.shared]
-        quick = dataclasses.replace(every_step, plan=plan, exchanges=exchanges)
+        quick = dataclasses.replace(in_float32, plan=plan, exchanges=exchanges)
         return rank(cost_of(quick, settings, machine, seed))
 
     def rank(cost: Cost) -> tuple[float, float]:

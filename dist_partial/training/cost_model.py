@@ -170,7 +170,7 @@ def cost_of(measured: Measured, settings: Settings, machine: Machine, seed: int 
 
 
 def _work(plan: Plan, measured: Measured, machine: Machine) -> tuple[Work, float]:
-    """What the simulation is told, and how many times as long computation takes where workers share cores."""
+    """What the simulation works with, and how many times as long computation takes where workers share cores."""
     workers, rate = machine.workers, machine.bandwidth * EFFICIENCY
     shared = [entry for entry in plan.trained if entry.reduction.shared]
     every_step = [payload for entry in shared for payload in plan.handed_over(entry)]

@@ -8,7 +8,7 @@ import numpy as np
 
 _STEPS = 2_000  # that are simulated, of a run that has as many
 _DRAWS = 20_000_000  # step times that are drawn at most, unless the rarest exchange needs more
-_PACKS = 256  # messages of a step that are told apart
+_PACKS = 256  # messages of a step, at most
 _FAULTS = 20_000  # after so many a run goes on as it has until then
 _RUNS = 200  # of which the mean is taken, unless fewer have as many faults
 
@@ -163,7 +163,7 @@ def with_faults(step: float, steps: int, faults: Faults, gaps: Iterator[float]) 
         done += int(gap / step)
         if not faults.rejoin:
             done -= done % faults.checkpoint_every
-        # One that comes before steps are made again begins the restart anew.
+        # One that comes before steps are made again begins the restart again.
         while (gap := next(gaps, math.inf)) < faults.restart_seconds and count < _FAULTS:
             seconds, count = seconds + gap, count + 1
         seconds, gap = seconds + faults.restart_seconds, gap - faults.restart_seconds
