@@ -80,34 +80,27 @@ class Prices:
 def report(costs: Mapping[str, "Cost"], machine: "Machine", prices: Prices, steps: int) -> str:
     """Compares plans, of which the first is the user's, and lists its rules by what they cost."""
     cost = next(iter(costs.values()))
-    several = machine.devices > 1
-    rows: list[tuple[str, Callable[[Cost], str]]] = [
-        ("trained parameters", lambda c: f"{sum(e.trained_parameters for e in c.plan.entries):,}"),
-        (f"payload a step and {'worker' if several else 'replica'}", lambda c: _size(c.payload)),
-        (f"interface of each of {machine.workers}", lambda c: _size(c.nic_bytes)),
-        *([("each device, to its own host", lambda c: _size(c.inside_bytes))] if several else []),
-        ("slots, residuals, anchors", lambda c: _size(c.memory)),
-        ("computation, " + ("as given" if machine.step_seconds else "measured here"), lambda c: _ms(c.compute)),
-        ("wire, lower bound", lambda c: _ms(c.wire)),
-        ("expected step", lambda c: _ms(c.step)),
-        (f"{steps:,} steps take", lambda c: _time(c.run.seconds)),
-        *(
-            [("faults in that time", lambda c: _ended(c, f"{c.run.faults:,.1f}"))]
-            if math.isfinite(machine.faults.mean_seconds)
-            else []
-        ),
-        ("goodput", lambda c: f"{c.run.goodput:.1%}"),
-        ("a worker sends a day", lambda c: _ended(c, _size(_a_day(c, c.nic_bytes)))),
-        ("all workers send a day", lambda c: _ended(c, _size(_a_day(c, c.nic_bytes) * machine.workers))),
-        *([("a device sends a day, inside", lambda c: _ended(c, _size(_a_day(c, c.inside_bytes))))] if several else []),
-        *(
-            [("the run costs", lambda c: _ended(c, f"{prices.of(c, machine.workers):,.2f}"))]
-            if prices != Prices()
-            else []
-        ),
+    several, fails = machine.devices > 1, math.isfinite(machine.faults.mean_seconds)
+    rows: list[tuple[bool, str, Callable[[Cost], str]]] = [
+        (True, "trained parameters", lambda c: f"{sum(e.trained_parameters for e in c.plan.entries):,}"),
+        (True, f"payload a step and {'worker' if several else 'replica'}", lambda c: _size(c.payload)),
+        (True, f"interface of each of {machine.workers}", lambda c: _size(c.nic_bytes)),
+        (several, "each device, to its own host", lambda c: _size(c.inside_bytes)),
+        (True, "slots, residuals, anchors", lambda c: _size(c.memory)),
+        (True, "computation, " + ("as given" if machine.step_seconds else "measured here"), lambda c: _ms(c.compute)),
+        (True, "wire, lower bound", lambda c: _ms(c.wire)),
+        (True, "expected step", lambda c: _ms(c.step)),
+        (True, f"{steps:,} steps take", lambda c: _time(c.run.seconds)),
+        (fails, "faults in that time", _of_an_end(lambda c: f"{c.run.faults:,.1f}")),
+        (True, "goodput", lambda c: f"{c.run.goodput:.1%}"),
+        (True, "a worker sends a day", _of_an_end(lambda c: _size(_a_day(c, c.nic_bytes)))),
+        (True, "all workers send a day", _of_an_end(lambda c: _size(_a_day(c, c.nic_bytes) * machine.workers))),
+        (several, "a device sends a day, inside", _of_an_end(lambda c: _size(_a_day(c, c.inside_bytes)))),
+        (prices != Prices(), "the run costs", _of_an_end(lambda c: f"{prices.of(c, machine.workers):,.2f}")),
     ]
     lines = ["".join([" " * 28, *(f"{name:>18}" for name in costs)])]
-    lines += ["".join([f"{name:28}", *(f"{write(each):>18}" for each in costs.values())]) for name, write in rows]
+    for shown, name, write in rows:
+        lines += ["".join([f"{name:28}", *(f"{write(each):>18}" for each in costs.values())])] if shown else []
     lines += ["", "rules by what they make each worker send:"]
     sent = [
         (f"{g.rule}: {g.reduction}", [m for e in g.entries for m in cost.plan.handed_over(e)]) for g in cost.plan.groups
@@ -121,12 +114,12 @@ def report(costs: Mapping[str, "Cost"], machine: "Machine", prices: Prices, step
 
 
 def _a_day(cost: "Cost", size: float) -> float:
-    return size * cost.run.made / cost.run.seconds * 86400 if math.isfinite(cost.run.seconds) else 0.0
+    return size * cost.run.made / cost.run.seconds * 86400
 
 
-def _ended(cost: "Cost", text: str) -> str:
-    """What is said of a run that ends: of one that does not there is no sum."""
-    return text if math.isfinite(cost.run.seconds) else "-"
+def _of_an_end(write: Callable[["Cost"], str]) -> Callable[["Cost"], str]:
+    """The same of a run that ends: of one that does not there is no sum."""
+    return lambda cost: write(cost) if math.isfinite(cost.run.seconds) else "-"
 
 
 def _time(seconds: float) -> str:
@@ -170,8 +163,18 @@ def _define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("seed", 0, "of the simulation", flag_values=values)
 
 
-_LEAST = {"workers": 1, "devices": 1, "workers_per_host": 1, "latency_ms": 0, "restart_seconds": 0}
-_LEAST |= {"price_per_hour": 0, "price_per_gb": 0, "seed": 0}
+_LEAST = {
+    "workers": 1,
+    "hosts": 1,
+    "devices": 1,
+    "workers_per_host": 1,
+    "latency_ms": 0,
+    "restart_seconds": 0,
+    "price_per_hour": 0,
+    "price_per_gb": 0,
+    "max_loss": 0,
+    "seed": 0,
+}
 
 
 def _machine(values: flags.FlagValues) -> "Machine":
@@ -179,7 +182,7 @@ def _machine(values: flags.FlagValues) -> "Machine":
     from dist_partial.training.cost_model import Machine
     from dist_partial.training.simulation import Faults
 
-    for name, least in {**_LEAST, "hosts": 1, "max_loss": 0}.items():
+    for name, least in _LEAST.items():
         value = values[name].value
         if value is not None and not least <= float(value) < math.inf:
             raise cli.UserError(f"--{name} is {value}: it must be at least {least}")

@@ -13,7 +13,7 @@ from dist_partial.reductions.power_sgd import PowerSGD
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
-from dist_partial.training.cost_model import Cost, Machine, cost_of, estimate, measure
+from dist_partial.training.cost_model import Cost, Machine, cost_of, measure
 
 
 class Candidate(NamedTuple):
@@ -85,7 +85,8 @@ def cheapest(
         if any(rank(cost) <= bounds[name] for cost in found.values()):
             break  # neither this one nor those after it can cost less
         with contextlib.suppress(UserError):  # a model in float16, for one, takes no residuals
-            found[name] = estimate(_with(settings, MEASURED[name].reduction), machine, seed)
+            measured = in_float32 if name == "full" else measure(_with(settings, MEASURED[name].reduction), machine)
+            found[name] = cost_of(measured, settings, machine, seed)
     if not found:
         raise UserError("no reduction of which the loss was measured suits this run")
     return min(found.items(), key=lambda item: rank(item[1]))

@@ -64,6 +64,11 @@ class Machine:
     stragglers: Sequence[tuple[int, float]] = ()
     faults: Faults = dataclasses.field(default_factory=Faults)
 
+    @property
+    def crowded(self) -> float:
+        """How many workers share a core of their host."""
+        return self.workers_per_host / (os.cpu_count() or 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -119,6 +124,10 @@ class Measured:
     exchanges: Sequence[float]
     memory: int
 
+    def slower(self, machine: Machine) -> float:
+        """How many times as long computation takes there: workers compute side by side until the cores are full."""
+        return max(1.0, self.cpu * machine.crowded / self.step)
+
 
 def estimate(settings: Settings, machine: Machine, seed: int = 0) -> Cost:
     """Builds the model, measures the computation of a few steps, and simulates the run.
@@ -147,7 +156,7 @@ def cost_of(measured: Measured, settings: Settings, machine: Machine, seed: int 
     plan = measured.plan.on(machine.workers, machine.devices)
     # Residuals of sums are there from three workers on.
     memory = measured.memory + _kept(plan) - _kept(measured.plan)
-    work, slower = _work(plan, measured, machine)
+    work = _work(plan, measured, machine)
     hosts = Hosts(
         machine.workers,
         machine.devices,
@@ -156,59 +165,51 @@ def cost_of(measured: Measured, settings: Settings, machine: Machine, seed: int 
         dataclasses.replace(machine.faults, checkpoint_every=settings.save_every or settings.steps),
     )
     nic_bytes = average_bytes(plan.payloads, machine.workers)
-    inside = _inside(plan, plan.trained, exchanged=False) + _inside(plan, plan.trained, exchanged=True)
     return Cost(
         plan,
         plan.wire_bytes,
         nic_bytes,
-        average_bytes(inside, machine.devices),
+        sum(_inside_bytes(plan, plan.trained, exchanged) for exchanged in (False, True)),
         memory,
-        compute=measured.step * slower + sum(each.compute / each.every for each in work.exchanges),
+        compute=measured.step * measured.slower(machine) + sum(each.compute / each.every for each in work.exchanges),
         wire=nic_bytes / machine.bandwidth,
         run=simulate(work, hosts, settings.steps, seed),
     )
 
 
-def _work(plan: Plan, measured: Measured, machine: Machine) -> tuple[Work, float]:
-    """What the simulation works with, and how many times as long computation takes where workers share cores."""
-    workers, rate = machine.workers, machine.bandwidth * EFFICIENCY
+def _work(plan: Plan, measured: Measured, machine: Machine) -> Work:
+    """What the simulation works with."""
+    workers, rate, inside = machine.workers, machine.bandwidth * EFFICIENCY, machine.inside * EFFICIENCY
     shared = [entry for entry in plan.trained if entry.reduction.shared]
     every_step = [payload for entry in shared for payload in plan.handed_over(entry)]
     every_step += [payload for payload in plan.statistics if payload.every == 1]
-    # Workers that share a host's cores compute side by side until the cores are full; sockets want their share.
-    crowded = machine.workers_per_host / (os.cpu_count() or 1)
-    slower = max(1.0, measured.cpu * crowded / measured.step)
+    slower = measured.slower(machine)
     handling = CPU_SECONDS_PER_HOP + CPU_SECONDS_PER_MESSAGE * (workers - 1)
-    message = machine.latency + handling * max(1.0, crowded)
+    message = machine.latency + handling * max(1.0, machine.crowded) if workers > 1 else 0.0
     exchanges = []
     averaged = [payload for payload in plan.statistics if payload.every > 1]  # they travel with the first exchange
     for group, compute in zip([g for g in plan.groups if _periodic(g.reduction)], measured.exchanges, strict=True):
         reduction, sent = group.reduction, averaged + [m for e in group.entries for m in plan.handed_over(e)]
         averaged = []
-        once = average_bytes(sent, workers) / rate
-        once += average_bytes(_inside(plan, group.entries, exchanged=True), machine.devices) / (
-            machine.inside * EFFICIENCY
-        )
-        once += message * _hops(plan, group.entries) if workers > 1 else 0.0
+        once = average_bytes(sent, workers) / rate + message * _hops(plan, group.entries)
+        once += _inside_bytes(plan, group.entries, exchanged=True) / inside
         wire = once * reduction.sync_every
         exchanges.append(
             Exchange(reduction.sync_every, reduction.offset, reduction.delay, reduction.warm_up, compute * slower, wire)
         )
     hops = _hops(plan, shared) + 2 * measured.sums
-    transport = 2 * average_bytes(plan.payloads, workers) * CPU_NS_PER_BYTE * 1e-9
-    transport += handling * hops
-    work = Work(
+    # Sockets want their share of the cores.
+    transport = 2 * average_bytes(plan.payloads, workers) * CPU_NS_PER_BYTE * 1e-9 + handling * hops
+    return Work(
         forward=measured.forward * slower,
         step=measured.step * slower,
         packs=max(1, math.ceil(average_bytes(every_step) / PACK_BYTES)),
-        inside=average_bytes(_inside(plan, plan.trained, exchanged=False), machine.devices)
-        / (machine.inside * EFFICIENCY),
+        inside=_inside_bytes(plan, plan.trained, exchanged=False) / inside,
         between=average_bytes(every_step, workers) / rate,
-        waits=message * hops if workers > 1 else 0.0,
-        least=(measured.cpu + transport) * crowded if workers > 1 else 0.0,
+        waits=message * hops,
+        least=(measured.cpu + transport) * machine.crowded if workers > 1 else 0.0,
         exchanges=tuple(exchanges),
     )
-    return work, slower
 
 
 def _periodic(reduction: Any) -> bool:
@@ -216,9 +217,9 @@ def _periodic(reduction: Any) -> bool:
     return getattr(reduction, "window", None) is not None
 
 
-def _inside(plan: Plan, entries: Sequence[VariablePlan], exchanged: bool) -> list[Payload]:
-    """What each device hands over to those of its host: in an exchange of every few steps, or else in every step."""
-    found = []
+def _inside_bytes(plan: Plan, entries: Sequence[VariablePlan], exchanged: bool) -> int | float:
+    """Bytes a step from a device to others of its host: in exchanges of every few steps, or else in every step."""
+    found: list[Payload] = []
     for entry in entries:
         if entry.inside is not None and not exchanged:
             found += entry.inside.payloads(entry.trained_shape, entry.dtype, plan.members(entry, inside=True))
@@ -226,7 +227,7 @@ def _inside(plan: Plan, entries: Sequence[VariablePlan], exchanged: bool) -> lis
             # They add up what they have before one of them sends it.
             payloads = entry.payloads(plan.peers(entry))
             found += [payload for payload in payloads if payload.kind == "sum" or plan.hosts == 1]
-    return found
+    return average_bytes(found, plan.devices)
 
 
 def _hops(plan: Plan, entries: Sequence[Any]) -> float:
@@ -239,7 +240,6 @@ def _hops(plan: Plan, entries: Sequence[Any]) -> float:
 def _measure(trainer: Trainer, batch: int, step_seconds: Sequence[float]) -> Measured:
     strategy, wire = trainer.replicas.strategy, trainer.replicas.collectives
     train, inputs = compiled_step(trainer, trainer.plan), batches(trainer, 0, batch)
-    example = next(inputs)
     with _summed() as sums:
         train.function.get_concrete_function(inputs, tf.constant(1))
     plan = trainer.plan.traced(
@@ -256,7 +256,7 @@ def _measure(trainer: Trainer, batch: int, step_seconds: Sequence[float]) -> Mea
         spread, exchanges = [each / step for each in step_seconds], [0.0] * len(trainer.fragments)
         return Measured(plan, step / 3, step, step, spread, len(sums), exchanges, memory)
     forward = evaluation_step(EvaluationSpec(strategy, wire, trainer.model, trainer.objective))
-    again = iter(tf.data.Dataset.from_tensors(example).repeat())
+    again = iter(tf.data.Dataset.from_tensors(next(inputs)).repeat())
     forward_time, _ = _time(lambda n: forward(again, tf.constant(n), batch).numpy())
     step_time, cpu = _time(make := lambda n: train.function(inputs, tf.constant(n))["loss"].numpy())
     exchanges = []

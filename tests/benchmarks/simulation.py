@@ -8,6 +8,7 @@ the `cpu` controller of cgroup v1. Every prediction is made in a process of its 
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -94,34 +95,30 @@ def child(path: str, described: str) -> None:
     settings = gin_files.load([path]).settings
     measured = cost_model.measure(settings, machine)
     if slow_ms:
-        crowded = max(measured.step, measured.cpu * machine.workers_per_host / (os.cpu_count() or 1))
-        machine = cost_model.dataclasses.replace(machine, stragglers=[(1, max(1.0, slow_ms / 1e3 / crowded))])
+        others = measured.step * measured.slower(machine)
+        machine = dataclasses.replace(machine, stragglers=[(1, max(1.0, slow_ms / 1e3 / others))])
     cost = cost_model.cost_of(measured, settings, machine)
     print(json.dumps({"step_ms": cost.step * 1e3, "compute_ms": measured.step * 1e3}))
 
 
-def measured(path: Path, count: int, rate: str | None, group: Path | None = None) -> float:
-    """Milliseconds a step of a run on so many hosts, of which the second is in a control group, if one is given."""
+@contextlib.contextmanager
+def held(host: int, group: Path) -> Iterator[None]:
+    """Keeps the processes of a host in a control group; within a namespace there is another /sys."""
     ended = threading.Event()
-    with tempfile.TemporaryDirectory() as folder, hosts.hosts(count, rate):
-        if group is not None:
-            threading.Thread(target=_hold, args=(hosts.name(2), group, ended), daemon=True).start()
-        command = [sys.executable, "-m", "dist_partial.train", f"--gin_file={path}", f"--run_dir={folder}/run"]
-        found = hosts.run(command, count, timeout=560, environment=QUIET)
+
+    def hold() -> None:
+        while not ended.wait(0.5):
+            for process in hosts.processes(host):
+                with contextlib.suppress(OSError):  # it has ended
+                    Path(group, "cgroup.procs").write_text(str(process))
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        yield
+    finally:
         ended.set()
-        for code, output in found:
-            if code:
-                raise RuntimeError(output[-2000:])
-        return json.loads(Path(folder, "run", "traffic.json").read_text())["mean_step_ms"]
-
-
-def _hold(host: str, group: Path, ended: threading.Event) -> None:
-    """Puts the processes of a host into a control group; within a namespace there is another /sys."""
-    while not ended.wait(0.5):
-        pids = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True).stdout.split()
-        for pid in pids:
-            with contextlib.suppress(OSError):  # it has ended
-                Path(group, "cgroup.procs").write_text(pid)
+        thread.join()
 
 
 def compared(name: str, text: str, count: int, rate: str | None, group: Path | None = None, **more: Any) -> Any:
@@ -129,7 +126,8 @@ def compared(name: str, text: str, count: int, rate: str | None, group: Path | N
         path = config(folder, text)
         machine = {"workers": count, "workers_per_host": count, **more}
         expected = predicted(path, **machine, **({"rate": rate} if rate else {}))["step_ms"]
-        found = measured(path, count, rate, group)
+        meanwhile = held(2, group) if group else None
+        found = hosts.trained(path, count, rate, meanwhile)["mean_step_ms"]
     row = {"run": name, "workers": count, "rate": rate or "no limit", "predicted_ms": expected, "measured_ms": found}
     row["error"] = expected / found - 1
     print(row, file=sys.stderr, flush=True)
@@ -213,11 +211,10 @@ def kills() -> list[Any]:
 def _killed(moments: Sequence[float]) -> float:
     """Seconds from the first step to the end of a run of which a worker is killed so long after that step."""
     text = f"{DEEP}run.global_batch = 8\nrun.save_every = {SAVE_EVERY}\n"
-    text = text.replace("run.steps = 64", f"run.steps = {KILLED_STEPS}")
     with tempfile.TemporaryDirectory() as folder:
         path = config(folder, text)
         command = [sys.executable, "-m", "dist_partial.launch", "local", "--workers=2", "--restarts=10", "--"]
-        command += [f"--gin_file={path}", f"--run_dir={folder}/run"]
+        command += [f"--gin_file={path}", f"--gin_param=run.steps={KILLED_STEPS}", f"--run_dir={folder}/run"]
         with Path(folder, "output").open("w") as output:
             launcher = subprocess.Popen(
                 command, cwd=ROOT, env={**os.environ, **QUIET}, stdout=output, stderr=output, start_new_session=True
@@ -243,11 +240,11 @@ def _steps(path: Path) -> bool:
 
 
 def _workers(launcher: int) -> list[int]:
-    found = [int(each) for each in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
-    while not found:
+    """Processes of the workers, once there are some."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children")
+    while not (found := children.read_text().split()):
         time.sleep(0.05)
-        found = [int(each) for each in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
-    return found
+    return [int(process) for process in found]
 
 
 def large() -> list[Any]:

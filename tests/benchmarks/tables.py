@@ -143,29 +143,19 @@ def records(found: Mapping[str, Any]) -> Tables:
 
 def simulation(found: Mapping[str, Any]) -> Tables:
     """Predicted and measured step times; runs that were killed; and, of each number of workers, the output."""
-    header = ["run", "rate", "workers", "predicted, ms", "measured, ms", "error"]
-    titles = {"runs": "Links", "many": "Messages", "straggler": "A straggler"}
-    made = {}
-    for name, title in titles.items():
-        lines = [
-            [
-                *(row[each] for each in ("run", "rate", "workers")),
-                *(f"{row[each]:,.1f}" for each in ("predicted_ms", "measured_ms")),
-                f"{row['error']:+.1%}",
-            ]
+
+    def lines(name: str, words: Sequence[str], numbers: Sequence[str]) -> list[list[str]]:
+        return [
+            [*(row[each] for each in words), *(f"{row[each]:,.1f}" for each in numbers), f"{row['error']:+.1%}"]
             for row in found.get(name, [])
         ]
-        made |= {title: markdown(header, lines, words=2)} if lines else {}
-    killed = [
-        [
-            row["round"],
-            row["kills"],
-            f"{row['restart_seconds']:.1f}",
-            *(f"{row[each]:,.1f}" for each in ("predicted_seconds", "measured_seconds")),
-            f"{row['error']:+.1%}",
-        ]
-        for row in found.get("kills", [])
-    ]
+
+    header = ["run", "rate", "workers", "predicted, ms", "measured, ms", "error"]
+    made = {}
+    for name, title in {"runs": "Links", "many": "Messages", "straggler": "A straggler"}.items():
+        steps = lines(name, ("run", "rate", "workers"), ("predicted_ms", "measured_ms"))
+        made |= {title: markdown(header, steps, words=2)} if steps else {}
+    killed = lines("kills", ("round", "kills"), ("restart_seconds", "predicted_seconds", "measured_seconds"))
     names = ["run", "kills", "a restart, s", "predicted, s", "measured, s", "error"]
     made["Kills"] = markdown(names, killed, words=0)
     for row in found.get("large", []):

@@ -8,9 +8,12 @@ import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from tests import ROOT
 
@@ -128,6 +131,30 @@ def run(
                 output.seek(0)
                 results.append((process.returncode, output.read()))
     return results
+
+
+def trained(
+    config: Path, count: int, rate: str | None = None, meanwhile: contextlib.AbstractContextManager[Any] | None = None
+) -> dict[str, Any]:
+    """Trains on so many hosts, and gives the content of traffic.json.
+
+    Args:
+        config: a gin file.
+        count: how many hosts.
+        rate: as for `hosts`.
+        meanwhile: entered once there are hosts, left after the run.
+    """
+    with tempfile.TemporaryDirectory() as folder, hosts(count, rate), meanwhile or contextlib.nullcontext():
+        command = [sys.executable, "-m", "dist_partial.train", f"--gin_file={config}", f"--run_dir={folder}/run"]
+        for code, output in run(command, count, timeout=560, environment={"TF_CPP_MIN_LOG_LEVEL": "3"}):
+            if code:
+                raise RuntimeError(output[-2000:])
+        return json.loads(Path(folder, "run", "traffic.json").read_text())
+
+
+def processes(host: int) -> list[int]:
+    """Those that run on it."""
+    return _processes(name(host))
 
 
 def _port(host: int) -> str:
