@@ -113,8 +113,8 @@ class EncodedSum(abc.ABC):
         """How many values each replica adds up in two hops; the last ones may have fewer, or none."""
         return self.rounded(ceil(size, replicas), size)
 
-    def _decay_text(self) -> str:
-        """What the text of a reduction says of its decay."""
+    def decay_text(self) -> str:
+        """Writes what the text of a reduction says of its decay."""
         return f", decay {self.decay:g}" if self.decay != 1 else ""
 
 

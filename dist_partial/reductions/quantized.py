@@ -49,4 +49,4 @@ class Quantized(EncodedSum):
         return decode_values(messages, count, self.bits, dtype)
 
     def __str__(self) -> str:
-        return f"{self.bits} bits a value" + self._decay_text()
+        return f"{self.bits} bits a value" + self.decay_text()

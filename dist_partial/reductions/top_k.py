@@ -87,4 +87,4 @@ class TopK(EncodedSum):
 
     def __str__(self) -> str:
         blocks = f", blocks of {self.block}" if self.block else ""
-        return f"top {self.density!r} in {self.bits} bits{blocks}" + self._decay_text()
+        return f"top {self.density!r} in {self.bits} bits{blocks}" + self.decay_text()
