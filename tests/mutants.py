@@ -243,8 +243,8 @@ MUTANTS = [
     changed(
         "a mean over the padding",
         "reductions/encoding.py",
-        "np.clip(whole - SCALED * np.arange(groups), 1, SCALED)",
-        "np.full(groups, SCALED)",
+        "[-1, 1]) - SCALED * np.arange(length // SCALED), 0, SCALED)",
+        "[-1, 1]) * 0 + SCALED, 0, SCALED).repeat(length // SCALED, axis=1)",
         "unit/reductions/test_compressors.py::test_quantized_takes_the_nearest_level",
     ),
     changed(
@@ -264,8 +264,8 @@ MUTANTS = [
     changed(
         "the outer step by the sum",
         "step/outer_step.py",
-        "window.reduce(movement / collectives.topology.replicas,",
-        "window.reduce(movement,",
+        "Term(window, own / replicas,",
+        "Term(window, own,",
         "unit/step/test_outer_step.py::test_replicas_train_by_themselves_and_move_on_together",
     ),
     changed(

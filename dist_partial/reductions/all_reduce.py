@@ -71,7 +71,7 @@ class AllReduce:
         values = tf.cast(tf.reshape(gradient.values, [-1]), sent_as)
         split = count * _ID.size
         message = tf.concat([bytes_of(tf.cast(gradient.indices, _ID)), bytes_of(values)], axis=0)
-        received = yield AllGatherRequest(padded(message))
+        received = yield AllGatherRequest(padded(message, words(message.shape[-1])))
         replicas = received.shape[0]
         ids = tf.bitcast(tf.reshape(received[:, :split], [replicas * count, _ID.size]), _ID)
         parts = received[:, split : split + values.shape[0] * sent_as.size]

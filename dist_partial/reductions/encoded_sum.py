@@ -9,7 +9,7 @@ replica's `residual`, and what the second leaves out of chunk j is the `sum_resi
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,12 +38,20 @@ class EncodedSum(abc.ABC):
         """How many bytes are made of `count` values: a multiple of 4."""
 
     @abc.abstractmethod
-    def encode(self, chunks: tf.Tensor, filled: Sequence[int]) -> tf.Tensor:
-        """[chunks, count] floating -> [chunks, message_bytes(count)] uint8; beyond `filled` of each there are zeros."""
+    def encode(self, chunks: Sequence[tf.Tensor], filled: Sequence[Sequence[int]]) -> tf.Tensor:
+        """Encodes several tensors in one message.
+
+        Args:
+            chunks: [chunks, count] floating each, with a count of its own.
+            filled: of each tensor, how many values of each chunk there are before zeros that are none.
+
+        Returns:
+            uint8 [chunks, the sum of `message_bytes(count)`].
+        """
 
     @abc.abstractmethod
-    def decode(self, messages: tf.Tensor, count: int, dtype: tf.DType) -> tf.Tensor:
-        """[chunks, message_bytes(count)] uint8 -> [chunks, count] of `dtype`; beyond what was filled, anything."""
+    def decode(self, messages: tf.Tensor, counts: Sequence[int], dtype: tf.DType) -> list[tf.Tensor]:
+        """Inverts `encode`: [chunks, count] of `dtype` a count; beyond what was filled, anything."""
 
     @property
     def shared(self) -> bool:
@@ -68,46 +76,72 @@ class EncodedSum(abc.ABC):
             found["sum_residual"] = zeros([self._chunk(math.prod(shape), peers.replicas)], dtype)
         return found
 
+    def together(self, shape: Sequence[int], dtype: str, peers: Peers) -> str | None:
+        """Names how a gradient travels in few bits: `reduce_several` takes those of one name; None if it does not."""
+        kind = self.payloads(shape, dtype, peers)[0].kind
+        return None if kind == "sum" else kind
+
     def reduce(self, value: tf.Tensor, state: dict[str, Any]) -> Exchange:
         """Sums a gradient over the replicas in the cheapest way, for which its state was made."""
         if "residual" not in state:
             return (yield AllReduceRequest(value))
+        peers, _ = yield PeersRequest()
+        if self.together(value.shape, value.dtype.name, peers):
+            return (yield from self.reduce_several([value], [state]))[0]
+        assert "sum_residual" not in state, (peers, list(state))
+        value = self._with_residual(value, state["residual"])
+        state["residual"].assign(tf.zeros_like(value))
+        return (yield AllReduceRequest(value))
+
+    def reduce_several(
+        self, values: Sequence[tf.Tensor], states: Sequence[dict[str, Any]]
+    ) -> Generator[Any, Any, list[tf.Tensor]]:
+        """Sums gradients of one dtype that travel alike (see `together`) as `reduce` does, by fewer operations."""
         peers, rank = yield PeersRequest()
-        way = self.payloads(value.shape, value.dtype.name, peers)[0].kind
-        assert (way == "all-to-all") == ("sum_residual" in state), (way, peers, list(state))
-        value = value + self.decay * state["residual"]
+        [way] = {self.together(value.shape, value.dtype.name, peers) for value in values}
+        assert all((way == "all-to-all") == ("sum_residual" in state) for state in states), (way, peers)
         if way == "all-to-all":
-            return (yield from self._in_two_hops(value, state, peers.replicas, rank))
-        if way == "sum":
-            state["residual"].assign(tf.zeros_like(value))
-            return (yield AllReduceRequest(value))
-        size = math.prod(value.shape)
-        message = self._encoded(value, state, [size])[0]
-        received = self.decode((yield AllGatherRequest(message)), self.rounded(size, size), value.dtype)
-        return tf.reshape(_added(received)[:size], value.shape)
+            return (yield from self._in_two_hops(values, states, peers.replicas, rank))
+        counts = [self.rounded(size, size) for size in map(_size, values)]
+        received = yield AllGatherRequest(self._encoded(values, states, 1)[0])
+        totals = [_added(each) for each in self.decode(received, counts, values[0].dtype)]
+        return [_shaped(total, value) for total, value in zip(totals, values, strict=True)]
 
-    def _in_two_hops(self, value: tf.Tensor, state: dict[str, Any], replicas: int, rank: int) -> Exchange:
-        size, own, dtype = math.prod(value.shape), state["sum_residual"], value.dtype
-        count = own.shape[0]
-        filled = [min(max(size - i * count, 0), count) for i in range(replicas)]
-        received = yield AllToAllRequest(self._encoded(value, state, filled))
-        total = _added(self.decode(received, count, dtype)) + self.decay * own
-        # What fills the last chunks up is no value: its zeros would decode to others, and add up.
-        total = tf.where(tf.range(count) < filled[rank], total, 0)
-        message = self.encode(total[tf.newaxis], [filled[rank]])
-        own.assign(tf.where(tf.range(count) < filled[rank], total - self.decode(message, count, dtype)[0], 0))
-        totals = self.decode((yield AllGatherRequest(message[0])), count, dtype)
-        return tf.reshape(tf.reshape(totals, [-1])[:size], value.shape)
+    def _in_two_hops(
+        self, values: Sequence[tf.Tensor], states: Sequence[dict[str, Any]], replicas: int, rank: int
+    ) -> Generator[Any, Any, list[tf.Tensor]]:
+        dtype, own = values[0].dtype, [state["sum_residual"] for state in states]
+        counts = [each.shape[0] for each in own]
+        received = self.decode((yield AllToAllRequest(self._encoded(values, states, replicas))), counts, dtype)
+        filled = [_filled(_size(value), count, replicas)[rank] for value, count in zip(values, counts, strict=True)]
+        totals = [
+            _but_for(self._with_residual(_added(parts), residual), end)
+            for parts, residual, end in zip(received, own, filled, strict=True)
+        ]
+        message = self.encode([total[tf.newaxis] for total in totals], [[end] for end in filled])
+        sent = self.decode(message, counts, dtype)
+        for residual, total, decoded, end in zip(own, totals, sent, filled, strict=True):
+            residual.assign(_but_for(total - decoded[0], end))
+        found = self.decode((yield AllGatherRequest(message[0])), counts, dtype)
+        return [_shaped(each, value) for each, value in zip(found, values, strict=True)]
 
-    def _encoded(self, value: tf.Tensor, state: dict[str, Any], filled: Sequence[int]) -> tf.Tensor:
-        """The messages of a value in chunks, [chunks, bytes]; what they leave out becomes the residual."""
-        size, parts = math.prod(value.shape), len(filled)
-        count = self._chunk(size, parts)
-        chunks = tf.reshape(tf.pad(tf.reshape(value, [-1]), [[0, parts * count - size]]), [parts, count])
-        messages = self.encode(chunks, filled)
-        left = chunks - self.decode(messages, count, value.dtype)
-        state["residual"].assign(tf.reshape(tf.reshape(left, [-1])[:size], value.shape))
-        return messages
+    def _encoded(self, values: Sequence[tf.Tensor], states: Sequence[dict[str, Any]], parts: int) -> tf.Tensor:
+        """The message of values in so many chunks, [chunks, bytes]; what it leaves out becomes their residuals."""
+        counts = [self._chunk(_size(value), parts) for value in values]
+        chunks = []
+        for value, state, count in zip(values, states, counts, strict=True):
+            flat = tf.reshape(self._with_residual(value, state["residual"]), [-1])
+            missing = parts * count - flat.shape[0]
+            chunks.append(tf.reshape(tf.pad(flat, [[0, missing]]) if missing else flat, [parts, count]))
+        filled = [_filled(_size(value), count, parts) for value, count in zip(values, counts, strict=True)]
+        message = self.encode(chunks, filled)
+        sent = self.decode(message, counts, values[0].dtype)
+        for value, state, chunk, decoded in zip(values, states, chunks, sent, strict=True):
+            state["residual"].assign(_shaped(chunk - decoded, value))
+        return message
+
+    def _with_residual(self, value: tf.Tensor, residual: Any) -> tf.Tensor:
+        return value + (residual if self.decay == 1 else self.decay * residual)
 
     def _chunk(self, size: int, replicas: int) -> int:
         """How many values each replica adds up in two hops; the last ones may have fewer, or none."""
@@ -116,6 +150,28 @@ class EncodedSum(abc.ABC):
     def decay_text(self) -> str:
         """Writes what the text of a reduction says of its decay."""
         return f", decay {self.decay:g}" if self.decay != 1 else ""
+
+
+def _size(value: tf.Tensor) -> int:
+    return math.prod(value.shape)
+
+
+def _filled(size: int, count: int, parts: int) -> list[int]:
+    """How many of so many values each chunk has; the last ones may have fewer, or none."""
+    return [min(max(size - i * count, 0), count) for i in range(parts)]
+
+
+def _but_for(values: tf.Tensor, end: int) -> tf.Tensor:
+    """Values [n], with zeros from `end` on: what fills a chunk up is no value, and would decode to others."""
+    missing = values.shape[0] - end
+    return tf.pad(values[:end], [[0, missing]]) if missing else values
+
+
+def _shaped(values: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+    """As many of the values, of any shape, as `like` has, in its shape."""
+    if values.shape.num_elements() > _size(like):
+        values = tf.reshape(values, [-1])[: _size(like)]
+    return tf.reshape(values, like.shape)
 
 
 def _added(rows: tf.Tensor) -> tf.Tensor:

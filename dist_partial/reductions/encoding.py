@@ -1,5 +1,6 @@
 """Encodes values in few bits."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,61 +15,92 @@ LEVELS = {8: 256, 4: 16, 2: 4, 1.6: 3, 1: 2}  # by bits: how many there are
 OUTERMOST = {2: 1.872, 1.6: 1.534, 1: 1.0}
 
 
-def encode_values(values: tf.Tensor, bits: float, filled: Sequence[int] | None = None) -> tf.Tensor:
-    """Encodes rows of floating [..., n] as uint8 [..., `value_bytes(n, bits)`].
+def encode_values(rows: Sequence[tf.Tensor], bits: float, filled: Sequence[Sequence[int]] | None = None) -> tf.Tensor:
+    """Encodes tensors [parts, n], each with an n of its own, in one message: uint8 [parts, the sum of `value_bytes`].
+
+    All are encoded by the same few operations, whose number would else be what many small tensors cost.
 
     Args:
-        values: the rows.
+        rows: the tensors, floating, of one dtype.
         bits: of each value.
-        filled: of rows [rows, n], how many values each has before zeros that are none; None is all.
+        filled: of each tensor, how many values each part has before zeros that are none; None is all.
 
     Examples:
-        >>> encode_values(tf.constant([1.0, -1.0, 1.0, 1.0]), bits=1).numpy().tolist()  # the scale 1, then 0b1101
-        [128, 63, 13]
+        >>> rows = [tf.constant([[1.0, -1.0, 1.0, 1.0]]), tf.constant([[-2.0]])]
+        >>> encode_values(rows, bits=1).numpy().tolist()  # the scales 1 and 2, then 0b1101 and 0b0
+        [[128, 63, 0, 64, 13, 0]]
     """
     if bits in FLOATS:
-        return bytes_of(tf.cast(values, FLOATS[int(bits)]))
-    rows, count = values.shape[:-1].as_list(), values.shape[-1]
+        return bytes_of(tf.cast(_side_by_side(rows), FLOATS[int(bits)]))
+    counts = [each.shape[-1] for each in rows]
+    parts, whole = rows[0].shape[0], [ceil(count, SCALED) * SCALED for count in counts]
     top, in_byte = LEVELS[bits] - 1, int(8 / bits)
-    groups = ceil(count, SCALED)
-    cut = tf.reshape(_filled(values, groups * SCALED), [*rows, groups, SCALED])
+    cut = [padded(each, length) for each, length in zip(rows, whole, strict=True)]
+    cut = tf.reshape(_side_by_side(cut), [parts, sum(whole) // SCALED, SCALED])
     if bits in OUTERMOST:
-        whole = np.array(count if filled is None else filled)[..., np.newaxis]
-        members = np.clip(whole - SCALED * np.arange(groups), 1, SCALED)
-        outermost = tf.reduce_sum(tf.abs(cut), axis=-1) * (OUTERMOST[bits] / members)
+        members = _values_of_scales(counts if filled is None else filled, whole)
+        outermost = tf.reduce_sum(tf.abs(cut), axis=-1) * (OUTERMOST[bits] / np.maximum(members, 1))
     else:
         outermost = tf.reduce_max(tf.abs(cut), axis=-1)
     scales = tf.cast(outermost, tf.bfloat16)
-    scale = tf.cast(scales, values.dtype)[..., tf.newaxis]
+    scale = tf.cast(scales, cut.dtype)[..., tf.newaxis]
     level = tf.clip_by_value(tf.round((tf.math.divide_no_nan(cut, scale) + 1) * (top / 2)), 0, top)
-    size = ceil(count, in_byte)
-    levels = tf.reshape(tf.cast(level, tf.int32), [*rows, -1])[..., :count]
-    # Several values share a byte, the first as its lowest digit.
-    digits = tf.reshape(_filled(levels, size * in_byte), [*rows, size, in_byte])
-    packed = tf.reduce_sum(digits * [LEVELS[bits] ** i for i in range(in_byte)], axis=-1)
-    return tf.concat([bytes_of(scales), tf.cast(packed, tf.uint8)], axis=-1)
+    digits = _relaid(tf.reshape(level, [parts, sum(whole)]), whole, counts, _digits(counts, bits))
+    if in_byte > 1:
+        # Several values share a byte, the first as its lowest digit. A product is exact, and faster than a sum.
+        weights = tf.constant([[LEVELS[bits] ** i] for i in range(in_byte)], tf.float32)
+        digits = tf.reshape(tf.reshape(tf.cast(digits, tf.float32), [-1, in_byte]) @ weights, [parts, -1])
+    return tf.concat([bytes_of(scales), tf.cast(digits, tf.uint8)], axis=-1)
 
 
-def decode_values(message: tf.Tensor, count: int, bits: float, dtype: tf.DType) -> tf.Tensor:
-    """Inverts `encode_values`: uint8 [..., bytes] -> [..., count]; bytes beyond those of `count` values are ignored.
+def decode_values(messages: tf.Tensor, counts: Sequence[int], bits: float, dtype: tf.DType) -> list[tf.Tensor]:
+    """Inverts `encode_values`: uint8 [parts, bytes] -> [parts, count] a count; what follows in a message is ignored.
 
     Examples:
-        >>> message = encode_values(tf.constant([0.5, -0.5, 0.5]), bits=1)
-        >>> decode_values(message, 3, 1, tf.float32).numpy().tolist()
-        [0.5, -0.5, 0.5]
+        >>> messages = encode_values([tf.constant([[0.5, -0.5, 0.5]]), tf.constant([[2.0]])], bits=1)
+        >>> [each.numpy().tolist() for each in decode_values(messages, [3, 1], 1, tf.float32)]
+        [[[0.5, -0.5, 0.5]], [[2.0]]]
     """
-    rows = message.shape[:-1].as_list()
+    parts = messages.shape[0]
     if bits in FLOATS:
         kind = FLOATS[int(bits)]
-        return tf.cast(
-            tf.bitcast(tf.reshape(message[..., : count * kind.size], [*rows, count, kind.size]), kind), dtype
-        )
-    groups, top, in_byte = ceil(count, SCALED), LEVELS[bits] - 1, int(8 / bits)
-    scales = tf.cast(tf.bitcast(tf.reshape(message[..., : 2 * groups], [*rows, groups, 2]), tf.bfloat16), dtype)
-    packed = tf.cast(message[..., 2 * groups : value_bytes(count, bits)], tf.int32)
-    levels = packed[..., tf.newaxis] // [LEVELS[bits] ** i for i in range(in_byte)] % LEVELS[bits]
-    unit = tf.cast(2 * tf.reshape(levels, [*rows, -1])[..., :count] - top, dtype) / top
-    return unit * tf.repeat(scales, SCALED, axis=-1)[..., :count]
+        values = tf.reshape(messages[:, : sum(counts) * kind.size], [parts, sum(counts), kind.size])
+        return _apart(tf.cast(tf.bitcast(values, kind), dtype), counts, counts)
+    whole, digits = [ceil(count, SCALED) * SCALED for count in counts], _digits(counts, bits)
+    groups, size = sum(whole) // SCALED, sum(digits) // int(8 / bits)
+    scales = tf.bitcast(tf.reshape(messages[:, : 2 * groups], [parts, groups, 2]), tf.bfloat16)
+    units = tf.gather(tf.constant(_units(bits), dtype), tf.cast(messages[:, 2 * groups : 2 * groups + size], tf.int32))
+    units = _relaid(tf.reshape(units, [parts, sum(digits)]), digits, counts, whole)
+    values = tf.reshape(units, [parts, groups, SCALED]) * tf.cast(scales, dtype)[..., tf.newaxis]
+    return _apart(tf.reshape(values, [parts, sum(whole)]), whole, counts)
+
+
+def _values_of_scales(filled: Sequence[Any], whole: Sequence[int]) -> np.ndarray:
+    """Counts the values that share each scale: [parts, scales], or [1, scales] of tensors that are all filled alike.
+
+    Args:
+        filled: of each tensor, how many values there are: of each part, or of all alike.
+        whole: of each, how many there are with what fills its last scale up.
+    """
+    found = [
+        np.clip(np.reshape(each, [-1, 1]) - SCALED * np.arange(length // SCALED), 0, SCALED)
+        for each, length in zip(filled, whole, strict=True)
+    ]
+    return np.concatenate(found, axis=1)
+
+
+def _digits(counts: Sequence[int], bits: float) -> list[int]:
+    """How many levels the bytes of each of so many values hold."""
+    in_byte = int(8 / bits)
+    return [ceil(count, in_byte) * in_byte for count in counts]
+
+
+@functools.cache
+def _units(bits: float) -> np.ndarray:
+    """What each byte holds, [256, values]: levels from -1 to 1."""
+    top, in_byte = LEVELS[bits] - 1, int(8 / bits)
+    levels = np.arange(256)[:, np.newaxis] // LEVELS[bits] ** np.arange(in_byte) % LEVELS[bits]
+    return (2 * levels - top) / top
 
 
 def value_bytes(count: int, bits: float) -> int:
@@ -105,7 +137,7 @@ def encode_places(places: tf.Tensor, bits: int) -> tf.Tensor:
     rows, count = places.shape[:-1].as_list(), places.shape[-1]
     each = tf.bitwise.right_shift(places[..., tf.newaxis], tf.range(bits)) % 2
     size = place_bytes(count, bits)
-    digits = tf.reshape(_filled(tf.reshape(each, [*rows, count * bits]), 8 * size), [*rows, size, 8])
+    digits = tf.reshape(padded(tf.reshape(each, [*rows, count * bits]), 8 * size), [*rows, size, 8])
     return tf.cast(tf.reduce_sum(digits * [2**i for i in range(8)], axis=-1), tf.uint8)
 
 
@@ -147,14 +179,15 @@ def place_bytes(count: int, bits: int) -> int:
     return ceil(count * bits, 8)
 
 
-def padded(message: tf.Tensor) -> tf.Tensor:
-    """Pads rows of uint8 to whole words of 4 bytes.
+def padded(rows: tf.Tensor, length: int) -> tf.Tensor:
+    """Pads rows [..., n] with zeros up to a length.
 
     Examples:
-        >>> padded(tf.constant([1, 2, 3, 4, 5], tf.uint8)).numpy().tolist()
+        >>> padded(tf.constant([1, 2, 3, 4, 5], tf.uint8), words(5)).numpy().tolist()
         [1, 2, 3, 4, 5, 0, 0, 0]
     """
-    return _filled(message, words(message.shape[-1]))
+    missing = length - rows.shape[-1]
+    return tf.pad(rows, [[0, 0]] * (rows.shape.rank - 1) + [[0, missing]]) if missing else rows
 
 
 def words(size: int) -> int:
@@ -197,6 +230,22 @@ def numpy_dtype(dtype: str) -> Any:
     return tf.as_dtype(dtype).as_numpy_dtype
 
 
-def _filled(rows: tf.Tensor, length: int) -> tf.Tensor:
-    """Fills rows [..., n] with zeros up to a length."""
-    return tf.pad(rows, [[0, 0]] * (rows.shape.rank - 1) + [[0, length - rows.shape[-1]]])
+def _side_by_side(rows: Sequence[tf.Tensor]) -> tf.Tensor:
+    return tf.concat(rows, axis=-1) if len(rows) > 1 else rows[0]
+
+
+def _apart(rows: tf.Tensor, lengths: Sequence[int], counts: Sequence[int]) -> list[tf.Tensor]:
+    """Cuts rows [parts, n] into pieces of these lengths, and keeps of each so many values."""
+    pieces = tf.split(rows, lengths, axis=-1) if len(lengths) > 1 else [rows]
+    return [
+        piece if length == count else piece[:, :count]
+        for piece, length, count in zip(pieces, lengths, counts, strict=True)
+    ]
+
+
+def _relaid(rows: tf.Tensor, lengths: Sequence[int], counts: Sequence[int], wanted: Sequence[int]) -> tf.Tensor:
+    """Gives the pieces of rows [parts, n], of which so many values count, other lengths, with zeros to fill them."""
+    if list(lengths) == list(wanted):
+        return rows
+    pieces = zip(_apart(rows, lengths, counts), wanted, strict=True)
+    return _side_by_side([padded(piece, length) for piece, length in pieces])

@@ -42,11 +42,12 @@ class Quantized(EncodedSum):
     def message_bytes(self, count: int) -> int:
         return words(value_bytes(count, self.bits))
 
-    def encode(self, chunks: tf.Tensor, filled: Sequence[int]) -> tf.Tensor:
-        return padded(encode_values(chunks, self.bits, filled))
+    def encode(self, chunks: Sequence[tf.Tensor], filled: Sequence[Sequence[int]]) -> tf.Tensor:
+        whole = sum(self.message_bytes(each.shape[-1]) for each in chunks)
+        return padded(encode_values(chunks, self.bits, filled), whole)
 
-    def decode(self, messages: tf.Tensor, count: int, dtype: tf.DType) -> tf.Tensor:
-        return decode_values(messages, count, self.bits, dtype)
+    def decode(self, messages: tf.Tensor, counts: Sequence[int], dtype: tf.DType) -> list[tf.Tensor]:
+        return decode_values(messages, counts, self.bits, dtype)
 
     def __str__(self) -> str:
         return f"{self.bits} bits a value" + self.decay_text()

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dist_partial.distributed.collectives import BETWEEN, INSIDE, Collectives, run_rounds
-from dist_partial.reductions.base import Exchange, mean
+from dist_partial.distributed.collectives import BETWEEN, INSIDE, Collectives
+from dist_partial.reductions.base import mean
+from dist_partial.reductions.together import Term, reduce_together
 from dist_partial.selection.plan import Plan, VariablePlan
 
 OF_INSIDE = "inside_"  # names what a reduction keeps over the replicas of one worker
@@ -54,11 +55,12 @@ def reduce_gradients(
 
     def reduce(level: str, chosen: list[int], more: Sequence[Any] = ()) -> list[Any]:
         """Reduces some of them over a level, with other exchanges, whose results it returns."""
-        how = [trained[i].inside if level == INSIDE else trained[i].reduction for i in chosen]
-        own = [_of_level(states[i], level == INSIDE) for i in chosen]
-        parts = zip(how, own, chosen, strict=True)
-        exchanges = [_exchange(each, state, reduced[i], trained[i]) for each, state, i in parts]
-        results = run_rounds(collectives.at(level), [*exchanges, *more])
+        inside = level == INSIDE
+        terms = [
+            Term(entry.inside if inside else entry.reduction, value, _of_level(state, inside), entry.shape)
+            for entry, value, state in ((trained[i], reduced[i], states[i]) for i in chosen)
+        ]
+        results = reduce_together(collectives.at(level), terms, more)
         for i, result in zip(chosen, results, strict=False):
             reduced[i] = result
         return results[len(chosen) :]
@@ -70,12 +72,6 @@ def reduce_gradients(
     with tf.control_dependencies([each for each in (*averages, *reduced) if each is not None] if two_levels else []):
         reduce(BETWEEN, two_levels)
     return reduced, averages
-
-
-def _exchange(reduction: Any, state: dict[str, Any], gradient: Any, entry: VariablePlan) -> Exchange:
-    if isinstance(gradient, tf.IndexedSlices):
-        return reduction.reduce_lookups(gradient, entry.shape)
-    return reduction.reduce(gradient, state)
 
 
 def make_states(plan: Plan) -> list[dict[str, tf.Variable]]:

@@ -60,7 +60,14 @@ class TopK(EncodedSum):
         blocks, block, k = self._blocks(count)
         return words(place_bytes(blocks * k, place_bits(block)) + value_bytes(blocks * k, self.bits))
 
-    def encode(self, chunks: tf.Tensor, filled: Sequence[int]) -> tf.Tensor:
+    def encode(self, chunks: Sequence[tf.Tensor], filled: Sequence[Sequence[int]]) -> tf.Tensor:
+        return tf.concat([self._encode(*each) for each in zip(chunks, filled, strict=True)], axis=1)
+
+    def decode(self, messages: tf.Tensor, counts: Sequence[int], dtype: tf.DType) -> list[tf.Tensor]:
+        parts = tf.split(messages, [self.message_bytes(count) for count in counts], axis=1)
+        return [self._decode(part, count, dtype) for part, count in zip(parts, counts, strict=True)]
+
+    def _encode(self, chunks: tf.Tensor, filled: Sequence[int]) -> tf.Tensor:
         parts, count = chunks.shape
         blocks, block, k = self._blocks(count)
         cut = tf.reshape(chunks, [parts, blocks, block])
@@ -68,14 +75,15 @@ class TopK(EncodedSum):
         values = tf.reshape(tf.gather(cut, places, batch_dims=2), [parts, blocks * k])
         sent = [ceil(each, block) * k for each in filled]
         places = encode_places(tf.reshape(places, [parts, blocks * k]), place_bits(block))
-        return padded(tf.concat([places, encode_values(values, self.bits, sent)], axis=1))
+        message = tf.concat([places, encode_values([values], self.bits, [sent])], axis=1)
+        return padded(message, self.message_bytes(count))
 
-    def decode(self, messages: tf.Tensor, count: int, dtype: tf.DType) -> tf.Tensor:
+    def _decode(self, messages: tf.Tensor, count: int, dtype: tf.DType) -> tf.Tensor:
         parts = messages.shape[0]
         blocks, block, k = self._blocks(count)
         size = place_bytes(blocks * k, place_bits(block))
         places = decode_places(messages[:, :size], blocks * k, place_bits(block))
-        values = decode_values(messages[:, size:], blocks * k, self.bits, dtype)
+        [values] = decode_values(messages[:, size:], [blocks * k], self.bits, dtype)
         starts = tf.range(parts)[:, tf.newaxis] * count + tf.repeat(tf.range(blocks) * block, k)
         where = tf.reshape(starts + places, [-1, 1])
         return tf.reshape(tf.scatter_nd(where, tf.reshape(values, [-1]), [parts * count]), [parts, count])

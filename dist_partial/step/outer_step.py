@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -15,6 +15,7 @@ from dist_partial.reductions.base import mean
 from dist_partial.reductions.encoding import numpy_dtype
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.reductions.reduce_gradients import own_variable
+from dist_partial.reductions.together import Term, reduce_together
 from dist_partial.selection.plan import Plan, VariablePlan
 from dist_partial.step import optimizers
 from dist_partial.step.gradients import clip
@@ -157,8 +158,8 @@ def replica_travel(spec: ExchangeSpec) -> None:
     """Averages the noted movements over the replicas; called in a replica context."""
     fragment, collectives = spec.fragment, spec.fragment.over(spec.collectives)
     noted = {i: tf.convert_to_tensor(fragment.moving[i]) for i in reversed(spec.moved)}
-    found = run_rounds(collectives, [_mean_movement(fragment, collectives, i, own) for i, own in noted.items()])
-    _assign([fragment.moving[i] for i in noted], found)
+    means = reduce_together(collectives, _terms(fragment, collectives, noted))
+    _assign([fragment.moving[i] for i in noted], means)
 
 
 def replica_arrived(spec: ExchangeSpec) -> list[tf.Tensor]:
@@ -169,14 +170,12 @@ def replica_arrived(spec: ExchangeSpec) -> list[tf.Tensor]:
 def replica_means(spec: ExchangeSpec) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
     """Averages the movements of the members, and the statistics, over the replicas; called in a replica context."""
     collectives = spec.fragment.over(spec.collectives)
-    movements = [
-        _mean_movement(spec.fragment, collectives, i, _movement(spec.fragment, i)) for i in reversed(spec.moved)
-    ]
-    statistics = _means(spec.statistics)
+    movements = {i: _movement(spec.fragment, i) for i in reversed(spec.moved)}
+    terms, statistics = _terms(spec.fragment, collectives, movements), _means(spec.statistics)
     if collectives is spec.collectives:
-        means = run_rounds(collectives, [*movements, *statistics])
+        means = reduce_together(collectives, terms, statistics)
         return means[: len(spec.moved)][::-1], means[len(spec.moved) :]
-    means = run_rounds(collectives, movements)[::-1]
+    means = reduce_together(collectives, terms)[::-1]
     with tf.control_dependencies(means):  # one after the other, as in `reduce_gradients`
         return means, run_rounds(spec.collectives, statistics)
 
@@ -186,8 +185,10 @@ def _movement(fragment: Fragment, i: int) -> tf.Tensor:
     return tf.convert_to_tensor(anchor) - tf.convert_to_tensor(own)
 
 
-def _mean_movement(fragment: Fragment, collectives: Collectives, i: int, movement: tf.Tensor) -> Any:
-    return fragment.reduction.window.reduce(movement / collectives.topology.replicas, fragment.states[i])
+def _terms(fragment: Fragment, collectives: Collectives, movements: Mapping[int, tf.Tensor]) -> list[Term]:
+    """This replica's part of the mean of movements, each by the number of its member."""
+    window, replicas = fragment.reduction.window, collectives.topology.replicas
+    return [Term(window, own / replicas, fragment.states[i], own.shape) for i, own in movements.items()]
 
 
 def _means(variables: Sequence[Any]) -> list[Any]:
