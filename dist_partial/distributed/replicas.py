@@ -146,7 +146,8 @@ class ReplicaOptions:
         check(self, "replicas")
 
     def prepare(self) -> None:
-        """Makes the devices of `connect` on the CPU, before anything else starts TensorFlow, as a metric does."""
+        """Makes what `connect` needs of TensorFlow, before anything else starts it, as a metric does."""
+        _add_threads(self.transport)
         if self.cpu > 1 and not tf.config.list_physical_devices("GPU"):
             with contextlib.suppress(UserError):  # `connect` raises it, if they are needed
                 simulated(self.cpu)
@@ -161,6 +162,7 @@ class ReplicaOptions:
                 be made.
             Fault: workers are missing when `start_seconds` are over.
         """
+        _add_threads(self.transport)
         cluster = read_tf_config(os.environ.get("TF_CONFIG", ""))
         gpus = len(tf.config.list_logical_devices("GPU")) if tf.config.list_physical_devices("GPU") else 0
         kind, reason = self.kind, ""
@@ -282,6 +284,18 @@ def simulated(count: int) -> list[str]:
             f"the notebook's kernel, and call dist_partial.devices({count}) before anything else uses TensorFlow"
         ) from None
     return [f"CPU:{i}" for i in range(count)]
+
+
+def _add_threads(transport: str) -> None:
+    """Lets TensorFlow have two threads more than cores, where sockets join workers and nobody has said how many.
+
+    What a step needs of other workers holds one thread while it travels, and a delayed exchange another; with as many
+    threads as cores, steps would have fewer to compute with.
+    """
+    said = tf.config.threading.get_inter_op_parallelism_threads() or os.environ.get("TF_NUM_INTEROP_THREADS")
+    if os.environ.get("TF_CONFIG") and transport != "tensorflow" and not said:
+        with contextlib.suppress(RuntimeError):  # TensorFlow has started
+            tf.config.threading.set_inter_op_parallelism_threads(len(os.sched_getaffinity(0)) + 2)
 
 
 def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reason: str) -> Replicas:

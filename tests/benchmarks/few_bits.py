@@ -36,15 +36,15 @@ REDUCTIONS = {
     "1.6 bits": "run.reduction = @quantized()\nquantized.bits = 1.6\n",
     "top 1/64": "run.reduction = @top_k()\n",
 }
-HOSTS, RATE, ROUNDS = 4, "10mbit", 2
+HOSTS, RATE, ROUNDS = 4, "10mbit", 4
 DEEP = """
 run.model = @byte_transformer
 run.data = @stdlib_corpus
 run.rules = [('train', '.*')]
 run.global_batch = 32
-run.steps = 132
+run.steps = 252
 run.steps_per_loop = 12
-run.eval_every = 132
+run.eval_every = 252
 run.eval_examples = 32
 sample.length = 1
 """

@@ -48,6 +48,21 @@ def difference(ours: engine.Trained, keras: reference.Reference) -> Difference:
     )
 
 
+def check_trained(keras: reference.Reference) -> None:
+    """What Keras trains is finite and moved, and the loss fell."""
+    assert keras.trained
+    for path, weight in keras.weights.items():
+        assert np.isfinite(weight).all(), path
+        if path in keras.trained:
+            moved = np.abs(weight.astype(np.float64) - keras.initial[path].astype(np.float64))
+            assert np.max(moved, initial=0.0) > 1e-7, f"{path} does not move"
+    each = step_losses(keras.steps)
+    assert np.isfinite(each).all()
+    assert each[-4:].mean() < each[:4].mean()  # four steps are a pass over the rows
+    for logs in (keras.epochs, *keras.evaluations.values()):
+        assert "loss" in logs and all(np.isfinite(value).all() for value in logs.values())
+
+
 def _far(ours: Any, keras: Any) -> float:
     if ours is None or np.shape(ours) != np.shape(keras):
         return np.inf

@@ -6,7 +6,7 @@ import pytest
 
 from dist_partial.errors import UserError
 from tests.conformance import table
-from tests.conformance.comparison import difference, keras_of, trained
+from tests.conformance.comparison import check_trained, difference, keras_of, trained
 from tests.conformance.known import EXACT, KNOWN, PARTS, known
 from tests.conformance.models import CASES
 from tests.conformance.results import KINDS, as_known, load
@@ -47,8 +47,11 @@ def test_equals_keras(case, replicas=2):
     if different and different.refused:
         with pytest.raises(UserError, match=different.refused):
             trained(case, lambda: in_process(replicas))
+        check_trained(keras_of(case))
         return
-    far = difference(trained(case, lambda: in_process(replicas)), keras_of(case))
+    reference = keras_of(case)
+    check_trained(reference)
+    far = difference(trained(case, lambda: in_process(replicas)), reference)
     differs = different.differs if different else ()
     for part in PARTS:
         assert getattr(far, part) <= (different.within if part in differs else EXACT), (part, far)
