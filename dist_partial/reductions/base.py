@@ -70,3 +70,18 @@ def mean(value: tf.Tensor) -> Exchange:
 def total(value: tf.Tensor) -> Exchange:
     """Asks for the sum of a tensor over all replicas."""
     return (yield AllReduceRequest(value))
+
+
+def with_residual(value: tf.Tensor, residual: Any, decay: float) -> tf.Tensor:
+    """Adds what was left out before, or a part of it.
+
+    Examples:
+        >>> float(with_residual(tf.constant(1.0), tf.constant(4.0), decay=0.5))
+        3.0
+    """
+    return value + (residual if decay == 1 else decay * residual)
+
+
+def decay_text(decay: float) -> str:
+    """Writes what the text of a reduction says of its decay."""
+    return f", decay {decay:g}" if decay != 1 else ""

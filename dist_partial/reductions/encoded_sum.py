@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_partial.distributed.collectives import AllGatherRequest, AllReduceRequest, AllToAllRequest, PeersRequest
-from dist_partial.reductions.base import Exchange
+from dist_partial.reductions.base import Exchange, with_residual
 from dist_partial.reductions.encoding import ceil, zeros
 from dist_partial.selection.payload import PAIR, Payload, Peers, itemsize
 
@@ -89,7 +89,7 @@ class EncodedSum(abc.ABC):
         if self.together(value.shape, value.dtype.name, peers):
             return (yield from self.reduce_several([value], [state]))[0]
         assert "sum_residual" not in state, (peers, list(state))
-        value = self._with_residual(value, state["residual"])
+        value = with_residual(value, state["residual"], self.decay)
         state["residual"].assign(tf.zeros_like(value))
         return (yield AllReduceRequest(value))
 
@@ -115,7 +115,7 @@ class EncodedSum(abc.ABC):
         received = self.decode((yield AllToAllRequest(self._encoded(values, states, replicas))), counts, dtype)
         filled = [_filled(_size(value), count, replicas)[rank] for value, count in zip(values, counts, strict=True)]
         totals = [
-            _but_for(self._with_residual(_added(parts), residual), end)
+            _but_for(with_residual(_added(parts), residual, self.decay), end)
             for parts, residual, end in zip(received, own, filled, strict=True)
         ]
         message = self.encode([total[tf.newaxis] for total in totals], [[end] for end in filled])
@@ -130,7 +130,7 @@ class EncodedSum(abc.ABC):
         counts = [self._chunk(_size(value), parts) for value in values]
         chunks = []
         for value, state, count in zip(values, states, counts, strict=True):
-            flat = tf.reshape(self._with_residual(value, state["residual"]), [-1])
+            flat = tf.reshape(with_residual(value, state["residual"], self.decay), [-1])
             missing = parts * count - flat.shape[0]
             chunks.append(tf.reshape(tf.pad(flat, [[0, missing]]) if missing else flat, [parts, count]))
         filled = [_filled(_size(value), count, parts) for value, count in zip(values, counts, strict=True)]
@@ -140,16 +140,9 @@ class EncodedSum(abc.ABC):
             state["residual"].assign(_shaped(chunk - decoded, value))
         return message
 
-    def _with_residual(self, value: tf.Tensor, residual: Any) -> tf.Tensor:
-        return value + (residual if self.decay == 1 else self.decay * residual)
-
     def _chunk(self, size: int, replicas: int) -> int:
         """How many values each replica adds up in two hops; the last ones may have fewer, or none."""
         return self.rounded(ceil(size, replicas), size)
-
-    def decay_text(self) -> str:
-        """Writes what the text of a reduction says of its decay."""
-        return f", decay {self.decay:g}" if self.decay != 1 else ""
 
 
 def _size(value: tf.Tensor) -> int:

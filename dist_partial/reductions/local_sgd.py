@@ -38,6 +38,8 @@ class LocalSGD:
         delay: steps that are made while an exchange travels: what it brings is applied so many steps after it began.
         mix: how much of the anchors the variables take when an exchange has arrived; 1 is all, 0.5 the middle between
             where the replica is by then and the anchors, as in Streaming DiLoCo.
+        keep_progress: what a replica has moved while an exchange travelled is kept, on top of the anchors (delayed
+            averaging: Zhou et al. 2020, "DaSGD"); else `mix` says how much of it is lost.
         warm_up: steps at the beginning, after each of which there is an exchange, without a delay.
         clip_norm: to which global norm the mean movements of a group are clipped before the outer optimizer; or None.
 
@@ -55,6 +57,7 @@ class LocalSGD:
     keep_residual_local: bool = False
     delay: Annotated[int, AtLeast(0)] = 0
     mix: Annotated[float, Above(0), AtMost(1)] = 1.0
+    keep_progress: bool = False
     warm_up: Annotated[int, AtLeast(0)] = 0
     clip_norm: Annotated[float | None, Above(0)] = None
 
@@ -65,10 +68,11 @@ class LocalSGD:
                 f"local_sgd.delay is {self.delay}: an exchange must have arrived when the next one begins, after "
                 f"local_sgd.sync_every = {self.sync_every} steps; give at most that"
             )
-        if self.delay == self.sync_every and self.mix == 1:
+        if self.delay == self.sync_every and self.mix == 1 and not self.keep_progress:
             raise UserError(
                 f"local_sgd.delay is {self.delay}, all of local_sgd.sync_every, and local_sgd.mix = 1 leaves nothing "
-                "of the steps made while an exchange travels: no step would count; give a smaller delay or mix"
+                "of the steps made while an exchange travels: no step would count; set local_sgd.keep_progress = True, "
+                "or give a smaller delay or mix"
             )
         # Of a class, not made by (), `shared` would be the property itself.
         if self.compressor is not None and getattr(self.compressor, "shared", False) is not True:
@@ -139,6 +143,7 @@ class LocalSGD:
         parts += ["residuals stay local"] if self.keep_residual_local else []
         parts += [f"applied {self.delay} steps later"] if self.delay else []
         parts += [f"mixed by {self.mix:g}"] if self.mix != 1 else []
+        parts += ["progress is kept"] if self.keep_progress else []
         parts += [f"every step until {self.warm_up}"] if self.warm_up else []
         parts += [f"clipped to {self.clip_norm:g}"] if self.clip_norm is not None else []
         return ", ".join(parts)

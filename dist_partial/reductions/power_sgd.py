@@ -11,10 +11,10 @@ import tensorflow as tf
 
 from dist_partial.distributed.collectives import AllReduceRequest
 from dist_partial.reductions.all_reduce import AllReduce
-from dist_partial.reductions.base import Dtype, Exchange
+from dist_partial.reductions.base import Dtype, Exchange, decay_text, with_residual
 from dist_partial.reductions.encoding import numpy_dtype, zeros
 from dist_partial.selection.payload import PAIR, Payload, Peers, itemsize
-from dist_partial.validation import AtLeast, check
+from dist_partial.validation import Above, AtLeast, AtMost, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class PowerSGD:
     Attributes:
         rank: columns of each factor.
         dtype: of the factors as they are sent; None for the gradient's own.
+        decay: how much of what was left out is added to the next gradient, as in `Quantized`.
 
     A tensor of more than two axes is folded into the matrix that takes the fewest bytes. One whose factors would not
     be smaller than itself is sent whole.
@@ -39,6 +40,7 @@ class PowerSGD:
 
     rank: Annotated[int, AtLeast(1)] = 4
     dtype: Dtype = None
+    decay: Annotated[float, Above(0), AtMost(1)] = 1.0
 
     def __post_init__(self) -> None:
         check(self, "power_sgd")
@@ -72,7 +74,7 @@ class PowerSGD:
         if matrix is None:
             return (yield from AllReduce(self.dtype).reduce(value, state))
         collectives = tf.as_dtype(self.dtype or value.dtype)
-        whole = tf.reshape(value + state["residual"], matrix)
+        whole = tf.reshape(with_residual(value, state["residual"], self.decay), matrix)
         left = yield AllReduceRequest(tf.cast(whole @ state["right"], collectives))
         # Householder's QR gives orthonormal columns even where the product has lost rank.
         precise = tf.float32 if value.dtype == tf.bfloat16 else value.dtype  # in which TensorFlow 2.21 has it
@@ -86,4 +88,4 @@ class PowerSGD:
         return tf.reshape(tf.matmul(left, total, transpose_b=True), value.shape)
 
     def __str__(self) -> str:
-        return f"PowerSGD rank {self.rank}" + (f", {self.dtype}" if self.dtype else "")
+        return f"PowerSGD rank {self.rank}" + (f", {self.dtype}" if self.dtype else "") + decay_text(self.decay)

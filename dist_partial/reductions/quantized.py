@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tensorflow as tf
 
+from dist_partial.reductions.base import decay_text
 from dist_partial.reductions.encoded_sum import EncodedSum
 from dist_partial.reductions.encoding import LEVELS, decode_values, encode_values, padded, value_bytes, words
 from dist_partial.validation import Above, AtMost, OneOf, check
@@ -50,4 +51,4 @@ class Quantized(EncodedSum):
         return decode_values(messages, counts, self.bits, dtype)
 
     def __str__(self) -> str:
-        return f"{self.bits} bits a value" + self.decay_text()
+        return f"{self.bits} bits a value" + decay_text(self.decay)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tensorflow as tf
 
+from dist_partial.reductions.base import decay_text
 from dist_partial.reductions.encoded_sum import EncodedSum
 from dist_partial.reductions.encoding import (
     FLOATS,
@@ -95,4 +96,4 @@ class TopK(EncodedSum):
 
     def __str__(self) -> str:
         blocks = f", blocks of {self.block}" if self.block else ""
-        return f"top {self.density!r} in {self.bits} bits{blocks}" + self.decay_text()
+        return f"top {self.density!r} in {self.bits} bits{blocks}" + decay_text(self.decay)

@@ -33,6 +33,7 @@ class Fragment:
         outer: the outer optimizer; its members are the anchors, the same on all replicas.
         states: what the reduction of the movements keeps, a dictionary a member.
         moving: with a delay, what travels of each member: its movement, and once it has arrived the mean of all.
+        begun: with a delay whose progress is kept, where each member was when the exchange began.
     """
 
     reduction: LocalSGD
@@ -40,6 +41,7 @@ class Fragment:
     outer: GroupOptimizer
     states: tuple[dict[str, tf.Variable], ...]
     moving: tuple[tf.Variable, ...] = ()
+    begun: tuple[tf.Variable, ...] = ()
 
     def over(self, collectives: Collectives) -> Collectives:
         """How those reach each other that exchange: all replicas, or, of each worker, one for all."""
@@ -108,12 +110,20 @@ def build(
                 f"local_sgd.outer_optimizer of rule {group.rule.match!r}", factory, anchors, number
             )
             outer.allocate()
-            moving = [
-                own_variable("moving", np.zeros(anchor.variable.shape, numpy_dtype(anchor.entry.dtype)))
-                for anchor in (anchors if group.reduction.delay else ())
-            ]
-            fragments.append(Fragment(group.reduction, inner.members, outer, own_states, tuple(moving)))
+            kept = {
+                "moving": group.reduction.delay > 0,
+                "begun": group.reduction.delay and group.reduction.keep_progress,
+            }
+            own = {name: _zeros(name, anchors if needed else ()) for name, needed in kept.items()}
+            fragments.append(Fragment(group.reduction, inner.members, outer, own_states, **own))
     return tuple(fragments)
+
+
+def _zeros(name: str, anchors: Sequence[OptimizerVariable]) -> tuple[tf.Variable, ...]:
+    """A variable of each replica's own for each anchor."""
+    return tuple(
+        own_variable(name, np.zeros(anchor.variable.shape, numpy_dtype(anchor.entry.dtype))) for anchor in anchors
+    )
 
 
 def exchange(spec: ExchangeSpec) -> None:
@@ -142,7 +152,7 @@ def arrive(spec: ExchangeSpec) -> None:
 
 def _apply(spec: ExchangeSpec, means: list[tf.Tensor], statistics: list[tf.Tensor]) -> None:
     spec.strategy.run(replica_update, args=(spec, means, statistics))
-    local = spec.fragment.reduction.keep_residual_local
+    local = spec.fragment.reduction.keep_residual_local or spec.fragment.begun
     starts = spec.strategy.run(replica_starts, args=(spec,)) if local else _anchors(spec.fragment)
     _go_to(spec.strategy, spec.fragment, starts, spec.fragment.reduction.mix)
 
@@ -151,6 +161,8 @@ def replica_begin(spec: ExchangeSpec) -> None:
     """Notes this replica's movements; called in a replica context."""
     for i in spec.moved:
         spec.fragment.moving[i].assign(_movement(spec.fragment, i))
+    for member, begun in zip(spec.fragment.members, spec.fragment.begun, strict=False):
+        begun.assign(member.variable.value)
     _assign(spec.statistics, run_rounds(spec.collectives, _means(spec.statistics)))
 
 
@@ -210,19 +222,22 @@ def replica_update(spec: ExchangeSpec, means: list[tf.Tensor], statistics: list[
 
 
 def replica_starts(spec: ExchangeSpec) -> list[tf.Tensor]:
-    """Computes where the replica's next steps start: at the anchors, but for what the exchange left out.
+    """Computes where the replica's next steps start: at the anchors, but for what stays its own.
 
-    The residual was divided by the number of replicas.
+    That is what the exchange left out, a residual that was divided by the number of replicas, and how far the replica
+    has moved since the exchange began.
     """
     fragment, count = spec.fragment, spec.fragment.over(spec.collectives).topology.replicas
     starts = []
-    for member, state in zip(fragment.outer.members, fragment.states, strict=True):
-        start = tf.convert_to_tensor(member.variable.value)
-        if "residual" in state:
+    for i, (anchor, state) in enumerate(zip(fragment.outer.members, fragment.states, strict=True)):
+        start = at = tf.convert_to_tensor(anchor.variable.value)
+        if fragment.begun:
+            start += tf.convert_to_tensor(fragment.members[i].variable.value) - fragment.begun[i]
+        if fragment.reduction.keep_residual_local and "residual" in state:
             start -= count * state["residual"]
             state["residual"].assign(tf.zeros_like(start))
-            if member.variable.constraint is not None:  # as after any step
-                start = member.variable.constraint(start)
+        if start is not at and anchor.variable.constraint is not None:  # as after any step
+            start = anchor.variable.constraint(start)
         starts.append(start)
     return starts
 

@@ -248,7 +248,7 @@ def _measure(trainer: Trainer, batch: int, step_seconds: Sequence[float]) -> Mea
     memory = sum(
         _bytes(v)
         for k, v in trainer.state().variables.items()
-        if k.startswith(("slots/", "outer/", "reductions/", "moving/"))
+        if k.startswith(("slots/", "outer/", "reductions/", "moving/", "begun/"))
     )
     memory += sum(_bytes(anchor.variable) for fragment in trainer.fragments for anchor in fragment.outer.members)
     if step_seconds:  # as for a step of everything, whose backward pass computes twice as much

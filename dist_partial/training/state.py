@@ -105,9 +105,9 @@ class TrainState:
             for anchor in fragment.outer.members:
                 found[f"variables/{anchor.entry.path}"] = anchor.variable
             found |= {f"outer/{name}": variable for name, variable in fragment.outer.state.items()}
-            for member, variable in zip(fragment.members, fragment.moving, strict=False):
-                who = self._of(member.entry.inside)
-                found[f"moving/{member.entry.path}"] = PerReplica(who, variable, "mean")
+            for name, variables in (("moving", fragment.moving), ("begun", fragment.begun)):
+                for member, variable in zip(fragment.members, variables, strict=False):
+                    found[f"{name}/{member.entry.path}"] = PerReplica(self._of(member.entry.inside), variable, "mean")
         for entry, own in zip(self.plan.trained, self.reduction_states, strict=True):
             for name, variable in own.items():
                 when_fewer = WHEN_FEWER.get(name.removeprefix(OF_INSIDE), "own")

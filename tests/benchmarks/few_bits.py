@@ -36,7 +36,7 @@ REDUCTIONS = {
     "1.6 bits": "run.reduction = @quantized()\nquantized.bits = 1.6\n",
     "top 1/64": "run.reduction = @top_k()\n",
 }
-HOSTS, RATE, ROUNDS = 4, "10mbit", 4
+HOSTS, RATE, ROUNDS = 4, "10mbit", 3
 DEEP = """
 run.model = @byte_transformer
 run.data = @stdlib_corpus

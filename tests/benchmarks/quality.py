@@ -2,13 +2,15 @@
 
 python -m tests.benchmarks.quality [--table=schedules] [--seeds=3] [--policies="NAME;..."] [--go_on]
 
-Two simulated replicas train a byte transformer on the embedded corpus; every run reads the same number of examples.
-Each policy runs in a process of its own, two at a time, and its losses are means over the seeds.
+Simulated replicas, two unless a policy says otherwise, train a byte transformer on the embedded corpus; every run reads
+the same number of examples. Each policy runs in a process of its own, two at a time, and its losses are means over the
+seeds.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -49,6 +51,7 @@ class Policy:
         decay: whether the learning rate decays. Each unit of a schedule has an optimizer of its own, which counts its
             own steps: there a constant rate compares like with like.
         leave: what becomes of the slots of what a schedule leaves.
+        replicas: how many.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Policy:
     schedule: Callable[[Any], Any] | None = None
     decay: bool = True
     leave: str = "keep"
+    replicas: int = 2
 
 
 def _in_turns(m: Any) -> list[Any]:
@@ -91,13 +95,18 @@ def _policies() -> list[Policy]:
     }
     found = [Policy(name, make) for name, make in both.items()]
     found.append(Policy("in turns every 12 steps, 4 bits", lambda m: m.AllReduce(), rules=_in_turns))
+    delays: dict[str, dict[str, Any]] = {
+        "6 steps later": {"delay": 6},
+        "6 steps later, mixed by half": {"delay": 6, "mix": 0.5, "keep_residual_local": True},
+        "6 steps later, progress kept": {"delay": 6, "keep_progress": True},
+        "12 steps later, mixed by half": {"delay": 12, "mix": 0.5, "keep_residual_local": True},
+        "12 steps later, progress kept": {"delay": 12, "keep_progress": True},
+    }
     smaller |= {
-        f"batch 8, every 24 steps, 1.6 bits, applied {delay} steps later{', mixed by half' if mix < 1 else ''}": (
-            lambda m, delay=delay, mix=mix: m.LocalSGD(
-                24, compressor=m.Quantized(1.6), keep_residual_local=mix < 1, delay=delay, mix=mix
-            )
+        f"batch 8, every 24 steps, 1.6 bits, applied {name}": (
+            lambda m, options=options: m.LocalSGD(24, compressor=m.Quantized(1.6), **options)
         )
-        for delay, mix in ((6, 1.0), (12, 1.0), (6, 0.5), (12, 0.5))
+        for name, options in delays.items()
     }
     found += [Policy(name, make, 8, 6e-3) for name, make in smaller.items()]
     found += [Policy(f"selection: {name}", make, rules=PART) for name, make in both.items()]
@@ -106,7 +115,43 @@ def _policies() -> list[Policy]:
             "selection: batch 8, every 24 steps, 1.6 bits", smaller["batch 8, every 24 steps, 1.6 bits"], 8, 6e-3, PART
         )
     )
+    # From three replicas on there are two hops: what the owner of a chunk sends of the sum.
+    sums: dict[str, Callable[[Any], Any]] = {
+        "full": lambda m: m.AllReduce("float32"),
+        "top 1/64, of the sum its largest": lambda m: m.TopK(1 / 64),
+        "top 1/64, of the sum all in 4 bits": lambda m: _union(m, 4),
+        "top 1/64 in 4 bits, of the sum its largest": lambda m: m.TopK(1 / 64, bits=4),
+    }
+    found += [Policy(f"4 replicas: {name}", make, replicas=4) for name, make in sums.items()]
     return found
+
+
+def _union(m: Any, replicas: int) -> Any:
+    """TopK, but that the owner of a chunk sends in few bits all that it was sent."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Union(m.TopK):  # type: ignore[name-defined]
+        """Tells the two hops apart by the number of chunks that are encoded, and by the size of a message."""
+
+        @property
+        def all(self) -> Any:
+            return m.TopK(self.density * replicas, self.block, 4)
+
+        def payloads(self, shape: Any, dtype: str, peers: Any = None) -> Any:
+            found = super().payloads(shape, dtype, *([peers] if peers else []))
+            if found[0].kind != "all-to-all":
+                return found
+            count = self.rounded(-(-math.prod(shape) // peers.replicas), math.prod(shape))
+            return found[0], found[1]._replace(bytes=self.all.message_bytes(count))
+
+        def encode(self, chunks: Any, filled: Any) -> Any:
+            return self.all.encode(chunks, filled) if chunks[0].shape[0] == 1 else super().encode(chunks, filled)
+
+        def decode(self, messages: Any, counts: Any, dtype: Any) -> Any:
+            own = messages.shape[1] == sum(map(self.message_bytes, counts))
+            return (super() if own else self.all).decode(messages, counts, dtype)
+
+    return Union(1 / 64)
 
 
 def _schedules() -> list[Policy]:
@@ -165,7 +210,7 @@ def child(which: str, name: str, seeds: int) -> None:
     from dist_partial.training import loop
 
     policy = TABLES[which][name]
-    made = replicas.create("mirrored", 2)
+    made = replicas.create("mirrored", policy.replicas)
     steps = EXAMPLES // policy.batch
     warm_up = 640 // policy.batch
     names = types.SimpleNamespace(**{**vars(reductions), **vars(schedules)})
@@ -296,7 +341,7 @@ def main() -> None:
 
 def write(rows: list[dict[str, Any]], which: str) -> None:
     model, rate = MODELS[which], "cosine" if which == "quality" else "constant rate"
-    setting = f"{EXAMPLES:,} examples of {WINDOW} bytes, byte_transformer({model}), Adam, {rate}, 2 simulated replicas"
+    setting = f"{EXAMPLES:,} examples of {WINDOW} bytes, byte_transformer({model}), Adam, {rate}, 2 replicas"
     command = COMMAND + ("" if which == "quality" else f" --table={which}")
     content = {"command": command, "setting": setting, "rows": rows}
     (RESULTS / f"{which}.json").write_text(json.dumps(content, indent=1) + "\n")

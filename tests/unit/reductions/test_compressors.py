@@ -104,6 +104,20 @@ def rounded(array, name):
     return array.astype(NUMPY[name])
 
 
+@pytest.mark.parametrize(
+    "each", [Quantized(1, decay=0.5), TopK(1 / 16, 256, 8, decay=0.5), PowerSGD(2, decay=0.5)], ids=str
+)
+def test_of_what_is_left_a_part_is_added(each, mirrored):
+    """After gradients of zeros, what was sent and what is left are by half of what was left less, each time."""
+    simulated = Simulated(mirrored(2), [(each, (12, 20))])
+    gradient = draw(2, (12, 20), steps=1)[0]
+    sent = simulated.step([gradient])[0]
+    left = simulated.left(0)
+    np.testing.assert_allclose(sent + left, gradient.sum(axis=0), rtol=0, atol=1e-12)
+    sent = simulated.step([np.zeros_like(gradient)])[0]
+    np.testing.assert_allclose(sent + simulated.left(0), 0.5 * left, rtol=0, atol=1e-12)
+
+
 def gram_schmidt(matrix):
     columns = []
     for column in matrix.T:

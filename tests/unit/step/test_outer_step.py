@@ -194,23 +194,25 @@ class Reference:
             warm = self.done <= kind.warm_up
             if warm or (self.done - kind.offset) % kind.sync_every == 0:
                 movement = self.anchors[path] - np.mean([chosen[path].numpy() for chosen in self.variables], axis=0)
-                self.flying[path] = self.done + (0 if warm else kind.delay), movement
+                begun = [chosen[path].numpy() for chosen in self.variables]
+                self.flying[path] = self.done + (0 if warm else kind.delay), movement, begun
         self._arrive()
 
     def _arrive(self):
-        arrived = {path: movement for path, (when, movement) in self.flying.items() if when == self.done}
+        arrived = {path: movement for path, (when, movement, _) in self.flying.items() if when == self.done}
         for path, movement in arrived.items():
             kind = self.kinds[path]
-            del self.flying[path]
+            *_, begun = self.flying.pop(path)
             if kind.clip_norm is not None:
                 of_group = [each for other, each in arrived.items() if self.kinds[other] is kind]
                 norm = np.sqrt(sum((each**2).sum() for each in of_group))
                 movement = movement * min(1.0, kind.clip_norm / norm)
             anchor = self.outers[path].step(self.anchors[path], movement)
             self.anchors[path] = self.projections.get(path, lambda value: value)(anchor)
-            for chosen in self.variables:
+            for chosen, at in zip(self.variables, begun, strict=True):
                 own = chosen[path].numpy()
-                chosen[path].assign((1 - kind.mix) * own + kind.mix * self.anchors[path])
+                start = self.anchors[path] + (own - at if kind.keep_progress else 0)
+                chosen[path].assign((1 - kind.mix) * own + kind.mix * start)
 
     def own(self):
         return {path: [chosen[path].numpy() for chosen in self.variables] for path in self.kinds}
@@ -270,6 +272,8 @@ def test_replicas_train_by_themselves_and_move_on_together(replicas, inner, oute
     [
         (2, None, {"delay": 2}, {"delay": 4, "mix": 0.5}),  # as long as until the next one begins
         (3, "nesterov", {"delay": 1, "mix": 0.5, "clip_norm": 0.02}, {"warm_up": 3, "delay": 3}),
+        (3, "nesterov", {"delay": 3, "keep_progress": True}, {"delay": 2, "mix": 0.5, "keep_progress": True}),
+        (2, None, {"keep_progress": True}, {"delay": 3, "keep_progress": True, "warm_up": 5, "clip_norm": 0.02}),
         (2, "nesterov", {"mix": 0.25}, {"warm_up": 5, "clip_norm": 0.01}),
         (4, None, {"warm_up": 12, "delay": 2}, {"delay": 2, "offset": 1}),
     ],
