@@ -9,7 +9,7 @@ from dist_partial.distributed.collectives import Collectives, run_rounds
 
 
 class Term(NamedTuple):
-    """Is what one replica adds to a sum.
+    """Holds what one replica adds to a sum.
 
     Attributes:
         reduction: how the sum is made.
@@ -40,10 +40,9 @@ def reduce_together(collectives: Collectives, terms: Sequence[Term], more: Itera
 
     Examples:
         >>> from dist_partial.reductions import Quantized
-        >>> from dist_partial.distributed import Collectives
         >>> terms = [Term(Quantized(1), tf.constant([each] * 100), {"residual": tf.Variable(tf.zeros(100))}, [100])
         ...          for each in (1.0, 2.0)]
-        >>> [found.numpy()[0] for found in reduce_together(Collectives(), terms)]
+        >>> [float(found[0]) for found in reduce_together(Collectives(), terms)]
         [1.0, 2.0]
     """
     batches = _batches(collectives, terms)
