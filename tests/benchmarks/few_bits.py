@@ -1,6 +1,6 @@
 """Few bits at any number of workers, and exchanges that travel while steps are made: bytes and times.
 
-python -m tests.benchmarks.few_bits [--table=bytes] [--table=delay]
+python -m tests.benchmarks.few_bits [--table=bytes] [--table=delay] [--table=within]
 
 Hosts are network namespaces on this machine, which share its cores; this needs root and iproute2.
 """
@@ -83,6 +83,46 @@ def bytes_at_interfaces() -> list[dict[str, Any]]:
     return rows
 
 
+def delays_within() -> list[dict[str, Any]]:
+    """Times of a step in one run, in calls during which an exchange travels and in the others, which take turns."""
+    command = [sys.executable, "-m", "tests.benchmarks.few_bits"]
+    name = list(WAYS)[-1]
+    travelling: list[float] = []
+    others: list[float] = []
+    for _ in range(ROUNDS):
+        with tempfile.TemporaryDirectory() as folder, hosts.hosts(HOSTS, RATE):
+            file = Path(folder, "config.gin")
+            file.write_text(DEEP + WAYS[name])
+            for code, output in hosts.run([*command, f"--worker={folder}"], HOSTS, timeout=560):
+                if code:
+                    raise RuntimeError(output[-2000:])
+            calls = json.loads(Path(folder, "calls.json").read_text())  # from the second on
+        for i, step in enumerate(calls):
+            (others if i % 2 == 0 else travelling).append(step)
+        print(name, statistics.median(travelling), statistics.median(others), file=sys.stderr, flush=True)
+    counts = {"calls in which an exchange travels": travelling, "calls in which none does": others}
+    alone = statistics.median(others)
+    return [
+        {"way": way, "step_ms": statistics.median(times), "of_alone": statistics.median(times) / alone, "rounds": times}
+        for way, times in counts.items()
+    ]
+
+
+def worker(folder: Path) -> int:
+    """Trains as one of the workers, of which the first notes how long the steps of each call took."""
+    from dist_partial import train
+    from dist_partial.distributed.network import Meter
+
+    written = Meter.to_json
+
+    def noted(meter: Meter, step: int) -> dict[str, Any]:
+        (folder / "calls.json").write_text(json.dumps(meter.step_ms))
+        return written(meter, step)
+
+    Meter.to_json = noted  # type: ignore[method-assign]
+    return train.main(["train", f"--gin_file={folder}/config.gin", f"--run_dir={folder}/run"])
+
+
 def delays() -> list[dict[str, Any]]:
     """Mean time of a step; each way in turn, and in reverse order in every other round."""
     found: dict[str, list[float]] = {name: [] for name in WAYS}
@@ -100,13 +140,17 @@ def delays() -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog=COMMAND)
-    parser.add_argument("--table", choices=("bytes", "delay"), action="append")
-    chosen = parser.parse_args().table or ["bytes", "delay"]
+    parser.add_argument("--table", choices=("bytes", "delay", "within"), action="append")
+    parser.add_argument("--worker", type=Path)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        sys.exit(worker(arguments.worker))
+    chosen = arguments.table or ["bytes", "delay", "within"]
     if reason := hosts.available():
         sys.exit(f"error: no hosts can be made here: {reason}")
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     content |= {"command": COMMAND, "hosts": HOSTS, "rate": RATE}
-    for name, measure in (("bytes", bytes_at_interfaces), ("delay", delays)):
+    for name, measure in (("bytes", bytes_at_interfaces), ("delay", delays), ("within", delays_within)):
         if name in chosen:
             content[name] = measure()
             RESULTS.write_text(json.dumps(content, indent=1) + "\n")

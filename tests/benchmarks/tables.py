@@ -85,9 +85,13 @@ def few_bits(found: Mapping[str, Any]) -> Tables:
         ]
         for row in found.get("bytes", [])
     ]
-    times = [[row["way"], f"{row['step_ms']:.1f}", f"{row['of_alone']:.3f}"] for row in found.get("delay", [])]
-    delays = {f"{found['hosts']} hosts at {found['rate']}": markdown(["what travels", "a step, ms", "ratio"], times)}
-    return {"Bytes that a worker sends in a step": markdown(header, lines, words=2)} | (delays if times else {})
+    tables = {"Bytes that a worker sends in a step": markdown(header, lines, words=2)}
+    for name, title in (("delay", ""), ("within", ", calls of one run")):
+        times = [[row["way"], f"{row['step_ms']:.1f}", f"{row['of_alone']:.3f}"] for row in found.get(name, [])]
+        if times:
+            where = f"{found['hosts']} hosts at {found['rate']}{title}"
+            tables[where] = markdown(["what travels", "a step, ms", "ratio"], times)
+    return tables
 
 
 def finetune(found: Mapping[str, Any]) -> Tables:
