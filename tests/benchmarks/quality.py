@@ -96,6 +96,9 @@ def _policies() -> list[Policy]:
     found = [Policy(name, make) for name, make in both.items()]
     found.append(Policy("in turns every 12 steps, 4 bits", lambda m: m.AllReduce(), rules=_in_turns))
     delays: dict[str, dict[str, Any]] = {
+        "at once, residual kept local": {"keep_residual_local": True},
+        "2 steps later, progress kept": {"delay": 2, "keep_progress": True},
+        "3 steps later, progress and residual kept": {"delay": 3, "keep_progress": True, "keep_residual_local": True},
         "3 steps later, mixed by half": {"delay": 3, "mix": 0.5, "keep_residual_local": True},
         "3 steps later, progress kept": {"delay": 3, "keep_progress": True},
         "6 steps later": {"delay": 6},
