@@ -7,9 +7,11 @@ Hosts are network namespaces on this machine, which share its cores; this needs 
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ sample.length = 1
 """
 EXCHANGE = "run.reduction = @local_sgd()\nlocal_sgd.sync_every = 24\nlocal_sgd.compressor = @quantized()\n"
 EXCHANGE += "quantized.bits = 1.6\n"
+WITHIN = (2, 12)
 WAYS = {
     "nothing travels": "run.reduction = @local_only()\n",
     "every 24 steps in 1.6 bits": EXCHANGE,
@@ -84,43 +87,51 @@ def bytes_at_interfaces() -> list[dict[str, Any]]:
 
 
 def delays_within() -> list[dict[str, Any]]:
-    """Times of a step in one run, in calls during which an exchange travels and in the others, which take turns."""
-    command = [sys.executable, "-m", "tests.benchmarks.few_bits"]
-    name = list(WAYS)[-1]
-    travelling: list[float] = []
-    others: list[float] = []
-    for _ in range(ROUNDS):
-        with tempfile.TemporaryDirectory() as folder, hosts.hosts(HOSTS, RATE):
-            file = Path(folder, "config.gin")
-            file.write_text(DEEP + WAYS[name])
-            for code, output in hosts.run([*command, f"--worker={folder}"], HOSTS, timeout=560):
-                if code:
-                    raise RuntimeError(output[-2000:])
-            calls = json.loads(Path(folder, "calls.json").read_text())  # from the second on
-        for i, step in enumerate(calls):
-            (others if i % 2 == 0 else travelling).append(step)
-        print(name, statistics.median(travelling), statistics.median(others), file=sys.stderr, flush=True)
-    counts = {"calls in which an exchange travels": travelling, "calls in which none does": others}
-    alone = statistics.median(others)
-    return [
-        {"way": way, "step_ms": statistics.median(times), "of_alone": statistics.median(times) / alone, "rounds": times}
-        for way, times in counts.items()
-    ]
+    """Mean time of a step in one run: of all steps, and of those in calls during which nothing travels."""
+    rows = []
+    for delay in WITHIN:
+        travelling, others = [0.0, 0], [0.0, 0]  # milliseconds, steps
+        for _ in range(ROUNDS):
+            with tempfile.TemporaryDirectory() as folder, hosts.hosts(HOSTS, RATE):
+                config = f"{DEEP}{EXCHANGE}local_sgd.delay = {delay}\nlocal_sgd.keep_progress = True\n"
+                Path(folder, "config.gin").write_text(config)
+                command = [sys.executable, "-m", "tests.benchmarks.few_bits", f"--worker={folder}"]
+                for code, output in hosts.run(command, HOSTS, timeout=560):
+                    if code:
+                        raise RuntimeError(output[-2000:])
+                calls = json.loads(Path(folder, "calls.json").read_text())
+            for first, last, milliseconds in calls[2:]:  # what is called first is slower
+                # Before and after what is called between them the exchange begins and is applied.
+                kind = travelling if first % 24 < delay or last % 24 in (0, delay) else others
+                kind[0], kind[1] = kind[0] + milliseconds, kind[1] + last - first
+        whole, alone = ((travelling[0] + others[0]) / (travelling[1] + others[1])), others[0] / others[1]
+        rows.append({"delay": delay, "step_ms": whole, "alone_ms": alone, "of_alone": whole / alone})
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
 
 
 def worker(folder: Path) -> int:
-    """Trains as one of the workers, of which the first notes how long the steps of each call took."""
+    """Trains as one of the workers, of which each notes the steps of every call and how long they took."""
     from dist_partial import train
     from dist_partial.distributed.network import Meter
 
-    written = Meter.to_json
+    start, stop, calls = Meter.start, Meter.stop, []
+    begun = 0.0
 
-    def noted(meter: Meter, step: int) -> dict[str, Any]:
-        (folder / "calls.json").write_text(json.dumps(meter.step_ms))
-        return written(meter, step)
+    def started(meter: Meter) -> None:
+        nonlocal begun
+        begun = time.perf_counter()
+        start(meter)
 
-    Meter.to_json = noted  # type: ignore[method-assign]
-    return train.main(["train", f"--gin_file={folder}/config.gin", f"--run_dir={folder}/run"])
+    def stopped(meter: Meter, plan: Any, first: int, last: int, *sent: int) -> None:
+        stop(meter, plan, first, last, *sent)
+        calls.append((first, last, 1e3 * (time.perf_counter() - begun)))
+
+    Meter.start, Meter.stop = started, stopped  # type: ignore[method-assign]
+    code = train.main(["train", f"--gin_file={folder}/config.gin", f"--run_dir={folder}/run"])
+    if json.loads(os.environ["TF_CONFIG"])["task"]["index"] == 0:
+        (folder / "calls.json").write_text(json.dumps(calls))
+    return code
 
 
 def delays() -> list[dict[str, Any]]:

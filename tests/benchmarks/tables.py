@@ -86,11 +86,14 @@ def few_bits(found: Mapping[str, Any]) -> Tables:
         for row in found.get("bytes", [])
     ]
     tables = {"Bytes that a worker sends in a step": markdown(header, lines, words=2)}
-    for name, title in (("delay", ""), ("within", ", calls of one run")):
-        times = [[row["way"], f"{row['step_ms']:.1f}", f"{row['of_alone']:.3f}"] for row in found.get(name, [])]
-        if times:
-            where = f"{found['hosts']} hosts at {found['rate']}{title}"
-            tables[where] = markdown(["what travels", "a step, ms", "ratio"], times)
+    if times := [[row["way"], f"{row['step_ms']:.1f}", f"{row['of_alone']:.3f}"] for row in found.get("delay", [])]:
+        tables[f"{found['hosts']} hosts at {found['rate']}"] = markdown(["what travels", "a step, ms", "ratio"], times)
+    if times := [
+        [row["delay"], f"{row['step_ms']:.1f}", f"{row['alone_ms']:.1f}", f"{row['of_alone']:.3f}"]
+        for row in found.get("within", [])
+    ]:
+        header = ["delay, steps", "a step, ms", "a step while nothing travels, ms", "ratio"]
+        tables["One exchange in 24 steps, within one run"] = markdown(header, times)
     return tables
 
 
