@@ -128,7 +128,7 @@ def worker(folder: Path) -> int:
         calls.append((first, last, 1e3 * (time.perf_counter() - begun)))
 
     Meter.start, Meter.stop = started, stopped  # type: ignore[method-assign]
-    code = train.main(["train", f"--gin_file={folder}/config.gin", f"--run_dir={folder}/run"])
+    code = train.main([f"--gin_file={folder}/config.gin", f"--run_dir={folder}/run"])
     if json.loads(os.environ["TF_CONFIG"])["task"]["index"] == 0:
         (folder / "calls.json").write_text(json.dumps(calls))
     return code
