@@ -91,19 +91,17 @@ def delays_within() -> list[dict[str, Any]]:
     rows = []
     for delay in WITHIN:
         travelling, others = [0.0, 0], [0.0, 0]  # milliseconds, steps
-        for _ in range(ROUNDS):
-            with tempfile.TemporaryDirectory() as folder, hosts.hosts(HOSTS, RATE):
-                config = f"{DEEP}{EXCHANGE}local_sgd.delay = {delay}\nlocal_sgd.keep_progress = True\n"
-                Path(folder, "config.gin").write_text(config)
-                command = [sys.executable, "-m", "tests.benchmarks.few_bits", f"--worker={folder}"]
-                for code, output in hosts.run(command, HOSTS, timeout=560):
-                    if code:
-                        raise RuntimeError(output[-2000:])
-                calls = json.loads(Path(folder, "calls.json").read_text())
-            for first, last, milliseconds in calls[2:]:  # what is called first is slower
-                # Before and after what is called between them the exchange begins and is applied.
-                kind = travelling if first % 24 < delay or last % 24 in (0, delay) else others
-                kind[0], kind[1] = kind[0] + milliseconds, kind[1] + last - first
+        with tempfile.TemporaryDirectory() as folder, hosts.hosts(HOSTS, RATE):
+            config = f"{DEEP}{EXCHANGE}local_sgd.delay = {delay}\nlocal_sgd.keep_progress = True\n"
+            Path(folder, "config.gin").write_text(config)
+            command = [sys.executable, "-m", "tests.benchmarks.few_bits", f"--worker={folder}"]
+            for code, output in hosts.run(command, HOSTS, timeout=560):
+                if code:
+                    raise RuntimeError(output[-2000:])
+            calls = json.loads(Path(folder, "calls.json").read_text())
+        for first, last, milliseconds in calls[2:]:  # what is called first is slower
+            kind = travelling if first % 24 < delay else others
+            kind[0], kind[1] = kind[0] + milliseconds, kind[1] + last - first
         whole, alone = ((travelling[0] + others[0]) / (travelling[1] + others[1])), others[0] / others[1]
         rows.append({"delay": delay, "step_ms": whole, "alone_ms": alone, "of_alone": whole / alone})
         print(rows[-1], file=sys.stderr, flush=True)
