@@ -96,12 +96,8 @@ def _policies() -> list[Policy]:
     found = [Policy(name, make) for name, make in both.items()]
     found.append(Policy("in turns every 12 steps, 4 bits", lambda m: m.AllReduce(), rules=_in_turns))
     delays: dict[str, dict[str, Any]] = {
-        "at once, residual kept local": {"keep_residual_local": True},
         "2 steps later, progress kept": {"delay": 2, "keep_progress": True},
-        "3 steps later, progress and residual kept": {"delay": 3, "keep_progress": True, "keep_residual_local": True},
-        "3 steps later, mixed by half": {"delay": 3, "mix": 0.5, "keep_residual_local": True},
         "3 steps later, progress kept": {"delay": 3, "keep_progress": True},
-        "6 steps later": {"delay": 6},
         "6 steps later, mixed by half": {"delay": 6, "mix": 0.5, "keep_residual_local": True},
         "6 steps later, progress kept": {"delay": 6, "keep_progress": True},
         "12 steps later, mixed by half": {"delay": 12, "mix": 0.5, "keep_residual_local": True},
@@ -302,7 +298,9 @@ def plot(rows: list[dict[str, Any]], which: str) -> None:
         if row["wire_bytes"]:
             name = row["policy"].removeprefix("selection: ")
             marker = "s" if name.startswith("constant") else "o" if row["global_batch"] == 32 else "^"
-            style = {"marker": marker, "color": colours[names.index(name)]}
+            # More names than colours: from then on the same colours with an edge.
+            again, i = divmod(names.index(name), len(colours))
+            style = {"marker": marker, "color": colours[i], "markeredgecolor": "black" if again else colours[i]}
             if part := row["policy"] != name:
                 style |= {"markerfacecolor": "white"}
             label = None if part and any(other["policy"] == name for other in rows) else name
