@@ -292,8 +292,9 @@ def _add_threads(transport: str) -> None:
     What a step needs of other workers holds one thread while it travels, and a delayed exchange another; with as many
     threads as cores, steps would have fewer to compute with.
     """
-    said = tf.config.threading.get_inter_op_parallelism_threads() or os.environ.get("TF_NUM_INTEROP_THREADS")
-    if os.environ.get("TF_CONFIG") and transport != "tensorflow" and not said:
+    if not os.environ.get("TF_CONFIG") or transport == "tensorflow":
+        return
+    if not (os.environ.get("TF_NUM_INTEROP_THREADS") or tf.config.threading.get_inter_op_parallelism_threads()):
         with contextlib.suppress(RuntimeError):  # TensorFlow has started
             tf.config.threading.set_inter_op_parallelism_threads(len(os.sched_getaffinity(0)) + 2)
 

@@ -39,7 +39,7 @@ class LocalSGD:
         mix: how much of the anchors the variables take when an exchange has arrived; 1 is all, 0.5 the middle between
             where the replica is by then and the anchors, as in Streaming DiLoCo.
         keep_progress: what a replica has moved while an exchange travelled is kept, on top of the anchors (delayed
-            averaging: Zhou et al. 2020, "DaSGD"); else `mix` says how much of it is lost.
+            averaging: Zhou et al. 2020, "DaSGD"); `mix` is then how much of the anchors' own movement is taken.
         warm_up: steps at the beginning, after each of which there is an exchange, without a delay.
         clip_norm: to which global norm the mean movements of a group are clipped before the outer optimizer; or None.
 
@@ -67,6 +67,11 @@ class LocalSGD:
             raise UserError(
                 f"local_sgd.delay is {self.delay}: an exchange must have arrived when the next one begins, after "
                 f"local_sgd.sync_every = {self.sync_every} steps; give at most that"
+            )
+        if self.keep_progress and not self.delay:
+            raise UserError(
+                "local_sgd.keep_progress is True, and nothing is trained while an exchange travels: set "
+                "local_sgd.delay, the steps that are made meanwhile, or unbind it"
             )
         if self.delay == self.sync_every and self.mix == 1 and not self.keep_progress:
             raise UserError(

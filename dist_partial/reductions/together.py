@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from dist_partial.distributed.collectives import Collectives, run_rounds
+from dist_partial.reductions.encoded_sum import EncodedSum
 
 
 class Term(NamedTuple):
@@ -27,7 +28,7 @@ class Term(NamedTuple):
 def reduce_together(collectives: Collectives, terms: Sequence[Term], more: Iterable[Any] = ()) -> list[Any]:
     """Sums terms over the replicas, in the same rounds with other exchanges.
 
-    A reduction with `reduce_several` is handed its terms together, up to what travels as one pack: later gradients may
+    An `EncodedSum` is handed its terms together, up to what travels as one pack: later gradients may
     still be computed while that is under way.
 
     Args:
@@ -70,7 +71,9 @@ def _batches(collectives: Collectives, terms: Sequence[Term]) -> list[list[int]]
     batches: list[list[int]] = []
     unfilled: dict[Hashable, tuple[list[int], int]] = {}
     for i, (reduction, value, *_) in enumerate(terms):
-        several = hasattr(reduction, "reduce_several") and not isinstance(value, tf.IndexedSlices)
+        # A subclass may have a `reduce` of its own, of which `reduce_several` knows nothing.
+        own = getattr(type(reduction), "reduce", None) is EncodedSum.reduce
+        several = own and isinstance(reduction, Hashable) and not isinstance(value, tf.IndexedSlices)
         way = reduction.together(value.shape, value.dtype.name, peers) if several else None
         if way is None:
             batches.append([i])

@@ -107,7 +107,10 @@ class TrainState:
             found |= {f"outer/{name}": variable for name, variable in fragment.outer.state.items()}
             for name, variables in (("moving", fragment.moving), ("begun", fragment.begun)):
                 for member, variable in zip(fragment.members, variables, strict=False):
-                    found[f"{name}/{member.entry.path}"] = PerReplica(self._of(member.entry.inside), variable, "mean")
+                    # What begun is compared with is under the variable's constraint.
+                    constraint = member.variable.constraint if name == "begun" else None
+                    who = self._of(member.entry.inside)
+                    found[f"{name}/{member.entry.path}"] = PerReplica(who, variable, "mean", constraint)
         for entry, own in zip(self.plan.trained, self.reduction_states, strict=True):
             for name, variable in own.items():
                 when_fewer = WHEN_FEWER.get(name.removeprefix(OF_INSIDE), "own")

@@ -156,7 +156,8 @@ def test_the_number_of_replicas_may_change(tmp_path):
     rules = [
         Rule("dense1/kernel", reduction=TopK(1 / 16, 64, 16)),
         Rule("dense1/bias", reduction=AllReduce()),
-        Rule("dense2/kernel", reduction=LocalSGD(4, 0, nesterov, PowerSGD(1))),
+        # What begins after steps 4, 8 and 12 is under way after 5 and 10, where the number of replicas changes.
+        Rule("dense2/kernel", reduction=LocalSGD(4, 0, nesterov, PowerSGD(1), delay=3, keep_progress=True)),
         Rule("dense2/bias", reduction=LocalOnly()),
     ]
     steps, folder, before = 0, tmp_path / "run", None
@@ -174,7 +175,7 @@ def test_the_number_of_replicas_may_change(tmp_path):
                 value, old = after[name], before[name]
                 if name.endswith("/residual"):
                     np.testing.assert_allclose(left_out(name, after), left_out(name, before), rtol=0, atol=1e-12)
-                elif name.startswith("own/") or name.startswith("slots/dense2/kernel/"):
+                elif name.startswith(("own/", "slots/dense2/kernel/", "moving/", "begun/")):
                     np.testing.assert_allclose(value, np.broadcast_to(old.mean(axis=0), value.shape), atol=1e-12)
                 elif name.endswith("/right"):
                     assert same_bits([*value, *old]), name
@@ -186,7 +187,7 @@ def test_the_number_of_replicas_may_change(tmp_path):
         keras.utils.clear_session(free_memory=False)
         loop.run(told, folder)
         before = state(folder, steps)
-        assert before["own/dense2/kernel"].shape == (count, 12, 10)
+        assert before["own/dense2/kernel"].shape == before["begun/dense2/kernel"].shape == (count, 12, 10)
         assert before["reductions/dense1/kernel/residual"].shape == (count, 160, 12)
     lines = [row for row in rows(folder / "metrics.jsonl") if row["split"] == "train"]
     assert [row["step"] for row in lines] == list(range(1, 16))
@@ -333,6 +334,10 @@ BAD = {
     "delay": (
         ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.delay = 3"],
         ["local_sgd.delay is 3", "local_sgd.sync_every = 2"],
+    ),
+    "progress at once": (
+        ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.keep_progress = True"],
+        ["local_sgd.keep_progress is True", "set local_sgd.delay"],
     ),
     "delay of all": (
         ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2", "local_sgd.delay = 2"],

@@ -1,10 +1,12 @@
 """Which strategy is made, and what is refused before anything waits for other workers."""
 
+import os
+
 import pytest
 import tensorflow as tf
 
 from dist_partial.distributed import rendezvous
-from dist_partial.distributed.replicas import create
+from dist_partial.distributed.replicas import ReplicaOptions, create
 from dist_partial.errors import Fault, UserError
 from tests.helpers.workers import free_ports, tf_config
 
@@ -147,3 +149,23 @@ def test_tls_is_true_false_or_a_folder(value):
 def test_bindings_that_are_true_or_false(name, value):
     with pytest.raises(UserError, match=rf"replicas\.{name} is {value!r}: write True(, False or None| or False)$"):
         create("auto", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("cluster", "transport", "bound", "wanted"),
+    [
+        ("{}", "auto", 0, [len(os.sched_getaffinity(0)) + 2]),
+        ("{}", "tensorflow", 0, []),
+        ("", "auto", 0, []),
+        ("{}", "auto", 3, []),
+    ],
+)
+def test_threads_beside_those_that_wait_for_workers(cluster, transport, bound, wanted, monkeypatch):
+    """Two more than cores, where sockets may join workers and the user has not said how many."""
+    found = []
+    monkeypatch.setenv("TF_CONFIG", cluster)
+    monkeypatch.delenv("TF_NUM_INTEROP_THREADS", raising=False)
+    monkeypatch.setattr(tf.config.threading, "get_inter_op_parallelism_threads", lambda: bound)
+    monkeypatch.setattr(tf.config.threading, "set_inter_op_parallelism_threads", found.append)
+    ReplicaOptions(transport=transport).prepare()
+    assert found == wanted

@@ -273,7 +273,12 @@ def test_replicas_train_by_themselves_and_move_on_together(replicas, inner, oute
         (2, None, {"delay": 2}, {"delay": 4, "mix": 0.5}),  # as long as until the next one begins
         (3, "nesterov", {"delay": 1, "mix": 0.5, "clip_norm": 0.02}, {"warm_up": 3, "delay": 3}),
         (3, "nesterov", {"delay": 3, "keep_progress": True}, {"delay": 2, "mix": 0.5, "keep_progress": True}),
-        (2, None, {"keep_progress": True}, {"delay": 3, "keep_progress": True, "warm_up": 5, "clip_norm": 0.02}),
+        (
+            2,
+            None,
+            {"delay": 1, "keep_progress": True},
+            {"delay": 3, "keep_progress": True, "warm_up": 5, "clip_norm": 0.02},
+        ),
         (2, "nesterov", {"mix": 0.25}, {"warm_up": 5, "clip_norm": 0.01}),
         (4, None, {"warm_up": 12, "delay": 2}, {"delay": 2, "offset": 1}),
     ],
