@@ -26,7 +26,7 @@ _PLAIN: dict[Any, str] = {
 }
 _OWNERS = ("run", "sample", "replicas")  # before the dot of the names of a run itself
 _KERAS = "keras.optimizers."
-_FEW = 9  # parameters that a message lists
+_FEW = 10  # parameters that a message lists
 
 
 def check_bindings(ours: Collection[str], bindable: Mapping[str, Callable[..., Any]]) -> None:
