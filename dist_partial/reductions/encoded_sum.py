@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from dist_partial.distributed.collectives import AllGatherRequest, AllReduceRequest, AllToAllRequest, PeersRequest
 from dist_partial.reductions.base import Exchange, with_residual
-from dist_partial.reductions.encoding import ceil, zeros
+from dist_partial.reductions.encoding import ceil, padded, zeros
 from dist_partial.selection.payload import PAIR, Payload, Peers, itemsize
 
 
@@ -131,8 +131,7 @@ class EncodedSum(abc.ABC):
         chunks = []
         for value, state, count in zip(values, states, counts, strict=True):
             flat = tf.reshape(with_residual(value, state["residual"], self.decay), [-1])
-            missing = parts * count - flat.shape[0]
-            chunks.append(tf.reshape(tf.pad(flat, [[0, missing]]) if missing else flat, [parts, count]))
+            chunks.append(tf.reshape(padded(flat, parts * count), [parts, count]))
         filled = [_filled(_size(value), count, parts) for value, count in zip(values, counts, strict=True)]
         message = self.encode(chunks, filled)
         sent = self.decode(message, counts, values[0].dtype)
@@ -156,8 +155,7 @@ def _filled(size: int, count: int, parts: int) -> list[int]:
 
 def _but_for(values: tf.Tensor, end: int) -> tf.Tensor:
     """Values [n], with zeros from `end` on: what fills a chunk up is no value, and would decode to others."""
-    missing = values.shape[0] - end
-    return tf.pad(values[:end], [[0, missing]]) if missing else values
+    return values if end == values.shape[0] else padded(values[:end], values.shape[0])
 
 
 def _shaped(values: tf.Tensor, like: tf.Tensor) -> tf.Tensor:

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from dist_partial.distributed.collectives import BETWEEN, Collectives, run_rounds
 from dist_partial.reductions.base import mean
-from dist_partial.reductions.encoding import numpy_dtype
+from dist_partial.reductions.encoding import zeros
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.reductions.reduce_gradients import own_variable
 from dist_partial.reductions.together import Term, reduce_together
@@ -110,20 +109,15 @@ def build(
                 f"local_sgd.outer_optimizer of rule {group.rule.match!r}", factory, anchors, number
             )
             outer.allocate()
-            kept = {
-                "moving": group.reduction.delay > 0,
-                "begun": group.reduction.delay and group.reduction.keep_progress,
-            }
-            own = {name: _zeros(name, anchors if needed else ()) for name, needed in kept.items()}
-            fragments.append(Fragment(group.reduction, inner.members, outer, own_states, **own))
+            moving = _zeros("moving", anchors if group.reduction.delay else ())
+            begun = _zeros("begun", anchors if group.reduction.keep_progress else ())  # with a delay alone
+            fragments.append(Fragment(group.reduction, inner.members, outer, own_states, moving, begun))
     return tuple(fragments)
 
 
 def _zeros(name: str, anchors: Sequence[OptimizerVariable]) -> tuple[tf.Variable, ...]:
     """A variable of each replica's own for each anchor."""
-    return tuple(
-        own_variable(name, np.zeros(anchor.variable.shape, numpy_dtype(anchor.entry.dtype))) for anchor in anchors
-    )
+    return tuple(own_variable(name, zeros(anchor.variable.shape, anchor.entry.dtype)) for anchor in anchors)
 
 
 def exchange(spec: ExchangeSpec) -> None:
