@@ -232,7 +232,9 @@ class Launch:
                 raise Broken(f"left something that listens on {address}")
         computed = load_file(self.run_dir / "checkpoints" / f"step-{STEPS:010d}.safetensors")
         rows = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
-        return computed | {"metrics": [(row["split"], row["step"], row["loss"]) for row in rows]}
+        return computed | {
+            "metrics": [(row["split"], row["step"], row["loss"]) for row in rows if row["split"] != "fault"]
+        }
 
     def kill(self) -> None:
         """Ends all that may be left of it."""

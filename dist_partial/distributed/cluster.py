@@ -12,6 +12,10 @@ from typing import Any
 from dist_partial.errors import UserError
 from dist_partial.validation import nearest
 
+# Environment variables of workers that a launcher has started, see `membership`.
+CONTROL = "DIST_PARTIAL_CONTROL"  # the number of the socket to the launcher
+JOINS = "DIST_PARTIAL_JOINS"  # is set where a worker comes in place of a lost one
+
 _PORT = 2222  # of a worker whose address names none; TensorFlow's own documents and Kubeflow use it
 
 # Where a Slurm job's ports begin without DIST_PARTIAL_PORT: below 32768, from where on Linux hands out ports to whoever

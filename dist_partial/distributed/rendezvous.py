@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dist_partial.distributed import handshake
 from dist_partial.distributed.cluster import split
@@ -39,6 +39,7 @@ def connect(
     congestion: str | None = None,
     sealed: bool = False,
     tls: Credentials | None = None,
+    abandoned: Callable[[], bool] = lambda: False,
 ) -> dict[int, handshake.Link]:
     """Connects this worker to all others; all workers call it, in any order.
 
@@ -51,12 +52,13 @@ def connect(
             or None, that of the system.
         sealed: whether what travels over these connections is to have tags, by which any change is noticed.
         tls: what this worker shows and trusts, or None for connections without TLS.
+        abandoned: whether to give it up, as the others will not come.
 
     Returns:
         The connection to each other worker, by rank.
 
     Raises:
-        Fault: some are missing when the time is over; the message names them by address.
+        Fault: some are missing when the time is over, or it is given up; the message names them by address.
         UserError: this address is not of this host, or another worker was started with another TF_CONFIG.
     """
     deadline = time.monotonic() + seconds
@@ -68,7 +70,7 @@ def connect(
     try:
         for thread in threads:
             thread.start()
-        _gather(meeting, links, seconds, deadline)
+        _gather(meeting, links, seconds, deadline, abandoned)
         for link in links.values():
             _set_up(link.socket, congestion)
     except BaseException:
@@ -119,7 +121,13 @@ class _Meeting:
             say(f"worker {self.own.rank} waits for worker {rank}: {reason}", sys.stderr)
 
 
-def _gather(meeting: _Meeting, links: dict[int, handshake.Link], seconds: float, deadline: float) -> None:
+def _gather(
+    meeting: _Meeting,
+    links: dict[int, handshake.Link],
+    seconds: float,
+    deadline: float,
+    abandoned: Callable[[], bool],
+) -> None:
     """Waits until there is a link to each other worker."""
     rank, workers, reasons = meeting.own.rank, meeting.own.workers, meeting.reasons
     silent_until = min(deadline, time.monotonic() + _PATIENCE_SECONDS)
@@ -128,9 +136,11 @@ def _gather(meeting: _Meeting, links: dict[int, handshake.Link], seconds: float,
         try:
             arrival = meeting.found.get(timeout=min(_RETRY_SECONDS, max(0.0, silent_until - time.monotonic())))
         except queue.Empty:
-            if time.monotonic() < silent_until:
+            if time.monotonic() < silent_until and not abandoned():
                 continue
             late = ", ".join(f"worker {k} ({workers[k]}{f': {reasons[k]}' if k in reasons else ''})" for k in missing)
+            if abandoned():
+                raise Fault(f"given up: {late}") from None
             if silent_until == deadline:
                 raise Fault(
                     f"missing after {seconds:g} s: {late}; this is worker {rank} ({workers[rank]}); see their own "

@@ -7,16 +7,18 @@ import os
 import sys
 import threading
 import weakref
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import numpy as np
 import tensorflow as tf
 
 from dist_partial import compat
-from dist_partial.distributed import handshake, rendezvous, tls
-from dist_partial.distributed.cluster import read_tf_config, split
+from dist_partial.distributed import handshake, membership, rendezvous, tls
+from dist_partial.distributed.cluster import JOINS, read_tf_config, split
 from dist_partial.distributed.collectives import PACK_BYTES, Collectives
 from dist_partial.distributed.host_bridge import HostBridge
+from dist_partial.distributed.membership import Epoch, Membership
 from dist_partial.distributed.per_replica import Topology
 from dist_partial.distributed.tcp_backend import TCPBackend
 from dist_partial.distributed.tensorflow_backend import TensorFlowBackend, outlive, workers_strategy
@@ -41,6 +43,7 @@ class Replicas:
         description: one line that says what was picked and why.
         backend: what joins this worker to the others, outside of functions as well; None where it is the only one.
         host: this worker's name or address among several, or None.
+        membership: by which this worker stays when another is lost, or comes in place of one; None where it cannot.
 
     Examples:
         >>> create("default").is_chief
@@ -52,6 +55,7 @@ class Replicas:
     description: str
     backend: WorkerBackend | None = None
     host: str | None = None
+    membership: Membership | None = None
 
     @functools.cached_property
     def topology(self) -> Topology:
@@ -87,6 +91,10 @@ class Replicas:
         """Every worker's bytes, in rank order; all call it at the same point."""
         return [data] if self.backend is None else self.backend.gather(data)
 
+    def tracing(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Names what is traced within, as all workers do; what had the name before is no longer called."""
+        return contextlib.nullcontext() if self.backend is None else self.backend.tracing(name)
+
     def finish(self) -> None:
         """Waits until all workers have done their part; all call it last, so that none takes another for lost."""
         if self.backend is None:
@@ -113,6 +121,8 @@ class ReplicaOptions:
             for the slowest exchange, and on a shaped link cubic's are the steadiest; a lossy one may need 'bbr'.
         start_seconds: in which all workers must have started.
         patience_seconds: how long another worker may be silent until it is given up.
+        rejoin_seconds: how long the workers that are left wait for one in place of a lost one, where launch/local or
+            launch/hosts has started them; then all start again from the last checkpoint. 0: they do so at once.
         seal: whether all that travels over the sockets has tags, by which a change on the way is noticed; it costs
             about 1.6 ms of one core a MiB, half of it on each side. None: where the workers know a secret and are not
             all on loopback addresses and do without TLS.
@@ -138,6 +148,7 @@ class ReplicaOptions:
     congestion: str | None = "cubic"
     start_seconds: Annotated[float, Above(0)] = 300.0
     patience_seconds: Annotated[float, Above(0)] = 60.0
+    rejoin_seconds: Annotated[float, AtLeast(0)] = 120.0
     seal: bool | None = None
     tls: Annotated[bool | str, "write True, False or a folder of tls.crt, tls.key and ca.crt"] = False
     allow_no_secret: bool = False
@@ -311,10 +322,13 @@ def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reaso
     cpu = 1 if tensorflow else options.cpu  # its strategy takes one CPU
     _, what = _devices(cpu)  # which may fail: before anybody waits for the others
     started = threading.Event()  # before, TensorFlow has no collectives to abort, and would make others then
+    control = None if tensorflow or not options.rejoin_seconds else membership.control()
+    joins = control is not None and JOINS in os.environ
+    secret = os.environ.get(handshake.SECRET, "")
     connected = TCPBackend(
         rank,
         everyone,
-        _connect(options, rank, everyone),
+        None if joins else _connect(options, rank, everyone, secret),
         options.patience_seconds,
         lambda reason: _abort(reason) if started.is_set() else None,
     )
@@ -335,12 +349,26 @@ def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reaso
         f"replicas: {count}, {counted(len(everyone), 'worker')} with {what} each, this is {task['type']} "
         f"{task['index']}{reason}; gradients travel by {how}"
     )
-    return dataclasses.replace(made, description=description, host=everyone[rank].rpartition(":")[0].strip("[]"))
+    member = None
+    if control is not None:
+
+        def meet(epoch: Epoch, abandoned: Callable[[], bool]) -> dict[int, handshake.Link]:
+            return _connect(options, rank, epoch.workers, epoch.secret, abandoned)
+
+        member = Membership(control, connected, meet, options.rejoin_seconds, joins)
+    host = everyone[rank].rpartition(":")[0].strip("[]")
+    return dataclasses.replace(made, description=description, host=host, membership=member)
 
 
-def _connect(options: ReplicaOptions, rank: int, workers: list[str]) -> dict[int, handshake.Link]:
-    """Connects by the secret in the environment; without one only on loopback, or where that is allowed."""
-    secret, loopback = os.environ.get(handshake.SECRET, ""), rendezvous.on_loopback(workers)
+def _connect(
+    options: ReplicaOptions,
+    rank: int,
+    workers: Sequence[str],
+    secret: str,
+    abandoned: Callable[[], bool] = lambda: False,
+) -> dict[int, handshake.Link]:
+    """Connects by a secret; without one only on loopback, or where that is allowed."""
+    loopback = rendezvous.on_loopback(workers)
     if not secret and len(workers) > 1:
         what = (
             f"no {handshake.SECRET}: whoever reaches {workers[rank]} while workers start can pass for one; set the "
@@ -351,7 +379,8 @@ def _connect(options: ReplicaOptions, rank: int, workers: list[str]) -> dict[int
         say(f"warning: {what}", sys.stderr)
     credentials = tls.credentials(options.tls, secret, split(workers[rank])[0]) if len(workers) > 1 else None
     seal = bool(secret) and not (loopback or credentials) if options.seal is None else options.seal
-    return rendezvous.connect(rank, workers, options.start_seconds, secret, options.congestion, seal, credentials)
+    more = options.congestion, seal, credentials, abandoned
+    return rendezvous.connect(rank, workers, options.start_seconds, secret, *more)
 
 
 def _abort(reason: str) -> None:

@@ -5,12 +5,16 @@ other (`rendezvous`), over which messages travel (`tcp_connections`). A tensor t
 worker; worker j is sent every chunk j, adds them in rank order and sends the sum to all: 2(N-1)/N of the tensor leave
 each worker, as in a ring, but in two hops whatever N is. What is so small that its chunks would cost more than their
 bytes is summed by fewer workers, by others for each tensor.
+
+An op has the same number on all workers, whatever else each has traced before: it follows from the name of what is
+traced (`tracing`) and the op's place in it. So a worker that comes later joins those that have long been at it.
 """
 
 import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,6 +30,7 @@ from dist_partial.distributed.worker_backend import ALL_TO_ALL_OP, GATHER_OP, SU
 from dist_partial.errors import Ending, Fault, UserError
 
 _PART, _FINAL = 0, 1  # a chunk yet to be summed; bytes of the result. In this order: what a sum waits for first
+_COPY = "dist_partial_copy"  # the kind of what one worker sends to some
 _SMALLEST, _LARGEST = 2**12, 2**19  # bytes of a chunk; the next piece of a tensor travels while one is summed
 
 
@@ -38,6 +43,7 @@ class _Tensor:
     size: int  # of its result
     outside: bool = False  # of functions
     apart: bool = False  # in a function that runs beside others
+    to: tuple[int, ...] | None = None  # whom the first of `places` sends it; None is all others
     ops: list["_Op"] = dataclasses.field(default_factory=list)
     results: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # by run
 
@@ -86,7 +92,7 @@ class TCPBackend(WorkerBackend):
         self,
         rank: int,
         workers: Sequence[str],
-        links: dict[int, Link],
+        links: dict[int, Link] | None,
         patience_seconds: float,
         on_loss: Callable[[str], None] = lambda reason: None,
     ) -> None:
@@ -95,18 +101,20 @@ class TCPBackend(WorkerBackend):
         Args:
             rank: this worker's.
             workers: 'host:port' of each, in rank order.
-            links: from `rendezvous.connect`; closed by `close`.
+            links: from `rendezvous.connect`; closed by `close`. None: there are none before `rejoin`.
             patience_seconds: how long another worker may be silent until it is given up.
             on_loss: called with the reason when a worker is lost, by the thread.
         """
         self.rank, self.size, self.workers = rank, len(workers), list(workers)
         self.failure: Ending | None = None
-        self._others = sorted(links)
-        self._on_loss = on_loss
+        self._others = [k for k in range(self.size) if k != rank]
+        self._on_loss, self._patience = on_loss, patience_seconds
         self._closed = False
-        self._ops: list[_Op] = []
+        self._epoch = 0  # counts the times that these workers have met
+        self._ops: dict[int, _Op] = {}
         self._apart = False
-        self._outside: dict[tuple[str, np.dtype, int], _Tensor] = {}  # of what is exchanged outside of functions
+        self._name, self._added = "", 0  # of what is traced, and how many ops it has so far
+        self._outside: dict[tuple[Any, ...], _Tensor] = {}  # of what is exchanged outside of functions
         # By worker: the run outside of functions that was last heard of, and the op that is not known here yet.
         self._ahead: dict[int, _Run] = {}
         self._unknown: dict[int, int] = {}
@@ -114,7 +122,7 @@ class TCPBackend(WorkerBackend):
         self._spare: dict[int, list[np.ndarray]] = collections.defaultdict(list)
         # Guards all ops and runs; notified when a run is done, or a worker is lost.
         self._changed = threading.Condition()
-        self._connections = Connections(workers, links, patience_seconds, self._target, self._lost)
+        self._connections = Connections(workers, links or {}, patience_seconds, self._target, self._lost)
 
     has_all_to_all = concurrent = True
 
@@ -175,6 +183,15 @@ class TCPBackend(WorkerBackend):
         finally:
             self._apart = False
 
+    @contextlib.contextmanager
+    def tracing(self, name: str) -> Iterator[None]:
+        """Names what is traced within, as all workers do; what had the name before is no longer called."""
+        before, self._name, self._added = (self._name, self._added), name, 0
+        try:
+            yield
+        finally:
+            self._name, self._added = before
+
     def sum(self, array: np.ndarray) -> np.ndarray:
         """The sum of an array [n] over the workers, outside of any function; all call it at the same point."""
         return self._once(SUM_OP, array)
@@ -190,6 +207,32 @@ class TCPBackend(WorkerBackend):
         rows = self._once(GATHER_OP, np.frombuffer(data.ljust(int(lengths.max()), b"\0"), np.uint8))
         return [row[:count].tobytes() for row, count in zip(rows, lengths, strict=True)]
 
+    def copy(self, data: bytes, size: int, source: int, to: Sequence[int]) -> bytes:
+        """Sends bytes from one worker to some others; those alone call it, at the same point.
+
+        Args:
+            data: what the source sends.
+            size: how many bytes that is.
+            source: who has them.
+            to: who gets them.
+
+        Returns:
+            The bytes, on the source as well.
+        """
+        key = _COPY, source, *to, size
+        if key not in self._outside:
+            self._outside[key] = tensor = _Tensor(_COPY, np.dtype(np.uint8), size, outside=True, to=tuple(to))
+            self._add_op(_Op(_number(str(key)), tensor, {source: slice(0, size)}))
+        tensor = self._outside[key]
+        if self.rank == source:
+            number = self._begin(tensor, np.frombuffer(data, np.uint8))
+        else:
+            with self._changed:
+                [op] = tensor.ops
+                number = np.int64(self._run(op, op.begun).number)
+                op.begun += 1
+        return self._end(tensor, number).tobytes()
+
     def barrier(self) -> None:
         """Waits until all workers call it."""
         # An op of its own: no other exchange is taken for it.
@@ -203,6 +246,37 @@ class TCPBackend(WorkerBackend):
     def lost(self) -> Ending | None:
         """What has become of a worker that is gone, whether it was waited for or not, or None."""
         return self.failure or self._connections.lost(self._others)
+
+    def fail(self, reason: Fault) -> None:
+        """Has everything fail that waits for other workers, now and until `rejoin`; called from any thread."""
+        with self._changed:
+            self.failure = self.failure or reason
+            self._changed.notify_all()
+
+    def leave(self) -> None:
+        """Closes the connections without a word: to meet again, see `rejoin`."""
+        self.fail(Fault("this worker has left the others, to meet them again"))
+        self._connections.close(seconds=0.0)
+
+    def rejoin(self, workers: Sequence[str], links: dict[int, Link]) -> None:
+        """Goes on over other connections, between the same number of workers; all call it, after `leave`.
+
+        What was under way is forgotten. Functions that were traced go on.
+
+        Args:
+            workers: 'host:port' of each, in rank order.
+            links: from `rendezvous.connect`.
+        """
+        with self._changed:
+            self._epoch += 1
+            for op in self._ops.values():
+                op.begun = 0
+                op.runs.clear()
+                op.tensor.results.clear()
+            self._ahead.clear()
+            self._unknown.clear()
+            self.workers, self.failure = list(workers), None
+            self._connections = Connections(workers, links, self._patience, self._target, self._lost)
 
     def close(self, reason: Ending | None = None) -> None:
         """Closes the connections: what is waited for fails.
@@ -231,17 +305,22 @@ class TCPBackend(WorkerBackend):
         dtype, sums = np.dtype(dtype), kind == SUM_OP
         tensor = _Tensor(kind, dtype, self.size * count if kind == GATHER_OP else count, outside, self._apart)
         piece = self.size * _LARGEST // dtype.itemsize if sums else tensor.size
-        with self._changed:
-            for start in range(0, max(1, tensor.size), max(1, piece)):
-                number, length = len(self._ops), min(piece, tensor.size - start)
-                share = min(self.size, max(1, length * dtype.itemsize // _SMALLEST)) if sums else self.size
-                bounds = [start + i * length // share for i in range(share + 1)]
-                first = number if sums else 0
-                places = {(first + i) % self.size: slice(bounds[i], bounds[i + 1]) for i in range(share)}
-                tensor.ops.append(_Op(number, tensor, places))
-                self._ops.append(tensor.ops[-1])
-        self._connections.retry()
+        for i, start in enumerate(range(0, max(1, tensor.size), max(1, piece))):
+            length = min(piece, tensor.size - start)
+            share = min(self.size, max(1, length * dtype.itemsize // _SMALLEST)) if sums else self.size
+            bounds = [start + k * length // share for k in range(share + 1)]
+            number = _number(f"outside {kind} {dtype} {count} {i}" if outside else f"{self._name} {self._added}")
+            first = (number if outside else self._added) if sums else 0
+            places = {(first + k) % self.size: slice(bounds[k], bounds[k + 1]) for k in range(share)}
+            self._add_op(_Op(number, tensor, places))
+            self._added += not outside
         return tensor
+
+    def _add_op(self, op: _Op) -> None:
+        with self._changed:
+            op.tensor.ops.append(op)
+            self._ops[op.number] = op
+        self._connections.retry()
 
     def _begin(self, tensor: _Tensor, array: np.ndarray) -> np.int64:
         """Queues what is to be sent of an array; returns its run's number. Never blocks: it holds a thread of few."""
@@ -263,9 +342,12 @@ class TCPBackend(WorkerBackend):
     def _end(self, tensor: _Tensor, number: np.int64) -> np.ndarray:
         """Waits for the result of a run."""
         with self._changed:
+            epoch = self._epoch
             for op in tensor.ops:
                 run = op.runs[int(number)]
                 while not run.done():
+                    if self._epoch != epoch:
+                        raise Fault("the workers have met again meanwhile")
                     # Whoever is not waited for may have ended as it should, after its last part.
                     late = [rank for _, rank in sorted(run.waiting) if rank != self.rank]
                     self.failure = self.failure or self._connections.lost(late)
@@ -275,7 +357,7 @@ class TCPBackend(WorkerBackend):
                     self._changed.wait()
                 del op.runs[run.number]
             result = tensor.results.pop(int(number))
-        return result if tensor.kind == SUM_OP else result.reshape(self.size, -1)
+        return result if tensor.kind in (SUM_OP, _COPY) else result.reshape(self.size, -1)
 
     def _gone_on(self, late: Sequence[int]) -> Ending | None:
         """What to say if one of those that are waited for has left out what is waited for, and goes on beyond it.
@@ -284,7 +366,8 @@ class TCPBackend(WorkerBackend):
         """
         for rank in late:
             run = self._ahead.get(rank)
-            if self._unknown.get(rank, -1) >= len(self._ops) or (run and run.number >= run.op.begun):
+            unknown = rank in self._unknown and self._unknown[rank] not in self._ops
+            if unknown or (run and run.number >= run.op.begun):
                 return UserError(
                     f"worker {rank} ({self.workers[rank]}) has gone on where worker {self.rank} "
                     f"({self.workers[self.rank]}) waits for its part: all workers must take the same number of steps, "
@@ -346,7 +429,7 @@ class TCPBackend(WorkerBackend):
     def _finish(self, run: _Run, array: np.ndarray) -> None:
         """Sends this worker's place of the result to all, and fills it here; of an all-to-all, each its own row."""
         kind = run.op.tensor.kind
-        for rank in self._others:
+        for rank in self._others if run.op.tensor.to is None else run.op.tensor.to:
             self._put(rank, run, _FINAL, array[rank] if kind == ALL_TO_ALL_OP else array)
         if kind != SUM_OP:
             run.result[run.op.places[self.rank]] = array[self.rank] if kind == ALL_TO_ALL_OP else array
@@ -358,7 +441,7 @@ class TCPBackend(WorkerBackend):
         with self._changed:
             if self._closed:
                 raise EOFError("closed here")
-            if number >= len(self._ops):
+            if number not in self._ops:
                 self._unknown[rank] = number
                 self._changed.notify_all()
                 return None  # the peer has traced a function, and begun it, before this worker has
@@ -381,3 +464,8 @@ class TCPBackend(WorkerBackend):
         with self._changed:
             self._changed.notify_all()
         self._on_loss(reason)
+
+
+def _number(name: str) -> int:
+    """The number of an op, of 8 bytes, by which no two of a run are the same."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")

@@ -25,8 +25,8 @@ from dist_partial.errors import Ending, Fault, Raised, UserError
 HEARTBEAT_SECONDS = 5.0  # after which a worker that has nothing to send says that it is there
 _GOODBYE_SECONDS = 2.0  # for the last words to leave
 
-_HEADER = struct.Struct("<4sBIQQQ")  # magic, kind, op, run, bytes that follow, bytes of the whole
-_MAGIC = b"dpm3"
+_HEADER = struct.Struct("<4sBQIQQ")  # magic, kind, op, run, bytes that follow, bytes of the whole
+_MAGIC = b"dpm4"
 _HEARTBEAT = 2  # no op's: a sign of life
 _REASONS: dict[int, type[Ending]] = {3: UserError, 4: Fault, 5: Raised}  # no op's: why the worker ends, as text
 _LONGEST_REASON = 2**16  # bytes
@@ -113,20 +113,21 @@ class Connections:
         """What has become of the first of these workers that is gone, or None."""
         return next((reason for rank in ranks if (reason := self._peers[rank].lost)), None)
 
-    def close(self, reason: Ending | None = None) -> None:
+    def close(self, reason: Ending | None = None, seconds: float = _GOODBYE_SECONDS) -> None:
         """Sends what is queued, and closes the connections.
 
         Args:
             reason: why this worker ends before the others; it is sent to them.
+            seconds: how long it may take to send it.
         """
         if reason:
             text = str(reason).encode(errors="replace")[:_LONGEST_REASON]
             kind = next((number for number, of in _REASONS.items() if isinstance(reason, of)), _HEARTBEAT)
             for rank in self._peers:
                 self.send(rank, Message(kind, 0, 0, len(text)), text)
-        self._deadline = time.monotonic() + _GOODBYE_SECONDS
+        self._deadline = time.monotonic() + seconds
         self._wake()
-        self._thread.join(_GOODBYE_SECONDS + 1)
+        self._thread.join(seconds + 1)
         for peer in self._peers.values():
             with contextlib.suppress(OSError):  # the peer was first
                 peer.link.socket.shutdown(socket.SHUT_RDWR)

@@ -108,6 +108,11 @@ class WorkerBackend(abc.ABC):
         """What is traced within runs beside other functions, where the backend is `concurrent`."""
         yield
 
+    @contextlib.contextmanager
+    def tracing(self, name: str) -> Iterator[None]:
+        """Names what is traced within, as all workers do; what had the name before is no longer called."""
+        yield
+
     def barrier(self) -> None:
         """Waits until all workers call it."""
         self.gather(b"")

@@ -1,8 +1,9 @@
 """Runs one worker on its host, for a launcher that may be elsewhere.
 
-An agent reads from its stdin one line of JSON that says what to start, then signals to forward; when stdin ends, with
-the launcher or with the connection to it, it kills the worker. What the worker prints goes to stdout; on stderr the
-agent reports what the run folder shows, which the launcher's own machine need not see.
+An agent reads from its stdin one line of JSON that says what to start, then signals to forward, and what the launcher
+tells the worker (`distributed.membership`); when stdin ends, with the launcher or with the connection to it, it kills
+the worker. What the worker prints goes to stdout; on stderr the agent reports what the run folder shows, which the
+launcher's own machine need not see, and what the worker tells the launcher.
 """
 
 import contextlib
@@ -10,13 +11,14 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from dist_partial.distributed.cluster import unresolved
+from dist_partial.distributed.cluster import CONTROL, unresolved
 from dist_partial.launch.restarts import Progress, look, progress
 
 _REPORT = b"dist_partial agent: "  # begins an agent's report, a line of JSON
@@ -45,17 +47,21 @@ def run_agent() -> int:
         if reason := unresolved(name):
             print(f"error: no host {name!r} is known here: {reason}; fix --hosts or /etc/hosts", flush=True)
             return 2
+    ours, control = socket.socketpair()
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None
     module = order.get("module", "dist_partial.train")
     worker = subprocess.Popen(
         [*(order.get("program") or [sys.executable, "-u", "-m", module]), *order["arguments"]],
-        env={**os.environ, **order["environment"]},
+        env={**os.environ, **order["environment"], **({} if "module" in order else {CONTROL: str(control.fileno())})},
+        pass_fds=[control.fileno()],
         stdin=subprocess.DEVNULL,
         stderr=subprocess.STDOUT,  # one pipe keeps the order of what is printed, over ssh too
         process_group=0,
         preexec_fn=lambda: prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG: it dies with an agent that is killed
     )
-    threading.Thread(target=_obey, args=(worker, orders), daemon=True).start()
+    control.close()
+    threading.Thread(target=_obey, args=(worker, orders, ours), daemon=True).start()
+    threading.Thread(target=_pass_on, args=(ours,), daemon=True).start()
     code = worker.wait()
     kill_group(worker.pid)  # what the worker has started and left
     _report(progress(before, look(folder)))
@@ -63,24 +69,43 @@ def run_agent() -> int:
 
 
 def _report(progress: Progress) -> None:
+    _write(json.dumps(progress).encode() + b"\n")
+
+
+def _write(line: bytes) -> None:
     with contextlib.suppress(OSError):  # the launcher is gone
-        os.write(2, _REPORT + json.dumps(progress).encode() + b"\n")
+        os.write(2, _REPORT + line)
 
 
-def read_report(line: bytes) -> Progress | None:
-    """Reads what an agent has reported; None of a line that is no report.
+def read_report(line: bytes) -> Progress | dict[str, Any] | None:
+    """Reads what an agent has reported, or its worker has told; None of a line that is neither.
 
     Examples:
         >>> read_report(b"dist_partial agent: [20, 25]")
         Progress(checkpoint=20, step=25)
+        >>> read_report(b'dist_partial agent: {"stays": true}')
+        {'stays': True}
     """
-    return Progress(*json.loads(line.removeprefix(_REPORT))) if line.startswith(_REPORT) else None
+    if not line.startswith(_REPORT):
+        return None
+    found = json.loads(line.removeprefix(_REPORT))
+    return found if isinstance(found, dict) else Progress(*found)
 
 
-def _obey(worker: subprocess.Popen[bytes], orders: IO[bytes]) -> None:
+def _obey(worker: subprocess.Popen[bytes], orders: IO[bytes], control: socket.socket) -> None:
     for line in orders:
-        worker.send_signal(signal.Signals[f"SIG{line.decode().strip()}"])
+        if line.startswith(b"{"):
+            with contextlib.suppress(OSError):  # the worker has ended
+                control.sendall(line)
+        else:
+            worker.send_signal(signal.Signals[f"SIG{line.decode().strip()}"])
     kill_group(worker.pid)
+
+
+def _pass_on(control: socket.socket) -> None:
+    with contextlib.suppress(OSError), control.makefile("rb") as lines:
+        for line in lines:
+            _write(line)
 
 
 def kill_group(group: int) -> None:

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from dist_partial.launch.agent import read_report
 from dist_partial.launch.restarts import Progress
@@ -105,14 +105,17 @@ class Output:
         error: the last that begins with "error:" and has a traceback below it, in which there may be others; where
             there is none, the last that begins so.
         progress: what the agent has reported.
+        told: what the worker has told the launcher, until it is taken from there.
     """
 
-    def __init__(self, index: int, folder: Path | None, console: Console) -> None:
-        self.path = folder / f"worker-{index}.log" if folder else None
+    def __init__(self, index: int, folder: Path | None, console: Console, number: int = 0) -> None:
+        name = f"worker-{index}.{number}.log" if number else f"worker-{index}.log"
+        self.path = folder / name if folder else None
         self.lines: collections.deque[str] = collections.deque(maxlen=20)
         self.error = ""
         self._traced = False
         self.progress = Progress()
+        self.told: collections.deque[dict[str, Any]] = collections.deque()
         self._index, self._console = index, console
         self._log: IO[bytes] | None = None
         if self.path:
@@ -136,8 +139,11 @@ class Output:
         """Takes the agent's reports, and shows what else ssh, a shell or Python says there."""
         with stderr:
             for line in stderr:
-                if report := read_report(line):
-                    self.progress = report
+                if (report := read_report(line)) is not None:
+                    if isinstance(report, Progress):
+                        self.progress = report
+                    else:
+                        self.told.append(report)
                     continue
                 self._write(line)
                 lines, _, _ = split(line.rstrip(b"\n") + b"\n")

@@ -5,64 +5,28 @@ to be another start is decided in `restarts`.
 """
 
 import contextlib
-import dataclasses
 import itertools
-import json
-import math
 import re
 import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
 from dist_partial.cli import INTERRUPTED
 from dist_partial.distributed.cluster import near
 from dist_partial.errors import AGAIN, Fault, UserError
 from dist_partial.files import writing
-from dist_partial.launch.agent import exit_code, kill_group
-from dist_partial.launch.output import Console, Output
+from dist_partial.launch.attempt import Attempt
+from dist_partial.launch.output import Console
 from dist_partial.launch.restarts import EXCEPTION, MISTAKES, Restarts
+from dist_partial.launch.workers import Command, Worker
 
 _FINISH = 60.0  # seconds in which the others may end after one has ended well; the first worker still saves
 _KILL = 2.0  # seconds in which an agent kills its worker
 _POLL = 0.05  # seconds
 _LONGEST = 300  # characters of an error line that are shown
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """Describes how to start a worker.
-
-    Attributes:
-        name: what messages call it, such as 'worker 1 (10.0.0.2)'.
-        argv: runs an agent, here or on another host.
-        order: the line that the agent reads first, see `agent.run_agent`.
-        python: what messages call the Python that runs both.
-    """
-
-    name: str
-    argv: Sequence[str]
-    order: dict[str, Any]
-    python: str = "its Python"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Worker:
-    """Holds a worker that was started; `process` is its agent's."""
-
-    command: Command
-    process: subprocess.Popen[bytes]
-    stdin: IO[bytes]
-    output: Output
-    readers: Sequence[threading.Thread]
-
-    @property
-    def name(self) -> str:
-        return self.command.name
 
 
 def backoff(restart: int) -> float:
@@ -91,7 +55,8 @@ def supervise(
     SIGTERM. However this function ends, it leaves no worker.
 
     Args:
-        commands: what to start, given the number of the attempt, from 0.
+        commands: what to start, given a number, from 0: of the attempt, or of a meeting of its workers after others
+            were lost.
         logs: folder for attempt-<n>/worker-<k>.log, whole; n goes on where an earlier launch ended. On a full disk an
             attempt has none.
         restarts: how many there may be in a row without a new checkpoint.
@@ -109,15 +74,15 @@ def supervise(
     """
     counted = Restarts()
     with _listening() as signals:
-        for attempt in itertools.count():
-            folder = _new_folder(logs, attempt == 0, console)
-            workers: list[Worker] = []
+        numbers = itertools.count()  # of attempts, and of meetings in them
+        for first in itertools.chain([True], itertools.repeat(False)):
+            folder = _new_folder(logs, first, console)
+            attempt = Attempt(lambda: commands(next(numbers)), folder, console, restarts, delay)
             try:
-                for index, command in enumerate(commands(attempt)):
-                    workers.append(_start(index, command, folder, console))
-                ended = _watch(workers, signals, grace_seconds, settle, console)
+                ended = attempt.run(signals, grace_seconds, settle)
             finally:
-                _stop(workers)
+                attempt.stop()
+            workers = attempt.workers
             if len(ended) == len(workers) and not any(ended.values()):
                 return 0
             if signals:
@@ -125,7 +90,7 @@ def supervise(
             failure = _first_failure(workers, ended)
             if failure.code == INTERRUPTED:
                 return INTERRUPTED
-            if mistake := _mistake(failure, attempt):
+            if mistake := _mistake(failure, first):
                 raise UserError(mistake)
             done = max(worker.output.progress for worker in workers)
             if reason := counted.refusal(failure.code, failure.line, done, restarts):
@@ -204,7 +169,7 @@ def _first_failure(workers: Sequence[Worker], ended: dict[Worker, int]) -> _Fail
     return _Failure(worker, code, line, f"{worker.name} ended with exit code {code}{said}")
 
 
-def _mistake(failure: _Failure, attempt: int) -> str:
+def _mistake(failure: _Failure, first: bool) -> str:
     """What the user has to fix where nothing of this package, or not all that it needs, has run; or ''."""
     worker, code, line, _ = failure
     said = [line, *list(worker.output.lines)[-1:]]
@@ -214,7 +179,7 @@ def _mistake(failure: _Failure, attempt: int) -> str:
             f"that has it (--python, or the variable PYTHON); it said: {line.removeprefix('error: ')[:_LONGEST]}"
         )
     # Later the name may be known, and the resolver out of order.
-    if code == 255 and attempt == 0 and (found := re.search(r"resolve hostname ([\w.-]+)", line)):
+    if code == 255 and first and (found := re.search(r"resolve hostname ([\w.-]+)", line)):
         return f"{worker.name}: {line}{near(found[1])}; fix --hosts, or name it in /etc/hosts or ~/.ssh/config"
     return ""
 
@@ -225,76 +190,3 @@ def _last_words(failure: _Failure, reason: str) -> str:
         return f"error: {failure.text}; not again: {reason}"
     where = f", of {output.path}" if output.path else ""
     return "\n".join([f"error: {failure.text}; not again: {reason}; its last lines{where}:", *output.lines])
-
-
-def _start(index: int, command: Command, folder: Path | None, console: Console) -> Worker:
-    pipe = subprocess.PIPE
-    try:
-        # A session of its own: what Ctrl-C sends to all processes of a terminal must reach the launcher alone.
-        process = subprocess.Popen(command.argv, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
-    except OSError as error:
-        raise UserError(f"cannot start {command.argv[0]!r}: {error.strerror}") from None
-    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    output = Output(index, folder, console)
-    readers = [
-        threading.Thread(target=output.read, args=(process.stdout,), daemon=True),
-        threading.Thread(target=output.listen, args=(process.stderr,), daemon=True),
-    ]
-    for reader in readers:
-        reader.start()
-    worker = Worker(command, process, process.stdin, output, readers)
-    _tell(worker, json.dumps(command.order))
-    return worker
-
-
-def _tell(worker: Worker, line: str) -> None:
-    with contextlib.suppress(OSError):  # the agent has ended
-        worker.stdin.write(line.encode() + b"\n")
-        worker.stdin.flush()
-
-
-def _watch(
-    workers: Sequence[Worker], signals: list[int], grace_seconds: float, settle: float, console: Console
-) -> dict[Worker, int]:
-    """Waits until all have ended, or long enough; returns exit codes in the order in which workers ended."""
-    ended: dict[Worker, int] = {}
-    until, heard = math.inf, 0
-    while len(ended) < len(workers) and time.monotonic() < until:
-        time.sleep(_POLL)
-        for signum in signals[heard:]:
-            heard += 1
-            if signals[:heard].count(signal.SIGINT) > 1:
-                return ended
-            for worker in workers:
-                _tell(worker, "INT" if signum == signal.SIGINT else "TERM")
-            if signum == signal.SIGINT:
-                console.say("stopping: the workers save and end; another Ctrl-C kills them")
-            else:
-                console.say(f"{signal.Signals(signum).name}: the workers have {grace_seconds:g} s to save and end")
-                until = min(until, time.monotonic() + grace_seconds)
-        waited = [worker for worker in workers if worker not in ended]
-        new = {worker: exit_code(code) for worker in waited if (code := worker.process.poll()) is not None}
-        # Of those that end together, one with AGAIN has probably lost one of the others.
-        ended.update(sorted(new.items(), key=lambda each: each[1] == AGAIN))
-        if new and set(signals) <= {signal.SIGINT}:
-            well = set(new.values()) <= {0, INTERRUPTED}
-            until = min(until, time.monotonic() + (max(_FINISH, grace_seconds) if well else settle))
-    return ended
-
-
-def _stop(workers: Sequence[Worker]) -> None:
-    """Kills what still runs, and waits for all that was printed."""
-    for worker in workers:
-        with contextlib.suppress(OSError):  # of what could not be written
-            worker.stdin.close()
-    until = time.monotonic() + _KILL
-    for worker in workers:
-        try:
-            worker.process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            kill_group(worker.process.pid)
-            worker.process.wait()
-    for worker in workers:
-        for reader in worker.readers:
-            reader.join(_KILL)  # a process that a worker has left may hold the pipe open
-        worker.output.close()

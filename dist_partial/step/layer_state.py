@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from dist_partial import compat
@@ -219,6 +220,21 @@ def spread(topology: Topology, generators: Sequence[Any]) -> None:
             seed, count = copy.numpy().tolist()
             # The first replica keeps the seed, so that one replica draws what plain Keras draws.
             copy.assign([(seed + number * _SEED_STRIDE) % _SEEDS if number else seed, count])
+
+
+def seed_of_first(state: np.ndarray, number: int) -> np.ndarray:
+    """Computes the first replica's state of a generator from that of another, as `spread` has made it.
+
+    Args:
+        state: int [2], a seed and a counter.
+        number: the other replica's.
+
+    Examples:
+        >>> seed_of_first(np.array([5, 3]), number=0).tolist()
+        [5, 3]
+    """
+    seed, count = state.tolist()
+    return np.array([(seed - number * _SEED_STRIDE) % _SEEDS if number else seed, count], state.dtype)
 
 
 @contextlib.contextmanager

@@ -48,15 +48,19 @@ class Evaluation:
         self._every = Every(settings.eval_every, settings.steps)
         source = trainer.data.evaluation
         spec = EvaluationSpec(replicas.strategy, replicas.collectives, trainer.model, trainer.objective)
-        self._evaluate = prepare_evaluation(
-            trainer.objective,
-            evaluation_step(spec),
-            replicas.sum,
-            functools.partial(evaluation_batches, source, seed=settings.seed, context=replicas.topology.input_context),
-            examples=min(settings.eval_examples or len(source), len(source)),
-            global_batch=settings.global_batch,
-            again=trait(source, "streamed", False),
+        batches = functools.partial(
+            evaluation_batches, source, seed=settings.seed, context=replicas.topology.input_context
         )
+        with replicas.tracing("evaluation"):
+            self._evaluate = prepare_evaluation(
+                trainer.objective,
+                evaluation_step(spec),
+                replicas.sum,
+                batches,
+                examples=min(settings.eval_examples or len(source), len(source)),
+                global_batch=settings.global_batch,
+                again=trait(source, "streamed", False),
+            )
         progress.end()
         # Between two exchanges replicas have statistics of their own, too; what is evaluated is one model.
         apart = bool(trainer.fragments) and not any(group.reduction.shared for group in trainer.plan.groups)
@@ -74,9 +78,10 @@ class Evaluation:
         trainer, strategy = self.trainer, self.trainer.replicas.strategy
         # Nothing but a step moves a state: recurrent layers with dropout draw random numbers in inference, too.
         with outer_step.agreed(strategy, trainer.fragments), untouched(strategy, trainer.layer_state.states):
-            self._average()
+            with trainer.replicas.tracing("averages"):
+                self._average()
             # The others wait here, and what fails must not wait for them.
-            with connected(trainer.replicas), explained():
+            with connected(trainer.replicas, stays=True), explained():
                 metrics = self._evaluate()
             writer.evaluation(state.step, metrics, state.sent)
             if trainer.replicas.is_chief and trainer.data.codec is not None:

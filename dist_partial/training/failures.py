@@ -28,8 +28,11 @@ def ended_together(replicas: Replicas) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def connected(replicas: Replicas) -> Iterator[None]:
-    """Turns what a lost worker leads to into what has become of it, and tells the others why this one ends."""
+def connected(replicas: Replicas, stays: bool = False) -> Iterator[None]:
+    """Turns what a lost worker leads to into what has become of it, and tells the others why this one ends.
+
+    With `stays` it may not end where another is lost: see `recovery`.
+    """
     backend = replicas.backend
     if backend is None:
         yield
@@ -52,7 +55,8 @@ def connected(replicas: Replicas) -> Iterator[None]:
                 ) from error
             raise
     except (Exception, SystemExit) as error:
-        backend.close(error if isinstance(error, Ending) else raised("", error))
+        if not (stays and isinstance(error, Fault) and replicas.membership):
+            backend.close(error if isinstance(error, Ending) else raised("", error))
         raise
 
 

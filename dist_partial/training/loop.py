@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from dist_partial.config.settings import Settings
 from dist_partial.data import reading
 from dist_partial.distributed import traffic
 from dist_partial.distributed.replicas import Replicas
-from dist_partial.errors import Ending, UserError, calling
+from dist_partial.errors import Ending, Fault, UserError, calling
 from dist_partial.selection.table import plan_summary
 from dist_partial.session import put_back
 from dist_partial.step.optimizers import finalize
@@ -28,7 +28,8 @@ from dist_partial.training.checks import check_division, check_workers, notes_on
 from dist_partial.training.judge import Judge, learning_rates, notes_on_averages, reopened
 from dist_partial.training.metric_writer import MetricWriter
 from dist_partial.training.progress import Progress
-from dist_partial.training.schedule_runner import ScheduleRunner
+from dist_partial.training.recovery import Recovery, Rejoined
+from dist_partial.training.schedule_runner import ScheduleRunner, Untraced
 from dist_partial.training.state import TrainState
 from dist_partial.validation import shown
 
@@ -60,40 +61,98 @@ def run(
     data_readers = reading(settings.readers, settings.reader_processes)
     with put_back(), failures.ended_together(replicas), data_readers, Progress(replicas.is_chief) as progress:
         trainer = _built(settings, replicas, bindings or {}, progress)
-        state = _restored(trainer, folder)
+        recovery = Recovery(trainer, bindings or {})
+        joins = replicas.membership is not None and replicas.membership.joins
+        state = trainer.state() if joins else _restored(trainer, folder)
         if state.step >= settings.steps or state.stopped:
             replicas.finish()
             return trainer
         runner, evaluate = ScheduleRunner(trainer, state, progress), evaluation.Evaluation(trainer, progress)
-        judge = Judge(trainer, state)
+        if joins:
+            _trace(runner.prepare())
+            runner.go_to(state := recovery.join())
+        words = _Words(operative, unused)
+        with events.Stopping(settings.steps) as stop:
+            while True:
+                try:
+                    _train(_Run(folder, runner, evaluate, recovery, stop, words), state)
+                    break
+                except Rejoined as met:
+                    state = met.state
+                runner.go_to(state)
+    return trainer
+
+
+@dataclasses.dataclass
+class _Words:
+    """What the writer is told once, after the first step of this process."""
+
+    operative: Callable[[], str]
+    unused: Callable[[], list[str]]
+    said: bool = False
+
+    def say(self, writer: MetricWriter, active: bool) -> None:
+        if not self.said:
+            self.said = True
+            writer.configuration(self.operative() if active else "", self.unused())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What a run goes on with after a worker was lost."""
+
+    folder: Path
+    runner: ScheduleRunner
+    evaluate: evaluation.Evaluation
+    recovery: Recovery
+    stop: events.Stopping
+    words: _Words
+
+
+def _train(run: _Run, state: TrainState) -> None:
+    """Trains from a state to the end; raises Rejoined where a worker was lost, and all have met again."""
+    runner, evaluate, recovery, stop = run.runner, run.evaluate, run.recovery, run.stop
+    trainer, settings, replicas = runner.trainer, runner.trainer.settings, runner.trainer.replicas
+    judge, owes = Judge(trainer, state), recovery.owes
+    if not owes:
         _enter(runner, state.step)
-        save, waits = events.Saving(trainer, folder, state), events.DataWaits(trainer.data.train)
-        with (
-            run_folder.begun(folder, trainer, runner.plan),
-            MetricWriter(folder, state.step, settings.steps, state.sent, replicas.is_chief) as writer,
-            events.Stopping(settings.steps) as stop,
-            judge.training(),
-        ):
-            for note in runner.opening_notes():
-                writer.say(note)
+    save, waits = events.Saving(trainer, run.folder, state), events.DataWaits(trainer.data.train)
+    numbers = state.step, settings.steps, state.sent
+    with (
+        run_folder.begun(run.folder, trainer, None if owes else runner.plan),
+        MetricWriter(run.folder, *numbers, replicas.is_chief, not owes, recovery.rows) as writer,
+        judge.training(),
+    ):
+        try:
+            recovery.begin(state)
+            if recovery.lost:
+                writer.lost(recovery.lost)
+            if owes:
+                _after_steps(runner, state, writer, evaluate, (save, stop, judge))
+            if owes and not (stop.due(state.step) or judge.reason):
+                _enter(runner, state.step)
+            if not owes:
+                for note in runner.opening_notes():
+                    writer.say(note)
             if settings.eval_first and state.step == 0:
                 evaluate(state, writer)
             while not (stop.due(state.step) or judge.reason):
                 runner.report(writer, state.step)
-                due = events.next_due(state.step, evaluate, save, runner, *runner.phase.exchanges)
+                due = events.next_due(state.step, evaluate, save, runner, *runner.exchanges)
                 count = min(settings.steps_per_loop, due - state.step)
                 settle = any(each.due(state.step + count) for each in (evaluate, save, stop))
-                state = _advance(runner, state, count, writer, (save, stop, judge, waits), settle)
-                writer.configuration(operative, unused)
+                state = _advance(run, state, count, writer, (save, judge, waits), settle)
+                run.words.say(writer, replicas.is_chief)
                 if evaluate.due(state.step):
                     waits.report(writer.say)
                 _after_steps(runner, state, writer, evaluate, (save, stop, judge))
                 if not (stop.due(state.step) or judge.reason):
                     _enter(runner, state.step)
-        replicas.finish()  # none ends before the last checkpoint is written
-        if stop.interrupted and state.step < settings.steps:
-            stop(state, folder)
-    return trainer
+            replicas.finish()  # none ends before the last checkpoint is written
+        except Exception as error:
+            raise Rejoined(recovery.rejoined(error)) from None
+    if stop.interrupted and state.step < settings.steps:
+        stop(state, run.folder)
 
 
 def _replicas(settings: Settings) -> Replicas:
@@ -108,11 +167,14 @@ def _replicas(settings: Settings) -> Replicas:
 
 def _built(settings: Settings, replicas: Replicas, bindings: Mapping[str, str], progress: Progress) -> Trainer:
     """Builds the trainer, the same on all workers, and prints its replicas and its plan."""
-    replicas.say(replicas.description)
+    if not (replicas.membership and replicas.membership.joins):
+        replicas.say(replicas.description)
     check_division(settings, replicas.topology.replicas)
     progress.begin("building the model")
     trainer = build(settings, replicas)
     progress.end()
+    if replicas.membership and replicas.membership.joins:
+        return trainer  # the others have said all, and are asked when they are met
     check_workers(replicas, trainer.fingerprint, bindings)
     replicas.say(
         "\n".join(
@@ -141,24 +203,28 @@ def _enter(runner: ScheduleRunner, done: int) -> None:
 
     Here, and not in the runner, so that the way from the command to the gradient is this file and `train_step.py`.
     """
-    for train, inputs in runner.enter(done):
+    _trace(runner.enter(done))
+
+
+def _trace(untraced: Iterator[Untraced]) -> None:
+    for train, inputs in untraced:
         train.function.get_concrete_function(inputs, tf.constant(1))
 
 
 def _advance(
-    runner: ScheduleRunner,
+    run: _Run,
     state: TrainState,
     count: int,
     writer: MetricWriter,
-    followers: tuple[events.Saving, events.Stopping, Judge, events.DataWaits],
+    followers: tuple[events.Saving, Judge, events.DataWaits],
     settle: bool,
 ) -> TrainState:
     """Makes `count` steps and the exchanges that follow, and records them; returns the state after them.
 
     With `settle` it waits until nothing travels: a checkpoint holds what has, whether or not it is applied by then.
     """
-    trainer, phase, done = runner.trainer, runner.phase, state.step + count
-    save, stop, judge, waits = followers
+    runner, trainer, phase, done = run.runner, run.runner.trainer, run.runner.phase, state.step + count
+    save, judge, waits = followers
     judge.begin_steps()
     save.meter.start()
     began = time.perf_counter()
@@ -175,26 +241,31 @@ def _advance(
             exchange.join()
     # All workers stop after the same call, whichever of them got the signal, and all hear of a norm that is not finite
     # on one of them alone, which trains by itself.
-    votes = np.append(stop.votes(), [judge.wants_to_stop, np.sum(result["waited"])])
+    votes = np.append(run.stop.votes(), [judge.wants_to_stop, np.sum(result["waited"])])
     parts = [result["loss"], result["gradient_norm"], votes, np.ravel(result.get("metrics", ()))]
-    sums = trainer.replicas.sum(np.concatenate(parts, dtype=np.float64))
-    losses, norms, votes, metrics = np.split(sums, np.cumsum([len(part) for part in parts])[:-1])
-    norms = norms / trainer.replicas.workers
-    waits.add(votes[3] / trainer.replicas.workers, time.perf_counter() - began)
-    stop.count(votes[:2])
-    if votes[2]:
-        judge.stop()
-    save.meter.stop(phase.plan, state.step, done, int(sent[-1, 0] - state.sent[0]), sums.nbytes)
-    good = failures.finite_steps(losses, norms, trainer.scale)
-    metrics = metrics.reshape(count, -1)[:good]
-    measured = [trainer.objective.results(row, training=True) for row in metrics]
-    rates = learning_rates([group.optimizer for group in trainer.optimizers])
-    writer.train(state.step + 1, losses[:good], norms[:good], sent[:good], [row | rates for row in measured])
-    judge.made_steps(losses[:good], metrics, measured)
-    order = {"global_batch": trainer.settings.global_batch, "seed": trainer.settings.seed}
-    blamed = functools.partial(failures.not_finite, trainer.data.train, **order)
-    failures.check_finite(losses, norms, state.step, save.saved, trainer.scale, blamed)
-    return dataclasses.replace(state.after(sent), schedule=runner.to_json())
+
+    def finish(sums: np.ndarray) -> TrainState:
+        losses, norms, votes, metrics = np.split(sums, np.cumsum([len(part) for part in parts])[:-1])
+        norms = norms / trainer.replicas.workers
+        waits.add(votes[3] / trainer.replicas.workers, time.perf_counter() - began)
+        run.stop.count(votes[:2])
+        if votes[2]:
+            judge.stop()
+        save.meter.stop(phase.plan, state.step, done, int(sent[-1, 0] - state.sent[0]), sums.nbytes)
+        good = failures.finite_steps(losses, norms, trainer.scale)
+        metrics = metrics.reshape(count, -1)[:good]
+        measured = [trainer.objective.results(row, training=True) for row in metrics]
+        rates = learning_rates([group.optimizer for group in trainer.optimizers])
+        rows = writer.train(state.step + 1, losses[:good], norms[:good], sent[:good], [row | rates for row in measured])
+        judge.made_steps(losses[:good], metrics, measured)
+        order = {"global_batch": trainer.settings.global_batch, "seed": trainer.settings.seed}
+        blamed = functools.partial(failures.not_finite, trainer.data.train, **order)
+        failures.check_finite(losses, norms, state.step, save.saved, trainer.scale, blamed)
+        after = dataclasses.replace(state.after(sent), schedule=runner.to_json())
+        run.recovery.keep(dataclasses.replace(after, judged=judge.to_json()), sums, rows)
+        return after
+
+    return finish(run.recovery.sum(np.concatenate(parts, dtype=np.float64), done, finish))
 
 
 def _after_steps(
@@ -212,7 +283,7 @@ def _after_steps(
     to_save = save.due(state.step) or stop.due(state.step)
     trainer = runner.trainer
     # That a signal or a callback ends the run here is known only since the votes, before which `_advance` settles.
-    for exchange in runner.phase.exchanges if to_save or judge.reason else ():
+    for exchange in runner.exchanges if to_save or judge.reason else ():
         exchange.join()
     if state.step >= trainer.settings.steps:
         finalize(trainer.replicas.strategy, trainer.optimizers)
@@ -227,8 +298,8 @@ def _after_steps(
                 state = dataclasses.replace(state, judged=judge.to_json())
                 if better:
                     save.best(state)
-    except BaseException:
-        if to_save:
+    except BaseException as error:
+        if to_save and not (isinstance(error, Fault) and trainer.replicas.membership):
             with contextlib.suppress(Ending):  # what differs between workers cannot be had without the others
                 save(dataclasses.replace(state, evaluated=False, judged=judged), writer)
         raise

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class MetricWriter:
         sent: bytes until then, as `traffic.SENT`.
         active: whether this process writes; the others' calls do nothing.
         evaluated: whether the evaluation that was due after `step` was made; if not, what it wrote is removed.
+        rows: of steps until then, which may have got lost with who wrote them: added if they are not there.
 
     Raises:
         UserError, Fault: (from every method, too) the folder cannot be written, or is full.
@@ -54,13 +55,19 @@ class MetricWriter:
     """
 
     def __init__(
-        self, folder: Path, step: int, steps: int, sent: np.ndarray, active: bool, evaluated: bool = True
+        self,
+        folder: Path,
+        step: int,
+        steps: int,
+        sent: np.ndarray,
+        active: bool,
+        evaluated: bool = True,
+        rows: Sequence[dict[str, Any]] = (),
     ) -> None:
         self._folder = folder
         self._sent = sent
         self._steps = steps
         self._active = active
-        self._configured = False
         self._boards = {split: tf.summary.create_noop_writer() for split in _SPLITS}
         if active:
             with _writing(folder):
@@ -72,6 +79,7 @@ class MetricWriter:
                 self._boards = {
                     split: tf.summary.create_file_writer(str(folder / "tensorboard" / split)) for split in _SPLITS
                 }
+            self._record(rows[_recorded(folder / "metrics.jsonl", rows) :])
         hidden = not active or is_silent()
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=hidden)
 
@@ -91,7 +99,7 @@ class MetricWriter:
         norms: np.ndarray,
         sent: np.ndarray,
         metrics: Sequence[dict[str, float]] | None = None,
-    ) -> None:
+    ) -> list[dict[str, Any]]:
         """Records consecutive steps, the first of which is `step`; all arrays have a value, or a row, a step.
 
         Args:
@@ -100,6 +108,9 @@ class MetricWriter:
             norms: global norm of the summed gradient, before clipping.
             sent: bytes since the run began, each row as `traffic.SENT`.
             metrics: of each step's batch, by name.
+
+        Returns:
+            The rows of metrics.jsonl.
         """
         columns = zip(losses.tolist(), norms.tolist(), sent, metrics or [{} for _ in losses], strict=True)
         rows = [
@@ -107,7 +118,7 @@ class MetricWriter:
             for i, (loss, norm, row, measured) in enumerate(columns)
         ]
         if not rows:
-            return
+            return rows
         self._record(rows)
         _, now, full = (sent[-1] - self._sent).tolist()
         self._sent = sent[-1]
@@ -121,6 +132,7 @@ class MetricWriter:
         # Drawn a few times a second at most: a notebook keeps each line that it is sent.
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update(len(rows))
+        return rows
 
     def evaluation(self, step: int, metrics: dict[str, float], sent: np.ndarray) -> None:
         """Records an evaluation after `step` updates; `sent` as for `train`, of one step."""
@@ -139,6 +151,10 @@ class MetricWriter:
             f"step at the interface of each of {plan.workers} workers"
         )
 
+    def lost(self, row: dict[str, Any]) -> None:
+        """Records that workers were lost, and that all went on without a checkpoint."""
+        self._append("metrics.jsonl", [row])
+
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         """Records sampled texts: `{"step", "temperature", "prompt", "text"}`."""
         self._append("samples.jsonl", rows)
@@ -150,18 +166,15 @@ class MetricWriter:
             head = f"step {row['step']}: sample at temperature {row['temperature']}"
             self.say(f"--- {head}\n{row['prompt']}{row['text']}\n---")
 
-    def configuration(self, operative: Callable[[], str], unused: Callable[[], Sequence[str]]) -> None:
-        """Writes the bindings in use, and says which were never used; only the first call does anything."""
-        if self._configured:
-            return
-        self._configured = True
-        if self._active and (text := operative()):
+    def configuration(self, operative: str, unused: Sequence[str]) -> None:
+        """Writes the bindings in use, and says which were never used."""
+        if self._active and operative:
             path = self._folder / "operative_config.gin"
             with _writing(path):
-                write_text(path, text)
-        if names := unused():
+                write_text(path, operative)
+        if unused:
             # A line such as `lr = 0.1` of a gin file is a macro, whatever was meant by it.
-            words = [f"{name} ({ours[2:]})" if (ours := meant(name)) else name for name in names]
+            words = [f"{name} ({ours[2:]})" if (ours := meant(name)) else name for name in unused]
             self.say(f"bound but never used: {', '.join(words)}")
 
     def traffic(self, row: dict[str, Any]) -> None:
@@ -221,6 +234,14 @@ def _sent(sent: np.ndarray) -> dict[str, Any]:
 def _finite(value: Any) -> Any:
     # JSON has no infinity; under a loss scale the norm of a skipped step is one.
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _recorded(path: Path, rows: Sequence[dict[str, Any]]) -> int:
+    """How many of the rows of consecutive steps a file has."""
+    if not rows or not path.exists():
+        return 0
+    steps = [row["step"] for row in map(json.loads, path.read_bytes().splitlines()) if row["split"] == "train"]
+    return sum(row["step"] <= max(steps, default=0) for row in rows)
 
 
 def _keep_until(path: Path, step: int, evaluated: bool) -> None:

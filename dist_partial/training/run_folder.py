@@ -28,11 +28,11 @@ def held(folder: Path, active: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def begun(folder: Path, trainer: Trainer, plan: Plan) -> Iterator[None]:
-    """Holds the folder, and writes the run's fingerprint and its plan."""
+def begun(folder: Path, trainer: Trainer, plan: Plan | None) -> Iterator[None]:
+    """Holds the folder, and writes the run's fingerprint and its plan; None where both are there."""
     active = trainer.replicas.is_chief
     with held(folder, active):
-        if active:
+        if active and plan is not None:
             with writing(folder):
                 write_json(folder / fingerprints.RUN_FILE, trainer.fingerprint | fingerprints.began(folder))
                 write_json(folder / "plan.json", plan.to_json())

@@ -5,7 +5,7 @@ import dataclasses
 import gc
 import hashlib
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,23 +83,34 @@ class ScheduleRunner:
     def __init__(self, trainer: Trainer, state: TrainState, progress: Progress | None = None) -> None:
         self.trainer, self._settings = trainer, trainer.settings
         self._progress = progress or Progress(active=False)
-        saved = state.schedule or {}
-        self._state = saved.get("state", trainer.schedule.initial(trainer.units))
-        self._active = frozenset(saved["active"]) if saved.get("active") is not None else None
-        self._squares = np.array(saved.get("squares", [0.0] * len(trainer.units)))
         self._phases: collections.OrderedDict[tuple[frozenset[str], activation_cache.Activations | None], CompiledPhase]
         self._phases = collections.OrderedDict()
-        self._phase: CompiledPhase | None = None
-        self._fresh = True  # until a step was made with the phase
         self._kept: dict[frozenset[str], activation_cache.Activations | None] = {}
+        self._probe: Any = None
+        self.notes: list[str] = []
+        self.go_to(state)
+
+    def go_to(self, state: TrainState) -> None:
+        """Follows the schedule from a state on; what is compiled stays so, until `enter` asks for something else."""
+        saved = state.schedule or {}
+        self._state = saved.get("state", self.trainer.schedule.initial(self.trainer.units))
+        self._active = frozenset(saved["active"]) if saved.get("active") is not None else None
+        self._squares = np.array(saved.get("squares", [0.0] * len(self.trainer.units)))
+        self._phase: CompiledPhase | None = None
+        self._fresh = not self._phases  # until a step was made with the phase
         self._reading: activation_cache.Activations | None = None
         # From which step on the activations up to which layer are read.
         self._since: dict[str, int] = saved.get("since", {})
-        self._inputs = batches(trainer, state.step, self._settings.global_batch)
+        self._inputs = batches(self.trainer, state.step, self._settings.global_batch)
         self._indices: Iterator[tf.Tensor] | None = None
-        self._probe: Any = None
         self.switched = False
-        self.notes: list[str] = []
+
+    def prepare(self) -> Iterator[Untraced]:
+        """Compiles, as `enter` does, all that is known to come, before this worker has met others."""
+        yield from self._ahead(0)
+        if self._constant and self._settings.steps_per_loop > 1:
+            for phase in self._phases.values():  # TensorFlow optimises a graph when it first runs
+                phase.train.function(self._inputs, tf.constant(0))
 
     def to_json(self) -> dict[str, Any] | None:
         """What a run needs to go on exactly from here, as JSON values; None for a constant schedule.
@@ -125,6 +136,11 @@ class ScheduleRunner:
         """What is trained now; there is none before the first `enter`."""
         assert self._phase is not None
         return self._phase
+
+    @property
+    def exchanges(self) -> Sequence[Exchange]:
+        """Of the fragments that are exchanged every few steps, if anything was trained since `go_to`."""
+        return () if self._phase is None else self._phase.exchanges
 
     @property
     def plan(self) -> Plan:
@@ -272,7 +288,8 @@ class ScheduleRunner:
             plan = self.trainer.plan.only(units)
             variables = f"{counted(len(plan.trained), 'variable')} of {trained_layers(plan)}"
             self._progress.begin(f"compiling {which}: {variables}")
-            self._phases[key] = yield from self._compiled(plan, activations, done)
+            with self.trainer.replicas.tracing(f"{sorted(units)} above {activations and activations.name}"):
+                self._phases[key] = yield from self._compiled(plan, activations, done)
             self._progress.end()
         self._phases.move_to_end(key)
         while len(self._phases) > self._settings.compiled_plans:
@@ -392,7 +409,7 @@ class ScheduleRunner:
                 ProbeSpec(trainer.replicas.strategy, trainer.model, trainer.objective, trainer.plan, parts)
             )
         ahead: Iterator[Batch] = batches(trainer, done, settings.global_batch)
-        with untouched(trainer.replicas.strategy, trainer.layer_state.states):
+        with untouched(trainer.replicas.strategy, trainer.layer_state.states), trainer.replicas.tracing("probe"):
             local = self._probe(ahead).numpy()
         squares = dict(zip(trainer.plan.units, trainer.replicas.sum(local), strict=True))
         return np.array([squares[unit.name] for unit in trainer.units], np.float64)

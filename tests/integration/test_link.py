@@ -90,7 +90,7 @@ def spy(seconds: float) -> dict[str, int]:
                 if segment[0] == direction:
                     last = frame, len(segment[1])
         if last and found["bytes"] > 2**20 and time.monotonic() - heard > 1:
-            header = struct.pack("<4sBIQQQ", b"dpm3", 3, 0, 0, len(WORDS), 0)
+            header = struct.pack("<4sBQIQQ", b"dpm4", 3, 0, 0, len(WORDS), 0)
             link.send(following(*last, header + WORDS))
             found["injected"] = 1
     return found

@@ -133,7 +133,7 @@ def test_tensors_become_ready_in_another_order_on_each_worker(connected):
             expected = np.stack(inputs) if i == 0 else expected_sum(inputs)
             for history in histories:
                 assert same_bits([history[step][i], expected])
-    assert not any(op.runs for m in backends for op in m._ops)  # nothing is kept
+    assert not any(op.runs for m in backends for op in m._ops.values())  # nothing is kept
 
 
 def test_a_worker_that_traces_later_finds_what_has_arrived(connected):
@@ -329,11 +329,13 @@ def test_a_silent_worker_is_given_up_and_one_that_only_has_nothing_to_say_is_not
             exchange(backends[0], [np.ones(size, np.float32)])
 
 
-@pytest.mark.parametrize("message", [Message(0, 0, 0, 2**60), Message(0, 0, 2**40, 8), Message(7, 0, 0, 8)])
+@pytest.mark.parametrize("message", [Message(0, 0, 1, 2**60), Message(0, 0, 2**30, 8), Message(7, 0, 1, 8)])
 def test_a_message_that_fits_no_op_is_a_failure(connected, message):
     """By its bytes, its run and its kind."""
     backends = connected(2)
-    backends[1]._connections.send(0, message, b"")
+    at_once([functools.partial(exchange, each, [np.ones(4, np.float32)]) for each in backends])
+    [number] = backends[0]._ops
+    backends[1]._connections.send(0, message._replace(op=number), b"")
     with pytest.raises(UserError, match=r"worker 1 \(127\.0\.0\.1:\d+\) sent what does not fit"):
         exchange(backends[0], [np.ones(4, np.float32)])
 
@@ -357,6 +359,6 @@ def test_small_tensors_are_summed_by_some_of_the_workers_and_not_by_the_same_one
     results = at_once([functools.partial(exchange, m, own) for m, own in zip(backends, inputs, strict=True)])
     for i, expected in enumerate(map(expected_sum, zip(*inputs, strict=True))):
         assert all(same_bits([result[i], expected]) for result in results)
-    owners = [sorted(op.places) for op in backends[0]._ops]
+    owners = [sorted(op.places) for op in backends[0]._ops.values()]
     assert owners == [[0], [1], [2, 3], [0, 3], *[[0, 1, 2, 3]] * 3]
-    assert all([op.places for op in m._ops] == [op.places for op in backends[0]._ops] for m in backends)
+    assert all([op.places for op in m._ops.values()] == [op.places for op in backends[0]._ops.values()] for m in backends)

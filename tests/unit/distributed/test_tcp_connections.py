@@ -126,7 +126,7 @@ def test_what_is_no_message_loses_a_worker(connected):
 
 def spoken(text):
     """A sign of life, and the last words of a worker that has made a mistake: a header, and the text."""
-    return [struct.pack("<4sBIQQQ", b"dpm3", kind, 0, 0, size, 0) for kind, size in ((2, 0), (3, len(text)))] + [text]
+    return [struct.pack("<4sBQIQQ", b"dpm4", kind, 0, 0, size, 0) for kind, size in ((2, 0), (3, len(text)))] + [text]
 
 
 CHANGES = {

@@ -1,0 +1,161 @@
+"""A worker's side of membership: what it says to the launcher when another worker is lost, and what it is told then.
+
+The launcher alone says who is a member: it gives each time that the workers meet a number, addresses and a secret of
+its own, an epoch (`launch.roster`). A worker that hears of a loss leaves its epoch, says so, and waits for the next;
+one that comes in place of a lost one says that it is ready, and waits likewise. Nothing of an older epoch gets into a
+newer one, for no connection of the former is left, and nobody who knows its secret alone can make one.
+
+Both speak in lines of JSON over a socket, whose other end the worker's agent holds:
+
+    worker -> launcher   {"stays": true}                       it can go on after a loss
+                         {"ready": true}                       it has built all, and comes in place of a lost one
+                         {"answers": 3}                        it is there, and will leave epoch 3
+                         {"left": 3, "step": 120}              it has; the step is the one whose state it holds, or null
+                         {"went": 4, "step": 120}              it has met the others, and goes on from this step
+    launcher -> worker   {"leave": 3}                          another worker of epoch 3 is lost
+                         {"epoch": 4, "workers": ["a:2222", ...], "secret": "..."}
+                         {"end": true}                         there will be no other epoch
+"""
+
+import contextlib
+import json
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from dist_partial.distributed.cluster import CONTROL
+from dist_partial.distributed.handshake import Link
+from dist_partial.distributed.tcp_backend import TCPBackend
+from dist_partial.errors import Fault
+
+
+class Epoch(NamedTuple):
+    """Describes a meeting of all workers.
+
+    Attributes:
+        number: counts them.
+        workers: 'host:port' of each, in rank order.
+        secret: what they know and nobody else does.
+    """
+
+    number: int
+    workers: Sequence[str]
+    secret: str
+
+
+def control() -> socket.socket | None:
+    """Takes the socket to the launcher from the environment, so that no process that is started later has it.
+
+    Examples:
+        >>> print(control())  # without a launcher
+        None
+    """
+    number = os.environ.pop(CONTROL, "")
+    return socket.socket(fileno=int(number)) if number else None
+
+
+class Membership:
+    """Leaves an epoch, and meets the others in the next.
+
+    Attributes:
+        joins: whether this worker comes in place of a lost one, and has met nobody yet.
+
+    Args:
+        control: the socket to the launcher.
+        backend: what joins the workers.
+        meet: connects this worker to all others of an epoch, unless the function that it is given says that this is
+            over.
+        seconds: how long to wait for the next epoch.
+        joins: whether this worker comes in place of a lost one.
+    """
+
+    def __init__(
+        self,
+        control: socket.socket,
+        backend: TCPBackend,
+        meet: Callable[[Epoch, Callable[[], bool]], dict[int, Link]],
+        seconds: float,
+        joins: bool,
+    ) -> None:
+        self.joins = joins
+        self._control, self._backend, self._meet, self._seconds = control, backend, meet, seconds
+        self._epoch = 0
+        self._step: int | None = None
+        self._told: queue.SimpleQueue[Epoch | None] = queue.SimpleQueue()
+        self._over = -1  # the newest epoch that is to be left
+        self._closed = False
+        threading.Thread(target=self._listen, name="membership", daemon=True).start()
+
+    def stay(self) -> None:
+        """Says that this worker can go on when another is lost."""
+        self._say({"stays": True})
+
+    def ready(self) -> None:
+        """Says that this worker, which comes in place of a lost one, has built all that it needs."""
+        self._say({"ready": True})
+
+    def leave(self, step: int | None) -> None:
+        """Leaves the epoch, in which a worker is lost; `step` is the one whose state this worker holds, if any."""
+        self._step = step
+        self._backend.leave()
+        self._say({"left": self._epoch, "step": step})
+
+    def rejoin(self) -> None:
+        """Waits for the next epoch, and meets the others there; raises Fault where that fails.
+
+        One that fails for another worker is lost in it is left, and the next one waited for.
+        """
+        until = time.monotonic() + self._seconds
+        while True:
+            try:
+                epoch = self._told.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                raise Fault(
+                    f"no worker has come in place of a lost one within {self._seconds:g} s (replicas.rejoin_seconds)"
+                ) from None
+            if epoch is None:
+                raise Fault("another worker is lost, and none comes in its place; run the same command again to go on")
+            self._epoch = epoch.number
+            try:
+                links = self._meet(epoch, self._is_over)
+            except Fault:
+                if self._closed or time.monotonic() > until:
+                    raise
+                self._say({"left": epoch.number, "step": self._step})
+                continue
+            self._backend.rejoin(epoch.workers, links)
+            if self._over >= epoch.number:
+                self._backend.fail(Fault("another worker is lost"))
+            return
+
+    def _is_over(self) -> bool:
+        return self._over >= self._epoch or self._closed
+
+    def went(self, step: int) -> None:
+        """Says that this worker goes on from a step."""
+        self.joins = False
+        self._say({"went": self._epoch, "step": step})
+
+    def _say(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # the agent is gone, and this process is about to end
+            self._control.sendall(json.dumps(message).encode() + b"\n")
+
+    def _listen(self) -> None:
+        with self._control.makefile("rb") as lines:
+            for line in lines:
+                told = json.loads(line)
+                if "epoch" in told:
+                    self._told.put(Epoch(told["epoch"], told["workers"], told["secret"]))
+                elif "leave" in told:
+                    self._over = told["leave"]
+                    self._say({"answers": self._over})
+                    if self._epoch == self._over:
+                        self._backend.fail(Fault("another worker is lost"))
+                else:
+                    self._told.put(None)
+        self._closed = True
+        self._told.put(None)

@@ -1,0 +1,203 @@
+"""One attempt of a run: its workers, of which lost ones are replaced where the others can stay (`roster`)."""
+
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_partial.distributed.cluster import JOINS
+from dist_partial.errors import AGAIN, INTERRUPTED
+from dist_partial.launch import roster, workers
+from dist_partial.launch.agent import exit_code, kill_group
+from dist_partial.launch.output import Console
+from dist_partial.launch.restarts import EXCEPTION, MISTAKES, Progress, Restarts
+from dist_partial.launch.workers import Command, Worker
+
+FINISH = 60.0  # seconds in which the others may end after one has ended well; the first worker still saves
+_POLL = 0.05  # seconds
+
+
+class Attempt:
+    """Runs the workers of a run until all have ended.
+
+    Attributes:
+        workers: those that are members now, in rank order.
+        ended: the exit codes of those that have ended, in the order in which they did.
+
+    Args:
+        commands: what to start, each time with other addresses and another secret.
+        folder: for the logs, or None.
+        console: shows what workers print.
+        limit: how many may be replaced in a row without a step in between.
+        delay: seconds before that is done, counted from 1; the first is replaced at once.
+    """
+
+    def __init__(
+        self,
+        commands: Callable[[], Sequence[Command]],
+        folder: Path | None,
+        console: Console,
+        limit: int,
+        delay: Callable[[int], float],
+    ) -> None:
+        self._commands, self._folder, self._console = commands, folder, console
+        self._limit, self._delay = limit, delay
+        self.workers: list[Worker] = []
+        self.ended: dict[Worker, int] = {}
+        self._former: list[Worker] = []
+        self._staying: set[Worker] = set()  # who can go on when another is lost
+        self._roster: roster.Roster | None = None
+        self._replaced = Restarts()
+        self._due: list[tuple[float, int]] = []  # when which rank's next process starts
+        self._lost: list[str] = []  # since all went on last
+        self._since = 0.0
+        self._over = False  # nobody is replaced any more
+
+    def run(self, signals: list[int], grace_seconds: float, settle: float) -> dict[Worker, int]:
+        """Starts the workers, and waits until all have ended, or long enough; returns `ended`.
+
+        Args:
+            signals: that have come, and come, to this process.
+            grace_seconds: what workers may take to end after SIGTERM.
+            settle: seconds in which the others may end by themselves after one has failed.
+        """
+        for index, command in enumerate(self._commands()):
+            self.workers.append(workers.start(index, command, self._folder, self._console))
+        until, heard = math.inf, 0
+        while len(self.ended) < len(self.workers) and time.monotonic() < until:
+            time.sleep(_POLL)
+            for signum in signals[heard:]:
+                heard += 1
+                if signals[:heard].count(signal.SIGINT) > 1:
+                    return self.ended
+                until = min(until, self._forward(signum, grace_seconds))
+            now = time.monotonic()
+            new = self._new(now, bool(signals))
+            if new and set(signals) <= {signal.SIGINT}:
+                well = set(new.values()) <= {0, INTERRUPTED}
+                until = min(until, now + (max(FINISH, grace_seconds) if well else settle))
+        return self.ended
+
+    def stop(self) -> None:
+        """Kills what still runs, and waits for all that was printed."""
+        workers.stop([*self.workers, *self._former])
+
+    def _forward(self, signum: int, grace_seconds: float) -> float:
+        """Passes a signal on; returns until when the workers may end."""
+        for worker in self.workers:
+            workers.tell(worker, "INT" if signum == signal.SIGINT else "TERM")
+            if self._roster and self._roster.broken:  # it waits for others, and looks at no signal
+                workers.tell(worker, json.dumps({"end": True}))
+        if signum == signal.SIGINT:
+            self._console.say("stopping: the workers save and end; another Ctrl-C kills them")
+            return math.inf
+        self._console.say(f"{signal.Signals(signum).name}: the workers have {grace_seconds:g} s to save and end")
+        return time.monotonic() + grace_seconds
+
+    def _new(self, now: float, stopping: bool) -> dict[Worker, int]:
+        """Who has ended since, and is not replaced; replaces those that are."""
+        for worker in list(self.workers):
+            while worker.output.told:
+                self._hear(worker, worker.output.told.popleft(), now)
+        if self._roster and not stopping:
+            self._do(self._roster.tick(now), now)
+        waited = [worker for worker in self.workers if worker not in self.ended]
+        new = {worker: exit_code(code) for worker in waited if (code := worker.process.poll()) is not None}
+        for worker, code in list(new.items()):
+            if not stopping and self._replaces(worker, code):
+                del new[worker]
+                self._lose(worker, code, now)
+        # Of those that end together, one with AGAIN has probably lost one of the others.
+        self.ended.update(sorted(new.items(), key=lambda each: each[1] == AGAIN))
+        for each in [each for each in self._due if each[0] <= now and not stopping]:
+            self._due.remove(each)
+            self._start(each[1])
+        return new
+
+    def _hear(self, worker: Worker, told: dict[str, Any], now: float) -> None:
+        """Takes what a worker tells."""
+        if "stays" in told:
+            self._staying.add(worker)
+            if self._roster is None and self._staying == set(self.workers):
+                self._roster = roster.Roster(self.workers)
+        if self._roster is None:
+            return
+        if "ready" in told:
+            self._do(self._roster.ready(worker), now)
+        elif "answers" in told:
+            self._roster.answered(worker, told["answers"])
+        elif "left" in told:
+            self._do(self._roster.left(worker, told["left"], told["step"], now), now)
+        elif "went" in told:
+            self._roster.went(worker, told["went"], told["step"])
+            self._staying.add(worker)
+            if self._lost and not self._roster.broken and self._roster.all_went:
+                what = ", ".join(self._lost)
+                self._console.say(f"all go on from step {told['step']}, {now - self._since:.1f} s after: {what}")
+                self._lost.clear()
+
+    def _replaces(self, worker: Worker, code: int) -> bool:
+        """Whether another process is to be started in place of one that has ended, while the others stay."""
+        if self._over or self._roster is None or self.ended:
+            return False
+        return code not in (0, INTERRUPTED, EXCEPTION, *MISTAKES) and self._roster.can_lose(worker)
+
+    def _lose(self, worker: Worker, code: int, now: float) -> None:
+        assert self._roster is not None
+        step, line = self._roster.step, worker.output.error
+        if reason := self._replaced.refusal(code, line, Progress(step, step), self._limit):
+            self._console.say(f"{worker.name}: no other in its place: {reason}")
+            self._give_up()
+            self.ended[worker] = code
+            return
+        if not self._lost:
+            self._since = now
+        killed = code - 128 in set(signal.Signals)
+        how = f"was killed by {signal.Signals(code - 128).name}" if killed else f"ended with exit code {code}"
+        self._lost.append(f"{worker.name} {how}")
+        count = self._replaced.count
+        wait = self._delay(count - 1) if count > 1 else 0.0
+        said = f" in {wait:g} s" if wait else ""
+        self._console.say(f"lost: {self._lost[-1]}{line and f': {line}'}; another comes in its place{said}")
+        self._do(self._roster.ended(worker, now), now + wait)
+
+    def _do(self, actions: Sequence[roster.Action], now: float) -> None:
+        for action in actions:
+            match action:
+                case roster.Leave(process, epoch):
+                    workers.tell(process, json.dumps({"leave": epoch}))
+                case roster.Start(rank):
+                    self._due.append((now, rank))
+                case roster.Kill(process):
+                    self._console.say(f"{process.name} does not answer: it is stopped, or cut off")
+                    kill_group(process.process.pid)
+                case roster.Begin(epoch, processes):
+                    for process, command in zip(processes, self._commands(), strict=True):
+                        environment = command.order["environment"]
+                        cluster = json.loads(environment["TF_CONFIG"])["cluster"]
+                        meeting = {"epoch": epoch, "workers": cluster["worker"]}
+                        workers.tell(process, json.dumps(meeting | {"secret": environment["DIST_PARTIAL_SECRET"]}))
+                case roster.GiveUp():
+                    self._give_up()
+
+    def _give_up(self) -> None:
+        """Has all that are left end: nobody comes in place of who is lost."""
+        self._over = True
+        self._due.clear()
+        for worker in self.workers:
+            workers.tell(worker, json.dumps({"end": True}))
+
+    def _start(self, rank: int) -> None:
+        """Starts a process in place of a lost one."""
+        assert self._roster is not None
+        lost, command = self.workers[rank], self._commands()[rank]
+        environment = command.order["environment"] | {JOINS: "1"}
+        command = dataclasses.replace(command, order=command.order | {"environment": environment})
+        self._former.append(lost)
+        number = sum(each.command.name == lost.command.name for each in self._former)
+        self.workers[rank] = worker = workers.start(rank, command, self._folder, self._console, number)
+        self._roster.started(rank, worker)

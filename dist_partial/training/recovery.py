@@ -1,0 +1,312 @@
+"""Goes on after another worker is lost: from the last call of the step that all have made, and without a checkpoint.
+
+After each call of the compiled step a worker keeps what it needs to be there again: its variables' values, which stay
+where they are until a step writes others, and the numbers beside them. Where an exchange fails for a worker is lost,
+those that are left go back to it, meet again (`distributed.membership`), and give a copy to the one that has come.
+
+A call ends with a sum over all workers, of losses and votes. Whoever has that sum knows that all have made the call;
+one that was cut off from it gets it when they meet again. So all go on from the same step, and none is made twice.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from dist_partial import checkpoints
+from dist_partial.distributed.membership import Membership
+from dist_partial.distributed.per_replica import PerReplica
+from dist_partial.errors import Ending, Fault
+from dist_partial.step import layer_state, optimizers
+from dist_partial.step.outer_step import Fragment
+from dist_partial.training.build import Trainer
+from dist_partial.training.checks import check_workers
+from dist_partial.training.state import TrainState
+
+_HEARS_SECONDS = 2.0  # in which it is known here why an exchange has failed
+
+
+class Rejoined(Exception):
+    """Ends what was under way, for the workers have met again.
+
+    Attributes:
+        state: from which all go on.
+    """
+
+    def __init__(self, state: TrainState) -> None:
+        super().__init__(f"at step {state.step}")
+        self.state = state
+
+
+@dataclasses.dataclass(eq=False)
+class _Call:
+    """A call of the step that this worker has made, before it is known that all have."""
+
+    step: int
+    finish: Callable[[np.ndarray], TrainState]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Kept:
+    """What a worker goes back to."""
+
+    state: TrainState
+    values: Sequence[tf.Tensor]  # of this worker's copies of its variables
+    sums: np.ndarray | None  # which ended the call, if there was one
+    rows: Sequence[dict[str, Any]]  # that it has added to the metrics
+    time: float
+
+
+class Recovery:
+    """Keeps what a worker goes back to when another is lost, and takes it there.
+
+    Where the workers cannot stay (see `stays`), it keeps nothing, and a loss ends the run as any other fault.
+
+    Attributes:
+        lost: what the metrics say of the last loss, or None.
+
+    Args:
+        trainer: of the run.
+        bindings: what the user has bound, which must be the same on all workers.
+    """
+
+    def __init__(self, trainer: Trainer, bindings: Mapping[str, str]) -> None:
+        self._trainer, self._bindings = trainer, bindings
+        self._member: Membership | None = trainer.replicas.membership if stays(trainer.fragments) else None
+        self._kept: _Kept | None = None
+        self._call: _Call | None = None
+        self._read: Any = None
+        self._key: Any = None  # of the variables that it reads
+        self.lost: dict[str, Any] | None = None
+
+    def sum(self, value: np.ndarray, step: int, finish: Callable[[np.ndarray], TrainState]) -> np.ndarray:
+        """Sums what ends a call of the step over the workers.
+
+        Args:
+            value: this worker's part.
+            step: at which the call has ended.
+            finish: completes the call, given the sum.
+        """
+        self._call = _Call(step, finish)
+        sums = self._trainer.replicas.sum(value)
+        self._call = None
+        return sums
+
+    def keep(self, state: TrainState, sums: np.ndarray | None = None, rows: Sequence[dict[str, Any]] = ()) -> None:
+        """Notes the state, after a call that all workers have made, or at the start."""
+        if self._member is not None:
+            self._kept = _Kept(state, self._values(state), sums, rows, time.monotonic())
+
+    def begin(self, state: TrainState) -> None:
+        """Notes the state with which the run begins; from here on this worker stays when another is lost."""
+        if self._member is not None and self._kept is None:
+            self.keep(state)
+            self._member.stay()
+
+    @property
+    def rows(self) -> Sequence[dict[str, Any]]:
+        """What the last call has added to the metrics."""
+        return self._kept.rows if self._kept else ()
+
+    @property
+    def owes(self) -> bool:
+        """Whether what follows a call of the step is to be made yet, at the step from which the run goes on."""
+        return self._kept is not None and self._kept.sums is not None
+
+    def join(self) -> TrainState:
+        """Meets the others, in place of a worker that is lost; returns the state from which they go on."""
+        assert self._member is not None
+        self._member.ready()
+        return self._met()
+
+    def rejoined(self, error: Exception) -> TrainState:
+        """Meets the others again after an error that a lost worker has led to; returns the state to go on from.
+
+        Raises:
+            Exception: the error, if it came from something else, or this worker cannot stay.
+            Fault: the others have not come.
+        """
+        if self._member is None or self._kept is None or not self._for_a_loss(error):
+            raise error
+        return self._met(leaves=True)
+
+    def _for_a_loss(self, error: Exception) -> bool:
+        backend = self._trainer.replicas.backend
+        assert backend is not None
+        if not isinstance(error, (Fault, tf.errors.OpError)):
+            return False
+        until = time.monotonic() + (_HEARS_SECONDS if isinstance(error, tf.errors.OpError) else 0.0)
+        while not (lost := backend.lost()) and time.monotonic() < until:
+            time.sleep(0.01)
+        return isinstance(lost, Fault)
+
+    def _met(self, leaves: bool = False) -> TrainState:
+        """Meets the others, as often as it takes; returns the state from which all go on."""
+        member, backend = self._member, self._trainer.replicas.backend
+        assert member is not None and backend is not None
+        while True:
+            if leaves:
+                member.leave(None if self._kept is None else self._kept.state.step)
+            leaves = True
+            member.rejoin()
+            try:
+                state = self._agreed()
+            except Ending as error:
+                if not self._for_a_loss(error):
+                    raise
+                continue
+            member.went(state.step)
+            return state
+
+    def _agreed(self) -> TrainState:
+        """Goes to the furthest step that one has, with those whose state is there; the others get a copy."""
+        trainer, kept, replicas = self._trainer, self._kept, self._trainer.replicas
+        check_workers(replicas, trainer.fingerprint, self._bindings)
+        own = None if kept is None else {"step": kept.state.step, "since": time.monotonic() - kept.time}
+        everyone = [json.loads(each) for each in replicas.gather(json.dumps(own).encode())]
+        holders = [rank for rank, each in enumerate(everyone) if each]
+        if not holders:
+            raise Fault("no worker is left that has the state of the run; run the same command again to go on")
+        step = max(everyone[rank]["step"] for rank in holders)
+        source = next(rank for rank in holders if everyone[rank]["step"] == step)
+        behind = [rank for rank in holders if everyone[rank]["step"] < step]
+        if behind:
+            sums = kept.sums if kept is not None and replicas.rank == source else None
+            data = self._copied(b"" if sums is None else sums.tobytes(), source, behind)
+            if replicas.rank in behind:
+                assert self._call is not None and self._call.step == step
+                sums = np.frombuffer(data, np.float64)
+                self._call.finish(sums)  # which keeps the state
+        self._call, kept = None, self._kept
+        if kept is not None:
+            self._go_back(kept)
+        joining = [rank for rank in range(replicas.workers) if rank not in holders]
+        if joining:
+            packed = self._packed(kept) if kept is not None and replicas.rank == source else b""
+            packed = self._copied(packed, source, joining)
+            kept = self._unpacked(packed) if replicas.rank in joining else kept
+        assert kept is not None
+        self._kept = kept
+        seconds = max(everyone[rank]["since"] for rank in holders)
+        self.lost = {"step": step, "split": "fault", "workers": joining, "seconds": round(seconds, 3)}
+        return kept.state
+
+    def _copied(self, data: bytes, source: int, to: Sequence[int]) -> bytes:
+        replicas, backend = self._trainer.replicas, self._trainer.replicas.backend
+        size = int(replicas.sum(np.array([len(data)], np.int64))[0])
+        return backend.copy(data, size, source, to) if replicas.rank in (source, *to) else b""  # type: ignore[union-attr]
+
+    def _go_back(self, kept: _Kept) -> None:
+        trainer = self._trainer
+        with trainer.replicas.strategy.scope():
+            self._allocate(kept.state)
+            for copy, value in zip(self._copies(kept.state), kept.values, strict=True):
+                copy.assign(value)
+        self._write_rows()
+
+    def _allocate(self, state: TrainState) -> None:
+        """Has slots where the state has some, and no others that were used."""
+        if state.schedule is None:
+            return
+        for number, group in enumerate(self._trainer.optimizers):
+            if number in state.schedule["allocated"]:
+                group.allocate()
+            elif group.state:
+                group.reset()
+
+    def _write_rows(self) -> None:
+        for group in self._trainer.optimizers:
+            optimizers.write_rows(self._trainer.replicas.strategy, group.members)
+
+    def _values(self, state: TrainState) -> Sequence[tf.Tensor]:
+        """The values of the copies, as they are: a step that writes others leaves these where they are."""
+        slots = [variable for group in self._trainer.optimizers for variable in group.state.values()]
+        key = tuple(map(id, slots)), json.dumps(state.schedule and state.schedule["allocated"])
+        if key != self._key:
+            copies = self._copies(state)
+            self._read = tf.function(lambda: [copy.read_value() for copy in copies], autograph=False)
+            self._key, self._slots = key, slots  # which live, so that no other has one's id
+        return self._read()
+
+    def _copies(self, state: TrainState) -> list[tf.Variable]:
+        """This worker's variables of a state, in the order of their names."""
+        groups: Sequence[optimizers.GroupOptimizer] = self._trainer.optimizers
+        if state.schedule is not None:
+            groups = [groups[number] for number in state.schedule["allocated"]]
+        slots = {f"slots/{name}" for group in groups for name in group.state}
+        local = self._trainer.replicas.strategy.experimental_local_results
+        wanted = [v for name, v in state.variables.items() if name in slots or not name.startswith("slots/")]
+        return [copy for variable in wanted for copy in local(_inner(variable))]
+
+    def _packed(self, kept: _Kept) -> bytes:
+        """The state as bytes: a line of JSON, and the values."""
+        first = self._trainer.replicas.topology.first
+        arrays = {
+            name: _of_another(variable) if isinstance(variable, PerReplica) else keras.ops.convert_to_numpy(variable)
+            for name, variable in kept.state.variables.items()
+        }
+        arrays |= {n: layer_state.seed_of_first(a, first) for n, a in arrays.items() if n.startswith("generators/")}
+        header = {
+            "arrays": [[name, array.dtype.name, array.shape] for name, array in arrays.items()],
+            "metadata": kept.state.metadata() | {"step": kept.state.step},
+            "sums": None if kept.sums is None else len(kept.sums),
+            "rows": list(kept.rows),
+        }
+        values = [np.zeros(0) if kept.sums is None else kept.sums, *arrays.values()]
+        return b"".join(
+            [json.dumps(header).encode(), b"\n", *(np.ascontiguousarray(each).tobytes() for each in values)]
+        )
+
+    def _unpacked(self, data: bytes) -> _Kept:
+        """Takes a state that another worker has packed."""
+        trainer = self._trainer
+        text, _, rest = data.partition(b"\n")
+        header, start = json.loads(text), 0
+        sums = None if header["sums"] is None else np.frombuffer(rest, np.float64, header["sums"])
+        start = 0 if sums is None else sums.nbytes
+        arrays = {}
+        for name, dtype, shape in header["arrays"]:
+            count = int(np.prod(shape))
+            arrays[name] = np.frombuffer(rest, np.dtype(dtype), count, start).reshape(shape)
+            start += arrays[name].nbytes
+        metadata = header["metadata"]
+        with trainer.replicas.strategy.scope():
+            for number in metadata.get("schedule", {}).get("allocated", ()):
+                trainer.optimizers[number].allocate()
+            state = trainer.state().restored(checkpoints.Checkpoint(Path("-"), metadata["step"], arrays, metadata))
+        layer_state.spread(trainer.replicas.topology, trainer.layer_state.generators)
+        self._write_rows()
+        state = dataclasses.replace(state, checkpoint=None)
+        return _Kept(state, self._values(state), sums, header["rows"], time.monotonic())
+
+
+def stays(fragments: Sequence[Fragment]) -> bool:
+    """Tells whether a state can be kept after each call: not where something travels meanwhile.
+
+    Examples:
+        >>> stays([])
+        True
+    """
+    return not any(fragment.reduction.delay for fragment in fragments)
+
+
+def _inner(variable: Any) -> Any:
+    if isinstance(variable, PerReplica):
+        return variable.variable
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def _of_another(own: PerReplica) -> np.ndarray:
+    """What a replica has in place of values that were another worker's alone.
+
+    A residual is what was not sent yet, and lost with it: zeros. Weights of its own are as good as this worker's.
+    """
+    local = own.topology.strategy.experimental_local_results(own.variable)[: own.topology.local]
+    values = np.stack([copy.numpy() for copy in local])
+    return np.zeros_like(values) if own.when_fewer in ("sum", "chunks") else values
