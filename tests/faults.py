@@ -122,7 +122,7 @@ class Launch:
             names = ",".join(hosts.address(host) for host in range(1, WORKERS + 1))
             where = ["hosts", f"--hosts={names}", f"--ssh={wrapper}", f"--python={sys.executable}"]
         else:
-            where = ["local", f"--workers={WORKERS}"]
+            where = ["local", f"--workers={WORKERS}", *os.environ.get("MORE", "").split()]
         flags = [f"--gin_file={folder}/faults.gin", f"--run_dir={self.run_dir}"]
         name, value = self._mark.split("=")
         with open(self.log, "wb") as log:

@@ -12,6 +12,8 @@ from typing import Any
 from dist_partial.errors import UserError
 from dist_partial.validation import nearest
 
+SECRET = "DIST_PARTIAL_SECRET"  # the environment variable; the launchers draw one
+
 # Environment variables of workers that a launcher has started, see `membership`.
 CONTROL = "DIST_PARTIAL_CONTROL"  # the number of the socket to the launcher
 JOINS = "DIST_PARTIAL_JOINS"  # is set where a worker comes in place of a lost one

@@ -50,13 +50,12 @@ import struct
 import time
 from collections.abc import Iterator
 
-from dist_partial.distributed.cluster import split
+from dist_partial.distributed.cluster import SECRET, split
 from dist_partial.distributed.hello import CALLER, HELLO_BYTES, LISTENER, Hello, Worker
 from dist_partial.distributed.seal import Seal
 from dist_partial.distributed.tcp_channel import Channel, Encrypted, Plain
 from dist_partial.errors import UserError
 
-SECRET = "DIST_PARTIAL_SECRET"  # the environment variable; the launchers draw one
 SECONDS = 5.0  # for a whole handshake: who is slower may call again
 
 _VERDICT = struct.Struct("!B32s")

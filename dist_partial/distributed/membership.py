@@ -13,7 +13,7 @@ Both speak in lines of JSON over a socket, whose other end the worker's agent ho
                          {"left": 3, "step": 120}              it has; the step is the one whose state it holds, or null
                          {"went": 4, "step": 120}              it has met the others, and goes on from this step
     launcher -> worker   {"leave": 3}                          another worker of epoch 3 is lost
-                         {"epoch": 4, "workers": ["a:2222", ...], "secret": "..."}
+                         {"epoch": 4, "rank": 1, "workers": ["a:2222", ...], "secret": "..."}
                          {"end": true}                         there will be no other epoch
 """
 
@@ -38,11 +38,13 @@ class Epoch(NamedTuple):
 
     Attributes:
         number: counts them.
+        rank: this worker's; one that comes in place of a lost one may have had another before.
         workers: 'host:port' of each, in rank order.
         secret: what they know and nobody else does.
     """
 
     number: int
+    rank: int
     workers: Sequence[str]
     secret: str
 
@@ -112,18 +114,19 @@ class Membership:
         until = time.monotonic() + self._seconds
         while True:
             try:
-                epoch = self._told.get(timeout=max(0.0, until - time.monotonic()))
+                # One that comes in place of a lost one may long be a spare.
+                epoch = self._told.get(timeout=None if self.joins else max(0.0, until - time.monotonic()))
             except queue.Empty:
                 raise Fault(
                     f"no worker has come in place of a lost one within {self._seconds:g} s (replicas.rejoin_seconds)"
                 ) from None
             if epoch is None:
                 raise Fault("another worker is lost, and none comes in its place; run the same command again to go on")
-            self._epoch = epoch.number
+            self._epoch, self._backend.rank = epoch.number, epoch.rank
             try:
                 links = self._meet(epoch, self._is_over)
             except Fault:
-                if self._closed or time.monotonic() > until:
+                if self._closed or (time.monotonic() > until and not self.joins):
                     raise
                 self._say({"left": epoch.number, "step": self._step})
                 continue
@@ -149,7 +152,7 @@ class Membership:
             for line in lines:
                 told = json.loads(line)
                 if "epoch" in told:
-                    self._told.put(Epoch(told["epoch"], told["workers"], told["secret"]))
+                    self._told.put(Epoch(told["epoch"], told["rank"], told["workers"], told["secret"]))
                 elif "leave" in told:
                     self._over = told["leave"]
                     self._say({"answers": self._over})

@@ -18,6 +18,7 @@ class Topology:
         workers: how many processes the replicas are divided among.
         worker: which of them this is, from 0.
         by_worker: whether those of a worker count as one, for they are alike.
+        asked: called where somebody asks for a replica's number: what is traced then is of that replica alone.
 
     Examples:
         >>> second = Topology(tf.distribute.get_strategy(), workers=3, worker=1)
@@ -29,6 +30,7 @@ class Topology:
     workers: int = 1
     worker: int = 0
     by_worker: bool = False
+    asked: Callable[[], None] = lambda: None
 
     @property
     def hosts(self) -> "Topology":
@@ -56,8 +58,14 @@ class Topology:
     @property
     def rank(self) -> int:
         """The number of this replica among all; called in a replica context."""
+        self.asked()
+        return self.first + self.index
+
+    @property
+    def index(self) -> int:
+        """The number of this replica among those of its worker; called in a replica context."""
         context: Any = tf.distribute.get_replica_context()
-        return self.first + int(tf.get_static_value(context.replica_id_in_sync_group)) % self.local
+        return int(tf.get_static_value(context.replica_id_in_sync_group)) % self.local
 
     @property
     def input_context(self) -> tf.distribute.InputContext:

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from dist_partial import compat
 from dist_partial.distributed import handshake, membership, rendezvous, tls
-from dist_partial.distributed.cluster import JOINS, read_tf_config, split
+from dist_partial.distributed.cluster import JOINS, SECRET, read_tf_config, split
 from dist_partial.distributed.collectives import PACK_BYTES, Collectives
 from dist_partial.distributed.host_bridge import HostBridge
 from dist_partial.distributed.membership import Epoch, Membership
@@ -57,7 +57,7 @@ class Replicas:
     host: str | None = None
     membership: Membership | None = None
 
-    @functools.cached_property
+    @property
     def topology(self) -> Topology:
         """How many replicas there are, and which are this worker's."""
         return self.collectives.backend.topology(self.strategy)
@@ -324,7 +324,7 @@ def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reaso
     started = threading.Event()  # before, TensorFlow has no collectives to abort, and would make others then
     control = None if tensorflow or not options.rejoin_seconds else membership.control()
     joins = control is not None and JOINS in os.environ
-    secret = os.environ.get(handshake.SECRET, "")
+    secret = os.environ.get(SECRET, "")
     connected = TCPBackend(
         rank,
         everyone,
@@ -353,7 +353,7 @@ def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reaso
     if control is not None:
 
         def meet(epoch: Epoch, abandoned: Callable[[], bool]) -> dict[int, handshake.Link]:
-            return _connect(options, rank, epoch.workers, epoch.secret, abandoned)
+            return _connect(options, connected.rank, epoch.workers, epoch.secret, abandoned)
 
         member = Membership(control, connected, meet, options.rejoin_seconds, joins)
     host = everyone[rank].rpartition(":")[0].strip("[]")
@@ -371,7 +371,7 @@ def _connect(
     loopback = rendezvous.on_loopback(workers)
     if not secret and len(workers) > 1:
         what = (
-            f"no {handshake.SECRET}: whoever reaches {workers[rank]} while workers start can pass for one; set the "
+            f"no {SECRET}: whoever reaches {workers[rank]} while workers start can pass for one; set the "
             "same on all, such as `openssl rand -hex 32` draws"
         )
         if not (loopback or options.allow_no_secret):

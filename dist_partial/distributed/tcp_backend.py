@@ -107,7 +107,6 @@ class TCPBackend(WorkerBackend):
         """
         self.rank, self.size, self.workers = rank, len(workers), list(workers)
         self.failure: Ending | None = None
-        self._others = [k for k in range(self.size) if k != rank]
         self._on_loss, self._patience = on_loss, patience_seconds
         self._closed = False
         self._epoch = 0  # counts the times that these workers have met
@@ -173,6 +172,11 @@ class TCPBackend(WorkerBackend):
             result.set_shape([self.size, *t.shape] if own.kind == GATHER_OP else t.shape)
             results.append(result)
         return sorted_out(results)
+
+    @property
+    def others(self) -> list[int]:
+        """The ranks of the other workers."""
+        return [k for k in range(self.size) if k != self.rank]
 
     @contextlib.contextmanager
     def traced_apart(self) -> Iterator[None]:
@@ -245,7 +249,7 @@ class TCPBackend(WorkerBackend):
 
     def lost(self) -> Ending | None:
         """What has become of a worker that is gone, whether it was waited for or not, or None."""
-        return self.failure or self._connections.lost(self._others)
+        return self.failure or self._connections.lost(self.others)
 
     def fail(self, reason: Fault) -> None:
         """Has everything fail that waits for other workers, now and until `rejoin`; called from any thread."""
@@ -429,7 +433,7 @@ class TCPBackend(WorkerBackend):
     def _finish(self, run: _Run, array: np.ndarray) -> None:
         """Sends this worker's place of the result to all, and fills it here; of an all-to-all, each its own row."""
         kind = run.op.tensor.kind
-        for rank in self._others if run.op.tensor.to is None else run.op.tensor.to:
+        for rank in self.others if run.op.tensor.to is None else run.op.tensor.to:
             self._put(rank, run, _FINAL, array[rank] if kind == ALL_TO_ALL_OP else array)
         if kind != SUM_OP:
             run.result[run.op.places[self.rank]] = array[self.rank] if kind == ALL_TO_ALL_OP else array

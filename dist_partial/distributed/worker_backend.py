@@ -31,6 +31,7 @@ class WorkerBackend(abc.ABC):
         rank: which of the workers this is, from 0; the first one writes the run folder.
         size: how many there are.
         workers: what messages call each, such as its 'host:port'.
+        knows_rank: whether what was traced holds for this rank alone.
 
     Examples:
         >>> class Alone(WorkerBackend):
@@ -47,6 +48,7 @@ class WorkerBackend(abc.ABC):
     rank: int
     size: int
     workers: Sequence[str]
+    knows_rank = False
     two_levels = True
     has_all_to_all = False
     concurrent = False
@@ -134,7 +136,10 @@ class WorkerBackend(abc.ABC):
 
     def topology(self, strategy: tf.distribute.Strategy) -> Topology:
         """How many replicas all workers have, and which are this one's, whose strategy is given."""
-        return Topology(strategy, self.size, self.rank)
+        return Topology(strategy, self.size, self.rank, asked=self._asked)
+
+    def _asked(self) -> None:
+        self.knows_rank = True
 
     def over_replicas(
         self,

@@ -28,6 +28,7 @@ from typing import Any
 from absl import flags
 
 from dist_partial import cli
+from dist_partial.distributed.cluster import SECRET
 from dist_partial.errors import INTERRUPTED, UserError
 from dist_partial.launch import agent, output, restarts, supervisor
 
@@ -134,6 +135,8 @@ def _launch(kind: str, argv: list[str], program: Sequence[str]) -> int:
         flags.DEFINE_string("ssh", "ssh -T", "reaches a host, without asking for anything", flag_values=values)
         flags.DEFINE_string("python", "python", "Python on the hosts", flag_values=values)
         flags.DEFINE_string("directory", os.getcwd(), "where workers run on the hosts", flag_values=values)
+    more = "that wait to come in place of lost ones" if kind == "local" else "of the hosts, the last, that wait"
+    flags.DEFINE_integer("spares", 0, f"how many {more}", lower_bound=0, flag_values=values)
     flags.DEFINE_integer(
         "restarts", 10, "how often all may start again without a new checkpoint", lower_bound=0, flag_values=values
     )
@@ -157,11 +160,12 @@ def _launch(kind: str, argv: list[str], program: Sequence[str]) -> int:
             names = [host.rpartition("@")[2] for host in values.hosts] if kind == "hosts" and attempt == 0 else []
             order = {"run_dir": str(folder), "names": names, "program": list(program), "arguments": arguments}
             order |= {"module": "dist_partial.launch.script"} if script else {}
-            return _commands(places(attempt), order, python)
+            return _commands(places(attempt), values.spares, order, python)
 
         return supervisor.supervise(
             commands,
             logs=_logs(folder),
+            spares=values.spares,
             restarts=values.restarts,
             grace_seconds=values.grace_seconds,
             console=output.Console(),
@@ -193,14 +197,16 @@ def _logs(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.logs")
 
 
-def _commands(places: Sequence[Place], order: dict[str, Any], python: str) -> list[supervisor.Command]:
-    cluster = {"worker": [address for _, _, address in places]}
+def _commands(places: Sequence[Place], spares: int, order: dict[str, Any], python: str) -> list[supervisor.Command]:
+    """The commands of workers and, after them, spares, which build what the last worker has."""
+    count = len(places) - spares
+    cluster = {"worker": [address for _, _, address in places[:count]]}
     secret = secrets.token_hex(16)  # workers know each other by it, and those of an earlier attempt do not know it
     commands = []
-    for index, (name, argv, _) in enumerate(places):
-        config = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})
-        environment = {"TF_CONFIG": config, "DIST_PARTIAL_SECRET": secret}
-        commands.append(supervisor.Command(name, argv, order | {"environment": environment}, python))
+    for place, (name, argv, address) in enumerate(places):
+        task = {"type": "worker", "index": min(place, count - 1)}
+        environment = {"TF_CONFIG": json.dumps({"cluster": cluster, "task": task}), SECRET: secret}
+        commands.append(supervisor.Command(name, argv, order | {"environment": environment}, python, address))
     return commands
 
 
@@ -209,7 +215,14 @@ def _local(values: flags.FlagValues) -> Callable[[int], list[Place]]:
     if values.workers < 1:
         raise UserError(f"--workers={values.workers}: write how many workers to start, such as --workers=2")
     argv = [sys.executable, *_AGENT]
-    return lambda attempt: [(f"worker {k}", argv, f"127.0.0.1:{p}") for k, p in enumerate(free_ports(values.workers))]
+    names = _names(values.workers, values.spares)
+    return lambda attempt: [
+        (name, argv, f"127.0.0.1:{port}") for name, port in zip(names, free_ports(len(names)), strict=True)
+    ]
+
+
+def _names(count: int, spares: int) -> list[str]:
+    return [*(f"worker {k}" for k in range(count)), *(f"spare {k}" for k in range(spares))]
 
 
 def free_ports(count: int) -> list[int]:
@@ -240,6 +253,8 @@ def _hosts(values: flags.FlagValues) -> Callable[[int], list[Place]]:
             raise UserError(f"--hosts names {name} twice: write each host once, for each has one worker")
     if not 0 < values.port <= 65536 - _PORTS:
         raise UserError(f"--port={values.port}: write 1 to {65536 - _PORTS}")
+    if (count := len(hosts) - values.spares) < 1:
+        raise UserError(f"--spares={values.spares} leaves no worker of {len(hosts)} hosts: name more, or fewer spares")
     try:
         ssh = shlex.split(values.ssh)
     except ValueError as error:
@@ -252,8 +267,8 @@ def _hosts(values: flags.FlagValues) -> Callable[[int], list[Place]]:
     def places(attempt: int) -> list[Place]:
         port = values.port + attempt % _PORTS
         return [
-            (f"worker {k} ({name})", [*ssh, host, remote], f"{name}:{port}")
-            for k, (host, name) in enumerate(zip(hosts, names, strict=True))
+            (f"{what} ({name})", [*ssh, host, remote], f"{name}:{port}")
+            for what, host, name in zip(_names(count, values.spares), hosts, names, strict=True)
         ]
 
     return places

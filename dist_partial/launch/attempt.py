@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_partial.distributed.cluster import JOINS
+from dist_partial.distributed.cluster import JOINS, SECRET
 from dist_partial.errors import AGAIN, INTERRUPTED
 from dist_partial.launch import roster, workers
 from dist_partial.launch.agent import exit_code, kill_group
@@ -32,6 +33,7 @@ class Attempt:
         commands: what to start, each time with other addresses and another secret.
         folder: for the logs, or None.
         console: shows what workers print.
+        spares: how many of them, the last ones, wait to come in place of lost ones.
         limit: how many may be replaced in a row without a step in between.
         delay: seconds before that is done, counted from 1; the first is replaced at once.
     """
@@ -41,13 +43,16 @@ class Attempt:
         commands: Callable[[], Sequence[Command]],
         folder: Path | None,
         console: Console,
+        spares: int,
         limit: int,
         delay: Callable[[int], float],
     ) -> None:
         self._commands, self._folder, self._console = commands, folder, console
-        self._limit, self._delay = limit, delay
+        self._spare_places, self._limit, self._delay = spares, limit, delay
         self.workers: list[Worker] = []
         self.ended: dict[Worker, int] = {}
+        self._spares: list[Worker] = []
+        self._ready: set[Worker] = set()  # those of the spares that wait for a rank
         self._former: list[Worker] = []
         self._staying: set[Worker] = set()  # who can go on when another is lost
         self._roster: roster.Roster | None = None
@@ -65,8 +70,9 @@ class Attempt:
             grace_seconds: what workers may take to end after SIGTERM.
             settle: seconds in which the others may end by themselves after one has failed.
         """
-        for index, command in enumerate(self._commands()):
-            self.workers.append(workers.start(index, command, self._folder, self._console))
+        commands = self._commands()
+        for place, command in enumerate(commands[: len(commands) - self._spare_places]):
+            self.workers.append(workers.start(place, command, self._folder, self._console))
         until, heard = math.inf, 0
         while len(self.ended) < len(self.workers) and time.monotonic() < until:
             time.sleep(_POLL)
@@ -84,10 +90,12 @@ class Attempt:
 
     def stop(self) -> None:
         """Kills what still runs, and waits for all that was printed."""
-        workers.stop([*self.workers, *self._former])
+        workers.stop([*self.workers, *self._spares, *self._former])
 
     def _forward(self, signum: int, grace_seconds: float) -> float:
         """Passes a signal on; returns until when the workers may end."""
+        for spare in self._spares:
+            workers.tell(spare, json.dumps({"end": True}))
         for worker in self.workers:
             workers.tell(worker, "INT" if signum == signal.SIGINT else "TERM")
             if self._roster and self._roster.broken:  # it waits for others, and looks at no signal
@@ -100,7 +108,7 @@ class Attempt:
 
     def _new(self, now: float, stopping: bool) -> dict[Worker, int]:
         """Who has ended since, and is not replaced; replaces those that are."""
-        for worker in list(self.workers):
+        for worker in [*self.workers, *self._spares]:
             while worker.output.told:
                 self._hear(worker, worker.output.told.popleft(), now)
         if self._roster and not stopping:
@@ -115,7 +123,12 @@ class Attempt:
         self.ended.update(sorted(new.items(), key=lambda each: each[1] == AGAIN))
         for each in [each for each in self._due if each[0] <= now and not stopping]:
             self._due.remove(each)
-            self._start(each[1])
+            self._fill(each[1], now)
+        for spare in [each for each in self._spares if each.process.poll() is not None]:
+            self._spares.remove(spare)
+            self._former.append(spare)
+            line = spare.output.error or f"exit code {exit_code(spare.process.returncode)}"
+            self._console.say(f"{spare.name} has ended ({line}), and no other takes its place")
         return new
 
     def _hear(self, worker: Worker, told: dict[str, Any], now: float) -> None:
@@ -124,9 +137,12 @@ class Attempt:
             self._staying.add(worker)
             if self._roster is None and self._staying == set(self.workers):
                 self._roster = roster.Roster(self.workers)
+                for number in range(self._spare_places):
+                    self._start_spare(len(self.workers) + number)
         if self._roster is None:
             return
         if "ready" in told:
+            self._ready.add(worker)
             self._do(self._roster.ready(worker), now)
         elif "answers" in told:
             self._roster.answered(worker, told["answers"])
@@ -176,11 +192,11 @@ class Attempt:
                     self._console.say(f"{process.name} does not answer: it is stopped, or cut off")
                     kill_group(process.process.pid)
                 case roster.Begin(epoch, processes):
-                    for process, command in zip(processes, self._commands(), strict=True):
-                        environment = command.order["environment"]
-                        cluster = json.loads(environment["TF_CONFIG"])["cluster"]
-                        meeting = {"epoch": epoch, "workers": cluster["worker"]}
-                        workers.tell(process, json.dumps(meeting | {"secret": environment["DIST_PARTIAL_SECRET"]}))
+                    commands = self._commands()
+                    meeting = {"epoch": epoch, "workers": [commands[each.place].address for each in processes]}
+                    meeting |= {"secret": commands[0].order["environment"][SECRET]}
+                    for rank, process in enumerate(processes):
+                        workers.tell(process, json.dumps(meeting | {"rank": rank}))
                 case roster.GiveUp():
                     self._give_up()
 
@@ -191,13 +207,29 @@ class Attempt:
         for worker in self.workers:
             workers.tell(worker, json.dumps({"end": True}))
 
-    def _start(self, rank: int) -> None:
-        """Starts a process in place of a lost one."""
+    def _fill(self, rank: int, now: float) -> None:
+        """Gives a rank to a spare, one that is ready if there is one, or to a process that is started."""
         assert self._roster is not None
-        lost, command = self.workers[rank], self._commands()[rank]
-        environment = command.order["environment"] | {JOINS: "1"}
-        command = dataclasses.replace(command, order=command.order | {"environment": environment})
+        lost = self.workers[rank]
         self._former.append(lost)
-        number = sum(each.command.name == lost.command.name for each in self._former)
-        self.workers[rank] = worker = workers.start(rank, command, self._folder, self._console, number)
+        if self._spares:
+            worker = max(self._spares, key=lambda spare: spare in self._ready)
+            self._spares.remove(worker)
+            worker.output.index, worker.name = rank, re.sub(r"^spare \d+", f"worker {rank}", worker.name)
+            self._start_spare(lost.place)
+        else:
+            worker = self._started(lost.place)
+        self.workers[rank] = worker
         self._roster.started(rank, worker)
+        if worker in self._ready:
+            self._do(self._roster.ready(worker), now)
+
+    def _start_spare(self, place: int) -> None:
+        self._spares.append(self._started(place))
+
+    def _started(self, place: int) -> Worker:
+        """Starts a process that comes in place of a lost one, now or later."""
+        command = self._commands()[place]
+        order = command.order | {"environment": command.order["environment"] | {JOINS: "1"}}
+        number = sum(each.place == place for each in self._former)
+        return workers.start(place, dataclasses.replace(command, order=order), self._folder, self._console, number)

@@ -100,6 +100,7 @@ class Output:
     """Shows and keeps what a worker and its agent print, as two threads read it.
 
     Attributes:
+        index: the worker's number, before its lines.
         path: of the log, or None.
         lines: the last.
         error: the last that begins with "error:" and has a traceback below it, in which there may be others; where
@@ -116,7 +117,7 @@ class Output:
         self._traced = False
         self.progress = Progress()
         self.told: collections.deque[dict[str, Any]] = collections.deque()
-        self._index, self._console = index, console
+        self.index, self._console = index, console
         self._log: IO[bytes] | None = None
         if self.path:
             with contextlib.suppress(OSError):  # a full disk, with which the run may be able to go on
@@ -130,10 +131,10 @@ class Output:
                 self._write(chunk)
                 lines, rest, bar = split(rest + chunk)
                 self._keep(lines)
-                self._console.show(self._index, lines, bar)
+                self._console.show(self.index, lines, bar)
             lines, _, _ = split(rest + b"\n" if rest.strip() else b"")
             self._keep(lines)
-            self._console.show(self._index, lines, "")
+            self._console.show(self.index, lines, "")
 
     def listen(self, stderr: IO[bytes]) -> None:
         """Takes the agent's reports, and shows what else ssh, a shell or Python says there."""
@@ -148,7 +149,7 @@ class Output:
                 self._write(line)
                 lines, _, _ = split(line.rstrip(b"\n") + b"\n")
                 self._keep(lines)
-                self._console.show(self._index, lines)
+                self._console.show(self.index, lines)
 
     def close(self) -> None:
         if self._log:

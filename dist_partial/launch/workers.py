@@ -25,6 +25,7 @@ class Command:
         name: what messages call it, such as 'worker 1 (10.0.0.2)'.
         argv: runs an agent, here or on another host.
         order: the line that the agent reads first, see `agent.run_agent`.
+        address: 'host:port' of the worker.
         python: what messages call the Python that runs both.
     """
 
@@ -32,28 +33,27 @@ class Command:
     argv: Sequence[str]
     order: dict[str, Any]
     python: str = "its Python"
+    address: str = ""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Worker:
-    """Holds a worker that was started; `process` is its agent's."""
+    """Holds a worker that was started; `process` is its agent's, `place` the number of its command."""
 
+    name: str
+    place: int
     command: Command
     process: subprocess.Popen[bytes]
     stdin: IO[bytes]
     output: Output
     readers: Sequence[threading.Thread]
 
-    @property
-    def name(self) -> str:
-        return self.command.name
-
 
 def start(index: int, command: Command, folder: Path | None, console: Console, number: int = 0) -> Worker:
     """Starts a worker's agent, and has it start the worker.
 
     Args:
-        index: the worker's.
+        index: the number of the command among all.
         command: how.
         folder: for its log, or None.
         console: shows what it prints.
@@ -76,7 +76,7 @@ def start(index: int, command: Command, folder: Path | None, console: Console, n
     ]
     for reader in readers:
         reader.start()
-    worker = Worker(command, process, process.stdin, output, readers)
+    worker = Worker(command.name, index, command, process, process.stdin, output, readers)
     tell(worker, json.dumps(command.order))
     return worker
 

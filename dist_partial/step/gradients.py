@@ -34,7 +34,7 @@ def own_part(topology: Topology, batch: Batch) -> Batch:
         >>> x.shape, y.numpy().tolist()  # of one replica the whole
         (TensorShape([2, 1]), [1, 2])
     """
-    local, index = topology.local, topology.rank - topology.first
+    local, index = topology.local, topology.index
     with tf.device("CPU"):  # so that a GPU is sent its slice and no more
         return tf.nest.map_structure(lambda t: tf.reshape(t, [local, t.shape[0] // local, *t.shape[1:]])[index], batch)
 

@@ -30,8 +30,6 @@ from dist_partial.training.state import TrainState
 class Evaluation:
     """Evaluates every `run.eval_every` steps and at the end, on all workers; then samples.
 
-    Compiles the evaluation: a mistake in the model or the loss shows now, and not after the training.
-
     Attributes:
         trainer: of the run.
 
@@ -41,19 +39,31 @@ class Evaluation:
     """
 
     def __init__(self, trainer: Trainer, progress: Progress | None = None) -> None:
-        settings, replicas = trainer.settings, trainer.replicas
         self.trainer = trainer
-        progress = progress or Progress(active=False)
-        progress.begin("compiling the evaluation")
-        self._every = Every(settings.eval_every, settings.steps)
-        source = trainer.data.evaluation
-        spec = EvaluationSpec(replicas.strategy, replicas.collectives, trainer.model, trainer.objective)
+        self._every = Every(trainer.settings.eval_every, trainer.settings.steps)
+        self._progress = progress or Progress(active=False)
+        self._evaluate: Callable[[], dict[str, float]] | None = None
+        # Between two exchanges replicas have statistics of their own, too; what is evaluated is one model.
+        apart = bool(trainer.fragments) and not any(group.reduction.shared for group in trainer.plan.groups)
+        self._average: Callable[[], None] = lambda: None
+        if apart and trainer.averaged:
+            replicas = trainer.replicas
+            self._average = outer_step.averages(replicas.strategy, replicas.collectives, trainer.averaged)
+
+    def compile(self) -> None:
+        """Compiles it, if it is not yet: a mistake in the model or the loss shows here."""
+        if self._evaluate is not None:
+            return
+        settings, replicas = self.trainer.settings, self.trainer.replicas
+        source = self.trainer.data.evaluation
+        self._progress.begin("compiling the evaluation")
+        spec = EvaluationSpec(replicas.strategy, replicas.collectives, self.trainer.model, self.trainer.objective)
         batches = functools.partial(
             evaluation_batches, source, seed=settings.seed, context=replicas.topology.input_context
         )
         with replicas.tracing("evaluation"):
             self._evaluate = prepare_evaluation(
-                trainer.objective,
+                self.trainer.objective,
                 evaluation_step(spec),
                 replicas.sum,
                 batches,
@@ -61,12 +71,7 @@ class Evaluation:
                 global_batch=settings.global_batch,
                 again=trait(source, "streamed", False),
             )
-        progress.end()
-        # Between two exchanges replicas have statistics of their own, too; what is evaluated is one model.
-        apart = bool(trainer.fragments) and not any(group.reduction.shared for group in trainer.plan.groups)
-        self._average: Callable[[], None] = lambda: None
-        if apart and trainer.averaged:
-            self._average = outer_step.averages(replicas.strategy, replicas.collectives, trainer.averaged)
+        self._progress.end()
 
     def due(self, step: int) -> bool:
         return self._every.due(step)
@@ -76,6 +81,8 @@ class Evaluation:
 
     def __call__(self, state: TrainState, writer: MetricWriter) -> dict[str, float]:
         trainer, strategy = self.trainer, self.trainer.replicas.strategy
+        self.compile()
+        assert self._evaluate is not None
         # Nothing but a step moves a state: recurrent layers with dropout draw random numbers in inference, too.
         with outer_step.agreed(strategy, trainer.fragments), untouched(strategy, trainer.layer_state.states):
             with trainer.replicas.tracing("averages"):

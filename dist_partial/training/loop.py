@@ -69,8 +69,9 @@ def run(
             return trainer
         runner, evaluate = ScheduleRunner(trainer, state, progress), evaluation.Evaluation(trainer, progress)
         if joins:
-            _trace(runner.prepare())
-            runner.go_to(state := recovery.join())
+            runner, state = _joined(runner, recovery, progress)
+        else:
+            evaluate.compile()  # a mistake in the model or the loss shows before the training
         words = _Words(operative, unused)
         with events.Stopping(settings.steps) as stop:
             while True:
@@ -81,6 +82,17 @@ def run(
                     state = met.state
                 runner.go_to(state)
     return trainer
+
+
+def _joined(runner: ScheduleRunner, recovery: Recovery, progress: Progress) -> tuple[ScheduleRunner, TrainState]:
+    """Compiles what is known to come, and joins the others; what is compiled may not fit the rank that it gets."""
+    trainer, before = runner.trainer, runner.trainer.replicas.rank
+    _trace(runner.prepare())
+    state, backend = recovery.join(), trainer.replicas.backend
+    if backend is not None and backend.knows_rank and backend.rank != before:
+        return ScheduleRunner(trainer, state, progress), state
+    runner.go_to(state)
+    return runner, state
 
 
 @dataclasses.dataclass
