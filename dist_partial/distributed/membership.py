@@ -12,6 +12,7 @@ Both speak in lines of JSON over a socket, whose other end the worker's agent ho
                          {"answers": 3}                        it is there, and will leave epoch 3
                          {"left": 3, "step": 120}              it has; the step is the one whose state it holds, or null
                          {"went": 4, "step": 120}              it has met the others, and goes on from this step
+                         {"ends": true}                        all has been done, or saved; nobody is needed any more
     launcher -> worker   {"leave": 3}                          another worker of epoch 3 is lost
                          {"epoch": 4, "rank": 1, "workers": ["a:2222", ...], "secret": "..."}
                          {"end": true}                         there will be no other epoch
@@ -142,6 +143,10 @@ class Membership:
         """Says that this worker goes on from a step."""
         self.joins = False
         self._say({"went": self._epoch, "step": step})
+
+    def end(self) -> None:
+        """Says that all workers are about to end, as they should."""
+        self._say({"ends": True})
 
     def _say(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # the agent is gone, and this process is about to end

@@ -111,7 +111,7 @@ class Attempt:
         for worker in [*self.workers, *self._spares]:
             while worker.output.told:
                 self._hear(worker, worker.output.told.popleft(), now)
-        if self._roster and not stopping:
+        if self._roster and not (stopping or self._over):
             self._do(self._roster.tick(now), now)
         waited = [worker for worker in self.workers if worker not in self.ended]
         new = {worker: exit_code(code) for worker in waited if (code := worker.process.poll()) is not None}
@@ -141,11 +141,17 @@ class Attempt:
                     self._start_spare(len(self.workers) + number)
         if self._roster is None:
             return
-        if "ready" in told:
+        if "ends" in told:
+            self._over = True
+            if self._roster.broken:
+                self._give_up()
+        elif "ready" in told:
             self._ready.add(worker)
             self._do(self._roster.ready(worker), now)
         elif "answers" in told:
             self._roster.answered(worker, told["answers"])
+        elif "left" in told and self._over:
+            workers.tell(worker, json.dumps({"end": True}))
         elif "left" in told:
             self._do(self._roster.left(worker, told["left"], told["step"], now), now)
         elif "went" in told:

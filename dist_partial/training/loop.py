@@ -160,6 +160,7 @@ def _train(run: _Run, state: TrainState) -> None:
                 _after_steps(runner, state, writer, evaluate, (save, stop, judge))
                 if not (stop.due(state.step) or judge.reason):
                     _enter(runner, state.step)
+            recovery.end()
             replicas.finish()  # none ends before the last checkpoint is written
         except Exception as error:
             raise Rejoined(recovery.rejoined(error)) from None

@@ -109,6 +109,12 @@ class Recovery:
             self.keep(state)
             self._member.stay()
 
+    def end(self) -> None:
+        """Notes that nothing is left to do: from here on a loss ends this worker, too."""
+        if self._member is not None:
+            self._member.end()
+        self._member = self._kept = None
+
     @property
     def rows(self) -> Sequence[dict[str, Any]]:
         """What the last call has added to the metrics."""

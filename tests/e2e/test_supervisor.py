@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from dist_partial.errors import UserError
-from dist_partial.launch import output, supervisor
+from dist_partial.launch import attempt, output, supervisor
 from tests import ROOT
 from tests.helpers.launchers import TIMEOUT, assert_gone, launched, wait_until
 from tests.helpers.workers import small_disk
@@ -27,11 +27,11 @@ LAUNCHER = """
 import json, sys, threading, os
 from pathlib import Path
 from dist_partial import errors
-from dist_partial.launch import output, supervisor
+from dist_partial.launch import attempt, output, supervisor
 
 folder, script, workers, settings = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 delay = settings.pop("delay", 0.05)
-supervisor._FINISH = settings.pop("finish", 60.0)
+attempt.FINISH = settings.pop("finish", 60.0)
 
 def commands(attempt):
     return [

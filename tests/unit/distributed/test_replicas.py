@@ -128,8 +128,8 @@ def test_what_is_sealed(addresses, secret, seal, tls, sealed, monkeypatch):
     monkeypatch.setenv("DIST_PARTIAL_SECRET", secret)
     made = create("multi_worker", seal=seal, tls=tls, allow_no_secret=True, start_seconds=7)
     made.backend.close()
-    assert [each[:-1] for each in called] == [(1, addresses, 7, secret, "cubic", sealed)]
-    assert bool(called[0][-1]) == tls == ("direct connections in TLS 1.3" in made.description)
+    assert [each[:-2] for each in called] == [(1, addresses, 7, secret, "cubic", sealed)]
+    assert bool(called[0][-2]) == tls == ("direct connections in TLS 1.3" in made.description)
 
 
 @pytest.mark.parametrize("value", [True, "certificates"])

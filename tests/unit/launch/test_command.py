@@ -131,6 +131,7 @@ def test_ports_of_hosts_wrap():
     values = launch.flags.FlagValues()
     launch.flags.DEFINE_list("hosts", ["a"], "", flag_values=values)
     launch.flags.DEFINE_integer("port", 65436, "", flag_values=values)
+    launch.flags.DEFINE_integer("spares", 0, "", flag_values=values)
     for name, default in [("ssh", "ssh -T"), ("python", "python"), ("directory", "/")]:
         launch.flags.DEFINE_string(name, default, "", flag_values=values)
     values(["program"])
