@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -130,10 +131,14 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, patience_seconds: float = 0.0) -> Iterator[None]:
     """Makes the folder if need be, and keeps other processes of this machine from running in it.
 
     What writes that were killed have left there is removed.
+
+    Args:
+        folder: the run folder.
+        patience_seconds: how long to wait for another process that holds it, and is about to end.
 
     Raises:
         UserError: another process holds it, or the folder cannot be written.
@@ -150,10 +155,17 @@ def locked(folder: Path) -> Iterator[None]:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             refuse_links(folder / ".lock")
-            try:
-                held.enter_context(lock(folder / ".lock", wait=False))
-            except BlockingIOError:
-                raise UserError(f"another run is writing {folder}: wait for it, or choose another --run_dir") from None
+            until = time.monotonic() + patience_seconds
+            while True:
+                try:
+                    held.enter_context(lock(folder / ".lock", wait=False))
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= until:
+                        raise UserError(
+                            f"another run is writing {folder}: wait for it, or choose another --run_dir"
+                        ) from None
+                    time.sleep(0.01)
             remove_leftovers(folder)
         yield
 

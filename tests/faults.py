@@ -1,16 +1,22 @@
-"""Faults in real trainings of three workers under the launchers, which have to recover by themselves.
+"""Faults in real trainings of several workers under the launchers, which have to recover by themselves.
 
     python -m tests.faults [--rounds=10] [--seed=0] [--faults=kill,stop,disk,port,port_again,network] [--minutes=15]
+                           [--workers=3,4] [--spares=1] [--ways=spare,process,restart]
+    python -m tests.faults --every=15 [--minutes=5] [--workers=4]
 
 Every run must end with exit code 0, with the weights, steps and losses of a run without faults to the last bit, and
 leave no process and no listening port behind. A run suffers several faults, one after the other, at random moments of
-random workers; `port_again` and `network`, which take long, come only --slow_rounds times. Needs Linux; `network` makes
-hosts of network namespaces, which needs root.
+random workers. A lost worker is replaced by a spare, by a process that is started then, or, as before there were these,
+all start again; the ways take turns. `port_again` and `network`, which take long, come only --slow_rounds times. Needs
+Linux; `network` makes hosts of network namespaces, which needs root.
+
+With --every a worker is killed every so many seconds, and the steps are compared with those of a run without faults.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -27,10 +33,11 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors.numpy import load_file
 
 from tests import ROOT
@@ -40,8 +47,9 @@ from tests.helpers.workers import listening
 
 COMMAND = "python -m tests.faults"
 RESULTS = Path(__file__).parent / "benchmarks" / "results" / "faults.json"
-WORKERS, STEPS, SAVE_EVERY, LOOP = 3, 300, 10, 5
-FAULTS_A_RUN = 4
+STEPS, SAVE_EVERY, LOOP = 2000, 10, 5
+WAYS = ("spare", "process", "restart")  # by which a lost worker is replaced
+FAULTS_A_RUN = 8
 CUT_SECONDS = 60.0
 WAIT_SECONDS = 240.0  # for a run to go on after a fault, or to end
 FILE_BYTES = 500_000  # more than the metrics and events of a run, less than a checkpoint
@@ -90,13 +98,17 @@ class Outcome:
 
     Attributes:
         fault: its name.
-        seconds: from the fault to the first step after the restart.
+        way: one of `WAYS`.
+        workers: how many there were.
+        seconds: from the fault to the first step after it.
         delay_seconds: of these, what the launcher waited before restarts.
         recomputed: steps that were made twice.
         restarts: how many it took.
     """
 
     fault: str
+    way: str
+    workers: int
     seconds: float
     delay_seconds: float
     recomputed: int
@@ -106,8 +118,10 @@ class Outcome:
 class Launch:
     """A launcher and its run, in a folder of their own."""
 
-    def __init__(self, folder: Path, on_hosts: bool) -> None:
-        self.run_dir, self.on_hosts = folder / "run", on_hosts
+    def __init__(
+        self, folder: Path, workers: int = 3, way: str = "process", on_hosts: bool = False, params: Sequence[str] = ()
+    ) -> None:
+        self.run_dir, self.workers, self.way, self.on_hosts = folder / "run", workers, way, on_hosts
         self.log = folder / "launch.log"
         self.addresses: set[str] = set()
         self.held: list[socket.socket] = []
@@ -119,11 +133,13 @@ class Launch:
             # What ssh would do: its arguments are a host and a command line for a shell there.
             wrapper.write_text(f'#!/bin/sh\nexec ip netns exec "{hosts.PREFIX}${{1##*.}}" sh -c "$2"\n')
             wrapper.chmod(0o755)
-            names = ",".join(hosts.address(host) for host in range(1, WORKERS + 1))
+            names = ",".join(hosts.address(host) for host in range(1, workers + 1))
             where = ["hosts", f"--hosts={names}", f"--ssh={wrapper}", f"--python={sys.executable}"]
         else:
-            where = ["local", f"--workers={WORKERS}", *os.environ.get("MORE", "").split()]
+            where = ["local", f"--workers={workers}", f"--spares={int(way == 'spare')}"]
         flags = [f"--gin_file={folder}/faults.gin", f"--run_dir={self.run_dir}"]
+        flags += [f"--gin_param={param}" for param in params]
+        flags += ["--gin_param=replicas.rejoin_seconds=0"] if way == "restart" else []
         name, value = self._mark.split("=")
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
@@ -165,6 +181,37 @@ class Launch:
                     self.addresses.add(found[index][1])
         return found
 
+    def address(self, pid: int) -> str:
+        """Where a worker was told that it is, when it was started."""
+        config = json.loads(self.processes()[pid]["TF_CONFIG"])
+        return config["cluster"]["worker"][config["task"]["index"]]
+
+    def members(self) -> list[int]:
+        """The pids of the workers that are connected to all others: a spare is not."""
+        found = []
+        for pid, environment in self.processes().items():
+            with contextlib.suppress(OSError, psutil.Error):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if b"dist_partial.train" in command and "TF_CONFIG" in environment:
+                    met = [each for each in psutil.Process(pid).net_connections("tcp") if each.status == "ESTABLISHED"]
+                    found += [pid] * (len(met) >= self.workers - 1)
+        return sorted(found)
+
+    def chief(self) -> int:
+        """The pid of the worker that holds the run folder."""
+        lock = os.path.realpath(self.run_dir / ".lock")
+        for pid in self.members():
+            with contextlib.suppress(OSError):
+                if lock in [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]:
+                    return pid
+        raise Broken(f"no worker holds the run folder:\n{self.tail()}")
+
+    def ready(self) -> bool:
+        """Whether all workers train, and a spare waits, if there is to be one."""
+        text = self.log.read_text(errors="replace")
+        ready, taken = (re.findall(rf"(spare \d+) {what}", text) for what in ("is ready to", "takes"))
+        return len(self.members()) == self.workers and (self.way != "spare" or bool(set(ready) - set(taken)))
+
     def progress(self) -> tuple[int, int]:
         """Which file the metrics are in, and the last step there: a restart writes another file."""
         with contextlib.suppress(OSError), open(self.run_dir / "metrics.jsonl") as file:
@@ -200,15 +247,16 @@ class Launch:
                 last = max(last, step)
             elif found:
                 samples.append((now, step))
-            attempts = sorted(self.run_dir.with_name("run.logs").glob("attempt-*"), key=lambda path: int(path.name[8:]))
-            text = (attempts[-1] / "worker-0.log").read_text(errors="replace") if samples else ""
-            resumed = re.search(r"^going on from step (\d+) ", text, re.MULTILINE)
-            later = [time for time, step in samples if resumed and step > int(resumed[1])]
+            text = self.log.read_text(errors="replace")[said:] if samples else ""
+            # All start again, or some stay.
+            resumed = re.findall(r"^(?:\[0\] going|all go) on from step (\d+)\b", text, re.MULTILINE)
+            later = [time for time, step in samples if resumed and step > int(resumed[-1])]
             if not resumed or not later:
                 return None
-            delays = re.findall(r"^restart \d+ of \d+ in ([\d.]+) s: ", self.log.read_text()[said:], re.MULTILINE)
-            recomputed = last - int(resumed[1])
-            return Outcome(fault, later[0] - start, sum(map(float, delays)), recomputed, len(delays))
+            delays = re.findall(r"^restart \d+ of \d+ in ([\d.]+) s: ", text, re.MULTILINE)
+            recomputed = last - int(resumed[-1])
+            seconds = later[0] - start
+            return Outcome(fault, self.way, self.workers, seconds, sum(map(float, delays)), recomputed, len(delays))
 
         start = time.monotonic()
         with INJECTIONS[fault](self, generator):
@@ -250,39 +298,55 @@ class Launch:
                 os.kill(pid, signal.SIGKILL)
 
 
-def chosen(launch: Launch, generator: random.Random) -> tuple[int, tuple[int, str]]:
-    """A random worker: index, pid and address."""
-    trainers = launch.trainers()
-    if len(trainers) != WORKERS:
-        raise Broken(f"{len(trainers)} of {WORKERS} workers run:\n{launch.tail()}")
-    return generator.choice(sorted(trainers.items()))
+def chosen(launch: Launch, generator: random.Random) -> int:
+    """The pid of a random worker."""
+    members = launch.members()
+    if len(members) != launch.workers:
+        raise Broken(f"{len(members)} of {launch.workers} workers run:\n{launch.tail()}")
+    return generator.choice(members)
 
 
 @contextlib.contextmanager
 def kill(launch: Launch, generator: random.Random) -> Iterator[None]:
-    _, (pid, _) = chosen(launch, generator)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(chosen(launch, generator), signal.SIGKILL)
+    yield
+
+
+@contextlib.contextmanager
+def two(launch: Launch, generator: random.Random) -> Iterator[None]:
+    """Two workers are killed, one a moment after the other."""
+    first, second = generator.sample(launch.members(), 2)
+    os.kill(first, signal.SIGKILL)
+    time.sleep(generator.uniform(0, 0.2))
+    os.kill(second, signal.SIGKILL)
+    yield
+
+
+@contextlib.contextmanager
+def chief(launch: Launch, generator: random.Random) -> Iterator[None]:
+    """The worker is killed that writes the run folder."""
+    os.kill(launch.chief(), signal.SIGKILL)
     yield
 
 
 @contextlib.contextmanager
 def stop(launch: Launch, generator: random.Random) -> Iterator[None]:
-    _, (pid, _) = chosen(launch, generator)
-    os.kill(pid, signal.SIGSTOP)
+    os.kill(chosen(launch, generator), signal.SIGSTOP)
     yield
 
 
 @contextlib.contextmanager
 def disk(launch: Launch, generator: random.Random) -> Iterator[None]:
     """The next checkpoint does not fit."""
-    resource.prlimit(launch.trainers()[0][0], resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+    resource.prlimit(launch.chief(), resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
     yield
 
 
 @contextlib.contextmanager
 def port(launch: Launch, generator: random.Random) -> Iterator[None]:
     """A worker is killed, and its port is another process's at once."""
-    _, (pid, address) = chosen(launch, generator)
+    pid = chosen(launch, generator)
+    address = launch.address(pid)
     os.kill(pid, signal.SIGKILL)
     launch.held.append(taken(address))
     yield
@@ -291,7 +355,7 @@ def port(launch: Launch, generator: random.Random) -> Iterator[None]:
 @contextlib.contextmanager
 def port_again(launch: Launch, generator: random.Random) -> Iterator[None]:
     """A worker is killed, and its next port is another process's before it gets there."""
-    index, (pid, address) = chosen(launch, generator)
+    index, (pid, address) = generator.choice(sorted(launch.trainers().items()))
     os.kill(pid, signal.SIGKILL)
 
     def restarted() -> str | None:
@@ -305,7 +369,7 @@ def port_again(launch: Launch, generator: random.Random) -> Iterator[None]:
 @contextlib.contextmanager
 def network(launch: Launch, generator: random.Random) -> Iterator[None]:
     """A host's link is cut for a minute."""
-    index, _ = chosen(launch, generator)
+    index = generator.choice(sorted(launch.trainers()))
 
     def link(state: str) -> None:
         subprocess.run(["ip", "-n", hosts.name(index + 1), "link", "set", "e0", state], check=True)
@@ -336,6 +400,8 @@ def taken(address: str) -> socket.socket:
 
 INJECTIONS: dict[str, Callable[[Launch, random.Random], contextlib.AbstractContextManager[None]]] = {
     "kill": kill,
+    "chief": chief,
+    "two": two,
     "stop": stop,
     "disk": disk,
     "port": port,
@@ -344,6 +410,8 @@ INJECTIONS: dict[str, Callable[[Launch, random.Random], contextlib.AbstractConte
 }
 WORDS = {
     "kill": "a worker is killed",
+    "chief": "the first worker is killed",
+    "two": "two workers are killed",
     "stop": "a worker is stopped (SIGSTOP)",
     "disk": "the first worker's disk is full",
     "port": "a worker is killed, its port taken",
@@ -353,23 +421,26 @@ WORDS = {
 SLOW = ("port_again", "network")
 
 
-def run(faults: list[str], generator: random.Random, on_hosts: bool = False) -> tuple[list[Outcome], dict[str, Any]]:
+def run(
+    faults: list[str], generator: random.Random, workers: int, way: str = "process", on_hosts: bool = False
+) -> tuple[list[Outcome], dict[str, Any]]:
     """One run that suffers the faults one after the other, each in a part of it of its own."""
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
-        launch = Launch(Path(folder), on_hosts)
+        launch = Launch(Path(folder), workers, way, on_hosts)
         try:
             part = STEPS // (len(faults) + 1)
             for i, fault in enumerate(faults):
                 # Steps from where a checkpoint is certain; a call of the loop is cut anywhere.
                 step = max(i * part, SAVE_EVERY + LOOP) + generator.randrange(part - SAVE_EVERY - LOOP)
                 launch.wait(lambda step=step: launch.progress()[1] >= step, f"in vain for step {step}")
+                launch.wait(launch.ready, "in vain for all workers and spares")
                 if ports := [port for pid, _ in launch.trainers().values() for port in listening(pid)]:
                     raise Broken(f"listens in the middle of a run: {ports}")
                 time.sleep(generator.uniform(0, 0.02 * LOOP))
                 outcomes.append(launch.suffer(fault, generator))
                 print(outcomes[-1], flush=True)
-                if outcomes[-1].recomputed > SAVE_EVERY + LOOP:
+                if outcomes[-1].recomputed > (SAVE_EVERY + LOOP if way == "restart" else 0):
                     raise Broken(f"{fault}: {outcomes[-1].recomputed} steps were made again")
             return outcomes, launch.end()
         except Broken:
@@ -397,13 +468,15 @@ def compare(expected: dict[str, Any], computed: dict[str, Any]) -> None:
 def rows(outcomes: list[Outcome], command: str) -> list[dict[str, Any]]:
     """A row a fault: medians and maxima over all times it was injected."""
     found = []
-    for fault, words in WORDS.items():
-        if own := [outcome for outcome in outcomes if outcome.fault == fault]:
+    for fault, way in itertools.product(WORDS, WAYS):
+        if own := [outcome for outcome in outcomes if (outcome.fault, outcome.way) == (fault, way)]:
             seconds = [outcome.seconds for outcome in own]
             found.append(
                 {
                     "fault": fault,
-                    "words": words,
+                    "words": WORDS[fault],
+                    "way": way,
+                    "workers": sorted({outcome.workers for outcome in own}),
                     "times": len(own),
                     "seconds_median": round(statistics.median(seconds), 1),
                     "seconds_max": round(max(seconds), 1),
@@ -417,13 +490,42 @@ def rows(outcomes: list[Outcome], command: str) -> list[dict[str, Any]]:
     return found
 
 
-def write(found: list[dict[str, Any]]) -> None:
-    """Writes the rows, beside those of other faults that are there."""
-    before = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    every = {row["fault"]: row for row in [*before, *found]}
-    every = {fault: every[fault] for fault in WORDS if fault in every}
-    content = {"command": COMMAND, "workers": WORKERS, "save_every": SAVE_EVERY, "steps_per_loop": LOOP}
-    RESULTS.write_text(json.dumps(content | {"rows": list(every.values())}, indent=1) + "\n")
+def write(rows_: list[dict[str, Any]], key: str) -> None:
+    """Writes the rows in place of those of the kind that are there."""
+    content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    content |= {"command": COMMAND, "steps": STEPS, "save_every": SAVE_EVERY, "steps_per_loop": LOOP, key: rows_}
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def killed_every(options: argparse.Namespace, generator: random.Random) -> int:
+    """Counts the steps of a run that loses a worker every so many seconds, and of one that does not."""
+    found = []
+    for workers, way in itertools.product(options.workers, (None, *options.ways)):
+        with tempfile.TemporaryDirectory() as folder:
+            launch = Launch(
+                Path(folder), workers, way or "process", params=["run.steps=1000000", "run.save_every=1000"]
+            )
+            kills = 0
+            try:
+                launch.wait(lambda launch=launch: launch.progress()[1] >= LOOP and launch.ready(), "in vain for a step")
+                start, first = time.monotonic(), launch.progress()[1]
+                end = start + 60 * (options.minutes if way else min(options.minutes, 1.0))
+                while (now := time.monotonic()) < end:
+                    if way and now >= start + options.every * (kills + 1):
+                        if members := launch.members():
+                            os.kill(generator.choice(members), signal.SIGKILL)
+                        kills += 1
+                    time.sleep(0.05)
+                seconds, steps = time.monotonic() - start, launch.progress()[1] - first
+            finally:
+                launch.kill()
+        rate = steps / seconds
+        undisturbed = rate if way is None else undisturbed  # noqa: F821 (the first of these workers has none)
+        row = {"workers": workers, "way": way or "none", "kills": kills, "seconds": round(seconds, 1), "steps": steps}
+        found.append(row | {"share": round(rate / undisturbed, 3)})
+        print(found[-1], flush=True)
+    write(found, f"every_{options.every:g}_seconds")
+    return 0
 
 
 def plan(options: argparse.Namespace, generator: random.Random) -> Iterator[tuple[list[str], bool]]:
@@ -455,6 +557,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--slow_rounds", type=int, default=2, help=f"the same of {' and '.join(SLOW)}")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the workers")
     parser.add_argument("--faults", type=known, default=list(INJECTIONS), help="which, with commas between")
+    parser.add_argument("--workers", type=lambda text: [int(each) for each in text.split(",")], default=[3])
+    parser.add_argument("--ways", type=lambda text: text.split(","), default=["spare", "process"], help=f"of {WAYS}")
+    parser.add_argument("--every", type=float, help="kill a worker every so many seconds, and count steps")
     parser.add_argument("--minutes", type=float, default=15, help="no run begins that could end later")
     return parser.parse_args()
 
@@ -469,24 +574,27 @@ def main() -> int:
         print(f"skipped: network, for {why}", flush=True)
         options.faults.remove("network")
     generator = random.Random(options.seed)
-    _, expected = run([], generator)
+    if options.every:
+        return killed_every(options, generator)
+    expected = {workers: run([], generator, workers)[1] for workers in options.workers}
+    kinds = itertools.cycle(itertools.product(options.workers, options.ways))
     outcomes: list[Outcome] = []
     longest = {False: 60.0, True: 60.0 + CUT_SECONDS}  # seconds of a run so far
     for faults, on_hosts in plan(options, generator):
-        begun = time.monotonic()
+        begun, (workers, way) = time.monotonic(), next(kinds)
         if begun + longest[on_hosts] > start + 60 * options.minutes:
             print(f"no time is left for {', '.join(faults)}", flush=True)
             continue
         try:
-            with hosts.hosts(WORKERS) if on_hosts else contextlib.nullcontext():
-                found, computed = run(faults, generator, on_hosts)
-            compare(expected, computed)
+            with hosts.hosts(workers) if on_hosts else contextlib.nullcontext():
+                found, computed = run(faults, generator, workers, "process" if on_hosts else way, on_hosts)
+            compare(expected[workers], computed)
         except Broken as reason:
             print(f"error: {', '.join(faults)}: {reason}", file=sys.stderr)
             return 1
         outcomes += found
         longest[on_hosts] = max(longest[on_hosts], time.monotonic() - begun)
-    write(rows(outcomes, shlex.join([*COMMAND.split(), *sys.argv[1:]])))
+    write(rows(outcomes, shlex.join([*COMMAND.split(), *sys.argv[1:]])), "rows")
     print(tables.text("faults"))
     return 0
 

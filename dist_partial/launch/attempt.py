@@ -1,6 +1,7 @@
 """One attempt of a run: its workers, of which lost ones are replaced where the others can stay (`roster`)."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -35,7 +36,7 @@ class Attempt:
         console: shows what workers print.
         spares: how many of them, the last ones, wait to come in place of lost ones.
         limit: how many may be replaced in a row without a step in between.
-        delay: seconds before that is done, counted from 1; the first is replaced at once.
+        delay: seconds before one is replaced that has not trained yet, counted from 1.
     """
 
     def __init__(
@@ -53,11 +54,15 @@ class Attempt:
         self.ended: dict[Worker, int] = {}
         self._spares: list[Worker] = []
         self._ready: set[Worker] = set()  # those of the spares that wait for a rank
+        self._spares_lost = 0  # since all went on last
+        self._gone: set[Worker] = set()  # lost, and replaced or about to be
         self._former: list[Worker] = []
         self._staying: set[Worker] = set()  # who can go on when another is lost
         self._roster: roster.Roster | None = None
         self._replaced = Restarts()
         self._due: list[tuple[float, int]] = []  # when which rank's next process starts
+        self._due_spares: list[tuple[float, int]] = []  # when the next spare starts, and where
+        self._numbers = itertools.count()  # of spares
         self._lost: list[str] = []  # since all went on last
         self._since = 0.0
         self._over = False  # nobody is replaced any more
@@ -113,7 +118,7 @@ class Attempt:
                 self._hear(worker, worker.output.told.popleft(), now)
         if self._roster and not (stopping or self._over):
             self._do(self._roster.tick(now), now)
-        waited = [worker for worker in self.workers if worker not in self.ended]
+        waited = [worker for worker in self.workers if worker not in self.ended and worker not in self._gone]
         new = {worker: exit_code(code) for worker in waited if (code := worker.process.poll()) is not None}
         for worker, code in list(new.items()):
             if not stopping and self._replaces(worker, code):
@@ -124,11 +129,11 @@ class Attempt:
         for each in [each for each in self._due if each[0] <= now and not stopping]:
             self._due.remove(each)
             self._fill(each[1], now)
-        for spare in [each for each in self._spares if each.process.poll() is not None]:
-            self._spares.remove(spare)
-            self._former.append(spare)
-            line = spare.output.error or f"exit code {exit_code(spare.process.returncode)}"
-            self._console.say(f"{spare.name} has ended ({line}), and no other takes its place")
+        for each in [each for each in self._due_spares if each[0] <= now and not (stopping or self._over)]:
+            self._due_spares.remove(each)
+            self._start_spare(each[1])
+        for spare in [each for each in self._spares if not stopping and each.process.poll() is not None]:
+            self._lose_spare(spare, now)
         return new
 
     def _hear(self, worker: Worker, told: dict[str, Any], now: float) -> None:
@@ -147,6 +152,8 @@ class Attempt:
                 self._give_up()
         elif "ready" in told:
             self._ready.add(worker)
+            if worker in self._spares:
+                self._console.say(f"{worker.name} is ready to come in place of a lost worker")
             self._do(self._roster.ready(worker), now)
         elif "answers" in told:
             self._roster.answered(worker, told["answers"])
@@ -161,6 +168,7 @@ class Attempt:
                 what = ", ".join(self._lost)
                 self._console.say(f"all go on from step {told['step']}, {now - self._since:.1f} s after: {what}")
                 self._lost.clear()
+                self._spares_lost = 0
 
     def _replaces(self, worker: Worker, code: int) -> bool:
         """Whether another process is to be started in place of one that has ended, while the others stay."""
@@ -176,22 +184,40 @@ class Attempt:
             self._give_up()
             self.ended[worker] = code
             return
+        self._gone.add(worker)
         if not self._lost:
             self._since = now
         killed = code - 128 in set(signal.Signals)
         how = f"was killed by {signal.Signals(code - 128).name}" if killed else f"ended with exit code {code}"
         self._lost.append(f"{worker.name} {how}")
-        count = self._replaced.count
-        wait = self._delay(count - 1) if count > 1 else 0.0
-        said = f" in {wait:g} s" if wait else ""
-        self._console.say(f"lost: {self._lost[-1]}{line and f': {line}'}; another comes in its place{said}")
-        self._do(self._roster.ended(worker, now), now + wait)
+        # One that has been there is replaced at once; of those that never get there, not all are started in a second.
+        wait = 0.0 if worker in self._staying else self._delay(self._replaced.count)
+        spare = self._spare()
+        if spare is None:
+            comes = f"another starts{f' in {wait:g} s' if wait else ''}"
+        else:
+            comes = f"{spare.name} takes its place{'' if spare in self._ready else ' once it is ready'}"
+        self._console.say(f"lost: {self._lost[-1]}{line and f': {line}'}; {comes}")
+        self._do(self._roster.ended(worker, now), now + (0.0 if spare else wait))
+
+    def _lose_spare(self, spare: Worker, now: float) -> None:
+        self._spares.remove(spare)
+        self._former.append(spare)
+        self._spares_lost += 1
+        again = self._spares_lost <= self._limit and not self._over
+        wait = self._delay(self._spares_lost)
+        line = spare.output.error or f"exit code {exit_code(spare.process.returncode)}"
+        self._console.say(f"{spare.name} has ended ({line}); {f'another in {wait:g} s' if again else 'no other'}")
+        if again:
+            self._due_spares.append((now + wait, spare.place))
 
     def _do(self, actions: Sequence[roster.Action], now: float) -> None:
         for action in actions:
             match action:
                 case roster.Leave(process, epoch):
                     workers.tell(process, json.dumps({"leave": epoch}))
+                case roster.Start(rank) if now <= time.monotonic():
+                    self._fill(rank, now)
                 case roster.Start(rank):
                     self._due.append((now, rank))
                 case roster.Kill(process):
@@ -218,8 +244,7 @@ class Attempt:
         assert self._roster is not None
         lost = self.workers[rank]
         self._former.append(lost)
-        if self._spares:
-            worker = max(self._spares, key=lambda spare: spare in self._ready)
+        if worker := self._spare():
             self._spares.remove(worker)
             worker.output.index, worker.name = rank, re.sub(r"^spare \d+", f"worker {rank}", worker.name)
             self._start_spare(lost.place)
@@ -230,8 +255,14 @@ class Attempt:
         if worker in self._ready:
             self._do(self._roster.ready(worker), now)
 
+    def _spare(self) -> Worker | None:
+        """A spare, one that is ready if there is one."""
+        return max(self._spares, key=lambda spare: spare in self._ready, default=None)
+
     def _start_spare(self, place: int) -> None:
-        self._spares.append(self._started(place))
+        spare = self._started(place)
+        spare.name = re.sub(r"^\w+ \d+", f"spare {next(self._numbers)}", spare.name)
+        self._spares.append(spare)
 
     def _started(self, place: int) -> Worker:
         """Starts a process that comes in place of a lost one, now or later."""

@@ -138,7 +138,7 @@ def _train(run: _Run, state: TrainState) -> None:
         try:
             recovery.begin(state)
             if recovery.lost:
-                writer.lost(recovery.lost)
+                writer.lost(recovery.lost, recovery.gone)
             if owes:
                 _after_steps(runner, state, writer, evaluate, (save, stop, judge))
             if owes and not (stop.due(state.step) or judge.reason):

@@ -151,9 +151,11 @@ class MetricWriter:
             f"step at the interface of each of {plan.workers} workers"
         )
 
-    def lost(self, row: dict[str, Any]) -> None:
-        """Records that workers were lost, and that all went on without a checkpoint."""
+    def lost(self, row: dict[str, Any], gone: str) -> None:
+        """Records that workers were lost, and that all went on without a checkpoint; says what is gone with them."""
         self._append("metrics.jsonl", [row])
+        if gone:
+            self.say(gone)
 
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         """Records sampled texts: `{"step", "temperature", "prompt", "text"}`."""

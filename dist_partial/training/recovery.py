@@ -70,6 +70,7 @@ class Recovery:
 
     Attributes:
         lost: what the metrics say of the last loss, or None.
+        gone: what was lost with the workers, in words; empty if nothing was.
 
     Args:
         trainer: of the run.
@@ -84,6 +85,7 @@ class Recovery:
         self._read: Any = None
         self._key: Any = None  # of the variables that it reads
         self.lost: dict[str, Any] | None = None
+        self.gone = ""
 
     def sum(self, value: np.ndarray, step: int, finish: Callable[[np.ndarray], TrainState]) -> np.ndarray:
         """Sums what ends a call of the step over the workers.
@@ -199,6 +201,7 @@ class Recovery:
             kept = self._unpacked(packed) if replicas.rank in joining else kept
         assert kept is not None
         self._kept = kept
+        self.gone = _gone(kept.state, joining)
         seconds = max(everyone[rank]["since"] for rank in holders)
         self.lost = {"step": step, "split": "fault", "workers": joining, "seconds": round(seconds, 3)}
         return kept.state
@@ -300,6 +303,20 @@ def stays(fragments: Sequence[Fragment]) -> bool:
         True
     """
     return not any(fragment.reduction.delay for fragment in fragments)
+
+
+def _gone(state: TrainState, ranks: Sequence[int]) -> str:
+    """What no other worker had of the state of those that are lost, in words."""
+    own = {v.when_fewer for v in state.variables.values() if isinstance(v, PerReplica)} if ranks else set()
+    what = [
+        words
+        for kinds, words in (
+            ({"sum", "chunks"}, "its residuals, what it had not sent yet, start from zero"),
+            ({"mean", "own"}, "its own weights and slots since the last exchange are a copy of another worker's"),
+        )
+        if kinds & own
+    ]
+    return f"worker {', '.join(map(str, ranks))} is another: {'; '.join(what)}" if what else ""
 
 
 def _inner(variable: Any) -> Any:

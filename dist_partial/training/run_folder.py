@@ -10,18 +10,25 @@ from dist_partial.selection.plan import Plan
 from dist_partial.selection.table import plan_table
 from dist_partial.training.build import Trainer
 
+_PATIENCE_SECONDS = 10.0
 _WRITTEN: tuple[str, ...] = ("checkpoints", "best", "tensorboard", "tensorboard/train", "tensorboard/eval")
 _WRITTEN += ("metrics.jsonl", "samples.jsonl")
 
 
 @contextlib.contextmanager
-def held(folder: Path, active: bool) -> Iterator[None]:
+def held(folder: Path, active: bool, patience_seconds: float = 0.0) -> Iterator[None]:
     """Locks the folder for this run; does nothing on a worker that does not write it.
+
+    Args:
+        folder: the run folder.
+        active: whether this worker writes it.
+        patience_seconds: how long to wait for another process that holds it, and is about to end.
 
     Raises:
         UserError: another run holds it, or something that will be written there is a link.
     """
-    with locked(folder) if active else contextlib.nullcontext():
+    # A lost worker that is being killed may hold it for a moment.
+    with locked(folder, patience_seconds) if active else contextlib.nullcontext():
         if active:  # whatever else is written there replaces what has its name
             refuse_links(*(folder / name for name in _WRITTEN))
         yield
@@ -31,7 +38,7 @@ def held(folder: Path, active: bool) -> Iterator[None]:
 def begun(folder: Path, trainer: Trainer, plan: Plan | None) -> Iterator[None]:
     """Holds the folder, and writes the run's fingerprint and its plan; None where both are there."""
     active = trainer.replicas.is_chief
-    with held(folder, active):
+    with held(folder, active, 0.0 if plan else _PATIENCE_SECONDS):
         if active and plan is not None:
             with writing(folder):
                 write_json(folder / fingerprints.RUN_FILE, trainer.fingerprint | fingerprints.began(folder))

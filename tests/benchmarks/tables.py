@@ -62,13 +62,21 @@ def collectives(found: Mapping[str, Any]) -> Tables:
 def faults(found: Mapping[str, Any]) -> Tables:
     names = {
         "words": "fault",
+        "way": "in place of a lost worker",
         "times": "times",
         "seconds_median": "seconds to the next step, median",
         "seconds_max": "maximum",
         "delay_seconds_median": "of these the launcher's delay",
         "recomputed_steps_max": "steps computed again, maximum",
     }
-    return {"": markdown(list(names.values()), [[row[name] for name in names] for row in found["rows"]])}
+    ways = {"spare": "a spare", "process": "a new process", "restart": "all start again", "none": "nobody is lost"}
+    lines = [[ways[row["way"]] if name == "way" else row[name] for name in names] for row in found["rows"]]
+    texts = {"": markdown(list(names.values()), lines)}
+    if rates := found.get("every_15_seconds"):
+        lines = [[row["workers"], ways[row["way"]], row["kills"], row["steps"], f"{row['share']:.1%}"] for row in rates]
+        header = ["workers", "in place of a lost worker", "kills", "steps", "of the rate without faults"]
+        texts["A kill every 15 seconds"] = markdown(header, lines)
+    return texts
 
 
 def few_bits(found: Mapping[str, Any]) -> Tables:

@@ -361,4 +361,6 @@ def test_small_tensors_are_summed_by_some_of_the_workers_and_not_by_the_same_one
         assert all(same_bits([result[i], expected]) for result in results)
     owners = [sorted(op.places) for op in backends[0]._ops.values()]
     assert owners == [[0], [1], [2, 3], [0, 3], *[[0, 1, 2, 3]] * 3]
-    assert all([op.places for op in m._ops.values()] == [op.places for op in backends[0]._ops.values()] for m in backends)
+    assert all(
+        [op.places for op in m._ops.values()] == [op.places for op in backends[0]._ops.values()] for m in backends
+    )
