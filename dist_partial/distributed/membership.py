@@ -9,11 +9,12 @@ Both speak in lines of JSON over a socket, whose other end the worker's agent ho
 
     worker -> launcher   {"stays": true}                       it can go on after a loss
                          {"ready": true}                       it has built all, and comes in place of a lost one
-                         {"answers": 3}                        it is there, and will leave epoch 3
+                         {"answers": true}                     it is there
                          {"left": 3, "step": 120}              it has; the step is the one whose state it holds, or null
                          {"went": 4, "step": 120}              it has met the others, and goes on from this step
                          {"ends": true}                        all has been done, or saved; nobody is needed any more
     launcher -> worker   {"leave": 3}                          another worker of epoch 3 is lost
+                         {"ask": true}                         is it there? Who is stopped does not answer
                          {"epoch": 4, "rank": 1, "workers": ["a:2222", ...], "secret": "..."}
                          {"end": true}                         there will be no other epoch
 """
@@ -160,9 +161,10 @@ class Membership:
                     self._told.put(Epoch(told["epoch"], told["rank"], told["workers"], told["secret"]))
                 elif "leave" in told:
                     self._over = told["leave"]
-                    self._say({"answers": self._over})
                     if self._epoch == self._over:
                         self._backend.fail(Fault("another worker is lost"))
+                elif "ask" in told:
+                    self._say({"answers": True})
                 else:
                     self._told.put(None)
         self._closed = True

@@ -156,15 +156,15 @@ class Attempt:
                 self._console.say(f"{worker.name} is ready to come in place of a lost worker")
             self._do(self._roster.ready(worker), now)
         elif "answers" in told:
-            self._roster.answered(worker, told["answers"])
+            self._roster.answered(worker)
         elif "left" in told and self._over:
             workers.tell(worker, json.dumps({"end": True}))
         elif "left" in told:
-            self._do(self._roster.left(worker, told["left"], told["step"], now), now)
+            self._do(self._roster.left(worker, told["left"], told["step"]), now)
         elif "went" in told:
             self._roster.went(worker, told["went"], told["step"])
             self._staying.add(worker)
-            if self._lost and not self._roster.broken and self._roster.all_went:
+            if self._lost and self._roster.all_went:
                 what = ", ".join(self._lost)
                 self._console.say(f"all go on from step {told['step']}, {now - self._since:.1f} s after: {what}")
                 self._lost.clear()
@@ -198,7 +198,7 @@ class Attempt:
         else:
             comes = f"{spare.name} takes its place{'' if spare in self._ready else ' once it is ready'}"
         self._console.say(f"lost: {self._lost[-1]}{line and f': {line}'}; {comes}")
-        self._do(self._roster.ended(worker, now), now + (0.0 if spare else wait))
+        self._do(self._roster.ended(worker), now + (0.0 if spare else wait))
 
     def _lose_spare(self, spare: Worker, now: float) -> None:
         self._spares.remove(spare)
@@ -216,6 +216,8 @@ class Attempt:
             match action:
                 case roster.Leave(process, epoch):
                     workers.tell(process, json.dumps({"leave": epoch}))
+                case roster.Ask(process):
+                    workers.tell(process, json.dumps({"ask": True}))
                 case roster.Start(rank) if now <= time.monotonic():
                     self._fill(rank, now)
                 case roster.Start(rank):

@@ -2,19 +2,20 @@
 
 The workers of an epoch have met at addresses and by a secret of its own. Once one of them is lost the epoch is broken:
 the others are told to leave it, and a process is started in place of the lost one. When there is a member for each
-rank, and all of them wait, the next epoch begins. A member that is told to leave and does not answer is stopped or cut
-off, and as good as lost: it is killed.
+rank, and all of them wait, the next epoch begins. From the loss on until all go on again members are asked whether they
+are there: one that does not answer is stopped or cut off, as good as lost, and killed.
 
 What happens is told to a `Roster`; it answers with what is to be done. So at most one process has a rank, no epoch
 begins before all have left the one before it, and none waits for one that does not come: whoever does not answer is
-replaced, and where nobody is left who has the state of the run, all start again.
+replaced, and where nobody is left who has the state of the run, all start again. One that is stopped while it starts is
+not asked: the others wait for it as long as workers do, `replicas.rejoin_seconds`.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-ANSWER_SECONDS = 2.0  # in which a worker answers that is neither stopped nor cut off
+ANSWER_SECONDS = 4.0  # in which a worker answers that is neither stopped nor cut off
 
 Process = Any  # whatever names one
 
@@ -24,6 +25,12 @@ class Leave(NamedTuple):
 
     process: Process
     epoch: int
+
+
+class Ask(NamedTuple):
+    """A member is to be asked whether it is there."""
+
+    process: Process
 
 
 class Start(NamedTuple):
@@ -49,7 +56,7 @@ class GiveUp(NamedTuple):
     """Nobody is left who has the state of the run."""
 
 
-Action = Leave | Start | Kill | Begin | GiveUp
+Action = Leave | Ask | Start | Kill | Begin | GiveUp
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,8 +64,10 @@ class _Member:
     process: Process
     inside: bool = False  # the epoch that has begun last
     waits: bool = False  # for the next epoch
-    answered: bool = True  # that it leaves the broken one, or was not asked
+    went: bool = False  # on, in the one that has begun last
     holds: bool = False  # the state of the run
+    asked: float | None = None  # when it was asked whether it is there
+    answered: bool = False
     killed: bool = False
 
 
@@ -75,41 +84,36 @@ class Roster:
 
     Examples:
         >>> roster = Roster(["a", "b"])
-        >>> roster.ended("b", now=0.0)
+        >>> roster.ended("b")
         [Leave(process='a', epoch=0), Start(rank=1)]
         >>> roster.started(1, "c")
-        >>> roster.answered("a", epoch=0), roster.left("a", epoch=0, step=40, now=0.1)
-        ([], [])
+        >>> roster.left("a", epoch=0, step=40)
+        []
         >>> roster.ready("c")
         [Begin(epoch=1, processes=['a', 'c'])]
     """
 
     def __init__(self, processes: Sequence[Process]) -> None:
         self.epoch, self.broken, self.step = 0, False, 0
-        self._members: list[_Member | None] = [_Member(each, inside=True, holds=True) for each in processes]
-        self._since = 0.0
-
-    def member(self, process: Process) -> bool:
-        """Whether a process is one."""
-        return self._of(process) is not None
+        self._members: list[_Member | None] = [_Member(each, inside=True, went=True, holds=True) for each in processes]
 
     def can_lose(self, process: Process) -> bool:
         """Whether another member has the state of the run."""
-        return any(each and each.holds and each.process != process for each in self._members)
+        return any(each and each.process != process and (each.holds or each.inside) for each in self._members)
 
     @property
     def all_went(self) -> bool:
         """Whether all members have met in this epoch, and gone on."""
-        return all(each and each.inside and each.holds for each in self._members)
+        return not self.broken and all(each and each.went for each in self._members)
 
-    def ended(self, process: Process, now: float) -> list[Action]:
+    def ended(self, process: Process) -> list[Action]:
         """A process has ended, or cannot be reached."""
         member = self._of(process)
         if member is None:
             return []
         rank = self._members.index(member)
         self._members[rank] = None
-        return [*self._break(now), Start(rank) if self._is_held() else GiveUp()]
+        return [*self._break(), Start(rank) if self._is_held() else GiveUp()]
 
     def started(self, rank: int, process: Process) -> None:
         """A process was started in place of a lost one."""
@@ -118,55 +122,59 @@ class Roster:
 
     def ready(self, process: Process) -> list[Action]:
         """A process that was started in place of a lost one waits for the next epoch."""
-        if member := self._of(process):
+        if (member := self._of(process)) and not member.inside:
             member.waits = True
         return self._begin()
 
-    def answered(self, process: Process, epoch: int) -> list[Action]:
-        """A member says that it will leave an epoch."""
-        if (member := self._of(process)) and epoch == self.epoch:
+    def answered(self, process: Process) -> None:
+        """A member says that it is there."""
+        if member := self._of(process):
             member.answered = True
-        return []
 
-    def left(self, process: Process, epoch: int, step: int | None, now: float) -> list[Action]:
+    def left(self, process: Process, epoch: int, step: int | None) -> list[Action]:
         """A member has left an epoch, and waits for the next.
 
         Args:
             process: which.
             epoch: the number of that which it has left.
             step: the one whose state it holds, or None.
-            now: seconds.
         """
         member = self._of(process)
-        if member is None or epoch != self.epoch or not member.inside:
+        if member is None or epoch != self.epoch or not member.inside or member.killed:
             return []
-        member.inside, member.waits, member.answered = False, True, True
-        actions = self._break(now)
-        member.holds = step is not None
-        return [*actions, *([] if self._is_held() else [GiveUp()]), *self._begin()]
+        member.inside, member.waits, member.holds = False, True, step is not None
+        return [*self._break(), *([] if self._is_held() else [GiveUp()]), *self._begin()]
 
     def went(self, process: Process, epoch: int, step: int) -> None:
         """A member has met the others in an epoch, and goes on from a step."""
         if (member := self._of(process)) and epoch == self.epoch:
-            member.holds, self.step = True, max(step, self.step)
+            member.went = member.holds = True
+            self.step = max(step, self.step)
 
     def tick(self, now: float) -> list[Action]:
-        """Time has passed."""
-        if not self.broken or now < self._since + ANSWER_SECONDS:
-            return []
-        late = [each for each in self._members if each and not each.answered and not each.killed]
-        for each in late:
-            each.killed = True
-        return [Kill(each.process) for each in late]
+        """Time has passed: asks whoever is waited for, and gives up who has not answered; `now` in seconds."""
+        actions: list[Action] = []
+        for each in self._members:
+            if each is None or each.killed or not each.inside or (each.went and not self.broken):
+                continue
+            if each.asked is not None and now < each.asked + ANSWER_SECONDS:
+                continue
+            if each.asked is not None and not each.answered:
+                each.killed = True
+                actions.append(Kill(each.process))
+            else:
+                each.asked, each.answered = now, False
+                actions.append(Ask(each.process))
+        return actions
 
-    def _break(self, now: float) -> list[Action]:
+    def _break(self) -> list[Action]:
         if self.broken:
             return []
-        self.broken, self._since = True, now
-        asked = [each for each in self._members if each and each.inside]
-        for each in asked:
-            each.answered = False
-        return [Leave(each.process, self.epoch) for each in asked]
+        self.broken = True
+        inside = [each for each in self._members if each and each.inside]
+        for each in inside:
+            each.asked = None
+        return [Leave(each.process, self.epoch) for each in inside]
 
     def _begin(self) -> list[Action]:
         members = [each for each in self._members if each and each.waits]
@@ -174,11 +182,12 @@ class Roster:
             return []
         self.epoch, self.broken = self.epoch + 1, False
         for each in members:
-            each.inside, each.waits = True, False
+            each.inside, each.waits, each.went, each.asked = True, False, False, None
         return [Begin(self.epoch, [each.process for each in members])]
 
     def _is_held(self) -> bool:
-        return any(each and each.holds for each in self._members)
+        # One that has begun an epoch may have a copy by now; when it leaves it says so.
+        return any(each and (each.holds or each.inside) for each in self._members)
 
     def _of(self, process: Process) -> _Member | None:
         return next((each for each in self._members if each and each.process == process), None)
