@@ -262,8 +262,8 @@ class Launch:
         with INJECTIONS[fault](self, generator):
             return self.wait(gone_on, f"in vain for a step after the fault {fault!r}")
 
-    def end(self) -> dict[str, Any]:
-        """Waits for the end of the run, and checks what it leaves; returns what it has computed."""
+    def end(self, steps: int = STEPS) -> dict[str, Any]:
+        """Waits for the end of the run, after so many steps, and checks what it leaves; returns what it has computed."""
         try:
             code = self.process.wait(WAIT_SECONDS)
         except subprocess.TimeoutExpired:
@@ -278,7 +278,7 @@ class Launch:
             host, port = address.split(":")
             with contextlib.suppress(ConnectionRefusedError), socket.create_connection((host, int(port)), 5):
                 raise Broken(f"left something that listens on {address}")
-        computed = load_file(self.run_dir / "checkpoints" / f"step-{STEPS:010d}.safetensors")
+        computed = load_file(self.run_dir / "checkpoints" / f"step-{steps:010d}.safetensors")
         rows = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
         return computed | {
             "metrics": [(row["split"], row["step"], row["loss"]) for row in rows if row["split"] != "fault"]

@@ -1,0 +1,106 @@
+"""Workers that are left stay where another is lost, and go on from the same step: real trainings by the launcher."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+
+import pytest
+
+from tests import faults
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="processes are found by way of /proc"),
+]
+
+STEPS = 500
+PARAMS = (f"run.steps = {STEPS}", "run.eval_every = 100", "replicas.patience_seconds = 3")
+
+
+@contextlib.contextmanager
+def launched(folder, *params, **options):
+    launch = faults.Launch(folder, params=[*PARAMS, *params], **options)
+    try:
+        yield launch
+    finally:
+        launch.kill()
+
+
+def undisturbed(folder, *params, **options):
+    folder.mkdir()
+    with launched(folder, *params, **options) as launch:
+        return launch.end(STEPS)
+
+
+def reach(launch, step):
+    launch.wait(lambda: launch.progress()[1] >= step and len(launch.members()) == launch.workers, f"for step {step}")
+
+
+def faults_of(launch):
+    rows = [json.loads(line) for line in (launch.run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["split"] == "fault"]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        (),
+        # Slots come and go, and what is trained now is in no gradient of before.
+        ("run.schedule = @cyclic()", "cyclic.every = 40", "run.leave = 'reset'", "run.steps_per_loop = 1"),
+    ],
+    ids=["constant", "schedule"],
+)
+def test_a_run_that_loses_workers_ends_with_the_same_bits(tmp_path, params):
+    expected = undisturbed(tmp_path / "whole", *params)
+    with launched(tmp_path, *params, way="spare") as launch:
+        reach(launch, 20)
+        os.kill(launch.chief(), signal.SIGKILL)  # while the spare is not there yet
+        launch.wait(lambda: launch.log.read_text().count("all go on from step") == 1, "for the first")
+        launch.wait(launch.ready, "for a spare")
+        reach(launch, launch.progress()[1] + 20)
+        stopped = random.Random(0).choice(launch.members())
+        os.kill(stopped, signal.SIGSTOP)
+        launch.wait(lambda: launch.log.read_text().count("all go on from step") == 2, "for the second")
+        faults.compare(expected, launch.end(STEPS))
+        text = launch.log.read_text()
+        assert "restart 1 of" not in text and "does not answer: it is stopped, or cut off" in text
+        first, second = faults_of(launch)
+    assert first["workers"] == [0] and second["seconds"] > 3
+    assert [first["step"], second["step"]] == [int(step) for step in re.findall(r"all go on from step (\d+)", text)]
+
+
+def test_what_a_lost_worker_alone_had_is_said(tmp_path):
+    """Residuals of the lost one start from zero; the others keep theirs."""
+    params = ["run.reduction = @top_k()", "top_k.fraction = 0.1"]
+    with launched(tmp_path, *params, workers=2) as launch:
+        reach(launch, 20)
+        os.kill(next(pid for pid in launch.members() if pid != launch.chief()), signal.SIGKILL)
+        computed = launch.end(STEPS)
+        said = "[0] worker 1 is another: its residuals, what it had not sent yet, start from zero"
+        assert said in launch.log.read_text().splitlines()
+    assert [step for split, step, _ in computed["metrics"] if split == "train"] == list(range(1, STEPS + 1))
+
+
+def test_without_patience_for_another_all_start_again(tmp_path):
+    with launched(tmp_path, workers=2, way="restart") as launch:
+        reach(launch, 20)
+        os.kill(launch.members()[0], signal.SIGKILL)
+        launch.end(STEPS)
+        text = launch.log.read_text()
+    assert "restart 1 of 10" in text and "all go on" not in text
+
+
+def test_ctrl_c_while_workers_wait_for_another(tmp_path):
+    with launched(tmp_path, workers=2) as launch:
+        reach(launch, 20)
+        os.kill(launch.members()[1], signal.SIGKILL)
+        launch.wait(lambda: "another starts" in launch.log.read_text(), "for the loss")
+        time.sleep(0.5)
+        launch.process.send_signal(signal.SIGINT)
+        assert launch.process.wait(30) == 130, launch.tail()
+        assert not launch.processes()
