@@ -263,7 +263,7 @@ class Launch:
             return self.wait(gone_on, f"in vain for a step after the fault {fault!r}")
 
     def end(self, steps: int = STEPS) -> dict[str, Any]:
-        """Waits for the end of the run, after so many steps, and checks what it leaves; returns what it has computed."""
+        """Waits for the end of the run, and checks what it leaves; returns what it has computed in so many steps."""
         try:
             code = self.process.wait(WAIT_SECONDS)
         except subprocess.TimeoutExpired:
@@ -281,7 +281,7 @@ class Launch:
         computed = load_file(self.run_dir / "checkpoints" / f"step-{steps:010d}.safetensors")
         rows = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
         return computed | {
-            "metrics": [(row["split"], row["step"], row["loss"]) for row in rows if row["split"] != "fault"]
+            "metrics": [(row["split"], row["step"], row.get("loss")) for row in rows if row["split"] != "fault"]
         }
 
     def kill(self) -> None:

@@ -832,7 +832,7 @@ MUTANTS = [
     changed(
         "a worker lost while nothing is waited for",
         "distributed/tcp_backend.py",
-        "return self.failure or self._connections.lost(self._others)",
+        "return self.failure or self._connections.lost(self.others)",
         "return self.failure",
         "unit/distributed/test_tcp_backend.py::test_a_worker_that_is_gone_is_known_where_nothing_waits_for_it",
     ),

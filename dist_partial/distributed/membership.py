@@ -1,4 +1,4 @@
-"""A worker's side of membership: what it says to the launcher when another worker is lost, and what it is told then.
+"""A worker's side of membership: what it says to the launcher when another worker is lost, and what it hears then.
 
 The launcher alone says who is a member: it gives each time that the workers meet a number, addresses and a secret of
 its own, an epoch (`launch.roster`). A worker that hears of a loss leaves its epoch, says so, and waits for the next;
@@ -89,7 +89,7 @@ class Membership:
         self._control, self._backend, self._meet, self._seconds = control, backend, meet, seconds
         self._epoch = 0
         self._step: int | None = None
-        self._told: queue.SimpleQueue[Epoch | None] = queue.SimpleQueue()
+        self._epochs: queue.SimpleQueue[Epoch | None] = queue.SimpleQueue()
         self._over = -1  # the newest epoch that is to be left
         self._closed = False
         threading.Thread(target=self._listen, name="membership", daemon=True).start()
@@ -117,7 +117,7 @@ class Membership:
         while True:
             try:
                 # One that comes in place of a lost one may long be a spare.
-                epoch = self._told.get(timeout=None if self.joins else max(0.0, until - time.monotonic()))
+                epoch = self._epochs.get(timeout=None if self.joins else max(0.0, until - time.monotonic()))
             except queue.Empty:
                 raise Fault(
                     f"no worker has come in place of a lost one within {self._seconds:g} s (replicas.rejoin_seconds)"
@@ -156,16 +156,16 @@ class Membership:
     def _listen(self) -> None:
         with self._control.makefile("rb") as lines:
             for line in lines:
-                told = json.loads(line)
-                if "epoch" in told:
-                    self._told.put(Epoch(told["epoch"], told["rank"], told["workers"], told["secret"]))
-                elif "leave" in told:
-                    self._over = told["leave"]
+                message = json.loads(line)
+                if "epoch" in message:
+                    self._epochs.put(Epoch(message["epoch"], message["rank"], message["workers"], message["secret"]))
+                elif "leave" in message:
+                    self._over = message["leave"]
                     if self._epoch == self._over:
                         self._backend.fail(Fault("another worker is lost"))
-                elif "ask" in told:
+                elif "ask" in message:
                     self._say({"answers": True})
                 else:
-                    self._told.put(None)
+                    self._epochs.put(None)
         self._closed = True
-        self._told.put(None)
+        self._epochs.put(None)

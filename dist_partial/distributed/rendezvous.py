@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from dist_partial.distributed import handshake
 from dist_partial.distributed.cluster import split
@@ -36,7 +36,6 @@ def connect(
     workers: Sequence[str],
     seconds: float,
     secret: str = "",
-    congestion: str | None = None,
     sealed: bool = False,
     tls: Credentials | None = None,
     abandoned: Callable[[], bool] = lambda: False,
@@ -48,8 +47,6 @@ def connect(
         workers: 'host:port' of each, in rank order.
         seconds: in which all must have met.
         secret: what all workers know and nobody else does.
-        congestion: the kernel's congestion control for these connections, such as 'cubic'; where it is not to be had,
-            or None, that of the system.
         sealed: whether what travels over these connections is to have tags, by which any change is noticed.
         tls: what this worker shows and trusts, or None for connections without TLS.
         abandoned: whether to give it up, as the others will not come.
@@ -71,8 +68,6 @@ def connect(
         for thread in threads:
             thread.start()
         _gather(meeting, links, seconds, deadline, abandoned)
-        for link in links.values():
-            _set_up(link.socket, congestion)
     except BaseException:
         for link in links.values():
             link.socket.close()
@@ -86,6 +81,17 @@ def connect(
             if isinstance(late := meeting.found.get(), handshake.Link):
                 late.socket.close()
     return links
+
+
+def set_congestion(links: Mapping[int, handshake.Link], name: str | None) -> None:
+    """Sets the kernel's congestion control of connections, such as 'cubic'; where there is none, the system's stays.
+
+    Examples:
+        >>> set_congestion({}, "cubic")
+    """
+    for link in links.values() if name and hasattr(socket, "TCP_CONGESTION") else ():
+        with contextlib.suppress(OSError):  # the kernel has no such module
+            link.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, str(name).encode())
 
 
 def on_loopback(workers: Sequence[str]) -> bool:
@@ -274,9 +280,3 @@ def _ended(connection: socket.socket) -> bool:
         return False
     except OSError:
         return True
-
-
-def _set_up(connection: socket.socket, congestion: str | None) -> None:
-    if congestion and hasattr(socket, "TCP_CONGESTION"):
-        with contextlib.suppress(OSError):  # the kernel has no such module
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())

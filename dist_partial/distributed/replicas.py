@@ -379,8 +379,9 @@ def _connect(
         say(f"warning: {what}", sys.stderr)
     credentials = tls.credentials(options.tls, secret, split(workers[rank])[0]) if len(workers) > 1 else None
     seal = bool(secret) and not (loopback or credentials) if options.seal is None else options.seal
-    more = options.congestion, seal, credentials, abandoned
-    return rendezvous.connect(rank, workers, options.start_seconds, secret, *more)
+    links = rendezvous.connect(rank, workers, options.start_seconds, secret, seal, credentials, abandoned)
+    rendezvous.set_congestion(links, options.congestion)
+    return links
 
 
 def _abort(reason: str) -> None:

@@ -165,7 +165,6 @@ def _launch(kind: str, argv: list[str], program: Sequence[str]) -> int:
         return supervisor.supervise(
             commands,
             logs=_logs(folder),
-            spares=values.spares,
             restarts=values.restarts,
             grace_seconds=values.grace_seconds,
             console=output.Console(),
@@ -206,7 +205,8 @@ def _commands(places: Sequence[Place], spares: int, order: dict[str, Any], pytho
     for place, (name, argv, address) in enumerate(places):
         task = {"type": "worker", "index": min(place, count - 1)}
         environment = {"TF_CONFIG": json.dumps({"cluster": cluster, "task": task}), SECRET: secret}
-        commands.append(supervisor.Command(name, argv, order | {"environment": environment}, python, address))
+        mine = order | {"environment": environment}
+        commands.append(supervisor.Command(name, argv, mine, python, address, spare=place >= count))
     return commands
 
 

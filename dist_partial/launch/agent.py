@@ -1,9 +1,9 @@
 """Runs one worker on its host, for a launcher that may be elsewhere.
 
-An agent reads from its stdin one line of JSON that says what to start, then signals to forward, and what the launcher
-tells the worker (`distributed.membership`); when stdin ends, with the launcher or with the connection to it, it kills
-the worker. What the worker prints goes to stdout; on stderr the agent reports what the run folder shows, which the
-launcher's own machine need not see, and what the worker tells the launcher.
+An agent reads from its stdin one line of JSON that says what to start, then signals to forward, and messages to the
+worker (`distributed.membership`); when stdin ends, with the launcher or with the connection to it, it kills the worker.
+What the worker prints goes to stdout; on stderr the agent reports what the run folder shows, which the launcher's own
+machine need not see, and passes on the worker's messages.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ def _write(line: bytes) -> None:
 
 
 def read_report(line: bytes) -> Progress | dict[str, Any] | None:
-    """Reads what an agent has reported, or its worker has told; None of a line that is neither.
+    """Reads what an agent has reported, or a message of its worker; None of a line that is neither.
 
     Examples:
         >>> read_report(b"dist_partial agent: [20, 25]")

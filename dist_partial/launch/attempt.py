@@ -34,7 +34,6 @@ class Attempt:
         commands: what to start, each time with other addresses and another secret.
         folder: for the logs, or None.
         console: shows what workers print.
-        spares: how many of them, the last ones, wait to come in place of lost ones.
         limit: how many may be replaced in a row without a step in between.
         delay: seconds before one is replaced that has not trained yet, counted from 1.
     """
@@ -44,12 +43,11 @@ class Attempt:
         commands: Callable[[], Sequence[Command]],
         folder: Path | None,
         console: Console,
-        spares: int,
         limit: int,
         delay: Callable[[int], float],
     ) -> None:
         self._commands, self._folder, self._console = commands, folder, console
-        self._spare_places, self._limit, self._delay = spares, limit, delay
+        self._limit, self._delay = limit, delay
         self.workers: list[Worker] = []
         self.ended: dict[Worker, int] = {}
         self._spares: list[Worker] = []
@@ -75,8 +73,7 @@ class Attempt:
             grace_seconds: what workers may take to end after SIGTERM.
             settle: seconds in which the others may end by themselves after one has failed.
         """
-        commands = self._commands()
-        for place, command in enumerate(commands[: len(commands) - self._spare_places]):
+        for place, command in enumerate(each for each in self._commands() if not each.spare):
             self.workers.append(workers.start(place, command, self._folder, self._console))
         until, heard = math.inf, 0
         while len(self.ended) < len(self.workers) and time.monotonic() < until:
@@ -114,8 +111,8 @@ class Attempt:
     def _new(self, now: float, stopping: bool) -> dict[Worker, int]:
         """Who has ended since, and is not replaced; replaces those that are."""
         for worker in [*self.workers, *self._spares]:
-            while worker.output.told:
-                self._hear(worker, worker.output.told.popleft(), now)
+            while worker.output.messages:
+                self._hear(worker, worker.output.messages.popleft(), now)
         if self._roster and not (stopping or self._over):
             self._do(self._roster.tick(now), now)
         waited = [worker for worker in self.workers if worker not in self.ended and worker not in self._gone]
@@ -136,37 +133,37 @@ class Attempt:
             self._lose_spare(spare, now)
         return new
 
-    def _hear(self, worker: Worker, told: dict[str, Any], now: float) -> None:
-        """Takes what a worker tells."""
-        if "stays" in told:
+    def _hear(self, worker: Worker, message: dict[str, Any], now: float) -> None:
+        """Takes a message of a worker."""
+        if "stays" in message:
             self._staying.add(worker)
             if self._roster is None and self._staying == set(self.workers):
                 self._roster = roster.Roster(self.workers)
-                for number in range(self._spare_places):
-                    self._start_spare(len(self.workers) + number)
+                for place in range(len(self.workers), len(self._commands())):
+                    self._start_spare(place)
         if self._roster is None:
             return
-        if "ends" in told:
+        if "ends" in message:
             self._over = True
             if self._roster.broken:
                 self._give_up()
-        elif "ready" in told:
+        elif "ready" in message:
             self._ready.add(worker)
             if worker in self._spares:
                 self._console.say(f"{worker.name} is ready to come in place of a lost worker")
             self._do(self._roster.ready(worker), now)
-        elif "answers" in told:
+        elif "answers" in message:
             self._roster.answered(worker)
-        elif "left" in told and self._over:
+        elif "left" in message and self._over:
             workers.tell(worker, json.dumps({"end": True}))
-        elif "left" in told:
-            self._do(self._roster.left(worker, told["left"], told["step"]), now)
-        elif "went" in told:
-            self._roster.went(worker, told["went"], told["step"])
+        elif "left" in message:
+            self._do(self._roster.left(worker, message["left"], message["step"]), now)
+        elif "went" in message:
+            self._roster.went(worker, message["went"], message["step"])
             self._staying.add(worker)
             if self._lost and self._roster.all_went:
                 what = ", ".join(self._lost)
-                self._console.say(f"all go on from step {told['step']}, {now - self._since:.1f} s after: {what}")
+                self._console.say(f"all go on from step {message['step']}, {now - self._since:.1f} s after: {what}")
                 self._lost.clear()
                 self._spares_lost = 0
 

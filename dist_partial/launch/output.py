@@ -106,7 +106,7 @@ class Output:
         error: the last that begins with "error:" and has a traceback below it, in which there may be others; where
             there is none, the last that begins so.
         progress: what the agent has reported.
-        told: what the worker has told the launcher, until it is taken from there.
+        messages: of the worker to the launcher, until they are taken from there.
     """
 
     def __init__(self, index: int, folder: Path | None, console: Console, number: int = 0) -> None:
@@ -116,7 +116,7 @@ class Output:
         self.error = ""
         self._traced = False
         self.progress = Progress()
-        self.told: collections.deque[dict[str, Any]] = collections.deque()
+        self.messages: collections.deque[dict[str, Any]] = collections.deque()
         self.index, self._console = index, console
         self._log: IO[bytes] | None = None
         if self.path:
@@ -144,7 +144,7 @@ class Output:
                     if isinstance(report, Progress):
                         self.progress = report
                     else:
-                        self.told.append(report)
+                        self.messages.append(report)
                     continue
                 self._write(line)
                 lines, _, _ = split(line.rstrip(b"\n") + b"\n")

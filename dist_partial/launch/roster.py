@@ -1,11 +1,11 @@
 """Who is a member of a run in which epoch: the launcher's side of membership, without processes, sockets or clocks.
 
 The workers of an epoch have met at addresses and by a secret of its own. Once one of them is lost the epoch is broken:
-the others are told to leave it, and a process is started in place of the lost one. When there is a member for each
+the others are asked to leave it, and a process is started in place of the lost one. When there is a member for each
 rank, and all of them wait, the next epoch begins. From the loss on until all go on again members are asked whether they
 are there: one that does not answer is stopped or cut off, as good as lost, and killed.
 
-What happens is told to a `Roster`; it answers with what is to be done. So at most one process has a rank, no epoch
+A `Roster` hears what happens, and answers with what is to be done. So at most one process has a rank, no epoch
 begins before all have left the one before it, and none waits for one that does not come: whoever does not answer is
 replaced, and where nobody is left who has the state of the run, all start again. One that is stopped while it starts is
 not asked: the others wait for it as long as workers do, `replicas.rejoin_seconds`.
@@ -21,39 +21,39 @@ Process = Any  # whatever names one
 
 
 class Leave(NamedTuple):
-    """A member is to be told that the epoch is broken."""
+    """Tells a member that the epoch is broken."""
 
     process: Process
     epoch: int
 
 
 class Ask(NamedTuple):
-    """A member is to be asked whether it is there."""
+    """Asks a member whether it is there."""
 
     process: Process
 
 
 class Start(NamedTuple):
-    """A process is to be started in place of a lost one."""
+    """Starts a process in place of a lost one."""
 
     rank: int
 
 
 class Kill(NamedTuple):
-    """A process is to be killed; that it has ended is told later."""
+    """Kills a process; `Roster.ended` hears of it later."""
 
     process: Process
 
 
 class Begin(NamedTuple):
-    """All members are to meet, given in rank order."""
+    """Has all members meet, which are given in rank order."""
 
     epoch: int
     processes: Sequence[Process]
 
 
 class GiveUp(NamedTuple):
-    """Nobody is left who has the state of the run."""
+    """Gives up, for nobody is left who has the state of the run."""
 
 
 Action = Leave | Ask | Start | Kill | Begin | GiveUp

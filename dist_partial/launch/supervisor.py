@@ -43,7 +43,6 @@ def supervise(
     commands: Callable[[int], Sequence[Command]],
     *,
     logs: Path,
-    spares: int = 0,
     restarts: int,
     grace_seconds: float,
     console: Console,
@@ -56,11 +55,9 @@ def supervise(
     SIGTERM. However this function ends, it leaves no worker.
 
     Args:
-        commands: what to start, given a number, from 0: of the attempt, or of a meeting of its workers after others
-            were lost.
+        commands: what to start, given a number, from 0, of the attempt or of a meeting after others were lost.
         logs: folder for attempt-<n>/worker-<k>.log, whole; n goes on where an earlier launch ended. On a full disk an
             attempt has none.
-        spares: how many of the commands, the last ones, are of processes that wait to come in place of lost ones.
         restarts: how many there may be in a row without a new checkpoint.
         grace_seconds: what workers may take to end after SIGTERM.
         console: shows what they print.
@@ -79,7 +76,7 @@ def supervise(
         numbers = itertools.count()  # of attempts, and of meetings in them
         for first in itertools.chain([True], itertools.repeat(False)):
             folder = _new_folder(logs, first, console)
-            attempt = Attempt(lambda: commands(next(numbers)), folder, console, spares, restarts, delay)
+            attempt = Attempt(lambda: commands(next(numbers)), folder, console, restarts, delay)
             try:
                 ended = attempt.run(signals, grace_seconds, settle)
             finally:

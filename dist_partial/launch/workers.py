@@ -26,6 +26,7 @@ class Command:
         argv: runs an agent, here or on another host.
         order: the line that the agent reads first, see `agent.run_agent`.
         address: 'host:port' of the worker.
+        spare: whether it waits to come in place of a lost one; these are the last.
         python: what messages call the Python that runs both.
     """
 
@@ -34,6 +35,7 @@ class Command:
     order: dict[str, Any]
     python: str = "its Python"
     address: str = ""
+    spare: bool = False
 
 
 @dataclasses.dataclass(eq=False)

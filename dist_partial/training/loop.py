@@ -97,7 +97,7 @@ def _joined(runner: ScheduleRunner, recovery: Recovery, progress: Progress) -> t
 
 @dataclasses.dataclass
 class _Words:
-    """What the writer is told once, after the first step of this process."""
+    """What the writer gets once, after the first step of this process."""
 
     operative: Callable[[], str]
     unused: Callable[[], list[str]]

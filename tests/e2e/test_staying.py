@@ -51,7 +51,12 @@ def faults_of(launch):
     [
         (),
         # Slots come and go, and what is trained now is in no gradient of before.
-        ("run.schedule = @cyclic()", "cyclic.every = 40", "run.leave = 'reset'", "run.steps_per_loop = 1"),
+        (
+            "run.schedule = @block_rotation()",
+            "block_rotation.every = 40",
+            "run.leave = 'reset'",
+            "run.steps_per_loop = 1",
+        ),
     ],
     ids=["constant", "schedule"],
 )
@@ -76,7 +81,7 @@ def test_a_run_that_loses_workers_ends_with_the_same_bits(tmp_path, params):
 
 def test_what_a_lost_worker_alone_had_is_said(tmp_path):
     """Residuals of the lost one start from zero; the others keep theirs."""
-    params = ["run.reduction = @top_k()", "top_k.fraction = 0.1"]
+    params = ["run.reduction = @top_k()", "top_k.density = 0.1"]
     with launched(tmp_path, *params, workers=2) as launch:
         reach(launch, 20)
         os.kill(next(pid for pid in launch.members() if pid != launch.chief()), signal.SIGKILL)

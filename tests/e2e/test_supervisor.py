@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from dist_partial.errors import UserError
-from dist_partial.launch import attempt, output, supervisor
+from dist_partial.launch import output, supervisor
 from tests import ROOT
 from tests.helpers.launchers import TIMEOUT, assert_gone, launched, wait_until
 from tests.helpers.workers import small_disk

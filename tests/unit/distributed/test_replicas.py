@@ -128,7 +128,7 @@ def test_what_is_sealed(addresses, secret, seal, tls, sealed, monkeypatch):
     monkeypatch.setenv("DIST_PARTIAL_SECRET", secret)
     made = create("multi_worker", seal=seal, tls=tls, allow_no_secret=True, start_seconds=7)
     made.backend.close()
-    assert [each[:-2] for each in called] == [(1, addresses, 7, secret, "cubic", sealed)]
+    assert [each[:-2] for each in called] == [(1, addresses, 7, secret, sealed)]
     assert bool(called[0][-2]) == tls == ("direct connections in TLS 1.3" in made.description)
 
 
