@@ -47,7 +47,7 @@ from tests.helpers.workers import listening
 
 COMMAND = "python -m tests.faults"
 RESULTS = Path(__file__).parent / "benchmarks" / "results" / "faults.json"
-STEPS, SAVE_EVERY, LOOP = 2000, 10, 5
+STEPS, SAVE_EVERY, LOOP = 800, 10, 5
 WAYS = ("spare", "process", "restart")  # by which a lost worker is replaced
 FAULTS_A_RUN = 8
 CUT_SECONDS = 60.0
@@ -55,13 +55,13 @@ WAIT_SECONDS = 240.0  # for a run to go on after a fault, or to end
 FILE_BYTES = 500_000  # more than the metrics and events of a run, less than a checkpoint
 
 MODULE = """
-import time
+import os, time
 import keras, numpy as np
 from dist_partial.data import ArraySource, Dataset, fingerprint
 
 class Slow(ArraySource):
     def fetch(self, indices):
-        time.sleep(0.02)
+        time.sleep(0.5 if os.path.exists(os.environ["FAULTS_CRAWL"]) else 0.02)
         return super().fetch(indices)
 
 def points():
@@ -122,7 +122,7 @@ class Launch:
         self, folder: Path, workers: int = 3, way: str = "process", on_hosts: bool = False, params: Sequence[str] = ()
     ) -> None:
         self.run_dir, self.workers, self.way, self.on_hosts = folder / "run", workers, way, on_hosts
-        self.log = folder / "launch.log"
+        self.log, self.crawl = folder / "launch.log", folder / "crawl"
         self.addresses: set[str] = set()
         self.held: list[socket.socket] = []
         self._mark = f"FAULTS_RUN={uuid.uuid4().hex}"  # in the environment of all processes of this run
@@ -148,6 +148,7 @@ class Launch:
                 env={
                     **os.environ,
                     name: value,
+                    "FAULTS_CRAWL": str(self.crawl),  # where there is a file, examples take long
                     "PYTHON": sys.executable,
                     "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
                     "CUDA_VISIBLE_DEVICES": "-1",
@@ -434,7 +435,9 @@ def run(
                 # Steps from where a checkpoint is certain; a call of the loop is cut anywhere.
                 step = max(i * part, SAVE_EVERY + LOOP) + generator.randrange(part - SAVE_EVERY - LOOP)
                 launch.wait(lambda step=step: launch.progress()[1] >= step, f"in vain for step {step}")
+                launch.crawl.touch()  # a spare takes long to start, and the run is to suffer more
                 launch.wait(launch.ready, "in vain for all workers and spares")
+                launch.crawl.unlink()
                 if ports := [port for pid, _ in launch.trainers().values() for port in listening(pid)]:
                     raise Broken(f"listens in the middle of a run: {ports}")
                 time.sleep(generator.uniform(0, 0.02 * LOOP))
