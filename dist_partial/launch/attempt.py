@@ -63,6 +63,7 @@ class Attempt:
         self._numbers = itertools.count()  # of spares
         self._lost: list[str] = []  # since all went on last
         self._since = 0.0
+        self._clock, self._looked = 0.0, time.monotonic()  # for who is asked
         self._over = False  # nobody is replaced any more
 
     def run(self, signals: list[int], grace_seconds: float, settle: float) -> dict[Worker, int]:
@@ -113,8 +114,11 @@ class Attempt:
         for worker in [*self.workers, *self._spares]:
             while worker.output.messages:
                 self._hear(worker, worker.output.messages.popleft(), now)
+        # Where this process itself was stopped, answers may have come that are yet to be read.
+        self._clock += min(now - self._looked, 10 * _POLL)
+        self._looked = now
         if self._roster and not (stopping or self._over):
-            self._do(self._roster.tick(now), now)
+            self._do(self._roster.tick(self._clock), now)
         waited = [worker for worker in self.workers if worker not in self.ended and worker not in self._gone]
         new = {worker: exit_code(code) for worker in waited if (code := worker.process.poll()) is not None}
         for worker, code in list(new.items()):

@@ -65,7 +65,7 @@ class _Member:
     inside: bool = False  # the epoch that has begun last
     waits: bool = False  # for the next epoch
     went: bool = False  # on, in the one that has begun last
-    holds: bool = False  # the state of the run
+    holds: bool = False  # the state of the run, where it waits; inside it may
     asked: float | None = None  # when it was asked whether it is there
     answered: bool = False
     killed: bool = False
@@ -95,7 +95,7 @@ class Roster:
 
     def __init__(self, processes: Sequence[Process]) -> None:
         self.epoch, self.broken, self.step = 0, False, 0
-        self._members: list[_Member | None] = [_Member(each, inside=True, went=True, holds=True) for each in processes]
+        self._members: list[_Member | None] = [_Member(each, inside=True, went=True) for each in processes]
 
     def can_lose(self, process: Process) -> bool:
         """Whether another member has the state of the run."""
@@ -148,7 +148,7 @@ class Roster:
     def went(self, process: Process, epoch: int, step: int) -> None:
         """A member has met the others in an epoch, and goes on from a step."""
         if (member := self._of(process)) and epoch == self.epoch:
-            member.went = member.holds = True
+            member.went = True
             self.step = max(step, self.step)
 
     def tick(self, now: float) -> list[Action]:
