@@ -75,7 +75,7 @@ class Attempt:
             settle: seconds in which the others may end by themselves after one has failed.
         """
         for place, command in enumerate(each for each in self._commands() if not each.spare):
-            self.workers.append(workers.start(place, command, self._folder, self._console))
+            self.workers.append(workers.start(place, place, command, self._folder, self._console))
         until, heard = math.inf, 0
         while len(self.ended) < len(self.workers) and time.monotonic() < until:
             time.sleep(_POLL)
@@ -117,17 +117,22 @@ class Attempt:
         # Where this process itself was stopped, answers may have come that are yet to be read.
         self._clock += min(now - self._looked, 10 * _POLL)
         self._looked = now
-        if self._roster and not (stopping or self._over):
+        if self._roster and not (stopping or self._over or self.ended):
             self._do(self._roster.tick(self._clock), now)
         waited = [worker for worker in self.workers if worker not in self.ended and worker not in self._gone]
         new = {worker: exit_code(code) for worker in waited if (code := worker.process.poll()) is not None}
         for worker, code in list(new.items()):
             if not stopping and self._replaces(worker, code):
-                del new[worker]
                 self._lose(worker, code, now)
+                if worker in self._gone:
+                    del new[worker]
+        if stopping or self._over:  # whose place is still empty has none
+            self._due.clear()
+            empty = [each for each in self.workers if each in self._gone and each not in self.ended]
+            new |= {worker: exit_code(worker.process.returncode) for worker in empty}
         # Of those that end together, one with AGAIN has probably lost one of the others.
         self.ended.update(sorted(new.items(), key=lambda each: each[1] == AGAIN))
-        for each in [each for each in self._due if each[0] <= now and not stopping]:
+        for each in [each for each in self._due if each[0] <= now and not self.ended]:
             self._due.remove(each)
             self._fill(each[1], now)
         for each in [each for each in self._due_spares if each[0] <= now and not (stopping or self._over)]:
@@ -178,13 +183,12 @@ class Attempt:
         return code not in (0, INTERRUPTED, EXCEPTION, *MISTAKES) and self._roster.can_lose(worker)
 
     def _lose(self, worker: Worker, code: int, now: float) -> None:
+        """Has another come in place of a worker that has ended, or gives up where too many did."""
         assert self._roster is not None
         step, line = self._roster.step, worker.output.error
         if reason := self._replaced.refusal(code, line, Progress(step, step), self._limit):
-            self._console.say(f"{worker.name}: no other in its place: {reason}")
-            self._give_up()
-            self.ended[worker] = code
-            return
+            self._console.say(f"{worker.name}: no other in its place: {reason.replace('a new checkpoint', 'a step')}")
+            return self._give_up()
         self._gone.add(worker)
         if not self._lost:
             self._since = now
@@ -247,12 +251,13 @@ class Attempt:
         assert self._roster is not None
         lost = self.workers[rank]
         self._former.append(lost)
+        workers.stop([lost])  # it has ended
         if worker := self._spare():
             self._spares.remove(worker)
             worker.output.index, worker.name = rank, re.sub(r"^spare \d+", f"worker {rank}", worker.name)
             self._start_spare(lost.place)
         else:
-            worker = self._started(lost.place)
+            worker = self._started(lost.place, rank)
         self.workers[rank] = worker
         self._roster.started(rank, worker)
         if worker in self._ready:
@@ -263,13 +268,15 @@ class Attempt:
         return max(self._spares, key=lambda spare: spare in self._ready, default=None)
 
     def _start_spare(self, place: int) -> None:
-        spare = self._started(place)
-        spare.name = re.sub(r"^\w+ \d+", f"spare {next(self._numbers)}", spare.name)
+        number = next(self._numbers)
+        spare = self._started(place, len(self.workers) + number)
+        spare.name = re.sub(r"^\w+ \d+", f"spare {number}", spare.name)
         self._spares.append(spare)
 
-    def _started(self, place: int) -> Worker:
-        """Starts a process that comes in place of a lost one, now or later."""
+    def _started(self, place: int, index: int) -> Worker:
+        """Starts a process that comes in place of a lost one, now or later; `index` is before its lines."""
         command = self._commands()[place]
         order = command.order | {"environment": command.order["environment"] | {JOINS: "1"}}
-        number = sum(each.place == place for each in self._former)
-        return workers.start(place, dataclasses.replace(command, order=order), self._folder, self._console, number)
+        number = sum(each.index == index for each in self._former)
+        command = dataclasses.replace(command, order=order)
+        return workers.start(place, index, command, self._folder, self._console, number)

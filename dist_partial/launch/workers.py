@@ -40,10 +40,11 @@ class Command:
 
 @dataclasses.dataclass(eq=False)
 class Worker:
-    """Holds a worker that was started; `process` is its agent's, `place` the number of its command."""
+    """Holds a worker that was started; `process` is its agent's; see `start`."""
 
     name: str
     place: int
+    index: int
     command: Command
     process: subprocess.Popen[bytes]
     stdin: IO[bytes]
@@ -51,11 +52,12 @@ class Worker:
     readers: Sequence[threading.Thread]
 
 
-def start(index: int, command: Command, folder: Path | None, console: Console, number: int = 0) -> Worker:
+def start(place: int, index: int, command: Command, folder: Path | None, console: Console, number: int = 0) -> Worker:
     """Starts a worker's agent, and has it start the worker.
 
     Args:
-        index: the number of the command among all.
+        place: the number of the command among all.
+        index: names the worker before its lines, and its log.
         command: how.
         folder: for its log, or None.
         console: shows what it prints.
@@ -78,7 +80,7 @@ def start(index: int, command: Command, folder: Path | None, console: Console, n
     ]
     for reader in readers:
         reader.start()
-    worker = Worker(command.name, index, command, process, process.stdin, output, readers)
+    worker = Worker(command.name, place, index, command, process, process.stdin, output, readers)
     tell(worker, json.dumps(command.order))
     return worker
 
