@@ -142,6 +142,7 @@ def locked(folder: Path, patience_seconds: float = 0.0) -> Iterator[None]:
 
     Raises:
         UserError: another process holds it, or the folder cannot be written.
+        Fault: another process holds it after `patience_seconds`.
 
     Examples:
         >>> import tempfile
@@ -162,7 +163,8 @@ def locked(folder: Path, patience_seconds: float = 0.0) -> Iterator[None]:
                     break
                 except BlockingIOError:
                     if time.monotonic() >= until:
-                        raise UserError(
+                        kind = Fault if patience_seconds else UserError
+                        raise kind(
                             f"another run is writing {folder}: wait for it, or choose another --run_dir"
                         ) from None
                     time.sleep(0.01)

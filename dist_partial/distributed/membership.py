@@ -91,7 +91,7 @@ class Membership:
         self._step: int | None = None
         self._epochs: queue.SimpleQueue[Epoch | None] = queue.SimpleQueue()
         self._over = -1  # the newest epoch that is to be left
-        self._closed = False
+        self._closed = False  # there will be no other epoch
         threading.Thread(target=self._listen, name="membership", daemon=True).start()
 
     def stay(self) -> None:
@@ -154,18 +154,24 @@ class Membership:
             self._control.sendall(json.dumps(message).encode() + b"\n")
 
     def _listen(self) -> None:
-        with self._control.makefile("rb") as lines:
-            for line in lines:
-                message = json.loads(line)
-                if "epoch" in message:
-                    self._epochs.put(Epoch(message["epoch"], message["rank"], message["workers"], message["secret"]))
-                elif "leave" in message:
-                    self._over = message["leave"]
-                    if self._epoch == self._over:
-                        self._backend.fail(Fault("another worker is lost"))
-                elif "ask" in message:
-                    self._say({"answers": True})
-                else:
-                    self._epochs.put(None)
+        try:
+            with self._control.makefile("rb") as lines:
+                for line in lines:
+                    message = json.loads(line)
+                    if "epoch" in message:
+                        self._epochs.put(
+                            Epoch(message["epoch"], message["rank"], message["workers"], message["secret"])
+                        )
+                    elif "leave" in message:
+                        self._over = message["leave"]
+                        if self._epoch == self._over:
+                            self._backend.fail(Fault("another worker is lost"))
+                    elif "ask" in message:
+                        self._say({"answers": True})
+                    else:
+                        self._closed = True
+                        self._epochs.put(None)
+        except OSError:  # the launcher's end was closed while there was something to read
+            pass
         self._closed = True
         self._epochs.put(None)

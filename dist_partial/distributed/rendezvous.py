@@ -61,7 +61,7 @@ def connect(
     deadline = time.monotonic() + seconds
     meeting = _Meeting(handshake.Worker(rank, workers, secret, sealed, tls))
     links: dict[int, handshake.Link] = {}
-    server = _listen(rank, workers, deadline)
+    server = _listen(rank, workers, deadline, abandoned)
     threads = [threading.Thread(target=_take_in, args=(server, meeting), daemon=True)]
     threads += [threading.Thread(target=_call, args=(k, meeting), daemon=True) for k in range(rank)]
     try:
@@ -170,7 +170,7 @@ def _gather(
         reasons.pop(arrival.rank, None)
 
 
-def _listen(rank: int, workers: Sequence[str], deadline: float) -> socket.socket:
+def _listen(rank: int, workers: Sequence[str], deadline: float, abandoned: Callable[[], bool]) -> socket.socket:
     host, port = split(workers[rank])
     while True:
         try:
@@ -191,7 +191,7 @@ def _listen(rank: int, workers: Sequence[str], deadline: float) -> socket.socket
                     "and the addresses in TF_CONFIG"
                 ) from None
             # A name that is not known yet, or a port that the worker before this one has yet to leave.
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or abandoned():
                 raise Fault(f"worker {rank} cannot listen on {workers[rank]}: {error}") from None
             time.sleep(_RETRY_SECONDS)
 

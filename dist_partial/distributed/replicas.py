@@ -92,8 +92,13 @@ class Replicas:
         return [data] if self.backend is None else self.backend.gather(data)
 
     def tracing(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Names what is traced within, as all workers do; what had the name before is no longer called."""
+        """Names what is traced within, as all workers do; what had the name before was forgotten, see `forget`."""
         return contextlib.nullcontext() if self.backend is None else self.backend.tracing(name)
+
+    def forget(self, name: str) -> None:
+        """Forgets what was traced by a name and is no longer called; all do so before one of them uses it again."""
+        if self.backend is not None:
+            self.backend.forget(name)
 
     def finish(self) -> None:
         """Waits until all workers have done their part; all call it last, so that none takes another for lost."""
@@ -353,7 +358,8 @@ def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reaso
     if control is not None:
 
         def meet(epoch: Epoch, abandoned: Callable[[], bool]) -> dict[int, handshake.Link]:
-            return _connect(options, connected.rank, epoch.workers, epoch.secret, abandoned)
+            soon = dataclasses.replace(options, start_seconds=min(options.start_seconds, options.rejoin_seconds))
+            return _connect(soon, connected.rank, epoch.workers, epoch.secret, abandoned)
 
         member = Membership(control, connected, meet, options.rejoin_seconds, joins)
     host = everyone[rank].rpartition(":")[0].strip("[]")

@@ -59,6 +59,7 @@ class _Op:
     number: int
     tensor: _Tensor
     places: dict[int, slice]
+    name: str = ""  # of what was traced
     begun: int = 0
     runs: dict[int, "_Run"] = dataclasses.field(default_factory=dict)
 
@@ -113,7 +114,8 @@ class TCPBackend(WorkerBackend):
         self._ops: dict[int, _Op] = {}
         self._apart = False
         self._name, self._added = "", 0  # of what is traced, and how many ops it has so far
-        self._outside: dict[tuple[Any, ...], _Tensor] = {}  # of what is exchanged outside of functions
+        self._copies: collections.Counter[str] = collections.Counter()
+        self._outside: dict[tuple[str, np.dtype, int], _Tensor] = {}  # of what is exchanged outside of functions
         # By worker: the run outside of functions that was last heard of, and the op that is not known here yet.
         self._ahead: dict[int, _Run] = {}
         self._unknown: dict[int, int] = {}
@@ -189,12 +191,17 @@ class TCPBackend(WorkerBackend):
 
     @contextlib.contextmanager
     def tracing(self, name: str) -> Iterator[None]:
-        """Names what is traced within, as all workers do; what had the name before is no longer called."""
+        """Names what is traced within, as all workers do; what had the name before was forgotten, see `forget`."""
         before, self._name, self._added = (self._name, self._added), name, 0
         try:
             yield
         finally:
             self._name, self._added = before
+
+    def forget(self, name: str) -> None:
+        """Forgets what was traced by a name and is no longer called; all do so before one of them uses it again."""
+        with self._changed:
+            self._ops = {number: op for number, op in self._ops.items() if op.name != name or op.tensor.outside}
 
     def sum(self, array: np.ndarray) -> np.ndarray:
         """The sum of an array [n] over the workers, outside of any function; all call it at the same point."""
@@ -223,19 +230,22 @@ class TCPBackend(WorkerBackend):
         Returns:
             The bytes, on the source as well.
         """
-        key = _COPY, source, *to, size
-        if key not in self._outside:
-            self._outside[key] = tensor = _Tensor(_COPY, np.dtype(np.uint8), size, outside=True, to=tuple(to))
-            self._add_op(_Op(_number(str(key)), tensor, {source: slice(0, size)}))
-        tensor = self._outside[key]
+        # The source waits for nobody, and may be some copies ahead: each has an op of its own.
+        key = f"{_COPY} {source} {list(to)}"
+        self._copies[key] += 1
+        tensor = _Tensor(_COPY, np.dtype(np.uint8), size, outside=True, to=tuple(to))
+        op = _Op(_number(f"{key} {self._copies[key]}"), tensor, {source: slice(0, size)})
+        self._add_op(op)
         if self.rank == source:
-            number = self._begin(tensor, np.frombuffer(data, np.uint8))
+            self._begin(tensor, np.frombuffer(data, np.uint8))
         else:
             with self._changed:
-                [op] = tensor.ops
-                number = np.int64(self._run(op, op.begun).number)
-                op.begun += 1
-        return self._end(tensor, number).tobytes()
+                self._run(op, 0)
+                op.begun = 1
+        result = self._end(tensor, np.int64(0))
+        with self._changed:
+            del self._ops[op.number]
+        return data if self.rank == source else result.tobytes()
 
     def barrier(self) -> None:
         """Waits until all workers call it."""
@@ -279,6 +289,7 @@ class TCPBackend(WorkerBackend):
                 op.tensor.results.clear()
             self._ahead.clear()
             self._unknown.clear()
+            self._copies.clear()
             self.workers, self.failure = list(workers), None
             self._connections = Connections(workers, links, self._patience, self._target, self._lost)
 
@@ -316,7 +327,7 @@ class TCPBackend(WorkerBackend):
             number = _number(f"outside {kind} {dtype} {count} {i}" if outside else f"{self._name} {self._added}")
             first = (number if outside else self._added) if sums else 0
             places = {(first + k) % self.size: slice(bounds[k], bounds[k + 1]) for k in range(share)}
-            self._add_op(_Op(number, tensor, places))
+            self._add_op(_Op(number, tensor, places, self._name))
             self._added += not outside
         return tensor
 
@@ -449,6 +460,7 @@ class TCPBackend(WorkerBackend):
                 self._unknown[rank] = number
                 self._changed.notify_all()
                 return None  # the peer has traced a function, and begun it, before this worker has
+            self._unknown.pop(rank, None)
             op = self._ops[number]
             # Workers that differ may divide a tensor among others, and into chunks of the same size.
             if whole != op.tensor.bytes:

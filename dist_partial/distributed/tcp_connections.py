@@ -111,7 +111,7 @@ class Connections:
 
     def lost(self, ranks: Iterable[int]) -> Ending | None:
         """What has become of the first of these workers that is gone, or None."""
-        return next((reason for rank in ranks if (reason := self._peers[rank].lost)), None)
+        return next((reason for rank in ranks if rank in self._peers and (reason := self._peers[rank].lost)), None)
 
     def close(self, reason: Ending | None = None, seconds: float = _GOODBYE_SECONDS) -> None:
         """Sends what is queued, and closes the connections.

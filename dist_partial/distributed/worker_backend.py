@@ -112,8 +112,11 @@ class WorkerBackend(abc.ABC):
 
     @contextlib.contextmanager
     def tracing(self, name: str) -> Iterator[None]:
-        """Names what is traced within, as all workers do; what had the name before is no longer called."""
+        """Names what is traced within, as all workers do; what had the name before was forgotten, see `forget`."""
         yield
+
+    def forget(self, name: str) -> None:  # noqa: B027 (there may be nothing to forget)
+        """Forgets what was traced by a name and is no longer called; all do so before one of them uses it again."""
 
     def barrier(self) -> None:
         """Waits until all workers call it."""

@@ -64,7 +64,7 @@ class Attempt:
         self._lost: list[str] = []  # since all went on last
         self._since = 0.0
         self._clock, self._looked = 0.0, time.monotonic()  # for who is asked
-        self._over = False  # nobody is replaced any more
+        self._over = self._stopping = False  # nobody is replaced any more
 
     def run(self, signals: list[int], grace_seconds: float, settle: float) -> dict[Worker, int]:
         """Starts the workers, and waits until all have ended, or long enough; returns `ended`.
@@ -97,6 +97,7 @@ class Attempt:
 
     def _forward(self, signum: int, grace_seconds: float) -> float:
         """Passes a signal on; returns until when the workers may end."""
+        self._stopping = True
         for spare in self._spares:
             workers.tell(spare, json.dumps({"end": True}))
         for worker in self.workers:
@@ -150,6 +151,8 @@ class Attempt:
                 self._roster = roster.Roster(self.workers)
                 for place in range(len(self.workers), len(self._commands())):
                     self._start_spare(place)
+        if "left" in message and (self._roster is None or self._over or self._stopping):
+            workers.tell(worker, json.dumps({"end": True}))
         if self._roster is None:
             return
         if "ends" in message:
@@ -163,9 +166,8 @@ class Attempt:
             self._do(self._roster.ready(worker), now)
         elif "answers" in message:
             self._roster.answered(worker)
-        elif "left" in message and self._over:
-            workers.tell(worker, json.dumps({"end": True}))
         elif "left" in message:
+            self._since = self._since or now
             self._do(self._roster.left(worker, message["left"], message["step"]), now)
         elif "went" in message:
             self._roster.went(worker, message["went"], message["step"])
@@ -174,6 +176,7 @@ class Attempt:
                 what = ", ".join(self._lost)
                 self._console.say(f"all go on from step {message['step']}, {now - self._since:.1f} s after: {what}")
                 self._lost.clear()
+                self._since = 0.0
                 self._spares_lost = 0
 
     def _replaces(self, worker: Worker, code: int) -> bool:
@@ -190,8 +193,7 @@ class Attempt:
             self._console.say(f"{worker.name}: no other in its place: {reason.replace('a new checkpoint', 'a step')}")
             return self._give_up()
         self._gone.add(worker)
-        if not self._lost:
-            self._since = now
+        self._since = self._since or now
         killed = code - 128 in set(signal.Signals)
         how = f"was killed by {signal.Signals(code - 128).name}" if killed else f"ended with exit code {code}"
         self._lost.append(f"{worker.name} {how}")
@@ -231,6 +233,9 @@ class Attempt:
                     self._console.say(f"{process.name} does not answer: it is stopped, or cut off")
                     kill_group(process.process.pid)
                 case roster.Begin(epoch, processes):
+                    if not self._lost:
+                        self._lost.append("a connection between them broke")
+                        self._console.say("the workers meet again: a connection between them broke")
                     commands = self._commands()
                     meeting = {"epoch": epoch, "workers": [commands[each.place].address for each in processes]}
                     meeting |= {"secret": commands[0].order["environment"][SECRET]}

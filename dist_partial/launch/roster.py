@@ -5,16 +5,17 @@ the others are asked to leave it, and a process is started in place of the lost 
 rank, and all of them wait, the next epoch begins. From the loss on until all go on again members are asked whether they
 are there: one that does not answer is stopped or cut off, as good as lost, and killed.
 
-A `Roster` hears what happens, and answers with what is to be done. So at most one process has a rank, no epoch
-begins before all have left the one before it, and none waits for one that does not come: whoever does not answer is
-replaced, and where nobody is left who has the state of the run, all start again. One that is stopped while it starts is
-not asked: the others wait for it as long as workers do, `replicas.rejoin_seconds`.
+A `Roster` hears what happens, and answers with what is to be done. So at most one process has a rank, no epoch begins
+before all have left the one before it, and none waits for one that does not come: whoever does not answer is replaced,
+and where nobody is left who has the state of the run, or they meet again and again in vain, all start again. One that
+is stopped while it starts is not asked: the others wait for it as long as workers do, `replicas.rejoin_seconds`.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+EPOCHS = 20  # without a step in between, until all start again
 ANSWER_SECONDS = 4.0  # in which a worker answers that is neither stopped nor cut off
 
 Process = Any  # whatever names one
@@ -95,6 +96,7 @@ class Roster:
 
     def __init__(self, processes: Sequence[Process]) -> None:
         self.epoch, self.broken, self.step = 0, False, 0
+        self._idle = 0  # epochs that have begun without a step in between
         self._members: list[_Member | None] = [_Member(each, inside=True, went=True) for each in processes]
 
     def can_lose(self, process: Process) -> bool:
@@ -149,6 +151,7 @@ class Roster:
         """A member has met the others in an epoch, and goes on from a step."""
         if (member := self._of(process)) and epoch == self.epoch:
             member.went = True
+            self._idle = 0 if step > self.step else self._idle
             self.step = max(step, self.step)
 
     def tick(self, now: float) -> list[Action]:
@@ -180,7 +183,9 @@ class Roster:
         members = [each for each in self._members if each and each.waits]
         if not self.broken or len(members) < len(self._members) or not self._is_held():
             return []
-        self.epoch, self.broken = self.epoch + 1, False
+        if self._idle >= EPOCHS:
+            return [GiveUp()]
+        self.epoch, self.broken, self._idle = self.epoch + 1, False, self._idle + 1
         for each in members:
             each.inside, each.waits, each.went, each.asked = True, False, False, None
         return [Begin(self.epoch, [each.process for each in members])]

@@ -43,6 +43,8 @@ class Evaluation:
         self._every = Every(trainer.settings.eval_every, trainer.settings.steps)
         self._progress = progress or Progress(active=False)
         self._evaluate: Callable[[], dict[str, float]] | None = None
+        for name in ("evaluation", "averages"):  # of another, which is no longer called
+            trainer.replicas.forget(name)
         # Between two exchanges replicas have statistics of their own, too; what is evaluated is one model.
         apart = bool(trainer.fragments) and not any(group.reduction.shared for group in trainer.plan.groups)
         self._average: Callable[[], None] = lambda: None

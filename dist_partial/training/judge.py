@@ -67,7 +67,7 @@ class Judge:
         self.reason: str = kept.get("stopped", "")
         self._stopped_by: list[Any] = kept.get("stopped_by", [])
         found = kept.get("best", {})
-        self._best: dict[str, Any] = found if found.get("name") == best else {}  # run.best may change
+        self._best: dict[str, Any] = dict(found) if found.get("name") == best else {}  # run.best may change
         self._epoch: int = kept.get("epoch", 0)
         # Steps of the epoch so far, and the sums of their losses and of what they add to the metrics.
         self._sums = np.array(kept.get("sums", [0.0] * (2 + sizes[0])))
@@ -95,6 +95,8 @@ class Judge:
                 for each, new in zip(self._settings.callbacks, self._new, strict=True)
             ]
             content["rates"] = [_rate(each) if _is_settable(each) else None for each in self._optimizers]
+        if self.wants_to_stop and not self.reason:  # which the next call votes on
+            content["asked"] = True
         return content | ({"stopped": self.reason, "stopped_by": self._stopped_by} if self.reason else {})
 
     @contextlib.contextmanager
@@ -118,6 +120,7 @@ class Judge:
         for optimizer, rate in zip(self._optimizers, self._kept.get("rates", []), strict=False):
             if rate is not None and _is_settable(optimizer):
                 optimizer.learning_rate = rate
+        model.stop_training = self._kept.get("asked", False)
         yield
         self._call("on_train_end")
         model.optimizer = None

@@ -87,9 +87,11 @@ def run(
 def _joined(runner: ScheduleRunner, recovery: Recovery, progress: Progress) -> tuple[ScheduleRunner, TrainState]:
     """Compiles what is known to come, and joins the others; what is compiled may not fit the rank that it gets."""
     trainer, before = runner.trainer, runner.trainer.replicas.rank
-    _trace(runner.prepare())
+    cached = trainer.settings.activation_cache is not None  # whose batches follow from the step
+    if not cached:
+        _trace(runner.prepare())
     state, backend = recovery.join(), trainer.replicas.backend
-    if backend is not None and backend.knows_rank and backend.rank != before:
+    if cached or (backend is not None and backend.knows_rank and backend.rank != before):
         return ScheduleRunner(trainer, state, progress), state
     runner.go_to(state)
     return runner, state
@@ -126,21 +128,25 @@ def _train(run: _Run, state: TrainState) -> None:
     runner, evaluate, recovery, stop = run.runner, run.evaluate, run.recovery, run.stop
     trainer, settings, replicas = runner.trainer, runner.trainer.settings, runner.trainer.replicas
     judge, owes = Judge(trainer, state), recovery.owes
-    if not owes:
-        _enter(runner, state.step)
+    stop.count(recovery.votes)
+    try:
+        if not owes:
+            _enter(runner, state.step)
+    except Exception as error:
+        raise Rejoined(recovery.rejoined(error)) from None
     save, waits = events.Saving(trainer, run.folder, state), events.DataWaits(trainer.data.train)
     numbers = state.step, settings.steps, state.sent
     with (
-        run_folder.begun(run.folder, trainer, None if owes else runner.plan),
+        run_folder.begun(run.folder, trainer, None if owes else runner.plan, comes=bool(recovery.lost)),
         MetricWriter(run.folder, *numbers, replicas.is_chief, not owes, recovery.rows) as writer,
         judge.training(),
     ):
         try:
-            recovery.begin(state)
+            recovery.begin(dataclasses.replace(state, judged=judge.to_json()))
             if recovery.lost:
                 writer.lost(recovery.lost, recovery.gone)
             if owes:
-                _after_steps(runner, state, writer, evaluate, (save, stop, judge))
+                _after_steps(run, state, writer, (save, judge))
             if owes and not (stop.due(state.step) or judge.reason):
                 _enter(runner, state.step)
             if not owes:
@@ -157,11 +163,13 @@ def _train(run: _Run, state: TrainState) -> None:
                 run.words.say(writer, replicas.is_chief)
                 if evaluate.due(state.step):
                     waits.report(writer.say)
-                _after_steps(runner, state, writer, evaluate, (save, stop, judge))
+                _after_steps(run, state, writer, (save, judge))
                 if not (stop.due(state.step) or judge.reason):
                     _enter(runner, state.step)
+            if replicas.backend is not None:
+                replicas.backend.barrier()  # none ends before the last checkpoint is written
             recovery.end()
-            replicas.finish()  # none ends before the last checkpoint is written
+            replicas.finish()
         except Exception as error:
             raise Rejoined(recovery.rejoined(error)) from None
     if stop.interrupted and state.step < settings.steps:
@@ -275,24 +283,18 @@ def _advance(
         blamed = functools.partial(failures.not_finite, trainer.data.train, **order)
         failures.check_finite(losses, norms, state.step, save.saved, trainer.scale, blamed)
         after = dataclasses.replace(state.after(sent), schedule=runner.to_json())
-        run.recovery.keep(dataclasses.replace(after, judged=judge.to_json()), sums, rows)
+        run.recovery.keep(dataclasses.replace(after, judged=judge.to_json()), votes[:2], sums, rows)
         return after
 
     return finish(run.recovery.sum(np.concatenate(parts, dtype=np.float64), done, finish))
 
 
-def _after_steps(
-    runner: ScheduleRunner,
-    state: TrainState,
-    writer: MetricWriter,
-    evaluate: evaluation.Evaluation,
-    followers: tuple[events.Saving, events.Stopping, Judge],
-) -> None:
+def _after_steps(run: _Run, state: TrainState, writer: MetricWriter, followers: tuple[events.Saving, Judge]) -> None:
     """Evaluates and saves where that is due; a failed evaluation costs no training.
 
     The checkpoint then says that the evaluation is owed, and the next run in the folder makes it up: see `make_up`.
     """
-    save, stop, judge = followers
+    (save, judge), runner, evaluate, stop = followers, run.runner, run.evaluate, run.stop
     to_save = save.due(state.step) or stop.due(state.step)
     trainer = runner.trainer
     # That a signal or a callback ends the run here is known only since the votes, before which `_advance` settles.
@@ -312,7 +314,7 @@ def _after_steps(
                 if better:
                     save.best(state)
     except BaseException as error:
-        if to_save and not (isinstance(error, Fault) and trainer.replicas.membership):
+        if to_save and not (isinstance(error, Fault) and run.recovery.stays):
             with contextlib.suppress(Ending):  # what differs between workers cannot be had without the others
                 save(dataclasses.replace(state, evaluated=False, judged=judged), writer)
         raise

@@ -12,14 +12,13 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import checkpoints
+from dist_partial.distributed import traffic
 from dist_partial.distributed.membership import Membership
 from dist_partial.distributed.per_replica import PerReplica
 from dist_partial.errors import Ending, Fault
@@ -57,7 +56,9 @@ class _Kept:
     """What a worker goes back to."""
 
     state: TrainState
+    allocated: Sequence[int]  # groups that have slots
     values: Sequence[tf.Tensor]  # of this worker's copies of its variables
+    votes: np.ndarray  # to stop, in the call
     sums: np.ndarray | None  # which ended the call, if there was one
     rows: Sequence[dict[str, Any]]  # that it has added to the metrics
     time: float
@@ -100,15 +101,30 @@ class Recovery:
         self._call = None
         return sums
 
-    def keep(self, state: TrainState, sums: np.ndarray | None = None, rows: Sequence[dict[str, Any]] = ()) -> None:
-        """Notes the state, after a call that all workers have made, or at the start."""
+    def keep(
+        self,
+        state: TrainState,
+        votes: np.ndarray,
+        sums: np.ndarray | None = None,
+        rows: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """Notes the state after a call that all workers have made, or at the start.
+
+        Args:
+            state: the state.
+            votes: of all workers to stop, for `Stopping.count`.
+            sums: what has ended the call.
+            rows: that it has added to the metrics.
+        """
         if self._member is not None:
-            self._kept = _Kept(state, self._values(state), sums, rows, time.monotonic())
+            allocated = [number for number, group in enumerate(self._trainer.optimizers) if group.state]
+            values = self._values(state, allocated)
+            self._kept = _Kept(state, allocated, values, votes, sums, rows, time.monotonic())
 
     def begin(self, state: TrainState) -> None:
         """Notes the state with which the run begins; from here on this worker stays when another is lost."""
         if self._member is not None and self._kept is None:
-            self.keep(state)
+            self.keep(state, np.zeros(2))
             self._member.stay()
 
     def end(self) -> None:
@@ -116,6 +132,16 @@ class Recovery:
         if self._member is not None:
             self._member.end()
         self._member = self._kept = None
+
+    @property
+    def stays(self) -> bool:
+        """Whether a loss does not end this worker."""
+        return self._member is not None and self._kept is not None
+
+    @property
+    def votes(self) -> np.ndarray:
+        """What all workers have voted in the last call, to stop."""
+        return self._kept.votes if self._kept else np.zeros(2)
 
     @property
     def rows(self) -> Sequence[dict[str, Any]]:
@@ -214,17 +240,15 @@ class Recovery:
     def _go_back(self, kept: _Kept) -> None:
         trainer = self._trainer
         with trainer.replicas.strategy.scope():
-            self._allocate(kept.state)
-            for copy, value in zip(self._copies(kept.state), kept.values, strict=True):
+            self._allocate(kept.allocated)
+            for copy, value in zip(self._copies(kept.state, kept.allocated), kept.values, strict=True):
                 copy.assign(value)
         self._write_rows()
 
-    def _allocate(self, state: TrainState) -> None:
-        """Has slots where the state has some, and no others that were used."""
-        if state.schedule is None:
-            return
+    def _allocate(self, allocated: Sequence[int]) -> None:
+        """Has slots where there were some, and others as they begin."""
         for number, group in enumerate(self._trainer.optimizers):
-            if number in state.schedule["allocated"]:
+            if number in allocated:
                 group.allocate()
             elif group.state:
                 group.reset()
@@ -233,37 +257,39 @@ class Recovery:
         for group in self._trainer.optimizers:
             optimizers.write_rows(self._trainer.replicas.strategy, group.members)
 
-    def _values(self, state: TrainState) -> Sequence[tf.Tensor]:
+    def _values(self, state: TrainState, allocated: Sequence[int]) -> Sequence[tf.Tensor]:
         """The values of the copies, as they are: a step that writes others leaves these where they are."""
-        slots = [variable for group in self._trainer.optimizers for variable in group.state.values()]
-        key = tuple(map(id, slots)), json.dumps(state.schedule and state.schedule["allocated"])
+        slots = [variable for number in allocated for variable in self._trainer.optimizers[number].state.values()]
+        key = tuple(map(id, slots))
         if key != self._key:
-            copies = self._copies(state)
+            copies = self._copies(state, allocated)
             self._read = tf.function(lambda: [copy.read_value() for copy in copies], autograph=False)
             self._key, self._slots = key, slots  # which live, so that no other has one's id
         return self._read()
 
-    def _copies(self, state: TrainState) -> list[tf.Variable]:
+    def _copies(self, state: TrainState, allocated: Sequence[int]) -> list[tf.Variable]:
         """This worker's variables of a state, in the order of their names."""
-        groups: Sequence[optimizers.GroupOptimizer] = self._trainer.optimizers
-        if state.schedule is not None:
-            groups = [groups[number] for number in state.schedule["allocated"]]
-        slots = {f"slots/{name}" for group in groups for name in group.state}
         local = self._trainer.replicas.strategy.experimental_local_results
-        wanted = [v for name, v in state.variables.items() if name in slots or not name.startswith("slots/")]
-        return [copy for variable in wanted for copy in local(_inner(variable))]
+        return [copy for variable in self._variables(state, allocated).values() for copy in local(_inner(variable))]
+
+    def _variables(self, state: TrainState, allocated: Sequence[int]) -> dict[str, Any]:
+        """Those of a state, of which these groups have slots."""
+        slots = {f"slots/{name}" for number in allocated for name in self._trainer.optimizers[number].state}
+        return {name: v for name, v in state.variables.items() if name in slots or not name.startswith("slots/")}
 
     def _packed(self, kept: _Kept) -> bytes:
         """The state as bytes: a line of JSON, and the values."""
         first = self._trainer.replicas.topology.first
         arrays = {
             name: _of_another(variable) if isinstance(variable, PerReplica) else keras.ops.convert_to_numpy(variable)
-            for name, variable in kept.state.variables.items()
+            for name, variable in self._variables(kept.state, kept.allocated).items()
         }
         arrays |= {n: layer_state.seed_of_first(a, first) for n, a in arrays.items() if n.startswith("generators/")}
         header = {
             "arrays": [[name, array.dtype.name, array.shape] for name, array in arrays.items()],
             "metadata": kept.state.metadata() | {"step": kept.state.step},
+            "allocated": list(kept.allocated),
+            "votes": kept.votes.tolist(),
             "sums": None if kept.sums is None else len(kept.sums),
             "rows": list(kept.rows),
         }
@@ -284,15 +310,22 @@ class Recovery:
             count = int(np.prod(shape))
             arrays[name] = np.frombuffer(rest, np.dtype(dtype), count, start).reshape(shape)
             start += arrays[name].nbytes
-        metadata = header["metadata"]
+        metadata, allocated = header["metadata"], header["allocated"]
         with trainer.replicas.strategy.scope():
-            for number in metadata.get("schedule", {}).get("allocated", ()):
-                trainer.optimizers[number].allocate()
-            state = trainer.state().restored(checkpoints.Checkpoint(Path("-"), metadata["step"], arrays, metadata))
+            self._allocate(allocated)
+            state = trainer.state()
+            variables = self._variables(state, allocated)
+            if variables.keys() != arrays.keys():
+                raise Fault(f"the workers that are left have another state: {sorted(variables.keys() ^ arrays)[:3]}")
+            for name, variable in variables.items():
+                variable.assign(arrays[name])
         layer_state.spread(trainer.replicas.topology, trainer.layer_state.generators)
         self._write_rows()
-        state = dataclasses.replace(state, checkpoint=None)
-        return _Kept(state, self._values(state), sums, header["rows"], time.monotonic())
+        sent = np.array([metadata[name] for name in traffic.SENT])
+        state = dataclasses.replace(state, step=metadata["step"], sent=sent, schedule=metadata.get("schedule"))
+        state = dataclasses.replace(state, judged=metadata.get("judged"))
+        values, votes = self._values(state, allocated), np.array(header["votes"])
+        return _Kept(state, allocated, values, votes, sums, header["rows"], time.monotonic())
 
 
 def stays(fragments: Sequence[Fragment]) -> bool:
@@ -307,7 +340,9 @@ def stays(fragments: Sequence[Fragment]) -> bool:
 
 def _gone(state: TrainState, ranks: Sequence[int]) -> str:
     """What no other worker had of the state of those that are lost, in words."""
-    own = {v.when_fewer for v in state.variables.values() if isinstance(v, PerReplica)} if ranks else set()
+    found = [(name, v.when_fewer) for name, v in state.variables.items() if isinstance(v, PerReplica)]
+    # What else a reduction keeps, such as factors, is alike on all.
+    own = {kind for name, kind in found if kind in ("sum", "chunks") or not name.startswith("reductions/")}
     what = [
         words
         for kinds, words in (
@@ -316,7 +351,7 @@ def _gone(state: TrainState, ranks: Sequence[int]) -> str:
         )
         if kinds & own
     ]
-    return f"worker {', '.join(map(str, ranks))} is another: {'; '.join(what)}" if what else ""
+    return f"worker {', '.join(map(str, ranks))} is another: {'; '.join(what)}" if what and ranks else ""
 
 
 def _inner(variable: Any) -> Any:

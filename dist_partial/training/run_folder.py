@@ -35,10 +35,17 @@ def held(folder: Path, active: bool, patience_seconds: float = 0.0) -> Iterator[
 
 
 @contextlib.contextmanager
-def begun(folder: Path, trainer: Trainer, plan: Plan | None) -> Iterator[None]:
-    """Holds the folder, and writes the run's fingerprint and its plan; None where both are there."""
+def begun(folder: Path, trainer: Trainer, plan: Plan | None, comes: bool = False) -> Iterator[None]:
+    """Holds the folder, and writes the run's fingerprint and its plan.
+
+    Args:
+        folder: the run folder.
+        trainer: of the run.
+        plan: None where both are there.
+        comes: whether this worker may come in place of another, which is about to leave the folder.
+    """
     active = trainer.replicas.is_chief
-    with held(folder, active, 0.0 if plan else _PATIENCE_SECONDS):
+    with held(folder, active, _PATIENCE_SECONDS if comes else 0.0):
         if active and plan is not None:
             with writing(folder):
                 write_json(folder / fingerprints.RUN_FILE, trainer.fingerprint | fingerprints.began(folder))

@@ -62,6 +62,8 @@ class CompiledPhase:
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
+_Key = tuple[frozenset[str], activation_cache.Activations | None]  # of what is compiled
+
 # A step that is about to be traced, and batches such as it will read.
 Untraced = tuple[TrainStep, Iterator[Batch]]
 
@@ -83,8 +85,7 @@ class ScheduleRunner:
     def __init__(self, trainer: Trainer, state: TrainState, progress: Progress | None = None) -> None:
         self.trainer, self._settings = trainer, trainer.settings
         self._progress = progress or Progress(active=False)
-        self._phases: collections.OrderedDict[tuple[frozenset[str], activation_cache.Activations | None], CompiledPhase]
-        self._phases = collections.OrderedDict()
+        self._phases: collections.OrderedDict[_Key, CompiledPhase] = collections.OrderedDict()
         self._kept: dict[frozenset[str], activation_cache.Activations | None] = {}
         self._probe: Any = None
         self.notes: list[str] = []
@@ -183,7 +184,7 @@ class ScheduleRunner:
         self._active = units
         if phase.activations is not self._reading:
             for known in [known for known in self._phases if known[1] is self._reading]:
-                del self._phases[known]  # what is frozen for good does not come back
+                self._drop(known)  # what is frozen for good does not come back
             self._kept = {of: kept for of, kept in self._kept.items() if kept is not self._reading}
             self._reading, self._inputs = phase.activations, self._batches(phase.activations, done)
             kept = phase.activations
@@ -288,13 +289,17 @@ class ScheduleRunner:
             plan = self.trainer.plan.only(units)
             variables = f"{counted(len(plan.trained), 'variable')} of {trained_layers(plan)}"
             self._progress.begin(f"compiling {which}: {variables}")
-            with self.trainer.replicas.tracing(f"{sorted(units)} above {activations and activations.name}"):
+            with self.trainer.replicas.tracing(_name(key)):
                 self._phases[key] = yield from self._compiled(plan, activations, done)
             self._progress.end()
         self._phases.move_to_end(key)
         while len(self._phases) > self._settings.compiled_plans:
-            self._phases.popitem(last=False)
+            self._drop(next(iter(self._phases)))
         return self._phases[key]
+
+    def _drop(self, key: _Key) -> None:
+        del self._phases[key]
+        self.trainer.replicas.forget(_name(key))
 
     def _activations(self, remaining: frozenset[str], done: int) -> activation_cache.Activations | None:
         """Of what lies below all that may still be trained; None if they are not to be kept."""
@@ -397,7 +402,7 @@ class ScheduleRunner:
                     group.reset() if self._settings.leave == "reset" else group.drop()
         if self._settings.leave == "drop":
             for known in [known for known in self._phases if known[0] & units]:
-                del self._phases[known]
+                self._drop(known)
             gc.collect()  # a function and its graph refer to each other
 
     def _probed(self, done: int) -> np.ndarray:
@@ -413,3 +418,9 @@ class ScheduleRunner:
             local = self._probe(ahead).numpy()
         squares = dict(zip(trainer.plan.units, trainer.replicas.sum(local), strict=True))
         return np.array([squares[unit.name] for unit in trainer.units], np.float64)
+
+
+def _name(key: _Key) -> str:
+    """What workers call what is compiled: the same on all."""
+    units, activations = key
+    return f"{sorted(units)} above {activations and activations.name}"
