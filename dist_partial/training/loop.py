@@ -1,18 +1,17 @@
 """The training loop on one screen: connect, build, restore, loop, finish.
 
 What happens between steps is in `events.py`, what is trained when in `schedule_runner.py`, and the step itself in
-`step/train_step.py`, which `_enter` traces and `_advance` runs.
+`step/train_step.py`, which `_train` traces and `_advance` runs.
 """
 
 import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 
 from dist_partial.config.settings import Settings
 from dist_partial.data import reading
@@ -29,7 +28,7 @@ from dist_partial.training.judge import Judge, learning_rates, notes_on_averages
 from dist_partial.training.metric_writer import MetricWriter
 from dist_partial.training.progress import Progress
 from dist_partial.training.recovery import Recovery, Rejoined
-from dist_partial.training.schedule_runner import ScheduleRunner, Untraced
+from dist_partial.training.schedule_runner import ScheduleRunner
 from dist_partial.training.state import TrainState
 from dist_partial.validation import shown
 
@@ -89,7 +88,8 @@ def _joined(runner: ScheduleRunner, recovery: Recovery, progress: Progress) -> t
     trainer, before = runner.trainer, runner.trainer.replicas.rank
     cached = trainer.settings.activation_cache is not None  # whose batches follow from the step
     if not cached:
-        _trace(runner.prepare())
+        for trace in runner.prepare():
+            trace()
     state, backend = recovery.join(), trainer.replicas.backend
     if cached or (backend is not None and backend.knows_rank and backend.rank != before):
         return ScheduleRunner(trainer, state, progress), state
@@ -130,8 +130,8 @@ def _train(run: _Run, state: TrainState) -> None:
     judge, owes = Judge(trainer, state), recovery.owes
     stop.count(recovery.votes)
     try:
-        if not owes:
-            _enter(runner, state.step)
+        for trace in () if owes else runner.enter(state.step):
+            trace()
     except Exception as error:
         raise Rejoined(recovery.rejoined(error)) from None
     save, waits = events.Saving(trainer, run.folder, state), events.DataWaits(trainer.data.train)
@@ -147,8 +147,8 @@ def _train(run: _Run, state: TrainState) -> None:
                 writer.lost(recovery.lost, recovery.gone)
             if owes:
                 _after_steps(run, state, writer, (save, judge))
-            if owes and not (stop.due(state.step) or judge.reason):
-                _enter(runner, state.step)
+            for trace in runner.enter(state.step) if owes and not (stop.due(state.step) or judge.reason) else ():
+                trace()
             if not owes:
                 for note in runner.opening_notes():
                     writer.say(note)
@@ -164,8 +164,8 @@ def _train(run: _Run, state: TrainState) -> None:
                 if evaluate.due(state.step):
                     waits.report(writer.say)
                 _after_steps(run, state, writer, (save, judge))
-                if not (stop.due(state.step) or judge.reason):
-                    _enter(runner, state.step)
+                for trace in () if stop.due(state.step) or judge.reason else runner.enter(state.step):
+                    trace()
             if replicas.backend is not None:
                 replicas.backend.barrier()  # none ends before the last checkpoint is written
             recovery.end()
@@ -217,19 +217,6 @@ def _restored(trainer: Trainer, folder: Path) -> TrainState:
     if state.checkpoint:
         trainer.replicas.say(events.going_on(state, folder, trainer.settings.steps))
     return state
-
-
-def _enter(runner: ScheduleRunner, done: int) -> None:
-    """Enters the phase that follows `done` steps, and traces the steps that are not compiled yet.
-
-    Here, and not in the runner, so that the way from the command to the gradient is this file and `train_step.py`.
-    """
-    _trace(runner.enter(done))
-
-
-def _trace(untraced: Iterator[Untraced]) -> None:
-    for train, inputs in untraced:
-        train.function.get_concrete_function(inputs, tf.constant(1))
 
 
 def _advance(

@@ -2,10 +2,11 @@
 
 import collections
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,8 +65,7 @@ class CompiledPhase:
 
 _Key = tuple[frozenset[str], activation_cache.Activations | None]  # of what is compiled
 
-# A step that is about to be traced, and batches such as it will read.
-Untraced = tuple[TrainStep, Iterator[Batch]]
+Trace = Callable[[], Any]  # traces a step, as it will read batches
 
 
 class ScheduleRunner:
@@ -106,7 +106,7 @@ class ScheduleRunner:
         self._indices: Iterator[tf.Tensor] | None = None
         self.switched = False
 
-    def prepare(self) -> Iterator[Untraced]:
+    def prepare(self) -> Iterator[Trace]:
         """Compiles, as `enter` does, all that is known to come, before this worker has met others."""
         yield from self._ahead(0)
         if self._constant and self._settings.steps_per_loop > 1:
@@ -153,12 +153,12 @@ class ScheduleRunner:
         switch = self.trainer.schedule.next_switch(step)
         return self._settings.steps if switch is None else switch
 
-    def enter(self, done: int) -> Iterator[Untraced]:
+    def enter(self, done: int) -> Iterator[Trace]:
         """Makes `phase` what the step after `done` steps trains; all workers call it at the same steps.
 
         Yields:
-            Each step that is not compiled yet, for the caller to trace before it goes on: the first time also those of
-            all later selections, where they are known and few enough to be kept.
+            What traces each step that is not compiled yet, for the caller to call before it goes on: the first time
+            also those of all later selections, where they are known and few enough to be kept.
         """
         if not self._phases:
             yield from self._ahead(done)
@@ -262,7 +262,7 @@ class ScheduleRunner:
             schedule.remaining(done, units, self._state),
         )
 
-    def _ahead(self, done: int) -> Iterator[Untraced]:
+    def _ahead(self, done: int) -> Iterator[Trace]:
         """Compiles all selections that are still to come, where they are known and few enough to be kept."""
         schedule, settings = self.trainer.schedule, self._settings
         if schedule.statistics is not None or settings.leave == "drop":
@@ -283,7 +283,7 @@ class ScheduleRunner:
         activations: activation_cache.Activations | None,
         done: int,
         which: str = "the next selection",
-    ) -> Generator[Untraced, None, CompiledPhase]:
+    ) -> Generator[Trace, None, CompiledPhase]:
         key = units, activations
         if key not in self._phases:
             plan = self.trainer.plan.only(units)
@@ -356,7 +356,7 @@ class ScheduleRunner:
 
     def _compiled(
         self, plan: Plan, activations: activation_cache.Activations | None, done: int
-    ) -> Generator[Untraced, None, CompiledPhase]:
+    ) -> Generator[Trace, None, CompiledPhase]:
         trainer, settings = self.trainer, self._settings
         strategy, collectives = trainer.replicas.strategy, trainer.replicas.collectives
         units = frozenset(plan.units)
@@ -373,7 +373,8 @@ class ScheduleRunner:
             loop=loop,
         )
         inputs = self._batches(activations, done)
-        yield train, inputs
+        # By the caller: the way from the command to the gradient is then the loop's file and that of the step.
+        yield functools.partial(train.function.get_concrete_function, inputs, tf.constant(1))
         sent = traffic.in_step(train.function.get_concrete_function(inputs, tf.constant(1)), loop)
         averaged = trainer.averaged
         exchanges = compiled_exchanges(strategy, collectives, plan, trainer.fragments, train.without_gradient, averaged)

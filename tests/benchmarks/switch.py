@@ -68,7 +68,7 @@ def step_times(made: replicas.Replicas) -> list[dict[str, Any]]:
     steady: dict[str, list[float]] = {}
     for done in range(EVERY * units * (1 + ROUNDS)):
         begun = time.perf_counter()
-        list(runner.enter(done))  # compiles what is new
+        [trace() for trace in runner.enter(done)]  # compiles what is new
         runner.advance(1)["loss"].numpy()
         took = (time.perf_counter() - begun) * 1e3  # what choosing and changing takes is a part of the step
         if done >= EVERY * units:
@@ -95,7 +95,7 @@ def memory(leave: str) -> dict[str, Any]:
     before = resident()
     visits = []
     for done in range(0, 3 * len(built.units) * EVERY, EVERY):
-        list(runner.enter(done))  # compiles what is new
+        [trace() for trace in runner.enter(done)]  # compiles what is new
         runner.advance(2)["loss"].numpy()
         visits.append(round(resident() - before))
     slots = sum(v.numpy().nbytes for group in built.optimizers for v in group.state.values()) / 2**20

@@ -629,7 +629,7 @@ def test_the_command_reaches_the_gradient_by_few_functions(letters, tmp_path, mo
         assert way == [
             "train.main",
             "loop.run",
-            "loop._enter",
+            "loop._train",
             "train_step.train_steps",
             "train_step.one_step",
             "train_step.replica_gradients",
