@@ -48,7 +48,7 @@ class MetricWriter:
         >>> sent = np.array([[100, 100, 400], [200, 200, 800]])  # wire_bytes, nic_bytes and full_nic_bytes of two steps
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with MetricWriter(Path(folder), step=0, steps=2, sent=np.zeros(3, np.int64), active=True) as writer:
-        ...         writer.train(1, losses=np.array([2.5, np.inf]), norms=np.array([1.0, 1.0]), sent=sent)
+        ...         _ = writer.train(1, losses=np.array([2.5, np.inf]), norms=np.array([1.0, 1.0]), sent=sent)
         ...     last = json.loads(Path(folder, "metrics.jsonl").read_text().splitlines()[1])
         >>> last["step"], last["loss"], last["wire_bytes"], last["wire_share"]
         (2, None, 200, 0.25)
