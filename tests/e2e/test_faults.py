@@ -494,7 +494,8 @@ def test_a_disk_that_is_full_for_a_while(bench, whole, monkeypatch):
     said = bench.folder / "said"
     with small_disk(bench.folder / "disk", "size=8m", "nr_inodes=100") as disk:
         bench.run_dir = disk / "run"
-        command = [sys.executable, "-m", "dist_partial.launch", "local", "--workers=2", "--", *bench.arguments()]
+        arguments = bench.arguments("replicas.rejoin_seconds = 0")  # all start again
+        command = [sys.executable, "-m", "dist_partial.launch", "local", "--workers=2", "--", *arguments]
         with open(said, "wb") as out:
             launcher = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
         try:

@@ -18,8 +18,8 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="processes are found by way of /proc"),
 ]
 
-STEPS = 500
-PARAMS = (f"run.steps = {STEPS}", "run.eval_every = 100", "replicas.patience_seconds = 3")
+STEPS = 200
+PARAMS = (f"run.steps = {STEPS}", "run.eval_every = 50", "replicas.patience_seconds = 3")
 
 
 @contextlib.contextmanager
@@ -66,8 +66,10 @@ def test_a_run_that_loses_workers_ends_with_the_same_bits(tmp_path, params):
         reach(launch, 20)
         os.kill(launch.chief(), signal.SIGKILL)  # while the spare is not there yet
         launch.wait(lambda: launch.log.read_text().count("all go on from step") == 1, "for the first")
+        launch.crawl.touch()  # a spare takes longer to start than the run takes
         launch.wait(launch.ready, "for a spare")
-        reach(launch, launch.progress()[1] + 20)
+        launch.crawl.unlink()
+        reach(launch, launch.progress()[1] + 10)
         stopped = random.Random(0).choice(launch.members())
         os.kill(stopped, signal.SIGSTOP)
         launch.wait(lambda: launch.log.read_text().count("all go on from step") == 2, "for the second")
@@ -89,15 +91,6 @@ def test_what_a_lost_worker_alone_had_is_said(tmp_path):
         said = "[0] worker 1 is another: its residuals, what it had not sent yet, start from zero"
         assert said in launch.log.read_text().splitlines()
     assert [step for split, step, _ in computed["metrics"] if split == "train"] == list(range(1, STEPS + 1))
-
-
-def test_without_patience_for_another_all_start_again(tmp_path):
-    with launched(tmp_path, workers=2, way="restart") as launch:
-        reach(launch, 20)
-        os.kill(launch.members()[0], signal.SIGKILL)
-        launch.end(STEPS)
-        text = launch.log.read_text()
-    assert "restart 1 of 10" in text and "all go on" not in text
 
 
 def test_ctrl_c_while_workers_wait_for_another(tmp_path):
