@@ -10,7 +10,7 @@ Both speak in lines of JSON over a socket, whose other end the worker's agent ho
     worker -> launcher   {"stays": true}                       it can go on after a loss
                          {"ready": true}                       it has built all, and comes in place of a lost one
                          {"answers": true}                     it is there
-                         {"left": 3, "step": 120}              it has; the step is the one whose state it holds, or null
+                         {"left": 3, "step": 120}              it has left epoch 3; it holds this step's state, or null
                          {"went": 4, "step": 120}              it has met the others, and goes on from this step
                          {"ends": true}                        all has been done, or saved; nobody is needed any more
     launcher -> worker   {"leave": 3}                          another worker of epoch 3 is lost

@@ -270,7 +270,8 @@ def _advance(
         blamed = functools.partial(failures.not_finite, trainer.data.train, **order)
         failures.check_finite(losses, norms, state.step, save.saved, trainer.scale, blamed)
         after = dataclasses.replace(state.after(sent), schedule=runner.to_json())
-        run.recovery.keep(dataclasses.replace(after, judged=judge.to_json()), votes[:2], sums, rows)
+        if run.recovery.stays:  # or nothing of it is needed after each call
+            run.recovery.keep(dataclasses.replace(after, judged=judge.to_json()), votes[:2], sums, rows)
         return after
 
     return finish(run.recovery.sum(np.concatenate(parts, dtype=np.float64), done, finish))

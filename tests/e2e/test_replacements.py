@@ -23,6 +23,16 @@ from tests.helpers.launchers import TIMEOUT, Launched, alive, assert_gone, launc
 
 pytestmark = pytest.mark.slow
 
+# The first worker leaves the epoch once there is a file: so it has noticed a loss.
+NOTICES = """
+    begin()
+    if place == 0:
+        serve("lost")
+        leave()
+    serve()
+    end()
+"""
+
 SOON = 12  # seconds: what should take about one does not take the 30 or 60 that others may have
 
 # A launcher. `settings` are keyword arguments of supervise, and names of the module to be replaced.
@@ -319,15 +329,7 @@ def test_the_place_of_a_lost_worker_is_replaced_as_often_as_it_is_lost(tmp_path)
 
 
 def test_workers_that_have_lost_a_connection_meet_again_though_none_is_lost(tmp_path):
-    script = """
-        begin()
-        if place == 0:
-            serve("lost")
-            leave()
-        serve()
-        end()
-    """
-    with supervised(tmp_path, script) as launcher:
+    with supervised(tmp_path, NOTICES) as launcher:
         (tmp_path / "lost").touch()
         meetings = noted(launcher, "epoch", 3)
         noted(launcher, "went", 3)
@@ -422,15 +424,7 @@ def test_spares_that_end_at_once_are_not_started_without_end(tmp_path):
 
 
 def test_a_worker_that_does_not_answer_is_killed_and_replaced(tmp_path):
-    script = """
-        begin()
-        if place == 0:
-            serve("lost")
-            leave()
-        serve()
-        end()
-    """
-    with supervised(tmp_path, script, answer=1.0) as launcher:
+    with supervised(tmp_path, NOTICES, answer=1.0) as launcher:
         first = started(launcher)
         kill(first[1], by=signal.SIGSTOP)
         (tmp_path / "lost").touch()
