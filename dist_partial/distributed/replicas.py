@@ -128,6 +128,8 @@ class ReplicaOptions:
         patience_seconds: how long another worker may be silent until it is given up.
         rejoin_seconds: how long the workers that are left wait for one in place of a lost one, where launch/local or
             launch/hosts has started them; then all start again from the last checkpoint. 0: they do so at once.
+        buddy: whether each worker keeps a copy of what the one before it alone has, such as residuals, and gives it to
+            the one that comes in its place; it is sent after each call of the step. Otherwise that is lost.
         seal: whether all that travels over the sockets has tags, by which a change on the way is noticed; it costs
             about 1.6 ms of one core a MiB, half of it on each side. None: where the workers know a secret and are not
             all on loopback addresses and do without TLS.
@@ -154,6 +156,7 @@ class ReplicaOptions:
     start_seconds: Annotated[float, Above(0)] = 300.0
     patience_seconds: Annotated[float, Above(0)] = 60.0
     rejoin_seconds: Annotated[float, AtLeast(0)] = 120.0
+    buddy: bool = False
     seal: bool | None = None
     tls: Annotated[bool | str, "write True, False or a folder of tls.crt, tls.key and ca.crt"] = False
     allow_no_secret: bool = False
@@ -361,7 +364,7 @@ def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reaso
             soon = dataclasses.replace(options, start_seconds=min(options.start_seconds, options.rejoin_seconds))
             return _connect(soon, connected.rank, epoch.workers, epoch.secret, abandoned)
 
-        member = Membership(control, connected, meet, options.rejoin_seconds, joins)
+        member = Membership(control, connected, meet, options.rejoin_seconds, joins, options.buddy)
     host = everyone[rank].rpartition(":")[0].strip("[]")
     return dataclasses.replace(made, description=description, host=host, membership=member)
 
