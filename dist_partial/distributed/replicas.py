@@ -82,6 +82,15 @@ class Replicas:
         if self.is_chief:
             say(line)
 
+    @property
+    def waited(self) -> float:
+        """Seconds in which this worker has waited for others so far, where that is known."""
+        return 0.0 if self.backend is None else self.backend.waited
+
+    def alone(self, value: float) -> np.ndarray:
+        """A vector [workers] with this worker's value in its place, and zeros: summed it has the value of each."""
+        return np.where(np.arange(self.workers) == self.rank, value, 0.0)
+
     def sum(self, value: Any) -> np.ndarray:
         """The sum of an array, or a number, over the workers; all call it at the same point."""
         array = np.asarray(value)

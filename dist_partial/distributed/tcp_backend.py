@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -388,7 +389,10 @@ class TCPBackend(WorkerBackend):
                     self.failure = self.failure or (None if tensor.apart else self._gone_on(late))
                     if self.failure:
                         raise self.failure
+                    began = time.monotonic()
                     self._changed.wait()
+                    if not tensor.apart:  # beside which steps go on
+                        self.waited += time.monotonic() - began
                 del op.runs[run.number]
             result = tensor.results.pop(int(number))
         return result if tensor.kind in (SUM_OP, _COPY) else result.reshape(self.size, -1)

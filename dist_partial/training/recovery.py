@@ -30,6 +30,7 @@ from dist_partial.step.outer_step import Fragment
 from dist_partial.training.build import Trainer
 from dist_partial.training.checks import check_workers
 from dist_partial.training.state import TrainState
+from dist_partial.validation import counted
 
 _HEARS_SECONDS = 2.0  # in which it is known here why an exchange has failed
 
@@ -93,6 +94,8 @@ class Recovery:
         self._copy = b""  # that has come in the call that has just ended
         self.lost: dict[str, Any] | None = None
         self.gone = ""
+        self._began = time.monotonic()
+        self._losses, self._seconds = 0, 0.0
 
     def sum(self, value: np.ndarray, step: int, finish: Callable[[np.ndarray], TrainState]) -> np.ndarray:
         """Sums what ends a call of the step over the workers.
@@ -140,6 +143,16 @@ class Recovery:
         if self._member is not None:
             self._member.end()
         self._member = self._kept = None
+
+    def goodput(self) -> str:
+        """Says which part of the time was not lost with workers; nothing if none was lost."""
+        if not self._losses or self._member is None:
+            return ""
+        passed = time.monotonic() - self._began
+        return (
+            f"goodput: {100 * (1 - self._seconds / passed):.1f} % of {passed:.0f} s; {self._seconds:.1f} s went by in "
+            f"{counted(self._losses, 'loss of workers', 'losses of workers')}"
+        )
 
     @property
     def stays(self) -> bool:
@@ -210,7 +223,9 @@ class Recovery:
         """Goes to the furthest step that one has, with those whose state is there; the others get a copy."""
         trainer, kept, replicas = self._trainer, self._kept, self._trainer.replicas
         check_workers(replicas, trainer.fingerprint, self._bindings)
-        own = None if kept is None else {"step": kept.state.step, "since": time.monotonic() - kept.time}
+        now = time.monotonic()
+        own = kept and {"step": kept.state.step, "since": now - kept.time, "passed": now - self._began}
+        own = own and own | {"losses": self._losses, "seconds": self._seconds}
         everyone = [json.loads(each) for each in replicas.gather(json.dumps(own).encode())]
         holders = [rank for rank, each in enumerate(everyone) if each]
         if not holders:
@@ -239,8 +254,10 @@ class Recovery:
             kept = dataclasses.replace(kept, values=self._values(kept.state, kept.allocated), copy=self._exchanged())
         self._kept = kept
         self.gone = _gone(kept.state, gone)
-        seconds = max(everyone[rank]["since"] for rank in holders)
-        self.lost = {"step": step, "split": "fault", "workers": joining, "seconds": round(seconds, 3)}
+        since = [each["since"] for each in everyone if each]
+        self._losses, self._seconds = everyone[source]["losses"] + 1, everyone[source]["seconds"] + max(since)
+        self._began = time.monotonic() - everyone[source]["passed"]
+        self.lost = {"step": step, "split": "fault", "workers": joining, "seconds": round(max(since), 3)}
         return kept.state
 
     def _given_back(self, rank: int, joining: Sequence[int], kept: _Kept) -> bool:
