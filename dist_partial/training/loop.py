@@ -266,7 +266,9 @@ def _advance(
         run.stop.count(votes[:2])
         if votes[2]:
             judge.stop()
-        save.meter.stop(phase.plan, state.step, done, int(sent[-1, 0] - state.sent[0]), sums.nbytes)
+        save.meter.stop(
+            phase.plan, state.step, done, int(sent[-1, 0] - state.sent[0]), sums.nbytes, run.recovery.copied
+        )
         good = failures.finite_steps(losses, norms, trainer.scale)
         metrics = metrics.reshape(count, -1)[:good]
         measured = [trainer.objective.results(row, training=True) for row in metrics]

@@ -78,6 +78,7 @@ class Recovery:
     Attributes:
         lost: what the metrics say of the last loss, or None.
         gone: what was lost with the workers, in words; empty if nothing was.
+        copied: bytes that were sent to the next worker in the last call.
 
     Args:
         trainer: of the run.
@@ -94,6 +95,7 @@ class Recovery:
         self._copy = b""  # that has come in the call that has just ended
         self.lost: dict[str, Any] | None = None
         self.gone = ""
+        self.copied = 0
         self._began = time.monotonic()
         self._losses, self._seconds = 0, 0.0
 
@@ -275,6 +277,7 @@ class Recovery:
         if self._member is None or not self._member.buddy or not (own := self._own()):
             return b""
         data = b"".join(copy.numpy().tobytes() for copy in own)
+        self.copied = len(data)
         return backend.shift(data)  # type: ignore[union-attr]
 
     def _own(self) -> list[tf.Variable]:
