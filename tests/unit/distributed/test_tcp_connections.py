@@ -51,7 +51,7 @@ def connected():
 @pytest.mark.parametrize("guard", GUARDS)
 def test_messages_of_any_size_arrive_in_order(connected, guard):
     workers, sizes, sent = connected(3, guard=guard), [0, 1, 7, 2**20, 2**20 + 1, 3 * 2**20, 0], queue.SimpleQueue()
-    messages = [Message(i % 2, i, 2**40 + i, size) for i, size in enumerate(sizes)]
+    messages = [Message(i % 2, 2**40 + i, 2**30 + i, size) for i, size in enumerate(sizes)]
     for rank, worker in enumerate(workers):
         for message in messages:
             for other in {0, 1, 2} - {rank}:
