@@ -281,9 +281,8 @@ class Launch:
                 raise Broken(f"left something that listens on {address}")
         computed = load_file(self.run_dir / "checkpoints" / f"step-{steps:010d}.safetensors")
         rows = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
-        return computed | {
-            "metrics": [(row["split"], row["step"], row.get("loss")) for row in rows if row["split"] != "fault"]
-        }
+        rows = [row for row in rows if row["split"] not in ("fault", "workers")]
+        return computed | {"metrics": [(row["split"], row["step"], row.get("loss")) for row in rows]}
 
     def kill(self) -> None:
         """Ends all that may be left of it."""

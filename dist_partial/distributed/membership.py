@@ -67,6 +67,7 @@ class Membership:
 
     Attributes:
         joins: whether this worker comes in place of a lost one, and has met nobody yet.
+        buddy: whether each worker keeps a copy of what the one before it alone has.
 
     Args:
         control: the socket to the launcher.
@@ -75,6 +76,7 @@ class Membership:
             over.
         seconds: how long to wait for the next epoch.
         joins: whether this worker comes in place of a lost one.
+        buddy: whether each worker keeps a copy of what the one before it alone has.
     """
 
     def __init__(
@@ -84,8 +86,9 @@ class Membership:
         meet: Callable[[Epoch, Callable[[], bool]], dict[int, Link]],
         seconds: float,
         joins: bool,
+        buddy: bool = False,
     ) -> None:
-        self.joins = joins
+        self.joins, self.buddy = joins, buddy
         self._control, self._backend, self._meet, self._seconds = control, backend, meet, seconds
         self._epoch = 0
         self._step: int | None = None

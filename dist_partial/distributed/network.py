@@ -26,6 +26,7 @@ class Meter:
         full: bytes if everything were trained and sent in its own dtype.
         counted: bytes by the collectives of the graphs that ran.
         metrics: bytes of losses and norms that were summed over the workers, besides.
+        copied: bytes of what the worker alone has, sent to the next one, besides.
         read: bytes that the interface has sent meanwhile.
         step_ms: time of the steps of each call, in milliseconds; the first call, which is still warming up, left out.
         seconds: of all these calls together, and steps that they made.
@@ -50,6 +51,7 @@ class Meter:
     full: int = 0
     counted: int = 0
     metrics: int = 0
+    copied: int = 0
     read: int = 0
     step_ms: list[float] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
@@ -61,7 +63,7 @@ class Meter:
         """Begins a call of the step."""
         self._start = time.perf_counter(), sent(self.interface) if self.interface else 0
 
-    def stop(self, plan: Plan, first: int, last: int, counted: int, metrics: int) -> None:
+    def stop(self, plan: Plan, first: int, last: int, counted: int, metrics: int, copied: int = 0) -> None:
         """Ends it, once all workers have what they were sent.
 
         Args:
@@ -70,6 +72,7 @@ class Meter:
             last: steps after it.
             counted: bytes by its graphs.
             metrics: bytes of losses and norms besides.
+            copied: bytes of what this worker alone has, to the next one.
         """
         steps = last - first
         for payload in plan.payloads:
@@ -86,6 +89,7 @@ class Meter:
         self.read += sent(self.interface) - before if self.interface else 0
         self.counted += counted
         self.metrics += metrics if self.workers > 1 else 0
+        self.copied += copied
 
     def to_json(self, step: int) -> dict[str, Any]:
         """The content of traffic.json after `step`; `nic` is the network interface."""
@@ -96,8 +100,9 @@ class Meter:
             "planned_bytes": self.planned,
             "counted_bytes": self.counted,
             "metrics_bytes": self.metrics,
+            "copied_bytes": self.copied,
             "full_bytes": self.full,
-            "expected_nic_bytes": round(self.expected + nic_bytes("sum", self.metrics, self.workers)),
+            "expected_nic_bytes": round(self.expected + self.copied + nic_bytes("sum", self.metrics, self.workers)),
             "nic_bytes": self.read if self.interface else None,
             "nic": self.interface,
             "step_ms": round(statistics.median(self.step_ms), 3) if self.step_ms else None,

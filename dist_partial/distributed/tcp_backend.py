@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -230,6 +231,9 @@ class TCPBackend(WorkerBackend):
         Returns:
             The bytes, on the source as well.
         """
+        return self._end_copy(*self._begin_copy(data, size, source, to))
+
+    def _begin_copy(self, data: bytes, size: int, source: int, to: Sequence[int]) -> tuple[_Op, bytes]:
         # The source waits for nobody, and may be some copies ahead: each has an op of its own.
         key = f"{_COPY} {source} {list(to)}"
         self._copies[key] += 1
@@ -242,10 +246,26 @@ class TCPBackend(WorkerBackend):
             with self._changed:
                 self._run(op, 0)
                 op.begun = 1
-        result = self._end(tensor, np.int64(0))
+        return op, data if self.rank == source else b""
+
+    def _end_copy(self, op: _Op, data: bytes) -> bytes:
+        result = self._end(op.tensor, np.int64(0))
         with self._changed:
             del self._ops[op.number]
-        return data if self.rank == source else result.tobytes()
+        return data or result.tobytes()
+
+    def shift(self, data: bytes) -> bytes:
+        """Sends bytes, as many as the others do, to the next worker, the last one to the first; all call it.
+
+        Returns:
+            What the worker before this one sends.
+        """
+        begun = [self._begin_copy(data, len(data), rank, [(rank + 1) % self.size]) for rank in self._around()]
+        return [self._end_copy(*each) for each in begun][-1]
+
+    def _around(self) -> list[int]:
+        """This worker, and the one before it."""
+        return [self.rank, (self.rank - 1) % self.size]
 
     def barrier(self) -> None:
         """Waits until all workers call it."""
@@ -369,7 +389,10 @@ class TCPBackend(WorkerBackend):
                     self.failure = self.failure or (None if tensor.apart else self._gone_on(late))
                     if self.failure:
                         raise self.failure
+                    began = time.monotonic()
                     self._changed.wait()
+                    if not tensor.apart:  # beside which steps go on
+                        self.waited += time.monotonic() - began
                 del op.runs[run.number]
             result = tensor.results.pop(int(number))
         return result if tensor.kind in (SUM_OP, _COPY) else result.reshape(self.size, -1)

@@ -32,6 +32,7 @@ class WorkerBackend(abc.ABC):
         size: how many there are.
         workers: what messages call each, such as its 'host:port'.
         knows_rank: whether what was traced holds for this rank alone.
+        waited: seconds in which this worker has waited for others so far, where that is known.
 
     Examples:
         >>> class Alone(WorkerBackend):
@@ -49,6 +50,7 @@ class WorkerBackend(abc.ABC):
     size: int
     workers: Sequence[str]
     knows_rank = False
+    waited = 0.0
     two_levels = True
     has_all_to_all = False
     concurrent = False

@@ -197,8 +197,11 @@ class Attempt:
         killed = code - 128 in set(signal.Signals)
         how = f"was killed by {signal.Signals(code - 128).name}" if killed else f"ended with exit code {code}"
         self._lost.append(f"{worker.name} {how}")
-        # One that has been there is replaced at once; of those that never get there, not all are started in a second.
-        wait = 0.0 if worker in self._staying else self._delay(self._replaced.count)
+        count = self._replaced.count
+        # The first since a step is replaced at once, and who is lost beside it; of those that come to nothing, as where
+        # a disk is full, not all are started in a second.
+        at_once = worker in self._staying and (count == 1 or self._roster.broken)
+        wait = 0.0 if at_once else self._delay(count - (worker in self._staying))
         spare = self._spare()
         if spare is None:
             comes = f"another starts{f' in {wait:g} s' if wait else ''}"

@@ -159,6 +159,44 @@ class DataWaits:
             )
 
 
+class WorkerWaits:
+    """Adds up how long each worker waited for the others in a call of the step: who waits least is the slowest.
+
+    Args:
+        workers: how many there are.
+
+    Examples:
+        >>> waits = WorkerWaits(workers=3)
+        >>> waits.add(12.0, np.array([5.0, 0.5, 4.5]))
+        >>> waits.report(100, print, lambda row: None)
+        step 100: the others waited 4.2 s of 12.0 s for worker 1, the slowest (35 %)
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._took, self._waited = 0.0, np.zeros(workers)
+
+    def add(self, took: float, waited: np.ndarray) -> None:
+        """Takes the seconds of a call, and of them, [workers], those in which each has waited."""
+        self._took += took
+        self._waited += waited
+
+    def report(self, step: int, say: Callable[[str], None], record: Callable[[dict[str, Any]], None]) -> None:
+        """Records the seconds since the last report, and says who is the slowest where the others wait long for it."""
+        took, waited = self._took, self._waited
+        if len(waited) == 1 or not took:
+            return
+        seconds = {"seconds": round(took, 3), "waited_seconds": np.round(waited, 3).tolist()}
+        record({"step": step, "split": "workers"} | seconds)
+        slowest = int(np.argmin(waited))
+        longer = (waited.sum() - len(waited) * waited[slowest]) / (len(waited) - 1)
+        if longer > max(0.1 * took, 1.0):
+            say(
+                f"step {step}: the others waited {longer:.1f} s of {took:.1f} s for worker {slowest}, the slowest "
+                f"({longer / took:.0%})".replace("%", " %")
+            )
+        self._took, self._waited = 0.0, np.zeros_like(waited)
+
+
 class Stopping:
     """Stops all workers after the same step once one of them got Ctrl-C or SIGTERM; a second Ctrl-C is not caught.
 

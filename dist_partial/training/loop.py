@@ -135,6 +135,7 @@ def _train(run: _Run, state: TrainState) -> None:
     except Exception as error:
         raise Rejoined(recovery.rejoined(error)) from None
     save, waits = events.Saving(trainer, run.folder, state), events.DataWaits(trainer.data.train)
+    slowest = events.WorkerWaits(replicas.workers)
     numbers = state.step, settings.steps, state.sent
     with (
         run_folder.begun(run.folder, trainer, None if owes else runner.plan, comes=bool(recovery.lost)),
@@ -144,7 +145,7 @@ def _train(run: _Run, state: TrainState) -> None:
         try:
             recovery.begin(dataclasses.replace(state, judged=judge.to_json()))
             if recovery.lost:
-                writer.lost(recovery.lost, recovery.gone)
+                writer.workers(recovery.lost, recovery.gone)
             if owes:
                 _after_steps(run, state, writer, (save, judge))
             for trace in runner.enter(state.step) if owes and not (stop.due(state.step) or judge.reason) else ():
@@ -159,15 +160,18 @@ def _train(run: _Run, state: TrainState) -> None:
                 due = events.next_due(state.step, evaluate, save, runner, *runner.exchanges)
                 count = min(settings.steps_per_loop, due - state.step)
                 settle = any(each.due(state.step + count) for each in (evaluate, save, stop))
-                state = _advance(run, state, count, writer, (save, judge, waits), settle)
+                state = _advance(run, state, count, writer, (save, judge, waits, slowest), settle)
                 run.words.say(writer, replicas.is_chief)
                 if evaluate.due(state.step):
                     waits.report(writer.say)
+                    slowest.report(state.step, writer.say, writer.workers)
                 _after_steps(run, state, writer, (save, judge))
                 for trace in () if stop.due(state.step) or judge.reason else runner.enter(state.step):
                     trace()
             if replicas.backend is not None:
                 replicas.backend.barrier()  # none ends before the last checkpoint is written
+            if text := recovery.goodput():
+                writer.say(text)
             recovery.end()
             replicas.finish()
         except Exception as error:
@@ -224,7 +228,7 @@ def _advance(
     state: TrainState,
     count: int,
     writer: MetricWriter,
-    followers: tuple[events.Saving, Judge, events.DataWaits],
+    followers: tuple[events.Saving, Judge, events.DataWaits, events.WorkerWaits],
     settle: bool,
 ) -> TrainState:
     """Makes `count` steps and the exchanges that follow, and records them; returns the state after them.
@@ -232,10 +236,10 @@ def _advance(
     With `settle` it waits until nothing travels: a checkpoint holds what has, whether or not it is applied by then.
     """
     runner, trainer, phase, done = run.runner, run.runner.trainer, run.runner.phase, state.step + count
-    save, judge, waits = followers
+    save, judge, waits, slowest = followers
     judge.begin_steps()
     save.meter.start()
-    began = time.perf_counter()
+    began, waited = time.perf_counter(), trainer.replicas.waited
     result = runner.advance(count)
     each = traffic.sent_each(phase.sent, phase.plan, steps=1)
     sent = state.sent + each * np.arange(1, count + 1)[:, np.newaxis]
@@ -250,16 +254,21 @@ def _advance(
     # All workers stop after the same call, whichever of them got the signal, and all hear of a norm that is not finite
     # on one of them alone, which trains by itself.
     votes = np.append(run.stop.votes(), [judge.wants_to_stop, np.sum(result["waited"])])
-    parts = [result["loss"], result["gradient_norm"], votes, np.ravel(result.get("metrics", ()))]
+    own = trainer.replicas.alone(trainer.replicas.waited - waited)
+    parts = [result["loss"], result["gradient_norm"], votes, own, np.ravel(result.get("metrics", ()))]
 
     def finish(sums: np.ndarray) -> TrainState:
-        losses, norms, votes, metrics = np.split(sums, np.cumsum([len(part) for part in parts])[:-1])
+        losses, norms, votes, waited, metrics = np.split(sums, np.cumsum([len(part) for part in parts])[:-1])
         norms = norms / trainer.replicas.workers
-        waits.add(votes[3] / trainer.replicas.workers, time.perf_counter() - began)
+        took = time.perf_counter() - began
+        waits.add(votes[3] / trainer.replicas.workers, took)
+        slowest.add(took, waited)
         run.stop.count(votes[:2])
         if votes[2]:
             judge.stop()
-        save.meter.stop(phase.plan, state.step, done, int(sent[-1, 0] - state.sent[0]), sums.nbytes)
+        save.meter.stop(
+            phase.plan, state.step, done, int(sent[-1, 0] - state.sent[0]), sums.nbytes, run.recovery.copied
+        )
         good = failures.finite_steps(losses, norms, trainer.scale)
         metrics = metrics.reshape(count, -1)[:good]
         measured = [trainer.objective.results(row, training=True) for row in metrics]

@@ -151,11 +151,11 @@ class MetricWriter:
             f"step at the interface of each of {plan.workers} workers"
         )
 
-    def lost(self, row: dict[str, Any], gone: str) -> None:
-        """Records that workers were lost, and that all went on without a checkpoint; says what is gone with them."""
+    def workers(self, row: dict[str, Any], text: str = "") -> None:
+        """Records what is about the workers: that some were lost, or how long they wait; says the text, if any."""
         self._append("metrics.jsonl", [row])
-        if gone:
-            self.say(gone)
+        if text:
+            self.say(text)
 
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         """Records sampled texts: `{"step", "temperature", "prompt", "text"}`."""

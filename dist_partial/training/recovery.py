@@ -6,6 +6,9 @@ those that are left go back to it, meet again (`distributed.membership`), and gi
 
 A call ends with a sum over all workers, of losses and votes. Whoever has that sum knows that all have made the call;
 one that was cut off from it gets it when they meet again. So all go on from the same step, and none is made twice.
+
+What a worker alone has, such as residuals, it sends to the next one before that sum, if `replicas.buddy` says so: who
+has the sum knows that all have the copies, too.
 """
 
 import dataclasses
@@ -27,6 +30,7 @@ from dist_partial.step.outer_step import Fragment
 from dist_partial.training.build import Trainer
 from dist_partial.training.checks import check_workers
 from dist_partial.training.state import TrainState
+from dist_partial.validation import counted
 
 _HEARS_SECONDS = 2.0  # in which it is known here why an exchange has failed
 
@@ -49,6 +53,7 @@ class _Call:
 
     step: int
     finish: Callable[[np.ndarray], TrainState]
+    copy: bytes  # of what the worker before this one alone has, after the call
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,6 +66,7 @@ class _Kept:
     votes: np.ndarray  # to stop, in the call
     sums: np.ndarray | None  # which ended the call, if there was one
     rows: Sequence[dict[str, Any]]  # that it has added to the metrics
+    copy: bytes  # of what the worker before this one alone has
     time: float
 
 
@@ -72,6 +78,7 @@ class Recovery:
     Attributes:
         lost: what the metrics say of the last loss, or None.
         gone: what was lost with the workers, in words; empty if nothing was.
+        copied: bytes that were sent to the next worker in the last call.
 
     Args:
         trainer: of the run.
@@ -85,8 +92,12 @@ class Recovery:
         self._call: _Call | None = None
         self._read: Any = None
         self._key: Any = None  # of the variables that it reads
+        self._copy = b""  # that has come in the call that has just ended
         self.lost: dict[str, Any] | None = None
         self.gone = ""
+        self.copied = 0
+        self._began = time.monotonic()
+        self._losses, self._seconds = 0, 0.0
 
     def sum(self, value: np.ndarray, step: int, finish: Callable[[np.ndarray], TrainState]) -> np.ndarray:
         """Sums what ends a call of the step over the workers.
@@ -96,7 +107,8 @@ class Recovery:
             step: at which the call has ended.
             finish: completes the call, given the sum.
         """
-        self._call = _Call(step, finish)
+        self._copy = self._exchanged()
+        self._call = _Call(step, finish, self._copy)
         sums = self._trainer.replicas.sum(value)
         self._call = None
         return sums
@@ -119,11 +131,12 @@ class Recovery:
         if self._member is not None:
             allocated = [number for number, group in enumerate(self._trainer.optimizers) if group.state]
             values = self._values(state, allocated)
-            self._kept = _Kept(state, allocated, values, votes, sums, rows, time.monotonic())
+            self._kept = _Kept(state, allocated, values, votes, sums, rows, self._copy, time.monotonic())
 
     def begin(self, state: TrainState) -> None:
         """Notes the state with which the run begins; from here on this worker stays when another is lost."""
         if self._member is not None and self._kept is None:
+            self._copy = self._exchanged()
             self.keep(state, np.zeros(2))
             self._member.stay()
 
@@ -132,6 +145,16 @@ class Recovery:
         if self._member is not None:
             self._member.end()
         self._member = self._kept = None
+
+    def goodput(self) -> str:
+        """Says which part of the time was not lost with workers; nothing if none was lost."""
+        if not self._losses or self._member is None:
+            return ""
+        passed = time.monotonic() - self._began
+        return (
+            f"goodput: {100 * (1 - self._seconds / passed):.1f} % of {passed:.0f} s; {self._seconds:.1f} s went by in "
+            f"{counted(self._losses, 'loss of workers', 'losses of workers')}"
+        )
 
     @property
     def stays(self) -> bool:
@@ -202,7 +225,9 @@ class Recovery:
         """Goes to the furthest step that one has, with those whose state is there; the others get a copy."""
         trainer, kept, replicas = self._trainer, self._kept, self._trainer.replicas
         check_workers(replicas, trainer.fingerprint, self._bindings)
-        own = None if kept is None else {"step": kept.state.step, "since": time.monotonic() - kept.time}
+        now = time.monotonic()
+        own = kept and {"step": kept.state.step, "since": now - kept.time, "passed": now - self._began}
+        own = own and own | {"losses": self._losses, "seconds": self._seconds}
         everyone = [json.loads(each) for each in replicas.gather(json.dumps(own).encode())]
         holders = [rank for rank, each in enumerate(everyone) if each]
         if not holders:
@@ -215,7 +240,7 @@ class Recovery:
             data = self._copied(b"" if sums is None else sums.tobytes(), source, behind)
             if replicas.rank in behind:
                 assert self._call is not None and self._call.step == step
-                sums = np.frombuffer(data, np.float64)
+                sums, self._copy = np.frombuffer(data, np.float64), self._call.copy
                 self._call.finish(sums)  # which keeps the state
         self._call, kept = None, self._kept
         if kept is not None:
@@ -226,11 +251,48 @@ class Recovery:
             packed = self._copied(packed, source, joining)
             kept = self._unpacked(packed) if replicas.rank in joining else kept
         assert kept is not None
+        gone = [rank for rank in joining if not self._given_back(rank, joining, kept)]
+        if joining:  # others are next to whom now
+            kept = dataclasses.replace(kept, values=self._values(kept.state, kept.allocated), copy=self._exchanged())
         self._kept = kept
-        self.gone = _gone(kept.state, joining)
-        seconds = max(everyone[rank]["since"] for rank in holders)
-        self.lost = {"step": step, "split": "fault", "workers": joining, "seconds": round(seconds, 3)}
+        self.gone = _gone(kept.state, gone)
+        since = [each["since"] for each in everyone if each]
+        self._losses, self._seconds = everyone[source]["losses"] + 1, everyone[source]["seconds"] + max(since)
+        self._began = time.monotonic() - everyone[source]["passed"]
+        self.lost = {"step": step, "split": "fault", "workers": joining, "seconds": round(max(since), 3)}
         return kept.state
+
+    def _given_back(self, rank: int, joining: Sequence[int], kept: _Kept) -> bool:
+        """Gives a worker that has come what the lost one alone had; whether the next one has a copy of it."""
+        replicas = self._trainer.replicas
+        buddy = (rank + 1) % replicas.workers
+        data = self._copied(kept.copy if replicas.rank == buddy and buddy not in joining else b"", buddy, [rank])
+        if replicas.rank == rank:
+            self._assign_own(data)
+        return bool(replicas.sum(np.array([len(data)], np.int64))[0])
+
+    def _exchanged(self) -> bytes:
+        """Sends what this worker alone has to the next one; returns what has come from the one before."""
+        backend = self._trainer.replicas.backend
+        if self._member is None or not self._member.buddy or not (own := self._own()):
+            return b""
+        data = b"".join(copy.numpy().tobytes() for copy in own)
+        self.copied = len(data)
+        return backend.shift(data)  # type: ignore[union-attr]
+
+    def _own(self) -> list[tf.Variable]:
+        """This worker's copies of what differs between workers."""
+        local = self._trainer.replicas.strategy.experimental_local_results
+        own = [v for v in self._trainer.state().variables.values() if isinstance(v, PerReplica)]
+        return [copy for v in own for copy in local(v.variable)[: v.topology.local]]
+
+    def _assign_own(self, data: bytes) -> None:
+        start = 0
+        for copy in self._own() if data else ():
+            dtype, count = np.dtype(copy.dtype.as_numpy_dtype), copy.shape.num_elements()
+            copy.assign(np.frombuffer(data, dtype, count, start).reshape(copy.shape))
+            start += count * dtype.itemsize
+        self._write_rows()
 
     def _copied(self, data: bytes, source: int, to: Sequence[int]) -> bytes:
         replicas, backend = self._trainer.replicas, self._trainer.replicas.backend
@@ -325,7 +387,7 @@ class Recovery:
         state = dataclasses.replace(state, step=metadata["step"], sent=sent, schedule=metadata.get("schedule"))
         state = dataclasses.replace(state, judged=metadata.get("judged"))
         values, votes = self._values(state, allocated), np.array(header["votes"])
-        return _Kept(state, allocated, values, votes, sums, header["rows"], time.monotonic())
+        return _Kept(state, allocated, values, votes, sums, header["rows"], b"", time.monotonic())
 
 
 def stays(fragments: Sequence[Fragment]) -> bool:

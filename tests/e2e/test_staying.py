@@ -81,15 +81,26 @@ def test_a_run_that_loses_workers_ends_with_the_same_bits(tmp_path, params):
     assert [first["step"], second["step"]] == [int(step) for step in re.findall(r"all go on from step (\d+)", text)]
 
 
-def test_what_a_lost_worker_alone_had_is_said(tmp_path):
-    """Residuals of the lost one start from zero; the others keep theirs."""
-    params = ["run.reduction = @top_k()", "top_k.density = 0.1"]
+TOP_K = ("run.reduction = @top_k()", "top_k.density = 0.1")
+
+
+@pytest.mark.parametrize("buddy", [False, True])
+def test_what_a_lost_worker_alone_had(tmp_path, buddy):
+    """Residuals of the lost one start from zero, and a line says so; or the next worker has a copy of them."""
+    params = [*TOP_K, f"replicas.buddy = {buddy}"]
+    expected = undisturbed(tmp_path / "whole", *TOP_K, workers=2) if buddy else {}
     with launched(tmp_path, *params, workers=2) as launch:
         reach(launch, 20)
         os.kill(next(pid for pid in launch.members() if pid != launch.chief()), signal.SIGKILL)
         computed = launch.end(STEPS)
-        said = "[0] worker 1 is another: its residuals, what it had not sent yet, start from zero"
-        assert said in launch.log.read_text().splitlines()
+        lines = launch.log.read_text().splitlines()
+        copied = json.loads((launch.run_dir / "traffic.json").read_text())["copied_bytes"]
+    said = "[0] worker 1 is another: its residuals, what it had not sent yet, start from zero"
+    assert (said in lines) == (not buddy)
+    assert any(line.startswith("[0] goodput: ") and "1 loss of workers" in line for line in lines)
+    if buddy:
+        faults.compare(expected, computed)
+        assert copied % (4 * 71_936) == 0 and copied > 0  # float32 of all that is trained, each call
     assert [step for split, step, _ in computed["metrics"] if split == "train"] == list(range(1, STEPS + 1))
 
 
