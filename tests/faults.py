@@ -37,13 +37,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 from safetensors.numpy import load_file
 
 from tests import ROOT
 from tests.benchmarks import tables
 from tests.helpers import hosts
-from tests.helpers.workers import listening
+from tests.helpers.workers import CONNECTED, sockets
 
 COMMAND = "python -m tests.faults"
 RESULTS = Path(__file__).parent / "benchmarks" / "results" / "faults.json"
@@ -70,6 +69,8 @@ def points():
     return Dataset("points", Slow(x, y), ArraySource(x[:120], y[:120]), fingerprint(x, y))
 
 def model():
+    while "DIST_PARTIAL_JOINS" in os.environ and os.path.exists(os.environ["FAULTS_HOLD"]):
+        time.sleep(0.05)
     layers = [keras.Input((16,)), keras.layers.Dense(256, "tanh"), keras.layers.Dense(256, "tanh")]
     return keras.Sequential([*layers, keras.layers.Dropout(0.1), keras.layers.Dense(8)], name="model")
 """
@@ -123,7 +124,7 @@ class Launch:
         self, folder: Path, workers: int = 3, way: str = "process", on_hosts: bool = False, params: Sequence[str] = ()
     ) -> None:
         self.run_dir, self.workers, self.way, self.on_hosts = folder / "run", workers, way, on_hosts
-        self.log, self.crawl = folder / "launch.log", folder / "crawl"
+        self.log, self.crawl, self.hold = folder / "launch.log", folder / "crawl", folder / "hold"
         self.addresses: set[str] = set()
         self.held: list[socket.socket] = []
         self._mark = f"FAULTS_RUN={uuid.uuid4().hex}"  # in the environment of all processes of this run
@@ -150,6 +151,7 @@ class Launch:
                     **os.environ,
                     name: value,
                     "FAULTS_CRAWL": str(self.crawl),  # where there is a file, examples take long
+                    "FAULTS_HOLD": str(self.hold),  # where there is one, none comes in place of a lost worker
                     "PYTHON": sys.executable,
                     "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
                     "CUDA_VISIBLE_DEVICES": "-1",
@@ -192,11 +194,10 @@ class Launch:
         """The pids of the workers that are connected to all others: a spare is not."""
         found = []
         for pid, environment in self.processes().items():
-            with contextlib.suppress(OSError, psutil.Error):
+            with contextlib.suppress(OSError):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 if b"dist_partial.train" in command and "TF_CONFIG" in environment:
-                    met = [each for each in psutil.Process(pid).net_connections("tcp") if each.status == "ESTABLISHED"]
-                    found += [pid] * (len(met) >= self.workers - 1)
+                    found += [pid] * (len(sockets(pid, CONNECTED)) >= self.workers - 1)
         return sorted(found)
 
     def chief(self) -> int:
@@ -438,7 +439,7 @@ def run(
                 launch.crawl.touch()  # a spare takes long to start, and the run is to suffer more
                 launch.wait(launch.ready, "in vain for all workers and spares")
                 launch.crawl.unlink()
-                if ports := [port for pid, _ in launch.trainers().values() for port in listening(pid)]:
+                if ports := [port for pid, _ in launch.trainers().values() for port in sockets(pid)]:
                     raise Broken(f"listens in the middle of a run: {ports}")
                 time.sleep(generator.uniform(0, 0.02 * LOOP))
                 outcomes.append(launch.suffer(fault, generator))

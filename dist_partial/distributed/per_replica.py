@@ -175,6 +175,6 @@ def values(variables: Sequence[PerReplica], gather: Callable[[bytes], list[bytes
     for variable, copies in zip(variables, local, strict=True):
         size = sum(copy.nbytes for copy in copies)
         parts = [np.frombuffer(row[start : start + size], variable.dtype) for row in rows]
-        found.append(np.concatenate(parts).reshape(variable.shape))
+        found.append(np.concatenate(parts).reshape(-1, *variable.shape[1:]))
         start += size
     return found

@@ -109,6 +109,13 @@ class Replicas:
         if self.backend is not None:
             self.backend.forget(name)
 
+    def anew(self) -> "Replicas":
+        """Makes them for as many workers as have met now; what was built with these is of no use any more."""
+        assert self.backend is not None
+        made = over(self.backend, self.topology.local, self.collectives.pack_bytes)
+        (what, _, _), (_, _, how) = made.description.rpartition("; "), self.description.rpartition("; ")
+        return dataclasses.replace(made, description=f"{what}; {how}", host=self.host, membership=self.membership)
+
     def finish(self) -> None:
         """Waits until all workers have done their part; all call it last, so that none takes another for lost."""
         if self.backend is None:

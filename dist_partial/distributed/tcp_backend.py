@@ -293,9 +293,9 @@ class TCPBackend(WorkerBackend):
         self._connections.close(seconds=0.0)
 
     def rejoin(self, workers: Sequence[str], links: dict[int, Link]) -> None:
-        """Goes on over other connections, between the same number of workers; all call it, after `leave`.
+        """Goes on over other connections; all call it, after `leave`.
 
-        What was under way is forgotten. Functions that were traced go on.
+        What was under way is forgotten. Functions that were traced go on, if there are as many workers as before.
 
         Args:
             workers: 'host:port' of each, in rank order.
@@ -303,6 +303,10 @@ class TCPBackend(WorkerBackend):
         """
         with self._changed:
             self._epoch += 1
+            if len(workers) != self.size:
+                self.size, self.knows_rank = len(workers), False
+                self._ops.clear()
+                self._outside.clear()
             for op in self._ops.values():
                 op.begun = 0
                 op.runs.clear()

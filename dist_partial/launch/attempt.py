@@ -1,5 +1,6 @@
 """One attempt of a run: its workers, of which lost ones are replaced where the others can stay (`roster`)."""
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -27,7 +28,7 @@ class Attempt:
     """Runs the workers of a run until all have ended.
 
     Attributes:
-        workers: those that are members now, in rank order.
+        workers: those that are members now, by their numbers; some may be late (`_is_late`).
         ended: the exit codes of those that have ended, in the order in which they did.
 
     Args:
@@ -58,9 +59,11 @@ class Attempt:
         self._staying: set[Worker] = set()  # who can go on when another is lost
         self._roster: roster.Roster | None = None
         self._replaced = Restarts()
-        self._due: list[tuple[float, int]] = []  # when which rank's next process starts
+        self._due: list[tuple[float, int]] = []  # when the next process starts in place of which worker
         self._due_spares: list[tuple[float, int]] = []  # when the next spare starts, and where
         self._numbers = itertools.count()  # of spares
+        self._late: collections.Counter[int] = collections.Counter()  # that ended before they came, by number
+        self._met: Sequence[Worker] = ()  # in the epoch that has begun last
         self._lost: list[str] = []  # since all went on last
         self._since = 0.0
         self._clock, self._looked = 0.0, time.monotonic()  # for who is asked
@@ -148,7 +151,7 @@ class Attempt:
         if "stays" in message:
             self._staying.add(worker)
             if self._roster is None and self._staying == set(self.workers):
-                self._roster = roster.Roster(self.workers)
+                self._roster = roster.Roster(self.workers, message.get("fewer", ()))
                 for place in range(len(self.workers), len(self._commands())):
                     self._start_spare(place)
         if "left" in message and (self._roster is None or self._over or self._stopping):
@@ -159,6 +162,9 @@ class Attempt:
             self._over = True
             if self._roster.broken:
                 self._give_up()
+            for late in list(filter(self._is_late, self.workers)):
+                self._former.append(late)
+                self.workers.remove(late)
         elif "ready" in message:
             self._ready.add(worker)
             if worker in self._spares:
@@ -169,6 +175,8 @@ class Attempt:
         elif "left" in message:
             self._since = self._since or now
             self._do(self._roster.left(worker, message["left"], message["step"]), now)
+        elif "waited" in message:
+            self._do(self._roster.waited(worker), now)
         elif "went" in message:
             self._roster.went(worker, message["went"], message["step"])
             self._staying.add(worker)
@@ -178,25 +186,31 @@ class Attempt:
                 self._lost.clear()
                 self._since = 0.0
                 self._spares_lost = 0
+                self._late.clear()
 
     def _replaces(self, worker: Worker, code: int) -> bool:
         """Whether another process is to be started in place of one that has ended, while the others stay."""
         if self._over or self._roster is None or self.ended:
             return False
-        return code not in (0, INTERRUPTED, EXCEPTION, *MISTAKES) and self._roster.can_lose(worker)
+        again = code not in (0, INTERRUPTED, EXCEPTION, *MISTAKES)
+        return self._is_late(worker) or (again and self._roster.can_lose(worker))
+
+    def _is_late(self, worker: Worker) -> bool:
+        """Whether the others have gone on without a worker, or the one that comes in its place."""
+        return self._roster is not None and self.workers.index(worker) not in self._roster.ranks
 
     def _lose(self, worker: Worker, code: int, now: float) -> None:
         """Has another come in place of a worker that has ended, or gives up where too many did."""
         assert self._roster is not None
+        if self._is_late(worker):
+            return self._lose_late(worker, code, now)
         step, line = self._roster.step, worker.output.error
         if reason := self._replaced.refusal(code, line, Progress(step, step), self._limit):
             self._console.say(f"{worker.name}: no other in its place: {reason.replace('a new checkpoint', 'a step')}")
             return self._give_up()
         self._gone.add(worker)
         self._since = self._since or now
-        killed = code - 128 in set(signal.Signals)
-        how = f"was killed by {signal.Signals(code - 128).name}" if killed else f"ended with exit code {code}"
-        self._lost.append(f"{worker.name} {how}")
+        self._lost.append(_how(worker, code))
         count = self._replaced.count
         # The first since a step is replaced at once, and who is lost beside it; of those that come to nothing, as where
         # a disk is full, not all are started in a second.
@@ -209,6 +223,18 @@ class Attempt:
             comes = f"{spare.name} takes its place{'' if spare in self._ready else ' once it is ready'}"
         self._console.say(f"lost: {self._lost[-1]}{line and f': {line}'}; {comes}")
         self._do(self._roster.ended(worker), now + (0.0 if spare else wait))
+
+    def _lose_late(self, worker: Worker, code: int, now: float) -> None:
+        """Has another come, later, in place of one that has ended before it came; the others train without it."""
+        assert self._roster is not None
+        self._gone.add(worker)
+        self._late[worker.index] += 1
+        wait, line = self._delay(self._late[worker.index]), worker.output.error
+        actions, comes = self._roster.ended(worker), f"another starts in {wait:g} s"
+        if code in (EXCEPTION, *MISTAKES):
+            actions, comes = [each for each in actions if not isinstance(each, roster.Start)], "no other starts"
+        self._console.say(f"{_how(worker, code)}{line and f': {line}'}; {comes}, the others go on without it")
+        self._do(actions, now + wait)
 
     def _lose_spare(self, spare: Worker, now: float) -> None:
         self._spares.remove(spare)
@@ -228,24 +254,41 @@ class Attempt:
                     workers.tell(process, json.dumps({"leave": epoch}))
                 case roster.Ask(process):
                     workers.tell(process, json.dumps({"ask": True}))
-                case roster.Start(rank) if now <= time.monotonic():
-                    self._fill(rank, now)
-                case roster.Start(rank):
-                    self._due.append((now, rank))
+                case roster.Start(number) if now <= time.monotonic():
+                    self._fill(number, now)
+                case roster.Start(number):
+                    self._due.append((now, number))
                 case roster.Kill(process):
                     self._console.say(f"{process.name} does not answer: it is stopped, or cut off")
                     kill_group(process.process.pid)
                 case roster.Begin(epoch, processes):
-                    if not self._lost:
-                        self._lost.append("a connection between them broke")
-                        self._console.say("the workers meet again: a connection between them broke")
-                    commands = self._commands()
-                    meeting = {"epoch": epoch, "workers": [commands[each.place].address for each in processes]}
-                    meeting |= {"secret": commands[0].order["environment"][SECRET]}
-                    for rank, process in enumerate(processes):
-                        workers.tell(process, json.dumps(meeting | {"rank": rank}))
+                    self._meet(epoch, processes)
                 case roster.GiveUp():
                     self._give_up()
+
+    def _meet(self, epoch: int, processes: Sequence[Worker]) -> None:
+        """Has workers meet, in rank order."""
+        before, self._met = self._met or self.workers, processes
+        names = [
+            [each.name for each in several if each not in others]
+            for several, others in ((self.workers, processes), (processes, before))
+        ]
+        if len(processes) < len(before):
+            self._console.say(
+                f"nobody has come in place of {', '.join(names[0])}: the others go on, "
+                f"{len(processes)} of {len(self.workers)}"
+            )
+        elif len(processes) > len(before):
+            self._lost.append(f"{', '.join(names[1])} came")
+            self._console.say(f"{self._lost[-1]}: all meet, {len(processes)} of {len(self.workers)}")
+        elif not self._lost:
+            self._lost.append("a connection between them broke")
+            self._console.say("the workers meet again: a connection between them broke")
+        commands = self._commands()
+        meeting = {"epoch": epoch, "workers": [commands[each.place].address for each in processes]}
+        meeting |= {"secret": commands[0].order["environment"][SECRET]}
+        for rank, process in enumerate(processes):
+            workers.tell(process, json.dumps(meeting | {"rank": rank}))
 
     def _give_up(self) -> None:
         """Has all that are left end: nobody comes in place of who is lost."""
@@ -254,20 +297,20 @@ class Attempt:
         for worker in self.workers:
             workers.tell(worker, json.dumps({"end": True}))
 
-    def _fill(self, rank: int, now: float) -> None:
-        """Gives a rank to a spare, one that is ready if there is one, or to a process that is started."""
+    def _fill(self, number: int, now: float) -> None:
+        """Gives a lost worker's place to a spare, one that is ready if there is one, or to a process that it starts."""
         assert self._roster is not None
-        lost = self.workers[rank]
+        lost = self.workers[number]
         self._former.append(lost)
         workers.stop([lost])  # it has ended
         if worker := self._spare():
             self._spares.remove(worker)
-            worker.output.index, worker.name = rank, re.sub(r"^spare \d+", f"worker {rank}", worker.name)
+            worker.output.index, worker.name = number, re.sub(r"^spare \d+", f"worker {number}", worker.name)
             self._start_spare(lost.place)
         else:
-            worker = self._started(lost.place, rank)
-        self.workers[rank] = worker
-        self._roster.started(rank, worker)
+            worker = self._started(lost.place, number)
+        self.workers[number] = worker
+        self._roster.started(number, worker)
         if worker in self._ready:
             self._do(self._roster.ready(worker), now)
 
@@ -288,3 +331,10 @@ class Attempt:
         number = sum(each.index == index for each in self._former)
         command = dataclasses.replace(command, order=order)
         return workers.start(place, index, command, self._folder, self._console, number)
+
+
+def _how(worker: Worker, code: int) -> str:
+    """How a worker has ended."""
+    if code - 128 in set(signal.Signals):
+        return f"{worker.name} was killed by {signal.Signals(code - 128).name}"
+    return f"{worker.name} ended with exit code {code}"

@@ -1,9 +1,12 @@
 """Who is a member of a run in which epoch: the launcher's side of membership, without processes, sockets or clocks.
 
 The workers of an epoch have met at addresses and by a secret of its own. Once one of them is lost the epoch is broken:
-the others are asked to leave it, and a process is started in place of the lost one. When there is a member for each
-rank, and all of them wait, the next epoch begins. From the loss on until all go on again members are asked whether they
-are there: one that does not answer is stopped or cut off, as good as lost, and killed.
+the others are asked to leave it, and a process is started in place of the lost one. When all places of the epoch have a
+member, and all of them wait, the next epoch begins. From the loss on until all go on again members are asked whether
+they are there: one that does not answer is stopped or cut off, as good as lost, and killed.
+
+Where one does not come for long, the others begin an epoch without it, if the run can go on with so many. Once it has
+come, that epoch is left for one with it.
 
 A `Roster` hears what happens, and answers with what is to be done. So at most one process has a rank, no epoch begins
 before all have left the one before it, and none waits for one that does not come: whoever does not answer is replaced,
@@ -12,7 +15,7 @@ is stopped while it starts is not asked: the others wait for it as long as worke
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 EPOCHS = 20  # without a step in between, until all start again
@@ -37,7 +40,7 @@ class Ask(NamedTuple):
 class Start(NamedTuple):
     """Starts a process in place of a lost one."""
 
-    rank: int
+    place: int
 
 
 class Kill(NamedTuple):
@@ -47,7 +50,7 @@ class Kill(NamedTuple):
 
 
 class Begin(NamedTuple):
-    """Has all members meet, which are given in rank order."""
+    """Has members meet, which are given in rank order; there may be more or fewer than in the epoch before."""
 
     epoch: int
     processes: Sequence[Process]
@@ -79,14 +82,16 @@ class Roster:
         epoch: the number of the one that has begun last.
         broken: whether it was left.
         step: the furthest from which the workers went on.
+        ranks: the places of the epoch that has begun last, in rank order.
 
     Args:
-        processes: those that begin epoch 0, in rank order.
+        processes: those that begin epoch 0: the place of each is its rank there.
+        fewer: with how many fewer the run can go on.
 
     Examples:
         >>> roster = Roster(["a", "b"])
         >>> roster.ended("b")
-        [Leave(process='a', epoch=0), Start(rank=1)]
+        [Leave(process='a', epoch=0), Start(place=1)]
         >>> roster.started(1, "c")
         >>> roster.left("a", epoch=0, step=40)
         []
@@ -94,10 +99,13 @@ class Roster:
         [Begin(epoch=1, processes=['a', 'c'])]
     """
 
-    def __init__(self, processes: Sequence[Process]) -> None:
+    def __init__(self, processes: Sequence[Process], fewer: Collection[int] = ()) -> None:
         self.epoch, self.broken, self.step = 0, False, 0
+        self._counts = {*fewer, len(processes)}
         self._idle = 0  # epochs that have begun without a step in between
         self._members: list[_Member | None] = [_Member(each, inside=True, went=True) for each in processes]
+        self.ranks = list(range(len(processes)))  # the places of the epoch that has begun last
+        self._waited = False  # long enough for those that are not there
 
     def can_lose(self, process: Process) -> bool:
         """Whether another member has the state of the run."""
@@ -105,27 +113,31 @@ class Roster:
 
     @property
     def all_went(self) -> bool:
-        """Whether all members have met in this epoch, and gone on."""
-        return not self.broken and all(each and each.went for each in self._members)
+        """Whether all members of the epoch have met, and gone on."""
+        members = [self._members[place] for place in self.ranks]
+        return not self.broken and all(each and each.went for each in members)
 
     def ended(self, process: Process) -> list[Action]:
         """A process has ended, or cannot be reached."""
         member = self._of(process)
         if member is None:
             return []
-        rank = self._members.index(member)
-        self._members[rank] = None
-        return [*self._break(), Start(rank) if self._is_held() else GiveUp()]
+        place = self._members.index(member)
+        self._members[place] = None
+        broken = self._break() if place in self.ranks else []  # else it had not come yet
+        return [*broken, *([Start(place), *self._begin()] if self._is_held() else [GiveUp()])]
 
-    def started(self, rank: int, process: Process) -> None:
+    def started(self, place: int, process: Process) -> None:
         """A process was started in place of a lost one."""
-        assert self._members[rank] is None
-        self._members[rank] = _Member(process)
+        assert self._members[place] is None
+        self._members[place] = _Member(process)
 
     def ready(self, process: Process) -> list[Action]:
         """A process that was started in place of a lost one waits for the next epoch."""
         if (member := self._of(process)) and not member.inside:
             member.waits = True
+        if not self.broken and len(self.ranks) < len(self._next()):
+            return self._break()
         return self._begin()
 
     def answered(self, process: Process) -> None:
@@ -146,6 +158,12 @@ class Roster:
             return []
         member.inside, member.waits, member.holds = False, True, step is not None
         return [*self._break(), *([] if self._is_held() else [GiveUp()]), *self._begin()]
+
+    def waited(self, process: Process) -> list[Action]:
+        """A member that waits has waited long enough for those that are not there."""
+        if (member := self._of(process)) and member.waits and self.broken:
+            self._waited = True
+        return self._begin()
 
     def went(self, process: Process, epoch: int, step: int) -> None:
         """A member has met the others in an epoch, and goes on from a step."""
@@ -180,19 +198,37 @@ class Roster:
         return [Leave(each.process, self.epoch) for each in inside]
 
     def _begin(self) -> list[Action]:
-        members = [each for each in self._members if each and each.waits]
-        if not self.broken or len(members) < len(self._members) or not self._is_held():
+        ranks = self._next()
+        if not self.broken or not ranks or not self._is_held() or any(each and each.inside for each in self._members):
             return []
         if self._idle >= EPOCHS:
             return [GiveUp()]
         self.epoch, self.broken, self._idle = self.epoch + 1, False, self._idle + 1
-        for each in members:
+        self.ranks, self._waited = ranks, False
+        for each in (members := [each for place in ranks if (each := self._members[place])]):
             each.inside, each.waits, each.went, each.asked = True, False, False, None
         return [Begin(self.epoch, [each.process for each in members])]
 
-    def _is_held(self) -> bool:
+    def _next(self) -> list[int]:
+        """The places of the next epoch, in rank order; none if it cannot begin yet.
+
+        As many as before keep their ranks, which what they have compiled may know. Otherwise those that have the state
+        come first, for the first one saves it.
+        """
+        there = [place for place, each in enumerate(self._members) if each and (each.waits or each.inside)]
+        if {*self.ranks} <= {*there} or self._waited:
+            if len(there) in self._counts and {*there} != {*self.ranks}:
+                return sorted(there, key=lambda place: not self._has_state(place))
+            if {*self.ranks} <= {*there}:
+                return self.ranks
+        return []
+
+    def _has_state(self, place: int) -> bool:
         # One that has begun an epoch may have a copy by now; when it leaves it says so.
-        return any(each and (each.holds or each.inside) for each in self._members)
+        return bool((each := self._members[place]) and (each.holds or each.inside))
+
+    def _is_held(self) -> bool:
+        return any(map(self._has_state, range(len(self._members))))
 
     def _of(self, process: Process) -> _Member | None:
         return next((each for each in self._members if each and each.process == process), None)

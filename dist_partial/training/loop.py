@@ -24,10 +24,11 @@ from dist_partial.step.optimizers import finalize
 from dist_partial.training import evaluation, events, failures, run_folder
 from dist_partial.training.build import Trainer, build, restore
 from dist_partial.training.checks import check_division, check_workers, notes_on_callbacks
+from dist_partial.training.hand_over import hand_over
 from dist_partial.training.judge import Judge, learning_rates, notes_on_averages, reopened
 from dist_partial.training.metric_writer import MetricWriter
 from dist_partial.training.progress import Progress
-from dist_partial.training.recovery import Recovery, Rejoined
+from dist_partial.training.recovery import Recovery, Rejoined, Resized
 from dist_partial.training.schedule_runner import ScheduleRunner
 from dist_partial.training.state import TrainState
 from dist_partial.validation import shown
@@ -56,45 +57,32 @@ def run(
         UserError, Fault, Raised: see `errors`; on every worker, whichever of them it happened on.
         Interrupted: Ctrl-C or SIGTERM on any of the workers; the state is saved.
     """
-    folder, replicas = Path(folder), _replicas(settings)
+    folder, replicas, recovery, words = Path(folder), _replicas(settings), None, _Words(operative, unused)
     data_readers = reading(settings.readers, settings.reader_processes)
-    with put_back(), failures.ended_together(replicas), data_readers, Progress(replicas.is_chief) as progress:
-        trainer = _built(settings, replicas, bindings or {}, progress)
-        recovery = Recovery(trainer, bindings or {})
-        joins = replicas.membership is not None and replicas.membership.joins
-        state = trainer.state() if joins else _restored(trainer, folder)
-        if state.step >= settings.steps or state.stopped:
-            replicas.finish()
-            return trainer
-        runner, evaluate = ScheduleRunner(trainer, state, progress), evaluation.Evaluation(trainer, progress)
-        if joins:
-            runner, state = _joined(runner, recovery, progress)
-        else:
-            evaluate.compile()  # a mistake in the model or the loss shows before the training
-        words = _Words(operative, unused)
-        with events.Stopping(settings.steps) as stop:
-            while True:
-                try:
-                    _train(_Run(folder, runner, evaluate, recovery, stop, words), state)
-                    break
-                except Rejoined as met:
-                    state = met.state
-                runner.go_to(state)
-    return trainer
-
-
-def _joined(runner: ScheduleRunner, recovery: Recovery, progress: Progress) -> tuple[ScheduleRunner, TrainState]:
-    """Compiles what is known to come, and joins the others; what is compiled may not fit the rank that it gets."""
-    trainer, before = runner.trainer, runner.trainer.replicas.rank
-    cached = trainer.settings.activation_cache is not None  # whose batches follow from the step
-    if not cached:
-        for trace in runner.prepare():
-            trace()
-    state, backend = recovery.join(), trainer.replicas.backend
-    if cached or (backend is not None and backend.knows_rank and backend.rank != before):
-        return ScheduleRunner(trainer, state, progress), state
-    runner.go_to(state)
-    return runner, state
+    with (
+        put_back(),
+        failures.ended_together(replicas),
+        data_readers,
+        Progress(replicas.is_chief) as progress,
+        contextlib.ExitStack() as stack,
+    ):
+        stop: events.Stopping | None = None
+        while True:
+            trainer = _built(settings, replicas, bindings or {}, progress)
+            recovery = Recovery(trainer, bindings or {}, recovery)
+            joins = replicas.membership is not None and replicas.membership.joins
+            state = trainer.state() if joins else _restored(trainer, folder)
+            if state.step >= settings.steps or state.stopped:
+                replicas.finish()
+                return trainer
+            stop = stop or stack.enter_context(events.Stopping(settings.steps))
+            runner, evaluate = ScheduleRunner(trainer, state, progress), evaluation.Evaluation(trainer, progress)
+            try:
+                _train_on(_Run(folder, runner, evaluate, recovery, stop, words, progress), state, joins)
+                return trainer
+            except Resized as met:
+                hand_over(trainer, recovery, met, folder)
+            replicas = replicas.anew()
 
 
 @dataclasses.dataclass
@@ -121,6 +109,35 @@ class _Run:
     recovery: Recovery
     stop: events.Stopping
     words: _Words
+    progress: Progress
+
+
+def _train_on(run: _Run, state: TrainState, joins: bool) -> None:
+    """Trains to the end, as often as the same number of workers has to meet again."""
+    if joins:
+        run, state = _joined(run)
+    else:
+        run.evaluate.compile()  # a mistake in the model or the loss shows before the training
+    while True:
+        try:
+            return _train(run, state)
+        except Rejoined as met:
+            state = met.state
+        run.runner.go_to(state)
+
+
+def _joined(run: _Run) -> tuple[_Run, TrainState]:
+    """Compiles what is known to come, and joins the others; what is compiled may not fit the rank that it gets."""
+    trainer, before = run.runner.trainer, run.runner.trainer.replicas.rank
+    cached = trainer.settings.activation_cache is not None  # whose batches follow from the step
+    if not cached:
+        for trace in run.runner.prepare():
+            trace()
+    state, backend = run.recovery.join(), trainer.replicas.backend
+    if cached or (backend is not None and backend.knows_rank and backend.rank != before):
+        return dataclasses.replace(run, runner=ScheduleRunner(trainer, state, run.progress)), state
+    run.runner.go_to(state)
+    return run, state
 
 
 def _train(run: _Run, state: TrainState) -> None:
@@ -145,7 +162,7 @@ def _train(run: _Run, state: TrainState) -> None:
         try:
             recovery.begin(dataclasses.replace(state, judged=judge.to_json()))
             if recovery.lost:
-                writer.workers(recovery.lost, recovery.gone)
+                writer.workers(recovery.went_on(), recovery.gone)
             if owes:
                 _after_steps(run, state, writer, (save, judge))
             for trace in runner.enter(state.step) if owes and not (stop.due(state.step) or judge.reason) else ():
@@ -239,6 +256,7 @@ def _advance(
     save, judge, waits, slowest = followers
     judge.begin_steps()
     save.meter.start()
+    workers = trainer.replicas.workers  # more or fewer may have met by the time that the call is finished
     began, waited = time.perf_counter(), trainer.replicas.waited
     result = runner.advance(count)
     each = traffic.sent_each(phase.sent, phase.plan, steps=1)
@@ -259,9 +277,9 @@ def _advance(
 
     def finish(sums: np.ndarray) -> TrainState:
         losses, norms, votes, waited, metrics = np.split(sums, np.cumsum([len(part) for part in parts])[:-1])
-        norms = norms / trainer.replicas.workers
+        norms = norms / workers
         took = time.perf_counter() - began
-        waits.add(votes[3] / trainer.replicas.workers, took)
+        waits.add(votes[3] / workers, took)
         slowest.add(took, waited)
         run.stop.count(votes[:2])
         if votes[2]:

@@ -7,6 +7,9 @@ those that are left go back to it, meet again (`distributed.membership`), and gi
 A call ends with a sum over all workers, of losses and votes. Whoever has that sum knows that all have made the call;
 one that was cut off from it gets it when they meet again. So all go on from the same step, and none is made twice.
 
+Where as many have not come for long, fewer meet; or more again, later. What was compiled is of no use then: the first
+saves the state from which all go on, and all build anew, as they would in another process.
+
 What a worker alone has, such as residuals, it sends to the next one before that sum, if `replicas.buddy` says so: who
 has the sum knows that all have the copies, too.
 """
@@ -21,6 +24,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from dist_partial import checkpoints
 from dist_partial.distributed import traffic
 from dist_partial.distributed.membership import Membership
 from dist_partial.distributed.per_replica import PerReplica
@@ -45,6 +49,19 @@ class Rejoined(Exception):
     def __init__(self, state: TrainState) -> None:
         super().__init__(f"at step {state.step}")
         self.state = state
+
+
+class Resized(Exception):
+    """Ends what was under way, for more or fewer workers have met, who have to build anew.
+
+    Attributes:
+        state: from which all go on; None on a worker that does not have it.
+        own: bytes of what each worker of before alone had, as far as it is known.
+    """
+
+    def __init__(self, state: TrainState | None, own: Sequence[bytes]) -> None:
+        super().__init__("another number of workers")
+        self.state, self.own = state, own
 
 
 @dataclasses.dataclass(eq=False)
@@ -83,9 +100,10 @@ class Recovery:
     Args:
         trainer: of the run.
         bindings: what the user has bound, which must be the same on all workers.
+        before: that of the same run before another number of workers has met.
     """
 
-    def __init__(self, trainer: Trainer, bindings: Mapping[str, str]) -> None:
+    def __init__(self, trainer: Trainer, bindings: Mapping[str, str], before: "Recovery | None" = None) -> None:
         self._trainer, self._bindings = trainer, bindings
         self._member: Membership | None = trainer.replicas.membership if stays(trainer.fragments) else None
         self._kept: _Kept | None = None
@@ -96,8 +114,13 @@ class Recovery:
         self.lost: dict[str, Any] | None = None
         self.gone = ""
         self.copied = 0
-        self._began = time.monotonic()
-        self._losses, self._seconds = 0, 0.0
+        # For which all was compiled; once it is stale, it can no longer be used.
+        self._rank, self._workers, self._stale = trainer.replicas.rank, trainer.replicas.workers, False
+        self._began, self._losses, self._seconds = time.monotonic(), 0, 0.0
+        self._kept_at = 0.0  # when the call ended after which the last loss was
+        if before is not None:
+            self.lost, self.gone, self._kept_at = before.lost, before.gone, before._kept_at
+            self._began, self._losses, self._seconds = before._began, before._losses, before._seconds
 
     def sum(self, value: np.ndarray, step: int, finish: Callable[[np.ndarray], TrainState]) -> np.ndarray:
         """Sums what ends a call of the step over the workers.
@@ -138,7 +161,12 @@ class Recovery:
         if self._member is not None and self._kept is None:
             self._copy = self._exchanged()
             self.keep(state, np.zeros(2))
-            self._member.stay()
+            if self._member.epoch:  # others have gone on before, with more workers or fewer
+                self._member.went(state.step)
+            else:
+                replicas, batch = self._trainer.replicas, self._trainer.settings
+                parts = replicas.topology.local * batch.accumulate
+                self._member.stay([k for k in range(1, replicas.workers) if not batch.global_batch % (k * parts)])
 
     def end(self) -> None:
         """Notes that nothing is left to do: from here on a loss ends this worker, too."""
@@ -155,6 +183,13 @@ class Recovery:
             f"goodput: {100 * (1 - self._seconds / passed):.1f} % of {passed:.0f} s; {self._seconds:.1f} s went by in "
             f"{counted(self._losses, 'loss of workers', 'losses of workers')}"
         )
+
+    def went_on(self) -> dict[str, Any]:
+        """What the metrics say of the last loss; from here on steps are made again."""
+        assert self.lost is not None
+        seconds = time.monotonic() - self._kept_at
+        self._seconds += seconds
+        return self.lost | {"seconds": round(seconds, 3)}
 
     @property
     def stays(self) -> bool:
@@ -175,6 +210,16 @@ class Recovery:
     def owes(self) -> bool:
         """Whether what follows a call of the step is to be made yet, at the step from which the run goes on."""
         return self._kept is not None and self._kept.sums is not None
+
+    def arrays(self, own: Sequence[bytes]) -> dict[str, np.ndarray]:
+        """The values of the state that this worker has gone back to, as a checkpoint has them.
+
+        Args:
+            own: of what each worker alone had, from `Resized`.
+        """
+        assert self._kept is not None
+        variables = self._variables(self._kept.state, self._kept.allocated)
+        return self._of_first(checkpoints.read(variables, self._kept.state.step, lambda _: list(own)))
 
     def join(self) -> TrainState:
         """Meets the others, in place of a worker that is lost; returns the state from which they go on."""
@@ -225,11 +270,14 @@ class Recovery:
         """Goes to the furthest step that one has, with those whose state is there; the others get a copy."""
         trainer, kept, replicas = self._trainer, self._kept, self._trainer.replicas
         check_workers(replicas, trainer.fingerprint, self._bindings)
+        self._stale |= replicas.workers != self._workers or (kept is not None and replicas.rank != self._rank)
         now = time.monotonic()
-        own = kept and {"step": kept.state.step, "since": now - kept.time, "passed": now - self._began}
-        own = own and own | {"losses": self._losses, "seconds": self._seconds}
+        own: dict[str, Any] = {"stale": self._stale, "rank": self._rank}
+        if kept is not None:
+            own |= {"step": kept.state.step, "since": now - kept.time, "passed": now - self._began}
+            own |= {"losses": self._losses, "seconds": self._seconds}
         everyone = [json.loads(each) for each in replicas.gather(json.dumps(own).encode())]
-        holders = [rank for rank, each in enumerate(everyone) if each]
+        holders = [rank for rank, each in enumerate(everyone) if "step" in each]
         if not holders:
             raise Fault("no worker is left that has the state of the run; run the same command again to go on")
         step = max(everyone[rank]["step"] for rank in holders)
@@ -245,6 +293,9 @@ class Recovery:
         self._call, kept = None, self._kept
         if kept is not None:
             self._go_back(kept)
+        self._note_loss(step, everyone[source], max(everyone[rank]["since"] for rank in holders))
+        if any(each["stale"] for each in everyone):
+            raise self._resized(kept, step, [each["rank"] for each in everyone if "step" in each])
         joining = [rank for rank in range(replicas.workers) if rank not in holders]
         if joining:
             packed = self._packed(kept) if kept is not None and replicas.rank == source else b""
@@ -255,12 +306,40 @@ class Recovery:
         if joining:  # others are next to whom now
             kept = dataclasses.replace(kept, values=self._values(kept.state, kept.allocated), copy=self._exchanged())
         self._kept = kept
-        self.gone = _gone(kept.state, gone)
-        since = [each["since"] for each in everyone if each]
-        self._losses, self._seconds = everyone[source]["losses"] + 1, everyone[source]["seconds"] + max(since)
-        self._began = time.monotonic() - everyone[source]["passed"]
-        self.lost = {"step": step, "split": "fault", "workers": joining, "seconds": round(max(since), 3)}
+        self.gone = _gone(kept.state, gone, "is another", "start from zero")
+        self._rank = replicas.rank
+        self.lost = {"step": step, "split": "fault", "workers": joining}
         return kept.state
+
+    def _note_loss(self, step: int, source: dict[str, Any], seconds: float) -> None:
+        """Notes when the call ended from which all go on, and what the one that has its state knows of losses."""
+        now = time.monotonic()
+        self._losses, self._seconds = source["losses"] + 1, source["seconds"]
+        self._began, self._kept_at = now - source["passed"], now - seconds
+
+    def _resized(self, kept: _Kept | None, step: int, ranks: Sequence[int]) -> Resized:
+        """Collects what all need to build anew; `ranks` had before those that have the state."""
+        replicas, member = self._trainer.replicas, self._member
+        assert member is not None
+        self._stale, member.joins = True, False
+        own = b"" if kept is None else b"".join(copy.numpy().tobytes() for copy in self._own())
+        number = self._workers if kept is not None else 0
+        number = int(max(replicas.sum(replicas.alone(number))))
+        found = {}
+        for rank, copy in zip(ranks, self._of_holders(b"" if kept is None else kept.copy, kept), strict=True):
+            found[(rank - 1) % number] = copy
+        found |= dict(zip(ranks, self._of_holders(own, kept), strict=True))
+        missing = [rank for rank in range(number) if rank not in ranks]
+        self.lost = {"step": step, "split": "fault", "workers": missing, "of": number, "now": replicas.workers}
+        self.gone = _gone(
+            self._trainer.state(), [rank for rank in missing if not found.get(rank)], "is lost", "are gone"
+        )
+        return Resized(None if kept is None else kept.state, [found[rank] for rank in sorted(found) if found[rank]])
+
+    def _of_holders(self, data: bytes, kept: _Kept | None) -> list[bytes]:
+        """The bytes of each that has the state."""
+        rows = self._trainer.replicas.gather((b"" if kept is None else b"+") + data)
+        return [row[1:] for row in rows if row]
 
     def _given_back(self, rank: int, joining: Sequence[int], kept: _Kept) -> bool:
         """Gives a worker that has come what the lost one alone had; whether the next one has a copy of it."""
@@ -339,14 +418,22 @@ class Recovery:
         slots = {f"slots/{name}" for number in allocated for name in self._trainer.optimizers[number].state}
         return {name: v for name, v in state.variables.items() if name in slots or not name.startswith("slots/")}
 
+    def _of_first(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Values with the states of generators that the first replica of all has."""
+        first = self._rank * self._trainer.replicas.topology.local
+        return arrays | {
+            name: layer_state.seed_of_first(array, first)
+            for name, array in arrays.items()
+            if name.startswith("generators/")
+        }
+
     def _packed(self, kept: _Kept) -> bytes:
         """The state as bytes: a line of JSON, and the values."""
-        first = self._trainer.replicas.topology.first
         arrays = {
             name: _of_another(variable) if isinstance(variable, PerReplica) else keras.ops.convert_to_numpy(variable)
             for name, variable in self._variables(kept.state, kept.allocated).items()
         }
-        arrays |= {n: layer_state.seed_of_first(a, first) for n, a in arrays.items() if n.startswith("generators/")}
+        arrays = self._of_first(arrays)
         header = {
             "arrays": [[name, array.dtype.name, array.shape] for name, array in arrays.items()],
             "metadata": kept.state.metadata() | {"step": kept.state.step},
@@ -400,20 +487,20 @@ def stays(fragments: Sequence[Fragment]) -> bool:
     return not any(fragment.reduction.delay for fragment in fragments)
 
 
-def _gone(state: TrainState, ranks: Sequence[int]) -> str:
+def _gone(state: TrainState, ranks: Sequence[int], what: str, become: str) -> str:
     """What no other worker had of the state of those that are lost, in words."""
     found = [(name, v.when_fewer) for name, v in state.variables.items() if isinstance(v, PerReplica)]
     # What else a reduction keeps, such as factors, is alike on all.
     own = {kind for name, kind in found if kind in ("sum", "chunks") or not name.startswith("reductions/")}
-    what = [
-        words
-        for kinds, words in (
-            ({"sum", "chunks"}, "its residuals, what it had not sent yet, start from zero"),
+    words = [
+        text
+        for kinds, text in (
+            ({"sum", "chunks"}, f"its residuals, what it had not sent yet, {become}"),
             ({"mean", "own"}, "its own weights and slots since the last exchange are a copy of another worker's"),
         )
         if kinds & own
     ]
-    return f"worker {', '.join(map(str, ranks))} is another: {'; '.join(what)}" if what and ranks else ""
+    return f"worker {', '.join(map(str, ranks))} {what}: {'; '.join(words)}" if words and ranks else ""
 
 
 def _inner(variable: Any) -> Any:

@@ -10,7 +10,7 @@ from dist_partial.selection.plan import Plan
 from dist_partial.selection.table import plan_table
 from dist_partial.training.build import Trainer
 
-_PATIENCE_SECONDS = 10.0
+PATIENCE_SECONDS = 10.0
 _WRITTEN: tuple[str, ...] = ("checkpoints", "best", "tensorboard", "tensorboard/train", "tensorboard/eval")
 _WRITTEN += ("metrics.jsonl", "samples.jsonl")
 
@@ -45,7 +45,7 @@ def begun(folder: Path, trainer: Trainer, plan: Plan | None, comes: bool = False
         comes: whether this worker may come in place of another, which is about to leave the folder.
     """
     active = trainer.replicas.is_chief
-    with held(folder, active, _PATIENCE_SECONDS if comes else 0.0):
+    with held(folder, active, PATIENCE_SECONDS if comes else 0.0):
         if active and plan is not None:
             with writing(folder):
                 write_json(folder / fingerprints.RUN_FILE, trainer.fingerprint | fingerprints.began(folder))

@@ -22,7 +22,7 @@ from dist_partial.launch import restarts
 from tests import ROOT, strangers
 from tests.helpers.cases import assert_equal
 from tests.helpers.files import assert_same_state, rows, state
-from tests.helpers.workers import listening, loopback, run_workers, small_disk, tf_config
+from tests.helpers.workers import loopback, run_workers, small_disk, sockets, tf_config
 
 pytestmark = pytest.mark.slow
 
@@ -292,7 +292,7 @@ def test_a_worker_that_never_starts(bench):
 
     def look(processes):
         while processes[0].poll() is None:
-            seen.update(listening(processes[0].pid))
+            seen.update(sockets(processes[0].pid))
             time.sleep(0.05)
 
     (result,) = bench.run("replicas.start_seconds = 3", count=1, addresses=where, meanwhile=look)
@@ -463,7 +463,7 @@ def test_sigterm_to_one_of_two(bench, whole):
 
     def terminate(processes):
         bench.wait_for_step(3, processes)
-        listened.extend(address for process in processes for address in listening(process.pid))
+        listened.extend(address for process in processes for address in sockets(process.pid))
         processes[1].send_signal(signal.SIGTERM)
 
     slow = {rank: {"STEP_SECONDS": "0.1"} for rank in range(2)}

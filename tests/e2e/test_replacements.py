@@ -47,8 +47,8 @@ attempt.FINISH = settings.pop("finish", 60.0)
 roster.ANSWER_SECONDS = settings.pop("answer", roster.ANSWER_SECONDS)
 
 class Roster(roster.Roster):
-    def __init__(self, processes):
-        super().__init__(processes)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         (folder / "all stay").touch()  # which the launcher does not say
 
 roster.Roster = Roster

@@ -113,3 +113,33 @@ def test_ctrl_c_while_workers_wait_for_another(tmp_path):
         launch.process.send_signal(signal.SIGINT)
         assert launch.process.wait(30) == 130, launch.tail()
         assert not launch.processes()
+
+
+def test_others_go_on_with_fewer_and_take_one_that_comes_later(tmp_path):
+    """As a run does that is stopped twice, and goes on with other numbers of workers."""
+    folder = tmp_path / "apart"
+    folder.mkdir()
+    with launched(folder, "replicas.rejoin_seconds = 3") as launch:
+        launch.hold.touch()
+        reach(launch, 20)
+        os.kill(launch.chief(), signal.SIGKILL)
+        launch.wait(lambda: launch.log.read_text().count("all go on from step") == 1, "for two of three")
+        launch.crawl.touch()  # one that comes takes longer to start than the run takes
+        launch.hold.unlink()
+        launch.wait(lambda: launch.log.read_text().count("all go on from step") == 2, "for the third")
+        launch.crawl.unlink()
+        computed = launch.end(STEPS)
+        text, faults_ = launch.log.read_text(), faults_of(launch)
+    assert "restart 1 of" not in text
+    assert "nobody has come in place of worker 0: the others go on, 2 of 3" in text
+    assert "worker 0 came: all meet, 3 of 3" in text
+    steps = [int(step) for step in re.findall(r"all go on from step (\d+)", text)]
+    assert [(row["step"], row["workers"], row["now"]) for row in faults_] == [(steps[0], [0], 2), (steps[1], [], 3)]
+    expected = {}
+    for number, last in ((3, steps[0]), (2, steps[1]), (3, STEPS)):
+        with launched(tmp_path, f"run.steps = {last}", workers=number) as launch:
+            expected = launch.end(last)
+    # Those that were stopped have evaluated at their ends as well.
+    for each in (expected, computed):
+        each["metrics"] = [row for row in each["metrics"] if row[0] == "train"]
+    faults.compare(expected, computed)

@@ -104,18 +104,22 @@ def tf_config(workers: Sequence[str], index: int) -> str:
     return json.dumps({"cluster": {"worker": list(workers)}, "task": {"type": "worker", "index": index}})
 
 
-def listening(pid: int) -> list[str]:
+LISTENS, CONNECTED = "0A", "01"  # of Linux's net/tcp_states.h
+
+
+def sockets(pid: int, state: str = LISTENS) -> list[str]:
     """The TCP addresses, 'host:port', at which a process listens; '[::]' and '0.0.0.0' are all of the host's.
 
-    Only on Linux; of a process that has ended there are none.
+    Only on Linux; of a process that has ended there are none. With CONNECTED those of its ends of connections, also of
+    a process in another network namespace.
     """
     found = []
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         descriptors = {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
         for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
             for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-                local, state, inode = (line.split()[column] for column in (1, 3, 9))
-                if state == "0A" and f"socket:[{inode}]" in descriptors:  # TCP_LISTEN of Linux's net/tcp_states.h
+                local, now, inode = (line.split()[column] for column in (1, 3, 9))
+                if now == state and f"socket:[{inode}]" in descriptors:
                     host, _, port = local.partition(":")
                     # The address is written in words of four bytes, each of which is in the machine's order.
                     words = [int(host[i : i + 8], 16) for i in range(0, len(host), 8)]

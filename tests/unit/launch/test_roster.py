@@ -1,14 +1,16 @@
 """Who is a member in which epoch: the launcher's roster, with simulated workers that are lost at any moment.
 
-Hypothesis picks what happens next: which queue delivers, who is lost. What the workers do is written here once more,
-after the words of `distributed.membership`; the steps they make are compared with a log.
+Hypothesis picks what happens next: which queue delivers, who is lost, and which process does not come for long. What
+the workers do is written here once more, after the words of `distributed.membership`; the steps they make are compared
+with a log.
 """
 
 import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -17,8 +19,10 @@ import pytest
 
 from dist_partial.launch.roster import ANSWER_SECONDS, Ask, Begin, GiveUp, Kill, Leave, Roster, Start
 
-INSIDE = ("meeting", "agreed", "training")  # places of a worker that is in an epoch
-ROUNDS = 150  # in which all must train again; a few are enough
+INSIDE = ("meeting", "agreed", "training")  # phases of a worker that is in an epoch
+ROUNDS = 150  # in which all must train again; a few are enough, and some more where one does not come
+AT_ONCE = 20  # things that one worker does in a round, for one that is alone would not end
+PATIENCE = 10.0  # seconds for which a worker waits for the others
 OFTEN = 20  # of so many events, one is a fault, and in two time passes
 
 Event = tuple[str, Callable[[], None]]
@@ -45,8 +49,11 @@ class Worker:
 
     name: str
     history: list | None = None  # the steps in its state; None: it has no state yet
-    place: str = "starting"
+    phase: str = "starting"
     meeting: Meeting | None = None
+    late: bool = False  # it does not come until it is let go
+    patience: float = math.inf  # seconds until it has waited long enough; one that has not gone on yet waits for ever
+    waited: bool = False  # it has said so
     over: int = -1  # the newest epoch that is to be left
     called: bool = False  # it has sent what it adds to the next step
     frames: dict[tuple[int, "Worker"], Frame] = dataclasses.field(default_factory=dict)
@@ -67,24 +74,26 @@ class Worker:
             return
         if self.orders and not self.cut:
             yield f"{self} is told: {self.orders[0]}", self.obey
-        if self.place == "starting":
+        if self.phase == "starting" and not self.late:
             yield f"{self} is ready", self.get_ready
-        if self.place == "waiting" and self.begun:
+        if self.phase == "waiting" and self.patience <= 0 and not self.waited and not self.begun:
+            yield f"{self} has waited", self.wait
+        if self.phase == "waiting" and self.begun:
             yield f"{self} comes to epoch {self.begun[0].number}", self.come
-        if self.meeting is None or self.place not in INSIDE:
+        if self.meeting is None or self.phase not in INSIDE:
             return
         if self.over >= self.meeting.number or any(map(self.is_lost, self.meeting.members)):
             yield f"{self} leaves", self.leave
-        if self.place == "meeting" and len(self.meeting.came) == len(self.meeting.members):
+        if self.phase == "meeting" and len(self.meeting.came) == len(self.meeting.members):
             yield f"{self} takes the state", self.agree
-        if self.place == "agreed":
+        if self.phase == "agreed":
             yield f"{self} goes on", self.go_on
-        if self.place == "training" and self.called and len(self.received()) == len(self.meeting.members):
+        if self.phase == "training" and self.called and len(self.received()) == len(self.meeting.members):
             yield f"{self} makes step {len(self.history)}", self.step
 
     def is_lost(self, other: "Worker") -> bool:
         """Whether it can notice that another has gone, answers no more, or has left the epoch."""
-        has_left = other in self.meeting.came and (other.meeting is not self.meeting or other.place == "waiting")
+        has_left = other in self.meeting.came and (other.meeting is not self.meeting or other.phase == "waiting")
         return not other.alive or other.stopped or has_left
 
     def say(self, *message: Any) -> None:
@@ -101,15 +110,21 @@ class Worker:
                 self.begun.append(meeting)
 
     def get_ready(self) -> None:
-        self.place = "waiting"
+        self.phase = "waiting"
         self.say("ready")
 
+    def wait(self) -> None:
+        self.waited = True
+        self.say("waited")
+
     def come(self) -> None:
-        self.meeting, self.place = self.begun.popleft(), "meeting"
+        self.meeting, self.phase = self.begun.popleft(), "meeting"
         self.meeting.came[self] = None if self.history is None else list(self.history)
 
     def leave(self) -> None:
-        self.place = "waiting"
+        if self.phase == "training":
+            self.patience = PATIENCE  # also for the epochs from which it does not go on
+        self.phase, self.waited = "waiting", False
         self.frames.clear()
         self.say("left", self.meeting.number, None if self.history is None else len(self.history))
 
@@ -119,15 +134,15 @@ class Worker:
         if self.history is not None and len(self.history) < len(furthest):
             # It has added to the step that it lacks, or the step would not have been made.
             assert self.called and self.history == furthest[:-1]
-        self.history, self.called, self.place = list(furthest), False, "agreed"
+        self.history, self.called, self.phase = list(furthest), False, "agreed"
 
     def go_on(self) -> None:
-        self.place = "training"
+        self.phase = "training"
         self.say("went", self.meeting.number, len(self.history))
 
     def receive(self, frame: Frame) -> None:
         # One of an older epoch may come at any time.
-        if self.place in INSIDE and frame.meeting.number == self.meeting.number:
+        if self.phase in INSIDE and frame.meeting.number == self.meeting.number:
             self.frames[frame.step, frame.sender] = frame
 
     def received(self) -> list[Frame]:
@@ -147,20 +162,27 @@ class Worker:
 class Run:
     """A launcher that does what a roster says, its workers, and what is on its way between them all."""
 
-    def __init__(self, ranks: int, spares: int, faults: int = 0) -> None:
+    def __init__(
+        self, ranks: int, spares: int, faults: int = 0, fewer: Collection[int] = (), late: Collection[int] = ()
+    ) -> None:
         self.names = itertools.count()
         self.workers: list[Worker] = []
-        self.ranks: list[Worker | None] = [self.start([]) for _ in range(ranks)]
-        self.meeting = Meeting(0, list(self.ranks), {each: [] for each in self.ranks})
-        for each in self.ranks:
-            each.place, each.meeting = "training", self.meeting
-        self.roster = Roster(list(self.ranks))
+        self.late = {ranks + number for number in late}  # of the processes that are started, those that do not come
+        self.places: list[Worker | None] = [self.start([]) for _ in range(ranks)]  # who has each
+        self.meeting = Meeting(0, list(self.places), {each: [] for each in self.places})
+        self.chosen = list(range(ranks))  # the places of the epoch that has begun last, in rank order
+        for each in self.places:
+            each.phase, each.meeting = "training", self.meeting
+        fewer = {number for number in fewer if number < ranks}
+        self.allowed = fewer | {ranks}
+        self.roster = Roster(list(self.places), fewer)
         self.spares = [self.start() for _ in range(spares)]
         self.ready: set[Worker] = set()
-        self.went = set(self.ranks)  # who has said that it goes on in the epoch that has begun last
+        self.went = set(self.places)  # who has said that it goes on in the epoch that has begun last
+        self.waited: set[Worker] = set()  # who has said, since that is broken, that it has waited long enough
         self.seen: set[Worker] = set()  # whose end the launcher has seen
         self.links: dict[tuple[Worker, Worker, int], collections.deque[Frame]] = {}
-        self.due: list[int] = []  # ranks to be given to another process
+        self.due: list[int] = []  # places to be given to another process
         self.asked: dict[Worker, float] = {}  # when; not who has answered since, or was told something else
         self.killed: set[Worker] = set()  # or about to be
         self.heard: list[tuple[Worker, tuple]] = []
@@ -169,7 +191,8 @@ class Run:
         self.counts: collections.Counter[str] = collections.Counter()
 
     def start(self, history: list | None = None) -> Worker:
-        self.workers.append(Worker(f"w{next(self.names)}", history))
+        number = next(self.names)
+        self.workers.append(Worker(f"w{number}", history, late=number in self.late))
         return self.workers[-1]
 
     # What may happen.
@@ -180,8 +203,8 @@ class Run:
         for (sender, receiver, number), frames in self.links.items():
             if frames:
                 yield f"{receiver} gets a frame of {sender}, epoch {number}", functools.partial(self.carry, frames)
-        for rank in self.due:
-            yield f"rank {rank} is filled", functools.partial(self.fill, rank)
+        for place in self.due:
+            yield f"place {place} is filled", functools.partial(self.fill, place)
 
     def events_of(self, worker: Worker) -> Iterator[Event]:
         if worker.said:
@@ -190,7 +213,7 @@ class Run:
             yield f"{worker} is killed", functools.partial(self.kill, worker)
         if (worker.gone or not worker.alive) and worker not in self.seen:
             yield f"the end of {worker} is seen", functools.partial(self.see_end, worker)
-        if worker.alive and not worker.stopped and worker.place == "training" and not worker.called:
+        if worker.alive and not worker.stopped and worker.phase == "training" and not worker.called:
             yield f"{worker} calls step {len(worker.history)}", functools.partial(self.call, worker)
         yield from worker.events()
 
@@ -202,14 +225,16 @@ class Run:
             if not worker.gone:
                 yield f"{worker} is cut off", functools.partial(self.cut, worker)
             # One that is stopped while it starts is not asked.
-            if worker.place != "starting" and self.is_noticed(worker):
+            if worker.phase != "starting" and self.is_noticed(worker):
                 if not worker.stopped:
                     yield f"{worker} is stopped", functools.partial(setattr, worker, "stopped", True)
                 if not worker.cut:
                     yield f"{worker} is cut off unnoticed", functools.partial(setattr, worker, "cut", True)
+            if worker.late:
+                yield f"{worker} is let go", functools.partial(setattr, worker, "late", False)
             if worker.stopped:
                 yield f"{worker} runs on", functools.partial(setattr, worker, "stopped", False)
-            elif worker.place in INSIDE:
+            elif worker.phase in INSIDE:
                 yield f"{worker} loses a connection", worker.leave
         if self.is_noticed():
             yield "all are stopped", self.stop_all
@@ -218,8 +243,8 @@ class Run:
 
     def is_noticed(self, worker: Worker | None = None) -> bool:
         """Whether it comes out that one is stopped, or all: not where all have gone on, and none is left to say so."""
-        for each in self.ranks:
-            if each is None or not each.alive or (not each.cut and each.place != "training"):
+        for each in self.meeting.members:
+            if not each.alive or (not each.cut and each.phase != "training"):
                 return True
             if worker and each is not worker and not each.cut and not each.stopped:
                 return True
@@ -229,8 +254,8 @@ class Run:
         worker.cut = worker.gone = True
 
     def stop_all(self) -> None:
-        for each in self.ranks:
-            if each and each.place != "starting":
+        for each in self.places:
+            if each and each.phase != "starting":
                 each.stopped = True
 
     def choose(self, choice: int) -> None:
@@ -253,32 +278,70 @@ class Run:
         self.check()
 
     def settle(self) -> None:
-        """Has everything arrive and time pass, without another fault: all train again, or nobody can."""
+        """Has everything arrive and time pass, without another fault: all who come train again, or nobody can."""
         goal = 2 + max(len(each.history) for each in self.workers if each.history is not None)
         for _ in range(ROUNDS):
             if self.given_up or self.trains(goal):
                 return
             for worker in list(self.workers):
-                while not self.given_up and (event := next(self.events_of(worker), None)):
-                    self.happen(*event)
+                for _ in range(AT_ONCE):
+                    if not self.given_up and (event := next(self.events_of(worker), None)):
+                        self.happen(*event)
             for frames in list(self.links.values()):
                 while frames:
                     self.carry(frames)
             while self.due:
                 self.fill(self.due[0])
             self.happen("time passes", functools.partial(self.tick, 0.5))
-        pytest.fail(f"they wait for ever: {[(each, each and each.place) for each in self.ranks]}")
+        if not self.is_stuck():
+            pytest.fail(f"they wait for ever: {[(each, each and each.phase) for each in self.places]}")
+        self.counts["stuck"] += 1
+
+    def let_go(self) -> None:
+        """From now on every process comes."""
+        self.late = set()
+        for each in self.workers:
+            each.late = False
 
     def trains(self, goal: int) -> bool:
-        """Whether all ranks are in the epoch that has begun last, and get on, as the launcher has heard."""
-        return self.roster.all_went and all(
-            each
+        """Whether all who are there are in the epoch that has begun last, and get on, as the launcher has heard."""
+        members = self.meeting.members
+        others = [each for each in self.places if each not in members]
+        if (
+            not self.roster.all_went
+            or self.can_grow()
+            or any(not (each and (each.late or each in self.ready)) for each in others)
+        ):
+            return False
+        return all(
+            each in self.places
             and each.alive
-            and each.place == "training"
+            and each.phase == "training"
             and each.meeting is self.meeting
             and len(each.history) >= goal
-            for each in self.ranks
+            for each in members
         )
+
+    def outside(self) -> list[Worker]:
+        """Who has a place and is ready, as the launcher has heard, but is not in the epoch."""
+        return [each for each in self.places if each in self.ready and each not in self.meeting.members]
+
+    def can_grow(self) -> bool:
+        """Whether an epoch with those that are not in this one may begin."""
+        outside = self.outside()
+        return bool(outside) and len(self.meeting.members) + len(outside) in self.allowed
+
+    def is_stuck(self) -> bool:
+        """Whether they rightly wait for one that does not come: without it, they are not as many as may go on.
+
+        Or nobody can say that it has waited.
+        """
+        there = [each for each in self.places if each and not each.late]
+        assert self.roster.broken and all(each.alive and each.phase == "waiting" for each in there)
+        assert any((each := self.places[place]) and each.late for place in self.chosen)
+        speak = {each for each in there if each.patience < math.inf and not each.stopped and not each.cut}
+        assert self.waited >= speak
+        return not speak or len(there) not in self.allowed
 
     # What the launcher does.
 
@@ -289,9 +352,11 @@ class Run:
             return
         could = self.roster.can_lose(worker)
         actions = self.roster.ended(worker)
-        if worker in self.ranks:
+        if worker not in self.meeting.members:
+            assert not any(isinstance(action, Leave) for action in actions), "it was not in the epoch"
+        if worker in self.places:
             assert could == (GiveUp() not in actions)
-            self.ranks[self.ranks.index(worker)] = None
+            self.places[self.places.index(worker)] = None
         self.do(actions)
 
     def hear(self, worker: Worker) -> None:
@@ -303,7 +368,7 @@ class Run:
         match message:
             case ("ready",):
                 self.ready.add(worker)
-                self.do(self.roster.ready(worker))
+                self.take_ready(worker)
             case ("answers",):
                 self.asked.pop(worker, None)
                 self.roster.answered(worker)
@@ -313,20 +378,34 @@ class Run:
                 self.roster.went(worker, epoch, step)
                 if epoch == self.meeting.number:
                     self.went.add(worker)
+            case ("waited",):
+                if self.roster.broken and worker in self.places and worker.phase == "waiting":
+                    self.waited.add(worker)
+                self.do(self.roster.waited(worker))
+
+    def take_ready(self, worker: Worker) -> None:
+        broken = self.roster.broken
+        actions = self.roster.ready(worker)
+        if not broken:
+            leave = [Leave(each, self.meeting.number) for each in self.meeting.members] if self.can_grow() else []
+            assert sorted(actions, key=repr) == sorted(leave, key=repr)
+        self.do(actions)
 
     def tick(self, seconds: float) -> None:
         self.now += seconds
+        for each in self.workers:
+            each.patience -= seconds
         self.do(self.roster.tick(self.now))
 
-    def fill(self, rank: int) -> None:
-        self.due.remove(rank)
+    def fill(self, place: int) -> None:
+        self.due.remove(place)
         worker = max(self.spares, key=lambda spare: spare in self.ready) if self.spares else self.start()
         if self.spares:
             self.spares.remove(worker)
-        self.ranks[rank] = worker
-        self.roster.started(rank, worker)
+        self.places[place] = worker
+        self.roster.started(place, worker)
         if worker in self.ready:
-            self.do(self.roster.ready(worker))
+            self.take_ready(worker)
 
     def kill(self, worker: Worker) -> None:
         """Ends a process, or, where it is cut off, what joins it to the launcher."""
@@ -339,19 +418,19 @@ class Run:
         for action in actions:
             match action:
                 case Leave(worker, epoch):
-                    assert worker in self.ranks and epoch == self.meeting.number
+                    assert worker in self.places and worker in self.meeting.members and epoch == self.meeting.number
                     self.asked.pop(worker, None)
                     worker.orders.append(action)
                 case Ask(worker):
-                    assert worker in self.ranks and worker not in self.killed
+                    assert worker in self.places and worker not in self.killed and worker in self.meeting.members
                     assert self.roster.broken or worker not in self.went, "nobody waits for it"
                     self.asked[worker] = self.now
                     worker.orders.append(action)
-                case Start(rank):
-                    assert self.ranks[rank] is None and rank not in self.due
-                    self.due.append(rank)
+                case Start(place):
+                    assert self.places[place] is None and place not in self.due
+                    self.due.append(place)
                 case Kill(worker):
-                    assert worker in self.ranks and worker not in self.killed
+                    assert worker in self.places and worker not in self.killed
                     assert worker in self.asked, "it has answered, or was not asked since"
                     assert self.now >= self.asked[worker] + ANSWER_SECONDS
                     self.killed.add(worker)
@@ -361,22 +440,43 @@ class Run:
                 case Begin(epoch, workers):
                     self.begin(epoch, list(workers))
                 case GiveUp():
-                    assert not any(each and each.history is not None for each in self.ranks), "one has the state"
+                    assert not any(each and each.history is not None for each in self.places), "one has the state"
                     self.given_up = True
 
     def begin(self, epoch: int, workers: list[Worker]) -> None:
-        assert workers == self.ranks and not self.killed.intersection(workers)
+        places = [self.places.index(each) for each in workers]
+        self.check_places(places)
+        assert not self.killed.intersection(workers)
         for each in workers:
-            assert each.place == "waiting" and not each.begun, "one has not left"
+            assert each.phase == "waiting" and not each.begun, "one has not left"
             assert not any(isinstance(order, Meeting) for order in each.orders), "one has not come to the last"
         assert any(each.history is not None for each in workers)
         assert epoch == self.meeting.number + 1
-        self.meeting, self.went = Meeting(epoch, workers), set()
+        before, self.chosen = self.chosen, places
+        self.meeting, self.went, self.waited = Meeting(epoch, workers), set(), set()
+        more = len(places) - len(before)
+        self.counts += collections.Counter(fewer=more < 0, grown=more > 0, shut_out=bool(self.outside()))
+        self.counts["others"] += not more and {*places} != {*before}
         self.asked.clear()
         lengths = {None if each.history is None else len(each.history) for each in workers}
         self.counts += collections.Counter(begun=1, joined=None in lengths, apart=len(lengths - {None}) > 1)
         for each in workers:
             each.orders.append(self.meeting)
+
+    def check_places(self, places: list[int]) -> None:
+        """Those that begin an epoch are all who are there, if so many may, and the first one has the state."""
+        before, now = {*self.chosen}, {*places}
+        assert len(now) == len(places) and len(places) in self.allowed
+        if now == before:  # always, where all must go on together
+            assert places == self.chosen, "ranks change"
+        else:
+            assert places == sorted(places, key=lambda place: (self.places[place].history is None, place))
+            assert self.places[places[0]].history is not None
+        assert now >= before or self.waited, "nobody has waited for one that is not there"
+        out = {each for place, each in enumerate(self.places) if each and place not in now}
+        assert out.isdisjoint(self.meeting.members), "one that was in the last epoch is shut out"
+        if out.intersection(self.ready):
+            assert now == before and not self.can_grow(), "one that is ready is shut out"
 
     # What the workers do to each other, and what must hold.
 
@@ -395,11 +495,12 @@ class Run:
             receiver.receive(frame)
 
     def check(self) -> None:
-        inside = [each for each in self.workers if each.alive and each.place in INSIDE]
+        inside = [each for each in self.workers if each.alive and each.phase in INSIDE]
         held = [(each.meeting.number, each.meeting.members.index(each)) for each in inside]
         assert len(held) == len(set(held)), "two have the same rank in an epoch"
-        assert self.roster.all_went == (not self.roster.broken and self.went.issuperset(self.ranks))
-        histories = [each.history for each in self.ranks if each and each.alive and each.history is not None]
+        assert self.roster.all_went == (not self.roster.broken and self.went.issuperset(self.meeting.members))
+        assert self.roster.ranks == self.chosen
+        histories = [each.history for each in self.places if each and each.alive and each.history is not None]
         self.log += min(histories, key=len, default=[])[len(self.log) :]
         assert [step for step, *_ in self.log] == list(range(len(self.log)))
         assert all(each[: len(self.log)] == self.log for each in histories), "a step is lost, or made twice"
@@ -407,29 +508,44 @@ class Run:
         assert all(len(each) == 1 and each == ahead[0] for each in ahead), "they are more than a step apart"
 
 
-def test_workers_go_on_together_whatever_is_lost():
+def explore(**more: st.SearchStrategy) -> collections.Counter[str]:
+    """Makes runs of all kinds, and counts what has happened in them."""
     counts: collections.Counter[str] = collections.Counter()
 
     @hypothesis.settings(max_examples=600, deadline=None, derandomize=True, database=None)
     @hypothesis.given(
-        ranks=st.integers(2, 4),
-        spares=st.integers(0, 2),
-        faults=st.integers(0, 8),
+        made=st.builds(Run, st.integers(2, 4), st.integers(0, 2), st.integers(0, 8), **more),
         schedule=st.lists(st.integers(0, 2**16), min_size=60, max_size=300),
     )
-    def run(ranks, spares, faults, schedule):
-        made = Run(ranks, spares, faults)
+    def run(made, schedule):
         for choice in schedule:
             made.choose(choice)
         hypothesis.note("no more faults")
         made.settle()
+        hypothesis.note("all come")
+        made.let_go()
+        made.settle()
+        assert made.given_up or made.meeting.members == [made.places[place] for place in made.chosen]
+        assert made.given_up or len(made.chosen) == len(made.places)
         counts.update(made.counts + collections.Counter(given_up=made.given_up, went_on=not made.given_up))
 
     run()
-    # The schedules lead to all that matters.
-    matters = {"joined", "apart", "stopped, killed", "cut off, killed", "slow, killed", "killed in a meeting"}
-    few = {kind for kind in matters | {"given_up", "went_on"} if counts[kind] < 20}
-    assert not few, counts
+    return counts
+
+
+MATTERS = ("joined", "apart", "stopped, killed", "cut off, killed", "slow, killed", "killed in a meeting")
+MATTERS = (*MATTERS, "given_up", "went_on")  # the schedules lead to all that does
+
+
+def test_workers_go_on_together_whatever_is_lost():
+    counts = explore()
+    assert all(counts[kind] >= 20 for kind in MATTERS), counts
+    assert not any(counts[kind] for kind in ("stuck", "fewer", "grown", "others", "shut_out")), counts
+
+
+def test_fewer_workers_go_on_and_more_again():
+    counts = explore(fewer=st.frozensets(st.integers(1, 3)), late=st.frozensets(st.integers(0, 7)))
+    assert all(counts[kind] >= 20 for kind in (*MATTERS, "stuck", "fewer", "grown", "others", "shut_out")), counts
 
 
 def test_one_loss():
@@ -663,7 +779,7 @@ def test_a_spare_is_ready_at_once():
 
 def test_a_worker_is_stopped_after_its_answer():
     run = Run(ranks=3, spares=0)
-    _, second, last = run.ranks
+    _, second, last = run.places
     last.alive = False
     run.see_end(last)
     run.tick(0.0)
@@ -676,26 +792,26 @@ def test_a_worker_is_stopped_after_its_answer():
 
 
 @pytest.mark.parametrize("number", [1, 3])
-@pytest.mark.parametrize("place", ["waiting", "meeting", "agreed"])
-def test_workers_are_stopped_on_their_way_back(place, number):
+@pytest.mark.parametrize("phase", ["waiting", "meeting", "agreed"])
+def test_workers_are_stopped_on_their_way_back(phase, number):
     run = Run(ranks=3, spares=0)
-    first, second, last = run.ranks
+    first, second, last = run.places
     last.alive = False
     run.see_end(last)
     run.fill(2)
     first.leave()
     second.leave()
-    run.ranks[2].get_ready()
-    for each in run.ranks:
+    run.places[2].get_ready()
+    for each in run.places:
         run.hear(each)
     assert run.meeting.number == 1
-    for each in run.ranks if place != "waiting" else []:
+    for each in run.places if phase != "waiting" else []:
         while each.orders:
             each.obey()
         each.come()
-    for each in run.ranks if place == "agreed" else []:
+    for each in run.places if phase == "agreed" else []:
         each.agree()
-    stopped = run.ranks[:number]
+    stopped = run.places[:number]
     for each in stopped:
         each.stopped = True
     run.settle()
