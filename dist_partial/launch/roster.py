@@ -57,7 +57,7 @@ class Begin(NamedTuple):
 
 
 class GiveUp(NamedTuple):
-    """Gives up, for nobody is left who has the state of the run."""
+    """Gives up: nobody is left who has the state of the run, or the run cannot go on with as many as there are."""
 
 
 Action = Leave | Ask | Start | Kill | Begin | GiveUp
@@ -198,9 +198,11 @@ class Roster:
         return [Leave(each.process, self.epoch) for each in inside]
 
     def _begin(self) -> list[Action]:
-        ranks = self._next()
-        if not self.broken or not ranks or not self._is_held() or any(each and each.inside for each in self._members):
+        if not self.broken or not self._is_held() or any(each and each.inside for each in self._members):
             return []
+        ranks = self._next()
+        if not ranks:
+            return [GiveUp()] if self._waited else []
         if self._idle >= EPOCHS:
             return [GiveUp()]
         self.epoch, self.broken, self._idle = self.epoch + 1, False, self._idle + 1

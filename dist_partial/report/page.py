@@ -92,6 +92,8 @@ def page(runs: Sequence[Run]) -> str:
         strips=strips(runs),
         values=[_thinned(run.evaluations, _VALUES) for run in runs],
         value_names=_value_names(runs),
+        staff=[(number, run.staff) for number, run in enumerate(runs) if run.staff.losses or run.staff.waited],
+        values_at_most=_VALUES,
         traffic=[(number, run.traffic) for number, run in enumerate(runs) if _metered(run)],
         layers=[layers(run.variables) for run in runs],
         folded=_FOLDED,

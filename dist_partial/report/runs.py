@@ -90,6 +90,37 @@ class Strip:
 
 
 @dataclasses.dataclass(frozen=True)
+class Workers:
+    """Holds what the metrics say of the workers of a run.
+
+    Attributes:
+        seconds: that steps took, as far as they were added up.
+        waited: of these, the seconds in which each worker waited for others; () if there is one, or it is not known.
+        losses: (step from which the run went on, what was lost, seconds until then), in order.
+
+    Examples:
+        >>> found = Workers(90.0, (4.5, 0.0), ((120, "worker 1", 10.0),))
+        >>> found.goodput, found.slowest
+        (0.9, 1)
+    """
+
+    seconds: float = 0.0
+    waited: tuple[float, ...] = ()
+    losses: tuple[tuple[int, str, float], ...] = ()
+
+    @property
+    def goodput(self) -> float:
+        """The share that steps have of their time and of what was lost; NaN if neither is known."""
+        whole = self.seconds + sum(seconds for _, _, seconds in self.losses)
+        return self.seconds / whole if whole else math.nan
+
+    @property
+    def slowest(self) -> int:
+        """The worker that has waited least: the others waited for it."""
+        return min(range(len(self.waited)), key=lambda worker: self.waited[worker])
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """Holds what was read of one run folder.
 
@@ -105,6 +136,7 @@ class Run:
         share: of exchanging everything, up to the last step; NaN if it is not known.
         evaluations: rows of the split "eval", by step; numbers only.
         switches: (step, names of the units that are trained from it on); () if the selection never changes.
+        staff: what is known of its workers.
         samples: rows of samples.jsonl whose fields have the right types.
         traffic: traffic.json, {} if there is none.
         fingerprint: run_fingerprint.json, {} if there is none.
@@ -124,6 +156,7 @@ class Run:
     share: float
     evaluations: tuple[dict[str, float], ...]
     switches: tuple[tuple[int, tuple[str, ...]], ...]
+    staff: Workers
     samples: tuple[dict[str, Any], ...]
     traffic: dict[str, Any]
     fingerprint: dict[str, Any]
@@ -266,6 +299,7 @@ def _read(folder: Path, name: str) -> Run:
     shares: dict[int, float] = {}
     evaluations: dict[int, dict[str, float]] = {}
     switches: dict[int, tuple[str, ...]] = {}
+    of_workers: list[dict[str, Any]] = []
     metrics, samples = _Lines(folder / "metrics.jsonl"), _Lines(folder / "samples.jsonl")
     for row in metrics:
         step, split = row.get("step"), row.get("split")
@@ -281,6 +315,8 @@ def _read(folder: Path, name: str) -> Run:
             evaluations[step] = {key: _number(value) for key, value in row.items() if key != "split"}
         elif split == "plan" and isinstance(row.get("units"), list):
             switches[max(step, 1)] = tuple(dict.fromkeys(map(str, row["units"])))
+        elif split in ("workers", "fault"):
+            of_workers.append(row)
     texts = []
     for row in samples:
         kinds = {"step": int, "temperature": (int, float), "prompt": str, "text": str}
@@ -304,6 +340,7 @@ def _read(folder: Path, name: str) -> Run:
         share=shares[max(shares)] if shares else math.nan,
         evaluations=tuple(evaluations[step] for step in sorted(evaluations)),
         switches=tuple((step, switches[step]) for step in sorted(switches)),
+        staff=_staff(of_workers),
         samples=tuple(texts),
         traffic=_json(folder / "traffic.json"),
         fingerprint=_json(folder / "run_fingerprint.json"),
@@ -311,6 +348,28 @@ def _read(folder: Path, name: str) -> Run:
         configuration=configuration,
         skipped=skipped,
     )
+
+
+def _staff(rows: Sequence[dict[str, Any]]) -> Workers:
+    """Adds up the rows about the workers, of as many as there were last."""
+    seconds, waited, losses = 0.0, [0.0], []
+    for row in rows:
+        took = max(0.0, _number(row.get("seconds")))  # 0 for what is none
+        numbers = [max(0.0, _number(each)) for each in _list(row.get("waited_seconds"))]
+        if row["split"] == "workers":
+            seconds += took
+            waited = [a + b for a, b in itertools.zip_longest(waited, numbers, fillvalue=0.0)][: len(numbers)]
+            continue
+        names = ", ".join(f"worker {each}" for each in _list(row.get("workers")) if type(each) is int)
+        counts = [row.get(name) for name in ("of", "now")]
+        if all(type(count) is int for count in counts):
+            names = f"{names and names + '; '}{counts[1]} instead of {counts[0]} workers go on"
+        losses.append((row["step"], names or "a connection", took))
+    return Workers(seconds, tuple(waited) if len(waited) > 1 else (), tuple(losses))
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 class _Lines:

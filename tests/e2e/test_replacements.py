@@ -760,3 +760,100 @@ def test_where_one_has_not_told_that_it_stays_all_start_again(tmp_path):
         assert_gone([each["pid"] for each in first], 0)
         assert "lost: " not in launcher.out and not started(launcher, joins=True)
         assert len(started(launcher)) == 6
+
+
+# One that comes in place of a lost one does so once there is a file; the others wait for it in vain.
+FEWER = """
+    def leave():
+        global left
+        if not left:
+            left = True
+            say(left=epoch, step=held)
+            say(waited=True)
+
+    if joins:
+        wait_for("come")
+        begin()
+    else:
+        say(stays=True, fewer=[1, 2])
+    serve()
+    end()
+"""
+
+
+def test_others_go_on_with_fewer_and_take_one_that_comes_later(tmp_path):
+    with supervised(tmp_path, FEWER) as launcher:
+        first = started(launcher)
+        kill(first[0])
+        says(launcher, "nobody has come in place of worker 0: the others go on, 2 of 3\n")
+        says(launcher, "all go on")
+        fewer = noted(launcher, "epoch", 2)
+        assert {each["pid"]: each["rank"] for each in fewer} == {first[1]["pid"]: 0, first[2]["pid"]: 1}
+        assert [address.partition(":")[0] for address in fewer[0]["workers"]] == ["10.0.0.1", "10.0.0.2"]
+        (tmp_path / "come").touch()
+        says(launcher, "worker 0 came: all meet, 3 of 3\n")
+        wait_until(lambda: len(lines(launcher, "all go on")) == 2 or launcher.process.poll() is not None)
+        (tmp_path / "done").touch()
+        ends(launcher, 0)
+        (new,) = started(launcher, joins=True)
+        more = noted(launcher, "epoch", 5)[2:]
+        ranks = {first[1]["pid"]: 0, first[2]["pid"]: 1, new["pid"]: 2}  # the first has a state that it can save
+        assert {each["pid"]: each["rank"] for each in more} == ranks
+        assert [each["epoch"] for each in more] == [2, 2, 2]
+        assert [address.partition(":")[0] for address in more[0]["workers"]] == ["10.0.0.1", "10.0.0.2", "10.0.0.0"]
+        assert [line.split(" s after: ")[1] for line in lines(launcher, "all go on")] == [
+            "worker 0 was killed by SIGKILL",
+            "worker 0 came",
+        ]
+        assert started(launcher) == first
+
+
+def test_who_has_not_come_is_not_waited_for_at_the_end(tmp_path):
+    with supervised(tmp_path, FEWER) as launcher:
+        kill(started(launcher)[1])
+        says(launcher, "all go on")
+        noted(launcher, "starts", 4)
+        (tmp_path / "done").touch()
+        ends(launcher, 0, SOON)
+        assert "restart" not in launcher.out and launcher.err == ""
+
+
+@pytest.mark.parametrize(("code", "comes"), [(255, "another starts in 0.3 s"), (2, "no other starts")])
+def test_one_that_fails_before_it_comes_does_not_disturb_those_that_train_without_it(tmp_path, code, comes):
+    fails = f"wait_for('come') or print('error: no such host') or sys.exit({code})"
+    script = FEWER.replace('wait_for("come")', fails)
+    with supervised(tmp_path, script, delay=0.3) as launcher:
+        kill(started(launcher)[2])
+        says(launcher, "all go on")
+        (tmp_path / "come").touch()
+        line = f"worker 2 ended with exit code {code}: error: no such host; {comes}, the others go on without it\n"
+        says(launcher, line)
+        if code == 255:
+            wait_until(lambda: launcher.out.count(line) == 3)
+        time.sleep(1.0)
+        assert len(started(launcher, joins=True)) == (1 if code == 2 else pytest.approx(6, abs=3))
+        assert not notes(launcher, "leave")[2:]
+        (tmp_path / "done").touch()
+        ends(launcher, 0, SOON)
+        assert "restart" not in launcher.out
+
+
+def test_so_few_that_a_batch_does_not_divide_all_start_again(tmp_path):
+    script = FEWER.replace("fewer=[1, 2]", "fewer=[1]")
+    with supervised(tmp_path, script) as launcher:
+        kill(started(launcher)[2])
+        says(launcher, "restart 1 of 10")
+        (tmp_path / "done").touch()
+        ends(launcher, 0)
+        assert "nobody has come" not in launcher.out and not notes(launcher, "epoch")
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_launcher_that_is_told_to_stop_while_fewer_train_ends_in_time(tmp_path, signum, code):
+    with supervised(tmp_path, FEWER) as launcher:
+        kill(started(launcher)[0])
+        says(launcher, "all go on")
+        noted(launcher, "starts", 4)
+        os.kill(launcher.process.pid, signum)
+        ends(launcher, code, SOON)
+        assert "restart" not in launcher.out

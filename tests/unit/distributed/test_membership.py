@@ -57,6 +57,7 @@ def again(backends):
 def hasty(monkeypatch):
     """Who meets looks more often whether it is over: most of what these tests take is that they meet."""
     monkeypatch.setattr(rendezvous, "_RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(membership, "_BEGINS_SECONDS", 0.5)
 
 
 @pytest.fixture
@@ -638,8 +639,8 @@ def test_each_message_is_a_line_of_json_as_it_is_documented(launcher, newcomer):
     workers, links = met(2)
     backend = newcomer(2, rank=1)
     member = Membership(launcher.worker, backend, lambda epoch, abandoned: links[0], SECONDS, joins=False)
-    member.stay()
-    assert launcher.hears() == '{"stays": true}\n'
+    member.stay([1, 2])
+    assert launcher.hears() == '{"stays": true, "fewer": [1, 2]}\n'
     member.ready()
     assert launcher.hears() == '{"ready": true}\n'
     member.leave(None)
@@ -654,7 +655,7 @@ def test_each_message_is_a_line_of_json_as_it_is_documented(launcher, newcomer):
     assert launcher.hears() == '{"answers": true}\n'
     member.end()
     assert launcher.hears() == '{"ends": true}\n'
-    for message in ("stays", "ready", "answers", "left", "went", "ends", "leave", "ask", "epoch", "end"):
+    for message in ("stays", "ready", "answers", "left", "waited", "went", "ends", "leave", "ask", "epoch", "end"):
         assert f'{{"{message}": ' in membership.__doc__
     links[1][0].socket.close()
 
@@ -672,7 +673,7 @@ def test_what_two_threads_say_at_once_stays_apart(launcher, newcomer):
 
     asking, saying = in_thread(ask), in_thread(say)
     lines = sorted(launcher.hears() for _ in range(400))
-    assert lines == ['{"answers": true}\n'] * 200 + ['{"stays": true}\n'] * 200
+    assert lines == ['{"answers": true}\n'] * 200 + ['{"stays": true, "fewer": []}\n'] * 200
     assert asking() is saying() is None
 
 
@@ -820,6 +821,34 @@ def test_no_epoch_in_time_is_a_fault_that_names_the_binding(launcher, newcomer, 
     assert isinstance(error, Fault) and "within 0.5 s (replicas.rejoin_seconds)" in str(error)
 
 
+def test_one_that_has_waited_long_enough_says_so_and_comes_to_fewer(launcher, connected, newcomer):
+    """And then to more, of which one has met nobody yet."""
+    first, second, _ = connected(3)
+    assert each([first, second], lambda backend: backend.size) == [3, 3]
+    workers, links = met(2)
+    member = Membership(launcher.worker, first, lambda epoch, abandoned: links[0], 0.2, joins=False)
+    member.leave(3)
+    second.leave()
+    rejoined = in_thread(member.rejoin)
+    assert [launcher.hears() for _ in range(2)] == ['{"left": 0, "step": 3}\n', '{"waited": true}\n']
+    launcher.epoch(1, 0, workers)
+    assert rejoined() is None
+    second.rejoin(workers, links[1])
+    for backends in ([first, second], [first, second, newcomer(3, rank=2)]):
+        if len(backends) == 3:
+            for backend in backends[:2]:
+                backend.leave()
+            again(backends)
+        count = len(backends)
+        for size in SIZES.values():  # of which some were exchanged by another number before
+            rows = [np.arange(size, dtype=np.float32) * (k + 1) for k in range(count)]
+            sums = each(backends, lambda backend, rows=rows: backend.sum(rows[backend.rank]))
+            gathered = each(backends, lambda backend: backend.gather(bytes([backend.rank]) * (backend.rank + 1)))
+            assert all(same_bits([row, sum(rows)]) for row in sums)
+            assert gathered == [[bytes([k]) * (k + 1) for k in range(count)]] * count
+            assert each(backends, lambda backend: backend.size) == [count] * count
+
+
 def test_a_meeting_that_fails_when_the_time_is_over_is_a_fault(launcher, newcomer):
     def meet(epoch, abandoned):
         time.sleep(0.5)
@@ -858,7 +887,7 @@ def test_a_launcher_that_is_gone_is_a_fault(launcher, newcomer, joins, meets, re
     rejoined = in_thread(member.rejoin)
     assert begun.wait(SECONDS) if meets else not begun.wait(0.2)
     if reads:
-        assert launcher.hears() == '{"stays": true}\n'
+        assert launcher.hears() == '{"stays": true, "fewer": []}\n'
     else:
         assert select.select([launcher.own], [], [], SECONDS)[0]
     launcher.close()

@@ -119,6 +119,38 @@ def switch(step: int, *units: str) -> dict[str, Any]:
     return {"step": step, "split": "plan", "digest": "0", "units": list(units)}
 
 
+def of_workers(split: str, step: int, seconds: Any, **more: Any) -> dict[str, Any]:
+    return {"step": step, "split": split, "seconds": seconds, **more}
+
+
+def test_workers_waits_and_losses(tmp_path):
+    """Added up for as many workers as there were last; what is no number counts as nothing."""
+    rows = [
+        of_workers("workers", 20, 10.0, waited_seconds=[1.0, 2.0, 4.0]),
+        of_workers("fault", 25, 1.5, workers=[1]),
+        of_workers("fault", 30, 6.5, workers=[2], of=3, now=2),
+        of_workers("workers", 40, 8.0, waited_seconds=[2.0, 0.5]),
+        of_workers("fault", 45, 2.0, workers=[]),
+        of_workers("fault", 50, HOSTILE, workers=HOSTILE, of=HOSTILE, now=True),
+        of_workers("workers", 60, "?", waited_seconds=[HOSTILE, None]),
+    ]
+    folder = write_run(tmp_path / "one", before=rows)
+    [run] = runs.read([folder])
+    assert run.staff.waited == (3.0, 2.5) and run.staff.slowest == 1 and run.staff.seconds == 18.0
+    assert run.staff.losses == (
+        (25, "worker 1", 1.5),
+        (30, "worker 2; 2 instead of 3 workers go on", 6.5),
+        (45, "a connection", 2.0),
+        (50, "a connection", 0.0),
+    )
+    assert run.staff.goodput == 18 / 28
+    text = "".join(Elements(report(tmp_path, folder)).text.split())  # cells are next to each other
+    assert "Goodput64.3%:stepstook18s,anduntiltheywentonafteraloss10swentby." in text
+    assert "worker2;2insteadof3workersgoon306.5000s" in text
+    assert "theotherswaitedforworker1.workerwaitedofthetimeworker03s16.7%worker12.5000s13.9%" in text
+    assert "Goodput" not in report(tmp_path, write_run(tmp_path / "other"))
+
+
 def test_numbers_of_a_run(tmp_path):
     [run] = runs.read([write_run(tmp_path / "one")])
     train = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
