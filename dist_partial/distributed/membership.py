@@ -113,6 +113,7 @@ class Membership:
     def leave(self, step: int | None) -> None:
         """Leaves the epoch, in which a worker is lost; `step` is the one whose state this worker holds, if any."""
         self._step = step
+        self.joins = self.joins and step is None  # one that has got the state waits as the others do
         self._backend.leave()
         self._say({"left": self.epoch, "step": step})
 

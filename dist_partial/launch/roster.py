@@ -125,7 +125,8 @@ class Roster:
         place = self._members.index(member)
         self._members[place] = None
         broken = self._break() if place in self.ranks else []  # else it had not come yet
-        return [*broken, *([Start(place), *self._begin()] if self._is_held() else [GiveUp()])]
+        # What may begin now waits for `tick`: a spare that is ready comes as well.
+        return [*broken, Start(place) if self._is_held() else GiveUp()]
 
     def started(self, place: int, process: Process) -> None:
         """A process was started in place of a lost one."""
@@ -136,9 +137,7 @@ class Roster:
         """A process that was started in place of a lost one waits for the next epoch."""
         if (member := self._of(process)) and not member.inside:
             member.waits = True
-        if not self.broken and len(self.ranks) < len(self._next()):
-            return self._break()
-        return self._begin()
+        return self._go_on()
 
     def answered(self, process: Process) -> None:
         """A member says that it is there."""
@@ -157,13 +156,13 @@ class Roster:
         if member is None or epoch != self.epoch or not member.inside or member.killed:
             return []
         member.inside, member.waits, member.holds = False, True, step is not None
-        return [*self._break(), *([] if self._is_held() else [GiveUp()]), *self._begin()]
+        return [*self._break(), *([] if self._is_held() else [GiveUp()]), *self._go_on()]
 
     def waited(self, process: Process) -> list[Action]:
         """A member that waits has waited long enough for those that are not there."""
         if (member := self._of(process)) and member.waits and self.broken:
             self._waited = True
-        return self._begin()
+        return self._go_on()
 
     def went(self, process: Process, epoch: int, step: int) -> None:
         """A member has met the others in an epoch, and goes on from a step."""
@@ -186,7 +185,7 @@ class Roster:
             else:
                 each.asked, each.answered = now, False
                 actions.append(Ask(each.process))
-        return actions
+        return [*actions, *self._go_on()]
 
     def _break(self) -> list[Action]:
         if self.broken:
@@ -197,10 +196,13 @@ class Roster:
             each.asked = None
         return [Leave(each.process, self.epoch) for each in inside]
 
-    def _begin(self) -> list[Action]:
-        if not self.broken or not self._is_held() or any(each and each.inside for each in self._members):
-            return []
+    def _go_on(self) -> list[Action]:
+        """Begins the next epoch if it can, or leaves this one for one of more."""
         ranks = self._next()
+        if not self.broken:
+            return self._break() if len(ranks) > len(self.ranks) else []
+        if not self._is_held() or any(each and each.inside for each in self._members):
+            return []
         if not ranks:
             return [GiveUp()] if self._waited else []
         if self._idle >= EPOCHS:

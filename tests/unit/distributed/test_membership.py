@@ -849,6 +849,18 @@ def test_one_that_has_waited_long_enough_says_so_and_comes_to_fewer(launcher, co
             assert each(backends, lambda backend: backend.size) == [count] * count
 
 
+def test_one_that_has_got_the_state_waits_no_longer_than_the_others(launcher, newcomer):
+    """Though it has not gone on yet: it may be the last that has the state."""
+    workers, links = met(2)
+    member = Membership(launcher.worker, newcomer(2), lambda epoch, abandoned: links[0], 0.2, joins=True)
+    launcher.epoch(1, 0, workers)
+    member.rejoin()
+    member.leave(7)
+    error = in_thread(member.rejoin)()
+    assert isinstance(error, Fault) and "within 0.2 s (replicas.rejoin_seconds)" in str(error)
+    links[1][0].socket.close()
+
+
 def test_a_meeting_that_fails_when_the_time_is_over_is_a_fault(launcher, newcomer):
     def meet(epoch, abandoned):
         time.sleep(0.5)
