@@ -46,23 +46,18 @@ def faults_of(launch):
     return [row for row in rows if row["split"] == "fault"]
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        (),
-        # Slots come and go, and what is trained now is in no gradient of before.
-        (
-            "run.schedule = @block_rotation()",
-            "block_rotation.every = 40",
-            "run.leave = 'reset'",
-            "run.steps_per_loop = 1",
-        ),
-    ],
-    ids=["constant", "schedule"],
+# Slots come and go, and what is trained now is in no gradient of before.
+SCHEDULE = (
+    "run.schedule = @block_rotation()",
+    "block_rotation.every = 40",
+    "run.leave = 'reset'",
+    "run.steps_per_loop = 1",
 )
-def test_a_run_that_loses_workers_ends_with_the_same_bits(tmp_path, params):
-    expected = undisturbed(tmp_path / "whole", *params)
-    with launched(tmp_path, *params, way="spare") as launch:
+
+
+def test_a_run_that_loses_workers_ends_with_the_same_bits(tmp_path):
+    expected = undisturbed(tmp_path / "whole", *SCHEDULE)
+    with launched(tmp_path, *SCHEDULE, way="spare") as launch:
         reach(launch, 20)
         os.kill(launch.chief(), signal.SIGKILL)  # while the spare is not there yet
         launch.wait(lambda: launch.log.read_text().count("all go on from step") == 1, "for the first")

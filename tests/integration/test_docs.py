@@ -21,6 +21,7 @@ from dist_partial import __main__ as commands
 from dist_partial.config import gin_files
 from tests import ROOT
 from tests.helpers import snippets
+from tests.helpers.shared import once
 from tests.helpers.snippets import Block
 
 PAGES = snippets.pages()
@@ -180,10 +181,12 @@ def test_benchmark_pages_show_the_results():
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory):
     """A folder like the repository's root, after a short run of the quickstart."""
-    folder = tmp_path_factory.mktemp("root")
-    snippets.make_folder(folder)
-    snippets.shell("dist-partial train --gin_file=gin_configs/quickstart.gin", folder)
-    return folder
+
+    def make(folder):
+        snippets.make_folder(folder)
+        snippets.shell("dist-partial train --gin_file=gin_configs/quickstart.gin", folder)
+
+    return once(tmp_path_factory, "quickstart", make)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from tests import ROOT
 from tests.helpers.fit_common import BATCH, X
 from tests.helpers.fit_inputs import MOMENTUM
 from tests.helpers.fit_workers import LEVELS, SCENARIOS
+from tests.helpers.shared import once
 from tests.helpers.workers import run_workers
 
 pytestmark = pytest.mark.slow
@@ -25,16 +26,24 @@ COUNTS = pytest.mark.parametrize("count", NAMES)
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """Where plain Keras ends on one device, by scenario."""
-    folder, names = tmp_path_factory.mktemp("one"), [*SCENARIOS, "all_reduce"]
-    command = [sys.executable, *MODULE, str(folder), "1", *names]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    names = [*SCENARIOS, "all_reduce"]
+
+    def make(folder):
+        command = [sys.executable, *MODULE, str(folder), "1", *names]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+
+    folder = once(tmp_path_factory, "fit-one", make)
     return {name: dict(np.load(folder / f"{name}-1-0.npz")) for name in names}
 
 
-def of_workers(folder, count, replicas, names):
+def of_workers(factory, count, replicas, names):
     """Where workers end, by scenario: of each."""
-    for code, output in run_workers([*MODULE, str(folder), str(replicas), *names], workers=count, timeout=400):
-        assert code == 0, output[-3000:]
+
+    def make(folder):
+        for code, output in run_workers([*MODULE, str(folder), str(replicas), *names], workers=count, timeout=400):
+            assert code == 0, output[-3000:]
+
+    folder = once(factory, f"fit-{count}-{replicas}", make)
     return {name: [dict(np.load(folder / f"{name}-{count}-{rank}.npz")) for rank in range(count)] for name in names}
 
 
@@ -46,7 +55,7 @@ def several(tmp_path_factory):
     @functools.cache
     def run(count):
         try:
-            return of_workers(tmp_path_factory.mktemp("several"), count, 1, runs[count])
+            return of_workers(tmp_path_factory, count, 1, runs[count])
         except AssertionError as error:  # which no other test is to wait for again
             return error
 
@@ -61,7 +70,7 @@ def several(tmp_path_factory):
 @pytest.fixture(scope="module")
 def levels(tmp_path_factory):
     """Where two workers of two replicas each end."""
-    return of_workers(tmp_path_factory.mktemp("levels"), 2, 2, LEVELS)
+    return of_workers(tmp_path_factory, 2, 2, LEVELS)
 
 
 @pytest.mark.parametrize(("count", "name"), [(count, name) for count, names in NAMES.items() for name in names])

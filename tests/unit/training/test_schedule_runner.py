@@ -215,7 +215,7 @@ def trained(folder: Path, steps: int = STEPS) -> dict[str, np.ndarray]:
     return {name: value for name, value in state(folder, steps).items() if name.startswith("variables/")}
 
 
-@pytest.mark.parametrize(("precision", "counts"), quick([("float64", (1, 2, 4)), ("float32", (2,))], "float32"))
+@pytest.mark.parametrize(("precision", "counts"), quick([("float64", (1, 4)), ("float32", (2,))], "float32"))
 @pytest.mark.parametrize("name", quick(SCHEDULES, "phases", "autofreeze"))
 def test_equals_one_device_that_trains_the_same(name, precision, counts, tmp_path):
     schedule = budget_for(SCHEDULES[name], precision)
@@ -250,7 +250,7 @@ def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, leave, tmp_path, c
     schedule = budget_for(SCHEDULES[name], "float32")
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     loop.run(settings(schedule, made, leave=leave, compiled_plans=2), whole)  # so few that some are compiled again
-    stops = sorted(random.Random(f"{name} {leave}").sample(range(1, STEPS), 5))
+    stops = sorted({12, *random.Random(f"{name} {leave}").sample(range(1, STEPS), 2)})  # 12 is a switch of phases
     for steps in [*stops, STEPS]:
         keras.utils.clear_session(free_memory=False)
         loop.run(settings(schedule, made, steps, leave=leave, compiled_plans=2), pieces)
