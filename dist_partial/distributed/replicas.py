@@ -143,7 +143,8 @@ class ReplicaOptions:
         start_seconds: in which all workers must have started.
         patience_seconds: how long another worker may be silent until it is given up.
         rejoin_seconds: how long the workers that are left wait for one in place of a lost one, where launch/local or
-            launch/hosts has started them; then all start again from the last checkpoint. 0: they do so at once.
+            launch/hosts has started them; then they go on without it, where the batch divides, until it comes. 0: all
+            start again at once, from the last checkpoint.
         buddy: whether each worker keeps a copy of what the one before it alone has, such as residuals, and gives it to
             the one that comes in its place; it is sent after each call of the step. Otherwise that is lost.
         seal: whether all that travels over the sockets has tags, by which a change on the way is noticed; it costs

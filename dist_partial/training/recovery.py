@@ -181,7 +181,7 @@ class Recovery:
         passed = time.monotonic() - self._began
         return (
             f"goodput: {100 * (1 - self._seconds / passed):.1f} % of {passed:.0f} s; {self._seconds:.1f} s went by in "
-            f"{counted(self._losses, 'loss of workers', 'losses of workers')}"
+            f"{counted(self._losses, 'interruption')}"
         )
 
     def went_on(self) -> dict[str, Any]:

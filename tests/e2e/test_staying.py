@@ -92,7 +92,7 @@ def test_what_a_lost_worker_alone_had(tmp_path, buddy):
         copied = json.loads((launch.run_dir / "traffic.json").read_text())["copied_bytes"]
     said = "[0] worker 1 is another: its residuals, what it had not sent yet, start from zero"
     assert (said in lines) == (not buddy)
-    assert any(line.startswith("[0] goodput: ") and "1 loss of workers" in line for line in lines)
+    assert any(line.startswith("[0] goodput: ") and "1 interruption" in line for line in lines)
     if buddy:
         faults.compare(expected, computed)
         assert copied % (4 * 71_936) == 0 and copied > 0  # float32 of all that is trained, each call
