@@ -109,7 +109,7 @@ class Replicas:
         if self.backend is not None:
             self.backend.forget(name)
 
-    def anew(self) -> "Replicas":
+    def again(self) -> "Replicas":
         """Makes them for as many workers as have met now; what was built with these is of no use any more."""
         assert self.backend is not None
         made = over(self.backend, self.topology.local, self.collectives.pack_bytes)

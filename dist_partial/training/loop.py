@@ -82,7 +82,7 @@ def run(
                 return trainer
             except Resized as met:
                 hand_over(trainer, recovery, met, folder)
-            replicas = replicas.anew()
+            replicas = replicas.again()
 
 
 @dataclasses.dataclass
@@ -256,8 +256,7 @@ def _advance(
     save, judge, waits, slowest = followers
     judge.begin_steps()
     save.meter.start()
-    workers = trainer.replicas.workers  # more or fewer may have met by the time that the call is finished
-    began, waited = time.perf_counter(), trainer.replicas.waited
+    began, waited, workers = time.perf_counter(), trainer.replicas.waited, trainer.replicas.workers
     result = runner.advance(count)
     each = traffic.sent_each(phase.sent, phase.plan, steps=1)
     sent = state.sent + each * np.arange(1, count + 1)[:, np.newaxis]
@@ -277,9 +276,8 @@ def _advance(
 
     def finish(sums: np.ndarray) -> TrainState:
         losses, norms, votes, waited, metrics = np.split(sums, np.cumsum([len(part) for part in parts])[:-1])
-        norms = norms / workers
-        took = time.perf_counter() - began
-        waits.add(votes[3] / workers, took)
+        norms = norms / workers  # of the call: by now more or fewer may have met
+        waits.add(votes[3] / workers, took := time.perf_counter() - began)
         slowest.add(took, waited)
         run.stop.count(votes[:2])
         if votes[2]:

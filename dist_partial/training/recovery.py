@@ -8,7 +8,7 @@ A call ends with a sum over all workers, of losses and votes. Whoever has that s
 one that was cut off from it gets it when they meet again. So all go on from the same step, and none is made twice.
 
 Where as many have not come for long, fewer meet; or more again, later. What was compiled is of no use then: the first
-saves the state from which all go on, and all build anew, as they would in another process.
+saves the state from which all go on, and all build again, as they would in another process.
 
 What a worker alone has, such as residuals, it sends to the next one before that sum, if `replicas.buddy` says so: who
 has the sum knows that all have the copies, too.
@@ -52,7 +52,7 @@ class Rejoined(Exception):
 
 
 class Resized(Exception):
-    """Ends what was under way, for more or fewer workers have met, who have to build anew.
+    """Ends what was under way, for more or fewer workers have met, who have to build again.
 
     Attributes:
         state: from which all go on; None on a worker that does not have it.
@@ -318,7 +318,7 @@ class Recovery:
         self._began, self._kept_at = now - source["passed"], now - seconds
 
     def _resized(self, kept: _Kept | None, step: int, ranks: Sequence[int]) -> Resized:
-        """Collects what all need to build anew; `ranks` had before those that have the state."""
+        """Collects what all need to build again; `ranks` had before those that have the state."""
         replicas, member = self._trainer.replicas, self._member
         assert member is not None
         self._stale, member.joins = True, False
@@ -353,7 +353,8 @@ class Recovery:
     def _exchanged(self) -> bytes:
         """Sends what this worker alone has to the next one; returns what has come from the one before."""
         backend = self._trainer.replicas.backend
-        if self._member is None or not self._member.buddy or not (own := self._own()):
+        alone = self._trainer.replicas.workers == 1
+        if alone or self._member is None or not self._member.buddy or not (own := self._own()):
             return b""
         data = b"".join(copy.numpy().tobytes() for copy in own)
         self.copied = len(data)
