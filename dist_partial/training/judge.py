@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -31,7 +32,8 @@ class Judge:
 
     An evaluation ends an epoch of the callbacks, and a call of the compiled step is their batch. All workers call all
     callbacks, but those of Keras that write files, which the first worker calls; what callbacks set on the first worker
-    (learning rates, a stop) holds on all. A checkpoint keeps what callbacks hold in numbers and texts.
+    (learning rates, a stop) holds on all, and what those that write hold, for another may become the first. A
+    checkpoint keeps what callbacks hold in numbers and texts. A CSVLogger adds to the file of a run that goes on.
 
     Attributes:
         reason: why the run stops early; empty if it does not.
@@ -73,7 +75,7 @@ class Judge:
         self._sums = np.array(kept.get("sums", [0.0] * (2 + sizes[0])))
         if len(self._sums) != 2 + sizes[0]:  # other metrics are bound by now
             self._sums = np.zeros(2 + sizes[0])
-        self._swaps = _swaps(trainer)
+        self._swaps, self._goes_on = _swaps(trainer), state.step > 0
         self._callbacks = [
             each
             for each in self._settings.callbacks
@@ -106,6 +108,8 @@ class Judge:
         model.stop_training = False
         for each in self._callbacks:
             each.set_model(model)
+            if isinstance(each, keras.callbacks.CSVLogger) and self._goes_on:
+                each.append = True
             steps, period = self._settings.steps, self._settings.eval_every or self._settings.steps
             each.set_params({"epochs": math.ceil(steps / period), "steps": min(period, steps), "verbose": 0})
         self._call("on_train_begin")
@@ -210,6 +214,10 @@ class Judge:
         for each, rate, before in zip(optimizers, rates, own[1:], strict=True):
             if rate != before:
                 each.learning_rate = rate
+        if writers := [each for each in self._settings.callbacks if _writes(each)]:
+            held = replicas.gather(json.dumps([_values(each) for each in writers]).encode())[0]
+            for writer, values in zip(writers, json.loads(held), strict=True):
+                vars(writer).update(values)
 
     @property
     def _optimizers(self) -> list[keras.optimizers.Optimizer]:

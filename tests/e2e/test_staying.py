@@ -1,6 +1,7 @@
 """Workers that are left stay where another is lost, and go on from the same step: real trainings by the launcher."""
 
 import contextlib
+import csv
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import time
 
 import pytest
 
+from dist_partial import checkpoints
 from tests import faults
 
 pytestmark = [
@@ -114,9 +116,16 @@ def test_others_go_on_with_fewer_and_take_one_that_comes_later(tmp_path):
     """As a run does that is stopped twice, and goes on with other numbers of workers."""
     folder = tmp_path / "apart"
     folder.mkdir()
-    with launched(folder, "replicas.rejoin_seconds = 3") as launch:
+    writers = (
+        "run.callbacks = [@CSVLogger(), @ModelCheckpoint()]",
+        f"CSVLogger.filename = '{folder}/log.csv'",
+        f"ModelCheckpoint.filepath = '{folder}/best.weights.h5'",
+        "ModelCheckpoint.save_best_only = True",
+        "ModelCheckpoint.save_weights_only = True",
+    )
+    with launched(folder, "replicas.rejoin_seconds = 3", *writers) as launch:
         launch.hold.touch()
-        reach(launch, 20)
+        reach(launch, 60)
         os.kill(launch.chief(), signal.SIGKILL)
         launch.wait(lambda: launch.log.read_text().count("all go on from step") == 1, "for two of three")
         launch.crawl.touch()  # one that comes takes longer to start than the run takes
@@ -125,6 +134,12 @@ def test_others_go_on_with_fewer_and_take_one_that_comes_later(tmp_path):
         launch.crawl.unlink()
         computed = launch.end(STEPS)
         text, faults_ = launch.log.read_text(), faults_of(launch)
+        held_out = [loss for split, _, loss in computed["metrics"] if split == "eval"]
+        judged = checkpoints.newest(launch.run_dir / "checkpoints", print).metadata["judged"]
+    # Another worker has become the first, and does what the first would have done.
+    assert [float(row["val_loss"]) for row in csv.DictReader((folder / "log.csv").open())] == held_out
+    (_, checkpoint) = judged["callbacks"]
+    assert len(held_out) == 4 and checkpoint[1]["best"] == pytest.approx(min(held_out))
     assert "restart 1 of" not in text
     assert "nobody has come in place of worker 0: the others go on, 2 of 3" in text
     assert "worker 0 came: all meet, 3 of 3" in text
