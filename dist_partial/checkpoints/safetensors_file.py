@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import safetensors
@@ -50,6 +50,16 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
     """
     # Not by `safetensors.numpy.save_file`, of safetensors 0.8: it hides the system's error, leaves a file of a random
     # name behind when it is killed, and gives the file to its owner alone. `save` copies all arrays.
+    write_atomically(path, lambda file: file.writelines(pieces(arrays, metadata)))
+
+
+def pieces(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """Gives the content of such a file, piece by piece.
+
+    Examples:
+        >>> parse(b"".join(pieces({"w": np.array([1.5, 2.5])}, {"step": "5"})))
+        ({'w': array([1.5, 2.5])}, {'step': '5'})
+    """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     ordered = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))  # so that all are aligned
     end = 0
@@ -59,13 +69,21 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
         header[name] = {"dtype": _DTYPES[array.dtype.name], "shape": array.shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in ordered:
+        yield raw(arrays[name])
 
-    def put(file: BinaryIO) -> None:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in ordered:
-            file.write(raw(arrays[name]))
 
-    write_atomically(path, put)
+def parse(content: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads what `pieces` has given, by this process or one that it trusts: nothing is checked, and nothing copied."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    metadata, names, arrays = header.pop("__metadata__"), {kind: name for name, kind in _DTYPES.items()}, {}
+    for name, each in header.items():
+        dtype = np.dtype(names[each["dtype"]])
+        arrays[name] = np.frombuffer(content, dtype, math.prod(each["shape"]), start + each["data_offsets"][0])
+        arrays[name] = arrays[name].reshape(each["shape"])
+    return arrays, metadata
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -20,19 +20,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_partial import checkpoints
-from dist_partial.distributed import traffic
 from dist_partial.distributed.membership import Membership
 from dist_partial.distributed.per_replica import PerReplica
 from dist_partial.errors import Ending, Fault
-from dist_partial.step import layer_state, optimizers
 from dist_partial.step.outer_step import Fragment
 from dist_partial.training.build import Trainer
 from dist_partial.training.checks import check_workers
+from dist_partial.training.snapshots import Snapshot, Snapshots
 from dist_partial.training.state import TrainState
 from dist_partial.validation import counted
 
@@ -73,20 +70,6 @@ class _Call:
     copy: bytes  # of what the worker before this one alone has, after the call
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Kept:
-    """What a worker goes back to."""
-
-    state: TrainState
-    allocated: Sequence[int]  # groups that have slots
-    values: Sequence[tf.Tensor]  # of this worker's copies of its variables
-    votes: np.ndarray  # to stop, in the call
-    sums: np.ndarray | None  # which ended the call, if there was one
-    rows: Sequence[dict[str, Any]]  # that it has added to the metrics
-    copy: bytes  # of what the worker before this one alone has
-    time: float
-
-
 class Recovery:
     """Keeps what a worker goes back to when another is lost, and takes it there.
 
@@ -106,10 +89,9 @@ class Recovery:
     def __init__(self, trainer: Trainer, bindings: Mapping[str, str], before: "Recovery | None" = None) -> None:
         self._trainer, self._bindings = trainer, bindings
         self._member: Membership | None = trainer.replicas.membership if stays(trainer.fragments) else None
-        self._kept: _Kept | None = None
+        self._snapshots = Snapshots(trainer)
+        self._kept: Snapshot | None = None
         self._call: _Call | None = None
-        self._read: Any = None
-        self._key: Any = None  # of the variables that it reads
         self._copy = b""  # that has come in the call that has just ended
         self.lost: dict[str, Any] | None = None
         self.gone = ""
@@ -152,9 +134,7 @@ class Recovery:
             rows: that it has added to the metrics.
         """
         if self._member is not None:
-            allocated = [number for number, group in enumerate(self._trainer.optimizers) if group.state]
-            values = self._values(state, allocated)
-            self._kept = _Kept(state, allocated, values, votes, sums, rows, self._copy, time.monotonic())
+            self._kept = self._snapshots.take(state, votes, sums, rows, self._copy)
 
     def begin(self, state: TrainState) -> None:
         """Notes the state with which the run begins; from here on this worker stays when another is lost."""
@@ -218,8 +198,7 @@ class Recovery:
             own: of what each worker alone had, from `Resized`.
         """
         assert self._kept is not None
-        variables = self._variables(self._kept.state, self._kept.allocated)
-        return self._of_first(checkpoints.read(variables, self._kept.state.step, lambda _: list(own)))
+        return self._snapshots.arrays(self._kept, own, self._rank)
 
     def join(self) -> TrainState:
         """Meets the others, in place of a worker that is lost; returns the state from which they go on."""
@@ -292,19 +271,19 @@ class Recovery:
                 self._call.finish(sums)  # which keeps the state
         self._call, kept = None, self._kept
         if kept is not None:
-            self._go_back(kept)
+            self._snapshots.go_back(kept)
         self._note_loss(step, everyone[source], max(everyone[rank]["since"] for rank in holders))
         if any(each["stale"] for each in everyone):
             raise self._resized(kept, step, [each["rank"] for each in everyone if "step" in each])
         joining = [rank for rank in range(replicas.workers) if rank not in holders]
         if joining:
-            packed = self._packed(kept) if kept is not None and replicas.rank == source else b""
+            packed = self._snapshots.packed(kept, self._rank) if kept is not None and replicas.rank == source else b""
             packed = self._copied(packed, source, joining)
-            kept = self._unpacked(packed) if replicas.rank in joining else kept
+            kept = self._snapshots.unpacked(packed) if replicas.rank in joining else kept
         assert kept is not None
         gone = [rank for rank in joining if not self._given_back(rank, joining, kept)]
         if joining:  # others are next to whom now
-            kept = dataclasses.replace(kept, values=self._values(kept.state, kept.allocated), copy=self._exchanged())
+            kept = self._snapshots.retaken(kept, self._exchanged())
         self._kept = kept
         self.gone = _gone(kept.state, gone, "is another", "start from zero")
         self._rank = replicas.rank
@@ -317,12 +296,12 @@ class Recovery:
         self._losses, self._seconds = source["losses"] + 1, source["seconds"]
         self._began, self._kept_at = now - source["passed"], now - seconds
 
-    def _resized(self, kept: _Kept | None, step: int, ranks: Sequence[int]) -> Resized:
+    def _resized(self, kept: Snapshot | None, step: int, ranks: Sequence[int]) -> Resized:
         """Collects what all need to build again; `ranks` had before those that have the state."""
         replicas, member = self._trainer.replicas, self._member
         assert member is not None
         self._stale, member.joins = True, False
-        own = b"" if kept is None else b"".join(copy.numpy().tobytes() for copy in self._own())
+        own = b"" if kept is None else self._snapshots.own()
         number = self._workers if kept is not None else 0
         number = int(max(replicas.sum(replicas.alone(number))))
         found = {}
@@ -336,146 +315,33 @@ class Recovery:
         )
         return Resized(None if kept is None else kept.state, [found[rank] for rank in sorted(found) if found[rank]])
 
-    def _of_holders(self, data: bytes, kept: _Kept | None) -> list[bytes]:
+    def _of_holders(self, data: bytes, kept: Snapshot | None) -> list[bytes]:
         """The bytes of each that has the state."""
         rows = self._trainer.replicas.gather((b"" if kept is None else b"+") + data)
         return [row[1:] for row in rows if row]
 
-    def _given_back(self, rank: int, joining: Sequence[int], kept: _Kept) -> bool:
+    def _given_back(self, rank: int, joining: Sequence[int], kept: Snapshot) -> bool:
         """Gives a worker that has come what the lost one alone had; whether the next one has a copy of it."""
         replicas = self._trainer.replicas
         buddy = (rank + 1) % replicas.workers
         data = self._copied(kept.copy if replicas.rank == buddy and buddy not in joining else b"", buddy, [rank])
         if replicas.rank == rank:
-            self._assign_own(data)
+            self._snapshots.take_own(data)
         return bool(replicas.sum(np.array([len(data)], np.int64))[0])
 
     def _exchanged(self) -> bytes:
         """Sends what this worker alone has to the next one; returns what has come from the one before."""
         backend = self._trainer.replicas.backend
         alone = self._trainer.replicas.workers == 1
-        if alone or self._member is None or not self._member.buddy or not (own := self._own()):
+        if alone or self._member is None or not self._member.buddy or not (data := self._snapshots.own()):
             return b""
-        data = b"".join(copy.numpy().tobytes() for copy in own)
         self.copied = len(data)
         return backend.shift(data)  # type: ignore[union-attr]
-
-    def _own(self) -> list[tf.Variable]:
-        """This worker's copies of what differs between workers."""
-        local = self._trainer.replicas.strategy.experimental_local_results
-        own = [v for v in self._trainer.state().variables.values() if isinstance(v, PerReplica)]
-        return [copy for v in own for copy in local(v.variable)[: v.topology.local]]
-
-    def _assign_own(self, data: bytes) -> None:
-        start = 0
-        for copy in self._own() if data else ():
-            dtype, count = np.dtype(copy.dtype.as_numpy_dtype), copy.shape.num_elements()
-            copy.assign(np.frombuffer(data, dtype, count, start).reshape(copy.shape))
-            start += count * dtype.itemsize
-        self._write_rows()
 
     def _copied(self, data: bytes, source: int, to: Sequence[int]) -> bytes:
         replicas, backend = self._trainer.replicas, self._trainer.replicas.backend
         size = int(replicas.sum(np.array([len(data)], np.int64))[0])
         return backend.copy(data, size, source, to) if replicas.rank in (source, *to) else b""  # type: ignore[union-attr]
-
-    def _go_back(self, kept: _Kept) -> None:
-        trainer = self._trainer
-        with trainer.replicas.strategy.scope():
-            self._allocate(kept.allocated)
-            for copy, value in zip(self._copies(kept.state, kept.allocated), kept.values, strict=True):
-                copy.assign(value)
-        self._write_rows()
-
-    def _allocate(self, allocated: Sequence[int]) -> None:
-        """Has slots where there were some, and others as they begin."""
-        for number, group in enumerate(self._trainer.optimizers):
-            if number in allocated:
-                group.allocate()
-            elif group.state:
-                group.reset()
-
-    def _write_rows(self) -> None:
-        for group in self._trainer.optimizers:
-            optimizers.write_rows(self._trainer.replicas.strategy, group.members)
-
-    def _values(self, state: TrainState, allocated: Sequence[int]) -> Sequence[tf.Tensor]:
-        """The values of the copies, as they are: a step that writes others leaves these where they are."""
-        slots = [variable for number in allocated for variable in self._trainer.optimizers[number].state.values()]
-        key = tuple(map(id, slots))
-        if key != self._key:
-            copies = self._copies(state, allocated)
-            self._read = tf.function(lambda: [copy.read_value() for copy in copies], autograph=False)
-            self._key, self._slots = key, slots  # which live, so that no other has one's id
-        return self._read()
-
-    def _copies(self, state: TrainState, allocated: Sequence[int]) -> list[tf.Variable]:
-        """This worker's variables of a state, in the order of their names."""
-        local = self._trainer.replicas.strategy.experimental_local_results
-        return [copy for variable in self._variables(state, allocated).values() for copy in local(_inner(variable))]
-
-    def _variables(self, state: TrainState, allocated: Sequence[int]) -> dict[str, Any]:
-        """Those of a state, of which these groups have slots."""
-        slots = {f"slots/{name}" for number in allocated for name in self._trainer.optimizers[number].state}
-        return {name: v for name, v in state.variables.items() if name in slots or not name.startswith("slots/")}
-
-    def _of_first(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Values with the states of generators that the first replica of all has."""
-        first = self._rank * self._trainer.replicas.topology.local
-        return arrays | {
-            name: layer_state.seed_of_first(array, first)
-            for name, array in arrays.items()
-            if name.startswith("generators/")
-        }
-
-    def _packed(self, kept: _Kept) -> bytes:
-        """The state as bytes: a line of JSON, and the values."""
-        arrays = {
-            name: _of_another(variable) if isinstance(variable, PerReplica) else keras.ops.convert_to_numpy(variable)
-            for name, variable in self._variables(kept.state, kept.allocated).items()
-        }
-        arrays = self._of_first(arrays)
-        header = {
-            "arrays": [[name, array.dtype.name, array.shape] for name, array in arrays.items()],
-            "metadata": kept.state.metadata() | {"step": kept.state.step},
-            "allocated": list(kept.allocated),
-            "votes": kept.votes.tolist(),
-            "sums": None if kept.sums is None else len(kept.sums),
-            "rows": list(kept.rows),
-        }
-        values = [np.zeros(0) if kept.sums is None else kept.sums, *arrays.values()]
-        return b"".join(
-            [json.dumps(header).encode(), b"\n", *(np.ascontiguousarray(each).tobytes() for each in values)]
-        )
-
-    def _unpacked(self, data: bytes) -> _Kept:
-        """Takes a state that another worker has packed."""
-        trainer = self._trainer
-        text, _, rest = data.partition(b"\n")
-        header, start = json.loads(text), 0
-        sums = None if header["sums"] is None else np.frombuffer(rest, np.float64, header["sums"])
-        start = 0 if sums is None else sums.nbytes
-        arrays = {}
-        for name, dtype, shape in header["arrays"]:
-            count = int(np.prod(shape))
-            arrays[name] = np.frombuffer(rest, np.dtype(dtype), count, start).reshape(shape)
-            start += arrays[name].nbytes
-        metadata, allocated = header["metadata"], header["allocated"]
-        with trainer.replicas.strategy.scope():
-            self._allocate(allocated)
-            state = trainer.state()
-            variables = self._variables(state, allocated)
-            if variables.keys() != arrays.keys():
-                raise Fault(f"the workers that are left have another state: {sorted(variables.keys() ^ arrays)[:3]}")
-            for name, variable in variables.items():
-                variable.assign(arrays[name])
-        layer_state.spread(trainer.replicas.topology, trainer.layer_state.generators)
-        self._write_rows()
-        sent = np.array([metadata[name] for name in traffic.SENT])
-        state = dataclasses.replace(state, step=metadata["step"], sent=sent, schedule=metadata.get("schedule"))
-        state = dataclasses.replace(state, judged=metadata.get("judged"))
-        values, votes = self._values(state, allocated), np.array(header["votes"])
-        return _Kept(state, allocated, values, votes, sums, header["rows"], b"", time.monotonic())
 
 
 def stays(fragments: Sequence[Fragment]) -> bool:
@@ -502,19 +368,3 @@ def _gone(state: TrainState, ranks: Sequence[int], what: str, become: str) -> st
         if kinds & own
     ]
     return f"worker {', '.join(map(str, ranks))} {what}: {'; '.join(words)}" if words and ranks else ""
-
-
-def _inner(variable: Any) -> Any:
-    if isinstance(variable, PerReplica):
-        return variable.variable
-    return variable.value if isinstance(variable, keras.Variable) else variable
-
-
-def _of_another(own: PerReplica) -> np.ndarray:
-    """What a replica has in place of values that were another worker's alone.
-
-    A residual is what was not sent yet, and lost with it: zeros. Weights of its own are as good as this worker's.
-    """
-    local = own.topology.strategy.experimental_local_results(own.variable)[: own.topology.local]
-    values = np.stack([copy.numpy() for copy in local])
-    return np.zeros_like(values) if own.when_fewer in ("sum", "chunks") else values
