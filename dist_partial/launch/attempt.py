@@ -3,15 +3,13 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from dist_partial.errors import AGAIN, INTERRUPTED
 from dist_partial.launch import workers
 from dist_partial.launch.agent import exit_code
 from dist_partial.launch.output import Console
 from dist_partial.launch.replacements import Replacements
-from dist_partial.launch.workers import Command, Worker
+from dist_partial.launch.workers import Worker
 
 FINISH = 60.0  # seconds in which the others may end after one has ended well; the first worker still saves
 _POLL = 0.05  # seconds
@@ -24,23 +22,12 @@ class Attempt:
         ended: the exit codes of those that have ended, in the order in which they did.
 
     Args:
-        commands: what to start, each time with other addresses and another secret.
-        folder: for the logs, or None.
-        console: shows what workers print.
-        limit: how many may be replaced in a row without a step in between.
-        delay: seconds before one is replaced that has not trained yet, counted from 1.
+        replacements: which start the workers.
+        console: shows what they print.
     """
 
-    def __init__(
-        self,
-        commands: Callable[[], Sequence[Command]],
-        folder: Path | None,
-        console: Console,
-        limit: int,
-        delay: Callable[[int], float],
-    ) -> None:
-        self._commands, self._folder, self._console = commands, folder, console
-        self._replacements = Replacements(commands, folder, console, limit, delay)
+    def __init__(self, replacements: Replacements, console: Console) -> None:
+        self._replacements, self._console = replacements, console
         self.ended: dict[Worker, int] = {}
 
     @property
@@ -56,8 +43,7 @@ class Attempt:
             grace_seconds: what workers may take to end after SIGTERM.
             settle: seconds in which the others may end by themselves after one has failed.
         """
-        for place, command in enumerate(each for each in self._commands() if not each.spare):
-            self.workers.append(workers.start(place, place, command, self._folder, self._console))
+        self._replacements.start()
         until, heard = math.inf, 0
         while len(self.ended) < len(self.workers) and time.monotonic() < until:
             time.sleep(_POLL)

@@ -68,6 +68,11 @@ class Replacements:
         self._due: list[tuple[float, Callable[[float], None]]] = []  # when which process starts
         self._clock, self._looked = 0.0, time.monotonic()
 
+    def start(self) -> None:
+        """Starts the workers; spares start once all workers stay when another is lost."""
+        for place, command in enumerate(each for each in self._commands() if not each.spare):
+            self.workers.append(workers.start(place, place, command, self._folder, self._console))
+
     def hear(self, now: float) -> None:
         """Reads what workers have said."""
         for worker in [*self.workers, *self._spares]:

@@ -1,9 +1,9 @@
 """Who is a member of a run in which epoch: the launcher's side of membership, without processes, sockets or clocks.
 
 The workers of an epoch have met at addresses and by a secret of its own. Once one of them is lost the epoch is broken:
-the others are asked to leave it, and a process is started in place of the lost one. When all places of the epoch have a
-member, and all of them wait, the next epoch begins. From the loss on until all go on again members are asked whether
-they are there: one that does not answer is stopped or cut off, as good as lost, and killed.
+the others are asked to leave it, and a process is started in place of the lost one. When it has come, and all wait, the
+next epoch begins. From the loss on until all go on again members are asked whether they are there: one that does not
+answer is stopped or cut off, as good as lost, and killed.
 
 Where one does not come for long, the others begin an epoch without it, if the run can go on with so many. Once it has
 come, that epoch is left for one with it.
@@ -40,7 +40,7 @@ class Ask(NamedTuple):
 class Start(NamedTuple):
     """Starts a process in place of a lost one."""
 
-    place: int
+    number: int
 
 
 class Kill(NamedTuple):
@@ -82,16 +82,16 @@ class Roster:
         epoch: the number of the one that has begun last.
         broken: whether it was left.
         step: the furthest from which the workers went on.
-        ranks: the places of the epoch that has begun last, in rank order.
+        ranks: the numbers of those in the epoch that has begun last, in rank order.
 
     Args:
-        processes: those that begin epoch 0: the place of each is its rank there.
+        processes: those that begin epoch 0, by their numbers; who comes in place of one has its number as well.
         fewer: with how many fewer the run can go on.
 
     Examples:
         >>> roster = Roster(["a", "b"])
         >>> roster.ended("b")
-        [Leave(process='a', epoch=0), Start(place=1)]
+        [Leave(process='a', epoch=0), Start(number=1)]
         >>> roster.started(1, "c")
         >>> roster.left("a", epoch=0, step=40)
         []
@@ -104,7 +104,7 @@ class Roster:
         self._counts = {*fewer, len(processes)}
         self._idle = 0  # epochs that have begun without a step in between
         self._members: list[_Member | None] = [_Member(each, inside=True, went=True) for each in processes]
-        self.ranks = list(range(len(processes)))  # the places of the epoch that has begun last
+        self.ranks = list(range(len(processes)))  # by rank: their numbers
         self._waited = False  # long enough for those that are not there
 
     def can_lose(self, process: Process) -> bool:
@@ -114,7 +114,7 @@ class Roster:
     @property
     def all_went(self) -> bool:
         """Whether all members of the epoch have met, and gone on."""
-        members = [self._members[place] for place in self.ranks]
+        members = [self._members[number] for number in self.ranks]
         return not self.broken and all(each and each.went for each in members)
 
     def ended(self, process: Process) -> list[Action]:
@@ -122,16 +122,16 @@ class Roster:
         member = self._of(process)
         if member is None:
             return []
-        place = self._members.index(member)
-        self._members[place] = None
-        broken = self._break() if place in self.ranks else []  # else it had not come yet
+        number = self._members.index(member)
+        self._members[number] = None
+        broken = self._break() if number in self.ranks else []  # else it had not come yet
         # What may begin now waits for `tick`: a spare that is ready comes as well.
-        return [*broken, Start(place) if self._is_held() else GiveUp()]
+        return [*broken, Start(number) if self._is_held() else GiveUp()]
 
-    def started(self, place: int, process: Process) -> None:
+    def started(self, number: int, process: Process) -> None:
         """A process was started in place of a lost one."""
-        assert self._members[place] is None
-        self._members[place] = _Member(process)
+        assert self._members[number] is None
+        self._members[number] = _Member(process)
 
     def ready(self, process: Process) -> list[Action]:
         """A process that was started in place of a lost one waits for the next epoch."""
@@ -209,27 +209,27 @@ class Roster:
             return [GiveUp()]
         self.epoch, self.broken, self._idle = self.epoch + 1, False, self._idle + 1
         self.ranks, self._waited = ranks, False
-        for each in (members := [each for place in ranks if (each := self._members[place])]):
+        for each in (members := [each for number in ranks if (each := self._members[number])]):
             each.inside, each.waits, each.went, each.asked = True, False, False, None
         return [Begin(self.epoch, [each.process for each in members])]
 
     def _next(self) -> list[int]:
-        """The places of the next epoch, in rank order; none if it cannot begin yet.
+        """The numbers of those in the next epoch, in rank order; none if it cannot begin yet.
 
         As many as before keep their ranks, which what they have compiled may know. Otherwise those that have the state
         come first, for the first one saves it.
         """
-        there = [place for place, each in enumerate(self._members) if each and (each.waits or each.inside)]
+        there = [number for number, each in enumerate(self._members) if each and (each.waits or each.inside)]
         if {*self.ranks} <= {*there} or self._waited:
             if len(there) in self._counts and {*there} != {*self.ranks}:
-                return sorted(there, key=lambda place: not self._has_state(place))
+                return sorted(there, key=lambda number: not self._has_state(number))
             if {*self.ranks} <= {*there}:
                 return self.ranks
         return []
 
-    def _has_state(self, place: int) -> bool:
+    def _has_state(self, number: int) -> bool:
         # One that has begun an epoch may have a copy by now; when it leaves it says so.
-        return bool((each := self._members[place]) and (each.holds or each.inside))
+        return bool((each := self._members[number]) and (each.holds or each.inside))
 
     def _is_held(self) -> bool:
         return any(map(self._has_state, range(len(self._members))))

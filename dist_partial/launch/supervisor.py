@@ -20,11 +20,10 @@ from dist_partial.errors import AGAIN, Fault, UserError
 from dist_partial.files import writing
 from dist_partial.launch.attempt import Attempt
 from dist_partial.launch.output import Console
+from dist_partial.launch.replacements import Replacements
 from dist_partial.launch.restarts import EXCEPTION, MISTAKES, Restarts
 from dist_partial.launch.workers import Command, Worker
 
-_FINISH = 60.0  # seconds in which the others may end after one has ended well; the first worker still saves
-_KILL = 2.0  # seconds in which an agent kills its worker
 _POLL = 0.05  # seconds
 _LONGEST = 300  # characters of an error line that are shown
 
@@ -76,7 +75,8 @@ def supervise(
         numbers = itertools.count()  # of attempts, and of meetings in them
         for first in itertools.chain([True], itertools.repeat(False)):
             folder = _new_folder(logs, first, console)
-            attempt = Attempt(lambda: commands(next(numbers)), folder, console, restarts, delay)
+            replacements = Replacements(lambda: commands(next(numbers)), folder, console, restarts, delay)
+            attempt = Attempt(replacements, console)
             try:
                 ended = attempt.run(signals, grace_seconds, settle)
             finally:
