@@ -76,6 +76,12 @@ def faults(found: Mapping[str, Any]) -> Tables:
         lines = [[row["workers"], ways[row["way"]], row["kills"], row["steps"], f"{row['share']:.1%}"] for row in rates]
         header = ["workers", "in place of a lost worker", "kills", "steps", "of the rate without faults"]
         texts["A kill every 15 seconds"] = markdown(header, lines)
+    if cost := found.get("cost"):
+        lines = [
+            [row["configuration"], row["workers"], row["not_ms"], row["kept_ms"], f"{row['ratio']:.3f}"] for row in cost
+        ]
+        header = ["configuration", "workers", "nothing is kept, ms a step", "what to go back to is kept", "ratio"]
+        texts["While nobody is lost"] = markdown(header, lines)
     return texts
 
 
