@@ -125,8 +125,9 @@ class Replacements:
                 self._roster = roster.Roster(self.workers, message.get("fewer", ()))
                 for place in range(len(self.workers), len(self._commands())):
                     self._start_spare(place, now)
-        if "left" in message and (self._roster is None or self.over):
+        if {"left", "ready", "waited"} & message.keys() and (self._roster is None or self.over):
             workers.tell(worker, json.dumps({"end": True}))
+            return
         if self._roster is None:
             return
         if "ends" in message:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 EPOCHS = 20  # without a step in between, until all start again
 ANSWER_SECONDS = 4.0  # in which a worker answers that is neither stopped nor cut off
+BUILD_SECONDS = 12.0  # the same where all build again, by the user's code, which may keep Python from all else
 
 Process = Any  # whatever names one
 
@@ -106,6 +107,7 @@ class Roster:
         self._members: list[_Member | None] = [_Member(each, inside=True, went=True) for each in processes]
         self.ranks = list(range(len(processes)))  # by rank: their numbers
         self._waited = False  # long enough for those that are not there
+        self._answer_seconds = ANSWER_SECONDS
 
     def can_lose(self, process: Process) -> bool:
         """Whether another member has the state of the run."""
@@ -177,7 +179,7 @@ class Roster:
         for each in self._members:
             if each is None or each.killed or not each.inside or (each.went and not self.broken):
                 continue
-            if each.asked is not None and now < each.asked + ANSWER_SECONDS:
+            if each.asked is not None and now < each.asked + self._answer_seconds:
                 continue
             if each.asked is not None and not each.answered:
                 each.killed = True
@@ -192,6 +194,7 @@ class Roster:
             return []
         self.broken = True
         inside = [each for each in self._members if each and each.inside]
+        self._answer_seconds = ANSWER_SECONDS
         for each in inside:
             each.asked = None
         return [Leave(each.process, self.epoch) for each in inside]
@@ -200,7 +203,8 @@ class Roster:
         """Begins the next epoch if it can, or leaves this one for one of more."""
         ranks = self._next()
         if not self.broken:
-            return self._break() if len(ranks) > len(self.ranks) else []
+            # Those that build what they need for this one could not stay.
+            return self._break() if self.all_went and len(ranks) > len(self.ranks) else []
         if not self._is_held() or any(each and each.inside for each in self._members):
             return []
         if not ranks:
@@ -208,6 +212,7 @@ class Roster:
         if self._idle >= EPOCHS:
             return [GiveUp()]
         self.epoch, self.broken, self._idle = self.epoch + 1, False, self._idle + 1
+        self._answer_seconds = ANSWER_SECONDS if ranks == self.ranks else BUILD_SECONDS
         self.ranks, self._waited = ranks, False
         for each in (members := [each for number in ranks if (each := self._members[number])]):
             each.inside, each.waits, each.went, each.asked = True, False, False, None

@@ -112,7 +112,7 @@ def make_up(trainer: Trainer, folder: Path, state: TrainState) -> TrainState:
     if state.evaluated:
         return state
     settings, active = trainer.settings, trainer.replicas.is_chief
-    trainer.replicas.say(f"step {state.step}: making up the evaluation that failed")
+    trainer.replicas.say(f"step {state.step}: making up the evaluation that is owed")
     evaluate = Evaluation(trainer)
     if not evaluate.due(state.step):  # by settings that have changed since
         return state

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from dist_partial import checkpoints
+from dist_partial.step.optimizers import finalize
 from dist_partial.training import run_folder
 from dist_partial.training.build import Trainer
 from dist_partial.training.events import Every
@@ -31,8 +32,10 @@ def hand_over(trainer: Trainer, recovery: Recovery, met: Resized, folder: Path) 
             run_folder.held(folder, True, run_folder.PATIENCE_SECONDS),
             MetricWriter(folder, *numbers, True, not owed, recovery.rows),  # adds what who is lost has not written
         ):
+            if state.step >= settings.steps:
+                finalize(replicas.strategy, trainer.optimizers)  # as the end of the run does, which is yet to come
             metadata = dataclasses.replace(state, evaluated=not owed).metadata()
             metadata |= {"frozen": trainer.fingerprint["frozen"]}
-            checkpoints.save(folder / "checkpoints", state.step, recovery.arrays(met.own), metadata, settings.keep)
+            checkpoints.save(folder / "checkpoints", state.step, recovery.arrays(met), metadata, settings.keep)
     assert replicas.backend is not None
     replicas.backend.barrier()

@@ -58,30 +58,30 @@ def run(
         Interrupted: Ctrl-C or SIGTERM on any of the workers; the state is saved.
     """
     folder, replicas, recovery, words = Path(folder), _replicas(settings), None, _Words(operative, unused)
-    data_readers = reading(settings.readers, settings.reader_processes)
     with (
         put_back(),
         failures.ended_together(replicas),
-        data_readers,
         Progress(replicas.is_chief) as progress,
         contextlib.ExitStack() as stack,
     ):
         stop: events.Stopping | None = None
         while True:
-            trainer = _built(settings, replicas, bindings or {}, progress)
-            recovery = Recovery(trainer, bindings or {}, recovery)
-            joins = replicas.membership is not None and replicas.membership.joins
-            state = trainer.state() if joins else _restored(trainer, folder)
-            if state.step >= settings.steps or state.stopped:
-                replicas.finish()
-                return trainer
-            stop = stop or stack.enter_context(events.Stopping(settings.steps))
-            runner, evaluate = ScheduleRunner(trainer, state, progress), evaluation.Evaluation(trainer, progress)
-            try:
-                _train_on(_Run(folder, runner, evaluate, recovery, stop, words, progress), state, joins)
-                return trainer
-            except Resized as met:
-                hand_over(trainer, recovery, met, folder)
+            with reading(settings.readers, settings.reader_processes):
+                trainer = _built(settings, replicas, bindings or {}, progress)
+                recovery = Recovery(trainer, bindings or {}, recovery)
+                joins = replicas.membership is not None and replicas.membership.joins
+                state = trainer.state() if joins else _restored(trainer, folder)
+                if state.step >= settings.steps or state.stopped:
+                    recovery.end()
+                    replicas.finish()
+                    return trainer
+                stop = stop or stack.enter_context(events.Stopping(settings.steps))
+                runner, evaluate = ScheduleRunner(trainer, state, progress), evaluation.Evaluation(trainer, progress)
+                try:
+                    _train_on(_Run(folder, runner, evaluate, recovery, stop, words, progress), state, joins)
+                    return trainer
+                except Resized as met:
+                    hand_over(trainer, recovery, met, folder)
             replicas = replicas.again()
 
 

@@ -53,12 +53,13 @@ class Resized(Exception):
 
     Attributes:
         state: from which all go on; None on a worker that does not have it.
-        own: bytes of what each worker of before alone had, as far as it is known.
+        own: bytes of what each worker of before alone had, by rank, as far as it is known.
+        workers: how many there were before.
     """
 
-    def __init__(self, state: TrainState | None, own: Sequence[bytes]) -> None:
+    def __init__(self, state: TrainState | None, own: Mapping[int, bytes], workers: int) -> None:
         super().__init__("another number of workers")
-        self.state, self.own = state, own
+        self.state, self.own, self.workers = state, own, workers
 
 
 @dataclasses.dataclass(eq=False)
@@ -191,14 +192,10 @@ class Recovery:
         """Whether what follows a call of the step is to be made yet, at the step from which the run goes on."""
         return self._kept is not None and self._kept.sums is not None
 
-    def arrays(self, own: Sequence[bytes]) -> dict[str, np.ndarray]:
-        """The values of the state that this worker has gone back to, as a checkpoint has them.
-
-        Args:
-            own: of what each worker alone had, from `Resized`.
-        """
+    def arrays(self, met: Resized) -> dict[str, np.ndarray]:
+        """The values of the state that this worker has gone back to, as a checkpoint has them."""
         assert self._kept is not None
-        return self._snapshots.arrays(self._kept, own, self._rank)
+        return self._snapshots.arrays(self._kept, met.own, met.workers, self._rank)
 
     def join(self) -> TrainState:
         """Meets the others, in place of a worker that is lost; returns the state from which they go on."""
@@ -236,6 +233,9 @@ class Recovery:
                 member.leave(None if self._kept is None else self._kept.state.step)
             leaves = True
             member.rejoin()
+            replicas = self._trainer.replicas
+            self._stale |= replicas.workers != self._workers
+            self._stale |= self._kept is not None and replicas.rank != self._rank
             try:
                 state = self._agreed()
             except Ending as error:
@@ -249,7 +249,6 @@ class Recovery:
         """Goes to the furthest step that one has, with those whose state is there; the others get a copy."""
         trainer, kept, replicas = self._trainer, self._kept, self._trainer.replicas
         check_workers(replicas, trainer.fingerprint, self._bindings)
-        self._stale |= replicas.workers != self._workers or (kept is not None and replicas.rank != self._rank)
         now = time.monotonic()
         own: dict[str, Any] = {"stale": self._stale, "rank": self._rank}
         if kept is not None:
@@ -285,7 +284,7 @@ class Recovery:
         if joining:  # others are next to whom now
             kept = self._snapshots.retaken(kept, self._exchanged())
         self._kept = kept
-        self.gone = _gone(kept.state, gone, "is another", "start from zero")
+        self.gone = _gone(kept.state, gone, "is another", "start from zero", "are a copy of another worker's")
         self._rank = replicas.rank
         self.lost = {"step": step, "split": "fault", "workers": joining}
         return kept.state
@@ -309,11 +308,12 @@ class Recovery:
             found[(rank - 1) % number] = copy
         found |= dict(zip(ranks, self._of_holders(own, kept), strict=True))
         missing = [rank for rank in range(number) if rank not in ranks]
+        gone = [rank for rank in missing if not found.get(rank)]
         self.lost = {"step": step, "split": "fault", "workers": missing, "of": number, "now": replicas.workers}
-        self.gone = _gone(
-            self._trainer.state(), [rank for rank in missing if not found.get(rank)], "is lost", "are gone"
+        self.gone = _gone(self._trainer.state(), gone, "is lost", "are gone", "are gone")
+        return Resized(
+            None if kept is None else kept.state, {rank: data for rank, data in found.items() if data}, number
         )
-        return Resized(None if kept is None else kept.state, [found[rank] for rank in sorted(found) if found[rank]])
 
     def _of_holders(self, data: bytes, kept: Snapshot | None) -> list[bytes]:
         """The bytes of each that has the state."""
@@ -354,16 +354,16 @@ def stays(fragments: Sequence[Fragment]) -> bool:
     return not any(fragment.reduction.delay for fragment in fragments)
 
 
-def _gone(state: TrainState, ranks: Sequence[int], what: str, become: str) -> str:
-    """What no other worker had of the state of those that are lost, in words."""
+def _gone(state: TrainState, ranks: Sequence[int], what: str, residuals: str, weights: str) -> str:
+    """What no other worker had of the state of those that are lost, in words, and what becomes of both kinds of it."""
     found = [(name, v.when_fewer) for name, v in state.variables.items() if isinstance(v, PerReplica)]
     # What else a reduction keeps, such as factors, is alike on all.
     own = {kind for name, kind in found if kind in ("sum", "chunks") or not name.startswith("reductions/")}
     words = [
         text
         for kinds, text in (
-            ({"sum", "chunks"}, f"its residuals, what it had not sent yet, {become}"),
-            ({"mean", "own"}, "its own weights and slots since the last exchange are a copy of another worker's"),
+            ({"sum", "chunks"}, f"its residuals, what it had not sent yet, {residuals}"),
+            ({"mean", "own"}, f"its own weights and slots since the last exchange {weights}"),
         )
         if kinds & own
     ]

@@ -6,8 +6,9 @@ and the numbers beside them.
 
 import dataclasses
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -101,16 +102,28 @@ class Snapshots:
             start += count * dtype.itemsize
         self._write_rows()
 
-    def arrays(self, snapshot: Snapshot, own: Sequence[bytes], rank: int) -> dict[str, np.ndarray]:
+    def arrays(self, snapshot: Snapshot, own: Mapping[int, bytes], workers: int, rank: int) -> dict[str, np.ndarray]:
         """The values as a checkpoint has them, once the variables have them.
 
         Args:
             snapshot: that they are of.
-            own: of each worker.
+            own: what each worker has returned as `own`, by rank; those that are lost may be missing.
+            workers: how many there were.
             rank: with which this worker has computed.
         """
-        variables = self._variables(snapshot.state, snapshot.allocated)
-        return self._of_first(checkpoints.read(variables, snapshot.state.step, lambda _: list(own)), rank)
+        found, start = dict(self._variables(snapshot.state, snapshot.allocated)), 0
+        for name, variable in found.items():
+            if isinstance(variable, PerReplica):
+                shape = (variable.topology.local, *variable.shape[1:])
+                rows = {
+                    k: np.frombuffer(data, variable.dtype, math.prod(shape), start).reshape(shape)
+                    for k, data in own.items()
+                }
+                if variable.when_fewer == "chunks":  # where a chunk is tells which it is
+                    rows = {k: rows.get(k, np.zeros(shape, variable.dtype)) for k in range(workers)}
+                found[name] = np.concatenate([rows[k] for k in sorted(rows)])
+                start += math.prod(shape) * variable.dtype.itemsize
+        return self._of_first(checkpoints.read(found, snapshot.state.step, self._trainer.replicas.gather), rank)
 
     def packed(self, snapshot: Snapshot, rank: int) -> bytes:
         """The snapshot as bytes, once the variables have its values, for a worker that has none of them.

@@ -848,6 +848,24 @@ def test_so_few_that_a_batch_does_not_divide_all_start_again(tmp_path):
         assert "nobody has come" not in launcher.out and not notes(launcher, "epoch")
 
 
+def test_one_that_comes_after_a_signal_does_not_keep_the_others_from_saving(tmp_path):
+    script = FEWER.replace("begin()", "signal.signal(signal.SIGINT, lambda *_: None); begin()").replace(
+        "serve()", 'signal.signal(signal.SIGINT, lambda *_: wait_for("saved") or sys.exit(130)); serve()'
+    )
+    with supervised(tmp_path, script) as launcher:
+        kill(started(launcher)[0])
+        says(launcher, "all go on")
+        noted(launcher, "starts", 4)
+        os.kill(launcher.process.pid, signal.SIGINT)
+        says(launcher, "stopping: ")
+        (tmp_path / "come").touch()
+        noted(launcher, "ready", 1)
+        noted(launcher, "end", 1)
+        (tmp_path / "saved").touch()
+        ends(launcher, 130, SOON)
+        assert "came: all meet" not in launcher.out and len(notes(launcher, "leave")) == 2
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_launcher_that_is_told_to_stop_while_fewer_train_ends_in_time(tmp_path, signum, code):
     with supervised(tmp_path, FEWER) as launcher:

@@ -582,7 +582,7 @@ def test_an_evaluation_that_failed_is_made_up(step, letters, tmp_path, capsys, m
         assert [row["step"] for row in rows(pieces / "metrics.jsonl") if row["split"] == "eval"] == [6][: step // 6 - 1]
     assert start(letters, pieces, *bound) == 0
     said = capsys.readouterr().out
-    assert said.count(f"step {step}: making up the evaluation that failed") == 1
+    assert said.count(f"step {step}: making up the evaluation that is owed") == 1
     assert ("finished" in said) == (step == 12)
     assert_same_run(whole, pieces, 12)
     count = len(made)

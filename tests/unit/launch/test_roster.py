@@ -17,7 +17,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from dist_partial.launch.roster import ANSWER_SECONDS, Ask, Begin, GiveUp, Kill, Leave, Roster, Start
+from dist_partial.launch.roster import ANSWER_SECONDS, BUILD_SECONDS, Ask, Begin, GiveUp, Kill, Leave, Roster, Start
 
 INSIDE = ("meeting", "agreed", "training")  # phases of a worker that is in an epoch
 ROUNDS = 150  # in which all must train again; a few are enough, and some more where one does not come
@@ -380,10 +380,11 @@ class Run:
                 self.do(self.roster.waited(worker))
 
     def take_ready(self, worker: Worker) -> None:
-        broken = self.roster.broken
+        broken, went = self.roster.broken, self.roster.all_went
         actions = self.roster.ready(worker)
         if not broken:
-            leave = [Leave(each, self.meeting.number) for each in self.meeting.members] if self.can_grow() else []
+            members = self.meeting.members if went and self.can_grow() else []
+            leave = [Leave(each, self.meeting.number) for each in members]
             assert sorted(actions, key=repr) == sorted(leave, key=repr)
         self.do(actions)
 
@@ -854,6 +855,23 @@ def test_they_are_too_many_until_another_is_lost():
     assert roster.left("a", 0, step=7) == roster.left("b", 0, step=7) == roster.waited("b") == []
     assert roster.ended("c") == [Start(2)]  # a spare may be ready
     assert roster.tick(0.0) == [Begin(1, ["a", "b"])]
+
+
+def test_those_that_build_are_not_asked_to_leave_for_more():
+    """Nor killed as soon as others: the user's code may keep them from an answer."""
+    roster = Roster(["a", "b", "c"], fewer=[2])
+    roster.ended("c")
+    roster.started(2, "d")
+    roster.left("a", 0, step=7)
+    roster.left("b", 0, step=7)
+    assert roster.waited("a") == [Begin(1, ["a", "b"])]
+    roster.went("a", 1, step=7)
+    assert roster.ready("d") == []
+    assert roster.tick(0.0) == [Ask("b")]
+    assert roster.tick(BUILD_SECONDS - 0.1) == []
+    roster.answered("b")
+    roster.went("b", 1, step=7)
+    assert roster.tick(BUILD_SECONDS) == [Leave("a", 1), Leave("b", 1)]
 
 
 def test_a_spare_that_is_ready_comes_with_those_that_have_waited():
