@@ -63,6 +63,7 @@ class Snapshots:
         self._trainer, self._strategy = trainer, trainer.replicas.strategy
         self._read: Any = None
         self._key: Any = None  # of the variables that it reads
+        self._found: tuple[list[int], list[Any], list[tf.Variable]] | None = None  # what this worker alone has
 
     def take(
         self,
@@ -171,8 +172,12 @@ class Snapshots:
         return Snapshot(state, allocated, values, votes, sums, beside["rows"], b"", time.monotonic())
 
     def _own(self) -> list[tf.Variable]:
-        own = [v for v in self._trainer.state().variables.values() if isinstance(v, PerReplica)]
-        return [copy for v in own for copy in self._local(v.variable)[: v.topology.local]]
+        slots = [variable for group in self._trainer.optimizers for variable in group.state.values()]
+        if self._found is None or self._found[0] != list(map(id, slots)):
+            own = [v for v in self._trainer.state().variables.values() if isinstance(v, PerReplica)]
+            copies = [copy for v in own for copy in self._local(v.variable)[: v.topology.local]]
+            self._found = list(map(id, slots)), slots, copies  # the slots live, so that no others have their ids
+        return self._found[2]
 
     def _local(self, variable: Any) -> Sequence[tf.Variable]:
         return self._strategy.experimental_local_results(variable)
