@@ -75,8 +75,7 @@ def supervise(
         numbers = itertools.count()  # of attempts, and of meetings in them
         for first in itertools.chain([True], itertools.repeat(False)):
             folder = _new_folder(logs, first, console)
-            replacements = Replacements(lambda: commands(next(numbers)), folder, console, restarts, delay)
-            attempt = Attempt(replacements, console)
+            attempt = Attempt(Replacements(lambda: commands(next(numbers)), folder, console, restarts, delay), console)
             try:
                 ended = attempt.run(signals, grace_seconds, settle)
             finally:
