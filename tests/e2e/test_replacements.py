@@ -849,9 +849,10 @@ def test_so_few_that_a_batch_does_not_divide_all_start_again(tmp_path):
 
 
 def test_one_that_comes_after_a_signal_does_not_keep_the_others_from_saving(tmp_path):
-    script = FEWER.replace("begin()", "signal.signal(signal.SIGINT, lambda *_: None); begin()").replace(
-        "serve()", 'signal.signal(signal.SIGINT, lambda *_: wait_for("saved") or sys.exit(130)); serve()'
+    ignores, saves = (
+        f"signal.signal(signal.SIGINT, lambda *_: {what})" for what in ("None", "wait_for('saved') or sys.exit(130)")
     )
+    script = FEWER.replace('wait_for("come")', f'{ignores}; wait_for("come")').replace("serve()", f"{saves}; serve()")
     with supervised(tmp_path, script) as launcher:
         kill(started(launcher)[0])
         says(launcher, "all go on")
