@@ -151,12 +151,11 @@ def test_others_go_on_with_fewer_and_take_one_that_comes_later(tmp_path):
     # Where three have not met before one of them is lost, the two have nothing to build again.
     counts = [3, *(row.get("now", 2) for row in faults_)]
     assert counts in ([3, 2, 2, 3], [3, 2, 3])
-    expected, ends = {}, [0, *steps, STEPS]
-    for number, last in [
-        (count, end) for count, (begin, end) in zip(counts, pairwise(ends), strict=True) if begin < end
-    ]:
-        with launched(tmp_path, f"run.steps = {last}", workers=number) as launch:
-            expected = launch.end(last)
+    expected = {}
+    for count, (begin, end) in zip(counts, pairwise([0, *steps, STEPS]), strict=True):
+        if begin < end:
+            with launched(tmp_path, f"run.steps = {end}", workers=count) as launch:
+                expected = launch.end(end)
     # Those that were stopped have evaluated at their ends as well.
     for each in (expected, computed):
         each["metrics"] = [row for row in each["metrics"] if row[0] == "train"]
