@@ -541,5 +541,6 @@ def test_batch_trains_with_two_tasks(parameter, code, words, slurm, monkeypatch)
     assert words in done.stderr
     if code == 0:
         assert "2 workers with 2 simulated on the CPU each, this is worker 0" in done.stdout
-        assert len((slurm / "run" / "metrics.jsonl").read_text().splitlines()) == 4  # three steps, one evaluation
+        rows = map(json.loads, (slurm / "run" / "metrics.jsonl").read_text().splitlines())
+        assert [row["split"] for row in rows] == ["train", "train", "train", "workers", "eval"]
     assert not (slurm / "calls").exists()  # no scontrol
