@@ -77,9 +77,16 @@ def run(
                     return trainer
                 stop = stop or stack.enter_context(events.Stopping(settings.steps))
                 runner, evaluate = ScheduleRunner(trainer, state, progress), evaluation.Evaluation(trainer, progress)
+                job = _Run(folder, runner, evaluate, recovery, stop, words, progress)
                 try:
-                    _train_on(_Run(folder, runner, evaluate, recovery, stop, words, progress), state, joins)
-                    return trainer
+                    job, state = _ready(job, state, joins)
+                    while True:
+                        try:
+                            _train(job, state)
+                            return trainer
+                        except Rejoined as met:
+                            state = met.state
+                        job.runner.go_to(state)
                 except Resized as met:
                     hand_over(trainer, recovery, met, folder)
             replicas = replicas.again()
@@ -112,22 +119,11 @@ class _Run:
     progress: Progress
 
 
-def _train_on(run: _Run, state: TrainState, joins: bool) -> None:
-    """Trains to the end, as often as the same number of workers has to meet again."""
-    if joins:
-        run, state = _joined(run)
-    else:
-        run.evaluate.compile()  # a mistake in the model or the loss shows before the training
-    while True:
-        try:
-            return _train(run, state)
-        except Rejoined as met:
-            state = met.state
-        run.runner.go_to(state)
-
-
-def _joined(run: _Run) -> tuple[_Run, TrainState]:
-    """Compiles what is known to come, and joins the others; what is compiled may not fit the rank that it gets."""
+def _ready(run: _Run, state: TrainState, joins: bool) -> tuple[_Run, TrainState]:
+    """Compiles what shows mistakes before the training, or, in place of a lost worker, all that may, and joins."""
+    if not joins:
+        run.evaluate.compile()
+        return run, state
     trainer, before = run.runner.trainer, run.runner.trainer.replicas.rank
     cached = trainer.settings.activation_cache is not None  # whose batches follow from the step
     if not cached:
