@@ -555,6 +555,7 @@ def test_workers_go_on_together_whatever_is_lost():
 def test_fewer_workers_go_on_and_more_again():
     counts = explore(fewer=st.frozensets(st.integers(1, 3)), late=st.frozensets(st.integers(0, 7)))
     assert all(counts[kind] >= 20 for kind in ("fewer", "grown", "too few")), counts
+    assert counts["stuck"], counts
 
 
 def test_one_loss():
