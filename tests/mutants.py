@@ -527,10 +527,24 @@ MUTANTS = [
     # Schedules.
     changed(
         "one turn later for who has waited",
-        "schedules/adaptive.py",
-        "waits[i] >= starve",
-        "waits[i] > starve",
-        "unit/schedules/test_schedules.py::test_byte_budget_serves_who_has_waited",
+        "schedules/budget.py",
+        "-waits[i] if waits[i] >= starve",
+        "-waits[i] if waits[i] > starve",
+        "unit/schedules/test_budget.py::test_who_has_waited_comes_first",
+    ),
+    changed(
+        "what was spent before does not count",
+        "schedules/budget.py",
+        "return [limit * end - used for",
+        "return [limit * (end - self.step) for",
+        "unit/schedules/test_budget.py::test_what_is_left_is_carried_over",
+    ),
+    changed(
+        "nothing is saved for what is larger than the limit",
+        "schedules/budget.py",
+        "if before > 0 and self.fits(",
+        "if before < 0 and self.fits(",
+        "unit/schedules/test_budget.py::test_what_is_larger_than_the_limit_is_saved_for",
     ),
     changed(
         "norms of all intervals",
