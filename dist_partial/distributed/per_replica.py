@@ -96,7 +96,7 @@ class PerReplica:
         topology: the replicas.
         variable: a mirrored variable, or one that is synchronised on read.
         when_fewer: what becomes of the values on another number of replicas: 'sum' keeps their sum and divides it
-            evenly, 'mean' gives each replica their mean, 'own' deals them out, 'chunks' cuts what they are together,
+            evenly, 'total' gives it to each, 'mean' gives each replica their mean, 'own' deals them out, 'chunks' cuts what they are together,
             one after the other, into as many chunks as there are replicas.
         constraint: of the variable, which the mean must satisfy as the values do; or None.
 
@@ -140,7 +140,7 @@ class PerReplica:
         elif self.when_fewer == "own":
             mine = array[np.arange(count) % len(array)]
         else:
-            divisor = count if self.when_fewer == "sum" else len(array)
+            divisor = {"sum": count, "total": 1}.get(self.when_fewer, len(array))
             one = (np.sum(array, axis=0, dtype=np.float64) / divisor).astype(self.dtype)
             one = one if self.constraint is None else np.asarray(self.constraint(tf.constant(one)))
             mine = np.broadcast_to(one, self.shape)

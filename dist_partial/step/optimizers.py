@@ -327,6 +327,8 @@ def apply(optimizers: Sequence[GroupOptimizer], gradients: Sequence[tf.Tensor | 
         pairs = [(gradient, member.variable) for member in group.members if (gradient := next(rest)) is not None]
         if pairs:
             group.optimizer.apply(*zip(*pairs, strict=True))
+        elif any(member.entry.dealt for member in group.members):  # to others, whose steps it counts
+            group.optimizer.iterations.assign_add(1)
 
 
 def finalize(strategy: tf.distribute.Strategy, optimizers: Sequence[GroupOptimizer]) -> None:

@@ -100,7 +100,11 @@ class TrainState:
             kept = self._kept(planned.reduction, self._of(planned.inside))
             for member in group.members:
                 found[f"{folder}/{member.entry.path}"] = kept(member.variable)
-            found |= {f"slots/{name}": kept(variable) for name, variable in group.state.items()}
+            # Of what is dealt out its owner has slots, and the others have zeros.
+            owned = {member.entry.path for member in group.members if member.entry.dealt}
+            of_owner = self._kept(planned.reduction, self._of(planned.inside), "total")
+            for name, variable in group.state.items():
+                found[f"slots/{name}"] = (of_owner if name.rpartition("/")[0] in owned else kept)(variable)
         for fragment in self.fragments:
             for anchor in fragment.outer.members:
                 found[f"variables/{anchor.entry.path}"] = anchor.variable
@@ -113,7 +117,7 @@ class TrainState:
                     found[f"{name}/{member.entry.path}"] = PerReplica(who, variable, "mean", constraint)
         for entry, own in zip(self.plan.trained, self.reduction_states, strict=True):
             for name, variable in own.items():
-                when_fewer = WHEN_FEWER.get(name.removeprefix(OF_INSIDE), "own")
+                when_fewer = "total" if entry.dealt else WHEN_FEWER.get(name.removeprefix(OF_INSIDE), "own")
                 own_level = None if name.startswith(OF_INSIDE) else entry.inside
                 found[f"reductions/{entry.path}/{name}"] = PerReplica(self._of(own_level), variable, when_fewer)
         # Keras numbers generators through the whole process (`seed_generator_7`), so they go by their order here.
@@ -131,9 +135,9 @@ class TrainState:
         """Who has values of their own: the replicas, or the workers, where a reduction inside makes replicas alike."""
         return self.topology if inside is None else self.topology.hosts
 
-    def _kept(self, reduction: Any, topology: Topology) -> Callable[[Any], Any]:
+    def _kept(self, reduction: Any, topology: Topology, when_fewer: str = "mean") -> Callable[[Any], Any]:
         """How a variable of a group is kept: as it is, or with the values of all replicas."""
-        when_fewer = "own" if isinstance(reduction, LocalOnly) else "mean"
+        when_fewer = "own" if isinstance(reduction, LocalOnly) else when_fewer
         if reduction.shared:
             return lambda variable: variable
         return lambda variable: PerReplica(topology, variable.value, when_fewer, variable.constraint)

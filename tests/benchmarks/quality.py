@@ -1,6 +1,6 @@
 """Held-out loss against bytes sent: what each reduction costs, on everything and on a selection, or each schedule.
 
-python -m tests.benchmarks.quality [--table=schedules] [--seeds=3] [--policies="NAME;..."] [--go_on]
+python -m tests.benchmarks.quality [--table=schedules|long] [--seeds=3] [--policies="NAME;..."] [--go_on]
 
 Simulated replicas, two unless a policy says otherwise, train a byte transformer on the embedded corpus; every run reads
 the same number of examples. Each policy runs in a process of its own, two at a time, and its losses are means over the
@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import tables
+from tests.benchmarks import long_table, tables
 
 COMMAND = "python -m tests.benchmarks.quality"
 RESULTS = Path(__file__).parent / "results"
@@ -317,10 +317,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--policies", default="", help="some of them, separated by ;")
     parser.add_argument("--go_on", action="store_true", help="keep the rows that are there")
-    parser.add_argument("--table", choices=list(TABLES), default="quality")
+    parser.add_argument("--table", choices=[*TABLES, "long"], default="quality")
+    parser.add_argument("--hours", type=float, default=6.0, help="of the long table: after them no run begins")
+    parser.add_argument("--processes", type=int, default=2, help="of the long table, at a time")
     parser.add_argument("--child")
     arguments = parser.parse_args()
     which, seeds = arguments.table, arguments.seeds
+    if which == "long":
+        if arguments.child:
+            long_table.child(arguments.child)
+            return
+        names = arguments.policies.split(";") if arguments.policies else []
+        sys.exit("\n".join(long_table.run(names, arguments.hours, arguments.processes)))
     if arguments.child:
         child(which, arguments.child, seeds)
         return
