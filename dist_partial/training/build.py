@@ -184,7 +184,8 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
         notes += coupling_notes(objective, data.train, topology.replicas, settings.accumulate)
         notes += notes_on_repeats(data)
         with calling("run.optimizer"):
-            groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))
+            at_once = isinstance(settings.schedule, Constant)
+            groups = optimizers.build(plan, settings.optimizer, at_once, _elsewhere(plan, replicas))
         reduction_states = make_states(plan)
         fragments = outer_step.build(plan, groups, reduction_states)
         scale = LossScale() if needs_loss_scale(model) else None
@@ -210,6 +211,19 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
         fingerprint=run_fingerprint.of_run(settings, data, objective, plan, changed.moving, optimizers_),
         notes=tuple(notes),
     )
+
+
+def _elsewhere(plan: selection.Plan, replicas: Replicas) -> set[str]:
+    """Paths of what other workers update alone, where this one has a strategy of its own."""
+    topology = replicas.topology
+    if topology.strategy.num_replicas_in_sync != topology.local:
+        return set()  # TensorFlow's own of all: what it makes is of one shape on all
+    found: set[str] = set()
+    for entry in plan.trained:
+        one = topology.hosts if entry.inside else topology
+        if entry.dealt and one.local == 1 and plan.owners(one.replicas)[entry.path] != one.worker:
+            found.add(entry.path)
+    return found
 
 
 def _divided(

@@ -345,24 +345,24 @@ class Recovery:
 
 
 def stays(fragments: Sequence[Fragment]) -> bool:
-    """Tells whether a state can be kept after each call: not where something travels meanwhile.
+    """Tells whether a state can be kept after each call: not where something travels meanwhile, or has one owner.
 
     Examples:
         >>> stays([])
         True
     """
-    return not any(fragment.reduction.delay for fragment in fragments)
+    return not any(fragment.reduction.delay or fragment.reduction.divided for fragment in fragments)
 
 
 def _gone(state: TrainState, ranks: Sequence[int], what: str, residuals: str, weights: str) -> str:
     """What no other worker had of the state of those that are lost, in words, and what becomes of both kinds of it."""
     found = [(name, v.when_fewer) for name, v in state.variables.items() if isinstance(v, PerReplica)]
     # What else a reduction keeps, such as factors, is alike on all.
-    own = {kind for name, kind in found if kind in ("sum", "total", "chunks") or not name.startswith("reductions/")}
+    own = {kind for name, kind in found if kind in ("sum", "chunks") or not name.startswith("reductions/")}
     words = [
         text
         for kinds, text in (
-            ({"sum", "total", "chunks"}, f"its residuals, what it had not sent yet, {residuals}"),
+            ({"sum", "chunks"}, f"its residuals, what it had not sent yet, {residuals}"),
             ({"mean", "own"}, f"its own weights and slots since the last exchange {weights}"),
         )
         if kinds & own

@@ -237,4 +237,4 @@ def _of_another(own: PerReplica) -> np.ndarray:
     """
     local = own.topology.strategy.experimental_local_results(own.variable)[: own.topology.local]
     values = np.stack([copy.numpy() for copy in local])
-    return np.zeros_like(values) if own.when_fewer in ("sum", "total", "chunks") else values
+    return np.zeros_like(values) if own.when_fewer in ("sum", "chunks") else values

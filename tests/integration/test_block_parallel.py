@@ -12,6 +12,7 @@ from dist_partial.reductions.block_parallel import BlockParallel
 from dist_partial.reductions.quantized import Quantized
 from dist_partial.selection.rules import Rule
 from dist_partial.training import loop
+from dist_partial.training.build import build
 from tests.helpers import cases
 from tests.helpers.files import rows, same_bits, state
 from tests.helpers.strategies import in_process
@@ -51,12 +52,9 @@ def test_the_number_of_replicas_may_change(tmp_path):
     after = state(tmp_path, 5)
     assert after.keys() == before.keys()
     for name in ("slots/dense1/kernel/velocity", "slots/dense2/kernel/velocity"):
-        owner = {"slots/dense1/kernel/velocity": 0, "slots/dense2/kernel/velocity": 1}[name]
-        assert [k for k, value in enumerate(before[name]) if value.any()] == [owner]
-        # Of three replicas all have the slots of the owner before; one of them has made a step with them.
-        unmoved = [value for value in after[name] if same_bits([value, before[name][owner]])]
-        decayed = [value for value in after[name] if np.allclose(value, 0.999 * before[name][owner], rtol=1e-6)]
-        assert len(after[name]) == 3 and len(unmoved) + len(decayed) == 2, name
+        # One value, of whoever owns it, who makes a step with it; Adam's rate of 0.001 keeps most of it.
+        assert before[name].shape == after[name].shape and before[name].any()
+        assert np.all(after[name] >= 0.998 * before[name]) and not same_bits([after[name], before[name]]), name
 
 
 def _train(folder: Path) -> None:
@@ -66,6 +64,11 @@ def _train(folder: Path) -> None:
     for steps in (4, STEPS):
         keras.utils.clear_session(free_memory=False)
         loop.run(settings(DEALT, made, steps, precision="float64"), folder / "three")
+    trainer = build(settings(DEALT, made, precision="float64"), made)
+    sizes = {name: variable.shape for group in trainer.optimizers for name, variable in group.state.items()}
+    held = {name for name, shape in sizes.items() if name.startswith("dense") and shape[0]}
+    owned = [path for path, owner in trainer.plan.owners(3).items() if owner == made.rank]
+    assert owned and held == {f"{path}/{slot}" for path in owned for slot in ("momentum", "velocity")}, sizes
 
 
 @pytest.mark.slow
@@ -78,9 +81,7 @@ def test_workers_are_the_replicas_that_are_simulated(tmp_path):
     loop.run(settings(DEALT, in_process(3), precision="float64"), tmp_path / "simulated")
     left, right = (state(tmp_path / name, STEPS) for name in ("three", "simulated"))
     assert left.keys() == right.keys()
-    owned = [name for name in left if name.startswith("slots/dense") or name.endswith("/residual")]
-    assert owned and all(sum(value.any() for value in left[name]) == 1 for name in owned)  # by its owner alone
-    # In a process of several replicas all count the steps of slots that one of them owns.
+    assert left["slots/dense1/kernel/velocity"].shape == (160, 12)  # its owner's
     cases.assert_equal(left, right, 1e-10)
 
 
