@@ -26,11 +26,12 @@ class BlockParallel(LocalSGD):
     Consecutive variables in the model's order make a share, of which the largest is as small as it can be
     (`Plan.owners`). Every `sync_every` steps each replica sends what its share has moved, which all others take:
     nothing is averaged, so that it is encoded once. A replica differentiates no further down than its share, and sends
-    the N-th part of what `LocalSGD` does. That is block coordinate descent with one block a replica, as in parallel
-    BAdam (Luo et al. 2024, "BAdam: A Memory Efficient Full Parameter Optimization Method").
+    the N-th part of what `LocalSGD` does. That is block coordinate descent, of which BAdam (Luo et al. 2024) takes
+    one block after the other, with all blocks at once (Jacobi's way: Bertsekas & Tsitsiklis 1989, "Parallel and
+    Distributed Computation", section 3.1).
 
-    The other attributes are those of `LocalSGD`. On another number of replicas the shares change: slots go with their
-    variables, and of what moved since the last exchange a part is kept.
+    The other attributes are those of `LocalSGD`, but `mix`. On another number of replicas the shares change: slots go
+    with their variables, and of what moved since the last exchange a part is kept.
 
     Attributes:
         compressor: encodes what a share has moved, such as `Quantized`; None sends it as it is.
@@ -51,6 +52,12 @@ class BlockParallel(LocalSGD):
             raise UserError(
                 f"block_parallel.compressor is {shown(self.compressor)}, which sums: a share is sent by one replica "
                 "alone; give Quantized() or TopK(), in a gin file @quantized() or @top_k()"
+            )
+
+        if self.mix != 1:
+            raise UserError(
+                f"block_parallel.mix is {self.mix:g}: what another replica trains must be where that has it; leave it "
+                "out (block_parallel.keep_progress keeps what is trained while an exchange travels)"
             )
 
     def payloads(self, shape: Sequence[int], dtype: str, peers: Peers = PAIR) -> tuple[Payload, ...]:

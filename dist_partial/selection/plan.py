@@ -256,7 +256,7 @@ class Plan:
     @functools.cached_property
     def _padding(self) -> dict[str, Fraction]:
         """By path of what is dealt out: how much more travels than its bytes, since all send as many as the largest."""
-        found = {}
+        found: dict[str, Fraction] = {}
         for group in self.groups:
             if not group.entries[0].dealt:
                 continue

@@ -120,9 +120,7 @@ def build(
     return groups
 
 
-def _build_group(
-    number: int, group: Group, default: Callable[..., Any], elsewhere: Collection[str]
-) -> GroupOptimizer:
+def _build_group(number: int, group: Group, default: Callable[..., Any], elsewhere: Collection[str]) -> GroupOptimizer:
     factory = group.rule.optimizer or default
     rate = group.rule.learning_rate
     if rate is not None:

@@ -9,6 +9,7 @@ that the command goes on where it was stopped.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -61,11 +62,68 @@ def _every_step(m: Any, s: Tuned) -> Any:
     return m.AllReduce("float32")
 
 
+def _local(every: int, compressor: Callable[[Any], Any] | None = None, **options: Any) -> Callable[[Any, Tuned], Any]:
+    """Local steps, whose outer optimizer has the setting's `outer`, [rate, momentum]."""
+
+    def make(m: Any, s: Tuned) -> Any:
+        rate, momentum = s["outer"]
+        outer = functools.partial(m.nesterov, rate, momentum)
+        return m.LocalSGD(every, outer_optimizer=outer, compressor=compressor and compressor(m), **options)
+
+    return make
+
+
+def _two_bits(m: Any) -> Any:
+    return m.Quantized(2)
+
+
+def _sparse(m: Any) -> Any:
+    """What SparseLoCo (Sarfi et al. 2025) sends: of each 4096 values 64, in 2 bits."""
+    return m.TopK(1 / 64, 4096, 2, decay=0.95)
+
+
+def _dealt(every: int) -> Callable[[Any, Tuned], Any]:
+    def make(m: Any, s: Tuned) -> Any:
+        outer = functools.partial(m.nesterov, *s["outer"])
+        return m.BlockParallel(every, outer_optimizer=outer, compressor=_two_bits(m))
+
+    return make
+
+
+MEAN, NESTEROV = [1.0, 0.0], [0.7, 0.6]
+RATES = {"AdamW": [2e-3, 4e-3], "Muon": [4e-3, 8e-3]}
+
+
+def _tuned(optimizer: str, outer: Sequence[Any] = (MEAN, NESTEROV)) -> list[Tuned]:
+    return _all(batch=[8], rate=RATES[optimizer], outer=outer)
+
+
 POLICIES = {
     policy.name: policy
     for policy in [
         Policy("AdamW, float32 every step", "AdamW", _all(batch=[8, 16], rate=[2e-3, 4e-3, 8e-3]), _every_step, (8, 2)),
         Policy("Muon, float32 every step", "Muon", _all(batch=[8, 16], rate=[4e-3, 8e-3, 16e-3]), _every_step, (8, 2)),
+        Policy(
+            "Muon, 4 bits every step", "Muon", _all(batch=[8], rate=RATES["Muon"]), lambda m, s: m.Quantized(4), (8, 2)
+        ),
+        Policy("DiLoCo: AdamW, every 30 steps", "AdamW", _tuned("AdamW"), _local(30)),
+        Policy("SparseLoCo: AdamW, every 30 steps, top 1/64 in 2 bits", "AdamW", _tuned("AdamW"), _local(30, _sparse)),
+        Policy("MuLoCo: Muon, every 30 steps, 2 bits", "Muon", _tuned("Muon"), _local(30, _two_bits), (8, 2)),
+        Policy("Muon, every 66 steps, 2 bits", "Muon", _tuned("Muon"), _local(66, _two_bits), (8, 2)),
+        Policy(
+            "Muon, every 66 steps, 2 bits, applied 6 steps later",
+            "Muon",
+            _tuned("Muon", [MEAN]),
+            _local(66, _two_bits, delay=6, keep_progress=True),
+        ),
+        Policy(
+            "Muon, every step until 16, then every 90, 2 bits",
+            "Muon",
+            _tuned("Muon", [MEAN]),
+            _local(90, _two_bits, warm_up=16),
+        ),
+        Policy("Muon, every 30 steps, top 1/64 in 2 bits", "Muon", _tuned("Muon"), _local(30, _sparse)),
+        Policy("Muon, block-parallel, every 32 steps, 2 bits", "Muon", _tuned("Muon", [MEAN, [0.5, 0.0]]), _dealt(32)),
     ]
 }
 
@@ -207,9 +265,11 @@ def write(rows: Sequence[Mapping[str, Any]]) -> None:
         f"reported on seeds {', '.join(map(str, SEEDS))}"
     )
     order = list(POLICIES)
-    rows = sorted(rows, key=lambda row: (order.index(row["policy"]) if row["policy"] in order else len(order)))
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    text = f'{{\n "command": {json.dumps(COMMAND)},\n "setting": {json.dumps(setting)},\n "pieces": [\n{lines}\n ]\n}}\n'
+    rows = sorted(rows, key=lambda row: order.index(row["policy"]) if row["policy"] in order else len(order))
+    found = {"command": COMMAND, "setting": setting, "tuning_seed": TUNING_SEED}
+    head = json.dumps(found, indent=1).removesuffix("\n}")
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)  # a line each
+    text = f'{head},\n "pieces": [\n{lines}\n ]\n}}\n'
     partial = RESULTS.with_suffix(".partial")
     partial.write_text(text)
     partial.replace(RESULTS)

@@ -17,6 +17,7 @@ from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.plan import even_shares
 from dist_partial.selection.rules import Rule
+from dist_partial.step import optimizers
 from tests.helpers import cases
 from tests.helpers.cases import copies
 from tests.helpers.files import same_bits
@@ -157,6 +158,15 @@ def test_what_cannot_be_dealt_out(mirrored):
         local_of(mirrored(2), BlockParallel(5)).plan.owners(5)
     with pytest.raises(UserError, match=r"block_parallel.compressor is PowerSGD.*a share is sent by one replica alone"):
         BlockParallel(5, compressor=PowerSGD(1))
-    with pytest.raises(UserError, match="block_parallel.sync_every is 0"):
+    with pytest.raises(UserError, match=r"block_parallel\.sync_every is 0"):
         BlockParallel(0)
-    assert not AllReduce().__dict__.get("divided")
+    with pytest.raises(UserError, match=r"block_parallel\.mix is 0\.5"):
+        BlockParallel(4, delay=2, mix=0.5)
+
+    def averaging():
+        return keras.optimizers.SGD(0.1, use_ema=True)
+
+    model = cases.build(DENSE)
+    plan = selection.resolve([Rule(".*", optimizer=averaging, reduction=BlockParallel(5))], model, AllReduce())
+    with pytest.raises(UserError, match=r"averages weights \(use_ema\), which BlockParallel deals out"):
+        optimizers.build(plan, averaging)
