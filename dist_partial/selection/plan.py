@@ -234,7 +234,7 @@ class Plan:
             >>> entries = [VariablePlan(f"{i}/kernel", (n,), "float32", None, Rule(".*"), BlockParallel(10))
             ...            for i, n in enumerate([4, 1, 1, 3])]
             >>> Plan((Rule(".*"),), tuple(entries)).owners(2)
-            {'0/kernel': 0, '1/kernel': 1, '2/kernel': 1, '3/kernel': 1}
+            {'0/kernel': 0, '1/kernel': 0, '2/kernel': 1, '3/kernel': 1}
         """
         dealt = [entry for entry in self.entries if entry.trained and entry.dealt]
         if dealt and len(dealt) < replicas:

@@ -101,10 +101,9 @@ class StepSpec:
         """How many there are in all."""
         return self.collectives.backend.topology(self.strategy).replicas
 
-    @property
-    def local(self) -> int:
-        """How many this worker has."""
-        return self.collectives.backend.topology(self.strategy).local
+    def together(self, entry: VariablePlan) -> bool:
+        """Tells whether replicas of one process, which update together, train it in place of each other."""
+        return entry.dealt and entry.inside is None and self.collectives.backend.topology(self.strategy).local > 1
 
     @property
     def statistics(self) -> Sequence[Any]:
@@ -240,11 +239,9 @@ def replica_gradients(spec: StepSpec, batch: Batch) -> tuple[Any, tf.Tensor, tf.
         gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
     squares = unit_squares(spec.plan, gradients) if options.unit_norms else tf.zeros([0])
     gradients, norm = clip(gradients, [(e.reduction.shared, e.inside is not None) for e in trained], options.clip_norm)
-    if spec.local > 1:  # the replicas of a process update together
-        gradients = [
-            tf.zeros(entry.trained_shape, entry.dtype) if gradient is None and entry.path in elsewhere else gradient
-            for gradient, entry in zip(gradients, trained, strict=True)
-        ]
+    for i, entry in enumerate(trained):
+        if entry.path in elsewhere and spec.together(entry):
+            gradients[i] = tf.zeros(entry.trained_shape, entry.dtype)
     return (total, metrics), norm, squares, gradients, means
 
 
@@ -322,8 +319,8 @@ def replica_statistics(spec: StepSpec, means: list[tf.Tensor]) -> None:
 
 def update(spec: StepSpec, gradients: Any) -> None:
     """Updates all groups on all replicas by reduced gradients; called in the cross-replica context."""
-    dealt = [member for group in spec.optimizers for member in group.members if member.entry.dealt]
-    if not dealt or spec.local == 1:
+    dealt = [member for group in spec.optimizers for member in group.members if spec.together(member.entry)]
+    if not dealt:
         spec.strategy.run(replica_update, args=(spec, gradients))
     else:
         # Without a gradient there may be weight decay; what another replica trains stays until the exchange.
