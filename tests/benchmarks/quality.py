@@ -318,17 +318,14 @@ def main() -> None:
     parser.add_argument("--policies", default="", help="some of them, separated by ;")
     parser.add_argument("--go_on", action="store_true", help="keep the rows that are there")
     parser.add_argument("--table", choices=[*TABLES, "long"], default="quality")
-    parser.add_argument("--hours", type=float, default=6.0, help="of the long table: after them no run begins")
-    parser.add_argument("--processes", type=int, default=2, help="of the long table, at a time")
     parser.add_argument("--child")
-    arguments = parser.parse_args()
+    arguments, others = parser.parse_known_args()
+    if arguments.table == "long":  # which has arguments of its own
+        long_table.TABLE.main([each for each in sys.argv[1:] if each != "--table=long"])
+        return
+    if others:
+        parser.error(f"unknown: {' '.join(others)}")
     which, seeds = arguments.table, arguments.seeds
-    if which == "long":
-        if arguments.child:
-            long_table.child(arguments.child)
-            return
-        names = arguments.policies.split(";") if arguments.policies else []
-        sys.exit("\n".join(long_table.run(names, arguments.hours, arguments.processes)))
     if arguments.child:
         child(which, arguments.child, seeds)
         return
