@@ -19,7 +19,7 @@ MODEL = {"layers": 4, "width": 64, "heads": 4}
 EXAMPLES, WINDOW, HELD_OUT = 36_000, 64, 2048
 WARM_UP_EXAMPLES = 1_600
 MEAN, NESTEROV = [1.0, 0.0], [0.7, 0.6]  # rate and momentum of an outer optimizer
-RATES = {"AdamW": [2e-3, 4e-3], "Muon": [4e-3, 8e-3]}
+RATES = {"AdamW": [1e-3, 2e-3], "Muon": [4e-3, 8e-3]}
 
 How = tuple[str, Callable[[Any, Setting], Any]]  # the optimizer, and what makes the reduction
 
@@ -63,7 +63,7 @@ def _policy(
 POLICIES = [
     Policy(
         "AdamW, float32 every step",
-        combinations(batch=[8, 16], rate=[2e-3, 4e-3, 8e-3]),
+        combinations(batch=[8, 16], rate=[1e-3, 2e-3, 4e-3]),
         ("AdamW", _every_step),
         (8, 2),
     ),
