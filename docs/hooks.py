@@ -83,7 +83,7 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "step": ("Step time and sampling", ("step", "fit", "sampling"), ()),
     "wire": ("Network", ("wire", "collectives", "tls"), ()),
     "few_bits": ("Few bits", ("few_bits",), ()),
-    "quality": ("Bytes and quality", ("quality",), ("quality.png",)),
+    "quality": ("Bytes and quality", ("long", "quality"), ("quality.png",)),
     "schedules": ("Schedules", ("schedules", "switch"), ("schedules.png",)),
     "activation_cache": ("Activation cache", ("cache",), ()),
     "fine_tuning": ("Fine-tuning", ("finetune",), ()),

@@ -16,7 +16,7 @@ import numpy as np
 
 from dist_partial.checkpoints import safetensors_file
 from dist_partial.distributed import per_replica
-from dist_partial.distributed.per_replica import PerReplica
+from dist_partial.distributed.per_replica import OfOwner, PerReplica
 from dist_partial.errors import UserError, first_line
 from dist_partial.files import CHECKPOINT, remove_leftovers, writing
 from dist_partial.validation import shown
@@ -62,7 +62,7 @@ def read(state: dict[str, Any], step: int, gather: Callable[[bytes], list[bytes]
         Traceback (most recent call last):
         dist_partial.errors.UserError: variables/w is not finite at step 5; nothing is saved of it; ...
     """
-    own = {name: variable for name, variable in state.items() if isinstance(variable, PerReplica)}
+    own = {name: variable for name, variable in state.items() if isinstance(variable, PerReplica | OfOwner)}
     arrays = dict(zip(own, per_replica.values(list(own.values()), gather), strict=True))
     arrays |= {name: keras.ops.convert_to_numpy(v) for name, v in state.items() if name not in own}
     for name, array in arrays.items():

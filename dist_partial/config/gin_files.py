@@ -23,6 +23,7 @@ from dist_partial.config.bindings import annotation, check_bindings, only_in_pyt
 from dist_partial.distributed import replicas
 from dist_partial.errors import UserError, own_line, raised
 from dist_partial.reductions.all_reduce import AllReduce
+from dist_partial.reductions.block_parallel import BlockParallel
 from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.local_sgd import LocalSGD, nesterov
 from dist_partial.reductions.power_sgd import PowerSGD
@@ -44,6 +45,7 @@ _OURS: dict[str, Callable[..., Any]] = {
     "top_k": TopK,
     "quantized": Quantized,
     "local_sgd": LocalSGD,
+    "block_parallel": BlockParallel,
     "nesterov": nesterov,
     "exclude_from_weight_decay": exclude_from_weight_decay,
     "local_only": LocalOnly,

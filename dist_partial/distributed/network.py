@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from dist_partial.selection.payload import nic_bytes
+from dist_partial.selection.payload import exact_number, nic_bytes
 from dist_partial.selection.plan import Plan
 
 
@@ -97,7 +97,7 @@ class Meter:
             "first_step": self.first + 1,
             "last_step": step,
             "workers": self.workers,
-            "planned_bytes": self.planned,
+            "planned_bytes": exact_number(self.planned),
             "counted_bytes": self.counted,
             "metrics_bytes": self.metrics,
             "copied_bytes": self.copied,

@@ -118,6 +118,14 @@ class PerReplica:
     def shape(self) -> tuple[int, ...]:
         return (self.topology.replicas, *self.variable.shape)
 
+    def held(self, worker: int) -> int:
+        """How many values a worker has."""
+        return self.topology.local * math.prod(self.variable.shape)
+
+    def copies(self) -> list[tf.Variable]:
+        """This worker's."""
+        return list(self.topology.strategy.experimental_local_results(self.variable)[: self.topology.local])
+
     @property
     def dtype(self) -> Any:
         return np.dtype(self.variable.dtype.as_numpy_dtype)
@@ -149,8 +157,53 @@ class PerReplica:
             copy.assign(mine[first + i % self.topology.local])
 
 
-def values(variables: Sequence[PerReplica], gather: Callable[[bytes], list[bytes]]) -> list[np.ndarray]:
-    """Gathers all replicas' values, [replicas, ...] each; all workers must call it.
+@dataclasses.dataclass(frozen=True, eq=False)
+class OfOwner:
+    """Shows a variable of which one replica has the value, and the others none that counts.
+
+    Attributes:
+        topology: the replicas.
+        variable: as in `PerReplica`; where another worker has the value it may be smaller.
+        owner: the number of the replica that has it.
+        shape: of the value.
+
+    Examples:
+        >>> here = topology(tf.distribute.get_strategy())
+        >>> own = OfOwner(here, tf.Variable([1.0, 2.0]), owner=0, shape=(2,))
+        >>> own.assign(np.array([3.0, 4.0], np.float32))
+        >>> own.variable.numpy().tolist(), own.held(worker=0)
+        ([3.0, 4.0], 2)
+    """
+
+    topology: Topology
+    variable: Any
+    owner: int
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> Any:
+        return np.dtype(self.variable.dtype.as_numpy_dtype)
+
+    def held(self, worker: int) -> int:
+        """How many values a worker has."""
+        return math.prod(self.shape) if self.owner // self.topology.local == worker else 0
+
+    def copies(self) -> list[tf.Variable]:
+        """This worker's."""
+        mine = self.owner - self.topology.first
+        found = self.topology.strategy.experimental_local_results(self.variable)
+        return [found[mine]] if 0 <= mine < self.topology.local else []
+
+    def assign(self, array: np.ndarray) -> None:
+        """Gives the owner its value; called in the cross-replica context."""
+        if self.held(self.topology.worker):
+            found = self.topology.strategy.experimental_local_results(self.variable)
+            for copy in found if self.topology.by_worker else self.copies():
+                copy.assign(array)
+
+
+def values(variables: Sequence[PerReplica | OfOwner], gather: Callable[[bytes], list[bytes]]) -> list[np.ndarray]:
+    """Gathers all replicas' values, [replicas, ...] each, or its owner's; all workers must call it.
 
     Args:
         variables: of the same strategy.
@@ -164,17 +217,14 @@ def values(variables: Sequence[PerReplica], gather: Callable[[bytes], list[bytes
     """
     if not variables:
         return []
-    local = [
-        [copy.numpy() for copy in v.topology.strategy.experimental_local_results(v.variable)[: v.topology.local]]
-        for v in variables
-    ]
     # One message, and not a gather for each of many small variables.
-    data = b"".join(copy.tobytes() for copies in local for copy in copies)
-    rows = gather(data)
-    found, start = [], 0
-    for variable, copies in zip(variables, local, strict=True):
-        size = sum(copy.nbytes for copy in copies)
-        parts = [np.frombuffer(row[start : start + size], variable.dtype) for row in rows]
-        found.append(np.concatenate(parts).reshape(-1, *variable.shape[1:]))
-        start += size
+    rows = gather(b"".join(copy.numpy().tobytes() for variable in variables for copy in variable.copies()))
+    found, starts = [], [0] * len(rows)
+    for variable in variables:
+        parts = []
+        for worker, row in enumerate(rows):
+            count = variable.held(worker)
+            parts.append(np.frombuffer(row, variable.dtype, count, starts[worker]))
+            starts[worker] += count * variable.dtype.itemsize
+        found.append(np.concatenate(parts).reshape(variable.shape))
     return found

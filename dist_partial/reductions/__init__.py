@@ -2,6 +2,7 @@
 
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.reductions.base import Exchange, Reduction, mean
+from dist_partial.reductions.block_parallel import BlockParallel
 from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.local_sgd import LocalSGD, averages, nesterov
 from dist_partial.reductions.power_sgd import PowerSGD
@@ -10,6 +11,7 @@ from dist_partial.reductions.top_k import TopK
 
 __all__ = [
     "AllReduce",
+    "BlockParallel",
     "Exchange",
     "LocalOnly",
     "LocalSGD",

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import keras
 import numpy as np
@@ -50,6 +50,8 @@ class LocalSGD:
         (100, (Payload(kind='gather', bytes=2080, every=50, offset=0, warm_up=0),))
     """
 
+    binding: ClassVar[str] = "local_sgd"
+    divided: ClassVar[bool] = False  # whether each replica trains a share of its own: see `BlockParallel`
     sync_every: Annotated[int, AtLeast(1)]
     offset: Annotated[int, AtLeast(0)] = 0
     outer_optimizer: Annotated[Callable[..., Any] | None, Factory("@nesterov", (keras.optimizers.Optimizer,))] = None
@@ -62,27 +64,28 @@ class LocalSGD:
     clip_norm: Annotated[float | None, Above(0)] = None
 
     def __post_init__(self) -> None:
-        check(self, "local_sgd")
+        check(self, self.binding)
+        name = self.binding
         if self.delay > self.sync_every:
             raise UserError(
-                f"local_sgd.delay is {self.delay}: an exchange must have arrived when the next one begins, after "
-                f"local_sgd.sync_every = {self.sync_every} steps; give at most that"
+                f"{name}.delay is {self.delay}: an exchange must have arrived when the next one begins, after "
+                f"{name}.sync_every = {self.sync_every} steps; give at most that"
             )
         if self.keep_progress and not self.delay:
             raise UserError(
-                "local_sgd.keep_progress is True, and nothing is trained while an exchange travels: set "
-                "local_sgd.delay, the steps that are made meanwhile, or unbind it"
+                f"{name}.keep_progress is True, and nothing is trained while an exchange travels: set "
+                f"{name}.delay, the steps that are made meanwhile, or unbind it"
             )
         if self.delay == self.sync_every and self.mix == 1 and not self.keep_progress:
             raise UserError(
-                f"local_sgd.delay is {self.delay}, all of local_sgd.sync_every, and local_sgd.mix = 1 leaves nothing "
-                "of the steps made while an exchange travels: no step would count; set local_sgd.keep_progress = True, "
+                f"{name}.delay is {self.delay}, all of {name}.sync_every, and {name}.mix = 1 leaves nothing "
+                f"of the steps made while an exchange travels: no step would count; set {name}.keep_progress = True, "
                 "or give a smaller delay or mix"
             )
         # Of a class, not made by (), `shared` would be the property itself.
         if self.compressor is not None and getattr(self.compressor, "shared", False) is not True:
             raise UserError(
-                f"local_sgd.compressor is {shown(self.compressor)}: give a reduction of every step, such as "
+                f"{name}.compressor is {shown(self.compressor)}: give a reduction of every step, such as "
                 "Quantized(), in a gin file @quantized(), with the ()"
             )
 

@@ -17,7 +17,7 @@ class Payload(NamedTuple):
     """
 
     kind: str
-    bytes: int
+    bytes: int | fractions.Fraction  # of what one of the replicas sends for all, each its part
     every: int = 1
     offset: int = 0
     warm_up: int = 0  # steps at the beginning, after each of which it travels

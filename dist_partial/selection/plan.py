@@ -1,11 +1,13 @@
 """The rules resolved against one model: what is trained, in which groups, and what it sends."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from dist_partial.errors import UserError
 from dist_partial.selection.payload import Peers, average_bytes, exact_number, itemsize, nic_bytes
 from dist_partial.selection.rules import Rule
 
@@ -59,6 +61,11 @@ class VariablePlan:
     @property
     def trained(self) -> bool:
         return self.rule.train and self.active
+
+    @property
+    def dealt(self) -> bool:
+        """Whether one replica, or worker, trains it for all: see `Plan.owners`."""
+        return getattr(self.reduction, "divided", False)
 
     @property
     def parameters(self) -> int:
@@ -214,10 +221,52 @@ class Plan:
             return Peers(self.devices, all_to_all=False)
         return Peers(1, all_to_all=self.all_to_all) if entry.inside and self.hosts == 1 else self.peers(entry)
 
+    def owners(self, replicas: int) -> dict[str, int]:
+        """Says which of so many replicas, or workers, trains each variable that is dealt out, by its path.
+
+        Consecutive ones, in the model's order, make a share; the largest share is as small as it can be.
+
+        Raises:
+            UserError: there are more of them than variables.
+
+        Examples:
+            >>> from dist_partial.reductions import BlockParallel
+            >>> entries = [VariablePlan(f"{i}/kernel", (n,), "float32", None, Rule(".*"), BlockParallel(10))
+            ...            for i, n in enumerate([4, 1, 1, 3])]
+            >>> Plan((Rule(".*"),), tuple(entries)).owners(2)
+            {'0/kernel': 0, '1/kernel': 0, '2/kernel': 1, '3/kernel': 1}
+        """
+        dealt = [entry for entry in self.entries if entry.trained and entry.dealt]
+        if dealt and len(dealt) < replicas:
+            raise UserError(
+                f"{type(dealt[0].reduction).__name__} deals {len(dealt)} variables out to {replicas} replicas, of "
+                "which some would train nothing: train more variables, or use fewer replicas"
+            )
+        shares = even_shares([math.prod(entry.trained_shape) for entry in dealt], replicas)
+        return {entry.path: share for entry, share in zip(dealt, shares, strict=True)}
+
     def handed_over(self, entry: VariablePlan) -> tuple[Any, ...]:
         """What one worker hands over for a variable: of a sum its own total, else what each of its replicas gives."""
         several = 1 if entry.inside else self.local
-        return tuple(payload.of_worker(several) for payload in entry.payloads(self.peers(entry)))
+        found = tuple(payload.of_worker(several) for payload in entry.payloads(self.peers(entry)))
+        if not entry.dealt:
+            return found
+        return tuple(payload._replace(bytes=payload.bytes * self._padding[entry.path]) for payload in found)
+
+    @functools.cached_property
+    def _padding(self) -> dict[str, Fraction]:
+        """By path of what is dealt out: how much more travels than its bytes, since all send as many as the largest."""
+        found: dict[str, Fraction] = {}
+        for group in self.groups:
+            if not group.entries[0].dealt:
+                continue
+            peers = self.peers(group.entries[0])
+            owners, shares = self.owners(peers.replicas), [Fraction(0)] * peers.replicas
+            for entry in group.entries:
+                shares[owners[entry.path]] += sum(payload.bytes for payload in entry.payloads(peers))
+            more = max(shares) * peers.replicas / sum(shares) if sum(shares) else Fraction(1)
+            found |= {entry.path: more for entry in group.entries}
+        return found
 
     def bytes_of(self, entry: VariablePlan, at_interface: bool = False) -> int | float:
         """Counts the bytes that one worker hands over, or sends, for a variable in a step, on average."""
@@ -336,3 +385,30 @@ class Plan:
             "nic_bytes_per_step": self.nic_bytes,
             "full_nic_bytes_per_step": self.full_nic_bytes,
         }
+
+
+def even_shares(sizes: Sequence[int], count: int) -> list[int]:
+    """Cuts a sequence into `count` shares, of which the largest is as small as it can be; returns each one's share.
+
+    Examples:
+        >>> even_shares([2, 2, 2, 6, 1], 3)
+        [0, 0, 0, 1, 2]
+    """
+
+    def cut(largest: int) -> list[int] | None:
+        shares, share, filled = [], 0, 0
+        for i, size in enumerate(sizes):
+            # Those that come must have one each as well.
+            if i and (filled + size > largest or len(sizes) - i < count - share):
+                share, filled = share + 1, 0
+            shares.append(share)
+            filled += size
+            if filled > largest or share >= count:
+                return None
+        return shares
+
+    low, high = 0, sum(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cut(middle) is not None else (middle + 1, high)
+    return cut(high) or []

@@ -128,6 +128,7 @@ def compiled_exchanges(
     found = []
     for i, fragment in enumerate(fragments):
         moved = [n for n, member in enumerate(fragment.members) if member.entry.path not in without_gradient]
+        assert len(moved) == len(fragment.members) or not fragment.reduction.divided  # one layout for all
         spec = ExchangeSpec(strategy, collectives, fragment, moved, [] if shared or i else statistics)
         flight = _flight(spec, beside, thread) if fragment.reduction.delay else None
         parts = [flight.begin, flight.travel, flight.arrive] if flight else [_compiled(outer_step.exchange, spec)]

@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -39,6 +39,7 @@ class OptimizerVariable:
 
     entry: VariablePlan
     variable: Any
+    elsewhere: bool = False  # whether another worker alone updates it (`Plan.owners`): then its slots have no rows here
 
 
 @dataclasses.dataclass(eq=False)
@@ -86,7 +87,9 @@ class GroupOptimizer:
         self.optimizer, self.state = self.make(), {}
 
 
-def build(plan: Plan, factory: Callable[..., Any], slots: bool = True) -> tuple[GroupOptimizer, ...]:
+def build(
+    plan: Plan, factory: Callable[..., Any], slots: bool = True, elsewhere: Collection[str] = ()
+) -> tuple[GroupOptimizer, ...]:
     """Builds one optimizer a group, with slots for the selected variables only.
 
     Call it inside `strategy.scope()`: Keras optimizers remember the strategy in which they are made.
@@ -95,6 +98,7 @@ def build(plan: Plan, factory: Callable[..., Any], slots: bool = True) -> tuple[
         plan: the plan.
         factory: makes the optimizer of the rules that name none, such as `keras.optimizers.Adam`.
         slots: whether their slots are allocated at once.
+        elsewhere: paths of what other workers update alone.
 
     Raises:
         UserError: if a factory does not make a Keras optimizer, or makes one that accumulates, scales or
@@ -110,19 +114,27 @@ def build(plan: Plan, factory: Callable[..., Any], slots: bool = True) -> tuple[
         >>> [(group.members[0].entry.path, type(group.optimizer).__name__) for group in groups]
         [('head/bias', 'SGD'), ('head/kernel', 'Adam')]
     """
-    groups = tuple(_build_group(number, group, factory) for number, group in enumerate(plan.groups))
+    groups = tuple(_build_group(number, group, factory, elsewhere) for number, group in enumerate(plan.groups))
     for group in groups if slots else ():
         group.allocate()
     return groups
 
 
-def _build_group(number: int, group: Group, default: Callable[..., Any]) -> GroupOptimizer:
+def _build_group(number: int, group: Group, default: Callable[..., Any], elsewhere: Collection[str]) -> GroupOptimizer:
     factory = group.rule.optimizer or default
     rate = group.rule.learning_rate
     if rate is not None:
         factory = functools.partial(factory, learning_rate=float(rate) if isinstance(rate, int) else rate)
-    members = tuple(OptimizerVariable(entry, _trained_variable(entry)) for entry in group.entries)
-    return prepare(f"the optimizer of rule {group.rule.match!r}", factory, members, number)
+    members = tuple(
+        OptimizerVariable(entry, _trained_variable(entry), entry.path in elsewhere) for entry in group.entries
+    )
+    made = prepare(f"the optimizer of rule {group.rule.match!r}", factory, members, number)
+    if made.optimizer.use_ema and any(entry.dealt for entry in group.entries):
+        raise UserError(
+            f"the optimizer of rule {group.rule.match!r} averages weights (use_ema), which "
+            f"{type(group.reduction).__name__} deals out: each replica would average its own alone; leave it out"
+        )
+    return made
 
 
 def prepare(
@@ -285,7 +297,8 @@ def _check_constraint(entry: VariablePlan, selected: tuple[int, int]) -> None:
 def _build_slots(number: int, optimizer: Any, members: Sequence[OptimizerVariable]) -> dict[str, Any]:
     # Keras names a slot by its variable's path with "/" turned into "_", which is not unique, and lists slots by
     # index, which a changed selection shifts. The method below is where every slot learns its variable.
-    paths = {id(member.variable): member.entry.path for member in members}
+    updated = [_without_rows(member) if member.elsewhere else member.variable for member in members]
+    paths = {id(variable): member.entry.path for variable, member in zip(updated, members, strict=True)}
     slots: dict[str, Any] = {}
     add_slot = optimizer.add_variable_from_reference
 
@@ -294,9 +307,10 @@ def _build_slots(number: int, optimizer: Any, members: Sequence[OptimizerVariabl
         slots[f"{paths[id(reference_variable)]}/{name}"] = slot
         return slot
 
-    compat.alias_variables(optimizer, [(member.variable, member.entry.variable) for member in members])
+    aliases = [(variable, member.entry.variable) for variable, member in zip(updated, members, strict=True)]
+    compat.alias_variables(optimizer, aliases)
     optimizer.add_variable_from_reference = recorded
-    optimizer.build([member.variable for member in members])
+    optimizer.build(updated)
     del optimizer.add_variable_from_reference
     known = {id(slot) for slot in slots.values()}
     # Some have slots of other shapes, which they make by another method and give names that are not unique, or that
@@ -306,6 +320,12 @@ def _build_slots(number: int, optimizer: Any, members: Sequence[OptimizerVariabl
             slots[f"group_{number}/{place}_{re.sub(r'_[0-9]+$', '', variable.name)}"] = variable
     assert len(slots) == len(optimizer.variables)
     return slots
+
+
+def _without_rows(member: OptimizerVariable) -> Any:
+    """A stand-in of a variable whose slots take no memory."""
+    value = keras.ops.convert_to_numpy(member.variable)
+    return stand_in(member.variable, value[:0]) if value.ndim else member.variable
 
 
 def apply(optimizers: Sequence[GroupOptimizer], gradients: Sequence[tf.Tensor | None]) -> None:
@@ -327,6 +347,8 @@ def apply(optimizers: Sequence[GroupOptimizer], gradients: Sequence[tf.Tensor | 
         pairs = [(gradient, member.variable) for member in group.members if (gradient := next(rest)) is not None]
         if pairs:
             group.optimizer.apply(*zip(*pairs, strict=True))
+        elif any(member.entry.dealt for member in group.members):  # to others, whose steps it counts
+            group.optimizer.iterations.assign_add(1)
 
 
 def finalize(strategy: tf.distribute.Strategy, optimizers: Sequence[GroupOptimizer]) -> None:

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from dist_partial.distributed.collectives import BETWEEN, Collectives, run_rounds
 from dist_partial.reductions.base import mean
+from dist_partial.reductions.block_parallel import BlockParallel
 from dist_partial.reductions.encoding import zeros
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.reductions.reduce_gradients import own_variable
@@ -33,6 +34,7 @@ class Fragment:
         states: what the reduction of the movements keeps, a dictionary a member.
         moving: with a delay, what travels of each member: its movement, and once it has arrived the mean of all.
         begun: with a delay whose progress is kept, where each member was when the exchange began.
+        plan: by which the members are dealt out, where they are.
     """
 
     reduction: LocalSGD
@@ -41,6 +43,7 @@ class Fragment:
     states: tuple[dict[str, tf.Variable], ...]
     moving: tuple[tf.Variable, ...] = ()
     begun: tuple[tf.Variable, ...] = ()
+    plan: Plan | None = None
 
     def over(self, collectives: Collectives) -> Collectives:
         """How those reach each other that exchange: all replicas, or, of each worker, one for all."""
@@ -111,7 +114,7 @@ def build(
             outer.allocate()
             moving = _zeros("moving", anchors if group.reduction.delay else ())
             begun = _zeros("begun", anchors if group.reduction.keep_progress else ())  # with a delay alone
-            fragments.append(Fragment(group.reduction, inner.members, outer, own_states, moving, begun))
+            fragments.append(Fragment(group.reduction, inner.members, outer, own_states, moving, begun, plan))
     return tuple(fragments)
 
 
@@ -164,7 +167,7 @@ def replica_travel(spec: ExchangeSpec) -> None:
     """Averages the noted movements over the replicas; called in a replica context."""
     fragment, collectives = spec.fragment, spec.fragment.over(spec.collectives)
     noted = {i: tf.convert_to_tensor(fragment.moving[i]) for i in reversed(spec.moved)}
-    means = reduce_together(collectives, _terms(fragment, collectives, noted))
+    means, _ = _over_replicas(fragment, collectives, noted)
     _assign([fragment.moving[i] for i in noted], means)
 
 
@@ -177,13 +180,13 @@ def replica_means(spec: ExchangeSpec) -> tuple[list[tf.Tensor], list[tf.Tensor]]
     """Averages the movements of the members, and the statistics, over the replicas; called in a replica context."""
     collectives = spec.fragment.over(spec.collectives)
     movements = {i: _movement(spec.fragment, i) for i in reversed(spec.moved)}
-    terms, statistics = _terms(spec.fragment, collectives, movements), _means(spec.statistics)
+    statistics = _means(spec.statistics)
     if collectives is spec.collectives:
-        means = reduce_together(collectives, terms, statistics)
-        return means[: len(spec.moved)][::-1], means[len(spec.moved) :]
-    means = reduce_together(collectives, terms)[::-1]
+        means, averages = _over_replicas(spec.fragment, collectives, movements, statistics)
+        return means[::-1], averages
+    means, _ = _over_replicas(spec.fragment, collectives, movements)
     with tf.control_dependencies(means):  # one after the other, as in `reduce_gradients`
-        return means, run_rounds(spec.collectives, statistics)
+        return means[::-1], run_rounds(spec.collectives, statistics)
 
 
 def _movement(fragment: Fragment, i: int) -> tf.Tensor:
@@ -191,10 +194,23 @@ def _movement(fragment: Fragment, i: int) -> tf.Tensor:
     return tf.convert_to_tensor(anchor) - tf.convert_to_tensor(own)
 
 
-def _terms(fragment: Fragment, collectives: Collectives, movements: Mapping[int, tf.Tensor]) -> list[Term]:
-    """This replica's part of the mean of movements, each by the number of its member."""
-    window, replicas = fragment.reduction.window, collectives.topology.replicas
-    return [Term(window, own / replicas, fragment.states[i], own.shape) for i, own in movements.items()]
+def _over_replicas(
+    fragment: Fragment, collectives: Collectives, movements: Mapping[int, tf.Tensor], more: Sequence[Any] = ()
+) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    """The mean of movements, each by the number of its member, or those of their owners; and what others return."""
+    replicas, states = collectives.topology.replicas, [fragment.states[i] for i in movements]
+    if isinstance(fragment.reduction, BlockParallel):
+        paths = [fragment.members[i].entry.path for i in movements]
+        owners = fragment.plan.owners(replicas)  # type: ignore[union-attr]
+        gathered = fragment.reduction.gather([*movements.values()], states, [owners[path] for path in paths])
+        found, *others = run_rounds(collectives, [gathered, *more])
+        return found, others
+    window = fragment.reduction.window
+    terms = [
+        Term(window, own / replicas, state, own.shape) for own, state in zip(movements.values(), states, strict=True)
+    ]
+    found = reduce_together(collectives, terms, more)
+    return found[: len(terms)], found[len(terms) :]
 
 
 def _means(variables: Sequence[Any]) -> list[Any]:
@@ -218,10 +234,11 @@ def replica_update(spec: ExchangeSpec, means: list[tf.Tensor], statistics: list[
 def replica_starts(spec: ExchangeSpec) -> list[tf.Tensor]:
     """Computes where the replica's next steps start: at the anchors, but for what stays its own.
 
-    That is what the exchange left out, a residual that was divided by the number of replicas, and how far the replica
+    That is what the exchange left out, of a mean a residual divided by the number of replicas, and how far the replica
     has moved since the exchange began.
     """
-    fragment, count = spec.fragment, spec.fragment.over(spec.collectives).topology.replicas
+    fragment = spec.fragment
+    count = 1 if fragment.reduction.divided else fragment.over(spec.collectives).topology.replicas
     starts = []
     for i, (anchor, state) in enumerate(zip(fragment.outer.members, fragment.states, strict=True)):
         start = at = tf.convert_to_tensor(anchor.variable.value)

@@ -6,13 +6,14 @@ part of the batch (`replica_gradients`, `backprop`) and reduces them, and then a
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from dist_partial.distributed.collectives import BETWEEN, INSIDE, Collectives, run_rounds
+from dist_partial.distributed.backend import ALL, BETWEEN, INSIDE
+from dist_partial.distributed.collectives import Collectives, run_rounds
 from dist_partial.errors import calling
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.reductions.base import total as total_over_replicas
@@ -31,7 +32,7 @@ from dist_partial.step.gradients import (
 )
 from dist_partial.step.loss_scale import LossScale
 from dist_partial.step.objective import Batch, Objective
-from dist_partial.step.optimizers import GroupOptimizer
+from dist_partial.step.optimizers import GroupOptimizer, OptimizerVariable
 from dist_partial.step.whole_batch import whole_batch
 
 
@@ -100,6 +101,10 @@ class StepSpec:
         """How many there are in all."""
         return self.collectives.backend.topology(self.strategy).replicas
 
+    def together(self, entry: VariablePlan) -> bool:
+        """Tells whether replicas of one process, which update together, train it in place of each other."""
+        return entry.dealt and entry.inside is None and self.collectives.backend.topology(self.strategy).local > 1
+
     @property
     def statistics(self) -> Sequence[Any]:
         """The variables that this step averages, in the modes that the layers are in while it is traced.
@@ -108,6 +113,16 @@ class StepSpec:
         """
         shared = any(entry.reduction.shared for entry in self.plan.trained)
         return [*local_statistics(self.model), *self.averaged] if shared else []
+
+    def elsewhere(self) -> set[str]:
+        """Paths of what another replica, or worker, trains alone (`Plan.owners`); called in a replica context."""
+        found: set[str] = set()
+        for level in {entry.inside is not None for entry in self.plan.trained if entry.dealt}:
+            topology = self.collectives.at(BETWEEN if level else ALL).topology
+            owners, rank = self.plan.owners(topology.replicas), topology.rank
+            dealt = [e.path for e in self.plan.trained if e.dealt and (e.inside is not None) == level]
+            found |= {path for path in dealt if owners[path] != rank}
+        return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -199,7 +214,8 @@ def replica_gradients(spec: StepSpec, batch: Batch) -> tuple[Any, tf.Tensor, tf.
     options, trained = spec.options, spec.plan.trained
     loss_scale = tf.constant(1.0) if spec.scale is None else spec.scale.value()
     first, *others = parts = micro_batches(own_part(spec.collectives.topology, batch), options.accumulate)
-    compute = functools.partial(backprop, spec)
+    elsewhere = spec.elsewhere()
+    compute = functools.partial(backprop, spec, elsewhere)
     if options.jit_compile:
         compute = tf.function(compute, jit_compile=True, autograph=False)
     counts = divisors(spec, parts)
@@ -213,7 +229,8 @@ def replica_gradients(spec: StepSpec, batch: Batch) -> tuple[Any, tf.Tensor, tf.
             total += loss
             metrics += added
             gradients = [g if g is None else g + m for g, m in zip(gradients, more, strict=True)]
-    spec.without_gradient[:] = [e.path for e, g in zip(trained, gradients, strict=True) if g is None]
+    # Of what is dealt out each replica knows its own share alone.
+    spec.without_gradient[:] = [e.path for e, g in zip(trained, gradients, strict=True) if g is None and not e.dealt]
     statistics = [tf.convert_to_tensor(variable.value) for variable in spec.statistics]
     gradients, means = reduce_gradients(spec.collectives, spec.plan, gradients, spec.states, statistics)
     # Only now, on the sum that all replicas share bit for bit, may anything depend on the gradient's values:
@@ -222,6 +239,9 @@ def replica_gradients(spec: StepSpec, batch: Batch) -> tuple[Any, tf.Tensor, tf.
         gradients = [g if g is None else g / tf.cast(loss_scale, g.dtype) for g in gradients]
     squares = unit_squares(spec.plan, gradients) if options.unit_norms else tf.zeros([0])
     gradients, norm = clip(gradients, [(e.reduction.shared, e.inside is not None) for e in trained], options.clip_norm)
+    for i, entry in enumerate(trained):
+        if entry.path in elsewhere and spec.together(entry):
+            gradients[i] = tf.zeros(entry.trained_shape, entry.dtype)
     return (total, metrics), norm, squares, gradients, means
 
 
@@ -252,11 +272,12 @@ def outputs_of(spec: StepSpec, x: Any) -> Any:
 
 
 def backprop(
-    spec: StepSpec, batch: Batch, loss_scale: tf.Tensor, counts: tf.Tensor | None
+    spec: StepSpec, elsewhere: Collection[str], batch: Batch, loss_scale: tf.Tensor, counts: tf.Tensor | None
 ) -> tuple[tf.Tensor, tf.Tensor, list[Any]]:
-    """Differentiates the loss of one micro-batch of one replica by the selection, and by nothing else."""
+    """Differentiates the loss of one micro-batch of one replica by what it trains, and by nothing else."""
     trained = spec.plan.trained
-    values = [entry.variable.value for entry in trained]
+    here = [i for i, entry in enumerate(trained) if entry.path not in elsewhere]
+    values = [trained[i].variable.value for i in here]
     # Watching the selection alone lets TensorFlow leave out all of the backward pass that it does not need.
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(values)
@@ -272,7 +293,9 @@ def backprop(
         loss *= share
         scaled = loss * tf.cast(loss_scale, loss.dtype)
     spec.objective.assign(changed)
-    gradients = tape.gradient(scaled, values)
+    gradients: list[Any] = [None] * len(trained)
+    for i, gradient in zip(here, tape.gradient(scaled, values), strict=True):
+        gradients[i] = gradient
     metrics = spec.objective.added(batch, outputs, True, changed, share, whole)
     return loss, metrics, [_as_sent(spec, g, e) for g, e in zip(gradients, trained, strict=True)]
 
@@ -296,9 +319,30 @@ def replica_statistics(spec: StepSpec, means: list[tf.Tensor]) -> None:
 
 def update(spec: StepSpec, gradients: Any) -> None:
     """Updates all groups on all replicas by reduced gradients; called in the cross-replica context."""
-    spec.strategy.run(replica_update, args=(spec, gradients))
+    dealt = [member for group in spec.optimizers for member in group.members if spec.together(member.entry)]
+    if not dealt:
+        spec.strategy.run(replica_update, args=(spec, gradients))
+    else:
+        # Without a gradient there may be weight decay; what another replica trains stays until the exchange.
+        before, own = spec.strategy.run(replica_dealt, args=(spec, dealt))
+        spec.strategy.run(replica_update, args=(spec, gradients))
+        for member, value, mine in zip(dealt, before, own, strict=True):
+            spec.strategy.extended.update(
+                member.variable.value,
+                lambda variable, value, mine: variable.assign(tf.where(mine, variable, value)),
+                args=(value, mine),
+            )
     for group in spec.optimizers:
         optimizers_lib.write_rows(spec.strategy, group.members)
+
+
+def replica_dealt(spec: StepSpec, dealt: Sequence[OptimizerVariable]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    """Reads what is dealt out, and says of each whether this replica trains it; called in a replica context."""
+    elsewhere = spec.elsewhere()
+    return (
+        [tf.identity(member.variable.value) for member in dealt],
+        [tf.constant(member.entry.path not in elsewhere) for member in dealt],
+    )
 
 
 def replica_update(spec: StepSpec, gradients: list[Any]) -> None:

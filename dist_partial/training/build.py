@@ -183,8 +183,9 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
         averaged = [*batch_norm.local_statistics(model), *changed.averaged]
         plan = dataclasses.replace(plan, statistics=reductions.averages(plan, averaged))
         with calling("run.optimizer"):
-            groups = optimizers.build(plan, settings.optimizer, slots=isinstance(settings.schedule, Constant))
-            units = _units(plan, parts, settings, batch_norms, groups)
+            at_once = isinstance(settings.schedule, Constant)
+            groups = optimizers.build(plan, settings.optimizer, at_once, _elsewhere(plan, replicas))
+            units = _units(plan, parts, settings, batch_norms)
         notes = settings.schedule.check(units, settings.steps)
         notes += coupling_notes(objective, data.train, topology.replicas, settings.accumulate)
         notes += notes_on_repeats(data)
@@ -215,6 +216,19 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
     )
 
 
+def _elsewhere(plan: selection.Plan, replicas: Replicas) -> set[str]:
+    """Paths of what other workers update alone, where this one has a strategy of its own."""
+    topology = replicas.topology
+    if topology.strategy.num_replicas_in_sync != topology.local:
+        return set()  # TensorFlow's own of all: what it makes is of one shape on all
+    found: set[str] = set()
+    for entry in plan.trained:
+        one = topology.hosts if entry.inside else topology
+        if entry.dealt and one.local == 1 and plan.owners(one.replicas)[entry.path] != one.worker:
+            found.add(entry.path)
+    return found
+
+
 def _divided(plan: selection.Plan, settings: Settings) -> tuple[selection.Plan, Partition]:
     """The plan in the units of the schedule, and those."""
     schedule = settings.schedule
@@ -236,12 +250,13 @@ def _units(
     parts: Partition,
     settings: Settings,
     batch_norms: Sequence[keras.layers.BatchNormalization],
-    groups: Sequence[optimizers.GroupOptimizer],
 ) -> tuple[Unit, ...]:
     """The units of the schedule, and what each costs."""
     trained = {entry.path: entry for entry in plan.trained}
     slots: collections.Counter[str] = collections.Counter()
     if getattr(settings.schedule, "memory", None) is not None:
+        # All of them, as the owner of what is dealt out has: all workers must come to the same units.
+        groups = optimizers.build(plan, settings.optimizer, slots=False)
         for planned, group in zip(plan.groups, groups, strict=True):
             group.allocate()  # one at a time: slots need not be as large as what they are for
             slots[planned.entries[0].unit] += sum(bytes_of(variable) for variable in group.state.values())

@@ -345,13 +345,13 @@ class Recovery:
 
 
 def stays(fragments: Sequence[Fragment]) -> bool:
-    """Tells whether a state can be kept after each call: not where something travels meanwhile.
+    """Tells whether a state can be kept after each call: not where something travels meanwhile, or has one owner.
 
     Examples:
         >>> stays([])
         True
     """
-    return not any(fragment.reduction.delay for fragment in fragments)
+    return not any(fragment.reduction.delay or fragment.reduction.divided for fragment in fragments)
 
 
 def _gone(state: TrainState, ranks: Sequence[int], what: str, residuals: str, weights: str) -> str:

@@ -1,6 +1,7 @@
 """The state of a run: a value with the step, the bytes sent, and every variable that training changes, by name."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ import numpy as np
 from dist_partial import checkpoints
 from dist_partial.compat import is_generator
 from dist_partial.distributed import traffic
-from dist_partial.distributed.per_replica import PerReplica, Topology
+from dist_partial.distributed.per_replica import OfOwner, PerReplica, Topology
 from dist_partial.reductions.base import WHEN_FEWER
 from dist_partial.reductions.local_only import LocalOnly
 from dist_partial.reductions.local_sgd import LocalSGD
 from dist_partial.reductions.reduce_gradients import OF_INSIDE
 from dist_partial.selection.paths import own_names
-from dist_partial.selection.plan import Plan
+from dist_partial.selection.plan import Plan, VariablePlan
 from dist_partial.step.loss_scale import LossScale
 from dist_partial.step.optimizers import GroupOptimizer
 from dist_partial.step.outer_step import Fragment
@@ -100,7 +101,10 @@ class TrainState:
             kept = self._kept(planned.reduction, self._of(planned.inside))
             for member in group.members:
                 found[f"{folder}/{member.entry.path}"] = kept(member.variable)
-            found |= {f"slots/{name}": kept(variable) for name, variable in group.state.items()}
+            dealt = {member.entry.path: member.entry for member in group.members if member.entry.dealt}
+            for name, variable in group.state.items():
+                entry = dealt.get(name.rpartition("/")[0])
+                found[f"slots/{name}"] = self._of_owner(entry, variable.value) if entry else kept(variable)
         for fragment in self.fragments:
             for anchor in fragment.outer.members:
                 found[f"variables/{anchor.entry.path}"] = anchor.variable
@@ -114,8 +118,12 @@ class TrainState:
         for entry, own in zip(self.plan.trained, self.reduction_states, strict=True):
             for name, variable in own.items():
                 when_fewer = WHEN_FEWER.get(name.removeprefix(OF_INSIDE), "own")
-                own_level = None if name.startswith(OF_INSIDE) else entry.inside
-                found[f"reductions/{entry.path}/{name}"] = PerReplica(self._of(own_level), variable, when_fewer)
+                inside = name.startswith(OF_INSIDE)
+                found[f"reductions/{entry.path}/{name}"] = (
+                    self._of_owner(entry, variable)
+                    if entry.dealt and not inside
+                    else PerReplica(self._of(None if inside else entry.inside), variable, when_fewer)
+                )
         # Keras numbers generators through the whole process (`seed_generator_7`), so they go by their order here.
         generators = [v for v in self.moving if is_generator(v)]
         found |= {f"generators/{i}": variable for i, variable in enumerate(generators)}
@@ -130,6 +138,17 @@ class TrainState:
     def _of(self, inside: Any) -> Topology:
         """Who has values of their own: the replicas, or the workers, where a reduction inside makes replicas alike."""
         return self.topology if inside is None else self.topology.hosts
+
+    def _of_owner(self, entry: VariablePlan, variable: Any) -> OfOwner:
+        """How what belongs to a variable that is dealt out is kept: with the value of its owner."""
+        topology, shape = self._of(entry.inside), tuple(variable.shape)
+        if shape[:1] == (0,):  # elsewhere slots have no rows
+            shape = (entry.trained_shape[0], *shape[1:])
+        return OfOwner(topology, variable, self._owners(topology.replicas)[entry.path], shape)
+
+    @functools.cached_property
+    def _owners(self) -> Callable[[int], dict[str, int]]:
+        return functools.cache(self.plan.owners)
 
     def _kept(self, reduction: Any, topology: Topology) -> Callable[[Any], Any]:
         """How a variable of a group is kept: as it is, or with the values of all replicas."""

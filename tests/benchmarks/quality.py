@@ -1,6 +1,6 @@
 """Held-out loss against bytes sent: what each reduction costs, on everything and on a selection, or each schedule.
 
-python -m tests.benchmarks.quality [--table=schedules] [--seeds=3] [--policies="NAME;..."] [--go_on]
+python -m tests.benchmarks.quality [--table=schedules|long] [--seeds=3] [--policies="NAME;..."] [--go_on]
 
 Simulated replicas, two unless a policy says otherwise, train a byte transformer on the embedded corpus; every run reads
 the same number of examples. Each policy runs in a process of its own, two at a time, and its losses are means over the
@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import tables
+from tests.benchmarks import long_table, tables
 
 COMMAND = "python -m tests.benchmarks.quality"
 RESULTS = Path(__file__).parent / "results"
@@ -317,9 +317,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--policies", default="", help="some of them, separated by ;")
     parser.add_argument("--go_on", action="store_true", help="keep the rows that are there")
-    parser.add_argument("--table", choices=list(TABLES), default="quality")
+    parser.add_argument("--table", choices=[*TABLES, "long"], default="quality")
     parser.add_argument("--child")
-    arguments = parser.parse_args()
+    arguments, others = parser.parse_known_args()
+    if arguments.table == "long":  # which has arguments of its own
+        long_table.TABLE.main([each for each in sys.argv[1:] if each != "--table=long"])
+        return
+    if others:
+        parser.error(f"unknown: {' '.join(others)}")
     which, seeds = arguments.table, arguments.seeds
     if arguments.child:
         child(which, arguments.child, seeds)

@@ -6,6 +6,7 @@ A function for each file of results/, by its name: it takes the file's content a
 """
 
 import json
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -146,6 +147,39 @@ def plan(found: Mapping[str, Any]) -> Tables:
 
 def quality(found: Mapping[str, Any]) -> Tables:
     return {"": _losses(found["rows"])}
+
+
+def long(found: Mapping[str, Any]) -> Tables:
+    """What was reported, against the best run that exchanges float32 in every step, and what the sweeps have found."""
+    reported: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    tried = []
+    for piece in found["pieces"]:
+        setting = ", ".join(f"{name} {value}" for name, value in piece["setting"].items())
+        if piece["seed"] == found["tuning_seed"]:
+            tried.append([piece["policy"], setting, f"{piece['loss']:.4f}", f"{piece['seconds']:,}"])
+        else:
+            reported.setdefault((piece["policy"], piece["replicas"]), []).append(piece)
+    means = {key: statistics.mean(row["loss"] for row in rows) for key, rows in reported.items()}
+    lines = []
+    for (policy, replicas), rows in reported.items():
+        full = [key for key in means if key[0].endswith("float32 every step") and key[1] == replicas]
+        best = min(full, key=means.__getitem__, default=(policy, replicas))
+        losses, mean = [row["loss"] for row in rows], means[policy, replicas]
+        lines.append(
+            [
+                policy,
+                replicas,
+                ", ".join(f"{name} {value}" for name, value in rows[0]["setting"].items()),
+                len(rows),
+                f"{mean:.4f} ± {statistics.stdev(losses) if len(losses) > 1 else 0:.4f}",
+                f"{mean / means[best] - 1:+.2%}",
+                f"{rows[0]['nic_bytes']:,}",
+                f"{reported[best][0]['nic_bytes'] / rows[0]['nic_bytes']:,.0f}",
+            ]
+        )
+    header = ["policy", "replicas", "tuned to", "seeds", "held-out loss", "to the best in float32", "bytes", "fewer"]
+    swept = markdown(["policy", "setting", "held-out loss", "s"], tried, words=2)
+    return ({"Reported": markdown(header, lines)} if lines else {}) | {"Sweeps": swept}
 
 
 def records(found: Mapping[str, Any]) -> Tables:
@@ -307,6 +341,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], Tables]] = {
         few_bits,
         finetune,
         fit,
+        long,
         plan,
         quality,
         records,

@@ -15,12 +15,12 @@ import tensorflow as tf
 from dist_partial.config.settings import Settings
 from dist_partial.data import dataset
 from dist_partial.distributed import replicas, traffic
-from dist_partial.distributed.per_replica import PerReplica, values
-from dist_partial.reductions import AllReduce, LocalSGD, PowerSGD, Quantized, TopK, nesterov
+from dist_partial.distributed.per_replica import OfOwner, PerReplica, values
+from dist_partial.reductions import AllReduce, BlockParallel, LocalSGD, PowerSGD, Quantized, TopK, nesterov
 from dist_partial.step.exchanges import compiled_exchanges
 from dist_partial.training.build import batches, build, compiled_step
 
-STEPS, BATCH, RATE = 8, 16, 0.05
+STEPS, BATCH, RATE, MOMENTUM = 8, 16, 0.05, 0.5
 RNG = np.random.default_rng(5)
 X = RNG.normal(size=(STEPS * BATCH, 6))
 Y = np.tanh(X @ RNG.normal(size=(6, 3)))
@@ -33,11 +33,13 @@ REDUCTIONS = {
     "power_sgd": PowerSGD(rank=1),
     "local_sgd": LocalSGD(3),
     "diloco": LocalSGD(3, outer_optimizer=nesterov, compressor=Quantized(8)),
+    "block_parallel": BlockParallel(3),  # of two layers, one for each worker
 }
 
 
-def model():
-    made = keras.Sequential([keras.Input([6]), keras.layers.Dense(3, use_bias=False, name="head")])
+def model(several=False):
+    tail = [keras.layers.Dense(3, use_bias=False, kernel_initializer="identity", name="tail")] if several else []
+    made = keras.Sequential([keras.Input([6]), keras.layers.Dense(3, use_bias=False, name="head"), *tail])
     made.layers[0].kernel.assign(FIRST)
     return made
 
@@ -45,11 +47,12 @@ def model():
 def train(made: replicas.Replicas, name: str, steps: int = STEPS) -> dict[str, np.ndarray]:
     """What is trained by one reduction between the workers, and the bytes that this worker hands over."""
     how = {"between_hosts": REDUCTIONS[name]} if made.topology.local > 1 else {"reduction": REDUCTIONS[name]}
+    dealt = name == "block_parallel"
     settings = Settings(
         [("train", ".*")],
-        model,
+        functools.partial(model, several=dealt),
         lambda: dataset((X, Y), (X[:8], Y[:8])).in_order(),
-        optimizer=lambda: keras.optimizers.SGD(RATE),
+        optimizer=lambda: keras.optimizers.SGD(RATE, momentum=MOMENTUM if dealt else 0.0),
         loss="mse",
         global_batch=BATCH,
         precision="float64",
@@ -68,7 +71,7 @@ def train(made: replicas.Replicas, name: str, steps: int = STEPS) -> dict[str, n
                 exchange.function()
     found = {"sent": sent, "exchanged": sum(traffic.total(exchange.sent) for exchange in exchanges)}
     for key, variable in trainer.state().variables.items():
-        own = values([variable], made.gather)[0] if isinstance(variable, PerReplica) else variable.numpy()
+        own = values([variable], made.gather)[0] if isinstance(variable, PerReplica | OfOwner) else variable.numpy()
         found[key] = np.asarray(own)
     copies = [copy.numpy() for copy in made.strategy.experimental_local_results(trainer.model.layers[0].kernel.value)]
     assert all(copy.tobytes() == copies[0].tobytes() for copy in copies), "the replicas of a worker are alike"

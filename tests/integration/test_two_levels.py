@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.snippets import page_module
-from tests.helpers.worker_levels import BATCH, FIRST, RATE, REDUCTIONS, STEPS, X, Y
+from tests.helpers.worker_levels import BATCH, FIRST, MOMENTUM, RATE, REDUCTIONS, STEPS, X, Y
 from tests.helpers.workers import run_workers
 
 pytestmark = pytest.mark.slow
@@ -81,6 +81,28 @@ def test_local_sgd_between_the_workers(found):
             own = [anchor, anchor]
     np.testing.assert_allclose(found[2, "local_sgd", 1]["variables/head/kernel"], anchor, rtol=1e-10)
     np.testing.assert_allclose(found[2, "local_sgd", 1]["own/head/kernel"], own, rtol=1e-10)
+
+
+def test_each_worker_trains_a_layer_of_its_own(found):
+    """The first worker's replicas together train the first layer, and those of the second the last."""
+    kernels, own, velocity = [FIRST, np.eye(3)], [FIRST, np.eye(3)], [0.0, 0.0]
+    for step in range(STEPS):
+        for worker in (0, 1):
+            first = step * BATCH + worker * BATCH // 2
+            x, y = (values[first : first + BATCH // 2] for values in (X, Y))
+            head, tail = (own[k] if k == worker else kernels[k] for k in (0, 1))
+            error = 2 * (x @ head @ tail - y) / y.size
+            gradient = x.T @ error @ tail.T if worker == 0 else (x @ head).T @ error
+            velocity[worker] = MOMENTUM * velocity[worker] - RATE * gradient
+            own[worker] = own[worker] + velocity[worker]
+        if (step + 1) % 3 == 0:
+            kernels = list(own)
+    for cpu in (1, 2):
+        for k, layer in enumerate(("head", "tail")):
+            ends = found[cpu, "block_parallel", 1]
+            np.testing.assert_allclose(ends[f"variables/{layer}/kernel"], kernels[k], rtol=1e-10)
+            np.testing.assert_allclose(ends[f"own/{layer}/kernel"][k], own[k], rtol=1e-10)
+            np.testing.assert_allclose(ends[f"slots/{layer}/kernel/momentum"], velocity[k], rtol=1e-7)
 
 
 def test_bytes_between_the_workers(found):

@@ -1,0 +1,173 @@
+"""Tables whose policies are tuned on one seed and reported on others, in pieces that go on where they were stopped.
+
+A piece is one run of one policy, in a process of its own; its row is written when it ends. All settings of a policy's
+sweep are tried on `TUNING_SEED` first; the best of them, by held-out loss, is run on `SEEDS`, which decide on nothing.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+TUNING_SEED, SEEDS = 0, (1, 2, 3)
+
+Setting = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What is tuned.
+
+    Attributes:
+        name: in the table.
+        sweep: the settings that are tried, JSON values by name.
+        how: what the table's `run` makes of it.
+        replicas: with how many it is reported; the sweep is made with the first of them.
+    """
+
+    name: str
+    sweep: Sequence[Setting]
+    how: Any
+    replicas: Sequence[int] = (8,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One run."""
+
+    policy: str
+    replicas: int
+    seed: int
+    setting: Setting
+
+    def is_of(self, row: Row) -> bool:
+        return all(row[name] == value for name, value in dataclasses.asdict(self).items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of tuned policies.
+
+    Attributes:
+        results: the file.
+        command: that makes it.
+        setting: what all runs have in common, in words.
+        policies: in the order of the table.
+        run: makes a piece, in a process that has not imported TensorFlow; returns what was found, at least `loss`.
+        processes: how many at a time; each has a core of its own, or one has all.
+    """
+
+    results: Path
+    command: str
+    setting: str
+    policies: Sequence[Policy]
+    run: Callable[[Policy, Piece], dict[str, Any]]
+    processes: int = 1
+
+    def main(self, given: Sequence[str] | None = None) -> None:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--policies", default="", help="some of them, separated by ;")
+        parser.add_argument("--hours", type=float, default=6.0, help="after which no run begins")
+        parser.add_argument("--piece", help="one run, as JSON: prints its row")
+        arguments = parser.parse_args(given)
+        if arguments.piece:
+            self._child(Piece(**json.loads(arguments.piece)))
+            return
+        names = arguments.policies.split(";") if arguments.policies else [policy.name for policy in self.policies]
+        if failures := self._go_on([policy for policy in self.policies if policy.name in names], arguments.hours):
+            sys.exit("\n".join(failures))
+
+    def best(self, rows: Sequence[Row], policy: Policy) -> Setting | None:
+        """The setting with the least loss, once all of the sweep have been tried; None before."""
+        pieces = self._sweep(policy)
+        tried = [row for row in rows if any(piece.is_of(row) for piece in pieces)]
+        return min(tried, key=lambda row: row["loss"])["setting"] if len(tried) == len(pieces) else None
+
+    def missing(self, rows: Sequence[Row], policies: Sequence[Policy]) -> Iterator[Piece]:
+        """The pieces that can be run now and have no row."""
+        for policy in policies:
+            found = self._sweep(policy)
+            if (setting := self.best(rows, policy)) is not None:
+                found = [Piece(policy.name, count, seed, setting) for count in policy.replicas for seed in SEEDS]
+            yield from (piece for piece in found if not any(piece.is_of(row) for row in rows))
+
+    def write(self, rows: Sequence[Row]) -> None:
+        order = [policy.name for policy in self.policies]
+        rows = sorted((row for row in rows if row["policy"] in order), key=lambda row: order.index(row["policy"]))
+        found = {"command": self.command, "setting": self.setting, "tuning_seed": TUNING_SEED, "seeds": SEEDS}
+        head = json.dumps(found, indent=1).removesuffix("\n}")
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)  # a line each
+        partial = self.results.with_suffix(".partial")
+        partial.write_text(f'{head},\n "pieces": [\n{lines}\n ]\n}}\n')
+        partial.replace(self.results)
+
+    def _sweep(self, policy: Policy) -> list[Piece]:
+        return [Piece(policy.name, policy.replicas[0], TUNING_SEED, setting) for setting in policy.sweep]
+
+    def _go_on(self, policies: Sequence[Policy], hours: float) -> list[str]:
+        """Runs what is missing, for so long; returns what failed."""
+        end = time.monotonic() + 3600 * hours
+        rows = json.loads(self.results.read_text())["pieces"] if self.results.exists() else []
+        failures: list[str] = []
+        begun: list[Piece] = []
+        running: dict[Future[dict[str, Any]], int] = {}
+        with ThreadPoolExecutor(self.processes) as pool:
+            while True:
+                for piece in self.missing(rows, policies):
+                    if len(running) == self.processes or time.monotonic() > end:
+                        break
+                    if piece not in begun:
+                        begun.append(piece)
+                        core = min(set(range(self.processes)) - set(running.values()))
+                        running[pool.submit(self._apart, piece, core)] = core
+                if not running:
+                    return failures
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    running.pop(future)
+                    if error := future.exception():
+                        failures.append(str(error))
+                    else:
+                        rows.append(future.result())
+                        self.write(rows)
+
+    def _apart(self, piece: Piece, core: int) -> dict[str, Any]:
+        """Makes a piece in a process of its own."""
+        asked = json.dumps(dataclasses.asdict(piece))
+        module, *options = self.command.removeprefix("python -m ").split()
+        done = subprocess.run(
+            [sys.executable, "-m", module, *options, f"--piece={asked}"],
+            capture_output=True,
+            text=True,
+            timeout=2 * 3600,
+            # Two at a time take turns less on cores of their own.
+            preexec_fn=(lambda: os.sched_setaffinity(0, {core})) if self.processes > 1 else None,
+        )
+        found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if done.returncode or len(found) != 1:
+            raise RuntimeError(f"{asked}: {done.stderr[-2000:]}")
+        print(f"{asked}: {found[0]['loss']:.4f} in {found[0]['seconds']} s", flush=True)
+        return found[0]
+
+    def _child(self, piece: Piece) -> None:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        [policy] = [policy for policy in self.policies if policy.name == piece.policy]
+        began = time.perf_counter()
+        found = self.run(policy, piece)
+        row = dataclasses.asdict(piece) | found | {"seconds": round(time.perf_counter() - began)}
+        print("RESULT " + json.dumps(row), flush=True)
+
+
+def combinations(**lists: Sequence[Any]) -> list[Setting]:
+    """Every combination of the given values."""
+    found: list[Setting] = [{}]
+    for name, values in lists.items():
+        found = [{**each, name: value} for each in found for value in values]
+    return found
