@@ -540,6 +540,20 @@ MUTANTS = [
         "unit/schedules/test_budget.py::test_what_is_left_is_carried_over",
     ),
     changed(
+        "the first step of a selection is timed",
+        "training/schedule_runner.py",
+        "return not timing or self._phase is None or",
+        "return True or",
+        "unit/training/test_schedule_runner.py::test_seconds_of_a_run_are_within_one_percent",
+    ),
+    changed(
+        "what is chosen among fewer workers stays",
+        "training/schedule_runner.py",
+        "self._budget.outdated(trainer.units, self._state)",
+        "not self._state",
+        "unit/training/test_schedule_runner.py::test_the_budget_holds_on_more_replicas",
+    ),
+    changed(
         "nothing is saved for what is larger than the limit",
         "schedules/budget.py",
         "if before > 0 and self.fits(",
@@ -549,7 +563,7 @@ MUTANTS = [
     changed(
         "norms of all intervals",
         "training/schedule_runner.py",
-        "            self._squares = np.zeros_like(self._squares)\n",
+        "        self._squares = np.zeros_like(self._squares)\n",
         "",
         "unit/training/test_schedule_runner.py::test_equals_one_device_that_trains_the_same[autofreeze-float32-counts1]",
     ),
