@@ -22,6 +22,7 @@ from dist_partial.launch import restarts
 from tests import ROOT, strangers
 from tests.helpers.cases import assert_equal
 from tests.helpers.files import assert_same_state, rows, state
+from tests.helpers.shared import once
 from tests.helpers.workers import loopback, run_workers, small_disk, sockets, tf_config
 
 pytestmark = pytest.mark.slow
@@ -449,11 +450,14 @@ def test_a_worker_that_has_nothing_to_say_is_not_silent(bench):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of 40 steps on two workers, with checkpoints after 20, 30 and 40."""
-    bench = Bench(tmp_path_factory.mktemp("whole"))
-    for result in bench.run():
-        assert result[0] == 0, result
-    assert checkpoint_steps(bench.run_dir) == [20, 30, 40]
-    return bench.run_dir
+
+    def make(folder):
+        bench = Bench(folder)
+        for result in bench.run():
+            assert result[0] == 0, result
+        assert checkpoint_steps(bench.run_dir) == [20, 30, 40]
+
+    return once(tmp_path_factory, "faults-whole", make) / "run"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests import ROOT
+from tests.helpers.shared import once
 
 pytestmark = pytest.mark.slow
 # The last worker may be killed once, or raise, in the third epoch.
@@ -81,10 +82,12 @@ def launched(folder, breaks, workers=3):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Where the same script ends without a launcher, in one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    code, output = run(folder, "mine.py", ".", "never")
-    assert code == 0, output
-    return np.load(folder / "0.npy")
+
+    def make(folder):
+        code, output = run(folder, "mine.py", ".", "never")
+        assert code == 0, output
+
+    return np.load(once(tmp_path_factory, "launch-fit-alone", make) / "0.npy")
 
 
 @pytest.mark.parametrize("breaks", ["never", "killed"])

@@ -4,7 +4,8 @@ python -m tests.helpers.snippets PAGE [PAGE ...]
 
 Every block has a language. The `sh` and `python` blocks of a page run in order, in a folder that looks like the
 repository's root and has a short run of the quickstart in runs/quickstart. The python blocks share one namespace, and
-whatever trains takes few steps. A `gin` block loads over gin_configs/quickstart.gin. Comments directly before a block:
+whatever trains takes few steps of few examples. A `gin` block loads over gin_configs/quickstart.gin. Comments directly
+before a block:
 
     <!-- not run: REASON -->    the block is not run
     <!-- over: FILE -->         a gin block loads over this file instead
@@ -30,6 +31,7 @@ RUN = ("sh", "gin", "python")
 LANGUAGES = (*RUN, "text", "json", "yaml")
 ELSEWHERE = ("quickstart", "tests")  # marks of the README's commands, which .ci/run runs in new environments
 FEW = ("run.steps = 20", "run.eval_examples = 32", "sample.length = 20")
+BATCH = "run.global_batch = 32", "run.global_batch = 8"  # of base.gin, and what a page's commands read in its place
 FENCE = re.compile(
     r"^(?P<indent> *)(?P<fence>```+|~~~+)(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=indent)(?P=fence) *$", re.M | re.S
 )
@@ -124,6 +126,10 @@ def make_folder(folder: Path) -> None:
     """Makes a folder that looks like the repository's root, with `bin` for the PATH of its commands."""
     for name in ("gin_configs", "launch"):
         shutil.copytree(ROOT / name, folder / name)
+    base = folder / "gin_configs" / "base.gin"
+    text = base.read_text()
+    assert text.count(BATCH[0]) == 1
+    base.write_text(text.replace(*BATCH))
     few = " ".join(f'"--gin_param={binding}"' for binding in FEW)
     for name, command in {"bin/python": "", "bin/dist-partial": "-m dist_partial", ".venv/bin/python": ""}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tests.helpers.shared import once
 from tests.helpers.snippets import page_module
 from tests.helpers.worker_levels import BATCH, FIRST, MOMENTUM, RATE, REDUCTIONS, STEPS, X, Y
 from tests.helpers.workers import run_workers
@@ -15,10 +16,13 @@ def found(tmp_path_factory):
     """What 2 workers end with, by replicas of each, reduction and worker."""
     ends = {}
     for cpu in (1, 2):
-        folder = tmp_path_factory.mktemp(f"cpu{cpu}")
-        command = ["-m", "tests.helpers.worker_levels", str(cpu), str(folder)]
-        for code, output in run_workers(command, workers=2, timeout=300):
-            assert code == 0, output[-3000:]
+
+        def make(folder, cpu=cpu):
+            command = ["-m", "tests.helpers.worker_levels", str(cpu), str(folder)]
+            for code, output in run_workers(command, workers=2, timeout=300):
+                assert code == 0, output[-3000:]
+
+        folder = once(tmp_path_factory, f"levels-{cpu}", make)
         for name in REDUCTIONS:
             for worker in (0, 1):
                 ends[cpu, name, worker] = dict(np.load(folder / f"{name}-{worker}.npz"))
