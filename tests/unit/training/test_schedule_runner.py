@@ -282,7 +282,7 @@ class Stopping(keras.callbacks.Callback):
 
 
 def test_a_budget_that_is_interrupted_goes_on_as_if_it_never_had(tmp_path):
-    made, each = in_process(2), 4 * (WIDTH * WIDTH + WIDTH)
+    made, each = in_process(), 4 * (WIDTH * WIDTH + WIDTH)
     schedule = Budget(bytes=int(2.7 * each), every=4, units=["[ab]/.*", "[cd]/.*"])
     loop.run(settings(schedule, made, steps_per_loop=1), tmp_path / "whole")
     keras.utils.clear_session(free_memory=False)
