@@ -73,6 +73,11 @@ sample.prompt | | text prefix start start_text seed_text
 """
 _LINES = [line.split("|") for line in _TABLE.replace("\n ", " ").strip().splitlines()]
 SYNONYMS = {theirs: (ours.strip(), differs.strip()) for ours, differs, names in _LINES for theirs in names.split()}
+# What was called otherwise here before, in gin files and in Python.
+_RENAMED = {
+    "byte_budget": "budget, whose budget.bytes is an average over the run",
+    "ByteBudget": "Budget, whose bytes are an average over the run",
+}
 # What owns such names elsewhere.
 OWNERS = frozenset(["train", "trainer", "training", "fit", "loop", "args", "config", "settings", "optimizer"])
 
@@ -114,3 +119,15 @@ def meant(name: str) -> str:
     """
     ours, differs = SYNONYMS.get(name.lower().replace("-", "_"), ("", ""))
     return ours and f": write {ours}{' ' * differs.startswith('=')}{differs}"
+
+
+def renamed(name: str) -> str:
+    """Ends a message about a name that is not known any more with the new one.
+
+    Examples:
+        >>> renamed("byte_budget")
+        ': write budget, whose budget.bytes is an average over the run'
+        >>> renamed("phases")
+        ''
+    """
+    return f": write {_RENAMED[name]}" if name in _RENAMED else ""

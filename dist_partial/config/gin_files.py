@@ -31,7 +31,7 @@ from dist_partial.reductions.quantized import Quantized
 from dist_partial.reductions.top_k import TopK
 from dist_partial.selection.rules import Rule
 from dist_partial.step.keras_configs import exclude_from_weight_decay
-from dist_partial.synonyms import OWNERS
+from dist_partial.synonyms import OWNERS, renamed
 from dist_partial.validation import check_value, nearest
 
 _OURS: dict[str, Callable[..., Any]] = {
@@ -54,7 +54,7 @@ _OURS: dict[str, Callable[..., Any]] = {
     "block_rotation": schedules.Rotation,
     "lisa": schedules.Lisa,
     "autofreeze": schedules.AutoFreeze,
-    "byte_budget": schedules.ByteBudget,
+    "budget": schedules.Budget,
     "two_dense": models.two_dense,
     "byte_transformer": models.byte_transformer,
     "hub_model": models.hub_model,
@@ -310,7 +310,7 @@ def _explain(error: Exception, param: str) -> str:
         dotted = "." in name
         known = [s.removeprefix("dist_partial.") if dotted else s.split(".")[-1] for s in names]
         bound = re.search(rf"^\s*(?:[\w/]+/)?{re.escape(name)}\.(\w+)\s*=", f"{text}\n{param}", re.MULTILINE)
-        ours = written(bound[1]) if bound and name in OWNERS else ""
+        ours = written(bound[1]) if bound and name in OWNERS else renamed(name)
         first = f"nothing is called {name!r}{ours or nearest(name, known)}"
     elif match := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", text):
         parameters = list(inspect.signature(gin.config._REGISTRY.get_match(match[1]).wrapped).parameters)

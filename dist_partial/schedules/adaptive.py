@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar
 import numpy as np
 
 from dist_partial.errors import UserError
-from dist_partial.schedules.base import Periodic, State, Unit, quoted, split_always, unreached
-from dist_partial.validation import Above, AtLeast, AtMost, OneOf, Patterns
+from dist_partial.schedules.base import Periodic, State, Unit, quoted, roots, unreached
+from dist_partial.validation import Above, AtLeast, AtMost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class AutoFreeze(Periodic):
 
     def observe(self, step: int, units: Sequence[Unit], norms: np.ndarray, state: State) -> State:
         first = self._first(step - 1, state)
-        now, before = _roots(norms), state["norms"]
+        now, before = roots(norms), state["norms"]
         # A unit that has never had a gradient does not change; one that has its first has changed beyond measure, and
         # so, for all that is known, has one that overflowed.
         changes = [
@@ -83,91 +83,3 @@ class AutoFreeze(Periodic):
         """Index of the lowest unit that is trained."""
         test = self.retest is not None and step // self.every % self.retest == 0
         return 0 if test else state["frozen"]
-
-
-@dataclasses.dataclass(frozen=True)
-class ByteBudget(Periodic):
-    """Trains the layers with the most gradient within a budget of bytes a step.
-
-    Before the first step, and then every few, the gradients of all units are measured on a probe, and units are taken,
-    those with the most first, as long as they fit. A unit that has been left out `starve` times in a row comes before
-    all others, the longest wait first: with n units, none is left out more than starve + n - 1 times in a row.
-
-    Attributes:
-        bytes: what may leave each worker's network interface in a step, among as many workers as there are replicas (of
-            one replica, as among two).
-        every: steps until the next ranking.
-        by: 'norm_per_byte' (of the gradient, per byte that the unit sends) or 'norm'.
-        always: names of units, or regular expressions of whole names, that are always on, and charged first.
-        starve: times a unit may be left out before it has priority; None is the number of units.
-
-    Examples:
-        >>> from dist_partial.schedules import Unit
-        >>> units = [Unit("block", ("block/kernel",), 3000, 750), Unit("head", ("head/kernel",), 1000, 250)]
-        >>> budget = ByteBudget(bytes=3500)
-        >>> state = budget.observe(0, units, np.array([4.0, 1.0]), budget.initial(units))
-        >>> sorted(budget.select(0, units, 0, state))
-        ['head']
-    """
-
-    binding: ClassVar[str] = "byte_budget"
-    statistics: ClassVar[str | None] = "probe"
-    bytes: Annotated[int, AtLeast(1)]
-    by: Annotated[str, OneOf("norm", "norm_per_byte")] = "norm_per_byte"
-    always: Annotated[Sequence[str], Patterns()] = ()
-    starve: Annotated[int | None, AtLeast(1)] = None
-
-    def check(self, units: Sequence[Unit], steps: int) -> list[str]:
-        always, others = split_always("byte_budget.always", self.always, units)
-        size = {unit.name: unit.bytes for unit in units}
-        least = min(units, key=lambda unit: unit.bytes)
-        where = f"byte_budget.bytes is {self.bytes:,}"
-        if self.bytes < least.bytes:
-            raise UserError(
-                f"{where}: the smallest unit, {least.name!r}, sends {least.bytes:,} bytes a step: bind more"
-            )
-        charged = sum(size[name] for name in always)
-        if self.bytes < charged:
-            raise UserError(f"{where}: what is always on, {quoted(always)}, sends {charged:,} bytes a step: bind more")
-        if large := [name for name in others if charged + size[name] > self.bytes]:
-            beside = f" beside the {charged:,} of what is always on" if always else ""
-            raise UserError(
-                f"{where}: {quoted(large)} would never be trained, for that takes up to "
-                f"{max(size[name] for name in large):,} bytes a step{beside}: bind more, divide it by "
-                "byte_budget.units, or freeze it in run.rules"
-            )
-        return []
-
-    def initial(self, units: Sequence[Unit]) -> State:
-        waits = [0] * len(units)
-        return {"trained": self._choose(units, waits, waits), "waits": waits}
-
-    def select(self, step: int, units: Sequence[Unit], seed: int, state: State) -> frozenset[str]:
-        return frozenset(state["trained"])
-
-    def observe(self, step: int, units: Sequence[Unit], norms: np.ndarray, state: State) -> State:
-        trained = self._choose(units, _roots(norms), state["waits"])
-        waits = [0 if u.name in trained else n + 1 for u, n in zip(units, state["waits"], strict=True)]
-        return {"trained": trained, "waits": waits}
-
-    def _choose(self, units: Sequence[Unit], norms: Sequence[float], waits: Sequence[int]) -> list[str]:
-        always, others = split_always("byte_budget.always", self.always, units)
-        starve = len(units) if self.starve is None else self.starve
-
-        def rank(i: int) -> tuple[int, float]:
-            # What sends nothing always fits.
-            score = norms[i] / max(units[i].bytes, 1) if self.by == "norm_per_byte" else norms[i]
-            return (-waits[i] if waits[i] >= starve else 0), -score
-
-        chosen = set(always)
-        left = self.bytes - sum(unit.bytes for unit in units if unit.name in chosen)
-        for i in sorted((i for i, unit in enumerate(units) if unit.name in others), key=rank):
-            if units[i].bytes <= left:
-                chosen.add(units[i].name)
-                left -= units[i].bytes
-        return [unit.name for unit in units if unit.name in chosen]
-
-
-def _roots(squares: np.ndarray) -> list[float]:
-    # Loss scaling lets gradients overflow now and then: what is not finite says nothing, and is no JSON.
-    return np.sqrt(np.nan_to_num(np.asarray(squares, np.float64), nan=0.0, posinf=0.0)).tolist()

@@ -28,6 +28,8 @@ class Unit:
         paths: of its variables.
         bytes: what leaves a worker's network interface for it in a step in which it is on.
         parameters: how many of its parameters are trained.
+        memory: bytes that it takes on a replica while it is on, beside `kept`: gradients, and optimizer slots.
+        kept: bytes that it takes there on or off: what reductions keep, and slots that stay.
 
     Examples:
         >>> Unit("head", ("head/kernel", "head/bias"), bytes=72, parameters=18).name
@@ -38,6 +40,8 @@ class Unit:
     paths: tuple[str, ...]
     bytes: int
     parameters: int
+    memory: int = 0
+    kept: int = 0
 
 
 class Schedule(Protocol):
@@ -229,3 +233,14 @@ def unreached(what: str, start: int, steps: int) -> list[str]:
         (['phase 2 begins after 100 steps, and run.steps is 60'], [])
     """
     return [f"{what} after {start} steps, and run.steps is {steps}"] if start >= steps else []
+
+
+def roots(squares: np.ndarray) -> list[float]:
+    # Loss scaling lets gradients overflow now and then: what is not finite says nothing, and is no JSON.
+    """Takes the roots of squared norms, with 0 for what is not finite.
+
+    Examples:
+        >>> roots(np.array([4.0, np.inf]))
+        [2.0, 0.0]
+    """
+    return np.sqrt(np.nan_to_num(np.asarray(squares, np.float64), nan=0.0, posinf=0.0)).tolist()

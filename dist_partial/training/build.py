@@ -1,8 +1,9 @@
 """Builds everything that a run computes with from its settings, and restores it from its folder."""
 
+import collections
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from dist_partial.distributed import consistency
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import UserError, calling
 from dist_partial.reductions.reduce_gradients import make_states
-from dist_partial.schedules.base import Schedule, Unit
+from dist_partial.schedules.base import Partition, Schedule, Unit
 from dist_partial.schedules.fixed import Constant
-from dist_partial.selection.payload import average_bytes
+from dist_partial.selection.payload import average_bytes, itemsize
 from dist_partial.step import batch_norm, layer_state, optimizers, outer_step
 from dist_partial.step.loss_scale import LossScale, needs_loss_scale
 from dist_partial.step.objective import Batch, Objective
@@ -173,7 +174,7 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
                 check_batch(fixed, model, settings, data, topology)
         batch_norms = batch_norm.layers(model)
         plan = quantization.lower(_plan(settings, model, replicas), model, settings.frozen_dtype)
-        plan, units, notes = _divided(plan, settings, batch_norms)
+        plan, parts = _divided(plan, settings)
         batch_norm.set_modes(batch_norms, plan, everywhere=settings.statistics == "all")
         objective, divided = make_objective(settings, data, model, examples, outputs)
         objective = divided_objective(objective, settings, plan, topology, data.train)
@@ -181,11 +182,13 @@ def _build(settings: Settings, replicas: Replicas) -> Trainer:
             changed = layer_state.find(model, spec, plan, objective)
         averaged = [*batch_norm.local_statistics(model), *changed.averaged]
         plan = dataclasses.replace(plan, statistics=reductions.averages(plan, averaged))
-        notes += coupling_notes(objective, data.train, topology.replicas, settings.accumulate)
-        notes += notes_on_repeats(data)
         with calling("run.optimizer"):
             at_once = isinstance(settings.schedule, Constant)
             groups = optimizers.build(plan, settings.optimizer, at_once, _elsewhere(plan, replicas))
+            units = _units(plan, parts, settings, batch_norms)
+        notes = settings.schedule.check(units, settings.steps)
+        notes += coupling_notes(objective, data.train, topology.replicas, settings.accumulate)
+        notes += notes_on_repeats(data)
         reduction_states = make_states(plan)
         fragments = outer_step.build(plan, groups, reduction_states)
         scale = LossScale() if needs_loss_scale(model) else None
@@ -226,14 +229,38 @@ def _elsewhere(plan: selection.Plan, replicas: Replicas) -> set[str]:
     return found
 
 
-def _divided(
-    plan: selection.Plan, settings: Settings, batch_norms: Sequence[keras.layers.BatchNormalization]
-) -> tuple[selection.Plan, tuple[Unit, ...], list[str]]:
-    """The plan in the units of the schedule, and lines to say of it."""
+def _divided(plan: selection.Plan, settings: Settings) -> tuple[selection.Plan, Partition]:
+    """The plan in the units of the schedule, and those."""
     schedule = settings.schedule
-    trained = {entry.path: entry for entry in plan.entries if entry.trained}
-    parts = schedule.partition(list(trained))
+    trained = [entry for entry in plan.entries if entry.trained]
+    parts = schedule.partition([entry.path for entry in trained])
     plan = plan.divided(parts)
+    for entry in () if isinstance(schedule, Constant) else trained:
+        if any(payload.every > 1 for payload in plan.handed_over(entry)) or not entry.reduction.shared:
+            raise UserError(
+                "run.schedule switches what is reduced in every step, and "
+                f"{type(entry.reduction).__name__} ({entry.reduction}) of rule {entry.rule.match!r} is not: give "
+                "AllReduce(), PowerSGD(), TopK() or Quantized(), in a gin file @all_reduce() and so on"
+            )
+    return plan, parts
+
+
+def _units(
+    plan: selection.Plan,
+    parts: Partition,
+    settings: Settings,
+    batch_norms: Sequence[keras.layers.BatchNormalization],
+) -> tuple[Unit, ...]:
+    """The units of the schedule, and what each costs."""
+    trained = {entry.path: entry for entry in plan.trained}
+    slots: collections.Counter[str] = collections.Counter()
+    if getattr(settings.schedule, "memory", None) is not None:
+        # All of them, as the owner of what is dealt out has: all workers must come to the same units.
+        groups = optimizers.build(plan, settings.optimizer, slots=False)
+        for planned, group in zip(plan.groups, groups, strict=True):
+            group.allocate()  # one at a time: slots need not be as large as what they are for
+            slots[planned.entries[0].unit] += sum(bytes_of(variable) for variable in group.state.values())
+            group.drop()
     units = []
     for name, paths in parts:
         entries = [trained[path] for path in paths]
@@ -242,18 +269,40 @@ def _divided(
         # The statistics of a layer that trains travel, too.
         moving = [layer for layer in batch_norms if {id(layer.gamma), id(layer.beta)} & variables]
         payloads += reductions.averages(plan, batch_norm.unsynchronised_statistics(moving))
-        sent = average_bytes(payloads, plan.workers)
-        units.append(Unit(name, tuple(paths), math.ceil(sent), sum(entry.trained_parameters for entry in entries)))
-    notes = schedule.check(units, settings.steps)
-    if not isinstance(schedule, Constant):
-        for entry in trained.values():
-            if any(payload.every > 1 for payload in plan.handed_over(entry)) or not entry.reduction.shared:
-                raise UserError(
-                    "run.schedule switches what is reduced in every step, and "
-                    f"{type(entry.reduction).__name__} ({entry.reduction}) of rule {entry.rule.match!r} is not: give "
-                    "AllReduce(), PowerSGD(), TopK() or Quantized(), in a gin file @all_reduce() and so on"
-                )
-    return plan, tuple(units), notes
+        gradients = sum(entry.trained_parameters * itemsize(entry.dtype) for entry in entries)
+        kept, memory = kept_by_reductions(plan, entries), gradients
+        if settings.leave == "drop":
+            memory += slots[name]
+        else:
+            kept += slots[name]
+        sent, parameters = average_bytes(payloads, plan.workers), sum(entry.trained_parameters for entry in entries)
+        units.append(Unit(name, tuple(paths), math.ceil(sent), parameters, memory, kept))
+    return tuple(units)
+
+
+def bytes_of(variable: Any) -> int:
+    """Counts the bytes of a variable on one replica.
+
+    Examples:
+        >>> bytes_of(keras.Variable([[1.0, 2.0]], dtype="float32"))
+        8
+    """
+    return math.prod(variable.shape) * itemsize(getattr(variable.dtype, "name", str(variable.dtype)))
+
+
+def kept_by_reductions(plan: selection.Plan, entries: Iterable[selection.VariablePlan]) -> int:
+    """Counts the bytes that the reductions of some variables keep on each replica.
+
+    Examples:
+        >>> from dist_partial.reductions import PowerSGD
+        >>> from dist_partial.selection import resolve
+        >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(64, use_bias=False, name="head")])
+        >>> plan = resolve([("train", ".*")], model, PowerSGD(rank=1))
+        >>> kept_by_reductions(plan, plan.trained) > 8 * 64 * 4  # a residual, and a factor
+        True
+    """
+    states = [e.reduction.state(e.path, e.trained_shape, e.dtype, plan.members(e)) for e in entries]
+    return sum(array.nbytes for state in states for array in state.values())
 
 
 def restore(

@@ -16,12 +16,12 @@ from dist_partial.config.settings import Settings
 from dist_partial.distributed import replicas
 from dist_partial.distributed.collectives import PACK_BYTES
 from dist_partial.schedules.fixed import Constant
-from dist_partial.selection.payload import Payload, average_bytes, itemsize
+from dist_partial.selection.payload import Payload, average_bytes
 from dist_partial.selection.plan import Plan, VariablePlan
 from dist_partial.session import put_back
 from dist_partial.step.evaluation_step import EvaluationSpec, evaluation_step
 from dist_partial.step.exchanges import compiled_exchanges
-from dist_partial.training.build import Trainer, batches, build, compiled_step
+from dist_partial.training.build import Trainer, batches, build, bytes_of, compiled_step, kept_by_reductions
 from dist_partial.training.simulation import Exchange, Faults, Hosts, Outcome, Work, simulate
 
 # Of the bits on a wire, those that are payload: a frame of 1514 bytes carries 1448, and a few are acknowledgements.
@@ -155,7 +155,8 @@ def cost_of(measured: Measured, settings: Settings, machine: Machine, seed: int 
     """Simulates the run of which one replica's computation is known."""
     plan = measured.plan.on(machine.workers, machine.devices)
     # Residuals of sums are there from three workers on.
-    memory = measured.memory + _kept(plan) - _kept(measured.plan)
+    kept, before = (kept_by_reductions(p, p.trained) for p in (plan, measured.plan))
+    memory = measured.memory + kept - before
     work = _work(plan, measured, machine)
     hosts = Hosts(
         machine.workers,
@@ -246,11 +247,11 @@ def _measure(trainer: Trainer, batch: int, step_seconds: Sequence[float]) -> Mea
         train.without_gradient, [*reductions.averages(trainer.plan, trainer.averaged), *sums], train.looked_up
     )
     memory = sum(
-        _bytes(v)
+        bytes_of(v)
         for k, v in trainer.state().variables.items()
         if k.startswith(("slots/", "outer/", "reductions/", "moving/", "begun/"))
     )
-    memory += sum(_bytes(anchor.variable) for fragment in trainer.fragments for anchor in fragment.outer.members)
+    memory += sum(bytes_of(anchor.variable) for fragment in trainer.fragments for anchor in fragment.outer.members)
     if step_seconds:  # as for a step of everything, whose backward pass computes twice as much
         step = statistics.median(step_seconds)
         spread, exchanges = [each / step for each in step_seconds], [0.0] * len(trainer.fragments)
@@ -309,14 +310,3 @@ def _time(call: Any) -> tuple[float, float]:
         walls.append((time.perf_counter() - start) / steps)
         cpus.append((time.process_time() - cpu) / steps)
     return statistics.median(walls), statistics.median(cpus)
-
-
-def _kept(plan: Plan) -> int:
-    """Bytes of what the reductions keep on each replica."""
-    states = [e.reduction.state(e.path, e.trained_shape, e.dtype, plan.members(e)) for e in plan.trained]
-    return sum(array.nbytes for state in states for array in state.values())
-
-
-def _bytes(variable: Any) -> int:
-    dtype = getattr(variable.dtype, "name", str(variable.dtype))
-    return math.prod(variable.shape) * itemsize(dtype)

@@ -183,7 +183,7 @@ def _train(run: _Run, state: TrainState) -> None:
                     trace()
             if replicas.backend is not None:
                 replicas.backend.barrier()  # none ends before the last checkpoint is written
-            if text := recovery.goodput():
+            for text in filter(None, [*runner.closing_notes(state.step), recovery.goodput()]):
                 writer.say(text)
             recovery.end()
             replicas.finish()

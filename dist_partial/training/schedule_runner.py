@@ -6,6 +6,7 @@ import functools
 import gc
 import hashlib
 import json
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -16,8 +17,8 @@ from dist_partial import reductions
 from dist_partial.data import started, train_indices
 from dist_partial.distributed import consistency, traffic
 from dist_partial.errors import UserError
-from dist_partial.schedules.adaptive import ByteBudget
 from dist_partial.schedules.base import observes
+from dist_partial.schedules.budget import Budget
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.payload import average_bytes
 from dist_partial.selection.plan import Plan
@@ -95,9 +96,14 @@ class ScheduleRunner:
         """Follows the schedule from a state on; what is compiled stays so, until `enter` asks for something else."""
         saved = state.schedule or {}
         self._state = saved.get("state", self.trainer.schedule.initial(self.trainer.units))
+        if self._budget is not None:
+            self._state = self._budget.begun(self._state, self._settings.steps)
         self._active = frozenset(saved["active"]) if saved.get("active") is not None else None
         self._squares = np.array(saved.get("squares", [0.0] * len(self.trainer.units)))
         self._phase: CompiledPhase | None = None
+        self._said = False  # that the time cannot be held
+        # With which a step was made since then: a worker that has just come has made none with any.
+        self._made: set[_Key] = set()
         self._fresh = not self._phases  # until a step was made with the phase
         self._reading: activation_cache.Activations | None = None
         # From which step on the activations up to which layer are read.
@@ -133,6 +139,10 @@ class ScheduleRunner:
         return isinstance(self.trainer.schedule, Constant)
 
     @property
+    def _budget(self) -> Budget | None:
+        return self.trainer.schedule if isinstance(self.trainer.schedule, Budget) else None
+
+    @property
     def phase(self) -> CompiledPhase:
         """What is trained now; there is none before the first `enter`."""
         assert self._phase is not None
@@ -151,7 +161,15 @@ class ScheduleRunner:
     def next_due(self, step: int) -> int:
         """Gives the first step after `step` that a switch to another selection may follow, or the end."""
         switch = self.trainer.schedule.next_switch(step)
+        if not self._timed:
+            return step + 1
         return self._settings.steps if switch is None else switch
+
+    @property
+    def _timed(self) -> bool:
+        """Whether the time of a call counts: not of a first step, a call by itself, for XLA compiles in it."""
+        timing = self._budget is not None and self._budget.seconds is not None
+        return not timing or self._phase is None or _key(self._phase) in self._made
 
     def enter(self, done: int) -> Iterator[Trace]:
         """Makes `phase` what the step after `done` steps trains; all workers call it at the same steps.
@@ -164,13 +182,8 @@ class ScheduleRunner:
             yield from self._ahead(done)
         schedule, trainer = self.trainer.schedule, self.trainer
         backend = trainer.replicas.backend
-        if observes(schedule, done) or self._overspends():
-            squares = self._probed(done) if schedule.statistics == "probe" else self._squares
-            if schedule.statistics == "norms" and backend is not None:
-                # Workers on processors of another make could round their norms otherwise, and freeze something else.
-                squares = trainer.replicas.sum(squares.astype(np.float32)) / backend.size
-            self._state = schedule.observe(done, trainer.units, squares, self._state)
-            self._squares = np.zeros_like(self._squares)
+        if observes(schedule, done) or (self._budget is not None and self._budget.outdated(trainer.units, self._state)):
+            self._observe(done)
         units, remaining = self._selected(done)
         self.switched = units != self._active
         self._fresh |= self.switched
@@ -229,6 +242,10 @@ class ScheduleRunner:
         if self._settings.activation_cache and self.phase.activations is None:
             yield "run.activation_cache keeps nothing yet: nothing below all that may be trained is frozen for good"
 
+    def closing_notes(self, done: int) -> list[str]:
+        """Lines that the user should read after the last step of this process."""
+        return [] if self._budget is None else self._budget.summary(self.trainer.units, self._state, done)
+
     def advance(self, count: int) -> dict[str, tf.Tensor]:
         """Makes so many steps of the current phase; returns what its `train` does."""
         if self._reading is not None and self._indices is not None:
@@ -237,6 +254,7 @@ class ScheduleRunner:
         if self._fresh:
             what = "XLA compiles it" if self._settings.jit_compile else "TensorFlow optimizes its graph"
             self._progress.begin(f"making the first step{'' if self._constant else ' of the selection'}: {what}")
+        began, timed = time.perf_counter(), self._timed
         result = self.phase.train.function(self._inputs, tf.constant(count))
         self._fresh = False
         self._progress.end()
@@ -245,14 +263,30 @@ class ScheduleRunner:
             places = {unit.name: i for i, unit in enumerate(self.trainer.units)}
             for name, square in zip(self.phase.plan.units, squares, strict=True):
                 self._squares[places[name]] += square
+        if self._budget is not None:
+            result["loss"].numpy()  # a GPU goes on computing after the call
+            seconds = time.perf_counter() - began if timed else None
+            self._state = self._budget.spent(self._state, count, self.phase.plan.nic_bytes, seconds)
+            self._made.add(_key(self.phase))
         return result
 
-    def _overspends(self) -> bool:
-        """Whether what was chosen among fewer workers costs more than the budget among these."""
-        schedule, units = self.trainer.schedule, self.trainer.units
-        if not isinstance(schedule, ByteBudget):
-            return False
-        return sum(unit.bytes for unit in units if unit.name in self._state["trained"]) > schedule.bytes
+    def _observe(self, done: int) -> None:
+        """Gives the schedule what was measured since it was asked last, the same on all workers."""
+        schedule, trainer = self.trainer.schedule, self.trainer
+        squares, backend = self._squares, trainer.replicas.backend
+        if schedule.statistics == "probe":
+            squares = self._probed(done)
+        elif schedule.statistics == "norms" and backend is not None:
+            # Workers on processors of another make could round their norms otherwise, and freeze something else.
+            squares = trainer.replicas.sum(squares.astype(np.float32)) / backend.size
+        if self._budget is not None and self._budget.seconds is not None:
+            replicas = trainer.replicas
+            self._state = self._budget.agreed(self._state, lambda own: float(replicas.sum(own)) / replicas.workers)
+        self._state = schedule.observe(done, trainer.units, squares, self._state)
+        self._squares = np.zeros_like(self._squares)
+        if self._budget is not None and (late := self._budget.notes(trainer.units, self._state)) and not self._said:
+            self._said = True
+            self.notes += late
 
     def _selected(self, done: int) -> tuple[frozenset[str], frozenset[str]]:
         """Names of the units that are trained at a step, and of those that may be trained from it on."""
@@ -299,6 +333,7 @@ class ScheduleRunner:
 
     def _drop(self, key: _Key) -> None:
         del self._phases[key]
+        self._made.discard(key)
         self.trainer.replicas.forget(_name(key))
 
     def _activations(self, remaining: frozenset[str], done: int) -> activation_cache.Activations | None:
@@ -383,11 +418,8 @@ class ScheduleRunner:
             plan = plan.traced(
                 train.without_gradient, traffic.beyond(plan, sent, exchanges, collectives.backend.two_levels)
             )
-        if isinstance(trainer.schedule, ByteBudget) and plan.nic_bytes > trainer.schedule.bytes:
-            raise UserError(
-                f"byte_budget.bytes is {trainer.schedule.bytes:,}, and {', '.join(plan.units)} send {plan.nic_bytes:,} "
-                f"bytes among {plan.workers} workers with what synchronised BatchNorm layers add: bind more"
-            )
+        if self._budget is not None:
+            self._budget.check_sent(trainer.units, units, plan.nic_bytes)
         if not self._constant:
             train.function(inputs, tf.constant(0))  # TensorFlow optimises a graph when it first runs
         return CompiledPhase(units, plan, train, sent, exchanges, activations)
@@ -419,6 +451,10 @@ class ScheduleRunner:
             local = self._probe(ahead).numpy()
         squares = dict(zip(trainer.plan.units, trainer.replicas.sum(local), strict=True))
         return np.array([squares[unit.name] for unit in trainer.units], np.float64)
+
+
+def _key(phase: CompiledPhase) -> _Key:
+    return phase.units, phase.activations
 
 
 def _name(key: _Key) -> str:

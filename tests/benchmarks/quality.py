@@ -165,8 +165,8 @@ def _schedules() -> list[Policy]:
         "block rotation": lambda m: m.Rotation(every=20, always=["embedding", "final_norm", "head"]),
         "LISA, 2 layers": lambda m: m.Lisa(every=20, count=2),
         "AutoFreeze": lambda m: m.AutoFreeze(every=25, retest=5),
-        "byte budget, 100 kB": lambda m: m.ByteBudget(bytes=100_000, every=20),
-        "byte budget, 140 kB": lambda m: m.ByteBudget(bytes=140_000, every=20),
+        "byte budget, 100 kB": lambda m: m.Budget(bytes=100_000, every=20),
+        "byte budget, 140 kB": lambda m: m.Budget(bytes=140_000, every=20),
     }
     constant = {
         "full": ALL,

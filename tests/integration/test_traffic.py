@@ -13,7 +13,7 @@ from dist_partial.selection.plan import Plan
 from tests.helpers import hosts
 from tests.helpers.files import rows
 
-BUDGET = 5_300_000  # of 5.6 MB: the largest variable and one of the two others
+BUDGET = 5_300_000  # of 5.6 MB, on average: more than the largest variable
 PLANS = {
     "all_reduce": ["run.rules = [('train', '.*')]"],
     "mixed": [
@@ -26,14 +26,14 @@ PLANS = {
         "local_sgd.sync_every = 2",
         "all_reduce.dtype = 'bfloat16'",
     ],
-    "byte_budget": [
+    "budget": [
         "run.rules = [('train', '.*')]",
-        "run.schedule = @byte_budget()",
-        f"byte_budget.bytes = {BUDGET}",
-        "byte_budget.units = ['dense1/kernel', 'dense1/bias', 'dense2/.*']",
-        "byte_budget.by = 'norm'",
-        "byte_budget.every = 3",
-        "byte_budget.starve = 1",
+        "run.schedule = @budget()",
+        f"budget.bytes = {BUDGET}",
+        "budget.units = ['dense1/kernel', 'dense1/bias', 'dense2/.*']",
+        "budget.by = 'norm'",
+        "budget.every = 3",
+        "budget.starve = 1",
     ],
 }
 
@@ -111,13 +111,14 @@ def test_interface_graph_and_plan_agree(tmp_path):
             assert found["nic"] == "e0"
             assert found["planned_bytes"] == found["counted_bytes"] > 1e6, name
             # After a call losses, norms, three flags and the waits, for examples and of both workers, are summed.
-            steps = {"mixed": 2, "byte_budget": 3}.get(name, 4)
+            steps = {"mixed": 2, "budget": 3}.get(name, 4)
             assert found["metrics_bytes"] == 12 // steps * 8 * (2 * steps + 4 + 2)
             # With two workers as much as the payload leaves each interface, of a sum and of a gather.
             assert found["expected_nic_bytes"] == found["planned_bytes"] + found["metrics_bytes"]
             assert found["nic_bytes"] == pytest.approx(found["expected_nic_bytes"], rel=0.02), name
-            if name == "byte_budget":
+            if name == "budget":
                 sent = [0, *[row["wire_bytes"] for row in rows(folder / "metrics.jsonl") if row["split"] == "train"]]
                 per_step = set(np.diff(sent))
-                assert len(per_step) > 1 and max(per_step) <= BUDGET
-                assert found["nic_bytes"] <= 12 * BUDGET
+                assert len(per_step) > 1
+                half = 3 * max(per_step) / 2  # of the largest unit, for an interval
+                assert found["planned_bytes"] == pytest.approx(12 * BUDGET, abs=half)

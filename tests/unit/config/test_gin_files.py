@@ -233,6 +233,11 @@ def test_losses_and_metrics_are_bound_as_compile_takes_them(load):
         ("Adam.lerning_rate = 4", ["Adam has no parameter 'lerning_rate'; nearest: 'learning_rate'"]),
         ("optimizer.lr = 4", ["nothing is called 'optimizer': write Adam.learning_rate, or ", "user.gin, line 8"]),
         ("train.steps = 4", ["nothing is called 'train': write run.steps ("]),
+        (
+            "byte_budget.bytes = 4",
+            ["'byte_budget': write budget, whose budget.bytes is an average over the run ("],
+        ),
+        ("run.schedule = @byte_budget()", ["'byte_budget': write budget, whose budget.bytes", "user.gin, line 8"]),
         ("SDG.learning_rate = 4", ["nothing is called 'SDG'; nearest: 'SGD'"]),
         ("run.model = @keras_file", ["not bound: keras_file.path; write keras_file.path = ..."]),
         ("import no_such_module", ["user.gin", "no_such_module"]),
@@ -407,7 +412,7 @@ def test_an_unused_binding_is_reported_after_the_first_step(load, tmp_path, caps
     assert said in capsys.readouterr().out
 
 
-SCHEDULES = ["phases", "gradual", "rotation", "lisa", "autofreeze", "byte_budget"]
+SCHEDULES = ["phases", "gradual", "rotation", "lisa", "autofreeze", "budget"]
 
 
 @pytest.mark.parametrize("name", ["quickstart", "two_dense", "full", "local_sgd", *SCHEDULES])

@@ -14,7 +14,7 @@ from dist_partial import UserError, fit, partial
 from dist_partial.config.settings import Settings
 from dist_partial.data import train_indices
 from dist_partial.distributed import replicas
-from dist_partial.schedules import AutoFreeze, ByteBudget, Constant, Gradual, Lisa, Phases, Rotation
+from dist_partial.schedules import AutoFreeze, Budget, Constant, Gradual, Lisa, Phases, Rotation
 from dist_partial.selection import Rule
 from dist_partial.training import loop
 from tests.helpers import cases
@@ -259,7 +259,7 @@ def refused(schedule=SCHEDULES["rotation"], given=None, **options):
 @pytest.mark.parametrize(
     ("act", "words"),
     [
-        (lambda: built(ByteBudget(bytes=1000)), "ByteBudget measures gradients on the batch that comes next, which"),
+        (lambda: built(Budget(bytes=1000)), "Budget measures gradients on the batch that comes next, which"),
         (lambda: built("rotation"), "give one such as dist_partial.schedules.Rotation(every=20)"),
         (lambda: built(Gradual(count=9)), "Gradual.count is 9: all units"),
         (lambda: built(Phases([(0, "e/.*")])), "Phases.table, phase 1 ('e/.*') selects nothing that the rules train"),

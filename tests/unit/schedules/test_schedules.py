@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from dist_partial.errors import UserError
-from dist_partial.schedules.adaptive import AutoFreeze, ByteBudget
+from dist_partial.schedules.adaptive import AutoFreeze
 from dist_partial.schedules.base import Unit, observes
+from dist_partial.schedules.budget import Budget
 from dist_partial.schedules.fixed import Constant, Gradual, Lisa, Phases, Rotation
 
 BLOCKS = ["block_0", "block_1", "block_2"]
@@ -39,8 +40,9 @@ SCHEDULES = {
     ),
     "autofreeze": AutoFreeze(every=3),
     "autofreeze retest": AutoFreeze(every=3, percentile=75, keep=2, retest=3),
-    "byte budget": ByteBudget(bytes=510, every=4),
-    "byte budget norm": ByteBudget(bytes=610, every=4, by="norm", always=["head", "final_norm"], starve=2),
+    "budget": Budget(bytes=510, every=4),
+    "budget norm": Budget(bytes=610, every=4, by="norm", always=["head", "final_norm"], starve=2),
+    "budget memory": Budget(bytes=610, memory=700, every=4, starve=2),
 }
 
 
@@ -52,7 +54,7 @@ def units_of(schedule, sizes=None):
 
 
 def layers(names=LAYERS, sizes=SIZES):
-    return [Unit(name, (f"{name}/kernel",), size, size // 4) for name, size in zip(names, sizes, strict=True)]
+    return [Unit(name, (f"{name}/kernel",), size, size // 4, size) for name, size in zip(names, sizes, strict=True)]
 
 
 def statistics(schedule, step, units, on, seed=0):
@@ -127,7 +129,7 @@ def test_a_run_that_goes_on_from_any_step_trains_the_same(name):
         assert drive(schedule, units, 60, 7, state=state, start=start) == whole[start:], start
 
 
-@pytest.mark.parametrize("name", ["autofreeze", "autofreeze retest", "byte budget", "byte budget norm"])
+@pytest.mark.parametrize("name", ["autofreeze", "autofreeze retest", "budget", "budget norm"])
 def test_observing_is_pure(name):
     schedule = SCHEDULES[name]
     units = units_of(schedule, SIZES)
@@ -142,7 +144,7 @@ def test_observing_is_pure(name):
 
 
 def test_when_statistics_are_due():
-    assert [s for s in range(13) if observes(SCHEDULES["byte budget"], s)] == [0, 4, 8, 12]
+    assert [s for s in range(13) if observes(SCHEDULES["budget"], s)] == [0, 4, 8, 12]
     assert [s for s in range(13) if observes(SCHEDULES["autofreeze"], s)] == [3, 6, 9, 12]
     for name in ("constant", "phases", "gradual", "rotation", "lisa"):
         schedule = SCHEDULES[name]
@@ -429,75 +431,6 @@ def test_autofreeze_without_a_gradient_or_with_one_that_overflowed():
     assert state["frozen"] == 0
 
 
-def test_byte_budget():
-    """By hand: norms 6, 4, 3, 1 of 300, 100, 200, 10 bytes, which is 0.02, 0.04, 0.015, 0.1 a byte."""
-    units, squares = layers("abcd", [300, 100, 200, 10]), np.square([6.0, 4, 3, 1])
-
-    def choice(**options):
-        schedule = ByteBudget(**options)
-        schedule.check(units, 100)
-        state = schedule.observe(0, units, squares, schedule.initial(units))
-        return in_order(schedule.select(0, units, 0, state), units)
-
-    assert choice(bytes=410) == ["a", "b", "d"]
-    assert choice(bytes=409) == ["b", "c", "d"]  # 'a' does not fit any more, 'c' does
-    assert choice(bytes=300) == ["b", "d"]
-    assert choice(bytes=309, by="norm") == ["a"]  # 9 are left, which is too few
-    assert choice(bytes=310, by="norm") == ["a", "d"]
-    assert choice(bytes=610) == ["a", "b", "c", "d"]
-    assert choice(bytes=500, always=["c"]) == ["b", "c", "d"]
-    assert choice(bytes=510, always=["c"], by="norm") == ["a", "c", "d"]
-    # Before the first probe: what fits, from the input on.
-    schedule = ByteBudget(bytes=400)
-    assert selected(schedule, [0], units, state=schedule.initial(units)) == [["a", "b"]]
-
-
-def test_byte_budget_serves_who_has_waited():
-    """Equal sizes, one fits, the norms never change: after two rankings left out, the longest wait comes first."""
-    schedule, units = ByteBudget(bytes=100, every=1, starve=2), layers("abc", [100] * 3)
-    state, turns = schedule.initial(units), []
-    for step in range(9):
-        state = schedule.observe(step, units, np.array([3.0, 2, 1]), state)
-        turns += schedule.select(step, units, 0, state)
-    # At step 2 'b' and 'c' have both waited twice: the larger norm comes first. At step 4 it is the turn of 'a' again.
-    assert "".join(turns) == "aabcabcab"
-    assert state["waits"] == [1, 0, 2]
-
-
-@pytest.mark.parametrize("starve", [None, 1, 3])
-@pytest.mark.parametrize("by", ["norm", "norm_per_byte"])
-@pytest.mark.parametrize("seed", range(20))
-def test_byte_budget_is_kept_and_nobody_starves(by, starve, seed):
-    draw = np.random.default_rng(seed)
-    count = int(draw.integers(2, 9))
-    units = layers([f"u{i}" for i in range(count)], draw.integers(1, 1000, size=count).tolist())
-    always = ["u0"] if seed % 2 else []
-    charged = units[0].bytes if always else 0
-    budget = charged + max(unit.bytes for unit in units[len(always) :]) + int(draw.integers(0, 500))
-    schedule = ByteBudget(bytes=budget, every=1, by=by, always=always, starve=starve)
-    schedule.check(units, 100)
-    fixed = draw.gamma(0.3, size=count)
-    state, left_out = schedule.initial(units), dict.fromkeys([unit.name for unit in units], 0)
-    for step in range(200):
-        # Half of the runs are unfair: the norms never change.
-        state = schedule.observe(step, units, fixed if seed % 4 < 2 else draw.gamma(0.3, size=count), state)
-        on = schedule.select(step, units, 0, state)
-        assert on >= set(always) and len(on) > len(always)
-        left = budget - sum(unit.bytes for unit in units if unit.name in on)
-        assert left >= 0
-        assert all(unit.bytes > left for unit in units if unit.name not in on)  # nothing that fits is left out
-        left_out = {name: 0 if name in on else waited + 1 for name, waited in left_out.items()}
-        assert max(left_out.values()) <= (starve or count) + count - 1
-
-
-def test_byte_budget_takes_what_sends_nothing_and_survives_an_overflow():
-    schedule, units = ByteBudget(bytes=100), layers("abc", [0, 100, 100])
-    schedule.check(units, 100)
-    for norms in ([0.0, 1, 2], [np.nan, np.inf, 1]):
-        state = schedule.observe(0, units, np.array(norms), schedule.initial(units))
-        assert selected(schedule, [0], units, state=state) == [["a", "c"]]
-
-
 # Mistakes.
 
 
@@ -544,11 +477,15 @@ def message(call):
         (lambda: AutoFreeze(percentile=100.5), ["autofreeze.percentile is 100.5"]),
         (lambda: AutoFreeze(percentile=float("nan")), ["autofreeze.percentile is nan"]),
         (lambda: AutoFreeze(percentile="50"), ["autofreeze.percentile is '50'"]),
-        (lambda: ByteBudget(bytes=0), ["byte_budget.bytes is 0"]),
-        (lambda: ByteBudget(bytes=1e6), ["byte_budget.bytes is 1000000.0", "whole number"]),
-        (lambda: ByteBudget(bytes=9, every=0), ["byte_budget.every is 0"]),
-        (lambda: ByteBudget(bytes=9, starve=0), ["byte_budget.starve is 0"]),
-        (lambda: ByteBudget(bytes=9, by="size"), ["byte_budget.by is 'size'", "'norm' or 'norm_per_byte'"]),
+        (lambda: Budget(bytes=0), ["budget.bytes is 0"]),
+        (lambda: Budget(bytes=1e6), ["budget.bytes is 1000000.0", "whole number"]),
+        (lambda: Budget(seconds=0), ["budget.seconds is 0: it must be a number above 0"]),
+        (lambda: Budget(memory=0), ["budget.memory is 0"]),
+        (lambda: Budget(), ["budget limits nothing: bind budget.bytes, budget.seconds or budget.memory"]),
+        (lambda: Budget(seconds=1.0, every=1), ["budget.every is 1", "not timed", "at least 2"]),
+        (lambda: Budget(bytes=9, every=0), ["budget.every is 0"]),
+        (lambda: Budget(bytes=9, starve=0), ["budget.starve is 0"]),
+        (lambda: Budget(bytes=9, by="size"), ["budget.by is 'size'", "'norm' or 'norm_per_byte'"]),
     ],
 )  # fmt: skip
 def test_bindings_that_are_wrong_by_themselves(make, words):
@@ -566,7 +503,7 @@ def test_bindings_that_are_wrong_by_themselves(make, words):
         (Lisa(units=[r"blok_0/.*", r".*"]), ["lisa.units", "'blok_0/.*' matches nothing", "'block_0/mlp/up/kernel'"]),
         (Rotation(units=[r".*", r"head/.*"]), ["block_rotation.units", "'head/.*' matches nothing", "before it"]),
         (AutoFreeze(units=[r"head.*", r"head.*", r".*"]), ["autofreeze.units", "'head.*' matches nothing"]),
-        (ByteBudget(bytes=1, units=[r"head"]), ["byte_budget.units", "'embedding/embeddings'", "'head'"]),
+        (Budget(bytes=1, units=[r"head"]), ["budget.units", "'embedding/embeddings'", "'head'"]),
     ],
 )  # fmt: skip
 def test_bindings_that_do_not_fit_the_paths(schedule, words):
@@ -583,13 +520,13 @@ def test_bindings_that_do_not_fit_the_paths(schedule, words):
         (Lisa(count=5), ["lisa.count is 5", "4 units", "'final_norm'", "'embedding', 'head'"]),
         (Lisa(always=["embed", "head"]), ["lisa.always", "'embed'", "nearest: 'embedding'"]),
         (AutoFreeze(every=10, keep=6), ["autofreeze.keep is 6", "'embedding'", "'head'"]),
-        (ByteBudget(bytes=9), ["byte_budget.bytes is 9", "smallest unit, 'final_norm'", "10 bytes"]),
-        (ByteBudget(bytes=599, always=["head", "embedding"]), ["is 599", "'embedding', 'head'", "600 bytes"]),
-        (ByteBudget(bytes=600, always=["head", "embedding"]), ["is 600", "'block_0', 'block_1'", "the 600 of"]),
-        (ByteBudget(bytes=399), ["is 399", "'embedding' would never be trained", "400 bytes", "run.rules"]),
-        (ByteBudget(bytes=599, always=["head"]), ["is 599", "'embedding' would never", "400 bytes", "the 200 of"]),
-        (ByteBudget(bytes=500, always=["h.*"]), ["'embedding' would never", "byte_budget.units"]),
-        (ByteBudget(bytes=9999, always=["heads"]), ["byte_budget.always", "'heads'", "nearest: 'head'"]),
+        (Budget(bytes=9), ["budget.bytes is 9", "smallest unit, 'final_norm'", "10 bytes"]),
+        (Budget(bytes=599, always=["head", "embedding"]), ["is 599", "'embedding', 'head'", "600 bytes"]),
+        (Budget(bytes=600, always=["head", "embedding"]), ["is 600", "'block_0', 'block_1'", "alone sends as much"]),
+        (Budget(bytes=10), ["is 10", "'embedding', 'block_0', ", "would never be trained", "'final_norm' alone"]),
+        (Budget(bytes=9999, always=["heads"]), ["budget.always", "'heads'", "nearest: 'head'"]),
+        (Budget(memory=399), ["budget.memory is 399: 'embedding' would never be trained", "400 bytes:", "run.rules"]),
+        (Budget(memory=599, always=["head"]), ["is 599: 'embedding' would", "600 bytes with what is always on"]),
     ],
 )  # fmt: skip
 def test_schedules_that_do_not_fit_the_units(schedule, words):
@@ -609,6 +546,8 @@ def test_schedules_that_do_not_fit_the_units(schedule, words):
         (Lisa(every=100), ["lisa.every is 100", "100 steps"]),
         (AutoFreeze(every=50), ["autofreeze.every is 50", "100 steps"]),
         (AutoFreeze(every=10, retest=10), ["autofreeze.retest is 10", "100 steps"]),
+        (Budget(bytes=399, every=100), ["is 399: enough is saved for 'embedding'", "100 steps, and run.steps is 100"]),
+        (Budget(bytes=75, every=20, always=["final_norm"]), ["'embedding'", "120 steps"]),
     ],
 )  # fmt: skip
 def test_what_a_run_does_not_reach_is_said_and_no_mistake(schedule, words):
@@ -624,8 +563,10 @@ def test_what_a_run_does_not_reach_is_said_and_no_mistake(schedule, words):
         (Rotation(every=20), 101),
         (Lisa(every=100), 101),
         (AutoFreeze(every=50), 101),
-        (ByteBudget(bytes=400), 1),
-        (ByteBudget(bytes=600, always=["head"]), 1),
+        (Budget(bytes=400), 1),
+        (Budget(bytes=600, always=["head"]), 1),
+        (Budget(bytes=399, every=99), 100),
+        (Budget(memory=600, always=["head"]), 1),
         (Lisa(count=4), 100),
     ],
 )

@@ -6,7 +6,10 @@ import json
 import os
 import random
 import re
+import signal
 import sys
+import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,11 +21,15 @@ import tensorflow as tf
 from dist_partial.config.settings import Settings
 from dist_partial.data import Dataset, train_batches
 from dist_partial.distributed import replicas
-from dist_partial.errors import UserError
-from dist_partial.schedules.adaptive import AutoFreeze, ByteBudget
+from dist_partial.errors import Interrupted, UserError
+from dist_partial.reductions.top_k import TopK
+from dist_partial.schedules.adaptive import AutoFreeze
+from dist_partial.schedules.budget import Budget
 from dist_partial.schedules.fixed import Gradual, Lisa, Phases, Rotation
 from dist_partial.selection.rules import Rule
-from dist_partial.training import loop
+from dist_partial.training import loop, schedule_runner
+from dist_partial.training.build import build
+from dist_partial.training.schedule_runner import ScheduleRunner
 from tests.helpers import cases
 from tests.helpers.cases import LAYERS, dataset, mlp
 from tests.helpers.files import rows, same_bits, state
@@ -39,7 +46,7 @@ SCHEDULES = {
     "rotation": Rotation(every=3),
     "lisa": Lisa(every=3, count=1),
     "autofreeze": AutoFreeze(every=2, percentile=100.0, retest=3),
-    "byte_budget": ByteBudget(bytes=2 * 8 * (WIDTH * WIDTH + WIDTH), every=3),
+    "budget": Budget(bytes=int(1.7 * 8 * (WIDTH * WIDTH + WIDTH)), every=3),
 }
 
 
@@ -69,7 +76,7 @@ def settings(schedule, made, steps=STEPS, precision="float32", **more) -> Settin
 
 def budget_for(schedule, precision):
     """The same budget in variables, whatever a variable's size."""
-    if isinstance(schedule, ByteBudget) and precision == "float32":
+    if isinstance(schedule, Budget) and precision == "float32":
         return dataclasses.replace(schedule, bytes=schedule.bytes // 2)
     return schedule
 
@@ -127,21 +134,24 @@ class Frozen:
         return list(LAYERS[self.first :])
 
 
-class Budget:
-    """ByteBudget of the layers, all of one size: those with the largest gradients on the next batch, as many as fit."""
+class Ranking:
+    """Budget of layers of one size: those with the largest gradients, as many as come closest to what may be sent."""
 
-    def __init__(self, schedule: ByteBudget, replicas: int) -> None:
+    def __init__(self, schedule: Budget, replicas: int, steps: int) -> None:
         itemsize, workers = np.dtype(keras.config.floatx()).itemsize, max(2, replicas)
-        each = 2 * (workers - 1) / workers * itemsize * (WIDTH * WIDTH + WIDTH)
-        self.every, self.fit = schedule.every, int(schedule.bytes // each)
-        self.waits, self.taken = dict.fromkeys(LAYERS, 0), []
+        self.each = 2 * (workers - 1) / workers * itemsize * (WIDTH * WIDTH + WIDTH)
+        self.every, self.limit, self.steps = schedule.every, schedule.bytes, steps
+        self.waits, self.taken, self.sent = dict.fromkeys(LAYERS, 0), [], 0.0
 
     def on(self, step: int, probe: Callable[[], dict[str, float]]) -> list[str]:
         if step % self.every == 0:
-            norms = probe()
+            norms, end = probe(), min(step + self.every, self.steps)
+            left = self.limit * end - self.sent
+            fit = [n for n in range(1, 5) if n == 1 or (2 * n - 1) * self.each * (end - step) <= 2 * left]
             late = {name: wait if wait >= len(LAYERS) else 0 for name, wait in self.waits.items()}
-            self.taken = sorted(LAYERS, key=lambda name: (-late[name], -norms[name]))[: self.fit]
+            self.taken = sorted(LAYERS, key=lambda name: (-late[name], -norms[name]))[: fit[-1]]
             self.waits = {name: 0 if name in self.taken else wait + 1 for name, wait in self.waits.items()}
+        self.sent += len(self.taken) * self.each
         return self.taken
 
 
@@ -155,7 +165,7 @@ def reference(told: Settings, replicas: int, resets: bool = False) -> tuple[dict
     model, schedule = mlp(), told.schedule
     variables = dict(zip(PATHS, model.variables, strict=True))
     frozen = Frozen(schedule) if isinstance(schedule, AutoFreeze) else None
-    budget = Budget(schedule, replicas) if isinstance(schedule, ByteBudget) else None
+    budget = Ranking(schedule, replicas, told.steps) if isinstance(schedule, Budget) else None
     context = tf.distribute.InputContext(1, 0, 1)
     order = {"first_step": 0, "global_batch": BATCH, "seed": told.seed, "context": context}
     batches, optimizers, found, before = iter(train_batches(points().train, **order)), {}, {}, []
@@ -250,7 +260,8 @@ def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, leave, tmp_path, c
     schedule = budget_for(SCHEDULES[name], "float32")
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     loop.run(settings(schedule, made, leave=leave, compiled_plans=2), whole)  # so few that some are compiled again
-    stops = sorted({12, *random.Random(f"{name} {leave}").sample(range(1, STEPS), 2)})  # 12 is a switch of phases
+    # 12 is a switch of phases; the last interval of a budget is as long as the run is.
+    stops = sorted({12, *random.Random(f"{name} {leave}").sample(range(1, STEPS) if name != "budget" else [3, 9], 2)})
     for steps in [*stops, STEPS]:
         keras.utils.clear_session(free_memory=False)
         loop.run(settings(schedule, made, steps, leave=leave, compiled_plans=2), pieces)
@@ -262,45 +273,146 @@ def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, leave, tmp_path, c
     assert metrics[0] == metrics[1]
 
 
-def test_what_is_recorded_and_sent(tmp_path):
+class Stopping(keras.callbacks.Callback):
+    """A signal in the middle of an interval, as a scheduler sends it."""
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_budget_that_is_interrupted_goes_on_as_if_it_never_had(tmp_path):
+    made, each = in_process(), 4 * (WIDTH * WIDTH + WIDTH)
+    schedule = Budget(bytes=int(2.7 * each), every=4, units=["[ab]/.*", "[cd]/.*"])
+    loop.run(settings(schedule, made, steps_per_loop=1), tmp_path / "whole")
+    keras.utils.clear_session(free_memory=False)
+    with pytest.raises(Interrupted, match="step 14 of 20"):
+        loop.run(settings(schedule, made, callbacks=[Stopping()], steps_per_loop=1), tmp_path / "pieces")
+    keras.utils.clear_session(free_memory=False)
+    loop.run(settings(schedule, made, steps_per_loop=1), tmp_path / "pieces")
+    left, right = (state(tmp_path / name, STEPS) for name in ("whole", "pieces"))
+    assert left.keys() == right.keys()
+    assert all(same_bits([value, right[key]]) for key, value in left.items())
+    assert len(phases(tmp_path / "whole")) > 2 and phases(tmp_path / "whole") == phases(tmp_path / "pieces")
+
+
+def sent(folder: Path) -> np.ndarray:
+    """Bytes that have left the interface of a worker after each step."""
+    return np.array([row["nic_bytes"] for row in rows(folder / "metrics.jsonl") if row["split"] == "train"])
+
+
+def test_bytes_of_a_run_are_within_one_percent_and_each_switch_is_recorded(tmp_path, monkeypatch, capsys):
     """A line a switch; between two of them each step sends what the line says, counted in the graph."""
-    made = in_process(2)
-    schedule = budget_for(SCHEDULES["byte_budget"], "float32")
-    loop.run(settings(schedule, made), tmp_path)
+    made, steps, norms = in_process(2), 91, np.random.default_rng(0)
+    monkeypatch.setattr(ScheduleRunner, "_probed", lambda *_: norms.gamma(0.3, size=4))
+    each = 4 * (WIDTH * WIDTH + WIDTH)
+    schedule = Budget(bytes=int(2.4 * each), every=2, always=["d"])
+    loop.run(settings(schedule, made, steps), tmp_path)
     found = rows(tmp_path / "metrics.jsonl")
-    plans = [row for row in found if row["split"] == "plan"]
-    assert plans[0]["step"] == 1 and len({row["digest"] for row in plans}) > 1
-    sent, current = 0, None
-    for row in found:
-        if row["split"] == "plan":
-            current = row
-        elif row["split"] == "train":
-            assert row["wire_bytes"] - sent == current["wire_bytes_per_step"] <= schedule.bytes
-            assert current["wire_bytes_per_step"] == 4 * current["trained_parameters"]
-            sent = row["wire_bytes"]
+    plans = {row["step"]: row for row in found if row["split"] == "plan"}
+    assert 1 in plans and len({row["digest"] for row in plans.values()}) > 2
+    current = None
+    for step, bytes_ in enumerate(np.diff(sent(tmp_path), prepend=0), 1):
+        current = plans.get(step, current)
+        assert bytes_ == current["nic_bytes_per_step"] == 4 * current["trained_parameters"]
+    total = sent(tmp_path)[-1]
+    assert total == pytest.approx(schedule.bytes * steps, rel=0.01)
     traffic = json.loads((tmp_path / "traffic.json").read_text())
-    assert traffic["planned_bytes"] == traffic["counted_bytes"] == sent
+    assert traffic["planned_bytes"] == traffic["counted_bytes"] == total
+    said = f"budget: a step took {total / steps:,.0f} of {schedule.bytes:,} bytes on average"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_the_budget_holds_on_more_replicas(tmp_path):
     """What was chosen among two is too much among four, where a sum costs 1.5 times the payload: chosen anew."""
-    schedule = budget_for(SCHEDULES["byte_budget"], "float32")
-    schedule = dataclasses.replace(schedule, bytes=2 * schedule.bytes, every=100)
-    for steps, count in ((2, 2), (4, 4)):
+    each = 4 * (WIDTH * WIDTH + WIDTH)
+    schedule = Budget(bytes=2 * each, every=100)
+    for steps, count in ((2, 2), (60, 4)):
         keras.utils.clear_session(free_memory=False)
         loop.run(settings(schedule, in_process(count), steps), tmp_path)
-    lines = rows(tmp_path / "metrics.jsonl")
-    plans = [row for row in lines if row["split"] == "plan"]
+    plans = [row for row in rows(tmp_path / "metrics.jsonl") if row["split"] == "plan"]
     assert [row["step"] for row in plans] == [1, 3]
-    assert 1.5 * plans[0]["nic_bytes_per_step"] > schedule.bytes
-    sent = 0
-    for row in lines:
-        if row["split"] == "train":
-            factor = 1 if row["step"] <= 2 else 1.5
-            current = plans[row["step"] > 2]
-            assert row["nic_bytes"] - sent == factor * 4 * current["trained_parameters"] <= schedule.bytes
-            sent = row["nic_bytes"]
+    assert abs(sent(tmp_path)[-1] - 60 * schedule.bytes) <= 58 * 1.5 * each / 2  # half a unit of the second interval
+
+
+MS = {frozenset({"[ab]/.*"}): 7, frozenset({"[cd]/.*"}): 4, frozenset({"[ab]/.*", "[cd]/.*"}): 8}
+
+
+class Clock:
+    """A clock of which steps take what this says: milliseconds by selection, with noise."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now, self.draw, self.calls = 0.0, np.random.default_rng(0), []
+        advance = ScheduleRunner.advance
+
+        def timed(runner, count):
+            seconds = 1e-3 * count * MS[runner.phase.units] * self.draw.lognormal(0, 0.05)
+            self.calls.append((count, seconds, runner.phase.units))
+            self.times = iter([self.now, self.now + seconds])
+            self.now += seconds + 100  # for what is no step
+            return advance(runner, count)
+
+        monkeypatch.setattr(ScheduleRunner, "advance", timed)
+        monkeypatch.setattr(schedule_runner, "time", self)
+
+    def perf_counter(self) -> float:
+        return next(self.times)
+
+
+def test_seconds_of_a_run_are_within_one_percent(tmp_path, monkeypatch):
+    """The first step of a selection, in which it may be compiled, is a call by itself, and counts as the others."""
+    clock, every, steps = Clock(monkeypatch), 5, 302
+    norms = np.random.default_rng(1)
+    monkeypatch.setattr(ScheduleRunner, "_probed", lambda *_: norms.gamma(0.3, size=2))
+    schedule = Budget(seconds=0.0055, every=every, units=["[ab]/.*", "[cd]/.*"])
+    loop.run(settings(schedule, in_process(), 152), tmp_path)
+    keras.utils.clear_session(free_memory=False)
+    loop.run(settings(schedule, in_process(), steps), tmp_path)  # it goes on from what was spent
+    assert {on for *_, on in clock.calls} == set(MS) and sum(count for count, *_ in clock.calls) == steps
+    seen: set[object] = set()
+    for count, _, on in clock.calls:
+        assert count == 1 or on in seen
+        seen.add(on)
+    total = sum(seconds for _, seconds, _ in clock.calls)
+    assert total == pytest.approx(schedule.seconds * steps, rel=0.01)
+
+
+@pytest.mark.parametrize("leave", ["keep", "drop"])
+def test_memory_of_units_is_that_of_what_is_made(leave, tmp_path):
+    """Gradients, slots and residuals, counted in what the run holds; the slots of what is off stay or go."""
+    made = in_process(2)
+    rules = [Rule("a/.*", reduction=TopK(0.5)), Rule(".*", optimizer=functools.partial(keras.optimizers.SGD, 0.1))]
+    told = settings(Budget(memory=10**6, every=2), made, 4, rules=rules, leave=leave)
+    trainer = build(told, made)
+    size = 4 * (WIDTH * WIDTH + WIDTH)
+    kept = [sum(np.prod(v.shape) * 4 for v in each.values()) for each in trainer.reduction_states]
+    assert not any(group.state for group in trainer.optimizers)
+    with made.strategy.scope():
+        for group in trainer.optimizers:
+            group.allocate()
+    slots = {
+        group.members[0].entry.unit: sum(keras.ops.convert_to_numpy(v).nbytes for v in group.state.values())
+        for group in trainer.optimizers
+    }
+    assert slots["a"] > 2 * size > slots["b"]
+    for unit in trainer.units:
+        residuals = sum(kept) if unit.name == "a" else 0
+        stays = slots[unit.name] if leave == "keep" else 0
+        assert (unit.memory, unit.kept) == (size + slots[unit.name] - stays, residuals + stays)
+
+
+def test_memory_is_held_by_what_is_dropped(tmp_path):
+    """Of four layers with Adam two at a time, whose slots alone are there after each step."""
+    made, size = in_process(), 4 * (WIDTH * WIDTH + WIDTH)
+    schedule = Budget(memory=2 * (3 * size + 100), every=2, starve=1)
+    loop.run(settings(schedule, made, 6, leave="drop", save_every=2), tmp_path)
+    on = [sorted({path[0] for path in each}) for each in phases(tmp_path).values()]
+    assert len(on) > 1 and all(len(each) == 2 for each in on)
+    held = {name.split("/")[1] for name in state(tmp_path, 6) if name.startswith("slots/")} & set(LAYERS)
+    assert sorted(held) == on[-1]
+    with pytest.raises(UserError, match=r"budget\.memory is .* run\.leave = 'drop'"):
+        build(settings(schedule, made, 6), made)
 
 
 def _work(folder: Path) -> None:
@@ -310,6 +422,11 @@ def _work(folder: Path) -> None:
     for name, schedule in SCHEDULES.items():
         keras.utils.clear_session(free_memory=False)
         loop.run(settings(schedule, made, precision="float64", activation_cache="memory"), folder / name)
+    keras.utils.clear_session(free_memory=False)
+    # The second worker's clock is fast: by it alone a step takes too long.
+    clock, fast = time.perf_counter, 1.0 + 1e6 * json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+    schedule_runner.time = types.SimpleNamespace(perf_counter=lambda: fast * clock())
+    loop.run(settings(Budget(seconds=60.0, every=2), made), folder / "seconds")
 
 
 @pytest.mark.slow
@@ -320,6 +437,9 @@ def test_two_workers(tmp_path):
         assert code == 0, output[-3000:]
     for name, schedule in SCHEDULES.items():
         check(tmp_path / name, settings(schedule, None, precision="float64"), 2)
+    # By its own clock the first would train everything: what is trained was checked to be the same on both.
+    assert all(len(on) == 2 for on in phases(tmp_path / "seconds").values())
+    assert rows(tmp_path / "seconds" / "metrics.jsonl")[-1]["step"] == STEPS
 
 
 class Odd(Rotation):
@@ -351,7 +471,6 @@ def test_workers_that_disagree_both_stop_before_the_switch(tmp_path):
 
 def test_what_is_not_reduced_in_every_step_cannot_be_switched():
     from dist_partial.reductions.local_sgd import LocalSGD
-    from dist_partial.training.build import build
 
     made = in_process()
     told = settings(SCHEDULES["lisa"], made, rules=[Rule(".*", reduction=LocalSGD(4))])
