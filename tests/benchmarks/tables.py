@@ -182,6 +182,24 @@ def long(found: Mapping[str, Any]) -> Tables:
     return ({"Reported": markdown(header, lines)} if lines else {}) | {"Sweeps": swept}
 
 
+def modem(found: Mapping[str, Any]) -> Tables:
+    """Losses and steps a second against those without a limit."""
+    free, *_ = found["rows"]
+    lines = [
+        [
+            row["line"],
+            f"{row['loss']:.4f}",
+            f"{row['loss'] / free['loss'] - 1:+.2%}",
+            f"{1e3 / row['mean_step_ms']:.3f}",
+            f"{free['mean_step_ms'] / row['mean_step_ms']:.1%}",
+            f"{row['nic_bytes']:,}",
+        ]
+        for row in found["rows"]
+    ]
+    header = ["line", "held-out loss", "difference", "steps a second", "of those without a limit", "bytes of each host"]
+    return {"": markdown(header, lines)}
+
+
 def records(found: Mapping[str, Any]) -> Tables:
     header = ["pipeline", "examples a second", "least", "most", "CPU time an example, µs"]
     numbers = ("median", "least", "most", "cpu_us")
@@ -342,6 +360,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], Tables]] = {
         finetune,
         fit,
         long,
+        modem,
         plan,
         quality,
         records,

@@ -47,13 +47,17 @@ def address(host: int) -> str:
 
 
 @contextlib.contextmanager
-def hosts(count: int, rate: str | None = None, hub: bool = False) -> Iterator[None]:
+def hosts(
+    count: int, rate: str | None = None, hub: bool = False, burst: str = "256kb", latency: str = "200ms"
+) -> Iterator[None]:
     """Makes hosts 1 to `count`, each with one network interface, and removes them at the end.
 
     Args:
         count: how many.
         rate: what each can send, as tc writes it ('200mbit', '1gbit'), or None for no limit.
         hub: whether each sees what all others send.
+        burst: what may pass at once, as tc writes it.
+        latency: how long what waits in the queue may wait before it is dropped.
     """
     for namespace in _made():
         if processes := _processes(namespace):
@@ -70,7 +74,7 @@ def hosts(count: int, rate: str | None = None, hub: bool = False) -> Iterator[No
             for device in ("e0", "lo"):
                 _run("ip", "-n", name(host), "link", "set", device, "up")
             if rate:
-                limit = ["tbf", "rate", rate, "burst", "256kb", "latency", "200ms"]
+                limit = ["tbf", "rate", rate, "burst", burst, "latency", latency]
                 _run("ip", "netns", "exec", name(host), "tc", "qdisc", "add", "dev", "e0", "root", *limit)
         yield
     finally:
