@@ -156,7 +156,7 @@ def long(found: Mapping[str, Any]) -> Tables:
     for piece in found["pieces"]:
         setting = ", ".join(f"{name} {value}" for name, value in piece["setting"].items())
         if piece["seed"] == found["tuning_seed"]:
-            tried.append([piece["policy"], setting, f"{piece['loss']:.4f}", f"{piece['seconds']:,}"])
+            tried.append([piece["policy"], setting, f"{piece['loss']:.4f}"])
         else:
             reported.setdefault((piece["policy"], piece["replicas"]), []).append(piece)
     means = {key: statistics.mean(row["loss"] for row in rows) for key, rows in reported.items()}
@@ -178,7 +178,7 @@ def long(found: Mapping[str, Any]) -> Tables:
             ]
         )
     header = ["policy", "replicas", "tuned to", "seeds", "held-out loss", "to the best in float32", "bytes", "fewer"]
-    swept = markdown(["policy", "setting", "held-out loss", "s"], tried, words=2)
+    swept = markdown(["policy", "setting", "held-out loss"], tried, words=2)
     return ({"Reported": markdown(header, lines)} if lines else {}) | {"Sweeps": swept}
 
 
