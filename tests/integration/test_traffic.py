@@ -13,7 +13,7 @@ from dist_partial.selection.plan import Plan
 from tests.helpers import hosts
 from tests.helpers.files import rows
 
-BUDGET = 5_300_000  # of 5.6 MB, on average: more than the largest variable
+BUDGET = 3_000_000  # of 5.6 MB, on average: less than the largest variable, which is not trained in every interval
 PLANS = {
     "all_reduce": ["run.rules = [('train', '.*')]"],
     "mixed": [
