@@ -245,6 +245,15 @@ class Plan:
         shares = even_shares([math.prod(entry.trained_shape) for entry in dealt], replicas)
         return {entry.path: share for entry, share in zip(dealt, shares, strict=True)}
 
+    def elsewhere(self, replicas: int, rank: int, inside: bool) -> set[str]:
+        """Paths of what is dealt out, after a reduction inside each worker or not, and another one than `rank` owns."""
+        owners = self.owners(replicas)
+        return {
+            entry.path
+            for entry in self.trained
+            if entry.dealt and (entry.inside is not None) == inside and owners[entry.path] != rank
+        }
+
     def handed_over(self, entry: VariablePlan) -> tuple[Any, ...]:
         """What one worker hands over for a variable: of a sum its own total, else what each of its replicas gives."""
         several = 1 if entry.inside else self.local

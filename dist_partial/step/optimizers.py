@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from dist_partial import compat
 from dist_partial.errors import UserError, first_line
+from dist_partial.reductions.encoding import zeros
 from dist_partial.selection.plan import Group, Plan, VariablePlan
 from dist_partial.step.keras_configs import left_out
 from dist_partial.step.layer_state import untouched
@@ -324,8 +325,8 @@ def _build_slots(number: int, optimizer: Any, members: Sequence[OptimizerVariabl
 
 def _without_rows(member: OptimizerVariable) -> Any:
     """A stand-in of a variable whose slots take no memory."""
-    value = keras.ops.convert_to_numpy(member.variable)
-    return stand_in(member.variable, value[:0]) if value.ndim else member.variable
+    shape = member.variable.shape
+    return stand_in(member.variable, zeros([0, *shape[1:]], member.variable.dtype)) if shape else member.variable
 
 
 def apply(optimizers: Sequence[GroupOptimizer], gradients: Sequence[tf.Tensor | None]) -> None:

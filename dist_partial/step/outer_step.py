@@ -32,18 +32,18 @@ class Fragment:
         members: the group's variables, of which each replica trains its own copy.
         outer: the outer optimizer; its members are the anchors, the same on all replicas.
         states: what the reduction of the movements keeps, a dictionary a member.
+        plan: by which the members are dealt out, where they are.
         moving: with a delay, what travels of each member: its movement, and once it has arrived the mean of all.
         begun: with a delay whose progress is kept, where each member was when the exchange began.
-        plan: by which the members are dealt out, where they are.
     """
 
     reduction: LocalSGD
     members: tuple[OptimizerVariable, ...]
     outer: GroupOptimizer
     states: tuple[dict[str, tf.Variable], ...]
+    plan: Plan
     moving: tuple[tf.Variable, ...] = ()
     begun: tuple[tf.Variable, ...] = ()
-    plan: Plan | None = None
 
     def over(self, collectives: Collectives) -> Collectives:
         """How those reach each other that exchange: all replicas, or, of each worker, one for all."""
@@ -114,7 +114,7 @@ def build(
             outer.allocate()
             moving = _zeros("moving", anchors if group.reduction.delay else ())
             begun = _zeros("begun", anchors if group.reduction.keep_progress else ())  # with a delay alone
-            fragments.append(Fragment(group.reduction, inner.members, outer, own_states, moving, begun, plan))
+            fragments.append(Fragment(group.reduction, inner.members, outer, own_states, plan, moving, begun))
     return tuple(fragments)
 
 
@@ -201,7 +201,7 @@ def _over_replicas(
     replicas, states = collectives.topology.replicas, [fragment.states[i] for i in movements]
     if isinstance(fragment.reduction, BlockParallel):
         paths = [fragment.members[i].entry.path for i in movements]
-        owners = fragment.plan.owners(replicas)  # type: ignore[union-attr]
+        owners = fragment.plan.owners(replicas)
         gathered = fragment.reduction.gather([*movements.values()], states, [owners[path] for path in paths])
         found, *others = run_rounds(collectives, [gathered, *more])
         return found, others

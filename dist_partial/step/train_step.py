@@ -117,11 +117,9 @@ class StepSpec:
     def elsewhere(self) -> set[str]:
         """Paths of what another replica, or worker, trains alone (`Plan.owners`); called in a replica context."""
         found: set[str] = set()
-        for level in {entry.inside is not None for entry in self.plan.trained if entry.dealt}:
-            topology = self.collectives.at(BETWEEN if level else ALL).topology
-            owners, rank = self.plan.owners(topology.replicas), topology.rank
-            dealt = [e.path for e in self.plan.trained if e.dealt and (e.inside is not None) == level]
-            found |= {path for path in dealt if owners[path] != rank}
+        for inside in {entry.inside is not None for entry in self.plan.trained if entry.dealt}:
+            topology = self.collectives.at(BETWEEN if inside else ALL).topology
+            found |= self.plan.elsewhere(topology.replicas, topology.rank, inside)
         return found
 
 
@@ -320,18 +318,15 @@ def replica_statistics(spec: StepSpec, means: list[tf.Tensor]) -> None:
 def update(spec: StepSpec, gradients: Any) -> None:
     """Updates all groups on all replicas by reduced gradients; called in the cross-replica context."""
     dealt = [member for group in spec.optimizers for member in group.members if spec.together(member.entry)]
-    if not dealt:
-        spec.strategy.run(replica_update, args=(spec, gradients))
-    else:
-        # Without a gradient there may be weight decay; what another replica trains stays until the exchange.
-        before, own = spec.strategy.run(replica_dealt, args=(spec, dealt))
-        spec.strategy.run(replica_update, args=(spec, gradients))
-        for member, value, mine in zip(dealt, before, own, strict=True):
-            spec.strategy.extended.update(
-                member.variable.value,
-                lambda variable, value, mine: variable.assign(tf.where(mine, variable, value)),
-                args=(value, mine),
-            )
+    before, own = spec.strategy.run(replica_dealt, args=(spec, dealt)) if dealt else ([], [])
+    spec.strategy.run(replica_update, args=(spec, gradients))
+    # Without a gradient there may be weight decay; what another replica trains stays until the exchange.
+    for member, value, mine in zip(dealt, before, own, strict=True):
+        spec.strategy.extended.update(
+            member.variable.value,
+            lambda variable, value, mine: variable.assign(tf.where(mine, variable, value)),
+            args=(value, mine),
+        )
     for group in spec.optimizers:
         optimizers_lib.write_rows(spec.strategy, group.members)
 

@@ -222,10 +222,10 @@ def _elsewhere(plan: selection.Plan, replicas: Replicas) -> set[str]:
     if topology.strategy.num_replicas_in_sync != topology.local:
         return set()  # TensorFlow's own of all: what it makes is of one shape on all
     found: set[str] = set()
-    for entry in plan.trained:
-        one = topology.hosts if entry.inside else topology
-        if entry.dealt and one.local == 1 and plan.owners(one.replicas)[entry.path] != one.worker:
-            found.add(entry.path)
+    for inside in {entry.inside is not None for entry in plan.trained if entry.dealt}:
+        one = topology.hosts if inside else topology
+        if one.local == 1:
+            found |= plan.elsewhere(one.replicas, one.worker, inside)
     return found
 
 

@@ -175,7 +175,7 @@ class Snapshots:
         slots = [variable for group in self._trainer.optimizers for variable in group.state.values()]
         if self._found is None or self._found[0] != list(map(id, slots)):
             own = [v for v in self._trainer.state().variables.values() if isinstance(v, PerReplica)]
-            copies = [copy for v in own for copy in self._local(v.variable)[: v.topology.local]]
+            copies = [copy for v in own for copy in v.copies()]
             self._found = list(map(id, slots)), slots, copies  # the slots live, so that no others have their ids
         return self._found[2]
 
@@ -235,6 +235,5 @@ def _of_another(own: PerReplica) -> np.ndarray:
 
     A residual is what was not sent yet, and lost with it: zeros. Weights of its own are as good as this worker's.
     """
-    local = own.topology.strategy.experimental_local_results(own.variable)[: own.topology.local]
-    values = np.stack([copy.numpy() for copy in local])
+    values = np.stack([copy.numpy() for copy in own.copies()])
     return np.zeros_like(values) if own.when_fewer in ("sum", "chunks") else values
