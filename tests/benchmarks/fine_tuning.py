@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.tuned import SEEDS, TUNING_SEED, Piece, Policy, Table, combinations
+from tests.helpers.files import rows
 
 CONFIGS = Path(__file__).parents[2] / "gin_configs"
 STEPS, BATCH, WINDOW, HELD_OUT = 200, 4, 64, 128
@@ -168,9 +169,9 @@ def run(policy: Policy, piece: Piece) -> dict[str, Any]:
             *(line.format(rate=rate) for line in more),
         ]
         loop.run(gin_files.load([CONFIGS / file], params).settings, Path("run"))
-        rows = [json.loads(line) for line in Path("run", "metrics.jsonl").read_text().splitlines()]
+        found = rows(Path("run", "metrics.jsonl"))
         traffic = json.loads(Path("run", "traffic.json").read_text())
-    before, after = (row for row in rows if row["split"] == "eval")
+    before, after = (row for row in found if row["split"] == "eval")
     return {
         "loss_before": before["loss"],
         "loss": after["loss"],

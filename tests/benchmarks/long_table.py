@@ -7,12 +7,11 @@ examples, in batches and at rates that are its own best (see `tuned`).
 """
 
 import functools
-import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.runs import last_evaluation
 from tests.benchmarks.tuned import SEEDS, TUNING_SEED, Piece, Policy, Setting, Table, combinations
 
 MODEL = {"layers": 4, "width": 64, "heads": 4}
@@ -114,7 +113,6 @@ def run(policy: Policy, piece: Piece) -> dict[str, Any]:
     from dist_partial.data import stdlib_corpus
     from dist_partial.distributed import replicas
     from dist_partial.models import byte_transformer
-    from dist_partial.training import loop
 
     kind, reduction = policy.how
     batch, peak = piece.setting["batch"], piece.setting["rate"]
@@ -144,10 +142,7 @@ def run(policy: Policy, piece: Piece) -> dict[str, Any]:
         replicas=lambda: made,
         sampling=Sampling(length=1),
     )
-    with tempfile.TemporaryDirectory() as folder:
-        loop.run(settings, Path(folder))
-        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    last = next(row for row in reversed(rows) if row["split"] == "eval")
+    last = last_evaluation(settings)
     return {name: last[name] for name in ("loss", "wire_bytes", "nic_bytes")} | {"steps": steps}
 
 

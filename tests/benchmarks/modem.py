@@ -17,6 +17,7 @@ from typing import Any
 
 from tests.benchmarks import fine_tuning, tables
 from tests.helpers import hosts
+from tests.helpers.files import rows
 
 COMMAND = "python -m tests.benchmarks.modem"
 RESULTS = Path(__file__).parent / "results" / "modem.json"
@@ -63,9 +64,9 @@ def measure(rate: str | None, text: Path) -> dict[str, Any]:
         for code, output in hosts.run(command, 2, timeout=2 * 3600, environment={"TF_CPP_MIN_LOG_LEVEL": "3"}):
             if code:
                 raise RuntimeError(output[-2000:])
-        rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+        found = rows(Path(folder, "run", "metrics.jsonl"))
         traffic = json.loads(Path(folder, "run", "traffic.json").read_text())
-    before, after = (row["loss"] for row in rows if row["split"] == "eval")
+    before, after = (row["loss"] for row in found if row["split"] == "eval")
     return {
         "line": rate or NO_LIMIT,
         "loss_before": before,
@@ -96,15 +97,17 @@ def main() -> None:
         return
     if reason := hosts.available():
         sys.exit(reason)
-    rows = json.loads(RESULTS.read_text())["rows"] if arguments.go_on and RESULTS.exists() else []
+    measured = json.loads(RESULTS.read_text())["rows"] if arguments.go_on and RESULTS.exists() else []
     with tempfile.TemporaryDirectory() as folder:
         fine_tuning.disassembly(Path(folder))
         for rate in [None, *arguments.rates.split(",")]:
-            if all(row["line"] != (rate or NO_LIMIT) for row in rows):
-                rows.append(measure(rate, Path(folder)))
-                print(rows[-1], flush=True)
+            if all(row["line"] != (rate or NO_LIMIT) for row in measured):
+                measured.append(measure(rate, Path(folder)))
+                print(measured[-1], flush=True)
                 setting = f"SmolLM2-135M, {STEPS} steps of {fine_tuning.BATCH} x {fine_tuning.WINDOW} tokens; {FEW}"
-                RESULTS.write_text(json.dumps({"command": COMMAND, "setting": setting, "rows": rows}, indent=1) + "\n")
+                RESULTS.write_text(
+                    json.dumps({"command": COMMAND, "setting": setting, "rows": measured}, indent=1) + "\n"
+                )
     print(tables.text("modem"))
 
 

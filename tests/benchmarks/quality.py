@@ -15,7 +15,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import long_table, tables
+from tests.benchmarks.runs import last_evaluation
 
 COMMAND = "python -m tests.benchmarks.quality"
 RESULTS = Path(__file__).parent / "results"
@@ -208,7 +208,6 @@ def child(which: str, name: str, seeds: int) -> None:
     from dist_partial.data import stdlib_corpus
     from dist_partial.distributed import replicas
     from dist_partial.models import byte_transformer
-    from dist_partial.training import loop
 
     policy = TABLES[which][name]
     made = replicas.create("mirrored", policy.replicas)
@@ -245,11 +244,8 @@ def child(which: str, name: str, seeds: int) -> None:
             replicas=lambda: made,
             sampling=Sampling(length=1),
         )
-        with tempfile.TemporaryDirectory() as folder:
-            start = time.perf_counter()
-            loop.run(settings, Path(folder))
-            rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-        last = next(row for row in reversed(rows) if row["split"] == "eval")
+        start = time.perf_counter()
+        last = last_evaluation(settings)
         found = {"seed": seed, "loss": last["loss"], "wire_bytes": last["wire_bytes"]}
         print("RESULT " + json.dumps(found | {"seconds": time.perf_counter() - start}), flush=True)
 
@@ -313,18 +309,19 @@ def plot(rows: list[dict[str, Any]], which: str) -> None:
 
 
 def main() -> None:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--table")
+    known, others = first.parse_known_args()
+    if known.table == "long":  # which has arguments of its own
+        long_table.TABLE.main(others)
+        return
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--policies", default="", help="some of them, separated by ;")
     parser.add_argument("--go_on", action="store_true", help="keep the rows that are there")
     parser.add_argument("--table", choices=[*TABLES, "long"], default="quality")
     parser.add_argument("--child")
-    arguments, others = parser.parse_known_args()
-    if arguments.table == "long":  # which has arguments of its own
-        long_table.TABLE.main([each for each in sys.argv[1:] if each != "--table=long"])
-        return
-    if others:
-        parser.error(f"unknown: {' '.join(others)}")
+    arguments = parser.parse_args()
     which, seeds = arguments.table, arguments.seeds
     if arguments.child:
         child(which, arguments.child, seeds)
