@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dist_partial.training import evaluation
 
         with restore.restored(folder, values.allow_imports, values.step) as (settings, built, step):
-            sampling = dataclasses.replace(settings.sampling, **given)
+            # A run that samples nothing while it trains has texts to give, too.
+            sampling = dataclasses.replace(settings.sampling, **{"count": settings.sampling.count or 1} | given)
             for row in evaluation.samples(built.model, built.data, sampling, step):
                 print(f"{row['prompt']}{row['text']}\n")
         return 0

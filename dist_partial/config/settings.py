@@ -41,7 +41,7 @@ class Sampling:
         seed: the same seed gives the same text.
         prompt: what the text goes on from.
         length: symbols to generate.
-        count: how many texts.
+        count: how many texts; 0 has training sample nothing.
 
     Examples:
         >>> Sampling(temperature=0.6, prompt="def ").length
@@ -54,7 +54,7 @@ class Sampling:
     seed: Annotated[int, AtLeast(0), AtMost(2**63 - 1)] = 0
     prompt: str = "\n"
     length: Annotated[int, AtLeast(1)] = 200
-    count: Annotated[int, AtLeast(1)] = 1
+    count: Annotated[int, AtLeast(0)] = 1
 
     def __post_init__(self) -> None:
         check(self, "sample")

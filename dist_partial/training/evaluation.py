@@ -93,7 +93,7 @@ class Evaluation:
             with connected(trainer.replicas, stays=True), explained():
                 metrics = self._evaluate()
             writer.evaluation(state.step, metrics, state.sent)
-            if trainer.replicas.is_chief and trainer.data.codec is not None:
+            if trainer.replicas.is_chief and trainer.data.codec is not None and trainer.settings.sampling.count:
                 self._sample(state, writer)
         return metrics
 

@@ -165,7 +165,7 @@ def run(policy: Policy, piece: Piece) -> dict[str, Any]:
             f"CosineDecay.initial_learning_rate = {rate / 20}",
             f"replicas.cpu = {piece.replicas}",
             "replicas.kind = 'mirrored'",
-            "sample.length = 1",
+            "sample.count = 0",
             *(line.format(rate=rate) for line in more),
         ]
         loop.run(gin_files.load([CONFIGS / file], params).settings, Path("run"))

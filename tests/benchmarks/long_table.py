@@ -18,7 +18,7 @@ MODEL = {"layers": 4, "width": 64, "heads": 4}
 EXAMPLES, WINDOW, HELD_OUT = 36_000, 64, 2048
 WARM_UP_EXAMPLES = 1_600
 MEAN, NESTEROV = [1.0, 0.0], [0.7, 0.6]  # rate and momentum of an outer optimizer
-RATES = {"AdamW": [1e-3, 2e-3], "Muon": [4e-3, 8e-3]}
+RATES = {"AdamW": [1e-3, 2e-3], "Muon": [2e-3, 4e-3]}
 
 How = tuple[str, Callable[[Any, Setting], Any]]  # the optimizer, and what makes the reduction
 
@@ -53,22 +53,24 @@ def _policy(
     name: str,
     optimizer: str,
     reduction: Callable[[Any, Setting], Any],
-    outer: Sequence[Any] = (MEAN, NESTEROV),
+    outer: Sequence[Any] = (NESTEROV,),
     replicas: Sequence[int] = (8,),
 ) -> Policy:
-    return Policy(name, combinations(batch=[8], rate=RATES[optimizer], outer=outer), (optimizer, reduction), replicas)
+    """Of local steps: the rate with the mean of all movements first, then with each other outer optimizer."""
+    sweep = combinations(batch=[8], rate=RATES[optimizer], outer=[MEAN])
+    return Policy(name, sweep, (optimizer, reduction), replicas, {"outer": outer})
 
 
 POLICIES = [
     Policy(
         "AdamW, float32 every step",
-        combinations(batch=[8, 16], rate=[1e-3, 2e-3, 4e-3]),
+        combinations(batch=[8], rate=[1e-3, 2e-3, 4e-3]) + combinations(batch=[16], rate=[1e-3, 2e-3, 4e-3, 8e-3]),
         ("AdamW", _every_step),
         (8, 2),
     ),
     Policy(
         "Muon, float32 every step",
-        combinations(batch=[8, 16], rate=[4e-3, 8e-3, 16e-3]),
+        combinations(batch=[8, 16], rate=[2e-3, 4e-3, 8e-3]),
         ("Muon", _every_step),
         (8, 2),
     ),
@@ -86,20 +88,20 @@ POLICIES = [
         "Muon, every 66 steps, 2 bits, applied 6 steps later",
         "Muon",
         _exchanged("LocalSGD", 66, _two_bits, delay=6, keep_progress=True),
-        [MEAN],
+        [],
     ),
     _policy(
         "Muon, every step until 16, then every 90, 2 bits",
         "Muon",
         _exchanged("LocalSGD", 90, _two_bits, warm_up=16),
-        [MEAN],
+        [],
     ),
     _policy("Muon, every 30 steps, top 1/64 in 2 bits", "Muon", _exchanged("LocalSGD", 30, _sparse)),
     _policy(
         "Muon, block-parallel, every 32 steps, 2 bits",
         "Muon",
         _exchanged("BlockParallel", 32, _two_bits),
-        [MEAN, [0.5, 0.0]],
+        [[0.5, 0.0]],
     ),
 ]
 

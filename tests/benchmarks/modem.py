@@ -49,7 +49,7 @@ def measure(rate: str | None, text: Path) -> dict[str, Any]:
         f"CosineDecay.decay_steps = {STEPS - 10}",
         f"CosineDecay.warmup_target = {RATE}",
         f"CosineDecay.initial_learning_rate = {RATE / 20}",
-        "sample.length = 1",
+        "sample.count = 0",
         *(FEW if rate else []),
     ]
     with tempfile.TemporaryDirectory() as folder, hosts.hosts(2, rate, **(QUEUE if rate else {})):

@@ -151,35 +151,84 @@ def quality(found: Mapping[str, Any]) -> Tables:
 
 def long(found: Mapping[str, Any]) -> Tables:
     """What was reported, against the best run that exchanges float32 in every step, and what the sweeps have found."""
-    reported: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    tried = []
-    for piece in found["pieces"]:
-        setting = ", ".join(f"{name} {value}" for name, value in piece["setting"].items())
-        if piece["seed"] == found["tuning_seed"]:
-            tried.append([piece["policy"], setting, f"{piece['loss']:.4f}"])
-        else:
-            reported.setdefault((piece["policy"], piece["replicas"]), []).append(piece)
-    means = {key: statistics.mean(row["loss"] for row in rows) for key, rows in reported.items()}
+    pieces = reported(found)
+    means = {key: statistics.mean(row["loss"] for row in rows) for key, rows in pieces.items()}
     lines = []
-    for (policy, replicas), rows in reported.items():
+    for (policy, replicas), rows in pieces.items():
         full = [key for key in means if key[0].endswith("float32 every step") and key[1] == replicas]
         best = min(full, key=means.__getitem__, default=(policy, replicas))
-        losses, mean = [row["loss"] for row in rows], means[policy, replicas]
         lines.append(
             [
                 policy,
                 replicas,
-                ", ".join(f"{name} {value}" for name, value in rows[0]["setting"].items()),
+                _words(rows[0]["setting"]),
                 len(rows),
-                f"{mean:.4f} ± {statistics.stdev(losses) if len(losses) > 1 else 0:.4f}",
-                f"{mean / means[best] - 1:+.2%}",
+                _spread(rows),
+                f"{means[policy, replicas] / means[best] - 1:+.2%}",
                 f"{rows[0]['nic_bytes']:,}",
-                f"{reported[best][0]['nic_bytes'] / rows[0]['nic_bytes']:,.0f}",
+                f"{pieces[best][0]['nic_bytes'] / rows[0]['nic_bytes']:,.0f}",
             ]
         )
     header = ["policy", "replicas", "tuned to", "seeds", "held-out loss", "to the best in float32", "bytes", "fewer"]
-    swept = markdown(["policy", "setting", "held-out loss"], tried, words=2)
-    return ({"Reported": markdown(header, lines)} if lines else {}) | {"Sweeps": swept}
+    return ({"Reported": markdown(header, lines)} if lines else {}) | {"Sweeps": _swept(found)}
+
+
+def fine_tuning(found: Mapping[str, Any]) -> Tables:
+    """What was reported, against training everything, and what the sweeps have found."""
+    pieces = reported(found)
+    means = {
+        key: {name: statistics.mean(row[name] for row in rows) for name in ("loss", "nic_bytes", "step_ms", "peak_gb")}
+        for key, rows in pieces.items()
+    }
+    whole = means.get(("everything", 2))
+    lines = []
+    for key, rows in pieces.items():
+        mean = means[key]
+        whole = whole or mean
+        lines.append(
+            [
+                key[0],
+                _words(rows[0]["setting"]),
+                len(rows),
+                _spread(rows),
+                f"{mean['loss'] / whole['loss'] - 1:+.2%}",
+                f"{mean['nic_bytes'] / 1e6:,.1f}",
+                f"{mean['nic_bytes'] / whole['nic_bytes']:.2%}",
+                f"{mean['step_ms']:,.0f}",
+                f"{mean['step_ms'] / whole['step_ms']:.2f}",
+                f"{mean['peak_gb']:.1f}",
+            ]
+        )
+    header = ["what is trained", "tuned to", "seeds", "held-out loss", "to everything", "MB", "of everything's"]
+    header += ["ms a step", "of everything's", "peak GB"]
+    return ({"Reported": markdown(header, lines)} if lines else {}) | {"Sweeps": _swept(found)}
+
+
+def reported(found: Mapping[str, Any]) -> dict[tuple[str, int], list[Mapping[str, Any]]]:
+    """By policy and number of replicas: the pieces whose seeds have chosen nothing (see `tuned`)."""
+    pieces: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for piece in found["pieces"]:
+        if piece["seed"] != found["tuning_seed"]:
+            pieces.setdefault((piece["policy"], piece["replicas"]), []).append(piece)
+    return pieces
+
+
+def _swept(found: Mapping[str, Any]) -> str:
+    lines = [
+        [piece["policy"], _words(piece["setting"]), f"{piece['loss']:.4f}"]
+        for piece in found["pieces"]
+        if piece["seed"] == found["tuning_seed"]
+    ]
+    return markdown(["policy", "setting", "held-out loss"], lines, words=2)
+
+
+def _words(setting: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in setting.items())
+
+
+def _spread(rows: Rows) -> str:
+    losses = [row["loss"] for row in rows]
+    return f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses) if len(losses) > 1 else 0:.4f}"
 
 
 def modem(found: Mapping[str, Any]) -> Tables:
@@ -357,6 +406,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], Tables]] = {
         collectives,
         faults,
         few_bits,
+        fine_tuning,
         finetune,
         fit,
         long,

@@ -1,7 +1,8 @@
 """Tables whose policies are tuned on one seed and reported on others, in pieces that go on where they were stopped.
 
 A piece is one run of one policy, in a process of its own; its row is written when it ends. All settings of a policy's
-sweep are tried on `TUNING_SEED` first; the best of them, by held-out loss, is run on `SEEDS`, which decide on nothing.
+sweep are tried on `TUNING_SEED` first, then variations of the best of them; the best of all, by held-out loss, is run
+on `SEEDS`, which decide on nothing.
 """
 
 import argparse
@@ -31,12 +32,14 @@ class Policy:
         sweep: the settings that are tried, JSON values by name.
         how: what the table's `run` makes of it.
         replicas: with how many it is reported; the sweep is made with the first of them.
+        then: by name, values that are tried in the best of the sweep.
     """
 
     name: str
     sweep: Sequence[Setting]
     how: Any
     replicas: Sequence[int] = (8,)
+    then: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,18 +89,20 @@ class Table:
             sys.exit("\n".join(failures))
 
     def best(self, rows: Sequence[Row], policy: Policy) -> Setting | None:
-        """The setting with the least loss, once all of the sweep have been tried; None before."""
-        pieces = self._sweep(policy)
-        tried = [row for row in rows if any(piece.is_of(row) for piece in pieces)]
-        return min(tried, key=lambda row: row["loss"])["setting"] if len(tried) == len(pieces) else None
+        """The setting with the least loss, once all have been tried; None before."""
+        found = self._least(rows, self._sweep(policy, policy.sweep))
+        return found and self._least(rows, self._sweep(policy, [found, *_variations(found, policy.then)]))
 
     def missing(self, rows: Sequence[Row], policies: Sequence[Policy]) -> Iterator[Piece]:
-        """The pieces that can be run now and have no row."""
+        """The pieces that can be run now and have no row: sweeps first, which may show that one has to be wider."""
+        pieces = [piece for policy in policies for piece in self._sweep(policy, policy.sweep)]
         for policy in policies:
-            found = self._sweep(policy)
+            if found := self._least(rows, self._sweep(policy, policy.sweep)):
+                pieces += self._sweep(policy, _variations(found, policy.then))
+        for policy in policies:
             if (setting := self.best(rows, policy)) is not None:
-                found = [Piece(policy.name, count, seed, setting) for count in policy.replicas for seed in SEEDS]
-            yield from (piece for piece in found if not any(piece.is_of(row) for row in rows))
+                pieces += [Piece(policy.name, count, seed, setting) for count in policy.replicas for seed in SEEDS]
+        yield from (piece for piece in pieces if not any(piece.is_of(row) for row in rows))
 
     def write(self, rows: Sequence[Row]) -> None:
         order = [policy.name for policy in self.policies]
@@ -109,8 +114,12 @@ class Table:
         partial.write_text(f'{head},\n "pieces": [\n{lines}\n ]\n}}\n')
         partial.replace(self.results)
 
-    def _sweep(self, policy: Policy) -> list[Piece]:
-        return [Piece(policy.name, policy.replicas[0], TUNING_SEED, setting) for setting in policy.sweep]
+    def _sweep(self, policy: Policy, settings: Sequence[Setting]) -> list[Piece]:
+        return [Piece(policy.name, policy.replicas[0], TUNING_SEED, setting) for setting in settings]
+
+    def _least(self, rows: Sequence[Row], pieces: Sequence[Piece]) -> Setting | None:
+        tried = [row for row in rows if any(piece.is_of(row) for piece in pieces)]
+        return min(tried, key=lambda row: row["loss"])["setting"] if len(tried) == len(pieces) else None
 
     def _go_on(self, policies: Sequence[Policy], hours: float) -> list[str]:
         """Runs what is missing, for so long; returns what failed."""
@@ -171,3 +180,7 @@ def combinations(**lists: Sequence[Any]) -> list[Setting]:
     for name, values in lists.items():
         found = [{**each, name: value} for each in found for value in values]
     return found
+
+
+def _variations(setting: Setting, values: Mapping[str, Sequence[Any]]) -> list[Setting]:
+    return [{**setting, name: value} for name, found in values.items() for value in found]

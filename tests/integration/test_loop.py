@@ -347,6 +347,15 @@ def test_sample_command(letters, tmp_path, capsys):
     assert len(first) == 7
 
 
+def test_a_run_that_samples_nothing_can_be_sampled(letters, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert start(letters, folder, "sample.count = 0", "sample.length = 5") == 0
+    assert not (folder / "samples.jsonl").exists()
+    assert "sample at" not in capsys.readouterr().out
+    assert sample.main([f"--run_dir={folder}", "--allow_imports", "--prompt=ab"]) == 0
+    assert len(capsys.readouterr().out) == len("ab" + "x" * 5 + "\n\n")
+
+
 @pytest.mark.slow
 def test_sample_takes_the_anchors_of_a_run_folder(letters, tmp_path, capsys):
     """Between two exchanges: the text is the one that the run itself has sampled, from what all replicas agree on."""
