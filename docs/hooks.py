@@ -36,6 +36,7 @@ SECTIONS = {
     "reductions": "Reductions",
     "schedules": "Schedules",
     "step": "Optimizers",
+    "trackers": "Trackers",
     "models": "Models",
     "data": "Data",
 }
@@ -75,6 +76,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         "distributed.backend[Backend]",
     ),
     "Metrics": ("training.metric_writer",),
+    "Trackers": ("trackers[Tracker,Row,Following,MLflow,WandB,Trackio,Prometheus]",),
     "What was trained": ("export.delta", "export.restore"),
     "Exceptions": ("errors[UserError,Fault,Interrupted,Raised]",),
 }

@@ -17,7 +17,7 @@ from typing import Any
 
 import gin
 
-from dist_partial import data, models, schedules, session
+from dist_partial import data, models, schedules, session, trackers
 from dist_partial.config import settings
 from dist_partial.config.bindings import annotation, check_bindings, only_in_python, unbound, unknown, written
 from dist_partial.distributed import replicas
@@ -55,6 +55,10 @@ _OURS: dict[str, Callable[..., Any]] = {
     "lisa": schedules.Lisa,
     "autofreeze": schedules.AutoFreeze,
     "budget": schedules.Budget,
+    "MLflow": trackers.MLflow,
+    "Prometheus": trackers.Prometheus,
+    "Trackio": trackers.Trackio,
+    "WandB": trackers.WandB,
     "two_dense": models.two_dense,
     "byte_transformer": models.byte_transformer,
     "hub_model": models.hub_model,

@@ -11,6 +11,7 @@ from dist_partial.errors import UserError
 from dist_partial.reductions.all_reduce import AllReduce
 from dist_partial.schedules.fixed import Constant
 from dist_partial.selection.rules import REDUCTION, TABLE, parse_rules
+from dist_partial.trackers import Tracker
 from dist_partial.validation import Above, AtLeast, AtMost, Factory, Has, OneOf, check, shown
 
 _SCHEDULE = Has("next_switch", "give an object, with parentheses, as in Phases(table), in a gin file @phases()")
@@ -78,6 +79,7 @@ class Settings:
         metrics: Keras metrics, or their names, in a list, or by output in a dict; None chooses by the data.
         weighted_metrics: the same, of metrics that weigh targets as the loss does.
         callbacks: Keras callbacks; an evaluation ends their epoch, and a call of the compiled step is their batch.
+        trackers: where else the run is watched, such as `[@MLflow()]`: see `trackers`.
         best: the number of an evaluation, such as 'accuracy' or 'loss', by which the best checkpoint is kept.
         patience: evaluations without a better one after which the run stops; None does not stop it.
         class_weight: weights of the training examples by class id, which a dict has.
@@ -130,6 +132,7 @@ class Settings:
     weighted_metrics: Any = None
     class_weight: Any = None
     callbacks: Sequence[Any] = ()
+    trackers: Sequence[Any] = ()
     best: str | None = None
     patience: Annotated[int | None, AtLeast(1)] = None
     reduction: Annotated[Any, REDUCTION] = dataclasses.field(default_factory=AllReduce)
@@ -164,6 +167,9 @@ class Settings:
             raise UserError(
                 f"run.callbacks is {shown(self.callbacks)}: give a list, such as [@keras.callbacks.CSVLogger()]"
             )
+        listed = isinstance(self.trackers, (list, tuple))
+        if not listed or not all(isinstance(each, Tracker) for each in self.trackers):
+            raise UserError(f"run.trackers is {shown(self.trackers)}: give a list of trackers, such as [@MLflow()]")
         for name in ("metrics", "weighted_metrics"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, (list, tuple, dict)):

@@ -17,6 +17,7 @@ from dist_partial.step import outer_step
 from dist_partial.step.evaluation_step import EvaluationSpec, evaluation_step
 from dist_partial.step.layer_state import untouched
 from dist_partial.step.objective import Objective
+from dist_partial.trackers import Following
 from dist_partial.training.build import Trainer
 from dist_partial.training.events import Every, Saving
 from dist_partial.training.failures import connected, explained
@@ -107,7 +108,7 @@ class Evaluation:
             writer.samples(texts)
 
 
-def make_up(trainer: Trainer, folder: Path, state: TrainState) -> TrainState:
+def make_up(trainer: Trainer, folder: Path, state: TrainState, following: Following | None = None) -> TrainState:
     """Makes the evaluation that the restored checkpoint owes, if it is still due, and notes it in the checkpoint."""
     if state.evaluated:
         return state
@@ -119,7 +120,7 @@ def make_up(trainer: Trainer, folder: Path, state: TrainState) -> TrainState:
     judge = Judge(trainer, state)
     with (
         held(folder, active),
-        MetricWriter(folder, state.step, settings.steps, state.sent, active, False) as writer,
+        MetricWriter(folder, state.step, settings.steps, active, False, following=following) as writer,
         judge.training(),
     ):
         with judge.weights():

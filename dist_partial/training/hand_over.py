@@ -27,10 +27,10 @@ def hand_over(trainer: Trainer, recovery: Recovery, met: Resized, folder: Path) 
     replicas, settings, state = trainer.replicas, trainer.settings, met.state
     if replicas.is_chief and state is not None and state.step:
         owed = recovery.owes and Every(settings.eval_every, settings.steps).due(state.step)
-        numbers = state.step, settings.steps, state.sent
         with (
             run_folder.held(folder, True, run_folder.PATIENCE_SECONDS),
-            MetricWriter(folder, *numbers, True, not owed, recovery.rows),  # adds what who is lost has not written
+            # Adds what who is lost has not written.
+            MetricWriter(folder, state.step, settings.steps, True, not owed, recovery.rows),
         ):
             if state.step >= settings.steps:
                 finalize(replicas.strategy, trainer.optimizers)  # as the end of the run does, which is yet to come

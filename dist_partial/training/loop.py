@@ -21,6 +21,8 @@ from dist_partial.errors import Ending, Fault, UserError, calling
 from dist_partial.selection.table import plan_summary
 from dist_partial.session import put_back
 from dist_partial.step.optimizers import finalize
+from dist_partial.terminal import say
+from dist_partial.trackers import Following
 from dist_partial.training import evaluation, events, failures, run_folder
 from dist_partial.training.build import Trainer, build, restore
 from dist_partial.training.checks import check_division, check_workers, notes_on_callbacks
@@ -57,27 +59,27 @@ def run(
         UserError, Fault, Raised: see `errors`; on every worker, whichever of them it happened on.
         Interrupted: Ctrl-C or SIGTERM on any of the workers; the state is saved.
     """
-    folder, replicas, recovery, words = Path(folder), _replicas(settings), None, _Words(operative, unused)
+    folder, replicas, words, recovery, stop = Path(folder), _replicas(settings), _Words(operative, unused), None, None
     with (
         put_back(),
         failures.ended_together(replicas),
         Progress(replicas.is_chief) as progress,
+        Following(settings.trackers, folder, say) as following,
         contextlib.ExitStack() as stack,
     ):
-        stop: events.Stopping | None = None
         while True:
             with reading(settings.readers, settings.reader_processes):
                 trainer = _built(settings, replicas, bindings or {}, progress)
                 recovery = Recovery(trainer, bindings or {}, recovery)
                 joins = replicas.membership is not None and replicas.membership.joins
-                state = trainer.state() if joins else _restored(trainer, folder)
+                state = trainer.state() if joins else _restored(trainer, folder, following)
                 if state.step >= settings.steps or state.stopped:
                     recovery.end()
                     replicas.finish()
                     return trainer
                 stop = stop or stack.enter_context(events.Stopping(settings.steps))
                 runner, evaluate = ScheduleRunner(trainer, state, progress), evaluation.Evaluation(trainer, progress)
-                job = _Run(folder, runner, evaluate, recovery, stop, words, progress)
+                job = _Run(folder, runner, evaluate, recovery, stop, words, progress, following)
                 try:
                     job, state = _ready(job, state, joins)
                     while True:
@@ -117,6 +119,7 @@ class _Run:
     stop: events.Stopping
     words: _Words
     progress: Progress
+    following: Following
 
 
 def _ready(run: _Run, state: TrainState, joins: bool) -> tuple[_Run, TrainState]:
@@ -149,10 +152,11 @@ def _train(run: _Run, state: TrainState) -> None:
         raise Rejoined(recovery.rejoined(error)) from None
     save, waits = events.Saving(trainer, run.folder, state), events.DataWaits(trainer.data.train)
     slowest = events.WorkerWaits(replicas.workers)
-    numbers = state.step, settings.steps, state.sent
     with (
         run_folder.begun(run.folder, trainer, None if owes else runner.plan, comes=bool(recovery.lost)),
-        MetricWriter(run.folder, *numbers, replicas.is_chief, not owes, recovery.rows) as writer,
+        MetricWriter(
+            run.folder, state.step, settings.steps, replicas.is_chief, not owes, recovery.rows, run.following
+        ) as writer,
         judge.training(),
     ):
         try:
@@ -227,10 +231,10 @@ def _built(settings: Settings, replicas: Replicas, bindings: Mapping[str, str], 
     return trainer
 
 
-def _restored(trainer: Trainer, folder: Path) -> TrainState:
+def _restored(trainer: Trainer, folder: Path, following: Following) -> TrainState:
     """Restores the newest checkpoint, makes up the evaluation that it owes, and says that the run goes on."""
     state = restore(trainer, folder, trainer.replicas.say)
-    state = reopened(trainer, evaluation.make_up(trainer, folder, state))
+    state = reopened(trainer, evaluation.make_up(trainer, folder, state, following))
     if state.checkpoint:
         trainer.replicas.say(events.going_on(state, folder, trainer.settings.steps))
     return state
@@ -255,7 +259,7 @@ def _advance(
     began, waited, workers = time.perf_counter(), trainer.replicas.waited, trainer.replicas.workers
     result = runner.advance(count)
     each = traffic.sent_each(phase.sent, phase.plan, steps=1)
-    sent = state.sent + each * np.arange(1, count + 1)[:, np.newaxis]
+    sent = state.sent + each * np.arange(count + 1)[:, np.newaxis]
     for exchange in phase.exchanges:
         exchange.apply(done)
     for exchange in phase.exchanges:
@@ -278,19 +282,17 @@ def _advance(
         run.stop.count(votes[:2])
         if votes[2]:
             judge.stop()
-        save.meter.stop(
-            phase.plan, state.step, done, int(sent[-1, 0] - state.sent[0]), sums.nbytes, run.recovery.copied
-        )
+        save.meter.stop(phase.plan, state.step, done, int(sent[-1, 0] - sent[0, 0]), sums.nbytes, run.recovery.copied)
         good = failures.finite_steps(losses, norms, trainer.scale)
         metrics = metrics.reshape(count, -1)[:good]
-        measured = [trainer.objective.results(row, training=True) for row in metrics]
+        results = [trainer.objective.results(row, training=True) for row in metrics]
         rates = learning_rates([group.optimizer for group in trainer.optimizers])
-        rows = writer.train(state.step + 1, losses[:good], norms[:good], sent[:good], [row | rates for row in measured])
-        judge.made_steps(losses[:good], metrics, measured)
+        rows = writer.train(state.step + 1, losses[:good], norms[:good], sent[: good + 1], [m | rates for m in results])
+        judge.made_steps(losses[:good], metrics, results)
         order = {"global_batch": trainer.settings.global_batch, "seed": trainer.settings.seed}
         blamed = functools.partial(failures.not_finite, trainer.data.train, **order)
         failures.check_finite(losses, norms, state.step, save.saved, trainer.scale, blamed)
-        after = dataclasses.replace(state.after(sent), schedule=runner.to_json())
+        after = dataclasses.replace(state.after(sent[1:]), schedule=runner.to_json())
         if run.recovery.stays:  # or nothing of it is needed after each call
             run.recovery.keep(dataclasses.replace(after, judged=judge.to_json()), votes[:2], sums, rows)
         return after

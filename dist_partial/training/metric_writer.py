@@ -17,6 +17,7 @@ from dist_partial.selection.plan import Plan
 from dist_partial.selection.table import grouped, trained_layers
 from dist_partial.synonyms import meant
 from dist_partial.terminal import is_silent, say
+from dist_partial.trackers import Following, Row
 
 _SPLITS = ("train", "eval")
 # The steps, and what never changes or is only another measure of what is charted.
@@ -35,19 +36,19 @@ class MetricWriter:
         folder: the run folder.
         step: the step from which the run goes on.
         steps: the step at which it ends.
-        sent: bytes until then, as `traffic.SENT`.
         active: whether this process writes; the others' calls do nothing.
         evaluated: whether the evaluation that was due after `step` was made; if not, what it wrote is removed.
         rows: of steps until then, which may have got lost with who wrote them: added if they are not there.
+        following: reports to trackers what is written.
 
     Raises:
         UserError, Fault: (from every method, too) the folder cannot be written, or is full.
 
     Examples:
         >>> import tempfile
-        >>> sent = np.array([[100, 100, 400], [200, 200, 800]])  # wire_bytes, nic_bytes and full_nic_bytes of two steps
+        >>> sent = np.array([[0] * 3, [100, 100, 400], [200, 200, 800]])  # wire_bytes, nic_bytes and full_nic_bytes
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with MetricWriter(Path(folder), step=0, steps=2, sent=np.zeros(3, np.int64), active=True) as writer:
+        ...     with MetricWriter(Path(folder), step=0, steps=2, active=True) as writer:
         ...         _ = writer.train(1, losses=np.array([2.5, np.inf]), norms=np.array([1.0, 1.0]), sent=sent)
         ...     last = json.loads(Path(folder, "metrics.jsonl").read_text().splitlines()[1])
         >>> last["step"], last["loss"], last["wire_bytes"], last["wire_share"]
@@ -59,14 +60,14 @@ class MetricWriter:
         folder: Path,
         step: int,
         steps: int,
-        sent: np.ndarray,
         active: bool,
         evaluated: bool = True,
         rows: Sequence[dict[str, Any]] = (),
+        following: Following | None = None,
     ) -> None:
         self._folder = folder
-        self._sent = sent
         self._steps = steps
+        self._following = following if active else None
         self._active = active
         self._boards = {split: tf.summary.create_noop_writer() for split in _SPLITS}
         if active:
@@ -106,13 +107,13 @@ class MetricWriter:
             step: number of the first of these updates, counted from 1.
             losses: mean loss over the global batch.
             norms: global norm of the summed gradient, before clipping.
-            sent: bytes since the run began, each row as `traffic.SENT`.
+            sent: bytes since the run began, each row as `traffic.SENT`; one more row, of before the first step.
             metrics: of each step's batch, by name.
 
         Returns:
             The rows of metrics.jsonl.
         """
-        columns = zip(losses.tolist(), norms.tolist(), sent, metrics or [{} for _ in losses], strict=True)
+        columns = zip(losses.tolist(), norms.tolist(), sent[1:], metrics or [{} for _ in losses], strict=True)
         rows = [
             {"step": step + i, "split": "train", "loss": loss, **measured, "gradient_norm": norm, **_sent(row)}
             for i, (loss, norm, row, measured) in enumerate(columns)
@@ -120,8 +121,7 @@ class MetricWriter:
         if not rows:
             return rows
         self._record(rows)
-        _, now, full = (sent[-1] - self._sent).tolist()
-        self._sent = sent[-1]
+        _, now, full = (sent[-1] - sent[0]).tolist()
         values = {"loss": losses[-1], **(metrics[-1] if metrics else {})}
         shown = ", ".join(
             f"{name} {value:.3g}" if name.startswith("learning_rate") else f"{name} {value:.3f}"
@@ -164,6 +164,9 @@ class MetricWriter:
             for i, row in enumerate(rows):
                 text = f"temperature {row['temperature']}\n\n```\n{row['prompt']}{row['text']}\n```"
                 tf.summary.text(f"samples/{i}", text, step=row["step"])
+        if self._following:
+            for i, row in enumerate(rows):
+                self._following.text(f"sample_{i}.txt", f"{row['prompt']}{row['text']}", row["step"])
         for row in rows:
             head = f"step {row['step']}: sample at temperature {row['temperature']}"
             self.say(f"--- {head}\n{row['prompt']}{row['text']}\n---")
@@ -174,6 +177,9 @@ class MetricWriter:
             path = self._folder / "operative_config.gin"
             with _writing(path):
                 write_text(path, operative)
+            if self._following:
+                for name in (path.name, "plan.txt"):
+                    self._following.text(name, (self._folder / name).read_text(encoding="utf-8"), 0)
         if unused:
             # A line such as `lr = 0.1` of a gin file is a macro, whatever was meant by it.
             words = [f"{name} ({ours[2:]})" if (ours := meant(name)) else name for name in unused]
@@ -200,14 +206,19 @@ class MetricWriter:
 
     def _record(self, rows: Sequence[dict[str, Any]]) -> None:
         self._append("metrics.jsonl", rows)
+        charted = [(row["step"], *_charted(row)) for row in rows]
         with _writing(self._folder):
-            for row in rows:
-                # A switch of a schedule is about the steps that follow it.
-                split, left_out = ("eval", _NOT_CHARTED | _BYTES) if row["split"] == "eval" else ("train", _NOT_CHARTED)
+            for step, split, numbers in charted:
                 with self._boards[split].as_default():
-                    for name, value in row.items():
-                        if isinstance(value, (int, float)) and name not in left_out:
-                            tf.summary.scalar(name, value, step=row["step"])
+                    for name, value in numbers.items():
+                        tf.summary.scalar(name, value, step=step)
+        if self._following:
+            self._following.log(
+                [
+                    Row(step, {f"{split}/{name}": value for name, value in numbers.items()})
+                    for step, split, numbers in charted
+                ]
+            )
 
     def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         if not self._active:
@@ -224,6 +235,15 @@ def _writing(path: Path) -> Iterator[None]:
             yield
     except tf.errors.OpError as error:  # TensorBoard's writer is TensorFlow's own
         raise Fault(f"cannot write {path}: {error.message}; free some space or choose another --run_dir") from None
+
+
+def _charted(row: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """The chart, by its split, and the numbers that go there."""
+    # A switch of a schedule is about the steps that follow it.
+    split, left_out = ("eval", _NOT_CHARTED | _BYTES) if row["split"] == "eval" else ("train", _NOT_CHARTED)
+    return split, {
+        name: value for name, value in row.items() if isinstance(value, (int, float)) and name not in left_out
+    }
 
 
 def _sent(sent: np.ndarray) -> dict[str, Any]:

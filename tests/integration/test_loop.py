@@ -243,9 +243,9 @@ def test_the_bar_shows_what_the_last_call_sent(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(metric_writer.tqdm, "set_postfix_str", lambda self, text, refresh: shown.append(text))
     sent = np.array([100, 4_000, 8_000])  # what came before: 50 %
-    with metric_writer.MetricWriter(tmp_path, 2, 6, sent, True) as writer:
+    with metric_writer.MetricWriter(tmp_path, 2, 6, True) as writer:
         for step, (count, each) in zip((3, 5), ((2, 1_000), (2, 0)), strict=True):
-            sent = sent + np.array([1, each, 4_000]) * np.arange(1, count + 1)[:, np.newaxis]
+            sent = sent + np.array([1, each, 4_000]) * np.arange(count + 1)[:, np.newaxis]
             writer.train(step, np.ones(count), np.ones(count), sent, [{"mae": 0.5}] * count)
             sent = sent[-1]
     assert shown == [

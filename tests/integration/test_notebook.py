@@ -122,8 +122,8 @@ def test_the_recipe_of_the_documentation_twice_edited_in_between(tmp_path):
 
 def test_the_progress_bar_is_drawn_a_few_times_a_second(tmp_path, capsys):
     """A kernel sends each drawing to the notebook, which keeps it."""
-    with metric_writer.MetricWriter(tmp_path, 0, 1000, np.zeros(3, np.int64), active=True) as writer:
+    with metric_writer.MetricWriter(tmp_path, 0, 1000, active=True) as writer:
         for step in range(1, 1001):
-            writer.train(step, np.ones(1), np.ones(1), np.array([[1, 1, 2]]) * step)
+            writer.train(step, np.ones(1), np.ones(1), np.array([[1, 1, 2]]) * [[step - 1], [step]])
     drawn = capsys.readouterr().err
     assert "1000/1000" in drawn and "loss 1.000" in drawn.split("\r")[-1] and drawn.count("\r") < 200
