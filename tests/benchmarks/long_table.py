@@ -18,7 +18,7 @@ MODEL = {"layers": 4, "width": 64, "heads": 4}
 EXAMPLES, WINDOW, HELD_OUT = 36_000, 64, 2048
 WARM_UP_EXAMPLES = 1_600
 MEAN, NESTEROV = [1.0, 0.0], [0.7, 0.6]  # rate and momentum of an outer optimizer
-RATES = {"AdamW": [1e-3, 2e-3], "Muon": [2e-3, 4e-3]}
+RATES = {"AdamW": [2e-3, 4e-3, 8e-3], "Muon": [4e-3, 8e-3]}
 
 How = tuple[str, Callable[[Any, Setting], Any]]  # the optimizer, and what makes the reduction
 
@@ -27,17 +27,29 @@ def _every_step(m: Any, setting: Setting) -> Any:
     return m.AllReduce("float32")
 
 
-def _exchanged(
-    kind: str, every: int, compressor: Callable[[Any], Any] | None = None, **options: Any
-) -> Callable[[Any, Setting], Any]:
-    """Steps of each replica's own, whose outer optimizer is that of the setting."""
+def _local(
+    name: str,
+    optimizer: str,
+    examples: int,
+    compressor: Callable[[Any], Any] | None = None,
+    replicas: Sequence[int] = (8,),
+    kind: str = "LocalSGD",
+    **options: Any,
+) -> Policy:
+    """Steps of each replica's own, exchanged every so many examples; options that are counts are in examples, too.
+
+    So few bytes are the same whatever the batch, whose size is tuned with the rate: first with the mean of all
+    movements, then with Nesterov's momentum in the best of these.
+    """
 
     def make(m: Any, setting: Setting) -> Any:
         outer = functools.partial(m.nesterov, *setting["outer"])
+        steps = {name: value if value is True else value // setting["batch"] for name, value in options.items()}
         chosen = compressor(m) if compressor else None
-        return getattr(m, kind)(every, outer_optimizer=outer, compressor=chosen, **options)
+        return getattr(m, kind)(examples // setting["batch"], outer_optimizer=outer, compressor=chosen, **steps)
 
-    return make
+    sweep = combinations(batch=[16, 32], rate=RATES[optimizer], outer=[MEAN])
+    return Policy(name, sweep, (optimizer, make), replicas, {"outer": [NESTEROV]})
 
 
 def _two_bits(m: Any) -> Any:
@@ -45,20 +57,8 @@ def _two_bits(m: Any) -> Any:
 
 
 def _sparse(m: Any) -> Any:
-    """What SparseLoCo (Sarfi et al. 2025) sends: of each 4096 values 64, in 2 bits."""
-    return m.TopK(1 / 64, 4096, 2, decay=0.95)
-
-
-def _policy(
-    name: str,
-    optimizer: str,
-    reduction: Callable[[Any, Setting], Any],
-    outer: Sequence[Any] = (NESTEROV,),
-    replicas: Sequence[int] = (8,),
-) -> Policy:
-    """Of local steps: the rate with the mean of all movements first, then with each other outer optimizer."""
-    sweep = combinations(batch=[8], rate=RATES[optimizer], outer=[MEAN])
-    return Policy(name, sweep, (optimizer, reduction), replicas, {"outer": outer})
+    """As SparseLoCo (Sarfi et al. 2025), but of each 256 values 16: in a run this short 64 of 4096 are too few."""
+    return m.TopK(1 / 16, 256, 2, decay=0.95)
 
 
 POLICIES = [
@@ -76,33 +76,19 @@ POLICIES = [
     ),
     Policy(
         "Muon, 4 bits every step",
-        combinations(batch=[8], rate=RATES["Muon"]),
+        combinations(batch=[8], rate=[2e-3, 4e-3]),
         ("Muon", lambda m, setting: m.Quantized(4)),
         (8, 2),
     ),
-    _policy("DiLoCo: AdamW, every 30 steps", "AdamW", _exchanged("LocalSGD", 30)),
-    _policy("SparseLoCo: AdamW, every 30 steps, top 1/64 in 2 bits", "AdamW", _exchanged("LocalSGD", 30, _sparse)),
-    _policy("MuLoCo: Muon, every 30 steps, 2 bits", "Muon", _exchanged("LocalSGD", 30, _two_bits), replicas=(8, 2)),
-    _policy("Muon, every 66 steps, 2 bits", "Muon", _exchanged("LocalSGD", 66, _two_bits), replicas=(8, 2)),
-    _policy(
-        "Muon, every 66 steps, 2 bits, applied 6 steps later",
-        "Muon",
-        _exchanged("LocalSGD", 66, _two_bits, delay=6, keep_progress=True),
-        [],
-    ),
-    _policy(
-        "Muon, every step until 16, then every 90, 2 bits",
-        "Muon",
-        _exchanged("LocalSGD", 90, _two_bits, warm_up=16),
-        [],
-    ),
-    _policy("Muon, every 30 steps, top 1/64 in 2 bits", "Muon", _exchanged("LocalSGD", 30, _sparse)),
-    _policy(
-        "Muon, block-parallel, every 32 steps, 2 bits",
-        "Muon",
-        _exchanged("BlockParallel", 32, _two_bits),
-        [[0.5, 0.0]],
-    ),
+    _local("DiLoCo: AdamW, every 256 examples", "AdamW", 256),
+    _local("SparseLoCo: AdamW, every 256 examples, top 1/16 in 2 bits", "AdamW", 256, _sparse),
+    _local("Muon, every 64 examples, 2 bits", "Muon", 64, _two_bits, (8, 2)),
+    _local("MuLoCo: Muon, every 256 examples, 2 bits", "Muon", 256, _two_bits, (8, 2)),
+    _local("Muon, every 512 examples, 2 bits", "Muon", 512, _two_bits, (8, 2)),
+    _local("Muon, every 512 examples, 2 bits, applied 64 later", "Muon", 512, _two_bits, delay=64, keep_progress=True),
+    _local("Muon, every step for 256 examples, then every 512, 2 bits", "Muon", 512, _two_bits, warm_up=256),
+    _local("Muon, every 128 examples, top 1/16 in 2 bits", "Muon", 128, _sparse),
+    _local("Muon, block-parallel, every 256 examples, 2 bits", "Muon", 256, _two_bits, kind="BlockParallel"),
 ]
 
 
