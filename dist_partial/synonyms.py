@@ -49,6 +49,7 @@ run.precision | , such as 'mixed_bfloat16' | mixed_precision dtype dtype_policy 
     bf16 floatx
 run.jit_compile | | jit xla use_xla
 run.seed | , from which each epoch's order is drawn; a tf.data.Dataset keeps its own | shuffle
+run.profile | , (first, last) | profile_batch profiler
 run.trackers | , such as [@MLflow()] | report_to tracker logger loggers log_with wandb mlflow use_wandb
 run.eval_every | , the updates between the lines of an evaluation | verbose verbosity log_every logging_steps
 run.seed | | random_seed rng_seed manual_seed random_state

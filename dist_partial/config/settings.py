@@ -80,6 +80,7 @@ class Settings:
         weighted_metrics: the same, of metrics that weigh targets as the loss does.
         callbacks: Keras callbacks; an evaluation ends their epoch, and a call of the compiled step is their batch.
         trackers: where else the run is watched, such as `[@MLflow()]`: see `trackers`.
+        profile: the first and the last step, counted from 1, of those that TensorBoard gets a profile of; None of none.
         best: the number of an evaluation, such as 'accuracy' or 'loss', by which the best checkpoint is kept.
         patience: evaluations without a better one after which the run stops; None does not stop it.
         class_weight: weights of the training examples by class id, which a dict has.
@@ -133,6 +134,7 @@ class Settings:
     class_weight: Any = None
     callbacks: Sequence[Any] = ()
     trackers: Sequence[Any] = ()
+    profile: Any = None
     best: str | None = None
     patience: Annotated[int | None, AtLeast(1)] = None
     reduction: Annotated[Any, REDUCTION] = dataclasses.field(default_factory=AllReduce)
@@ -170,6 +172,8 @@ class Settings:
         listed = isinstance(self.trackers, (list, tuple))
         if not listed or not all(isinstance(each, Tracker) for each in self.trackers):
             raise UserError(f"run.trackers is {shown(self.trackers)}: give a list of trackers, such as [@MLflow()]")
+        if self.profile is not None and not _is_range(self.profile):
+            raise UserError(f"run.profile is {shown(self.profile)}: give the first and the last step, such as (10, 12)")
         for name in ("metrics", "weighted_metrics"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, (list, tuple, dict)):
@@ -181,3 +185,8 @@ class Settings:
             raise UserError(
                 "run.activation_cache beside run.jit_compile: XLA rounds what it compiles together otherwise; bind one"
             )
+
+
+def _is_range(value: Any) -> bool:
+    pair = isinstance(value, (list, tuple)) and len(value) == 2
+    return pair and all(type(each) is int for each in value) and 1 <= value[0] <= value[1]

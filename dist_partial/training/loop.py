@@ -29,9 +29,10 @@ from dist_partial.training.checks import check_division, check_workers, notes_on
 from dist_partial.training.hand_over import hand_over
 from dist_partial.training.judge import Judge, learning_rates, notes_on_averages, reopened
 from dist_partial.training.metric_writer import MetricWriter
+from dist_partial.training.profile import Profile
 from dist_partial.training.progress import Progress
 from dist_partial.training.recovery import Recovery, Rejoined, Resized
-from dist_partial.training.schedule_runner import ScheduleRunner
+from dist_partial.training.schedule_runner import CompiledPhase, ScheduleRunner
 from dist_partial.training.state import TrainState
 from dist_partial.validation import shown
 
@@ -65,6 +66,7 @@ def run(
         failures.ended_together(replicas),
         Progress(replicas.is_chief) as progress,
         Following(settings.trackers, folder, say) as following,
+        Profile(settings.profile if replicas.is_chief else None, folder) as profile,
         contextlib.ExitStack() as stack,
     ):
         while True:
@@ -79,7 +81,7 @@ def run(
                     return trainer
                 stop = stop or stack.enter_context(events.Stopping(settings.steps))
                 runner, evaluate = ScheduleRunner(trainer, state, progress), evaluation.Evaluation(trainer, progress)
-                job = _Run(folder, runner, evaluate, recovery, stop, words, progress, following)
+                job = _Run(folder, runner, evaluate, recovery, stop, words, progress, following, profile)
                 try:
                     job, state = _ready(job, state, joins)
                     while True:
@@ -120,6 +122,7 @@ class _Run:
     words: _Words
     progress: Progress
     following: Following
+    profile: Profile
 
 
 def _ready(run: _Run, state: TrainState, joins: bool) -> tuple[_Run, TrainState]:
@@ -174,7 +177,7 @@ def _train(run: _Run, state: TrainState) -> None:
                 evaluate(state, writer)
             while not (stop.due(state.step) or judge.reason):
                 runner.report(writer, state.step)
-                due = events.next_due(state.step, evaluate, save, runner, *runner.exchanges)
+                due = events.next_due(state.step, evaluate, save, runner, run.profile, *runner.exchanges)
                 count = min(settings.steps_per_loop, due - state.step)
                 settle = any(each.due(state.step + count) for each in (evaluate, save, stop))
                 state = _advance(run, state, count, writer, (save, judge, waits, slowest), settle)
@@ -257,17 +260,11 @@ def _advance(
     judge.begin_steps()
     save.meter.start()
     began, waited, workers = time.perf_counter(), trainer.replicas.waited, trainer.replicas.workers
-    result = runner.advance(count)
+    with run.profile.of(state.step):
+        result = runner.advance(count)
     each = traffic.sent_each(phase.sent, phase.plan, steps=1)
     sent = state.sent + each * np.arange(count + 1)[:, np.newaxis]
-    for exchange in phase.exchanges:
-        exchange.apply(done)
-    for exchange in phase.exchanges:
-        if exchange.due(done):
-            exchange.begin(done)
-            sent[-1] += traffic.sent_each(exchange.sent, phase.plan)
-        if settle:  # before the votes, after which all workers have what the meter counts
-            exchange.join()
+    sent[-1] += _exchange(phase, done, settle)
     # All workers stop after the same call, whichever of them got the signal, and all hear of a norm that is not finite
     # on one of them alone, which trains by itself.
     votes = np.append(run.stop.votes(), [judge.wants_to_stop, np.sum(result["waited"])])
@@ -298,6 +295,20 @@ def _advance(
         return after
 
     return finish(run.recovery.sum(np.concatenate(parts, dtype=np.float64), done, finish))
+
+
+def _exchange(phase: CompiledPhase, done: int, settle: bool) -> np.ndarray:
+    """Applies the exchanges that have come, and begins those that are due; returns what they send."""
+    sent = np.zeros(len(traffic.SENT), np.int64)
+    for exchange in phase.exchanges:
+        exchange.apply(done)
+    for exchange in phase.exchanges:
+        if exchange.due(done):
+            exchange.begin(done)
+            sent += traffic.sent_each(exchange.sent, phase.plan)
+        if settle:  # before the votes, after which all workers have what the meter counts
+            exchange.join()
+    return sent
 
 
 def _after_steps(run: _Run, state: TrainState, writer: MetricWriter, followers: tuple[events.Saving, Judge]) -> None:
