@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.tuned import SEEDS, TUNING_SEED, Piece, Policy, Table, combinations
+from tests.benchmarks.tuned import SEEDS, TUNING_SEED, Piece, Policy, Table
 from tests.helpers.files import rows
 
 CONFIGS = Path(__file__).parents[2] / "gin_configs"
@@ -42,31 +42,34 @@ SPARSE = [
 ]
 
 
-def _policy(name: str, file: str, bindings: Sequence[str], rates: Sequence[float]) -> Policy:
-    return Policy(name, combinations(rate=rates), (file, bindings), replicas=(2,))
+RATES = [2.5e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
+
+
+def _policy(name: str, file: str, bindings: Sequence[str], rate: float) -> Policy:
+    return Policy(name, {"rate": rate}, {"rate": RATES}, (file, bindings), replicas=(2,))
 
 
 POLICIES = [
-    _policy("everything", "smollm2.gin", [EVERYTHING], [5e-5, 1e-4, 2e-4]),
-    _policy("the last 4 of 30 blocks", "smollm2.gin", [], [2e-4, 5e-4, 1e-3]),
-    _policy("LoRA 8, all kernels", "smollm2_lora.gin", [], [2e-3, 4e-3, 8e-3]),
+    _policy("everything", "smollm2.gin", [EVERYTHING], 1e-4),
+    _policy("the last 4 of 30 blocks", "smollm2.gin", [], 5e-4),
+    _policy("LoRA 8, all kernels", "smollm2_lora.gin", [], 4e-3),
     _policy(
         "LoRA 8, exchanged every 20 steps, top 1/64 in 2 bits",
         "smollm2_lora.gin",
         ["run.reduction = @local_sgd()", "local_sgd.sync_every = 20", *SPARSE],
-        [2e-3, 4e-3, 8e-3],
+        4e-3,
     ),
     _policy(
         "LISA, 2 blocks for 10 steps",
         "smollm2.gin",
         [EVERYTHING, CONSTANT, "run.schedule = @lisa()", "lisa.every = 10", "lisa.count = 2", "run.leave = 'drop'"],
-        [5e-5, 1e-4],
+        1e-4,
     ),
     _policy(
         "BAdam, each block for 7 steps",
         "smollm2.gin",
         [EVERYTHING, CONSTANT, "run.schedule = @block_rotation()", "block_rotation.every = 7", "run.leave = 'drop'"],
-        [1e-4, 3e-4],
+        2e-4,
     ),
     _policy(
         "AutoFreeze, activations kept",
@@ -78,7 +81,7 @@ POLICIES = [
             "autofreeze.every = 20",
             "run.activation_cache = 'memory'",
         ],
-        [5e-5, 1e-4],
+        1e-4,
     ),
     _policy(
         "a budget of 3 % of the bytes",
@@ -91,7 +94,7 @@ POLICIES = [
             f"budget.bytes = {FULL_BYTES * 3 // 100}",
             "run.leave = 'drop'",
         ],
-        [1e-4, 3e-4],
+        2e-4,
     ),
     _policy(
         "everything, block-parallel, every 10 steps in 2 bits",
@@ -103,7 +106,7 @@ POLICIES = [
             "block_parallel.compressor = @quantized()",
             "quantized.bits = 2",
         ],
-        [5e-5, 1e-4],
+        1e-4,
     ),
 ]
 

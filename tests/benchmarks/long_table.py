@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.runs import last_evaluation
-from tests.benchmarks.tuned import SEEDS, TUNING_SEED, Piece, Policy, Setting, Table, combinations
+from tests.benchmarks.tuned import SEEDS, TUNING_SEED, Piece, Policy, Setting, Table
 
 MODEL = {"layers": 4, "width": 64, "heads": 4}
 EXAMPLES, WINDOW, HELD_OUT = 36_000, 64, 2048
 WARM_UP_EXAMPLES = 1_600
-MEAN, NESTEROV = [1.0, 0.0], [0.7, 0.6]  # rate and momentum of an outer optimizer
-RATES = {"AdamW": [2e-3, 4e-3, 8e-3], "Muon": [4e-3, 8e-3]}
+BATCHES, RATES = [8, 16, 32, 64], [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3]
+OUTER = [[1.0, 0.0], [0.7, 0.6], [0.7, 0.8]]  # rate and momentum of an outer optimizer: the mean, then Nesterov's
 
 How = tuple[str, Callable[[Any, Setting], Any]]  # the optimizer, and what makes the reduction
 
 
-def _every_step(m: Any, setting: Setting) -> Any:
+def _float32(m: Any, setting: Setting) -> Any:
     return m.AllReduce("float32")
 
 
@@ -38,8 +38,7 @@ def _local(
 ) -> Policy:
     """Steps of each replica's own, exchanged every so many examples; options that are counts are in examples, too.
 
-    So few bytes are the same whatever the batch, whose size is tuned with the rate: first with the mean of all
-    movements, then with Nesterov's momentum in the best of these.
+    So bytes do not depend on the batch, which is tuned with the rate and the outer optimizer.
     """
 
     def make(m: Any, setting: Setting) -> Any:
@@ -48,8 +47,9 @@ def _local(
         chosen = compressor(m) if compressor else None
         return getattr(m, kind)(examples // setting["batch"], outer_optimizer=outer, compressor=chosen, **steps)
 
-    sweep = combinations(batch=[16, 32], rate=RATES[optimizer], outer=[MEAN])
-    return Policy(name, sweep, (optimizer, make), replicas, {"outer": [NESTEROV]})
+    start = {"batch": 16, "rate": {"AdamW": 4e-3, "Muon": 8e-3}[optimizer], "outer": OUTER[1]}
+    grid = {"batch": BATCHES, "rate": RATES, "outer": OUTER}
+    return Policy(name, start, grid, (optimizer, make), replicas)
 
 
 def _two_bits(m: Any) -> Any:
@@ -61,25 +61,16 @@ def _sparse(m: Any) -> Any:
     return m.TopK(1 / 16, 256, 2, decay=0.95)
 
 
+def _every(name: str, optimizer: str, rate: float, make: Callable[[Any, Setting], Any]) -> Policy:
+    return Policy(
+        name, {"batch": 8, "rate": rate}, {"batch": BATCHES, "rate": RATES}, (optimizer, make), replicas=(8, 2)
+    )
+
+
 POLICIES = [
-    Policy(
-        "AdamW, float32 every step",
-        combinations(batch=[8], rate=[1e-3, 2e-3, 4e-3]) + combinations(batch=[16], rate=[1e-3, 2e-3, 4e-3, 8e-3]),
-        ("AdamW", _every_step),
-        (8, 2),
-    ),
-    Policy(
-        "Muon, float32 every step",
-        combinations(batch=[8, 16], rate=[2e-3, 4e-3, 8e-3]),
-        ("Muon", _every_step),
-        (8, 2),
-    ),
-    Policy(
-        "Muon, 4 bits every step",
-        combinations(batch=[8], rate=[2e-3, 4e-3]),
-        ("Muon", lambda m, setting: m.Quantized(4)),
-        (8, 2),
-    ),
+    _every("AdamW, float32 every step", "AdamW", 2e-3, _float32),
+    _every("Muon, float32 every step", "Muon", 4e-3, _float32),
+    _every("Muon, 4 bits every step", "Muon", 4e-3, lambda m, setting: m.Quantized(4)),
     _local("DiLoCo: AdamW, every 256 examples", "AdamW", 256),
     _local("SparseLoCo: AdamW, every 256 examples, top 1/16 in 2 bits", "AdamW", 256, _sparse),
     _local("Muon, every 64 examples, 2 bits", "Muon", 64, _two_bits, (8, 2)),

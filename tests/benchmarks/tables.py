@@ -337,6 +337,12 @@ def tls(found: Mapping[str, Any]) -> Tables:
     return {"What tags and TLS cost, on two hosts": markdown([*header, "TLS, CPU ms"], lines, words=3)}
 
 
+def trackers(found: Mapping[str, Any]) -> Tables:
+    header = ["tracker", "a step, median, ms", "mean, ms", "of the mean without one"]
+    lines = [[row["tracker"], row["median_ms"], row["mean_ms"], row["ratio"]] for row in found["rows"]]
+    return {"": markdown(header, lines)}
+
+
 def waits(found: Mapping[str, Any]) -> Tables:
     header = ["a batch", "read by", "a batch, ms", "a step, ms", "the slower, ms", "measured, ms", "most"]
     numbers = ("data_ms", "step_ms", "least_ms", "median_ms", "most_ms")
@@ -420,6 +426,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], Tables]] = {
         step,
         switch,
         tls,
+        trackers,
         waits,
         wire,
     )

@@ -1,8 +1,9 @@
 """Tables whose policies are tuned on one seed and reported on others, in pieces that go on where they were stopped.
 
-A piece is one run of one policy, in a process of its own; its row is written when it ends. All settings of a policy's
-sweep are tried on `TUNING_SEED` first, then variations of the best of them; the best of all, by held-out loss, is run
-on `SEEDS`, which decide on nothing.
+A piece is one run of one policy, in a process of its own; its row is written when it ends. A policy's settings are
+tuned on `TUNING_SEED`: from where it starts, the values next to those of the best setting so far are tried, one at a
+time, until none of them is better by held-out loss. So the best lies at an edge only where there is nothing beyond. It
+is then run on `SEEDS`, which decide on nothing.
 """
 
 import argparse
@@ -29,17 +30,25 @@ class Policy:
 
     Attributes:
         name: in the table.
-        sweep: the settings that are tried, JSON values by name.
+        start: the setting that is tried first, JSON values by name.
+        grid: what may be tried, by name: values in an order in which neighbours are alike.
         how: what the table's `run` makes of it.
-        replicas: with how many it is reported; the sweep is made with the first of them.
-        then: by name, values that are tried in the best of the sweep.
+        replicas: with how many it is reported; it is tuned with the first of them.
     """
 
     name: str
-    sweep: Sequence[Setting]
+    start: Setting
+    grid: Mapping[str, Sequence[Any]]
     how: Any
     replicas: Sequence[int] = (8,)
-    then: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+
+    def around(self, setting: Setting) -> list[Setting]:
+        """The settings in which one value is next to that of this setting."""
+        found = []
+        for name, values in self.grid.items():
+            place = list(values).index(setting[name])
+            found += [{**setting, name: values[i]} for i in (place - 1, place + 1) if 0 <= i < len(values)]
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,20 +98,18 @@ class Table:
             sys.exit("\n".join(failures))
 
     def best(self, rows: Sequence[Row], policy: Policy) -> Setting | None:
-        """The setting with the least loss, once all have been tried; None before."""
-        found = self._least(rows, self._sweep(policy, policy.sweep))
-        return found and self._least(rows, self._sweep(policy, [found, *_variations(found, policy.then)]))
+        """The setting with the least loss, once all around it have been tried; None before."""
+        best, untried = self._tuning(rows, policy)
+        return None if untried else best
 
     def missing(self, rows: Sequence[Row], policies: Sequence[Policy]) -> Iterator[Piece]:
-        """The pieces that can be run now and have no row: sweeps first, which may show that one has to be wider."""
-        pieces = [piece for policy in policies for piece in self._sweep(policy, policy.sweep)]
+        """The pieces that can be run now and have no row: those of the tuning first."""
         for policy in policies:
-            if found := self._least(rows, self._sweep(policy, policy.sweep)):
-                pieces += self._sweep(policy, _variations(found, policy.then))
+            yield from self._tuning(rows, policy)[1]
         for policy in policies:
-            if (setting := self.best(rows, policy)) is not None:
-                pieces += [Piece(policy.name, count, seed, setting) for count in policy.replicas for seed in SEEDS]
-        yield from (piece for piece in pieces if not any(piece.is_of(row) for row in rows))
+            best, untried = self._tuning(rows, policy)
+            pieces = [Piece(policy.name, count, seed, best) for count in policy.replicas for seed in SEEDS]
+            yield from (piece for piece in pieces if not untried and not any(piece.is_of(row) for row in rows))
 
     def write(self, rows: Sequence[Row]) -> None:
         order = [policy.name for policy in self.policies]
@@ -114,12 +121,16 @@ class Table:
         partial.write_text(f'{head},\n "pieces": [\n{lines}\n ]\n}}\n')
         partial.replace(self.results)
 
-    def _sweep(self, policy: Policy, settings: Sequence[Setting]) -> list[Piece]:
-        return [Piece(policy.name, policy.replicas[0], TUNING_SEED, setting) for setting in settings]
-
-    def _least(self, rows: Sequence[Row], pieces: Sequence[Piece]) -> Setting | None:
-        tried = [row for row in rows if any(piece.is_of(row) for piece in pieces)]
-        return min(tried, key=lambda row: row["loss"])["setting"] if len(tried) == len(pieces) else None
+    def _tuning(self, rows: Sequence[Row], policy: Policy) -> tuple[Setting, list[Piece]]:
+        """The best setting so far, and the pieces around it that have not been run."""
+        first = Piece(policy.name, policy.replicas[0], TUNING_SEED, policy.start)
+        tried = [row for row in rows if dataclasses.replace(first, setting=row["setting"]).is_of(row)]
+        tried = [row for row in tried if all(row["setting"][name] in values for name, values in policy.grid.items())]
+        if not tried:
+            return policy.start, [first]
+        best = min(tried, key=lambda row: row["loss"])["setting"]
+        around = [dataclasses.replace(first, setting=setting) for setting in policy.around(best)]
+        return best, [piece for piece in around if not any(piece.is_of(row) for row in tried)]
 
     def _go_on(self, policies: Sequence[Policy], hours: float) -> list[str]:
         """Runs what is missing, for so long; returns what failed."""
@@ -172,15 +183,3 @@ class Table:
         found = self.run(policy, piece)
         row = dataclasses.asdict(piece) | found | {"seconds": round(time.perf_counter() - began)}
         print("RESULT " + json.dumps(row), flush=True)
-
-
-def combinations(**lists: Sequence[Any]) -> list[Setting]:
-    """Every combination of the given values."""
-    found: list[Setting] = [{}]
-    for name, values in lists.items():
-        found = [{**each, name: value} for each in found for value in values]
-    return found
-
-
-def _variations(setting: Setting, values: Mapping[str, Sequence[Any]]) -> list[Setting]:
-    return [{**setting, name: value} for name, found in values.items() for value in found]
