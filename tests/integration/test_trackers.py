@@ -13,17 +13,15 @@ from dist_partial.errors import AGAIN
 from tests import ROOT
 from tests.helpers.files import rows
 from tests.helpers.letters import start
+from tests.helpers.mlflow_store import store
 
 
 @pytest.mark.slow
 def test_mlflow_has_what_the_folder_has_and_goes_on(letters, tmp_path):
-    import mlflow
-
-    folder, uri = tmp_path / "mine", f"sqlite:///{tmp_path}/store.db"
+    folder, (uri, client) = tmp_path / "mine", store(tmp_path)
     params = ["run.trackers = [@MLflow()]", f"MLflow.uri = {uri!r}"]
     assert start(letters, folder, *params, "run.steps = 6") == 0
     assert start(letters, folder, *params) == 0
-    client = mlflow.MlflowClient(tracking_uri=uri)
     [run] = client.search_runs([client.get_experiment_by_name("dist_partial").experiment_id])
     assert json.loads((folder / "trackers.json").read_text()) == {"MLflow": run.info.run_id}
     assert (run.info.run_name, run.info.status) == ("mine", "FINISHED")
@@ -65,9 +63,7 @@ def test_a_tracker_costs_the_run_nothing(letters, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_run_that_is_stopped_is_stopped_there_too(letters, tmp_path):
-    import mlflow
-
-    folder, uri = tmp_path / "mine", f"sqlite:///{tmp_path}/store.db"
+    folder, (uri, client) = tmp_path / "mine", store(tmp_path)
     command = [sys.executable, "-m", "dist_partial.train", f"--gin_file={letters}", f"--run_dir={folder}"]
     params = ["run.trackers = [@MLflow()]", f"MLflow.uri = {uri!r}", "run.steps = 1000000", "run.save_every = None"]
     params += ["run.eval_every = None"]
@@ -81,7 +77,6 @@ def test_a_run_that_is_stopped_is_stopped_there_too(letters, tmp_path):
         assert running.wait(timeout=60) == AGAIN
     finally:
         running.kill()
-    client = mlflow.MlflowClient(tracking_uri=uri)
     [run] = client.search_runs([client.get_experiment_by_name("dist_partial").experiment_id])
     assert run.info.status == "KILLED"
 

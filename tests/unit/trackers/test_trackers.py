@@ -12,6 +12,7 @@ import pytest
 
 from dist_partial.errors import UserError
 from dist_partial.trackers import Following, MLflow, Prometheus, Row, Trackio, WandB, base
+from tests.helpers.mlflow_store import store
 
 ROWS = [
     Row(1, {"train/loss": 2.5, "train/gradient_norm": 1.0}),
@@ -32,13 +33,10 @@ def told(tracker, folder, rows=ROWS):
 
 @pytest.mark.slow
 def test_mlflow(tmp_path):
-    import mlflow
-
-    uri = f"sqlite:///{tmp_path}/store.db"
+    uri, client = store(tmp_path, "tests")
     tracker = MLflow(uri, "tests")
     told(tracker, tmp_path / "mine")
     told(MLflow(uri, "tests"), tmp_path / "mine", [Row(3, {"train/loss": 1.5})])  # goes on
-    client = mlflow.MlflowClient(tracking_uri=uri)
     [run] = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
     assert run.info.run_name == "mine" and run.info.status == "FINISHED"
     history = [(each.step, each.value) for each in client.get_metric_history(run.info.run_id, "train/loss")]
