@@ -643,6 +643,41 @@ def build_cache(task: Any, ids: Any) -> Any:
     return task._build_cache(ids)[-1]
 
 
+def hub_converter(backbone: Any) -> Any:
+    """Returns KerasHub's module that reads a backbone's weights from a file of Hugging Face's; None: it has none.
+
+    KerasHub 0.32: `from_preset` alone calls it, and says nothing of names. Unnecessary with a public table of names.
+
+    Examples:
+        >>> import keras_hub
+        >>> sizes = {"vocabulary_size": 100, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 16}
+        >>> hub_converter(keras_hub.models.GPT2Backbone(**sizes)).__name__.rpartition(".")[2]
+        'convert_gpt2'
+    """
+    from keras_hub.src.utils.transformers import preset_loader
+
+    found = [one for one in vars(preset_loader).values() if getattr(one, "backbone_cls", None) is type(backbone)]
+    return found[0] if found else None
+
+
+def hugging_face_config(backbone: Any) -> dict[str, Any] | None:
+    """Returns the `config.json` that KerasHub writes for a backbone; None: it writes none.
+
+    KerasHub 0.32: `export_to_transformers` writes it with weights, of which it takes the wrong ones where layers have
+    had LoRA. Unnecessary once that is fixed.
+
+    Examples:
+        >>> import keras_hub
+        >>> sizes = {"vocabulary_size": 100, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 16}
+        >>> hugging_face_config(keras_hub.models.GPT2Backbone(**sizes))["n_embd"]
+        8
+    """
+    from keras_hub.src.utils.transformers.export import hf_exporter
+
+    make = hf_exporter.MODEL_CONFIGS.get(type(backbone).__name__)
+    return make(backbone) if make else None
+
+
 # ----------------------------------------------------------------------------------------------------- TensorFlow
 
 

@@ -77,7 +77,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     ),
     "Metrics": ("training.metric_writer",),
     "Trackers": ("trackers[Tracker,Row,Following,MLflow,WandB,Trackio,Prometheus]",),
-    "What was trained": ("export.delta", "export.restore"),
+    "What was trained": ("export.delta", "export.restore", "export.peft", "export.hugging_face"),
     "Exceptions": ("errors[UserError,Fault,Interrupted,Raised]",),
 }
 # Page: title, files of results, pictures.

@@ -1,7 +1,8 @@
-"""python -m dist_partial.export --run_dir=DIR --format=safetensors|keras|savedmodel --output=PATH [--overwrite] ...
+"""python -m dist_partial.export --run_dir=DIR --format=FORMAT --output=PATH [--overwrite] ...
 
 Takes the newest checkpoint of a run folder home, or that of --step: what was trained alone (safetensors; see
-dist_partial.export.delta), or the whole model, for Keras (keras) or for TensorFlow Serving (savedmodel).
+dist_partial.export.delta), or LoRA as an adapter of PEFT (peft), or the whole model, for Keras (keras), for TensorFlow
+Serving (savedmodel), or for Hugging Face's transformers (huggingface).
 """
 
 import json
@@ -18,7 +19,9 @@ from dist_partial.files import replacing
 
 if TYPE_CHECKING:
     from dist_partial.training.build import Trainer
-FORMATS = {"safetensors": ".safetensors", "keras": ".keras", "savedmodel": ""}
+FORMATS = {"safetensors": ".safetensors", "keras": ".keras", "savedmodel": "", "peft": "", "huggingface": ""}
+# What a folder of the format has in it, without which it is not replaced.
+_INSIDE = {"savedmodel": "saved_model.pb", "peft": "adapter_config.json", "huggingface": "config.json"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("run_dir", None, "run folder", flag_values=values)
     flags.DEFINE_enum("format", None, list(FORMATS), "what to write", flag_values=values)
-    flags.DEFINE_string("output", None, "the file, or for savedmodel the folder, to write", flag_values=values)
+    flags.DEFINE_string("output", None, "the file, or folder, to write", flag_values=values)
     flags.DEFINE_string("step", None, "'best', or the step of a checkpoint; without it the newest", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "replace an output of the same format", flag_values=values)
     flags.DEFINE_integer("max_length", None, "savedmodel: ids that a cache of `generate` holds", flag_values=values)
@@ -42,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--max_length={values.max_length}: it must be at least 2, a prompt and what follows it"
             )
         cli.import_tensorflow_quietly()
-        from dist_partial.export import delta, keras_file, restore, saved_model
+        from dist_partial.export import delta, hugging_face, keras_file, peft, restore, saved_model
         from dist_partial.step import batch_norm
 
         with restore.restored(folder, values.allow_imports, values.step) as (_, built, step):
@@ -50,13 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 changed = delta.of(built.model, built.plan, _base(folder, built), step)
                 delta.write(output, changed)
                 notes = f", {len(changed.arrays)} of {len(changed.base)} variables"
+            elif values.format == "peft":
+                notes = f", {_put(output, lambda path: peft.write(path, built.model, built.plan))}"
             else:
                 for layer in built.batch_norms:
                     batch_norm.set_mode(
                         layer, True
                     )  # as the factory made it: the run alone had put it into inference mode
-                whole = keras_file.write_keras if values.format == "keras" else saved_model.write_saved_model
-                notes = _put(output, lambda path: whole(path, built, values.max_length))
+                writers: dict[str, Callable[[Path], str]] = {
+                    "keras": lambda path: keras_file.write_keras(path, built),
+                    "savedmodel": lambda path: saved_model.write_saved_model(path, built, values.max_length),
+                    "huggingface": lambda path: hugging_face.write(path, built.model, built.plan, built.data.codec),
+                }
+                notes = _put(output, writers[values.format])
         print(f"{output}: step {step} of {folder}, {_bytes(output):,} bytes{notes}")
         if values.format == "savedmodel":
             versions = output.parent if output.name.isdecimal() else Path("SOMEWHERE") / output.name
@@ -82,8 +91,8 @@ def _checked_output(given: str | None, form: str, overwrite: bool) -> Path:
         return output
     if not overwrite:
         raise cli.UserError(f"{given} is there already: choose another --output, or give --overwrite to replace it")
-    if not (output.is_file() if suffix else (output / "saved_model.pb").is_file()):
-        what = "file" if suffix else "SavedModel"
+    if not (output.is_file() if suffix else (output / _INSIDE[form]).is_file()):
+        what = "file" if suffix else f"folder with {_INSIDE[form]}"
         raise cli.UserError(f"{given} is there and is no {what}, so it is not replaced: choose another --output")
     return output
 

@@ -123,6 +123,21 @@ def of(
     return Delta(arrays, rows, dict(base), tuple(dict.fromkeys(map(str, plan.rules))), step, consistency.versions())
 
 
+def plan_of_fit(model: keras.Model) -> Plan:
+    """Returns the plan of a model that is compiled with an optimizer from `partial`.
+
+    Raises:
+        UserError: it is compiled with none.
+
+    Examples:
+        >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(1)], name="mine")
+        >>> plan_of_fit(model)
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: model 'mine' is not compiled with an optimizer from dist_partial.partial, ...
+    """
+    return _of_fit(model)[0]
+
+
 def _of_fit(model: keras.Model) -> tuple[Plan, dict[str, str], int]:
     """The plan, the base and the updates of a model that is compiled with an optimizer from `partial`."""
     optimizer = fit.of(model)

@@ -16,7 +16,7 @@ from dist_partial.step import layer_state
 from dist_partial.training.build import Trainer
 
 
-def write_keras(path: Path, built: Trainer, _: int | None) -> str:
+def write_keras(path: Path, built: Trainer) -> str:
     """Writes a .keras file, and loads it again to see that it is the model; the model is not for training any more.
 
     Raises:
@@ -31,7 +31,7 @@ def write_keras(path: Path, built: Trainer, _: int | None) -> str:
         >>> settings = Settings([("train", ".*")], models.two_dense, data.stdlib_shapes)
         >>> trainer = build(settings, replicas.create("default"))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = write_keras(Path(folder, "mine.keras"), trainer, None)
+        ...     _ = write_keras(Path(folder, "mine.keras"), trainer)
         ...     keras.saving.load_model(Path(folder, "mine.keras")).name
         'two_dense'
     """

@@ -1,8 +1,11 @@
 """Models of KerasHub, pretrained or with fresh weights, as models of one input tensor; KerasHub is the extra `hub`."""
 
+import dataclasses
 import functools
 import inspect
+import json
 import os
+import weakref
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -33,7 +36,8 @@ def hub_model(
 
     Args:
         task: 'CausalLM', 'ImageClassifier' or 'TextClassifier'.
-        preset: name of a preset or a local folder with one.
+        preset: name of a preset, or a local folder with one, or with a model of Hugging Face (`config.json` and
+            `model.safetensors`) of an architecture that KerasHub converts.
         architecture: in place of a preset, a backbone by its name in KerasHub: 'GPT2', 'Gemma', 'ResNet', ...
         arguments: of the architecture's backbone.
         classes: of a classifier; with a preset this gives it a fresh head. None: the preset's own head.
@@ -66,11 +70,60 @@ def hub_model(
     head = {} if task == "CausalLM" else {"activation": None} | ({"num_classes": classes} if classes else {})
     whole: Any
     if preset is not None:
-        whole = _from_preset(getattr(hub.models, task), preset, load_weights=load_weights, **head)
+        config = hugging_face_config(preset) if task != "ImageClassifier" else None
+        if config is None:
+            whole = _from_preset(getattr(hub.models, task), preset, load_weights=load_weights, **head)
+        else:
+            whole = _from_hugging_face(hub.models, task, preset, config, load_weights, head)
     else:
         assert architecture is not None
         whole = _fresh(hub.models, task, architecture, arguments or {}, head)
-    return single_input(whole, "hub_model")
+    return single_input(whole, "hub_model", preset)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HubOrigin:
+    """Says of which task of KerasHub a flat model was made.
+
+    Attributes:
+        task: a `keras_hub.models.Task`, whose layers are the model's.
+        preset: with which it was loaded; None: of a class, or of another file.
+
+    Examples:
+        >>> sizes = {"vocabulary_size": 100, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 16}
+        >>> type(origin(hub_model(architecture="GPT2", arguments=sizes)).task).__name__
+        'GPT2CausalLM'
+    """
+
+    task: Any
+    preset: str | None
+
+
+_ORIGINS: "weakref.WeakKeyDictionary[keras.Model, HubOrigin]" = weakref.WeakKeyDictionary()
+
+
+def origin(model: keras.Model) -> HubOrigin | None:
+    """Finds of which task of KerasHub a model was made in this process; None: of none.
+
+    Examples:
+        >>> origin(keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])) is None
+        True
+    """
+    return _ORIGINS.get(model)
+
+
+def hugging_face_config(preset: str | None) -> dict[str, Any] | None:
+    """Reads the `config.json` of a local folder with a model of Hugging Face; None: it is none.
+
+    Examples:
+        >>> hugging_face_config("gpt2_base_en") is None
+        True
+    """
+    try:
+        config = json.loads((Path(preset or "").expanduser() / "config.json").read_text())
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: ~somebody
+        return None
+    return config if isinstance(config, dict) and "model_type" in config else None
 
 
 def _fresh(models: ModuleType, task: str, architecture: str, arguments: dict[str, Any], head: dict[str, Any]) -> Any:
@@ -87,12 +140,13 @@ def _fresh(models: ModuleType, task: str, architecture: str, arguments: dict[str
         ) from error
 
 
-def single_input(task: Any, name: str) -> keras.Model:
+def single_input(task: Any, name: str, preset: str | None = None) -> keras.Model:
     """Turns a task of KerasHub into a flat functional model of one input: see `hub_model`.
 
     Args:
         task: a `keras_hub.models.Task`.
         name: of the model.
+        preset: with which the task was loaded.
 
     Raises:
         UserError: it takes an input besides token ids, their mask and segments.
@@ -106,20 +160,27 @@ def single_input(task: Any, name: str) -> keras.Model:
         (['token_ids'], (None, None, 100))
     """
     wanted = compat.inputs_structure(task)
-    if isinstance(wanted, dict):
-        x = keras.Input((None,), dtype="int32", name="token_ids")
-        # A causal model does not look ahead at what pads a text, and the weights of the targets mask its loss.
-        padding = None if hasattr(task, "call_with_cache") else _padding_id(task)
-        mask = keras.ops.ones_like(x) if padding is None else keras.ops.cast(keras.ops.not_equal(x, padding), "int32")
-        known = {"token_ids": x, "padding_mask": mask, "segment_ids": keras.ops.zeros_like(x)}
-        if unknown := [key for key in wanted if key not in known]:
-            raise UserError(
-                f"{type(task).__name__} takes {', '.join(unknown)} beside token_ids: only text and images are fed"
-            )
-        outputs = _through(task, [known[key] for key in wanted])
-        model = keras.Model(x, outputs, name=name)
-        _give_cache(model, task)
-        return model
+    model = _of_ids(task, wanted, name, preset) if isinstance(wanted, dict) else _of_images(task, wanted, name)
+    _ORIGINS[model] = HubOrigin(task, preset)
+    return model
+
+
+def _of_ids(task: Any, wanted: dict[str, Any], name: str, preset: str | None) -> keras.Model:
+    x = keras.Input((None,), dtype="int32", name="token_ids")
+    # A causal model does not look ahead at what pads a text, and the weights of the targets mask its loss.
+    padding = None if hasattr(task, "call_with_cache") else _padding_id(task, preset)
+    mask = keras.ops.ones_like(x) if padding is None else keras.ops.cast(keras.ops.not_equal(x, padding), "int32")
+    known = {"token_ids": x, "padding_mask": mask, "segment_ids": keras.ops.zeros_like(x)}
+    if unknown := [key for key in wanted if key not in known]:
+        raise UserError(
+            f"{type(task).__name__} takes {', '.join(unknown)} beside token_ids: only text and images are fed"
+        )
+    model = keras.Model(x, _through(task, [known[key] for key in wanted]), name=name)
+    _give_cache(model, task)
+    return model
+
+
+def _of_images(task: Any, wanted: Any, name: str) -> keras.Model:
     x = image = keras.Input(wanted.shape[1:], dtype=wanted.dtype, name="images")
     converter = getattr(task.preprocessor, "image_converter", None)
     if converter is not None:  # the preset's own size, scale and offset
@@ -143,16 +204,16 @@ class HubCodec:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.size = int(tokenizer.vocabulary_size())
 
     def encode(self, text: str) -> np.ndarray:
         """Text to int32 ids [n]; nothing is added at its ends."""
-        return np.asarray(self._tokenizer(text), np.int32).reshape(-1)
+        return np.asarray(self.tokenizer(text), np.int32).reshape(-1)
 
     def decode(self, ids: np.ndarray) -> str:
         """Ids [n] to text."""
-        text = self._tokenizer.detokenize(np.asarray(ids, np.int32))
+        text = self.tokenizer.detokenize(np.asarray(ids, np.int32))
         text = text.numpy() if hasattr(text, "numpy") else text
         return text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
 
@@ -226,6 +287,19 @@ def _from_preset(of: Any, preset: str, **options: Any) -> Any:
         ) from error
 
 
+def _from_hugging_face(
+    models: ModuleType, task: str, folder: str, config: dict[str, Any], load_weights: bool, head: dict[str, Any]
+) -> Any:
+    """Makes a task of a folder of Hugging Face, without what turns text into ids, which the folder may lack."""
+    if task == "TextClassifier" and not head.get("num_classes"):
+        raise UserError(f"hub_model.classes is not bound: the head of {folder} is not read, so give their number")
+    # KerasHub 0.32 leaves a Llama's epsilon at 1e-6, where most have 1e-5.
+    own = {"layer_norm_epsilon": config["rms_norm_eps"]} if config["model_type"] == "llama" else {}
+    backbone = _from_preset(models.Backbone, folder, load_weights=load_weights, **own)
+    of_task = _named(models, type(backbone).__name__.removesuffix("Backbone"), task)
+    return of_task(backbone=backbone, preprocessor=None, **head)
+
+
 def _through(function: Any, inputs: list[Any]) -> Any:
     """The outputs of a functional model for other inputs, with the models inside it taken apart into their layers.
 
@@ -245,9 +319,10 @@ def _through(function: Any, inputs: list[Any]) -> Any:
     return compat.run_graph(function, inputs, operation)
 
 
-def _padding_id(task: Any) -> int | None:
-    tokenizer = getattr(task.preprocessor, "tokenizer", None)
-    return getattr(tokenizer, "pad_token_id", None)
+def _padding_id(task: Any, preset: str | None) -> int | None:
+    if config := hugging_face_config(preset):
+        return config.get("pad_token_id")
+    return getattr(getattr(task.preprocessor, "tokenizer", None), "pad_token_id", None)
 
 
 def _give_cache(model: keras.Model, task: Any) -> None:

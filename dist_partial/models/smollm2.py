@@ -144,16 +144,16 @@ class TokenizersCodec:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.size = int(tokenizer.get_vocab_size())
 
     def encode(self, text: str) -> np.ndarray:
         """Text to int32 ids [n]; nothing is added at its ends."""
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
         """Ids [n] to text; special tokens are shown, half a character becomes U+FFFD."""
-        return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
+        return self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
 
 
 def _place(file: str | None) -> Path:

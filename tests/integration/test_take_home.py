@@ -186,10 +186,10 @@ def test_a_file_that_loads_as_another_model_is_refused(factor, tmp_path):
     settings = told(model=lambda: keras.Sequential([keras.Input((6,)), *layers]), statistics="trained")
     built = build.build(settings, replicas.create("default"))
     if factor == 1:
-        assert keras_export.write_keras(tmp_path / "whole.keras", built, None).endswith("before loading it")
+        assert keras_export.write_keras(tmp_path / "whole.keras", built).endswith("before loading it")
     else:
         with pytest.raises(UserError, match=r"is another model when its \.keras file is loaded"):
-            keras_export.write_keras(tmp_path / "whole.keras", built, None)
+            keras_export.write_keras(tmp_path / "whole.keras", built)
 
 
 def test_what_training_has_moved_is_not_rounded_away(tmp_path):
@@ -204,7 +204,7 @@ def test_what_training_has_moved_is_not_rounded_away(tmp_path):
     before = built.model(x).numpy()
     build.restore(built, tmp_path / "run", lambda _: None)
     after = built.model(x).numpy()
-    assert keras_export.write_keras(tmp_path / "whole.keras", built, None) == ""
+    assert keras_export.write_keras(tmp_path / "whole.keras", built) == ""
     whole = keras.saving.load_model(tmp_path / "whole.keras")
     assert np.abs(whole(x) - after).max() < 0.01 * np.abs(after - before).max()
     assert {v.dtype for v in whole.variables} == {"float32"}
