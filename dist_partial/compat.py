@@ -451,6 +451,38 @@ def sum_no_gradients(optimizer: Any) -> None:
     optimizer._all_reduce_sum_gradients = lambda grads_and_vars: grads_and_vars
 
 
+def watch_gradient_sums(watch: Callable[[Any], None]) -> None:
+    """Calls `watch(optimizer)` before an optimizer of Keras's sums gradients over the replicas of a strategy.
+
+    Keras 3.15: the method that sums is private, and nothing else tells its sums from those of layers. What
+    `sum_no_gradients` was called for is not watched. Unnecessary with a hook in `Optimizer.apply`.
+
+    Args:
+        watch: takes the place of an earlier one.
+
+    Examples:
+        >>> import keras
+        >>> import tensorflow as tf
+        >>> watch_gradient_sums(lambda optimizer: print(type(optimizer).__name__))
+        >>> weight = keras.Variable([1.0])
+        >>> keras.optimizers.SGD(1.0).apply([tf.constant([0.5])], [weight])
+        SGD
+        >>> watch_gradient_sums(lambda optimizer: None)
+    """
+    import keras
+
+    kind = next(kind for kind in keras.optimizers.Optimizer.__mro__ if "_all_reduce_sum_gradients" in vars(kind))
+    sums: Any = vars(kind)["_all_reduce_sum_gradients"]
+    sums = getattr(sums, "watched", sums)
+
+    def watched(optimizer: Any, grads_and_vars: Any) -> Any:
+        watch(optimizer)
+        return sums(optimizer, grads_and_vars)
+
+    watched.watched = sums  # type: ignore[attr-defined]
+    kind._all_reduce_sum_gradients = watched
+
+
 # What `sum_no_gradients`, `alias_variables` and Keras's cache leave on an optimizer object, for those who list its
 # attributes; and what `exclude_from_weight_decay` does.
 OPTIMIZER_ATTRIBUTES = frozenset({"_all_reduce_sum_gradients", "_var_key", "_exclude_from_weight_decay_cache"})

@@ -26,6 +26,7 @@ run.data | , what makes the Dataset, whose evaluation these are | eval_data eval
 run.data | , made by dataset(..., held_out=0.2), where a tenth is too little or too much | validation_split val_split
     test_size
 run.data | , whose examples are then (x, y, weight) | sample_weight sample_weights
+run.data | , both as one: (x, y) | x y inputs targets
 run.model | , what makes the model | net network module backbone model_fn
 run.optimizer | , what makes it | optim optimiser opt
 run.loss | | loss_fn loss_function criterion

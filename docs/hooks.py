@@ -123,7 +123,9 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
 def _conformance() -> dict[str, str]:
     kinds, known = conformance.tables(conformance.load())
     header = ("models", "cases", *conformance.COLUMNS.values())
+    every = ("case", "kind", *conformance.COLUMNS.values())
     return {
+        "<!-- cases -->": tables.markdown(every, conformance.cases(conformance.load()), words=2),
         "<!-- kinds -->": tables.markdown(header, kinds),
         "<!-- known -->": tables.markdown(("case", "why", "difference"), known, words=3),
     }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from dist_partial import checkpoints
@@ -44,7 +45,7 @@ _OWN = ("evaluation", "folder", "replicas", "verbose", "restore_best")
 def train(
     model: Any,
     data: Any,
-    *,
+    *more: Any,
     rules: Sequence[Any] | None = None,
     evaluation: Any = None,
     folder: str | Path | None = None,
@@ -61,6 +62,7 @@ def train(
         model: a Keras model, or a function without arguments that makes one.
         data: arrays (x, y) or (x, y, weight), a `Dataset`, what else `data.dataset` takes, or a function that makes
             one of these.
+        *more: refused; what `fit` takes as a third argument is a part of `data`.
         rules: the table: `('train' | 'freeze', pattern)` lines or `Rule`s; needed.
         evaluation: the examples held out, as `data`; None holds a part of it out.
         folder: the run folder, from which a run goes on; None is a new one in `runs`.
@@ -90,8 +92,7 @@ def train(
         ([1, 2, 3], True)
     """
     with spoken(), _interrupted(), without_notes(), contextlib.nullcontext() if verbose else silent():
-        restore_best = settings.pop("restore_best", False)
-        _check_names(settings, restore_best)
+        settings, restore_best = _checked(settings, more)
         rules = _checked_rules(rules, model)
         examples = given.Data(data, evaluation)
         made = Model(model, examples, rules, {name for name, value in settings.items() if value is not None})
@@ -227,20 +228,27 @@ def _checked_rules(rules: Sequence[Any] | None, model: Any) -> Sequence[Any]:
     )
 
 
-def _check_names(settings: dict[str, Any], restore_best: bool) -> None:
-    fields = [field.name for field in dataclasses.fields(Settings)]
-    for name in settings:
-        if name not in fields:
-            words = meant(name) or nearest(name, [*_FIRST, *_OWN, *fields], always=True)
-            raise UserError(f"train has no argument {name!r}{words}")
+def _checked(settings: dict[str, Any], more: tuple[Any, ...]) -> tuple[dict[str, Any], bool]:
+    """The settings, in values that a configuration can hold, and `restore_best`."""
+    if more:
+        raise UserError("train takes model and data without a name, and no more: give inputs and targets as (x, y)")
+    restore_best = settings.pop("restore_best", False)
+    fields = {field.name: field.default for field in dataclasses.fields(Settings)}
+    for name in settings.keys() - fields.keys():
+        words = meant(name) or nearest(name, [*_FIRST, *_OWN, *fields], always=True)
+        raise UserError(f"train has no argument {name!r}{words}")
     if restore_best and settings.get("best") is None:
         raise UserError("restore_best without best: give the number that has to get better, such as best='loss'")
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
+    # None where that is no value is as with Keras's `fit`, such as `callbacks=None`.
+    return {name: value for name, value in plain.items() if value is not None or fields[name] is None}, restore_best
 
 
 def _signature() -> inspect.Signature:
     """That of `train`, with each of the settings, for help and completion."""
     own, plain = inspect.signature(train), get_type_hints(Settings)  # without the checks that annotate them
-    parameters = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = [each for each in own.parameters.values() if each.kind not in several]
     for each in inspect.signature(Settings).parameters.values():
         if each.name not in own.parameters:
             parameters.append(each.replace(kind=each.KEYWORD_ONLY, annotation=plain[each.name]))

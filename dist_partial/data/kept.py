@@ -16,6 +16,7 @@ from dist_partial.errors import UserError
 from dist_partial.files import existing, write_atomically
 from dist_partial.validation import check_arguments
 
+KEPT = "kept"  # the fingerprint of such a data set, with which no run trains
 _MOST = 64 * 2**20  # bytes of examples in a file
 _CODECS: dict[str, Callable[[], Codec]] = {"bytes": ByteCodec, "shapes": ShapeCodec}
 
@@ -47,9 +48,8 @@ def kept_examples(path: str, codec: Callable[[], Codec] | None = None) -> Datase
             train, evaluation = (ArraySource(*_nest(content[name], arrays)) for name in ("train", "evaluation"))
         codec = _CODECS[content["codec"]] if content["codec"] else codec
         named = f"examples of {content['name']}"
-        # As a run would not go on with them.
         unit, classes = content["unit"], tuple(content.get("classes", ()))
-        return Dataset(named, train, evaluation, "kept", codec and codec(), unit, classes)
+        return Dataset(named, train, evaluation, KEPT, codec and codec(), unit, classes)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"kept_examples.path: {path} is damaged ({error}): train again to write it") from error
 

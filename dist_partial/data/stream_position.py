@@ -47,6 +47,8 @@ class Position:
         def begin(tick: np.ndarray) -> np.ndarray:
             self._began = self.active = time.perf_counter()
             begun.append(self)
+            if self._skipped and not self._offset:  # on one worker
+                say(f"run.data: skipping {self._skipped:,} examples, which a tf.data.Dataset reads again to go on...")
             return tick
 
         def passed(positions: tf.Tensor, parts: Any) -> Any:

@@ -364,6 +364,7 @@ def _multi_worker(options: ReplicaOptions, cluster: dict[str, Any] | None, reaso
             _abort(str(lost))
         made = Replicas(strategy, Collectives(TensorFlowBackend(), options.pack_bytes), "", connected)
         how = "MultiWorkerMirroredStrategy, by TensorFlow's collectives (replicas.transport = 'tensorflow')"
+        how += f", which take one CPU each, and not replicas.cpu = {options.cpu}" if options.cpu > cpu else ""
     else:
         made = over(connected, cpu, options.pack_bytes)
         auto = ", for they need no server that listens (replicas.transport = 'auto')"

@@ -168,7 +168,12 @@ def _checked_model(model: Any) -> keras.Model:
         )
     if not model.built or not model.variables:
         raise UserError(f"model {model.name!r} has no variables yet: call it once on a batch, then partial(...)")
-    strategy = model.distribute_strategy
+    strategy, made = model.distribute_strategy, getattr(model.variables[0].value, "distribute_strategy", None)
+    if tf.distribute.has_strategy() and made is not tf.distribute.get_strategy():
+        raise UserError(
+            f"model {model.name!r} was made outside this strategy's scope: build or load it within strategy.scope(), "
+            "where partial is called"
+        )
     if topology(strategy).workers > 1:
         raise UserError(
             "model.fit of Keras 3.15 fails under MultiWorkerMirroredStrategy with more than one worker, with any "

@@ -20,6 +20,7 @@ from dist_partial.selection.table import grouped
 from dist_partial.step import optimizers
 from dist_partial.step.gradients import unit_squares
 from dist_partial.step.keras_configs import exclusions
+from dist_partial.terminal import say
 
 FROZEN = "_frozen_by_partial"  # a mark on the variables and layers that `partial` has frozen
 NOT_FOLLOWED = (
@@ -84,6 +85,8 @@ class Partial(keras.optimizers.Optimizer):
         self.reduces = True  # or else it is handed sums
         self.followed = False  # whether a callback runs the step with the units of its schedule
         self.schedule_state: str | None = None  # as JSON
+        self.alone = True  # whether no callback of `on_workers` has begun a training
+        self._said = False
 
     def build(self, variables: Sequence[Any]) -> None:
         """Makes the slots of the selection, and freezes the rest of `variables`, which a loaded model has trainable."""
@@ -205,6 +208,12 @@ class Partial(keras.optimizers.Optimizer):
         collectives = collectives_of(strategy)
         if collectives.backend.two_levels:  # Keras has divided by the replicas of this worker alone
             workers = collectives.backend.topology(strategy).workers
+            if self.alone and not self._said and getattr(collectives.backend, "rank", 0) == 0:
+                self._said = True
+                say(
+                    "no callback of dist_partial.fit.on_workers(callbacks, workers) has begun this training: with fit, "
+                    "each worker then writes files, stops and shows metrics by itself"
+                )
             gradients = [gradient if gradient is None else gradient / workers for gradient in gradients]
         return reduce_gradients(collectives, self.plan, gradients, self._states)[0]
 

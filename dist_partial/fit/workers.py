@@ -20,6 +20,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from dist_partial import compat
 from dist_partial.checkpoints.fingerprints import variables
@@ -75,7 +76,21 @@ def connect(**options: Any) -> Replicas:
             workers.backend.barrier()
     if workers.backend is not None:
         atexit.register(_leave, workers.backend)
+        strategy = workers.strategy
+
+        def watch(optimizer: keras.optimizers.Optimizer) -> None:
+            if tf.distribute.get_strategy() is strategy:
+                raise _sums(f"the optimizer {optimizer.name!r}", optimizer)
+
+        compat.watch_gradient_sums(watch)
     return workers
+
+
+def _sums(where: str, optimizer: keras.optimizers.Optimizer) -> UserError:
+    return UserError(
+        f"{where} ({type(optimizer).__name__}) knows nothing of the other workers, whose gradients would be summed and "
+        "not averaged: wrap it, as in dist_partial.partial(optimizer, [('train', '.*')], model)"
+    )
 
 
 def _leave(backend: WorkerBackend) -> None:
@@ -131,17 +146,9 @@ class _First(keras.callbacks.Callback):
     @spoken()
     def on_train_begin(self, logs: Any = None) -> None:
         if not all_of(self.model):
-            name = type(self.model.optimizer).__name__
-            raise UserError(
-                f"model {self.model.name!r} is compiled with {name}, which knows nothing of the other workers: "
-                "compile it with dist_partial.partial(optimizer, [('train', '.*')], model)"
-            )
+            raise _sums(f"the optimizer of model {self.model.name!r}", self.model.optimizer)
         if others := others_of(self.model):
-            name = type(others[0]).__name__
-            raise UserError(
-                f"model {self.model.name!r} has an optimizer {name}, whose gradients would be summed over the workers "
-                "and not averaged: wrap it by dist_partial.partial as well"
-            )
+            raise _sums(f"an optimizer of model {self.model.name!r}", others[0])
         if collectives_of(self.model.distribute_strategy).backend is not self._backend:
             raise UserError(
                 f"model {self.model.name!r} was made outside the workers' strategy, so that its gradients stay here: "
@@ -149,6 +156,9 @@ class _First(keras.callbacks.Callback):
             )
         if self.model.jit_compile:
             raise UserError("XLA cannot compile what crosses workers: compile the model with jit_compile=False")
+        for optimizer in all_of(self.model):
+            if inner := unwrapped(optimizer):
+                inner.alone = False
         name_losses(self._backend, self.model)  # of a loaded model nobody has yet
         shapes = {path: [list(variable.shape), variable.dtype] for path, variable in variables(self.model).items()}
         check_alike(self._backend, {"epochs": self.params["epochs"], "model": shapes})

@@ -80,12 +80,19 @@ class GroupOptimizer:
 
     def reset(self) -> None:
         """Gives all of its state the values of a new optimizer; call it inside `strategy.scope()`."""
-        for name, value in _build_slots(self.number, self.make(), self.members).items():
+        for name, value in _build_slots(self.number, self._renewed(), self.members).items():
             self.state[name].assign(value)
 
     def drop(self) -> None:
         """Forgets the slots, whose memory is free once no compiled function uses them."""
-        self.optimizer, self.state = self.make(), {}
+        self.optimizer, self.state = self._renewed(), {}
+
+    def _renewed(self) -> keras.optimizers.Optimizer:
+        """A new optimizer with the rate of this one, which a callback may have set since it was made."""
+        made = self.make()
+        if not callable(compat.learning_rate(made)):
+            made.learning_rate = float(keras.ops.convert_to_numpy(self.optimizer.learning_rate))
+        return made
 
 
 def build(

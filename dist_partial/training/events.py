@@ -130,13 +130,14 @@ class DataWaits:
         >>> waits = DataWaits(ArraySource(np.arange(3)))
         >>> for waited, took in ((5.0, 5.1), (1.1, 4.2), (2.0, 6.0)):
         ...     waits.add(waited, took)
-        >>> waits.report(print)
+        >>> waits.report(print, evaluated=False)
         data: steps waited 3.1 s of 10.2 s for examples (30 %): bind run.reader_processes where Python computes, ...
     """
 
     def __init__(self, source: Source) -> None:
         self._advice = faster(source)
         self._waited = self._took = 0.0
+        self._seconds = 10.0  # of steps, after which it is said
         self._begun = False
 
     def add(self, waited: float, took: float) -> None:
@@ -146,13 +147,22 @@ class DataWaits:
             self._took += took
         self._begun = True
 
-    def report(self, say: Callable[[str], None]) -> None:
-        """Says how long the steps since the last report waited, once that is a tenth of the time, and a second."""
+    def report(self, say: Callable[[str], None], evaluated: bool) -> None:
+        """Says how long the steps since the last report waited, once that is a tenth of the time, and a second.
+
+        Args:
+            say: gets the line.
+            evaluated: whether an evaluation is due, at which it is said as well; otherwise after 10 seconds of steps,
+                and then after twice as many each time.
+        """
         waited, took = self._waited, self._took
+        if not evaluated and took < self._seconds:
+            return
         said = waited > max(0.1 * took, 1.0)
         if said or took > 60:  # what was long ago says little of what is now
             self._waited = self._took = 0.0
         if said:
+            self._seconds = min(2 * self._seconds, 600)
             say(
                 f"data: steps waited {waited:.1f} s of {took:.1f} s for examples ({100 * waited / took:.0f} %): "
                 f"{self._advice}, or do less for an example"

@@ -37,6 +37,7 @@ class Judge:
 
     Attributes:
         reason: why the run stops early; empty if it does not.
+        broke_off: whether a callback has ended it for a loss that is not finite: the weights are not to be kept.
 
     Args:
         trainer: of the run.
@@ -67,6 +68,7 @@ class Judge:
             )
         self._kept = kept = state.judged or {}
         self.reason: str = kept.get("stopped", "")
+        self.broke_off = False
         self._stopped_by: list[Any] = kept.get("stopped_by", [])
         found = kept.get("best", {})
         self._best: dict[str, Any] = dict(found) if found.get("name") == best else {}  # run.best may change
@@ -149,11 +151,22 @@ class Judge:
         """Notes that the next call of the compiled step begins."""
         self._call("on_train_batch_begin", int(self._sums[0]))
 
-    def made_steps(self, losses: np.ndarray, sums: np.ndarray, results: Sequence[Mapping[str, float]]) -> None:
-        """Takes what consecutive steps gave: losses [steps], what they add to the metrics [steps, numbers], results."""
-        self._sums += [len(losses), losses.sum(), *sums.sum(axis=0)]
-        if self._callbacks and len(losses):
-            self._call("on_train_batch_end", int(self._sums[0]) - 1, {"loss": float(losses[-1]), **results[-1]})
+    def made_steps(self, losses: np.ndarray, sums: np.ndarray, results: Sequence[Mapping[str, float]]) -> bool:
+        """Takes what consecutive steps gave: losses [steps], what they add to the metrics [steps, numbers], results.
+
+        Returns:
+            Whether a callback ends the run for a loss that is not finite: there are more losses than results.
+        """
+        good = len(results)
+        self._sums += [good, losses[:good].sum(), *sums.sum(axis=0)]
+        if self._callbacks and good:
+            self._call("on_train_batch_end", int(self._sums[0]) - 1, {"loss": float(losses[good - 1]), **results[-1]})
+        if self._callbacks and good < len(losses) and not self.wants_to_stop:
+            self._call("on_train_batch_end", int(self._sums[0]), {"loss": float(losses[good])})
+            if self.wants_to_stop:
+                self.stop()
+                self.broke_off = True
+        return self.broke_off
 
     @property
     def wants_to_stop(self) -> bool:
@@ -228,7 +241,8 @@ class Judge:
         model = self._trainer.model
         for each in self._callbacks:
             optimizers = self._optimizers
-            model.optimizer = optimizers[0] if len(optimizers) == 1 else _Optimizers(optimizers)
+            alone = len(optimizers) == 1 and self._trainer.replicas.topology.replicas == 1
+            model.optimizer = optimizers[0] if alone else _Optimizers(optimizers)
             with calling("run.callbacks"):
                 getattr(each, name)(*arguments)
             if model.stop_training and self._stopper is None:
@@ -262,20 +276,51 @@ def reopened(trainer: Trainer, state: TrainState) -> TrainState:
     return dataclasses.replace(state, judged=kept)
 
 
+class _Rate(float):
+    """A learning rate as a number, which can be assigned to as Keras's variable can."""
+
+    def __new__(cls, value: float, _: Any) -> "_Rate":
+        return super().__new__(cls, value)
+
+    def __init__(self, value: float, optimizers: "_Optimizers") -> None:
+        self._optimizers = optimizers
+
+    def assign(self, value: Any) -> None:
+        self._optimizers.learning_rate = value
+
+    def numpy(self) -> np.ndarray:
+        return np.array(self, np.float32)
+
+
 class _Optimizers:
-    """Shows several optimizers to callbacks as `model.optimizer`; Keras's own set the rate of each."""
+    """Shows the optimizers of a run to callbacks as `model.optimizer`; Keras's own set the rate of each.
+
+    Its learning rate is that of the first. Where one is set the others follow in proportion, so that rates which rules
+    have apart stay apart. What replicas hold is shown as numbers, of which Keras 3.15 makes none by itself.
+    """
 
     def __init__(self, optimizers: Sequence[keras.optimizers.Optimizer]) -> None:
         self.optimizers = list(optimizers)
 
+    def __getattr__(self, name: str) -> Any:  # whatever else an optimizer has, of the first
+        if name == "optimizers":  # while a copy is made
+            raise AttributeError(name)
+        return getattr(self.optimizers[0], name)
+
     @property
-    def learning_rate(self) -> Any:
-        return self.optimizers[0].learning_rate
+    def iterations(self) -> int:
+        return int(keras.ops.convert_to_numpy(self.optimizers[0].iterations))
+
+    @property
+    def learning_rate(self) -> _Rate:
+        return _Rate(_rate(self.optimizers[0]), self)
 
     @learning_rate.setter
     def learning_rate(self, value: Any) -> None:
+        first = _rate(self.optimizers[0])
+        new = float(keras.ops.convert_to_numpy(value))
         for each in self.optimizers:
-            each.learning_rate = value
+            each.learning_rate = new if _rate(each) == first else _rate(each) * (new / first)
 
 
 def learning_rates(optimizers: Sequence[keras.optimizers.Optimizer]) -> dict[str, float]:
@@ -309,6 +354,17 @@ def notes_on_averages(trainer: Trainer) -> list[str]:
     return [
         "run.best evaluates and keeps the weights themselves, as fit does, and not the averages of use_ema: for those "
         "put @SwapEMAWeights() into run.callbacks"
+    ]
+
+
+def notes_on_clipping(trainer: Trainer) -> list[str]:
+    """Says that the optimizers of several rules limit the norm of their own gradients: a line, or none."""
+    groups = [group for group in trainer.optimizers if group.optimizer.global_clipnorm is not None]
+    if not groups or len(trainer.optimizers) == 1:
+        return []
+    return [
+        f"global_clipnorm of an optimizer limits the norm of its own rule's gradients, and {len(trainer.optimizers)} "
+        "optimizers are at work: run.clip_norm limits that of all together"
     ]
 
 

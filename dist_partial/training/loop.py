@@ -15,6 +15,7 @@ import numpy as np
 
 from dist_partial.config.settings import Settings
 from dist_partial.data import reading
+from dist_partial.data.kept import KEPT
 from dist_partial.distributed import traffic
 from dist_partial.distributed.replicas import Replicas
 from dist_partial.errors import Ending, Fault, UserError, calling
@@ -27,7 +28,7 @@ from dist_partial.training import evaluation, events, failures, run_folder
 from dist_partial.training.build import Trainer, build, restore
 from dist_partial.training.checks import check_division, check_workers, notes_on_callbacks
 from dist_partial.training.hand_over import hand_over
-from dist_partial.training.judge import Judge, learning_rates, notes_on_averages, reopened
+from dist_partial.training.judge import Judge, learning_rates, notes_on_averages, notes_on_clipping, reopened
 from dist_partial.training.metric_writer import MetricWriter
 from dist_partial.training.profile import Profile
 from dist_partial.training.progress import Progress
@@ -182,8 +183,8 @@ def _train(run: _Run, state: TrainState) -> None:
                 settle = any(each.due(state.step + count) for each in (evaluate, save, stop))
                 state = _advance(run, state, count, writer, (save, judge, waits, slowest), settle)
                 run.words.say(writer, replicas.is_chief)
+                waits.report(writer.say, evaluate.due(state.step))
                 if evaluate.due(state.step):
-                    waits.report(writer.say)
                     slowest.report(state.step, writer.say, writer.workers)
                 _after_steps(run, state, writer, (save, judge))
                 for trace in () if stop.due(state.step) or judge.reason else runner.enter(state.step):
@@ -218,6 +219,11 @@ def _built(settings: Settings, replicas: Replicas, bindings: Mapping[str, str], 
     progress.begin("building the model")
     trainer = build(settings, replicas)
     progress.end()
+    if trainer.data.fingerprint == KEPT:
+        raise UserError(
+            "run.data is kept_examples, the few that dist_partial.train has kept for sample and export: call it again "
+            "with the run's folder to go on, or bind run.data to all examples"
+        )
     if replicas.membership and replicas.membership.joins:
         return trainer  # the others have said all, and are asked when they are met
     check_workers(replicas, trainer.fingerprint, bindings)
@@ -227,6 +233,7 @@ def _built(settings: Settings, replicas: Replicas, bindings: Mapping[str, str], 
                 plan_summary(trainer.plan, replicas.workers),
                 *trainer.notes,
                 *notes_on_averages(trainer),
+                *notes_on_clipping(trainer),
                 *notes_on_callbacks(settings),
             ]
         )
@@ -285,7 +292,8 @@ def _advance(
         results = [trainer.objective.results(row, training=True) for row in metrics]
         rates = learning_rates([group.optimizer for group in trainer.optimizers])
         rows = writer.train(state.step + 1, losses[:good], norms[:good], sent[: good + 1], [m | rates for m in results])
-        judge.made_steps(losses[:good], metrics, results)
+        if judge.made_steps(losses, metrics, results):
+            return state
         order = {"global_batch": trainer.settings.global_batch, "seed": trainer.settings.seed}
         blamed = functools.partial(failures.not_finite, trainer.data.train, **order)
         failures.check_finite(losses, norms, state.step, save.saved, trainer.scale, blamed)
@@ -317,8 +325,12 @@ def _after_steps(run: _Run, state: TrainState, writer: MetricWriter, followers: 
     The checkpoint then says that the evaluation is owed, and the next run in the folder makes it up: see `make_up`.
     """
     (save, judge), runner, evaluate, stop = followers, run.runner, run.evaluate, run.stop
-    to_save = save.due(state.step) or stop.due(state.step)
     trainer = runner.trainer
+    if judge.broke_off:  # with weights that are not finite, which would only take the place of good ones
+        kept = f"the checkpoint of step {save.saved} is kept" if save.saved else "no checkpoint was due before it"
+        writer.say(f"stopped after step {state.step} of {trainer.settings.steps}: {judge.reason}; {kept}")
+        return
+    to_save = save.due(state.step) or stop.due(state.step)
     # That a signal or a callback ends the run here is known only since the votes, before which `_advance` settles.
     for exchange in runner.exchanges if to_save or judge.reason else ():
         exchange.join()

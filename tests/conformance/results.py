@@ -66,6 +66,22 @@ def tables(results: Results) -> tuple[list[list[Any]], list[list[Any]]]:
     return kinds, [[f"`{name}`", each.reason, _how(each, results.get(name))] for name, each in KNOWN.items()]
 
 
+def cases(results: Results) -> list[list[Any]]:
+    """Makes the rows of a table of all cases, with the largest difference of each."""
+
+    def cell(row: Mapping[str, Any] | None) -> str:
+        if row is None or "error" in row:
+            return "refused" if row else ""
+        return f"{max(row[part] for part in PARTS):.0e}"
+
+    kinds = list(KINDS)
+    ordered = sorted(results.items(), key=lambda each: (kinds.index(each[1]["kind"]), each[0]))
+    return [
+        [f"`{name}`", case["kind"].replace("_", " "), *(cell(case["results"].get(column)) for column in COLUMNS)]
+        for name, case in ordered
+    ]
+
+
 def _largest(cases: Mapping[str, Mapping[str, Any]], column: str) -> str:
     """The largest difference of the cases that are not known to differ, and how many these are."""
     equal = {

@@ -40,9 +40,13 @@ def go_on(workers):
         made, plain, xla = ready(workers), model(), ready(workers)
         plain.compile("adam", "mse")
         xla.jit_compile = True
+        batch = model()
+        batch.compile(keras.optimizers.SGD(0.1), "mse")
     outside = model()
     outside.compile(dist_partial.partial("adam", [("train", ".*")], outside), "mse")
     said(workers, "plain", fitting(plain))
+    said(workers, "batch", lambda: batch.train_on_batch(x[:SMALL], y[:SMALL]))  # which no callback hears of
+    said(workers, "elsewhere", lambda: elsewhere(workers))
     said(workers, "xla", fitting(xla))
     said(workers, "outside", fitting(outside))
     said(workers, "epochs", fitting(made, epochs=3 if last else 2))
@@ -51,6 +55,21 @@ def go_on(workers):
     said(workers, "right", fitting(made))
     if last:
         said(workers, "evaluation", lambda: made.evaluate(x, y, verbose=0))
+
+
+def elsewhere(workers):
+    """A model of another strategy, as of nobody who has read the page."""
+    made = model()
+    with workers.strategy.scope():
+        dist_partial.partial(keras.optimizers.Adam(0.01), [("train", ".*")], made)
+
+
+def without(workers):
+    """No callback knows of the other workers."""
+    with workers.strategy.scope():
+        made = ready(workers)
+    x, y = part(workers, (X, Y))
+    made.fit(x, y, batch_size=SMALL, verbose=0)
 
 
 def ready(workers):
@@ -122,7 +141,7 @@ def usual(workers, *data, callbacks=(), loaded=False, **more):
     made.fit(*data, epochs=3, verbose=0, callbacks=on_all, **size, **more)
 
 
-KINDS = {each.__name__: each for each in (go_on, rules, fewer, alone, held_out, raises, killed)}
+KINDS = {each.__name__: each for each in (go_on, without, rules, fewer, alone, held_out, raises, killed)}
 
 if __name__ == "__main__":
     KINDS[sys.argv[1]](dist_partial.connect())

@@ -24,19 +24,24 @@ from tests.helpers.fit_common import BATCH, FIRST, VALIDATION, X, Y, compiled, e
 def everything(workers):
     """All is trained; two callbacks follow what is read on the held-out part, and one writes."""
     folder = Path(sys.argv[1]) / f"of-{workers.workers}"
+    folder.mkdir(exist_ok=True)
+    best, log = (folder / f"{workers.rank}-{name}" for name in ("best.weights.h5", "log.csv"))  # each names its own
     callbacks = [
         keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.1, patience=1, min_delta=0.1),
         keras.callbacks.EarlyStopping("val_loss", patience=4, min_delta=0.1, restore_best_weights=True),
-        keras.callbacks.ModelCheckpoint(
-            folder / "best.weights.h5", "val_loss", save_best_only=True, save_weights_only=True
-        ),
+        keras.callbacks.ModelCheckpoint(best, "val_loss", save_best_only=True, save_weights_only=True),
+        keras.callbacks.CSVLogger(log),
     ]
     made = compiled(workers, model(), keras.optimizers.Adam(0.05))
     found = fitted(workers, made, epochs=12, callbacks=callbacks, validation=True)
     made.evaluate(*part(workers, VALIDATION), verbose=0)
     found |= {f"evaluated_{name}": np.array(value) for name, value in fit.metrics(workers, made).items()}
-    made.load_weights(folder / "best.weights.h5") if workers.is_chief else None
-    return found | ({f"saved_{i}": v for i, v in enumerate(made.get_weights())} if workers.is_chief else {})
+    if workers.workers > 1:
+        found["own_files"] = np.array([best.exists(), log.exists()])
+    if best.exists():
+        made.load_weights(best)
+        found |= {f"saved_{i}": value for i, value in enumerate(made.get_weights())}
+    return found
 
 
 def selection(workers):

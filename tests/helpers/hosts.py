@@ -1,6 +1,7 @@
 """Hosts on one machine: network namespaces on a bridge, each of which can send only so fast."""
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -59,10 +60,18 @@ def hosts(
         burst: what may pass at once, as tc writes it.
         latency: how long what waits in the queue may wait before it is dropped.
     """
-    for namespace in _made():
-        if processes := _processes(namespace):
-            raise RuntimeError(f"host {namespace} is in use by the processes {processes}: another run makes hosts too")
-    _remove()  # what an earlier run has left
+    with open(Path(tempfile.gettempdir(), "dist_partial_hosts.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # there is one set of hosts, and tests run side by side
+        for namespace in _made():
+            if processes := _processes(namespace):
+                raise RuntimeError(f"host {namespace} is in use by the processes {processes}, which had no lock")
+        _remove()  # what an earlier run has left
+        with _made_hosts(count, rate, hub, burst, latency):
+            yield
+
+
+@contextlib.contextmanager
+def _made_hosts(count: int, rate: str | None, hub: bool, burst: str, latency: str) -> Iterator[None]:
     try:
         _run("ip", "link", "add", BRIDGE, "type", "bridge", *(["ageing_time", "0"] if hub else []))
         _run("ip", "link", "set", BRIDGE, "up")

@@ -17,6 +17,7 @@ from dist_partial.data import dataset
 from dist_partial.distributed import replicas, traffic
 from dist_partial.distributed.per_replica import OfOwner, PerReplica, values
 from dist_partial.reductions import AllReduce, BlockParallel, LocalSGD, PowerSGD, Quantized, TopK, nesterov
+from dist_partial.selection import Rule
 from dist_partial.step.exchanges import compiled_exchanges
 from dist_partial.training.build import batches, build, compiled_step
 
@@ -29,6 +30,7 @@ REDUCTIONS = {
     "all_reduce": AllReduce(),
     "bfloat16": AllReduce("bfloat16"),
     "quantized": Quantized(8),
+    "of_a_rule": Quantized(8),  # which a rule names, and the run another
     "top_k": TopK(density=0.5),
     "power_sgd": PowerSGD(rank=1),
     "local_sgd": LocalSGD(3),
@@ -47,9 +49,11 @@ def model(several=False):
 def train(made: replicas.Replicas, name: str, steps: int = STEPS) -> dict[str, np.ndarray]:
     """What is trained by one reduction between the workers, and the bytes that this worker hands over."""
     how = {"between_hosts": REDUCTIONS[name]} if made.topology.local > 1 else {"reduction": REDUCTIONS[name]}
-    dealt = name == "block_parallel"
+    dealt, rules = name == "block_parallel", [("train", ".*")]
+    if name == "of_a_rule":
+        rules, how = [Rule(".*", **how)], {key: AllReduce("bfloat16") for key in how}
     settings = Settings(
-        [("train", ".*")],
+        rules,
         functools.partial(model, several=dealt),
         lambda: dataset((X, Y), (X[:8], Y[:8])).in_order(),
         optimizer=lambda: keras.optimizers.SGD(RATE, momentum=MOMENTUM if dealt else 0.0),

@@ -12,6 +12,7 @@ from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, Stream, dataset, mix, train_batches
 from dist_partial.errors import Raised, UserError
 from dist_partial.training import loop
+from dist_partial.training.events import DataWaits
 from tests.helpers.files import rows
 from tests.helpers.strategies import in_process
 
@@ -167,6 +168,18 @@ def test_data_that_is_slower_than_the_steps_is_said(tmp_path, capsys):
     assert len(said) == 1 and "s for examples (" in said[0] and "bind run.reader_processes" in said[0]
     losses(tmp_path / "quick", lambda: arrays(), 20)
     assert "data: steps waited" not in capsys.readouterr().out
+
+
+def test_slow_data_is_said_long_before_an_evaluation():
+    waits, said = DataWaits(Slow(X, Y)), []
+    for step in range(1, 200):
+        waits.add(0.9, 1.0)
+        before = len(said)
+        waits.report(lambda line, step=step: said.append((step, line)), evaluated=False)
+        assert len(said) <= before + 1
+    # The first call is left out; then after 10 s, 20, 40 and 80 more.
+    assert [step for step, _ in said] == [11, 31, 71, 151]
+    assert said[0][1].startswith("data: steps waited 9.0 s of 10.0 s for examples (90 %)")
 
 
 class Meeting(ArraySource):

@@ -21,7 +21,9 @@ def last_line(output):
 
 def test_what_all_workers_find_together_leaves_them_able_to_go_on(tmp_path):
     found = {
-        "plain": "knows nothing of the other workers: compile it with dist_partial.partial",
+        "plain": "(Adam) knows nothing of the other workers, whose gradients would be summed",
+        "batch": "(SGD) knows nothing of the other workers, whose gradients would be summed",
+        "elsewhere": "was made outside this strategy's scope",
         "xla": "XLA cannot compile what crosses workers",
         "outside": "was made outside the workers' strategy",
         "epochs": "epochs: 3 against 2",
@@ -34,7 +36,12 @@ def test_what_all_workers_find_together_leaves_them_able_to_go_on(tmp_path):
         for name, words in found.items():
             said = [line for line in output.splitlines() if line.startswith(f"{name} of {rank}: ")]
             assert words in said[0], output[-3000:]
-    assert "evaluation of 1: nothing" in output
+    assert "evaluation of 1: nothing" in output and "no callback of" not in output
+
+
+def test_a_training_without_on_workers_is_said_once(tmp_path):
+    said = [output.count("no callback of dist_partial.fit.on_workers") for _, output in outputs(tmp_path, "without")]
+    assert said == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -302,7 +302,7 @@ def test_what_a_configuration_cannot_say_is_refused(tmp_path):
     sizes = {"num_query_heads": 2, "num_key_value_heads": 1, "hidden_dim": 8, "intermediate_dim": 16, "head_dim": 4}
     gemma2 = {"vocabulary_size": 40, "num_layers": 1, "use_post_ffw_norm": True, "use_post_attention_norm": True}
     model = hub_model(architecture="Gemma", arguments=gemma2 | sizes)
-    with pytest.raises(UserError, match="does more to 'model.layers.0"):
+    with pytest.raises(UserError, match=r"does more to .model\.layers\.0"):
         hugging_face.write(tmp_path / "taken", model)
     bert = {"vocabulary_size": 40, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 16}
     model = hub_model("TextClassifier", architecture="Bert", arguments=bert, classes=2)

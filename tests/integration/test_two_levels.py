@@ -46,6 +46,14 @@ def test_both_workers_end_alike(found, name):
         assert value.tobytes() == found[2, name, 1][key].tobytes(), key
 
 
+@pytest.mark.parametrize("cpu", [1, 2])
+def test_what_a_rule_names_counts_for_it(found, cpu):
+    """And not what the run has for the others."""
+    for worker in (0, 1):
+        for key, value in found[cpu, "quantized", worker].items():
+            assert value.tobytes() == found[cpu, "of_a_rule", worker][key].tobytes(), key
+
+
 def test_a_backend_of_ones_own(found, tmp_path):
     """That of the documentation ends with the bits of the connections."""
     page_module("explanation/collectives.md", "shared_folder", tmp_path)

@@ -309,6 +309,7 @@ def test_the_result_shows_itself():
         ({"batch_size": 3}, "'batch_size': write global_batch, the examples of an update over all replicas"),
         ({"steps_per_epoch": 3}, "'steps_per_epoch': write eval_every, the updates between evaluations"),
         ({"num_replicas": 2}, "'num_replicas': write replicas=..., simulated on the CPU"),
+        ({"x": X}, r"train has no argument 'x': write data, both as one: \(x, y\)$"),
         ({"steps": 0}, "steps is 0: it must be"),
         ({"rules": [("train", "haed/.*"), ("freeze", ".*")]}, "nearest"),
         ({"global_batch": 9, "replicas": 2}, "global_batch=9 does not divide .* give a multiple of 2"),
@@ -324,6 +325,23 @@ def test_mistakes_are_said_in_python(more, message):
     with pytest.raises(UserError, match=message) as raised:
         quickly(named(), **more)
     assert "run." not in str(raised.value) and "gin" not in str(raised.value) and "@" not in str(raised.value)
+
+
+def test_what_fit_takes_is_taken_or_named(tmp_path):
+    """None for nothing, and NumPy's numbers; inputs and targets are one argument."""
+    quickly(named(), steps=np.int64(2), callbacks=None, metrics=None, folder="mine")
+    assert "run.steps = 2\n" in (tmp_path / "mine" / "operative_config.gin").read_text()
+    with pytest.raises(UserError, match=r"give inputs and targets as \(x, y\)"):
+        train(named(), X, Y, rules=[("train", ".*")])
+
+
+def test_the_few_examples_of_a_folder_are_not_trained_on(tmp_path, capsys):
+    quickly(named(), folder="mine")
+    arguments = ["gin_file=mine/operative_config.gin", "run_dir=again"]
+    assert command(train.main, *arguments) == 2
+    assert "run.data is kept_examples, the few that dist_partial.train has kept" in capsys.readouterr().err
+    assert command(train.main, arguments[0], "run_dir=mine", "gin_param=run.steps = 9") == 2
+    assert "call it again with the run's folder" in capsys.readouterr().err
 
 
 def test_a_mistake_leaves_no_folder(tmp_path):

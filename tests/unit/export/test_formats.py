@@ -442,7 +442,9 @@ def test_a_folder_that_is_no_saved_model_is_never_replaced(runs, tmp_path, capsy
     assert (
         export.main([f"--run_dir={folder / 'rows'}", "--format=savedmodel", f"--output={tmp_path}", "--overwrite"]) == 2
     )
-    assert "is no SavedModel" in capsys.readouterr().err and (tmp_path / "precious").read_text() == "mine"
+    assert (
+        "is no folder with saved_model.pb" in capsys.readouterr().err and (tmp_path / "precious").read_text() == "mine"
+    )
 
 
 @pytest.mark.parametrize(
@@ -450,7 +452,7 @@ def test_a_folder_that_is_no_saved_model_is_never_replaced(runs, tmp_path, capsy
     [
         (["--format=keras", "--output={}/a.keras"], "no --run_dir"),
         (["--run_dir={}/rows", "--output={}/a.keras"], "no --format: write one of --format=safetensors"),
-        (["--run_dir={}/rows", "--format=onnx", "--output={}/a"], "<safetensors|keras|savedmodel>"),
+        (["--run_dir={}/rows", "--format=onnx", "--output={}/a"], "<safetensors|keras|savedmodel|peft|huggingface>"),
         (["--run_dir={}/rows", "--format=keras"], "no --output"),
         (["--run_dir={}/rows", "--format=keras", "--output={}/a.h5"], "does not end in .keras"),
         (["--run_dir={}/rows", "--format=safetensors", "--output={}/a"], "write --output="),

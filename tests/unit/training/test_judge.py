@@ -13,6 +13,8 @@ from dist_partial import checkpoints
 from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset
 from dist_partial.errors import UserError
+from dist_partial.schedules import Phases
+from dist_partial.selection import Rule
 from dist_partial.training import evaluation, loop
 from tests.helpers.files import assert_same_state, checkpoint_names, rows
 from tests.helpers.marks import quick
@@ -169,6 +171,99 @@ def test_callbacks_do_on_several_replicas_what_they_do_on_one(tmp_path, callback
     one, two = (of(tmp_path / str(count), "train", "learning_rate") for count in (1, 2))
     assert one == two
     assert judged(tmp_path / "1")["rates"] == judged(tmp_path / "2")["rates"]
+
+
+class Halve(keras.callbacks.Callback):
+    """As people write it."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        rate = float(self.model.optimizer.learning_rate)
+        self.model.optimizer.learning_rate = rate * 0.5
+        assert int(self.model.optimizer.iterations) == 2 * (epoch + 1)
+
+
+class Assign(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        rate = self.model.optimizer.learning_rate
+        rate.assign(keras.ops.convert_to_numpy(rate) * 0.5)
+
+
+def two_layers():
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="low"), keras.layers.Dense(2, name="head")])
+
+
+def two_rates(callbacks, **more):
+    """A run with a rate for the head, and another for the rest."""
+    rules = [Rule("head/.*", learning_rate=0.004), Rule(".*")]
+    return dataclasses.replace(
+        told(callbacks, **more),
+        model=two_layers,
+        rules=rules,
+        optimizer=lambda learning_rate=0.1: keras.optimizers.SGD(learning_rate),
+    )
+
+
+@pytest.mark.parametrize("callback", [Halve, Assign])
+@pytest.mark.parametrize("count", [1, 2])
+def test_rates_that_differ_keep_their_proportion(tmp_path, callback, count):
+    run = dataclasses.replace(two_rates([callback()], steps=8), replicas=lambda: in_process(count))
+    loop.run(run, tmp_path)
+    for number, first in enumerate((0.004, 0.1)):
+        rates = [rate for _, rate in of(tmp_path, "train", f"learning_rate_{number}")]
+        np.testing.assert_allclose(rates, [first * 0.5 ** (step // 2) for step in range(8)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("leave", ["keep", "reset", "drop"])
+def test_a_rate_that_a_callback_has_set_is_that_of_what_is_trained_later(tmp_path, leave):
+    phases = Phases([(0, "head/.*"), (6, "low/.*"), (9, "head/.*")])
+    settings = told([Halve10()], steps=12, eval_every=3)
+    run = dataclasses.replace(settings, model=two_layers, schedule=phases, leave=leave)
+    trainer = loop.run(run, tmp_path / "whole")
+    assert [float(keras.ops.convert_to_numpy(g.optimizer.learning_rate)) for g in trainer.optimizers] == pytest.approx(
+        [0.1 * 0.1**4] * 2
+    )
+    loop.run(dataclasses.replace(run, steps=9), tmp_path / "pieces")
+    loop.run(run, tmp_path / "pieces")
+    assert_same_state(tmp_path / "whole", tmp_path / "pieces", 12)
+
+
+class Halve10(keras.callbacks.Callback):
+    """Sets the rate of each, as Keras's own callbacks do."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        for each in getattr(self.model.optimizer, "optimizers", [self.model.optimizer]):
+            each.learning_rate = float(keras.ops.convert_to_numpy(each.learning_rate)) * 0.1
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_loss_that_is_not_finite_ends_the_run_where_a_callback_wants_it(tmp_path, capsys, count):
+    settings = dataclasses.replace(told(rate=3e38, save_every=1), replicas=lambda: in_process(count))
+    with pytest.raises(UserError, match="the loss is not finite at step") as error:
+        loop.run(settings, tmp_path / "without")
+    own = Own()
+    run = dataclasses.replace(settings, callbacks=[keras.callbacks.TerminateOnNaN(), own])
+    capsys.readouterr()
+    loop.run(run, tmp_path / "with")  # as after fit, no error
+    said = capsys.readouterr().out
+    last = len(of(tmp_path / "with", "train", "loss"))
+    assert f"at step {last + 1} " in str(error.value)
+    assert (
+        f"stopped after step {last} of {STEPS}: TerminateOnNaN has stopped it; the checkpoint of step {last} is" in said
+    )
+    ends = [each for each in own.told if each[0].startswith("batch ") and not isinstance(each, str)]
+    assert not np.isfinite(ends[-1][1]["loss"]) and all(np.isfinite(logs["loss"]) for _, logs in ends[:-1])
+    assert checkpoint_names(tmp_path / "with") == checkpoint_names(tmp_path / "without")
+    assert "nan" not in (tmp_path / "with" / "metrics.jsonl").read_text().lower()
+
+
+def test_the_norm_of_all_gradients_is_not_that_of_each_rule(tmp_path, capsys):
+    def adam(learning_rate=0.01):
+        return keras.optimizers.Adam(learning_rate, global_clipnorm=0.1)
+
+    loop.run(dataclasses.replace(told(steps=1), optimizer=adam), tmp_path / "one")
+    assert "global_clipnorm" not in capsys.readouterr().out
+    loop.run(dataclasses.replace(two_rates([], steps=1), optimizer=adam), tmp_path / "two")
+    assert "and 2 optimizers are at work: run.clip_norm limits that of all together" in capsys.readouterr().out
 
 
 def test_keras_writes_what_can_be_read(tmp_path):
