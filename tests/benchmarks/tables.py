@@ -309,6 +309,10 @@ def step(found: Mapping[str, Any]) -> Tables:
     }
 
 
+def before(found: Mapping[str, Any]) -> Tables:
+    return {"Earlier commits, in turn": columns(found["rows"])}
+
+
 def switch(found: Mapping[str, Any]) -> Tables:
     header = ["unit", "first steps after a switch, ms", "later steps, ms", "ratio"]
     steps = [[row["unit"], row["after_ms"], row["steady_ms"], row["ratio"]] for row in found["steps"]]
@@ -408,6 +412,7 @@ def _losses(rows: Rows, seconds: bool = False) -> str:
 TABLES: dict[str, Callable[[Mapping[str, Any]], Tables]] = {
     each.__name__: each
     for each in (
+        before,
         cache,
         collectives,
         faults,
