@@ -13,8 +13,9 @@ COMMANDS = {
     "train": "Trains what the rules of a gin file select.",
     "sample": "Generates text from the newest checkpoint of a run folder.",
     "plan": "Prints what a step would send, hold and take, without training.",
-    "export": "Writes what a run has trained as safetensors, or the whole model for Keras or TensorFlow Serving.",
+    "export": "Writes what a run has trained: a delta, an adapter of PEFT, or a whole model.",
     "launch": "Starts the workers of a run, and starts them again after a fault.",
+    "selfcheck": "Tries on this machine what a training needs, GPUs too, and prints a table.",
     "report": "Writes one HTML page about one or several run folders.",
 }
 
