@@ -73,7 +73,8 @@ def test_an_interrupt_before_anything_is_saved_says_what_is_kept(capsys):
     [
         (
             [],
-            "error: no command: write train, sample, plan, export, launch, selfcheck, report (dist-partial --help lists them)\n",
+            "error: no command: write train, sample, plan, export, launch, selfcheck, report "
+            "(dist-partial --help lists them)\n",
         ),
         (["trian"], "error: no command 'trian'; nearest: 'train' (dist-partial --help lists them)\n"),
         (["--gin_file=a.gin"], "error: no command '--gin_file=a.gin': write train, sample, plan, export, launch, "),
