@@ -202,11 +202,13 @@ class Launch:
 
     def chief(self) -> int:
         """The pid of the worker that holds the run folder."""
-        lock = os.path.realpath(self.run_dir / ".lock")
-        for pid in self.members():
-            with contextlib.suppress(OSError):
-                if lock in [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]:
-                    return pid
+        lock, until = os.path.realpath(self.run_dir / ".lock"), time.monotonic() + 10
+        while time.monotonic() < until:  # a file that is closed while it is looked at ends a look
+            for pid in self.members():
+                with contextlib.suppress(OSError):
+                    if lock in [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]:
+                        return pid
+            time.sleep(0.05)
         raise Broken(f"no worker holds the run folder:\n{self.tail()}")
 
     def ready(self) -> bool:
