@@ -38,6 +38,8 @@ run.eval_examples | = batches x run.global_batch | validation_steps val_steps va
 run.eval_first | | eval_at_start eval_on_start evaluate_first
 run.save_every | , the updates between checkpoints | checkpoint_every checkpoint_interval checkpoint_freq
     checkpoint_steps ckpt_every save_steps save_interval save_freq
+run.save_async | , True or False | async_save async_checkpoint async_checkpointing enable_async_checkpointing
+    save_asynchronously use_async
 run.keep | , how many checkpoints | max_to_keep save_total_limit keep_checkpoints
 run.best | , a number of the evaluation such as 'loss' | monitor best_metric metric_for_best_model save_best
     save_best_only

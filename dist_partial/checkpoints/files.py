@@ -67,12 +67,18 @@ def read(state: dict[str, Any], step: int, gather: Callable[[bytes], list[bytes]
     arrays |= {name: keras.ops.convert_to_numpy(v) for name, v in state.items() if name not in own}
     for name, array in arrays.items():
         # The loss of a step is that of the weights before its update: here the update itself has overflowed.
-        if not np.isfinite(array).all():
+        if not _finite(array):
             raise UserError(
                 f"{name} is not finite at step {step}; nothing is saved of it; lower the learning rate or bind "
                 "run.clip_norm"
             )
     return arrays
+
+
+def _finite(array: np.ndarray) -> bool:
+    with np.errstate(over="ignore", invalid="ignore"):
+        # A sum is half the time, and finite only if all of it is; one that is not may have overflowed.
+        return bool(np.isfinite(array.sum())) or bool(np.isfinite(array).all())
 
 
 def save(folder: Path, step: int, arrays: dict[str, np.ndarray], metadata: dict[str, Any], keep: int) -> Path:

@@ -130,7 +130,8 @@ def make_up(trainer: Trainer, folder: Path, state: TrainState, following: Follow
             better = judge.evaluated(state.step, held_out)
             state = dataclasses.replace(state, evaluated=True, judged=judge.to_json())
             if better:
-                Saving(trainer, folder, state).best(state)
+                with Saving(trainer, folder, state) as save:
+                    save.best(state)
         if active:
             checkpoint = checkpoints.newest(folder / "checkpoints", lambda _: None, state.step)
             assert checkpoint is not None

@@ -1,9 +1,11 @@
 """Events between steps, which know when they are due: periods, saving and stopping; `evaluation.py` has evaluation."""
 
 import dataclasses
+import functools
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +14,7 @@ import numpy as np
 from dist_partial import checkpoints
 from dist_partial.data import Source, faster
 from dist_partial.distributed import network
-from dist_partial.errors import AGAIN, INTERRUPTED, Interrupted
+from dist_partial.errors import AGAIN, INTERRUPTED, Interrupted, first_line
 from dist_partial.training.build import Trainer
 from dist_partial.training.metric_writer import MetricWriter
 from dist_partial.training.state import TrainState
@@ -71,9 +73,11 @@ class Every:
 class Saving:
     """Saves a checkpoint every `run.save_every` steps and at the end.
 
+    The values are read between two steps; with `run.save_async` a thread writes them while the next steps are made.
+    A context manager: at its end all is written.
+
     Attributes:
         meter: counts what this process has sent.
-        saved: the step of the newest checkpoint; 0 if there is none.
 
     Args:
         trainer: of the run.
@@ -87,7 +91,20 @@ class Saving:
         self._trainer, self._folder = trainer, folder
         self.meter = network.Meter(replicas.workers, interface, state.step)
         self._every = Every(trainer.settings.save_every, trainer.settings.steps)
-        self.saved = state.step
+        self._saved = state.step
+        self._thread = ThreadPoolExecutor(1, "checkpoints") if trainer.settings.save_async else None
+        self._written: Future[Path] | None = None  # what the thread is at
+
+    def __enter__(self) -> "Saving":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+        if self._written is not None and kind is not None and (error := self._written.exception()):
+            self._trainer.replicas.say(f"a checkpoint is not saved: {first_line(error)}")  # the other one ends the run
+        elif kind is None:
+            self.settle()
 
     def due(self, step: int) -> bool:
         return self._every.due(step)
@@ -100,21 +117,41 @@ class Saving:
         self._write(
             state, "checkpoints", self._trainer.settings.keep, lambda: writer.traffic(self.meter.to_json(state.step))
         )
-        self.saved = state.step
+        self._saved = state.step
 
     def best(self, state: TrainState) -> None:
         """Saves a checkpoint beside the others, in place of the best so far."""
         self._write(state, BEST, 1)
 
+    def settle(self) -> None:
+        """Waits until what was saved is written.
+
+        Raises:
+            UserError: it cannot be.
+        """
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
+    def kept(self) -> str:
+        """Says which checkpoint is the newest, once it is written."""
+        self.settle()
+        return f"the checkpoint of step {self._saved} is kept" if self._saved else "no checkpoint was due before it"
+
     def _write(self, state: TrainState, name: str, keep: int, first: Callable[[], None] = lambda: None) -> None:
         trainer = self._trainer
         frozen = checkpoints.frozen_fingerprints(trainer.model, trainer.plan, trainer.layer_state.moving)
         checkpoints.check_frozen(trainer.fingerprint["frozen"], frozen, state.step)
+        self.settle()  # of two at a time both copies would be in memory
         arrays = checkpoints.read(state.variables, state.step, trainer.replicas.gather)
         first()
         if trainer.replicas.is_chief:
             metadata = state.metadata() | {"frozen": trainer.fingerprint["frozen"]}
-            checkpoints.save(self._folder / name, state.step, arrays, metadata, keep)
+            write = functools.partial(checkpoints.save, self._folder / name, state.step, arrays, metadata, keep)
+            if self._thread is None:
+                write()
+            else:
+                self._written = self._thread.submit(write)
 
 
 class DataWaits:

@@ -94,7 +94,7 @@ def check_finite(
     losses: np.ndarray,
     norms: np.ndarray,
     done: int,
-    saved: int,
+    kept: Callable[[], str],
     scale: LossScale | None,
     blamed: Callable[[int], str] = lambda step: "",
 ) -> None:
@@ -104,24 +104,24 @@ def check_finite(
         losses: of the steps.
         norms: of their gradients.
         done: steps before them.
-        saved: the step of the newest checkpoint; 0 if there is none.
+        kept: says which checkpoint is the newest.
         scale: the loss scale, or None.
         blamed: says what is not finite of the examples of a step, counted from 0; '' if all is.
 
     Examples:
-        >>> check_finite(np.array([2.0, np.nan]), np.array([1.0, 1.0]), done=10, saved=5, scale=None)
+        >>> kept = lambda: "the checkpoint of step 5 is kept"
+        >>> check_finite(np.array([2.0, np.nan]), np.array([1.0, 1.0]), done=10, kept=kept, scale=None)
         Traceback (most recent call last):
         dist_partial.errors.UserError: the loss is not finite at step 12 (loss nan, gradient norm 1); the ...
     """
     good = finite_steps(losses, norms, scale)
     if good < len(losses):
         what = "loss" if not np.isfinite(losses[good]) else "gradient"
-        kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was due before it"
         found = blamed(done + good)
         cure = "correct or leave out that example" if found else "lower the learning rate or bind run.clip_norm"
         raise UserError(
             f"the {what} is not finite at step {done + good + 1} (loss {losses[good]:.4g}, gradient norm "
-            f"{norms[good]:.4g}){found and f', and {found}'}; {kept}; {cure}"
+            f"{norms[good]:.4g}){found and f', and {found}'}; {kept()}; {cure}"
         )
     if scale is not None and scale.exhausted(norms):
         raise UserError(

@@ -154,13 +154,14 @@ def _train(run: _Run, state: TrainState) -> None:
             trace()
     except Exception as error:
         raise Rejoined(recovery.rejoined(error)) from None
-    save, waits = events.Saving(trainer, run.folder, state), events.DataWaits(trainer.data.train)
+    waits = events.DataWaits(trainer.data.train)
     slowest = events.WorkerWaits(replicas.workers)
     with (
         run_folder.begun(run.folder, trainer, None if owes else runner.plan, comes=bool(recovery.lost)),
         MetricWriter(
             run.folder, state.step, settings.steps, replicas.is_chief, not owes, recovery.rows, run.following
         ) as writer,
+        events.Saving(trainer, run.folder, state) as save,
         judge.training(),
     ):
         try:
@@ -189,6 +190,7 @@ def _train(run: _Run, state: TrainState) -> None:
                 _after_steps(run, state, writer, (save, judge))
                 for trace in () if stop.due(state.step) or judge.reason else runner.enter(state.step):
                     trace()
+            save.settle()
             if replicas.backend is not None:
                 replicas.backend.barrier()  # none ends before the last checkpoint is written
             for text in filter(None, [*runner.closing_notes(state.step), recovery.goodput()]):
@@ -296,7 +298,7 @@ def _advance(
             return state
         order = {"global_batch": trainer.settings.global_batch, "seed": trainer.settings.seed}
         blamed = functools.partial(failures.not_finite, trainer.data.train, **order)
-        failures.check_finite(losses, norms, state.step, save.saved, trainer.scale, blamed)
+        failures.check_finite(losses, norms, state.step, save.kept, trainer.scale, blamed)
         after = dataclasses.replace(state.after(sent[1:]), schedule=runner.to_json())
         if run.recovery.stays:  # or nothing of it is needed after each call
             run.recovery.keep(dataclasses.replace(after, judged=judge.to_json()), votes[:2], sums, rows)
@@ -327,8 +329,7 @@ def _after_steps(run: _Run, state: TrainState, writer: MetricWriter, followers: 
     (save, judge), runner, evaluate, stop = followers, run.runner, run.evaluate, run.stop
     trainer = runner.trainer
     if judge.broke_off:  # with weights that are not finite, which would only take the place of good ones
-        kept = f"the checkpoint of step {save.saved} is kept" if save.saved else "no checkpoint was due before it"
-        writer.say(f"stopped after step {state.step} of {trainer.settings.steps}: {judge.reason}; {kept}")
+        writer.say(f"stopped after step {state.step} of {trainer.settings.steps}: {judge.reason}; {save.kept()}")
         return
     to_save = save.due(state.step) or stop.due(state.step)
     # That a signal or a callback ends the run here is known only since the votes, before which `_advance` settles.

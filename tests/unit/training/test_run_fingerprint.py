@@ -95,7 +95,17 @@ CASES = [
     ("leave", {"leave": "drop"}),
 ]
 # How long, how fast, how often and where: what may change while a run goes on.
-FREE = {"steps", "eval_first", "eval_every", "eval_examples", "save_every", "keep", "accumulate", "steps_per_loop"}
+FREE = {
+    "steps",
+    "eval_first",
+    "eval_every",
+    "eval_examples",
+    "save_every",
+    "save_async",
+    "keep",
+    "accumulate",
+    "steps_per_loop",
+}
 FREE |= {"metrics", "weighted_metrics", "callbacks", "trackers", "profile", "best", "patience"}
 FREE |= {"jit_compile", "compiled_plans", "activation_cache", "readers", "reader_processes", "replicas", "sampling"}
 
