@@ -425,8 +425,8 @@ MUTANTS = [
     changed(
         "a checkpoint of [1, nan]",
         "checkpoints/files.py",
-        "if not np.isfinite(array).all():",
-        "if not np.isfinite(array).any():",
+        "bool(np.isfinite(array).all())",
+        "bool(np.isfinite(array).any())",
         "unit/checkpoints/test_files.py::test_one_number_that_is_not_finite_is_enough_to_save_nothing",
     ),
     changed(

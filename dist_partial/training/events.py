@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from dist_partial import checkpoints
-from dist_partial.data import Source, faster
 from dist_partial.distributed import network
 from dist_partial.errors import AGAIN, INTERRUPTED, Interrupted, first_line
 from dist_partial.training.build import Trainer
@@ -152,96 +151,6 @@ class Saving:
                 write()
             else:
                 self._written = self._thread.submit(write)
-
-
-class DataWaits:
-    """Adds up how long steps waited for their examples, and says so where it is long.
-
-    The first call is left out: reading begins with it.
-
-    Args:
-        source: the examples to train on.
-
-    Examples:
-        >>> from dist_partial.data import ArraySource
-        >>> waits = DataWaits(ArraySource(np.arange(3)))
-        >>> for waited, took in ((5.0, 5.1), (1.1, 4.2), (2.0, 6.0)):
-        ...     waits.add(waited, took)
-        >>> waits.report(print, evaluated=False)
-        data: steps waited 3.1 s of 10.2 s for examples (30 %): bind run.reader_processes where Python computes, ...
-    """
-
-    def __init__(self, source: Source) -> None:
-        self._advice = faster(source)
-        self._waited = self._took = 0.0
-        self._seconds = 10.0  # of steps, after which it is said
-        self._begun = False
-
-    def add(self, waited: float, took: float) -> None:
-        """Takes the seconds in which steps waited, a mean over the workers, and those that the steps took."""
-        if self._begun:
-            self._waited += waited
-            self._took += took
-        self._begun = True
-
-    def report(self, say: Callable[[str], None], evaluated: bool) -> None:
-        """Says how long the steps since the last report waited, once that is a tenth of the time, and a second.
-
-        Args:
-            say: gets the line.
-            evaluated: whether an evaluation is due, at which it is said as well; otherwise after 10 seconds of steps,
-                and then after twice as many each time.
-        """
-        waited, took = self._waited, self._took
-        if not evaluated and took < self._seconds:
-            return
-        said = waited > max(0.1 * took, 1.0)
-        if said or took > 60:  # what was long ago says little of what is now
-            self._waited = self._took = 0.0
-        if said:
-            self._seconds = min(2 * self._seconds, 600)
-            say(
-                f"data: steps waited {waited:.1f} s of {took:.1f} s for examples ({100 * waited / took:.0f} %): "
-                f"{self._advice}, or do less for an example"
-            )
-
-
-class WorkerWaits:
-    """Adds up how long each worker waited for the others in a call of the step: who waits least is the slowest.
-
-    Args:
-        workers: how many there are.
-
-    Examples:
-        >>> waits = WorkerWaits(workers=3)
-        >>> waits.add(12.0, np.array([5.0, 0.5, 4.5]))
-        >>> waits.report(100, print, lambda row: None)
-        step 100: the others waited 4.2 s of 12.0 s for worker 1, the slowest (35 %)
-    """
-
-    def __init__(self, workers: int) -> None:
-        self._took, self._waited = 0.0, np.zeros(workers)
-
-    def add(self, took: float, waited: np.ndarray) -> None:
-        """Takes the seconds of a call, and of them, [workers], those in which each has waited."""
-        self._took += took
-        self._waited += waited
-
-    def report(self, step: int, say: Callable[[str], None], record: Callable[[dict[str, Any]], None]) -> None:
-        """Records the seconds since the last report, and says who is the slowest where the others wait long for it."""
-        took, waited = self._took, self._waited
-        if len(waited) == 1 or not took:
-            return
-        seconds = {"seconds": round(took, 3), "waited_seconds": np.round(waited, 3).tolist()}
-        record({"step": step, "split": "workers"} | seconds)
-        slowest = int(np.argmin(waited))
-        longer = (waited.sum() - len(waited) * waited[slowest]) / (len(waited) - 1)
-        if longer > max(0.1 * took, 1.0):
-            say(
-                f"step {step}: the others waited {longer:.1f} s of {took:.1f} s for worker {slowest}, the slowest "
-                f"({longer / took:.0%})".replace("%", " %")
-            )
-        self._took, self._waited = 0.0, np.zeros_like(waited)
 
 
 class Stopping:

@@ -35,6 +35,7 @@ from dist_partial.training.progress import Progress
 from dist_partial.training.recovery import Recovery, Rejoined, Resized
 from dist_partial.training.schedule_runner import CompiledPhase, ScheduleRunner
 from dist_partial.training.state import TrainState
+from dist_partial.training.times import Call, Times
 from dist_partial.validation import shown
 
 
@@ -154,8 +155,7 @@ def _train(run: _Run, state: TrainState) -> None:
             trace()
     except Exception as error:
         raise Rejoined(recovery.rejoined(error)) from None
-    waits = events.DataWaits(trainer.data.train)
-    slowest = events.WorkerWaits(replicas.workers)
+    times = Times(trainer)
     with (
         run_folder.begun(run.folder, trainer, None if owes else runner.plan, comes=bool(recovery.lost)),
         MetricWriter(
@@ -182,11 +182,9 @@ def _train(run: _Run, state: TrainState) -> None:
                 due = events.next_due(state.step, evaluate, save, runner, run.profile, *runner.exchanges)
                 count = min(settings.steps_per_loop, due - state.step)
                 settle = any(each.due(state.step + count) for each in (evaluate, save, stop))
-                state = _advance(run, state, count, writer, (save, judge, waits, slowest), settle)
+                state = _advance(run, state, count, writer, (save, judge, times), settle)
                 run.words.say(writer, replicas.is_chief)
-                waits.report(writer.say, evaluate.due(state.step))
-                if evaluate.due(state.step):
-                    slowest.report(state.step, writer.say, writer.workers)
+                times.report(state.step, writer, evaluate.due(state.step))
                 _after_steps(run, state, writer, (save, judge))
                 for trace in () if stop.due(state.step) or judge.reason else runner.enter(state.step):
                     trace()
@@ -257,7 +255,7 @@ def _advance(
     state: TrainState,
     count: int,
     writer: MetricWriter,
-    followers: tuple[events.Saving, Judge, events.DataWaits, events.WorkerWaits],
+    followers: tuple[events.Saving, Judge, Times],
     settle: bool,
 ) -> TrainState:
     """Makes `count` steps and the exchanges that follow, and records them; returns the state after them.
@@ -265,7 +263,7 @@ def _advance(
     With `settle` it waits until nothing travels: a checkpoint holds what has, whether or not it is applied by then.
     """
     runner, trainer, phase, done = run.runner, run.runner.trainer, run.runner.phase, state.step + count
-    save, judge, waits, slowest = followers
+    save, judge, times = followers
     judge.begin_steps()
     save.meter.start()
     began, waited, workers = time.perf_counter(), trainer.replicas.waited, trainer.replicas.workers
@@ -276,15 +274,14 @@ def _advance(
     sent[-1] += _exchange(phase, done, settle)
     # All workers stop after the same call, whichever of them got the signal, and all hear of a norm that is not finite
     # on one of them alone, which trains by itself.
-    votes = np.append(run.stop.votes(), [judge.wants_to_stop, np.sum(result["waited"])])
-    own = trainer.replicas.alone(trainer.replicas.waited - waited)
-    parts = [result["loss"], result["gradient_norm"], votes, own, np.ravel(result.get("metrics", ()))]
+    votes = np.append(run.stop.votes(), judge.wants_to_stop)
+    own = [trainer.replicas.alone(each) for each in (trainer.replicas.waited - waited, np.sum(result["waited"]))]
+    parts = [result["loss"], result["gradient_norm"], votes, *own, np.ravel(result.get("metrics", ()))]
 
     def finish(sums: np.ndarray) -> TrainState:
-        losses, norms, votes, waited, metrics = np.split(sums, np.cumsum([len(part) for part in parts])[:-1])
+        losses, norms, votes, waited, data, metrics = np.split(sums, np.cumsum([len(part) for part in parts])[:-1])
         norms = norms / workers  # of the call: by now more or fewer may have met
-        waits.add(votes[3] / workers, took := time.perf_counter() - began)
-        slowest.add(took, waited)
+        times.add(Call(count, time.perf_counter() - began, waited, data, phase.flops))
         run.stop.count(votes[:2])
         if votes[2]:
             judge.stop()

@@ -1,4 +1,4 @@
-"""What a run shows: the plan's table, the progress bar, TensorBoard, metrics.jsonl and samples.jsonl."""
+"""What a run shows: the plan's table, the progress bar, TensorBoard, and the files of JSON lines."""
 
 import contextlib
 import json
@@ -72,7 +72,7 @@ class MetricWriter:
         self._boards = {split: tf.summary.create_noop_writer() for split in _SPLITS}
         if active:
             with _writing(folder):
-                for name in ("metrics.jsonl", "samples.jsonl"):
+                for name in ("metrics.jsonl", "samples.jsonl", "speed.jsonl"):
                     _keep_until(folder / name, step, evaluated)
                 for path in [] if step else (folder / "tensorboard").rglob("events.out.tfevents.*"):
                     path.unlink()
@@ -157,6 +157,11 @@ class MetricWriter:
         if text:
             self.say(text)
 
+    def speed(self, row: dict[str, Any]) -> None:
+        """Records how fast the steps are: see `times.Speed`."""
+        self._append("speed.jsonl", [row])
+        self._chart([(row["step"], "train", {f"speed/{n}": v for n, v in row.items() if n.endswith("_per_second")})])
+
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         """Records sampled texts: `{"step", "temperature", "prompt", "text"}`."""
         self._append("samples.jsonl", rows)
@@ -206,7 +211,9 @@ class MetricWriter:
 
     def _record(self, rows: Sequence[dict[str, Any]]) -> None:
         self._append("metrics.jsonl", rows)
-        charted = [(row["step"], *_charted(row)) for row in rows]
+        self._chart([(row["step"], *_charted(row)) for row in rows])
+
+    def _chart(self, charted: Sequence[tuple[int, str, dict[str, float]]]) -> None:
         with _writing(self._folder):
             for step, split, numbers in charted:
                 with self._boards[split].as_default():

@@ -12,7 +12,7 @@ from dist_partial.training.build import Trainer
 
 PATIENCE_SECONDS = 10.0
 _WRITTEN: tuple[str, ...] = ("checkpoints", "best", "tensorboard", "tensorboard/train", "tensorboard/eval")
-_WRITTEN += ("metrics.jsonl", "samples.jsonl")
+_WRITTEN += ("metrics.jsonl", "samples.jsonl", "speed.jsonl")
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from dist_partial.selection.plan import Plan
 from dist_partial.selection.table import trained_layers
 from dist_partial.step import batch_norm
 from dist_partial.step.exchanges import Exchange, compiled_exchanges
+from dist_partial.step.flops import flops
 from dist_partial.step.layer_state import untouched
 from dist_partial.step.objective import Batch
 from dist_partial.step.probe import ProbeSpec, probe
@@ -46,6 +47,7 @@ class CompiledPhase:
         plan: what is trained, with what tracing has shown of it.
         train: the compiled step.
         sent: what it hands over.
+        flops: what a worker computes in a step, from `flops`; None if it is not known.
         exchanges: of the fragments that are exchanged every few steps.
         activations: what it reads in place of examples, or None.
     """
@@ -54,6 +56,7 @@ class CompiledPhase:
     plan: Plan
     train: TrainStep
     sent: list[traffic.Collective]
+    flops: int | None
     exchanges: list[Exchange]
     activations: activation_cache.Activations | None
 
@@ -410,7 +413,8 @@ class ScheduleRunner:
         inputs = self._batches(activations, done)
         # By the caller: the way from the command to the gradient is then the loop's file and that of the step.
         yield functools.partial(train.function.get_concrete_function, inputs, tf.constant(1))
-        sent = traffic.in_step(train.function.get_concrete_function(inputs, tf.constant(1)), loop)
+        traced = train.function.get_concrete_function(inputs, tf.constant(1))
+        sent, computed = traffic.in_step(traced, loop), flops(traced, loop, settings.accumulate)
         averaged = trainer.averaged
         exchanges = compiled_exchanges(strategy, collectives, plan, trainer.fragments, train.without_gradient, averaged)
         plan = plan.traced(train.without_gradient, reductions.averages(plan, averaged), train.looked_up)
@@ -422,7 +426,7 @@ class ScheduleRunner:
             self._budget.check_sent(trainer.units, units, plan.nic_bytes)
         if not self._constant:
             train.function(inputs, tf.constant(0))  # TensorFlow optimises a graph when it first runs
-        return CompiledPhase(units, plan, train, sent, exchanges, activations)
+        return CompiledPhase(units, plan, train, sent, computed, exchanges, activations)
 
     def _leave(self, units: frozenset[str]) -> None:
         """Keeps, resets or drops the slots of what is no longer trained."""

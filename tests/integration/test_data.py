@@ -12,7 +12,7 @@ from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, Stream, dataset, mix, train_batches
 from dist_partial.errors import Raised, UserError
 from dist_partial.training import loop
-from dist_partial.training.events import DataWaits
+from dist_partial.training.times import DataWaits
 from tests.helpers.files import rows
 from tests.helpers.strategies import in_process
 
