@@ -341,6 +341,21 @@ def tls(found: Mapping[str, Any]) -> Tables:
     return {"What tags and TLS cost, on two hosts": markdown([*header, "TLS, CPU ms"], lines, words=3)}
 
 
+def saving(found: Mapping[str, Any]) -> Tables:
+    lines = [
+        [
+            row["way"],
+            f"{row['mean_ms']:,.0f}",
+            f"{row['ratio']:.3f}",
+            f"{row['longest_ms']:,.0f}",
+            f"{row['checkpoint_bytes'] / 1e9:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    header = ["a checkpoint is", "step, ms", "of no checkpoint", "longest step, ms", "checkpoint, GB"]
+    return {"What a checkpoint costs": markdown(header, lines)}
+
+
 def trackers(found: Mapping[str, Any]) -> Tables:
     header = ["tracker", "a step, median, ms", "mean, ms", "of the mean without one"]
     lines = [[row["tracker"], row["median_ms"], row["mean_ms"], row["ratio"]] for row in found["rows"]]
@@ -426,6 +441,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], Tables]] = {
         quality,
         records,
         sampling,
+        saving,
         schedules,
         simulation,
         step,

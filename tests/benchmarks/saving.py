@@ -1,0 +1,116 @@
+"""What a checkpoint costs the steps: SmolLM2-135M, all of it trained, written meanwhile, between two steps, or never.
+
+python -m tests.benchmarks.saving [--rounds=3]
+
+Each run is a process of its own, with one replica; the ways take turns. Needs the weights of SmolLM2. Writes
+tests/benchmarks/results/saving.json.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks import fine_tuning, tables
+
+COMMAND = "python -m tests.benchmarks.saving"
+RESULTS = Path(__file__).parent / "results" / "saving.json"
+# Steps that are counted follow the first checkpoint; the last one is not among them, for nothing is made meanwhile.
+EVERY, PERIODS, BATCH = 20, 2, 8
+WAYS = {
+    "no checkpoint": ["run.save_every = None"],
+    "written by a thread": [f"run.save_every = {EVERY}"],
+    "between two steps": [f"run.save_every = {EVERY}", "run.save_async = False"],
+}
+
+
+def child(way: str) -> None:
+    """Trains one way; prints the mean and the longest time of a step, in milliseconds, and what a checkpoint holds."""
+    import keras
+
+    from dist_partial.config import gin_files
+    from dist_partial.training import loop
+
+    ends: list[float] = []
+    sizes: list[int] = []
+
+    def noted(batch: int, logs: Any) -> None:
+        ends.append(time.perf_counter())
+        sizes.extend(path.stat().st_size for path in Path("run", "checkpoints").glob("step-*"))
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        text = Path(folder, "text")
+        text.mkdir()
+        fine_tuning.disassembly(text, 200_000)
+        params = [
+            f"tokenized_text.root = {str(text)!r}",
+            f"tokenized_text.window = {fine_tuning.WINDOW}",
+            "tokenized_text.limit = None",
+            fine_tuning.EVERYTHING,
+            f"run.steps = {EVERY * (PERIODS + 1) + 1}",
+            f"run.global_batch = {BATCH}",
+            "run.steps_per_loop = 1",
+            "run.eval_examples = 8",
+            "run.eval_every = None",
+            "run.keep = 1",
+            "replicas.cpu = 1",
+            "replicas.kind = 'mirrored'",
+            "sample.count = 0",
+            *WAYS[way],
+        ]
+        settings = gin_files.load([fine_tuning.CONFIGS / "smollm2.gin"], params).settings
+        object.__setattr__(settings, "callbacks", [keras.callbacks.LambdaCallback(on_train_batch_end=noted)])
+        loop.run(settings, Path("run"))
+    counted = ends[EVERY - 1 : EVERY * (PERIODS + 1)]
+    took = [1e3 * (after - before) for before, after in itertools.pairwise(counted)]
+    print("RESULT " + json.dumps([statistics.mean(took), max(took), max(sizes, default=0)]), flush=True)
+
+
+def measure(way: str) -> list[float]:
+    command = [sys.executable, "-m", "tests.benchmarks.saving", f"--child={way}"]
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{way}: {done.stdout[-1000:]}{done.stderr[-2000:]}")
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return json.loads(line[7:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--child")
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child)
+        return
+    found: dict[str, list[list[float]]] = {way: [] for way in WAYS}
+    for _ in range(arguments.rounds):
+        for way in WAYS:
+            found[way].append(measure(way))
+            print(way, found[way][-1], flush=True)
+    rows: list[dict[str, Any]] = []
+    for way, runs in found.items():
+        means, longest, sizes = ([run[i] for run in runs] for i in range(3))
+        ratios = [run[0] / without[0] for run, without in zip(runs, found["no checkpoint"], strict=True)]
+        numbers = {"mean_ms": means, "longest_ms": longest, "ratio": ratios}
+        row = {"way": way, "checkpoint_bytes": max(sizes)}
+        rows.append(row | {key: round(statistics.median(each), 3) for key, each in numbers.items()})
+    setting = (
+        f"SmolLM2-135M, all of it trained by Adam in batches of {BATCH} x {fine_tuning.WINDOW} tokens, one replica, a "
+        f"checkpoint every {EVERY} steps, {EVERY * PERIODS} steps counted; medians of {arguments.rounds} rounds"
+    )
+    RESULTS.write_text(json.dumps({"command": COMMAND, "setting": setting, "rows": rows}, indent=1) + "\n")
+    print(tables.text("saving"))
+
+
+if __name__ == "__main__":
+    main()
