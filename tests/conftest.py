@@ -18,6 +18,7 @@ import tensorflow as tf
 from tests.helpers import hosts, strategies
 from tests.helpers.browser import CHROMIUM
 from tests.helpers.letters import letters  # noqa: F401 - a fixture
+from tests.helpers.marks import waits_for_its_turn
 
 _CPU = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(_CPU, [tf.config.LogicalDeviceConfiguration()] * 4)
@@ -29,6 +30,14 @@ def pytest_runtest_setup(item):
         pytest.skip(f"hosts on one machine: {reason}")
     if item.get_closest_marker("browser") and CHROMIUM is None:
         pytest.skip("no chromium: apt-get install chromium")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out, where TURN is set, what has another one."""
+    if turn := os.environ.get("TURN"):
+        left_out = [item for item in items if waits_for_its_turn(item, int(turn))]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """What the loop trains on two replicas is what Keras's `fit` trains on one device: weights, losses, evaluations."""
 
-import os
-
 import keras
 import numpy as np
 import pytest
@@ -12,13 +10,11 @@ from tests.conformance.comparison import check_trained, difference, keras_of, tr
 from tests.conformance.known import EXACT, KNOWN, PARTS, known
 from tests.conformance.models import CASES
 from tests.conformance.results import COLUMNS, KINDS, as_known, load
-from tests.helpers.marks import quick
+from tests.helpers.marks import in_turns, quick
 from tests.helpers.strategies import in_process
 
 NAMED = {case.name: case for case in CASES}
 EXACTLY = [case for case in CASES if not case.random]
-# `CONFORMANCE_HALF=0` or 1 leaves every other of the slow ones out, for those who have little time.
-HALF = EXACTLY[int(os.environ["CONFORMANCE_HALF"]) :: 2] if os.environ.get("CONFORMANCE_HALF") else EXACTLY
 RANDOM = [case for case in CASES if case.random]
 QUICK = [
     NAMED[name]
@@ -44,7 +40,7 @@ def needed(case):
         pytest.importorskip(case.needs)
 
 
-@pytest.mark.parametrize("case", quick(dict((repr(case), case) for case in [*QUICK, *HALF]).values(), *QUICK), ids=repr)
+@pytest.mark.parametrize("case", in_turns(quick(EXACTLY, *QUICK)), ids=repr)
 def test_equals_keras(case, replicas=2):
     needed(case)
     different = known(case.name, replicas)

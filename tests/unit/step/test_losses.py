@@ -22,7 +22,7 @@ from dist_partial.training import loop
 from tests.helpers.against_fit import COUNT, check_against_fit, compiled, features, fitted, one_output, settings
 from tests.helpers.cases import set_precision
 from tests.helpers.files import rows, state, trained
-from tests.helpers.marks import quick
+from tests.helpers.marks import in_turns, quick
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ QUICK = {
 
 @pytest.mark.parametrize(
     ("name", "replicas", "accumulate"),
-    quick([(name, *division) for name in LOSSES for division in DIVISIONS], *QUICK),
+    in_turns(quick([(name, *division) for name in LOSSES for division in DIVISIONS], *QUICK)),
 )
 def test_a_loss_is_that_of_fit_however_a_batch_is_divided(name, replicas, accumulate, tmp_path):
     model, data, loss, more = (*LOSSES[name], {})[:4]
@@ -217,7 +217,7 @@ COMPILED_BY_XLA = {
 
 @pytest.mark.parametrize(
     ("name", "replicas", "accumulate"),
-    quick([(name, *division) for name in COMPILED_BY_XLA for division in DIVISIONS], ("pooling", 2, 1)),
+    in_turns(quick([(name, *division) for name in COMPILED_BY_XLA for division in DIVISIONS], ("pooling", 2, 1))),
 )
 def test_masks_are_those_of_fit_where_xla_compiles(name, replicas, accumulate, tmp_path):
     model, data, loss = COMPILED_BY_XLA[name]

@@ -1,11 +1,13 @@
 """Each tracker is read back by its own library."""
 
+import contextlib
 import math
 import os
 import pathlib
 import struct
 import subprocess
 import sys
+import time
 import urllib.request
 
 import pytest
@@ -64,11 +66,25 @@ def records(file):
             whole = b""
 
 
+def written_to_the_end(file):
+    """The records, once wandb's own process has written how the run ended: `finish` does not always wait for it."""
+    from google.protobuf.message import DecodeError
+
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        with contextlib.suppress(DecodeError):  # of half a record
+            found = list(records(file))
+            if any(record.WhichOneof("record_type") == "exit" for record in found):
+                return found
+        time.sleep(0.1)
+    raise AssertionError("wandb does not write the end")
+
+
 @pytest.mark.slow
 def test_wandb(tmp_path):
     told(WandB("tests"), tmp_path / "mine")
     [file] = (tmp_path / "mine" / "wandb").glob("offline-run-*/*.wandb")
-    found = list(records(file))
+    found = written_to_the_end(file)
     history = [
         {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item} for record in found
     ]

@@ -33,7 +33,7 @@ from dist_partial.training.schedule_runner import ScheduleRunner
 from tests.helpers import cases
 from tests.helpers.cases import LAYERS, dataset, mlp
 from tests.helpers.files import rows, same_bits, state
-from tests.helpers.marks import quick
+from tests.helpers.marks import in_turns, quick
 from tests.helpers.strategies import in_process
 from tests.helpers.workers import run_workers
 
@@ -253,7 +253,7 @@ def test_slots_of_what_is_left(leave, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "leave"),
-    quick([*((name, "keep") for name in SCHEDULES), ("rotation", "reset"), ("rotation", "drop")], "lisa"),
+    in_turns(quick([*((name, "keep") for name in SCHEDULES), ("rotation", "reset"), ("rotation", "drop")], "lisa")),
 )
 def test_stopped_anywhere_it_goes_on_as_if_it_never_had(name, leave, tmp_path, capsys):
     made = in_process(2)
