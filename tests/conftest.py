@@ -33,7 +33,10 @@ def pytest_runtest_setup(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out, where TURN is set, what has another one."""
+    """Leaves out, where TURN is set, what has another one; gives those time that wait for each other's hosts."""
+    for item in items:
+        if item.get_closest_marker("network") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(900))
     if turn := os.environ.get("TURN"):
         left_out = [item for item in items if waits_for_its_turn(item, int(turn))]
         config.hook.pytest_deselected(items=left_out)

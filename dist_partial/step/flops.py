@@ -11,7 +11,7 @@ from dist_partial.distributed.traffic import called
 _LOOPS, _BRANCHES = ("While", "StatelessWhile"), ("If", "StatelessIf", "Case", "StatelessCase")
 
 
-def flops(function: Any, loop: bool, accumulate: int = 1) -> int | None:
+def flops(function: Any, loop: bool) -> int | None:
     """Counts what one worker computes in a step: its products of matrices and its convolutions, forth and back.
 
     A multiplication and an addition are two operations. What is frozen above all that is trained costs no way back, and
@@ -21,11 +21,10 @@ def flops(function: Any, loop: bool, accumulate: int = 1) -> int | None:
     Args:
         function: the concrete train function.
         loop: whether it makes its steps in a loop, of which one turn is counted.
-        accumulate: micro-batches a step, each of which is a turn of a loop within it, if there are several.
 
     Returns:
-        The operations of all replicas of the worker; None where they are not known: a shape is not, or how often a
-        loop within the step is run.
+        The operations of all replicas of the worker; None where they are not known: a shape is not, how often a loop
+        within the step is run, or what a GPU's own op for a recurrent layer does.
 
     Examples:
         >>> def two_layers(x):
@@ -34,9 +33,8 @@ def flops(function: Any, loop: bool, accumulate: int = 1) -> int | None:
         >>> flops(function, loop=False), 2 * 4 * 8 * 16 + 2 * 4 * 16 * 2
         (1280, 1280)
     """
-    turns = ([1] if loop else []) + ([accumulate] if accumulate > 1 else [])
     try:
-        return _in(function.graph, turns)
+        return _in(function.graph, loop)
     except _Unknown:
         return None
 
@@ -45,19 +43,21 @@ class _Unknown(Exception):
     """A shape, or the turns of a loop, are not in the graph."""
 
 
-def _in(graph: Any, turns: list[int]) -> int:
-    """The operations of a graph, in which loops make so many turns, by their depth."""
+def _in(graph: Any, loop: bool) -> int:
+    """The operations of a graph; of a loop in it, if there is the one of the steps, those of one turn."""
     total = 0
     for op in _needed(graph):
         if op.type in _COUNTS:
             total += 2 * _COUNTS[op.type](op)
         elif op.type in _LOOPS:
-            if inside := sum(_in(inner, turns[1:]) for inner in called(op)):
-                if not turns:
-                    raise _Unknown
-                total += turns[0] * inside
+            inside = sum(_in(inner, loop=False) for inner in called(op))
+            if inside and not loop:
+                raise _Unknown
+            total += inside
+        elif op.type.startswith("CudnnRNN"):
+            raise _Unknown
         elif inner := called(op):
-            counts = [_in(each, turns) for each in inner]
+            counts = [_in(each, loop) for each in inner]
             total += max(counts) if op.type in _BRANCHES else sum(counts)
     return total
 

@@ -1,5 +1,6 @@
 """Events between steps, which know when they are due: periods, saving and stopping; `evaluation.py` has evaluation."""
 
+import contextlib
 import dataclasses
 import functools
 import signal
@@ -13,7 +14,7 @@ import numpy as np
 
 from dist_partial import checkpoints
 from dist_partial.distributed import network
-from dist_partial.errors import AGAIN, INTERRUPTED, Interrupted, first_line
+from dist_partial.errors import AGAIN, INTERRUPTED, Ending, Interrupted, first_line
 from dist_partial.training.build import Trainer
 from dist_partial.training.metric_writer import MetricWriter
 from dist_partial.training.state import TrainState
@@ -90,7 +91,6 @@ class Saving:
         self._trainer, self._folder = trainer, folder
         self.meter = network.Meter(replicas.workers, interface, state.step)
         self._every = Every(trainer.settings.save_every, trainer.settings.steps)
-        self._saved = state.step
         self._thread = ThreadPoolExecutor(1, "checkpoints") if trainer.settings.save_async else None
         self._written: Future[Path] | None = None  # what the thread is at
 
@@ -116,7 +116,6 @@ class Saving:
         self._write(
             state, "checkpoints", self._trainer.settings.keep, lambda: writer.traffic(self.meter.to_json(state.step))
         )
-        self._saved = state.step
 
     def best(self, state: TrainState) -> None:
         """Saves a checkpoint beside the others, in place of the best so far."""
@@ -133,9 +132,17 @@ class Saving:
             written.result()
 
     def kept(self) -> str:
-        """Says which checkpoint is the newest, once it is written."""
-        self.settle()
-        return f"the checkpoint of step {self._saved} is kept" if self._saved else "no checkpoint was due before it"
+        """Says which checkpoint is the newest, once it is written; all workers call it, and none ends before."""
+        said, backend = "", self._trainer.replicas.backend
+        try:
+            self.settle()
+        except Ending as error:
+            said = f"a later one is not saved: {first_line(error)}, and "
+        if backend is not None:
+            with contextlib.suppress(Ending):  # of a lost worker, which then matters no more
+                backend.barrier()
+        saved = max(checkpoints.steps(self._folder / "checkpoints"), default=0)
+        return said + (f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was due before it")
 
     def _write(self, state: TrainState, name: str, keep: int, first: Callable[[], None] = lambda: None) -> None:
         trainer = self._trainer

@@ -196,7 +196,7 @@ def _train(run: _Run, state: TrainState) -> None:
             recovery.end()
             replicas.finish()
         except Exception as error:
-            raise Rejoined(recovery.rejoined(error)) from None
+            raise Rejoined(recovery.rejoined(error, save.settle)) from None
     if stop.interrupted and state.step < settings.steps:
         stop(state, run.folder)
 
@@ -266,7 +266,8 @@ def _advance(
     save, judge, times = followers
     judge.begin_steps()
     save.meter.start()
-    began, waited, workers = time.perf_counter(), trainer.replicas.waited, trainer.replicas.workers
+    began, waited, workers = time.perf_counter(), trainer.replicas.waited - times.owed, trainer.replicas.workers
+    first = runner.compiles
     with run.profile.of(state.step):
         result = runner.advance(count)
     each = traffic.sent_each(phase.sent, phase.plan, steps=1)
@@ -275,13 +276,15 @@ def _advance(
     # All workers stop after the same call, whichever of them got the signal, and all hear of a norm that is not finite
     # on one of them alone, which trains by itself.
     votes = np.append(run.stop.votes(), judge.wants_to_stop)
-    own = [trainer.replicas.alone(each) for each in (trainer.replicas.waited - waited, np.sum(result["waited"]))]
+    until = trainer.replicas.waited
+    own = [trainer.replicas.alone(each) for each in (until - waited, np.sum(result["waited"]))]
     parts = [result["loss"], result["gradient_norm"], votes, *own, np.ravel(result.get("metrics", ()))]
 
     def finish(sums: np.ndarray) -> TrainState:
         losses, norms, votes, waited, data, metrics = np.split(sums, np.cumsum([len(part) for part in parts])[:-1])
         norms = norms / workers  # of the call: by now more or fewer may have met
-        times.add(Call(count, time.perf_counter() - began, waited, data, phase.flops))
+        times.add(Call(count, time.perf_counter() - began, waited, data, phase.flops, first))
+        times.owed = trainer.replicas.waited - until
         run.stop.count(votes[:2])
         if votes[2]:
             judge.stop()

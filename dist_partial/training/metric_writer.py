@@ -73,7 +73,7 @@ class MetricWriter:
         if active:
             with _writing(folder):
                 for name in ("metrics.jsonl", "samples.jsonl", "speed.jsonl"):
-                    _keep_until(folder / name, step, evaluated)
+                    _keep_until(folder / name, step, evaluated or name == "speed.jsonl")
                 for path in [] if step else (folder / "tensorboard").rglob("events.out.tfevents.*"):
                     path.unlink()
                 # Values of one name from two folders share a chart.

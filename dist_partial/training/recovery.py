@@ -203,8 +203,13 @@ class Recovery:
         self._member.ready()
         return self._met()
 
-    def rejoined(self, error: Exception) -> TrainState:
+    def rejoined(self, error: Exception, before: Callable[[], None] = lambda: None) -> TrainState:
         """Meets the others again after an error that a lost worker has led to; returns the state to go on from.
+
+        Args:
+            error: which ended what was under way.
+            before: what this worker has to end first, for it may be another one that writes the run folder from then
+                on; what it raises ends this worker.
 
         Raises:
             Exception: the error, if it came from something else, or this worker cannot stay.
@@ -212,6 +217,7 @@ class Recovery:
         """
         if self._member is None or self._kept is None or not self._for_a_loss(error):
             raise error
+        before()
         return self._met(leaves=True)
 
     def _for_a_loss(self, error: Exception) -> bool:

@@ -138,6 +138,11 @@ class ScheduleRunner:
         }
 
     @property
+    def compiles(self) -> bool:
+        """Whether the next call is the first of what is trained now, in which TensorFlow, or XLA, still compiles."""
+        return self._fresh
+
+    @property
     def _constant(self) -> bool:
         return isinstance(self.trainer.schedule, Constant)
 
@@ -414,7 +419,7 @@ class ScheduleRunner:
         # By the caller: the way from the command to the gradient is then the loop's file and that of the step.
         yield functools.partial(train.function.get_concrete_function, inputs, tf.constant(1))
         traced = train.function.get_concrete_function(inputs, tf.constant(1))
-        sent, computed = traffic.in_step(traced, loop), flops(traced, loop, settings.accumulate)
+        sent, computed = traffic.in_step(traced, loop), flops(traced, loop)
         averaged = trainer.averaged
         exchanges = compiled_exchanges(strategy, collectives, plan, trainer.fragments, train.without_gradient, averaged)
         plan = plan.traced(train.without_gradient, reductions.averages(plan, averaged), train.looked_up)

@@ -23,6 +23,7 @@ class Call:
         waited: of them, [workers], those in which each waited for the others.
         data: of them, [workers], those in which each waited for its examples.
         flops: what a worker computes in a step, from `flops`; None if it is not known.
+        first: whether TensorFlow, or XLA, still compiled in it.
     """
 
     steps: int
@@ -30,10 +31,15 @@ class Call:
     waited: np.ndarray
     data: np.ndarray
     flops: int | None = None
+    first: bool = False
 
 
 class Times:
     """Follows what the steps of a run take, and records and says it when it is due.
+
+    Attributes:
+        owed: seconds in which this worker waited for the others in the sum that ends a call, after it has said how
+            long it waited before; the next call has them besides.
 
     Args:
         trainer: of the run.
@@ -41,6 +47,7 @@ class Times:
 
     def __init__(self, trainer: Trainer) -> None:
         self._data, self._workers = DataWaits(trainer.data.train), WorkerWaits(trainer.replicas.workers)
+        self.owed = 0.0
         self._speed = Speed(trainer.settings.global_batch, tokens(trainer.data))
 
     def add(self, call: Call) -> None:
@@ -58,6 +65,8 @@ class Times:
 
 class Speed:
     """Adds up what calls of the step have taken, for a row of `speed.jsonl` with each evaluation and each half minute.
+
+    Calls in which something is compiled are left out.
 
     Args:
         batch: examples a step, of all workers.
@@ -79,7 +88,8 @@ class Speed:
         self._began = time.monotonic()
 
     def add(self, call: Call) -> None:
-        self._calls.append(call)
+        if not call.first:
+            self._calls.append(call)
 
     def report(self, step: int, record: Callable[[dict[str, Any]], None], evaluated: bool) -> None:
         """Records the calls since the last row, if one is due after `step`."""
@@ -110,7 +120,8 @@ def tokens(data: Dataset) -> int | None:
     """
     if data.codec is None:
         return None
-    lengths = [part.shape[0] for part in keras.tree.flatten(data.train.spec[0]) if part.shape.rank == 1]
+    ids = [part for part in keras.tree.flatten(data.train.spec[0]) if part.dtype.is_integer and part.shape.rank == 1]
+    lengths = [part.shape[0] for part in ids]
     return max((length for length in lengths if length), default=None)
 
 

@@ -9,13 +9,12 @@ import argparse
 import json
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from tests.benchmarks import tables
+from tests.benchmarks.runs import give, results_of
 
 COMMAND = "python -m tests.benchmarks.finetune"
 RESULTS = Path(__file__).parent / "results" / "finetune.json"
@@ -71,7 +70,7 @@ def child(name: str) -> None:
         "seconds": took,
         "samples": samples,
     }
-    print("RESULT " + json.dumps(found), flush=True)
+    give(found)
 
 
 def main() -> None:
@@ -83,12 +82,7 @@ def main() -> None:
         return
     rows = []
     for name in ROWS:
-        command = [sys.executable, "-m", "tests.benchmarks.finetune", f"--child={name}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
-        lines = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
-        rows.append(json.loads(lines[0]))
+        rows += results_of("tests.benchmarks.finetune", f"--child={name}", timeout=1800)
         setting = f"{STEPS} steps of {BATCH} examples of 128 tokens, Adam, cosine, 2 simulated replicas on 2 cores"
         RESULTS.write_text(json.dumps({"command": COMMAND, "setting": setting, "rows": rows}, indent=1) + "\n")
         print({key: value for key, value in rows[-1].items() if key != "samples"}, flush=True)

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import long_table, tables
-from tests.benchmarks.runs import last_evaluation
+from tests.benchmarks.runs import give, last_evaluation, results_of
 
 COMMAND = "python -m tests.benchmarks.quality"
 RESULTS = Path(__file__).parent / "results"
@@ -247,22 +246,13 @@ def child(which: str, name: str, seeds: int) -> None:
         start = time.perf_counter()
         last = last_evaluation(settings)
         found = {"seed": seed, "loss": last["loss"], "wire_bytes": last["wire_bytes"]}
-        print("RESULT " + json.dumps(found | {"seconds": time.perf_counter() - start}), flush=True)
+        give(found | {"seconds": time.perf_counter() - start})
 
 
 def measure(which: str, name: str, seeds: int) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-m",
-        "tests.benchmarks.quality",
-        f"--table={which}",
-        f"--child={name}",
-        f"--seeds={seeds}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
-    found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or len(found) != seeds:
-        raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
+    found = results_of("tests.benchmarks.quality", f"--table={which}", f"--child={name}", f"--seeds={seeds}")
+    if len(found) != seeds:
+        raise RuntimeError(f"{name}: {len(found)} results of {seeds} seeds")
     losses = [each["loss"] for each in found]
     policy = TABLES[which][name]
     row = {

@@ -10,16 +10,14 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import fine_tuning, tables
+from tests.benchmarks.runs import give, results_of
 
 COMMAND = "python -m tests.benchmarks.saving"
 RESULTS = Path(__file__).parent / "results" / "saving.json"
@@ -44,7 +42,8 @@ def child(way: str) -> None:
 
     def noted(batch: int, logs: Any) -> None:
         ends.append(time.perf_counter())
-        sizes.extend(path.stat().st_size for path in Path("run", "checkpoints").glob("step-*"))
+        with contextlib.suppress(FileNotFoundError):  # the thread has removed it
+            sizes.extend(path.stat().st_size for path in Path("run", "checkpoints").glob("step-*"))
 
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         text = Path(folder, "text")
@@ -71,17 +70,7 @@ def child(way: str) -> None:
         loop.run(settings, Path("run"))
     counted = ends[EVERY - 1 : EVERY * (PERIODS + 1)]
     took = [1e3 * (after - before) for before, after in itertools.pairwise(counted)]
-    print("RESULT " + json.dumps([statistics.mean(took), max(took), max(sizes, default=0)]), flush=True)
-
-
-def measure(way: str) -> list[float]:
-    command = [sys.executable, "-m", "tests.benchmarks.saving", f"--child={way}"]
-    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{way}: {done.stdout[-1000:]}{done.stderr[-2000:]}")
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    return json.loads(line[7:])
+    give([statistics.mean(took), max(took), max(sizes, default=0)])
 
 
 def main() -> None:
@@ -95,7 +84,7 @@ def main() -> None:
     found: dict[str, list[list[float]]] = {way: [] for way in WAYS}
     for _ in range(arguments.rounds):
         for way in WAYS:
-            found[way].append(measure(way))
+            found[way] += results_of("tests.benchmarks.saving", f"--child={way}", timeout=1800)
             print(way, found[way][-1], flush=True)
     rows: list[dict[str, Any]] = []
     for way, runs in found.items():

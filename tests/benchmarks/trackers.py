@@ -10,14 +10,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import tables
+from tests.benchmarks.runs import give, results_of
 
 COMMAND = "python -m tests.benchmarks.trackers"
 RESULTS = Path(__file__).parent / "results" / "trackers.json"
@@ -54,17 +53,7 @@ def child(name: str) -> None:
         )
         loop.run(settings, Path(folder, "run"))
     took = [1e3 * (after - before) for before, after in zip(ends[FIRST:], ends[FIRST + 1 :], strict=False)]
-    print("RESULT " + json.dumps([statistics.median(took), statistics.mean(took)]), flush=True)
-
-
-def measure(name: str) -> list[float]:
-    command = [sys.executable, "-m", "tests.benchmarks.trackers", f"--child={name}"]
-    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    if done.returncode or "gets nothing more" in done.stdout:
-        raise RuntimeError(f"{name}: {done.stdout[-1000:]}{done.stderr[-2000:]}")
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    return json.loads(line[7:])
+    give([statistics.median(took), statistics.mean(took)])
 
 
 def main() -> None:
@@ -78,7 +67,9 @@ def main() -> None:
     found: dict[str, list[list[float]]] = {name: [] for name in NAMES}
     for _ in range(arguments.rounds):
         for name in NAMES:
-            found[name].append(measure(name))
+            found[name] += results_of(
+                "tests.benchmarks.trackers", f"--child={name}", timeout=600, wrong="gets nothing more"
+            )
     rows: list[dict[str, Any]] = []
     for name, runs in found.items():
         medians, means = ([run[i] for run in runs] for i in (0, 1))

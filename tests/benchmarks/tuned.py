@@ -10,13 +10,14 @@ import argparse
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
+
+from tests.benchmarks.runs import give, results_of
 
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
 
@@ -162,24 +163,15 @@ class Table:
         """Makes a piece in a process of its own."""
         asked = json.dumps(dataclasses.asdict(piece))
         module, *options = self.command.removeprefix("python -m ").split()
-        done = subprocess.run(
-            [sys.executable, "-m", module, *options, f"--piece={asked}"],
-            capture_output=True,
-            text=True,
-            timeout=2 * 3600,
-            # Two at a time take turns less on cores of their own.
-            preexec_fn=(lambda: os.sched_setaffinity(0, {core})) if self.processes > 1 else None,
-        )
-        found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if done.returncode or len(found) != 1:
-            raise RuntimeError(f"{asked}: {done.stderr[-2000:]}")
-        print(f"{asked}: {found[0]['loss']:.4f} in {found[0]['seconds']} s", flush=True)
-        return found[0]
+        # Two at a time take turns less on cores of their own.
+        begin = (lambda: os.sched_setaffinity(0, {core})) if self.processes > 1 else None
+        [found] = results_of(module, *options, f"--piece={asked}", timeout=2 * 3600, begin=begin)
+        print(f"{asked}: {found['loss']:.4f} in {found['seconds']} s", flush=True)
+        return found
 
     def _child(self, piece: Piece) -> None:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         [policy] = [policy for policy in self.policies if policy.name == piece.policy]
         began = time.perf_counter()
         found = self.run(policy, piece)
         row = dataclasses.asdict(piece) | found | {"seconds": round(time.perf_counter() - began)}
-        print("RESULT " + json.dumps(row), flush=True)
+        give(row)

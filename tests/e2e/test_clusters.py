@@ -6,6 +6,7 @@ Kubernetes here: what its Job controller and the kubelet do by the manifest is d
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,6 +121,13 @@ class Jobs(Runs):
     def output(self, name: str) -> str:
         return (self.folder / f"{name}.out").read_text()
 
+    def between(self, name: str) -> tuple[int | None, int]:
+        """The step at which the first attempt says that it stopped, if it could, and that from which it went on."""
+        stopped = re.search(r"stopped at step (\d+) of", self.output(name))
+        found = re.search(r"going on from step (\d+)", self.output(name))
+        assert found, self.output(name)
+        return int(stopped[1]) if stopped else None, int(found[1])
+
 
 @pytest.mark.turn(1)
 def test_slurm(tmp_path):
@@ -140,7 +148,8 @@ def test_slurm(tmp_path):
         jobs.under_way("cancelled")
         cluster.run(CONTROLLER, "scancel", cancelled)
         assert jobs.waits_for(cancelled, "CANCELLED", "COMPLETED", "FAILED") == "CANCELLED"
-        wait_until(lambda: jobs.saved("cancelled") == jobs.made("cancelled"), 60)  # it has saved where it stopped
+        wait_until(lambda: jobs.saved("cancelled") == jobs.made("cancelled"), 60)
+        assert f"stopped at step {jobs.saved('cancelled')} of" in jobs.output("cancelled")
 
         # Requeued by hand: it saves, and goes on.
         requeued = jobs.submit("requeued", "Pace.seconds = 0.2")
@@ -149,6 +158,8 @@ def test_slurm(tmp_path):
         jobs.again(requeued)
         assert jobs.waits_for(requeued, "COMPLETED", "FAILED") == "COMPLETED", jobs.output("requeued")
         jobs.ended_like("requeued", "end")
+        stopped, came_back = jobs.between("requeued")
+        assert stopped == came_back
 
         # A node that fails in the middle of it: another takes its place.
         failed = jobs.submit("failed", "Pace.seconds = 0.2")
@@ -159,7 +170,7 @@ def test_slurm(tmp_path):
         assert jobs.waits_for(failed, "COMPLETED", "FAILED") == "COMPLETED", jobs.output("failed")
         assert jobs.told(failed, "NodeList") == "n[0,2]"
         jobs.ended_like("failed", "end")
-        came_back = int(jobs.output("failed").split("going on from step ")[1].split()[0])
+        _, came_back = jobs.between("failed")
         print("a node fails:", before - came_back, "steps are made again")
         assert before - EVERY <= came_back, "more than the steps since the last checkpoint were lost"
 
@@ -172,7 +183,7 @@ def test_slurm(tmp_path):
         assert 0 < stopped < STEPS
         wait_until(lambda: jobs.made("late") > stopped, 60)
         cluster.run(CONTROLLER, "scancel", late)
-        assert f"going on from step {stopped} " in jobs.output("late")
+        assert jobs.between("late") == (stopped, stopped)
 
 
 @pytest.mark.turn(2)
@@ -211,6 +222,8 @@ def test_ssh(tmp_path):
             assert run.wait(200) == 0, output(name)
             runs.ended_like(name, "end")
             lost = [row for row in rows(tmp_path / name / "metrics.jsonl") if row["split"] == "fault"]
+            assert [row["workers"] for row in lost] == [[1]], lost
+            assert "going on from step" not in output(name)  # the other one had all steps
             print(name, json.dumps(lost))
 
 
