@@ -119,7 +119,8 @@ class Jobs(Runs):
         wait_until(lambda: self.told(job, "Restarts") != "0" and self.state(job) in ("RUNNING", "COMPLETED"), seconds)
 
     def output(self, name: str) -> str:
-        return (self.folder / f"{name}.out").read_text()
+        # Where several tasks write a progress bar, srun may put its label amid a character.
+        return (self.folder / f"{name}.out").read_text(errors="replace")
 
     def between(self, name: str) -> tuple[int | None, int]:
         """The step at which the first attempt says that it stopped, if it could, and that from which it went on."""
