@@ -87,12 +87,15 @@ def test_tensorboard_has_the_same_scalars(letters, tmp_path):
         written = [row for row in rows(folder / "metrics.jsonl") if row["split"] == split]
         # The same names in both, so that TensorBoard draws them in one chart; nothing that never changes.
         names = {"loss", "accuracy", "bits_per_byte"} if split == "eval" else {"loss", "learning_rate", "gradient_norm"}
-        tags = {tag for tag in events.Tags()["tensors"] if not tag.startswith("samples/")}
+        tags = {tag for tag in events.Tags()["tensors"] if not tag.startswith(("samples/", "speed/"))}
         assert tags == names | ({"nic_bytes"} if split == "train" else set())
         for name in tags:
             shown = [(e.step, float(tf.make_ndarray(e.tensor_proto))) for e in events.Tensors(name)]
             np.testing.assert_allclose(shown, [(row["step"], row[name]) for row in written], rtol=1e-6)
     assert len(boards["eval"].Tensors("samples/0")) == 2
+    for name in ("examples_per_second", "tokens_per_second", "flops_per_second"):
+        shown = [(e.step, float(tf.make_ndarray(e.tensor_proto))) for e in boards["train"].Tensors(f"speed/{name}")]
+        np.testing.assert_allclose(shown, [(row["step"], row[name]) for row in rows(folder / "speed.jsonl")], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

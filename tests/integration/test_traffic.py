@@ -110,9 +110,9 @@ def test_interface_graph_and_plan_agree(tmp_path):
             found = json.loads((folder / "traffic.json").read_text())
             assert found["nic"] == "e0"
             assert found["planned_bytes"] == found["counted_bytes"] > 1e6, name
-            # After a call losses, norms, three flags and the waits, for examples and of both workers, are summed.
+            # After a call losses, norms, three flags and both waits of both workers are summed.
             steps = {"mixed": 2, "budget": 3}.get(name, 4)
-            assert found["metrics_bytes"] == 12 // steps * 8 * (2 * steps + 4 + 2)
+            assert found["metrics_bytes"] == 12 // steps * 8 * (2 * steps + 3 + 2 * 2)
             # With two workers as much as the payload leaves each interface, of a sum and of a gather.
             assert found["expected_nic_bytes"] == found["planned_bytes"] + found["metrics_bytes"]
             assert found["nic_bytes"] == pytest.approx(found["expected_nic_bytes"], rel=0.02), name
