@@ -38,9 +38,8 @@ def pytest_collection_modifyitems(config, items):
         if item.get_closest_marker("network") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(900))
     if turn := os.environ.get("TURN"):
-        left_out = [item for item in items if waits_for_its_turn(item, int(turn))]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=[item for item in items if waits_for_its_turn(item, int(turn))])
+        items[:] = [item for item in items if not waits_for_its_turn(item, int(turn))]
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ _LOOPS, _BRANCHES = ("While", "StatelessWhile"), ("If", "StatelessIf", "Case", "
 def flops(function: Any, loop: bool) -> int | None:
     """Counts what one worker computes in a step: its products of matrices and its convolutions, forth and back.
 
-    A multiplication and an addition are two operations. What is frozen above all that is trained costs no way back, and
-    nothing is counted for it. Other operations are left out, as is usual for a model's FLOP/s (Chowdhery et al. 2022,
+    A multiplication and an addition are two operations. What is frozen below all that is trained costs no way back, and
+    none is counted for it. Other operations are left out, as is usual for a model's FLOP/s (Chowdhery et al. 2022,
     https://arxiv.org/abs/2204.02311, appendix B).
 
     Args:

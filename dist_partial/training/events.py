@@ -100,10 +100,12 @@ class Saving:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._thread is not None:
             self._thread.shutdown()
-        if self._written is not None and kind is not None and (error := self._written.exception()):
-            self._trainer.replicas.say(f"a checkpoint is not saved: {first_line(error)}")  # the other one ends the run
-        elif kind is None:
+        try:
             self.settle()
+        except Exception as error:
+            if kind is None:
+                raise
+            self._trainer.replicas.say(f"a checkpoint is not saved: {first_line(error)}")  # the other one ends the run
 
     def due(self, step: int) -> bool:
         return self._every.due(step)

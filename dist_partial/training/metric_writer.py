@@ -19,6 +19,7 @@ from dist_partial.synonyms import meant
 from dist_partial.terminal import is_silent, say
 from dist_partial.trackers import Following, Row
 
+LINES = ("metrics.jsonl", "samples.jsonl", "speed.jsonl")  # the files of JSON lines
 _SPLITS = ("train", "eval")
 # The steps, and what never changes or is only another measure of what is charted.
 _NOT_CHARTED = {"step", "examples", "wire_bytes", "wire_share", "wire_bytes_per_step", "nic_bytes_per_step"}
@@ -72,7 +73,7 @@ class MetricWriter:
         self._boards = {split: tf.summary.create_noop_writer() for split in _SPLITS}
         if active:
             with _writing(folder):
-                for name in ("metrics.jsonl", "samples.jsonl", "speed.jsonl"):
+                for name in LINES:
                     _keep_until(folder / name, step, evaluated or name == "speed.jsonl")
                 for path in [] if step else (folder / "tensorboard").rglob("events.out.tfevents.*"):
                     path.unlink()

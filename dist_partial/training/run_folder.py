@@ -9,10 +9,10 @@ from dist_partial.files import locked, refuse_links, write_json, write_text, wri
 from dist_partial.selection.plan import Plan
 from dist_partial.selection.table import plan_table
 from dist_partial.training.build import Trainer
+from dist_partial.training.metric_writer import LINES
 
 PATIENCE_SECONDS = 10.0
-_WRITTEN: tuple[str, ...] = ("checkpoints", "best", "tensorboard", "tensorboard/train", "tensorboard/eval")
-_WRITTEN += ("metrics.jsonl", "samples.jsonl", "speed.jsonl")
+_WRITTEN = ("checkpoints", "best", "tensorboard", "tensorboard/train", "tensorboard/eval", *LINES)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,16 @@ _MARK = "RESULT "
 def give(result: Any) -> None:
     """Gives a result to the process that has called `results_of`."""
     print(_MARK + json.dumps(result), flush=True)
+
+
+def in_rounds(module: str, names: Sequence[str], rounds: int, **how: Any) -> dict[str, list[Any]]:
+    """The results of a module by `--child=NAME`, for so many rounds in which the names take turns; `how` as there."""
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            found[name] += results_of(module, f"--child={name}", **how)
+            print(name, found[name][-1], flush=True)
+    return found
 
 
 def results_of(

@@ -8,6 +8,7 @@ tests/benchmarks/results/saving.json.
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import statistics
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import fine_tuning, tables
-from tests.benchmarks.runs import give, results_of
+from tests.benchmarks.runs import give, in_rounds
 
 COMMAND = "python -m tests.benchmarks.saving"
 RESULTS = Path(__file__).parent / "results" / "saving.json"
@@ -66,8 +67,8 @@ def child(way: str) -> None:
             *WAYS[way],
         ]
         settings = gin_files.load([fine_tuning.CONFIGS / "smollm2.gin"], params).settings
-        object.__setattr__(settings, "callbacks", [keras.callbacks.LambdaCallback(on_train_batch_end=noted)])
-        loop.run(settings, Path("run"))
+        callbacks = [keras.callbacks.LambdaCallback(on_train_batch_end=noted)]
+        loop.run(dataclasses.replace(settings, callbacks=callbacks), Path("run"))
     counted = ends[EVERY - 1 : EVERY * (PERIODS + 1)]
     took = [1e3 * (after - before) for before, after in itertools.pairwise(counted)]
     give([statistics.mean(took), max(took), max(sizes, default=0)])
@@ -81,11 +82,7 @@ def main() -> None:
     if arguments.child:
         child(arguments.child)
         return
-    found: dict[str, list[list[float]]] = {way: [] for way in WAYS}
-    for _ in range(arguments.rounds):
-        for way in WAYS:
-            found[way] += results_of("tests.benchmarks.saving", f"--child={way}", timeout=1800)
-            print(way, found[way][-1], flush=True)
+    found = in_rounds("tests.benchmarks.saving", list(WAYS), arguments.rounds, timeout=1800)
     rows: list[dict[str, Any]] = []
     for way, runs in found.items():
         means, longest, sizes = ([run[i] for run in runs] for i in range(3))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import tables
-from tests.benchmarks.runs import give, results_of
+from tests.benchmarks.runs import give, in_rounds
 
 COMMAND = "python -m tests.benchmarks.trackers"
 RESULTS = Path(__file__).parent / "results" / "trackers.json"
@@ -64,12 +64,7 @@ def main() -> None:
     if arguments.child:
         child(arguments.child)
         return
-    found: dict[str, list[list[float]]] = {name: [] for name in NAMES}
-    for _ in range(arguments.rounds):
-        for name in NAMES:
-            found[name] += results_of(
-                "tests.benchmarks.trackers", f"--child={name}", timeout=600, wrong="gets nothing more"
-            )
+    found = in_rounds("tests.benchmarks.trackers", NAMES, arguments.rounds, timeout=600, wrong="gets nothing more")
     rows: list[dict[str, Any]] = []
     for name, runs in found.items():
         medians, means = ([run[i] for run in runs] for i in (0, 1))

@@ -67,6 +67,10 @@ class Runs:
         found = {"PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{self.folder}", "TF_CPP_MIN_LOG_LEVEL": "3"}
         return self.cluster.environment | found | {"CUDA_VISIBLE_DEVICES": "-1"}
 
+    def output(self, name: str) -> str:
+        # Where several tasks write a progress bar, srun may put its label amid a character.
+        return (self.folder / f"{name}.out").read_text(errors="replace")
+
     def saved(self, name: str) -> int:
         """The step of its newest checkpoint."""
         return max(checkpoints.steps(self.folder / name / "checkpoints"), default=0)
@@ -118,10 +122,6 @@ class Jobs(Runs):
         """Waits until the job runs again."""
         wait_until(lambda: self.told(job, "Restarts") != "0" and self.state(job) in ("RUNNING", "COMPLETED"), seconds)
 
-    def output(self, name: str) -> str:
-        # Where several tasks write a progress bar, srun may put its label amid a character.
-        return (self.folder / f"{name}.out").read_text(errors="replace")
-
     def between(self, name: str) -> tuple[int | None, int]:
         """The step at which the first attempt says that it stopped, if it could, and that from which it went on."""
         stopped = re.search(r"stopped at step (\d+) of", self.output(name))
@@ -132,8 +132,6 @@ class Jobs(Runs):
 
 @pytest.mark.turn(1)
 def test_slurm(tmp_path):
-    if reason := clusters.missing("slurm"):
-        pytest.skip(reason)
     with clusters.slurm(tmp_path / "cluster") as cluster:
         jobs = Jobs(cluster, tmp_path)
 
@@ -189,8 +187,6 @@ def test_slurm(tmp_path):
 
 @pytest.mark.turn(2)
 def test_ssh(tmp_path):
-    if reason := clusters.missing("ssh"):
-        pytest.skip(reason)
     with clusters.ssh(tmp_path / "cluster") as cluster:
         runs = Runs(cluster, tmp_path)
 
@@ -206,10 +202,7 @@ def test_ssh(tmp_path):
                     stderr=subprocess.STDOUT,
                 )
 
-        def output(name: str) -> str:
-            return (tmp_path / f"{name}.out").read_text()
-
-        assert launched("end").wait(120) == 0, output("end")
+        assert launched("end").wait(120) == 0, runs.output("end")
 
         # A session that is cut off, by its end on the host; and the sshd of a host, which comes back after 8 s.
         for name, killed in (("session", "sshd: root"), ("sshd", "sshd")):
@@ -220,11 +213,11 @@ def test_ssh(tmp_path):
                 with pytest.raises(subprocess.TimeoutExpired):
                     run.wait(8)
                 cluster.start_sshd("n1")
-            assert run.wait(200) == 0, output(name)
+            assert run.wait(200) == 0, runs.output(name)
             runs.ended_like(name, "end")
             lost = [row for row in rows(tmp_path / name / "metrics.jsonl") if row["split"] == "fault"]
             assert [row["workers"] for row in lost] == [[1]], lost
-            assert "going on from step" not in output(name)  # the other one had all steps
+            assert "going on from step" not in runs.output(name)  # the other one had all steps
             print(name, json.dumps(lost))
 
 
@@ -246,7 +239,7 @@ class Pods(Runs):
     def _started(self, index: int) -> "subprocess.Popen[bytes]":
         python, *command = self._container["command"]
         given = [arg for arg in self._container["args"] if not arg.startswith(("--gin_file", "--run_dir"))]
-        host = list(KUBERNETES)[index]
+        host = KUBERNETES[index]
         environment = {each["name"]: each.get("value", "a" * 64) for each in self._container["env"]}  # the secret's
         environment |= {"JOB_COMPLETION_INDEX": str(index), "HOSTNAME": host.partition(".")[0]}
         image = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}:{self.folder}", "CUDA_VISIBLE_DEVICES": "-1"}

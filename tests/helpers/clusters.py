@@ -4,21 +4,22 @@ Debian's packages slurm-wlm, munge, openssh-server and openssh-client have what 
 """
 
 import contextlib
+import functools
 import os
 import re
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pytest
+
 from tests import ROOT
-from tests.helpers import hosts
+from tests.helpers import hosts, launchers
 
 CONTROLLER = "ctl"
 NODES = ("n0", "n1", "n2")
-_TOOLS = {"slurm": ("slurmctld", "slurmd", "munged", "sbatch"), "ssh": ("sshd", "ssh", "ssh-keygen")}
 # Hosts may be more than this machine is. A job that is requeued waits for its credentials to expire, else two minutes.
 _SLURM = """
 ClusterName=tests
@@ -44,7 +45,7 @@ SwitchType=switch/none
 ReturnToService=2
 SlurmdTimeout=10
 SlurmdParameters=config_overrides
-NodeName={first}-{last} CPUs=8 RealMemory=4000 State=UNKNOWN
+NodeName={nodes} CPUs=8 RealMemory=4000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 _SSHD = """
@@ -56,12 +57,6 @@ PasswordAuthentication no
 PermitRootLogin prohibit-password
 PidFile {folder}/sshd_{host}.pid
 """
-
-
-def missing(kind: str) -> str:
-    """Says what 'slurm' or 'ssh' lacks here; empty if nothing."""
-    absent = [tool for tool in _TOOLS[kind] if not shutil.which(tool, path=_path())]
-    return f"{', '.join(absent)} not found" if absent else ""
 
 
 class Cluster:
@@ -121,9 +116,10 @@ class Cluster:
 
 @contextlib.contextmanager
 def slurm(folder: Path) -> Iterator[Cluster]:
-    """Starts a controller and nodes of Slurm, and ends them."""
+    """Starts a controller and nodes of Slurm, and ends them; skips the test where there is none."""
+    _need("slurmctld", "slurmd", "munged", "sbatch")
     with named(folder, CONTROLLER, *NODES) as cluster:
-        text = _SLURM.format(controller=CONTROLLER, folder=folder, first=NODES[0].replace("0", "[0"), last="2]")
+        text = _SLURM.format(controller=CONTROLLER, folder=folder, nodes=",".join(NODES))
         (folder / "slurm.conf").write_text(text)
         if Path("/sys/fs/cgroup/memory").is_dir():
             (folder / "cgroup.conf").write_text("CgroupAutomount=yes\nCgroupPlugin=cgroup/v1\n")
@@ -147,7 +143,8 @@ def slurm(folder: Path) -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def ssh(folder: Path) -> Iterator[Cluster]:
-    """Starts sshd on all nodes, with keys of their own, and ends it."""
+    """Starts sshd on all nodes, with keys of their own, and ends it; skips the test where there is none."""
+    _need("sshd", "ssh", "ssh-keygen")
     with named(folder, CONTROLLER, *NODES) as cluster:
         Path("/run/sshd").mkdir(exist_ok=True)  # where it has no more rights
         for name in ("id", *(f"host_{host}" for host in NODES)):
@@ -162,11 +159,8 @@ def ssh(folder: Path) -> Iterator[Cluster]:
         yield cluster
 
 
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.2)
+# A condition may be a process of its own, such as scontrol.
+wait_until = functools.partial(launchers.wait_until, pause=0.2)
 
 
 @contextlib.contextmanager
@@ -181,6 +175,11 @@ def named(folder: Path, *names: str) -> Iterator[Cluster]:
     folder.chmod(0o755)  # of a folder that others may write munged takes no key
     with hosts.hosts(len(names)):
         yield Cluster(folder, names)
+
+
+def _need(*tools: str) -> None:
+    if absent := [tool for tool in tools if not shutil.which(tool, path=_path())]:
+        pytest.skip(f"{', '.join(absent)} not found")
 
 
 def _path() -> str:

@@ -68,11 +68,11 @@ def launched(folder: Path, command: list[str], stderr: int | None = None) -> Ite
         assert_gone(launcher.all_pids())
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + TIMEOUT
+def wait_until(condition: Callable[[], bool], seconds: float = TIMEOUT, pause: float = 0.02) -> None:
+    until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.02)
+        time.sleep(pause)
 
 
 def alive(pid: int) -> bool:
