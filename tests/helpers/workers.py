@@ -70,6 +70,7 @@ def run_workers(
                 "TF_CONFIG": tf_config(addresses, index),
                 "PYTHONPATH": f"{pythonpath}{os.pathsep}{ROOT}",
                 "CUDA_VISIBLE_DEVICES": "-1",
+                "PYTHONFAULTHANDLER": "1",  # a process that a signal ends says where
                 **environments.get(index, {}),
             }
             processes.append(
@@ -97,6 +98,12 @@ def run_workers(
                 output.seek(0)
                 results.append((process.returncode, output.read()))
     return results
+
+
+def assert_all_end(results: Sequence[tuple[int, str]]) -> None:
+    """Asserts that all workers have ended with 0, or shows what each has printed: the first is seldom the cause."""
+    outputs = [f"worker {rank} exits with {code}:\n{output[-3000:]}" for rank, (code, output) in enumerate(results)]
+    assert not any(code for code, _ in results), "\n".join(outputs)
 
 
 def tf_config(workers: Sequence[str], index: int) -> str:

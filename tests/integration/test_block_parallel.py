@@ -73,11 +73,10 @@ def _train(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_workers_are_the_replicas_that_are_simulated(tmp_path):
-    from tests.helpers.workers import run_workers
+    from tests.helpers.workers import assert_all_end, run_workers
 
     command = ["-m", "tests.integration.test_block_parallel", str(tmp_path)]
-    for code, output in run_workers(command, workers=3, timeout=120):
-        assert code == 0, output[-3000:]
+    assert_all_end(run_workers(command, workers=3, timeout=120))
     loop.run(settings(DEALT, in_process(3), precision="float64"), tmp_path / "simulated")
     left, right = (state(tmp_path / name, STEPS) for name in ("three", "simulated"))
     assert left.keys() == right.keys()

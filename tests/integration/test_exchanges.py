@@ -266,11 +266,10 @@ def _train_in_few_bits(folder: Path) -> None:
 @pytest.mark.slow
 def test_three_workers_in_two_hops(tmp_path):
     """Three processes over TCP, and one process with three replicas, which goes on with what they have saved."""
-    from tests.helpers.workers import run_workers
+    from tests.helpers.workers import assert_all_end, run_workers
 
     command = ["-m", "tests.integration.test_exchanges", "few_bits", str(tmp_path)]
-    for code, output in run_workers(command, workers=3, timeout=120):
-        assert code == 0, output[-3000:]
+    assert_all_end(run_workers(command, workers=3, timeout=120))
     keras.utils.clear_session(free_memory=False)
     made = in_process(3)
     loop.run(settings(FEW_BITS, made, precision="float64"), tmp_path / "simulated")
@@ -296,12 +295,11 @@ def _train_worker(transport: str, folder: Path) -> None:
 @pytest.mark.slow
 def test_workers_are_the_replicas_that_are_simulated(tmp_path):
     """Two processes by either transport: the same bits; one process with two replicas: the same numbers."""
-    from tests.helpers.workers import run_workers
+    from tests.helpers.workers import assert_all_end, run_workers
 
     for transport in ("sockets", "tensorflow"):
         command = ["-m", "tests.integration.test_exchanges", transport, str(tmp_path)]
-        for code, output in run_workers(command, workers=2, timeout=120):
-            assert code == 0, output[-3000:]
+        assert_all_end(run_workers(command, workers=2, timeout=120))
     for precision, tolerance in (("float64", 1e-10), ("float32", 1e-5)):
         sockets, collectives = (tmp_path / f"{transport}-{precision}" for transport in ("sockets", "tensorflow"))
         assert_same_run(sockets, collectives)  # so what two workers saved at step 4 was all there was

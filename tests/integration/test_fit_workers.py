@@ -12,7 +12,7 @@ from tests.helpers.fit_common import BATCH, X
 from tests.helpers.fit_inputs import MOMENTUM
 from tests.helpers.fit_workers import LEVELS, SCENARIOS
 from tests.helpers.shared import once
-from tests.helpers.workers import run_workers
+from tests.helpers.workers import assert_all_end, run_workers
 
 pytestmark = pytest.mark.slow
 MODULE = ["-m", "tests.helpers.fit_workers"]
@@ -40,8 +40,7 @@ def of_workers(factory, count, replicas, names):
     """Where workers end, by scenario: of each."""
 
     def make(folder):
-        for code, output in run_workers([*MODULE, str(folder), str(replicas), *names], workers=count, timeout=400):
-            assert code == 0, output[-3000:]
+        assert_all_end(run_workers([*MODULE, str(folder), str(replicas), *names], workers=count, timeout=400))
 
     folder = once(factory, f"fit-{count}-{replicas}", make)
     return {name: [dict(np.load(folder / f"{name}-{count}-{rank}.npz")) for rank in range(count)] for name in names}

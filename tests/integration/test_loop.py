@@ -31,7 +31,7 @@ from tests.helpers.files import assert_same_state, contents, rows, same_bits, st
 from tests.helpers.letters import start
 from tests.helpers.marks import quick
 from tests.helpers.strategies import in_process
-from tests.helpers.workers import run_workers
+from tests.helpers.workers import assert_all_end, run_workers
 
 
 def assert_same_run(one: Path, other: Path, step: int) -> None:
@@ -483,8 +483,7 @@ def test_two_workers_write_one_folder_and_go_on(letters, tmp_path):
     for steps in (5, 12):
         flags = [f"--gin_param={param}" for param in [*params, f"run.steps = {steps}"]]
         command = ["-m", "dist_partial.train", f"--run_dir={folder}", f"--gin_file={letters}", *flags]
-        for code, output in run_workers(command, workers=2, timeout=120, pythonpath=tmp_path):
-            assert code == 0, output[-3000:]
+        assert_all_end(run_workers(command, workers=2, timeout=120, pythonpath=tmp_path))
     assert start(letters, single, *params, "replicas.cpu = 1") == 0
     for name, value in state(single, 12).items():
         assert np.linalg.norm(state(folder, 12)[name] - value) <= 1e-10 * max(np.linalg.norm(value), 1e-12), name

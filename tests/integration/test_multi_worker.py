@@ -5,7 +5,7 @@ import pytest
 
 from tests.helpers import cases
 from tests.helpers.shared import once
-from tests.helpers.workers import run_workers
+from tests.helpers.workers import assert_all_end, run_workers
 
 pytestmark = pytest.mark.slow
 
@@ -34,8 +34,7 @@ def references(factory, dtype):
 )
 def test_two_workers_equal_one_device(transport, cpu, dtypes, tmp_path, tmp_path_factory):
     command = ["-m", "tests.helpers.worker_train", transport, str(cpu), str(tmp_path), *dtypes]
-    for code, output in run_workers(command, workers=2, timeout=400):
-        assert code == 0, output[-3000:]
+    assert_all_end(run_workers(command, workers=2, timeout=400))
     for dtype in dtypes:
         tolerance = {"float64": 1e-10, "float32": 1e-5}[dtype]
         for name, expected in references(tmp_path_factory, dtype).items():

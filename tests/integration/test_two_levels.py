@@ -6,7 +6,7 @@ import pytest
 from tests.helpers.shared import once
 from tests.helpers.snippets import page_module
 from tests.helpers.worker_levels import BATCH, FIRST, MOMENTUM, RATE, REDUCTIONS, STEPS, X, Y
-from tests.helpers.workers import run_workers
+from tests.helpers.workers import assert_all_end, run_workers
 
 pytestmark = pytest.mark.slow
 
@@ -19,8 +19,7 @@ def found(tmp_path_factory):
 
         def make(folder, cpu=cpu):
             command = ["-m", "tests.helpers.worker_levels", str(cpu), str(folder)]
-            for code, output in run_workers(command, workers=2, timeout=300):
-                assert code == 0, output[-3000:]
+            assert_all_end(run_workers(command, workers=2, timeout=300))
 
         folder = once(tmp_path_factory, f"levels-{cpu}", make)
         for name in REDUCTIONS:
@@ -58,8 +57,7 @@ def test_a_backend_of_ones_own(found, tmp_path):
     """That of the documentation ends with the bits of the connections."""
     page_module("explanation/collectives.md", "shared_folder", tmp_path)
     command = ["-m", "tests.helpers.worker_levels", "2", str(tmp_path), "shared_folder"]
-    for code, output in run_workers(command, workers=2, timeout=300, pythonpath=tmp_path):
-        assert code == 0, output[-3000:]
+    assert_all_end(run_workers(command, workers=2, timeout=300, pythonpath=tmp_path))
     for name in REDUCTIONS:
         for worker in (0, 1):
             ends = dict(np.load(tmp_path / f"{name}-{worker}.npz"))

@@ -35,7 +35,7 @@ from tests.helpers.cases import LAYERS, dataset, mlp
 from tests.helpers.files import rows, same_bits, state
 from tests.helpers.marks import in_turns, quick
 from tests.helpers.strategies import in_process
-from tests.helpers.workers import run_workers
+from tests.helpers.workers import assert_all_end, run_workers
 
 # Nothing of tests.conftest may be imported here: the workers below run this file, too, and have one device each.
 
@@ -431,10 +431,9 @@ def _work(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_workers(tmp_path):
-    for code, output in run_workers(
-        ["-m", "tests.unit.training.test_schedule_runner", str(tmp_path)], workers=2, timeout=200
-    ):
-        assert code == 0, output[-3000:]
+    assert_all_end(
+        run_workers(["-m", "tests.unit.training.test_schedule_runner", str(tmp_path)], workers=2, timeout=200)
+    )
     for name, schedule in SCHEDULES.items():
         check(tmp_path / name, settings(schedule, None, precision="float64"), 2)
     # By its own clock the first would train everything: what is trained was checked to be the same on both.
