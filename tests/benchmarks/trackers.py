@@ -1,5 +1,7 @@
 """What a tracker costs a step: short steps, each of which is reported, with each tracker and without.
 
+A profile of steps before those that are counted takes its turn, too.
+
 python -m tests.benchmarks.trackers [--rounds=5]
 
 Each run is a process of its own, with one replica; the trackers take turns. Writes
@@ -7,6 +9,7 @@ tests/benchmarks/results/trackers.json.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -21,7 +24,8 @@ from tests.benchmarks.runs import give, in_rounds
 COMMAND = "python -m tests.benchmarks.trackers"
 RESULTS = Path(__file__).parent / "results" / "trackers.json"
 STEPS, FIRST = 1000, 200  # of which the first are not counted: trackers begin meanwhile
-NAMES = ("none", "MLflow", "WandB", "Trackio", "Prometheus")
+PROFILE = "none, steps 101 to 110 profiled"
+NAMES = ("none", PROFILE, "MLflow", "WandB", "Trackio", "Prometheus")
 
 
 def child(name: str) -> None:
@@ -35,11 +39,10 @@ def child(name: str) -> None:
     from dist_partial.training import loop
 
     ends: list[float] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # in which MLflow makes a folder
         os.environ["TRACKIO_DIR"] = str(Path(folder, "trackio"))
-        made = {"none": lambda: [], "MLflow": lambda: [trackers.MLflow(f"sqlite:///{folder}/mlflow.db")]}
-        made["Prometheus"] = lambda: [trackers.Prometheus(port=0)]
-        chosen = made.get(name, lambda: [getattr(trackers, name)()])()
+        options = {"MLflow": {"uri": f"sqlite:///{folder}/mlflow.db"}, "Prometheus": {"port": 0}}
+        chosen = [] if name.startswith("none") else [getattr(trackers, name)(**options.get(name, {}))]
         noted = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter()))
         settings = Settings(
             [("train", ".*")],
@@ -49,6 +52,7 @@ def child(name: str) -> None:
             global_batch=8,
             eval_examples=8,
             trackers=chosen,
+            profile=(101, 110) if name == PROFILE else None,
             callbacks=[noted],
         )
         loop.run(settings, Path(folder, "run"))
