@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 
 from dist_partial.checkpoints import safetensors_file
+from dist_partial.checkpoints.fingerprints import view
 from dist_partial.distributed import per_replica
 from dist_partial.distributed.per_replica import OfOwner, PerReplica
 from dist_partial.errors import UserError, first_line
@@ -44,35 +44,22 @@ class Checkpoint:
 _FORMAT = "dist_partial_checkpoint"  # the key of the metadata, whose value begins with the format's number
 
 
-def read(state: dict[str, Any], step: int, gather: Callable[[bytes], list[bytes]]) -> dict[str, np.ndarray]:
+def read(state: dict[str, Any], gather: Callable[[bytes], list[bytes]]) -> dict[str, np.ndarray]:
     """Reads the values of all of it; called by all workers, which send each other what differs between replicas.
+
+    What is on the CPU and the same on all replicas is not copied, and stays as it is: see `view`.
 
     Args:
         state: from `TrainState.variables`.
-        step: which the values are of.
         gather: gives every worker's bytes, from `Replicas.gather`.
 
-    Raises:
-        UserError: a value is not finite.
-
     Examples:
-        >>> read({"variables/w": keras.Variable([1.0, 2.0])}, step=5, gather=lambda data: [data])
+        >>> read({"variables/w": keras.Variable([1.0, 2.0])}, gather=lambda data: [data])
         {'variables/w': array([1., 2.], dtype=float32)}
-        >>> read({"variables/w": keras.Variable([1.0, np.nan])}, step=5, gather=lambda data: [data])
-        Traceback (most recent call last):
-        dist_partial.errors.UserError: variables/w is not finite at step 5; nothing is saved of it; ...
     """
     own = {name: variable for name, variable in state.items() if isinstance(variable, PerReplica | OfOwner)}
     arrays = dict(zip(own, per_replica.values(list(own.values()), gather), strict=True))
-    arrays |= {name: keras.ops.convert_to_numpy(v) for name, v in state.items() if name not in own}
-    for name, array in arrays.items():
-        # The loss of a step is that of the weights before its update: here the update itself has overflowed.
-        if not _finite(array):
-            raise UserError(
-                f"{name} is not finite at step {step}; nothing is saved of it; lower the learning rate or bind "
-                "run.clip_norm"
-            )
-    return arrays
+    return arrays | {name: view(variable) for name, variable in state.items() if name not in own}
 
 
 def _finite(array: np.ndarray) -> bool:
@@ -92,7 +79,8 @@ def save(folder: Path, step: int, arrays: dict[str, np.ndarray], metadata: dict[
         keep: how many checkpoints stay.
 
     Raises:
-        UserError: the folder cannot be written (full, read-only); no checkpoint that was there is touched.
+        UserError: a value is not finite, or the folder cannot be written (full, read-only); no checkpoint that was
+            there is touched.
 
     Examples:
         >>> import tempfile
@@ -101,7 +89,17 @@ def save(folder: Path, step: int, arrays: dict[str, np.ndarray], metadata: dict[
         ...         _ = save(Path(folder), step, {"variables/w": np.ones(2)}, {}, keep=2)
         ...     sorted(path.name for path in Path(folder).iterdir())
         ['step-0000000020.safetensors', 'step-0000000030.safetensors']
+        >>> save(Path("mine"), 5, {"variables/w": np.array([1.0, np.nan])}, {}, keep=2)
+        Traceback (most recent call last):
+        dist_partial.errors.UserError: variables/w is not finite at step 5; nothing is saved of it; ...
     """
+    for name, array in arrays.items():
+        # The loss of a step is that of the weights before its update: here the update itself has overflowed.
+        if not _finite(array):
+            raise UserError(
+                f"{name} is not finite at step {step}; nothing is saved of it; lower the learning rate or bind "
+                "run.clip_norm"
+            )
     texts = {"format": "1", "metadata": json.dumps(metadata | {"step": step})}
     texts["checksum"] = safetensors_file.checksum(arrays, texts, _digest)
     path = folder / f"step-{step:010d}.safetensors"

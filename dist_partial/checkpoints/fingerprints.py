@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from dist_partial.compat import is_generator
 from dist_partial.data.functions import other_python
@@ -39,16 +40,14 @@ def frozen_fingerprints(model: keras.Model, plan: Plan, moving: Sequence[Any]) -
     """
     prints = {}
     for entry in plan.entries:
-        value = keras.ops.convert_to_numpy(entry.variable)
         if entry.rule.rows is not None and entry.trained:
-            start, stop = entry.rule.rows
-            prints[f"{entry.path}[other rows]"] = digest(np.delete(value, slice(start, stop), axis=0))
+            others = np.delete(view(entry.variable), slice(*entry.rule.rows), axis=0)
+            prints[f"{entry.path}[other rows]"] = digest(others)
         elif not entry.trained:
-            prints[entry.path] = digest(value)
+            prints[entry.path] = digest(view(entry.variable))
     known = {id(v) for v in [*moving, *(entry.variable for entry in plan.entries)]}
-    others = [v for v in model.variables if id(v) not in known]
-    names = own_names(model, others)
-    return prints | {n: digest(keras.ops.convert_to_numpy(v)) for n, v in zip(names, others, strict=True)}
+    beside = [v for v in model.variables if id(v) not in known]
+    return prints | {name: digest(view(v)) for name, v in zip(own_names(model, beside), beside, strict=True)}
 
 
 def check_frozen(before: dict[str, str], now: dict[str, str], step: int) -> None:
@@ -91,7 +90,22 @@ def model_fingerprints(model: keras.Model) -> dict[str, str]:
         >>> [path for path, print_ in model_fingerprints(model).items() if print_ != before[path]]
         ['head/bias']
     """
-    return {path: digest(keras.ops.convert_to_numpy(variable)) for path, variable in variables(model).items()}
+    return {path: digest(view(variable)) for path, variable in variables(model).items()}
+
+
+def view(variable: Any) -> np.ndarray:
+    """Gives the value that a variable has now, and will not have once it is assigned another.
+
+    On the CPU nothing is copied: TensorFlow assigns in new memory as long as somebody has the old.
+
+    Examples:
+        >>> variable = keras.Variable([1.0, 2.0])
+        >>> before = view(variable)
+        >>> _ = variable.assign_add([1.0, 1.0])
+        >>> before.tolist(), view(variable).tolist()
+        ([1.0, 2.0], [2.0, 3.0])
+    """
+    return np.asarray(tf.convert_to_tensor(variable))
 
 
 def digest(array: np.ndarray, digits: int = 16) -> str:

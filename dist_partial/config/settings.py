@@ -99,7 +99,7 @@ class Settings:
         eval_every: updates between evaluations; None evaluates at the end only.
         eval_examples: how many held-out examples an evaluation reads; None reads all.
         save_every: updates between checkpoints; None saves at the end only.
-        save_async: whether a thread writes a checkpoint while the next steps are made, from a copy in memory.
+        save_async: whether a thread writes a checkpoint while the next steps are made.
         keep: checkpoints that are kept.
         clip_norm: bound on the global norm of the summed gradient over the selection, or None.
         accumulate: micro-batches an update, one after the other on each replica.

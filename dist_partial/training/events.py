@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import signal
 import threading
 from collections.abc import Callable
@@ -73,7 +72,8 @@ class Every:
 class Saving:
     """Saves a checkpoint every `run.save_every` steps and at the end.
 
-    The values are read between two steps; with `run.save_async` a thread writes them while the next steps are made.
+    The values are read between two steps; with `run.save_async` a thread checks and writes them while the next steps
+    are made.
     A context manager: at its end all is written.
 
     Attributes:
@@ -92,7 +92,7 @@ class Saving:
         self.meter = network.Meter(replicas.workers, interface, state.step)
         self._every = Every(trainer.settings.save_every, trainer.settings.steps)
         self._thread = ThreadPoolExecutor(1, "checkpoints") if trainer.settings.save_async else None
-        self._written: Future[Path] | None = None  # what the thread is at
+        self._written: Future[None] | None = None  # what the thread is at
 
     def __enter__(self) -> "Saving":
         return self
@@ -148,18 +148,21 @@ class Saving:
 
     def _write(self, state: TrainState, name: str, keep: int, first: Callable[[], None] = lambda: None) -> None:
         trainer = self._trainer
-        frozen = checkpoints.frozen_fingerprints(trainer.model, trainer.plan, trainer.layer_state.moving)
-        checkpoints.check_frozen(trainer.fingerprint["frozen"], frozen, state.step)
-        self.settle()  # of two at a time both copies would be in memory
-        arrays = checkpoints.read(state.variables, state.step, trainer.replicas.gather)
+        self.settle()  # of two at a time the values of both would be in memory
+        arrays = checkpoints.read(state.variables, trainer.replicas.gather)
         first()
-        if trainer.replicas.is_chief:
-            metadata = state.metadata() | {"frozen": trainer.fingerprint["frozen"]}
-            write = functools.partial(checkpoints.save, self._folder / name, state.step, arrays, metadata, keep)
-            if self._thread is None:
-                write()
-            else:
-                self._written = self._thread.submit(write)
+        metadata = state.metadata() | {"frozen": trainer.fingerprint["frozen"]}
+
+        def write() -> None:
+            frozen = checkpoints.frozen_fingerprints(trainer.model, trainer.plan, trainer.layer_state.moving)
+            checkpoints.check_frozen(metadata["frozen"], frozen, state.step)
+            if trainer.replicas.is_chief:
+                checkpoints.save(self._folder / name, state.step, arrays, metadata, keep)
+
+        if self._thread is None:
+            write()
+        else:
+            self._written = self._thread.submit(write)
 
 
 class Stopping:

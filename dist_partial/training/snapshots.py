@@ -124,7 +124,7 @@ class Snapshots:
                     rows = {k: rows.get(k, np.zeros(shape, variable.dtype)) for k in range(workers)}
                 found[name] = np.concatenate([rows[k] for k in sorted(rows)])
                 start += math.prod(shape) * variable.dtype.itemsize
-        return self._of_first(checkpoints.read(found, snapshot.state.step, self._trainer.replicas.gather), rank)
+        return self._of_first(checkpoints.read(found, self._trainer.replicas.gather), rank)
 
     def packed(self, snapshot: Snapshot, rank: int) -> bytes:
         """The snapshot as bytes, once the variables have its values, for a worker that has none of them.

@@ -1,6 +1,6 @@
 """What a checkpoint costs the steps: SmolLM2-135M, all of it trained, written meanwhile, between two steps, or never.
 
-python -m tests.benchmarks.saving [--rounds=3]
+python -m tests.benchmarks.saving [--rounds=2]
 
 Each run is a process of its own, with one replica; the ways take turns. Needs the weights of SmolLM2. Writes
 tests/benchmarks/results/saving.json.
@@ -23,7 +23,7 @@ from tests.benchmarks.runs import give, in_rounds
 COMMAND = "python -m tests.benchmarks.saving"
 RESULTS = Path(__file__).parent / "results" / "saving.json"
 # Steps that are counted follow the first checkpoint; the last one is not among them, for nothing is made meanwhile.
-EVERY, PERIODS, BATCH = 20, 2, 8
+EVERY, PERIODS, BATCH = 10, 3, 8
 WAYS = {
     "no checkpoint": ["run.save_every = None"],
     "written by a thread": [f"run.save_every = {EVERY}"],
@@ -76,7 +76,7 @@ def child(way: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--child")
     arguments = parser.parse_args()
     if arguments.child:
@@ -86,8 +86,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for way, runs in found.items():
         means, longest, sizes = ([run[i] for run in runs] for i in range(3))
-        ratios = [run[0] / without[0] for run, without in zip(runs, found["no checkpoint"], strict=True)]
-        numbers = {"mean_ms": means, "longest_ms": longest, "ratio": ratios}
+        more = [run[0] - without[0] for run, without in zip(runs, found["no checkpoint"], strict=True)]
+        seconds = [EVERY * each / 1e3 for each in more]
+        numbers = {"mean_ms": means, "longest_ms": longest, "seconds": seconds}
         row = {"way": way, "checkpoint_bytes": max(sizes)}
         rows.append(row | {key: round(statistics.median(each), 3) for key, each in numbers.items()})
     setting = (

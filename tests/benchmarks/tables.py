@@ -346,13 +346,13 @@ def saving(found: Mapping[str, Any]) -> Tables:
         [
             row["way"],
             f"{row['mean_ms']:,.0f}",
-            f"{row['ratio']:.3f}",
             f"{row['longest_ms']:,.0f}",
+            f"{row['seconds']:.2f}",
             f"{row['checkpoint_bytes'] / 1e9:.2f}",
         ]
         for row in found["rows"]
     ]
-    header = ["a checkpoint is", "step, ms", "of no checkpoint", "longest step, ms", "checkpoint, GB"]
+    header = ["a checkpoint is", "a step, ms", "the longest, ms", "steps longer in all, s", "checkpoint, GB"]
     return {"What a checkpoint costs": markdown(header, lines)}
 
 

@@ -35,12 +35,35 @@ def waiting(monkeypatch):
     return threads
 
 
-def test_steps_go_on_meanwhile_and_the_bits_are_those_of_their_step(letters, tmp_path, waiting):
-    assert start(letters, tmp_path / "meanwhile", *PARAMS) == 0
+RULE = "run.rules = [@my/Rule(), ('freeze', '.*')]"
+EVERYTHING = "run.rules = [('train', '.*')]"  # embeddings too, whose rows are assigned by their numbers
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        [EVERYTHING],
+        *(
+            pytest.param(params, marks=pytest.mark.slow)
+            for params in (
+                [EVERYTHING, "run.jit_compile = True"],
+                [EVERYTHING, "run.optimizer = @keras.optimizers.Muon"],
+                [EVERYTHING, "run.optimizer = @keras.optimizers.SGD", "SGD.learning_rate = 0.1", "SGD.momentum = 0.9"],
+                ["run.reduction = @local_sgd()", "local_sgd.sync_every = 2"],
+                ["run.reduction = @top_k()", "run.precision = 'mixed_bfloat16'"],
+                [EVERYTHING, "run.precision = 'mixed_float16'"],
+                [RULE, "my/Rule.match = 'embedding/embeddings'", "my/Rule.rows = (97, 101)"],
+                [RULE, "my/Rule.match = '.*/kernel'", "my/Rule.lora = 2"],
+            )
+        ),
+    ],
+)
+def test_steps_go_on_meanwhile_and_the_bits_are_those_of_their_step(letters, tmp_path, waiting, params):
+    assert start(letters, tmp_path / "meanwhile", *PARAMS, *params) == 0
     assert len(waiting) == 3 and all(name.startswith("checkpoints") for name in waiting)
     waiting.clear()
     # The write of step 2 has had its event.
-    assert start(letters, tmp_path / "between", *PARAMS, "run.save_async = False") == 0
+    assert start(letters, tmp_path / "between", *PARAMS, *params, "run.save_async = False") == 0
     assert waiting == ["MainThread"] * 3
     for step in (2, 4, 6):
         assert_same_state(tmp_path / "meanwhile", tmp_path / "between", step)

@@ -15,15 +15,10 @@ from dist_partial.errors import UserError
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_one_number_that_is_not_finite_is_enough_to_save_nothing(bad):
-    good, spoilt = tf.Variable([1.0, 2.0]), tf.Variable([1.0, bad])
-
-    def read(**state):
-        return checkpoints.read(state, 7, lambda data: [data])
-
-    np.testing.assert_array_equal(read(a=good)["a"], [1.0, 2.0])
+def test_one_number_that_is_not_finite_is_enough_to_save_nothing(tmp_path, bad):
     with pytest.raises(UserError, match="b is not finite at step 7; nothing is saved of it"):
-        read(a=good, b=spoilt)
+        checkpoints.save(tmp_path, 7, {"a": np.array([1.0, 2.0]), "b": np.array([1.0, bad])}, {}, 2)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -76,7 +71,7 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path):
 
 def test_a_bfloat16_variable_is_restored_bit_for_bit(tmp_path):
     before = tf.Variable(tf.cast(tf.random.normal([20]), tf.bfloat16))
-    state = checkpoints.read({"a": before}, 1, lambda data: [data])
+    state = checkpoints.read({"a": before}, lambda data: [data])
     checkpoints.save(tmp_path, 1, state, {}, 1)
     after = tf.Variable(tf.zeros([20], tf.bfloat16))
     checkpoints.restore(checkpoints.newest(tmp_path, pytest.fail), {"a": after})

@@ -45,7 +45,7 @@ def draw(trainer, seed):
 
 
 def saved(trainer):
-    return checkpoints.read(trainer.state().variables, 5, trainer.replicas.gather)
+    return checkpoints.read(trainer.state().variables, trainer.replicas.gather)
 
 
 def same(found, expected):
