@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -91,7 +93,7 @@ class Saving:
         self._trainer, self._folder = trainer, folder
         self.meter = network.Meter(replicas.workers, interface, state.step)
         self._every = Every(trainer.settings.save_every, trainer.settings.steps)
-        self._thread = ThreadPoolExecutor(1, "checkpoints") if trainer.settings.save_async else None
+        self._thread = ThreadPoolExecutor(1, "checkpoints", _yields) if trainer.settings.save_async else None
         self._written: Future[None] | None = None  # what the thread is at
 
     def __enter__(self) -> "Saving":
@@ -163,6 +165,12 @@ class Saving:
             write()
         else:
             self._written = self._thread.submit(write)
+
+
+def _yields() -> None:
+    """Has this thread run when no other wants to: what it does may take as long as it likes."""
+    if sys.platform == "linux":  # elsewhere a thread has the priority of its process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 class Stopping:

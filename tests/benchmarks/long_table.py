@@ -6,6 +6,7 @@ Simulated replicas train all of a byte transformer on the embedded corpus; every
 examples, in batches and at rates that are its own best (see `tuned`).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,6 +53,12 @@ def _local(
     return Policy(name, start, grid, (optimizer, make), replicas)
 
 
+def _far(policy: Policy, *tuned: str) -> Policy:
+    """Begins where the tuning of every 256 examples has ended; tunes what is named, or all."""
+    grid = {name: values for name, values in policy.grid.items() if name in (tuned or policy.grid)}
+    return dataclasses.replace(policy, start={"batch": 8, "rate": 4e-3, "outer": OUTER[1]}, grid=grid)
+
+
 def _two_bits(m: Any) -> Any:
     return m.Quantized(2)
 
@@ -75,11 +82,18 @@ POLICIES = [
     _local("SparseLoCo: AdamW, every 256 examples, top 1/16 in 2 bits", "AdamW", 256, _sparse),
     _local("Muon, every 64 examples, 2 bits", "Muon", 64, _two_bits, (8, 2)),
     _local("MuLoCo: Muon, every 256 examples, 2 bits", "Muon", 256, _two_bits, (8, 2)),
-    _local("Muon, every 512 examples, 2 bits", "Muon", 512, _two_bits, (8, 2)),
-    _local("Muon, every 512 examples, 2 bits, applied 64 later", "Muon", 512, _two_bits, delay=64, keep_progress=True),
-    _local("Muon, every step for 256 examples, then every 512, 2 bits", "Muon", 512, _two_bits, warm_up=256),
-    _local("Muon, every 128 examples, top 1/16 in 2 bits", "Muon", 128, _sparse),
-    _local("Muon, block-parallel, every 256 examples, 2 bits", "Muon", 256, _two_bits, kind="BlockParallel"),
+    _far(_local("Muon, every 512 examples, 2 bits", "Muon", 512, _two_bits, (8, 2))),
+    _far(
+        _local(
+            "Muon, every 512 examples, 2 bits, applied 64 later", "Muon", 512, _two_bits, delay=64, keep_progress=True
+        ),
+        "rate",
+    ),
+    _far(
+        _local("Muon, every step for 256 examples, then every 512, 2 bits", "Muon", 512, _two_bits, warm_up=256), "rate"
+    ),
+    _far(_local("Muon, every 512 examples, top 1/16 in 2 bits", "Muon", 512, _sparse)),
+    _far(_local("Muon, block-parallel, every 256 examples, 2 bits", "Muon", 256, _two_bits, kind="BlockParallel")),
 ]
 
 

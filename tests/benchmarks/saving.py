@@ -1,8 +1,9 @@
-"""What a checkpoint costs the steps: SmolLM2-135M, all of it trained, written meanwhile, between two steps, or never.
+"""What a checkpoint costs the steps: SmolLM2-135M, all of it trained, written meanwhile or between two steps.
 
-python -m tests.benchmarks.saving [--rounds=2]
+python -m tests.benchmarks.saving [--rounds=1]
 
-Each run is a process of its own, with one replica; the ways take turns. Needs the weights of SmolLM2. Writes
+Steps that follow a checkpoint are compared with later ones of the same run, for a machine's speed drifts. Each run is a
+process of its own, with one replica; the ways take turns. Needs the weights of SmolLM2. Writes
 tests/benchmarks/results/saving.json.
 """
 
@@ -22,30 +23,20 @@ from tests.benchmarks.runs import give, in_rounds
 
 COMMAND = "python -m tests.benchmarks.saving"
 RESULTS = Path(__file__).parent / "results" / "saving.json"
-# Steps that are counted follow the first checkpoint; the last one is not among them, for nothing is made meanwhile.
-EVERY, PERIODS, BATCH = 10, 3, 8
-WAYS = {
-    "no checkpoint": ["run.save_every = None"],
-    "written by a thread": [f"run.save_every = {EVERY}"],
-    "between two steps": [f"run.save_every = {EVERY}", "run.save_async = False"],
-}
+EVERY, PERIODS, BATCH = 20, 4, 8
+AFTER = 8  # steps in which a checkpoint is written, and some more
+WAYS = {"written by a thread": ["run.save_async = True"], "between two steps": ["run.save_async = False"]}
 
 
 def child(way: str) -> None:
-    """Trains one way; prints the mean and the longest time of a step, in milliseconds, and what a checkpoint holds."""
+    """Trains one way; gives by checkpoint a step without one, the longest, and how much longer all are, in seconds."""
     import keras
 
     from dist_partial.config import gin_files
     from dist_partial.training import loop
 
     ends: list[float] = []
-    sizes: list[int] = []
-
-    def noted(batch: int, logs: Any) -> None:
-        ends.append(time.perf_counter())
-        with contextlib.suppress(FileNotFoundError):  # the thread has removed it
-            sizes.extend(path.stat().st_size for path in Path("run", "checkpoints").glob("step-*"))
-
+    noted = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter()))
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         text = Path(folder, "text")
         text.mkdir()
@@ -55,7 +46,8 @@ def child(way: str) -> None:
             f"tokenized_text.window = {fine_tuning.WINDOW}",
             "tokenized_text.limit = None",
             fine_tuning.EVERYTHING,
-            f"run.steps = {EVERY * (PERIODS + 1) + 1}",
+            f"run.steps = {EVERY * (PERIODS + 1) + 1}",  # of the last checkpoint no steps follow
+            f"run.save_every = {EVERY}",
             f"run.global_batch = {BATCH}",
             "run.steps_per_loop = 1",
             "run.eval_examples = 8",
@@ -67,16 +59,18 @@ def child(way: str) -> None:
             *WAYS[way],
         ]
         settings = gin_files.load([fine_tuning.CONFIGS / "smollm2.gin"], params).settings
-        callbacks = [keras.callbacks.LambdaCallback(on_train_batch_end=noted)]
-        loop.run(dataclasses.replace(settings, callbacks=callbacks), Path("run"))
-    counted = ends[EVERY - 1 : EVERY * (PERIODS + 1)]
-    took = [1e3 * (after - before) for before, after in itertools.pairwise(counted)]
-    give([statistics.mean(took), max(took), max(sizes, default=0)])
+        loop.run(dataclasses.replace(settings, callbacks=[noted]), Path("run"))
+        size = max(path.stat().st_size for path in Path("run", "checkpoints").glob("step-*"))
+    took = [after - before for before, after in itertools.pairwise(ends)]
+    for first in range(EVERY - 1, EVERY * PERIODS, EVERY):
+        during, later = took[first : first + AFTER], took[first + AFTER : first + EVERY]
+        alone = statistics.median(later)
+        give([alone, max(during), sum(during) - AFTER * alone, size])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--child")
     arguments = parser.parse_args()
     if arguments.child:
@@ -85,15 +79,13 @@ def main() -> None:
     found = in_rounds("tests.benchmarks.saving", list(WAYS), arguments.rounds, timeout=1800)
     rows: list[dict[str, Any]] = []
     for way, runs in found.items():
-        means, longest, sizes = ([run[i] for run in runs] for i in range(3))
-        more = [run[0] - without[0] for run, without in zip(runs, found["no checkpoint"], strict=True)]
-        seconds = [EVERY * each / 1e3 for each in more]
-        numbers = {"mean_ms": means, "longest_ms": longest, "seconds": seconds}
-        row = {"way": way, "checkpoint_bytes": max(sizes)}
-        rows.append(row | {key: round(statistics.median(each), 3) for key, each in numbers.items()})
+        alone, longest, longer, size = (statistics.median(run[i] for run in runs) for i in range(4))
+        seconds = {"step_seconds": alone, "longest_seconds": longest, "longer_seconds": longer}
+        row = {"way": way, "checkpoint_bytes": size} | {name: round(each, 3) for name, each in seconds.items()}
+        rows.append(row | {"share": round(longer / (EVERY * alone), 4)})
     setting = (
         f"SmolLM2-135M, all of it trained by Adam in batches of {BATCH} x {fine_tuning.WINDOW} tokens, one replica, a "
-        f"checkpoint every {EVERY} steps, {EVERY * PERIODS} steps counted; medians of {arguments.rounds} rounds"
+        f"checkpoint every {EVERY} steps; medians of {len(runs)} checkpoints"
     )
     RESULTS.write_text(json.dumps({"command": COMMAND, "setting": setting, "rows": rows}, indent=1) + "\n")
     print(tables.text("saving"))

@@ -345,14 +345,15 @@ def saving(found: Mapping[str, Any]) -> Tables:
     lines = [
         [
             row["way"],
-            f"{row['mean_ms']:,.0f}",
-            f"{row['longest_ms']:,.0f}",
-            f"{row['seconds']:.2f}",
             f"{row['checkpoint_bytes'] / 1e9:.2f}",
+            f"{row['step_seconds']:.2f}",
+            f"{row['longest_seconds']:.2f}",
+            f"{row['longer_seconds']:.2f}",
+            f"{row['share']:.1%}",
         ]
         for row in found["rows"]
     ]
-    header = ["a checkpoint is", "a step, ms", "the longest, ms", "steps longer in all, s", "checkpoint, GB"]
+    header = ["a checkpoint is", "GB", "a step, s", "the longest with it, s", "it costs, s", "of all steps"]
     return {"What a checkpoint costs": markdown(header, lines)}
 
 

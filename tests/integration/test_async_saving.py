@@ -1,5 +1,7 @@
 """Checkpoints that a thread writes while the next steps are made: the same bits, and no fault of it is lost."""
 
+import os
+import signal
 import threading
 
 import pytest
@@ -68,6 +70,25 @@ def test_steps_go_on_meanwhile_and_the_bits_are_those_of_their_step(letters, tmp
     for step in (2, 4, 6):
         assert_same_state(tmp_path / "meanwhile", tmp_path / "between", step)
     assert rows(tmp_path / "meanwhile" / "metrics.jsonl") == rows(tmp_path / "between" / "metrics.jsonl")
+
+
+def test_ctrl_c_meanwhile_waits_for_what_is_written(letters, tmp_path, waiting, monkeypatch):
+    train = metric_writer.MetricWriter.train
+
+    def interrupted(self, step, *args):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train(self, step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metric_writer.MetricWriter, "train", interrupted)
+        assert start(letters, tmp_path / "stopped", *PARAMS) == 130
+    saved = checkpoints.steps(tmp_path / "stopped" / "checkpoints")
+    assert saved[0] == 2 and len(saved) == 2
+    for folder in ("stopped", "whole"):
+        assert start(letters, tmp_path / folder, *PARAMS) == 0
+    for step in (*saved, 6):
+        assert_same_state(tmp_path / "stopped", tmp_path / "whole", step)
 
 
 @pytest.mark.parametrize("fails_at, last_made", [(2, 4), pytest.param(6, 6, marks=pytest.mark.slow)])
