@@ -82,7 +82,7 @@ MODULES: dict[str, tuple[str, ...]] = {
 }
 # Page: title, files of results, pictures.
 BENCHMARKS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "step": ("Step time and sampling", ("step", "before", "fit", "sampling"), ()),
+    "step": ("Step time and sampling", ("step", "before", "fit", "trackers", "saving", "sampling"), ()),
     "wire": ("Network", ("wire", "collectives", "tls"), ()),
     "few_bits": ("Few bits", ("few_bits",), ()),
     "quality": ("Bytes and quality", ("long", "quality"), ("quality.png",)),

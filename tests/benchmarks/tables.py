@@ -358,9 +358,9 @@ def saving(found: Mapping[str, Any]) -> Tables:
 
 
 def trackers(found: Mapping[str, Any]) -> Tables:
-    header = ["tracker", "a step, median, ms", "mean, ms", "of the mean without one"]
-    lines = [[row["tracker"], row["median_ms"], row["mean_ms"], row["ratio"]] for row in found["rows"]]
-    return {"": markdown(header, lines)}
+    header = ["with", "a step without it, ms", "with it, ms", "ratio"]
+    lines = [[row["with"], f"{row['ms']:.2f}", f"{row['with_ms']:.2f}", f"{row['ratio']:.3f}"] for row in found["rows"]]
+    return {"What a tracker costs": markdown(header, lines)}
 
 
 def waits(found: Mapping[str, Any]) -> Tables:

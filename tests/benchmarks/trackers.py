@@ -1,11 +1,10 @@
-"""What a tracker costs a step: short steps, each of which is reported, with each tracker and without.
+"""What a tracker costs a step: of short steps, each of which is reported, it gets those of every other block.
 
-A profile of steps before those that are counted takes its turn, too.
+python -m tests.benchmarks.trackers
 
-python -m tests.benchmarks.trackers [--rounds=5]
-
-Each run is a process of its own, with one replica; the trackers take turns. Writes
-tests/benchmarks/results/trackers.json.
+Blocks of one run are compared with each other, for a machine's speed drifts; `nothing` shows how far it does even so.
+Of a profile, the blocks after it are compared with those before. Each run is a process of its own, with one replica.
+Writes tests/benchmarks/results/trackers.json.
 """
 
 import argparse
@@ -15,6 +14,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from tests.benchmarks.runs import give, in_rounds
 
 COMMAND = "python -m tests.benchmarks.trackers"
 RESULTS = Path(__file__).parent / "results" / "trackers.json"
-STEPS, FIRST = 1000, 200  # of which the first are not counted: trackers begin meanwhile
-PROFILE = "none, steps 101 to 110 profiled"
-NAMES = ("none", PROFILE, "MLflow", "WandB", "Trackio", "Prometheus")
+BLOCK, BLOCKS = 400, 12
+SETTLED = 150  # steps, after which a tracker is done with the block before
+NOTHING, PROFILE = "nothing", "a profile of ten steps before"
+NAMES = (NOTHING, PROFILE, "MLflow", "WandB", "Trackio", "Prometheus")
 
 
 def child(name: str) -> None:
-    """Trains with one tracker; prints the median and the mean time of a step, in milliseconds."""
+    """Trains with one tracker; gives the mean times of a step in the blocks, in milliseconds."""
     import keras
 
     from dist_partial import trackers
@@ -41,41 +42,51 @@ def child(name: str) -> None:
     ends: list[float] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # in which MLflow makes a folder
         os.environ["TRACKIO_DIR"] = str(Path(folder, "trackio"))
-        options = {"MLflow": {"uri": f"sqlite:///{folder}/mlflow.db"}, "Prometheus": {"port": 0}}
-        chosen = [] if name.startswith("none") else [getattr(trackers, name)(**options.get(name, {}))]
+        chosen = []
+        if name not in (NOTHING, PROFILE):
+            kind = getattr(trackers, name)
+
+            class Alternate(kind):  # type: ignore[misc, valid-type]
+                def log(self, rows: Sequence[Any]) -> None:
+                    if found := [row for row in rows if row.step // BLOCK % 2]:
+                        super().log(found)
+
+            options = {"MLflow": {"uri": f"sqlite:///{folder}/mlflow.db"}, "Prometheus": {"port": 0}}
+            chosen = [Alternate(**options.get(name, {}))]
         noted = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter()))
+        half = BLOCK * BLOCKS // 2
         settings = Settings(
             [("train", ".*")],
             lambda: byte_transformer(layers=2, width=32, heads=2),
             lambda: stdlib_corpus(window=64),
-            steps=STEPS,
+            steps=BLOCK * BLOCKS,
             global_batch=8,
             eval_examples=8,
             trackers=chosen,
-            profile=(101, 110) if name == PROFILE else None,
+            profile=(half + 1, half + 10) if name == PROFILE else None,
             callbacks=[noted],
         )
         loop.run(settings, Path(folder, "run"))
-    took = [1e3 * (after - before) for before, after in zip(ends[FIRST:], ends[FIRST + 1 :], strict=False)]
-    give([statistics.median(took), statistics.mean(took)])
+    edges = [(k * BLOCK + SETTLED, (k + 1) * BLOCK - 1) for k in range(BLOCKS)]
+    give([1e3 * (ends[last] - ends[first]) / (last - first) for first, last in edges])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--child")
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments.child)
         return
-    found = in_rounds("tests.benchmarks.trackers", NAMES, arguments.rounds, timeout=600, wrong="gets nothing more")
     rows: list[dict[str, Any]] = []
-    for name, runs in found.items():
-        medians, means = ([run[i] for run in runs] for i in (0, 1))
-        ratios = [run[1] / alone[1] for run, alone in zip(runs, found["none"], strict=True)]
-        numbers = {"median_ms": medians, "mean_ms": means, "ratio": ratios}
-        rows.append({"tracker": name, **{key: round(statistics.median(each), 3) for key, each in numbers.items()}})
-    setting = f"{STEPS - FIRST} steps of a small transformer, one replica; medians of {arguments.rounds} rounds"
+    found = in_rounds("tests.benchmarks.trackers", NAMES, 1, timeout=900, wrong="gets nothing more")
+    for name, [blocks] in found.items():
+        half = BLOCKS // 2
+        without, beside = (blocks[:half], blocks[half:]) if name == PROFILE else (blocks[::2], blocks[1::2])
+        ratio = statistics.median(after / before for before, after in zip(without, beside, strict=True))
+        row = {"with": name, "ms": statistics.median(without), "with_ms": statistics.median(beside), "ratio": ratio}
+        rows.append({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+    setting = f"a small transformer, one replica, {BLOCKS} blocks of {BLOCK} steps; medians of pairs of blocks"
     RESULTS.write_text(json.dumps({"command": COMMAND, "setting": setting, "rows": rows}, indent=1) + "\n")
     print(tables.text("trackers"))
 
