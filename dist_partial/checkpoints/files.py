@@ -54,6 +54,7 @@ def read(state: dict[str, Any], gather: Callable[[bytes], list[bytes]]) -> dict[
         gather: gives every worker's bytes, from `Replicas.gather`.
 
     Examples:
+        >>> import keras
         >>> read({"variables/w": keras.Variable([1.0, 2.0])}, gather=lambda data: [data])
         {'variables/w': array([1., 2.], dtype=float32)}
     """
@@ -190,6 +191,7 @@ def restore(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
         UserError: a name or a shape differs; then nothing has been assigned.
 
     Examples:
+        >>> import keras
         >>> variable = keras.Variable([0.0, 0.0])
         >>> restore(Checkpoint(Path("mine"), 10, {"variables/w": np.array([1.0, 2.0])}, {}), {"variables/w": variable})
         >>> variable.numpy().tolist()
