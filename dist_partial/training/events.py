@@ -75,8 +75,7 @@ class Saving:
     """Saves a checkpoint every `run.save_every` steps and at the end.
 
     The values are read between two steps; with `run.save_async` a thread checks and writes them while the next steps
-    are made.
-    A context manager: at its end all is written.
+    are made. A context manager: at its end all is written.
 
     Attributes:
         meter: counts what this process has sent.
@@ -168,9 +167,10 @@ class Saving:
 
 
 def _yields() -> None:
-    """Has this thread run when no other wants to: what it does may take as long as it likes."""
-    if sys.platform == "linux":  # elsewhere a thread has the priority of its process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+    """Has this thread leave the CPU to others, where the system lets it: what it does may take as long as it likes."""
+    with contextlib.suppress(OSError):
+        if sys.platform == "linux":  # elsewhere a thread has the priority of its process
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 class Stopping:
