@@ -123,6 +123,7 @@ def checks(on: Devices) -> dict[str, Callable[[], str]]:
         "mixed_bfloat16": lambda: falls(quickly(precision="mixed_bfloat16")),
         "mixed_float16": lambda: falls(quickly(precision="mixed_float16")),
         "XLA": lambda: falls(quickly(jit_compile=True)),
+        **({"prefetch to the GPU": lambda: prefetched(on)} if "GPU" in on.words else {}),
         **{name: functools.partial(lambda each: falls(quickly(reduction=each)), each) for name, each in how.items()},
         "sampling": sampling,
         "going on after a stop": lambda: going_on(on),
@@ -228,6 +229,14 @@ def sampling() -> str:
     cached, plain = (generate(model, [100, 101, 102], how, use_cache=cache) for cache in (True, False))
     assert (cached == plain).all(), "another text with the key-value cache than without"
     return f"{cached.size} symbols, the same with a cache and without"
+
+
+def prefetched(on: Devices) -> str:
+    """Compares a training whose batches are on the GPU before its steps begin with one of the same batches."""
+    one = dataclasses.replace(on, options={"kind": "default"}, count=1)
+    plain, ahead = (trained(one, prefetch_to_device=each).model.get_weights() for each in (False, True))
+    assert all(np.array_equal(*pair) for pair in zip(plain, ahead, strict=True)), "other weights than without"
+    return "the same bits as without"
 
 
 def going_on(on: Devices) -> str:

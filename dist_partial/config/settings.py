@@ -94,6 +94,8 @@ class Settings:
             A `tf.data.Dataset` reads as it says itself.
         reader_processes: processes of a worker that read batches in place of threads, for sources and functions of
             NumPy that Python's lock would keep waiting for each other; they share the arrays of the source.
+        prefetch_to_device: whether batches are on a worker's GPU, of which it then has one alone, before their steps
+            begin (untested). Of several each is sent its part by the step.
         seed: of initial weights, dropout and the order of the data.
         eval_first: whether to evaluate, and to sample, before the first update, too.
         eval_every: updates between evaluations; None evaluates at the end only.
@@ -144,6 +146,7 @@ class Settings:
     global_batch: Annotated[int, AtLeast(1)] = 32
     readers: Annotated[int | None, AtLeast(1)] = None
     reader_processes: Annotated[int, AtLeast(0)] = 0
+    prefetch_to_device: bool = False
     seed: Annotated[int, AtLeast(0), AtMost(2**32 - 1)] = 0  # NumPy takes no more
     eval_first: bool = False
     eval_every: Annotated[int | None, AtLeast(1)] = None

@@ -30,7 +30,14 @@ from dist_partial.step.train_step import StepOptions, StepSpec, TrainStep, train
 from dist_partial.training import run_fingerprint
 from dist_partial.training.activation_cache import check_cached
 from dist_partial.training.batch_coupling import coupling_notes
-from dist_partial.training.checks import check_added, check_batch, check_levels, check_scaled, divided_objective
+from dist_partial.training.checks import (
+    check_added,
+    check_batch,
+    check_levels,
+    check_scaled,
+    divided_objective,
+    prefetching_device,
+)
 from dist_partial.training.loss_and_metrics import make_objective, notes_on
 from dist_partial.training.model import make_model, taking, with_compiled
 from dist_partial.training.state import TrainState
@@ -407,7 +414,10 @@ def batches(trainer: Trainer, first_step: int, global_batch: int) -> Iterator[Ba
         >>> bool((next(early)[0] == next(batches(trainer, first_step=1, global_batch=8))[0]).numpy().all())
         True
     """
-    return started(train_batches(trainer.data.train, **order(trainer, first_step, global_batch)))
+    made = train_batches(trainer.data.train, **order(trainer, first_step, global_batch))
+    if device := prefetching_device(trainer.settings, trainer.replicas.topology):
+        made = made.apply(tf.data.experimental.prefetch_to_device(device))
+    return started(made)
 
 
 def order(trainer: Trainer, first_step: int, global_batch: int) -> dict[str, Any]:

@@ -153,6 +153,23 @@ def check_division(settings: Settings, replicas: int) -> None:
         )
 
 
+def prefetching_device(settings: Settings, topology: Topology) -> str | None:
+    """Gives the GPU on which batches are before their steps begin, or None.
+
+    Raises:
+        UserError: there is no GPU, or the worker has several replicas.
+    """
+    if not settings.prefetch_to_device:
+        return None
+    gpus = tf.config.list_logical_devices("GPU")
+    if topology.local > 1 or not gpus:
+        have = f"{counted(len(gpus), 'GPU')} and {counted(topology.local, 'replica')}"
+        raise UserError(
+            f"run.prefetch_to_device: it is for one replica on a GPU, and this worker has {have}; unbind it"
+        )
+    return str(gpus[0].name)
+
+
 def check_levels(plan: Plan, replicas: Replicas) -> None:
     """Raises UserError if a reduction between hosts is asked of TensorFlow's collectives, which know replicas only."""
     if replicas.workers > 1 and not replicas.collectives.backend.two_levels:

@@ -3,7 +3,8 @@
 python -m tests.benchmarks.fine_tuning [--policies="NAME;..."] [--hours=H]
 
 The text is the standard library as CPython's instructions, of which the model has read little (see `disassembly`). Runs
-come one after the other, in pieces that go on where they were stopped (see `tuned`). Needs the weights of SmolLM2.
+come two at a time, a core each, in pieces that go on where they were stopped (see `tuned`). Needs the weights of
+SmolLM2.
 """
 
 import contextlib
@@ -189,10 +190,11 @@ def run(policy: Policy, piece: Piece) -> dict[str, Any]:
 TABLE = Table(
     Path(__file__).parent / "results" / "fine_tuning.json",
     "python -m tests.benchmarks.fine_tuning",
-    f"{STEPS} steps of {BATCH} examples of {WINDOW} tokens, two simulated replicas on two cores, Adam; tuned on seed "
+    f"{STEPS} steps of {BATCH} examples of {WINDOW} tokens, two simulated replicas on a core, Adam; tuned on seed "
     f"{TUNING_SEED}, reported on seeds {', '.join(map(str, SEEDS))}",
     POLICIES,
     run,
+    processes=2,
 )
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dist_partial.config.settings import Settings
 from dist_partial.data import ArraySource, Dataset, Stream, dataset, mix, train_batches
 from dist_partial.errors import Raised, UserError
 from dist_partial.training import loop
+from dist_partial.training.build import batches, build
 from dist_partial.training.times import DataWaits
 from tests.helpers.files import rows
 from tests.helpers.strategies import in_process
@@ -160,6 +161,26 @@ class Slow(ArraySource):
     def fetch(self, indices):
         time.sleep(0.1)
         return super().fetch(indices)
+
+
+@pytest.mark.parametrize("data", [mixed, streamed])
+def test_batches_that_are_on_a_device_before_their_steps_change_nothing(data, tmp_path, monkeypatch):
+    """The second CPU device is in place of a GPU."""
+    devices = tf.config.list_logical_devices
+    whole = losses(tmp_path / "whole", data, 9)
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: devices("CPU" if kind == "GPU" else kind)[1:])
+    losses(tmp_path / "parts", data, 5, prefetch_to_device=True)
+    parts = losses(tmp_path / "parts", data, 9, prefetch_to_device=True)
+    assert [loss for loss in parts if loss in whole] == whole  # beside the evaluation of the first part
+    settings = Settings(rules=RULES, model=model, data=data, prefetch_to_device=True)
+    x, y = next(batches(build(settings, in_process(1)), first_step=0, global_batch=12))
+    assert x.device.endswith("CPU:1") and y.device.endswith("CPU:1")
+
+
+@pytest.mark.parametrize(("replicas", "have"), [(1, "0 GPUs and 1 replica"), (2, "0 GPUs and 2 replicas")])
+def test_batches_are_sent_ahead_to_one_replica_on_a_gpu(replicas, have, tmp_path):
+    with pytest.raises(UserError, match=f"run.prefetch_to_device: it is for one replica on a GPU.* has {have}"):
+        losses(tmp_path / "run", arrays, 3, prefetch_to_device=True, replicas=lambda: in_process(replicas))
 
 
 def test_data_that_is_slower_than_the_steps_is_said(tmp_path, capsys):

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from dist_partial import selfcheck
 from tests import ROOT
@@ -56,6 +57,17 @@ def test_what_is_wrong_fails(monkeypatch):
     monkeypatch.setattr(selfcheck, "trained", other)
     row = selfcheck.tried("going on", lambda: selfcheck.going_on(on))
     assert (row["outcome"], row["detail"]) == ("failed", "a run that was stopped ends with other weights")
+
+
+def test_batches_on_the_gpu_are_compared_where_there_is_one(monkeypatch):
+    """A CPU device is in place of it."""
+    assert "prefetch to the GPU" not in selfcheck.checks(selfcheck.devices(1))
+    check = selfcheck.checks(selfcheck.Devices({"kind": "mirrored"}, 2, "2 logical GPUs of one"))["prefetch to the GPU"]
+    assert selfcheck.tried("prefetch", check)["outcome"] == "failed"
+    devices = tf.config.list_logical_devices
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: devices("CPU" if kind == "GPU" else kind))
+    row = selfcheck.tried("prefetch", check)
+    assert (row["outcome"], row["detail"]) == ("passed", "the same bits as without")
 
 
 def test_mistakes_of_the_user(capsys):

@@ -15,7 +15,7 @@ from dist_partial.models.sampling import Generation, generate
 from dist_partial.training.split_model import split
 from tests.helpers import cases
 from tests.helpers.cases import Case, Options
-from tests.helpers.marks import quick
+from tests.helpers.marks import in_turns, quick
 
 ARGUMENTS = {
     "GPT2": {
@@ -73,7 +73,7 @@ IMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", quick(HUB, "Gemma"))
+@pytest.mark.parametrize("name", in_turns(quick(HUB, "Gemma")))
 def test_language_models_equal_one_device(name, mirrored):
     pytest.importorskip("keras_hub")
     cases.set_precision("float64")
@@ -119,7 +119,7 @@ def test_the_model_is_the_task_with_its_own_paths(name):
     assert part is not None and 8 in [tensor.shape[-1] for tensor in keras.tree.flatten(part.lower(ids))]
 
 
-@pytest.mark.parametrize("name", quick(HUB, "GPT2"))
+@pytest.mark.parametrize("name", in_turns(quick(HUB, "GPT2")))
 def test_generation_with_the_cache_equals_that_without(name):
     pytest.importorskip("keras_hub")
     keras.utils.set_random_seed(4)

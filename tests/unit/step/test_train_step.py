@@ -18,7 +18,7 @@ from dist_partial.step.probe import ProbeSpec, probe
 from dist_partial.step.train_step import StepOptions, StepSpec, train_step
 from tests.helpers import cases
 from tests.helpers.cases import CASES, OPTIMIZERS, OPTIONS, STEPS
-from tests.helpers.marks import quick
+from tests.helpers.marks import in_turns, quick
 
 reference = functools.cache(
     lambda case, name, options, dtype: cases.reference(CASES[case], name, OPTIONS[options], dtype)
@@ -52,12 +52,14 @@ def test_two_dense_equals_one_device(replicas, optimizer, option, mirrored):
 
 @pytest.mark.parametrize(
     "name",
-    quick(
-        [n for n in CASES if n != "two_dense"],
-        "byte_transformer",
-        "batch_norm_synchronised",
-        "shared_embedding",
-        "masked",
+    in_turns(
+        quick(
+            [n for n in CASES if n != "two_dense"],
+            "byte_transformer",
+            "batch_norm_synchronised",
+            "shared_embedding",
+            "masked",
+        )
     ),
 )
 @pytest.mark.parametrize("replicas", quick([1, 2, 3, 4], 2))

@@ -17,7 +17,7 @@ from dist_partial.training import activation_cache, loop, split_model
 from tests.helpers.against_fit import COUNT, check_against_fit, features
 from tests.helpers.cases import LAYERS, dataset, mlp
 from tests.helpers.files import rows, same_bits, state
-from tests.helpers.marks import quick
+from tests.helpers.marks import in_turns, quick
 from tests.helpers.strategies import in_process
 
 
@@ -180,7 +180,8 @@ def trained(folder, cache, case, *stops):
 
 
 @pytest.mark.parametrize(
-    ("name", "where"), quick([*((name, "memory") for name in CASES), ("phases", "disk")], "mlp", ("phases", "disk"))
+    ("name", "where"),
+    in_turns(quick([*((name, "memory") for name in CASES), ("phases", "disk")], "mlp", ("phases", "disk"))),
 )
 def test_the_run_is_the_same_up_to_rounding(name, where, tmp_path, monkeypatch):
     filled = []
@@ -199,7 +200,7 @@ def test_the_run_is_the_same_up_to_rounding(name, where, tmp_path, monkeypatch):
     assert len(set(filled)) == {"phases": 2}.get(name, 1)
 
 
-@pytest.mark.parametrize("name", quick(["mlp", "accumulated", "phases", "autofreeze"], "mlp"))
+@pytest.mark.parametrize("name", in_turns(quick(["mlp", "accumulated", "phases", "autofreeze"], "mlp")))
 def test_a_stopped_run_goes_on_with_the_same_bits(name, tmp_path):
     """Also where activations are rounded by the place of an example in its batch."""
     case = CASES[name] | {"model": placed}

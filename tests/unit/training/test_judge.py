@@ -17,7 +17,7 @@ from dist_partial.schedules import Phases
 from dist_partial.selection import Rule
 from dist_partial.training import evaluation, loop
 from tests.helpers.files import assert_same_state, checkpoint_names, rows
-from tests.helpers.marks import quick
+from tests.helpers.marks import in_turns, quick
 from tests.helpers.strategies import in_process
 from tests.helpers.workers import run_workers
 
@@ -384,7 +384,7 @@ MANY = {
 }
 
 
-@pytest.mark.parametrize("name", quick(MANY, "patience", "plateau"))
+@pytest.mark.parametrize("name", in_turns(quick(MANY, "patience", "plateau")))
 def test_a_run_in_pieces_decides_as_the_run_in_one(name, tmp_path):
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     loop.run(told(**MANY[name]()), whole)
@@ -479,7 +479,7 @@ def made(more):
     return {name: value() if name == "callbacks" else value for name, value in more.items()}
 
 
-@pytest.mark.parametrize("name", quick(STOPS, "patience", "callback", "own callback"))
+@pytest.mark.parametrize("name", in_turns(quick(STOPS, "patience", "callback", "own callback")))
 def test_a_run_that_stopped_goes_on_once_what_stopped_it_has_changed(name, tmp_path, capsys):
     first, alike, other = STOPS[name]
     first = {"rate": 30.0, **first}

@@ -108,6 +108,7 @@ FREE = {
 }
 FREE |= {"metrics", "weighted_metrics", "callbacks", "trackers", "profile", "best", "patience"}
 FREE |= {"jit_compile", "compiled_plans", "activation_cache", "readers", "reader_processes", "replicas", "sampling"}
+FREE |= {"prefetch_to_device"}
 
 
 def of(**more):

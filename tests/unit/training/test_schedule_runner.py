@@ -226,7 +226,7 @@ def trained(folder: Path, steps: int = STEPS) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(("precision", "counts"), quick([("float64", (1, 4)), ("float32", (2,))], "float32"))
-@pytest.mark.parametrize("name", quick(SCHEDULES, "phases", "autofreeze"))
+@pytest.mark.parametrize("name", in_turns(quick(SCHEDULES, "phases", "autofreeze")))
 def test_equals_one_device_that_trains_the_same(name, precision, counts, tmp_path):
     schedule = budget_for(SCHEDULES[name], precision)
     for count in counts:
