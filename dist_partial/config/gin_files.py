@@ -333,7 +333,7 @@ def _explain(error: Exception, param: str) -> str:
 
 
 def _unquoted(word: str, statement: str, shell: bool) -> str:
-    """Says what to write instead of a word without quotes: quotes, if a text fits there.
+    """Says what to write instead of a word that is no value: quotes, if it has none and a text fits there.
 
     Args:
         word: which gin cannot read.
@@ -346,7 +346,9 @@ def _unquoted(word: str, statement: str, shell: bool) -> str:
             check_value(name, word, annotation(gin.config._REGISTRY, name))
     except UserError as error:
         return str(error)
-    fixed = re.sub(rf"(?<![\w'\"]){re.escape(word)}(?![\w'\"])", repr(word), value)
+    if re.match(r"[rRbBuU]*['\"]", word):
+        return f"{word!r} cannot be read as a text: for a backslash write two, or r before the quotes"
+    fixed = re.sub(rf"(?<![\w'\"]){re.escape(word)}(?![\w'\"])", lambda _: repr(word), value)
     written = f"{name} = {fixed}" if value else repr(word)
     inside = f', also within the shell\'s: --gin_param="{written}"' if shell else f": {written}"
     return f"a text needs quotes{inside}"

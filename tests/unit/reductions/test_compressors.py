@@ -128,6 +128,11 @@ def gram_schmidt(matrix):
     return np.stack(columns, axis=1)
 
 
+def added(terms):
+    """In the dtype of the terms: `sum` begins with Python's 0, which NumPy 2.0 adds to bfloat16 in float32."""
+    return functools.reduce(np.add, terms)
+
+
 class PowerModel:
     """Algorithms 1 and 2 of the paper; the signs of columns do not change the result."""
 
@@ -143,13 +148,13 @@ class PowerModel:
     def step(self, gradients):
         dtype = gradients.dtype
         if self.dense:
-            return sum(rounded(g, self.sent_as) for g in gradients).astype(dtype)
+            return added([rounded(g, self.sent_as) for g in gradients]).astype(dtype)
         wholes = [(g + e).reshape(self.matrix) for g, e in zip(gradients, self.error, strict=True)]
-        left = gram_schmidt(sum(rounded(whole @ self.right, self.sent_as) for whole in wholes).astype(dtype))
+        left = gram_schmidt(added([rounded(whole @ self.right, self.sent_as) for whole in wholes]).astype(dtype))
         rights = [rounded(whole.T @ left, self.sent_as) for whole in wholes]
         for error, whole, right in zip(self.error, wholes, rights, strict=True):
             error[:] = (whole - left @ right.astype(dtype).T).reshape(self.shape)
-        self.right = sum(rights).astype(dtype)
+        self.right = added(rights).astype(dtype)
         return (left @ self.right.T).reshape(self.shape)
 
 
